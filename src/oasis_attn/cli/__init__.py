@@ -1,0 +1,55 @@
+"""The command `oasis`: one file per verb; each parses, calls the library and prints.
+
+Verb modules import the library inside the verb, so that `oasis --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from oasis_attn.cli.demo import demo
+from oasis_attn.cli.diagnose import diagnose
+from oasis_attn.cli.train import train
+from oasis_attn.cli.variants import variants
+from oasis_attn.errors import UserError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="oasis",
+    help="Attention with a null option, and depth routing that listens to it.",
+    epilog="Start with: oasis demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+for verb in (demo, diagnose, train, variants):
+    app.command()(verb)
+
+
+def main() -> int:
+    """Run one verb and return its exit code.
+
+    0 is success, 2 bad input (one line on stderr says which), 130 an interruption; anything else
+    that goes wrong is a bug and keeps its traceback.
+    """
+    # What is going on is told by the verbs; the libraries below would tell it again, in bars.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        code = app(prog_name="oasis", standalone_mode=False) or 0
+    except (UserError, typer.TyperException) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        if message:
+            print(f"oasis: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if code == INTERRUPTED:
+        print("oasis: interrupted", file=sys.stderr)
+    return code

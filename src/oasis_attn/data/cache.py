@@ -1,0 +1,32 @@
+"""Files that can be made again, kept under `$OASIS_CACHE` (default `~/.cache/oasis-attn`)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def cached_file(name: str, make: Callable[[BinaryIO], None]) -> Path:
+    """The cached file `name`, made by `make` if absent.
+
+    It is written beside its place and renamed when whole, so that processes that make it at the
+    same time each find a whole one.
+    """
+    path = Path(os.environ.get("OASIS_CACHE") or "~/.cache/oasis-attn").expanduser() / name
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            make(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path

@@ -1,0 +1,205 @@
+"""Corpora by name: one table, each row telling its splits and how to read them.
+
+Splits never overlap.  A corpus that comes with splits keeps them; any other is split by document,
+by a hash of the document's content, so that identical documents fall in the same split and adding
+documents moves none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+from oasis_attn.data import readers
+from oasis_attn.errors import UserError, check_choice
+
+Reader = Callable[[], Iterator[str]]
+
+_SHARES = {"train": range(90), "validation": range(90, 95), "test": range(95, 100)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """One split of a corpus.
+
+    Attributes:
+        name: its name in the table, or its path.
+        split: `train`, `validation` or `test`.
+        reader: reads the documents afresh at each call.
+    """
+
+    name: str
+    split: str
+    reader: Reader = field(repr=False, compare=False)
+
+    def texts(self) -> Iterator[str]:
+        """The documents that are not blank, in a fixed order; `UserError` if there is none."""
+        empty = True
+        for text in self.reader():
+            if text.strip():
+                empty = False
+                yield text
+        if empty:
+            raise UserError(f"corpus: {self.name!r} split {self.split!r} has no text")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the documents, each preceded by its length, in hexadecimal."""
+        digest = hashlib.sha256()
+        for text in self.texts():
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little") + data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A row of the table.
+
+    Attributes:
+        about: what it is, where from, in one line.
+        splits: how to read each split.
+        cut: how a local .txt file of this corpus is cut into documents.
+    """
+
+    about: str
+    splits: Mapping[str, Reader]
+    cut: Callable[[Iterable[str]], Iterator[str]] = readers.passages
+
+
+def by_hash(reader: Reader) -> dict[str, Reader]:
+    """Split one body of documents: 90 % train, 5 % validation, 5 % test."""
+    return {split: partial(_share, reader, share) for split, share in _SHARES.items()}
+
+
+def _share(reader: Reader, share: range) -> Iterator[str]:
+    for text in reader():
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        if int.from_bytes(digest[:8], "little") % 100 in share:
+            yield text
+
+
+def _hub(path: str, config: str | None, split: str, **options: str) -> Iterator[str]:
+    return map(readers.document, readers.hub_rows(path, config, split, **options))
+
+
+def _hub_wikitext(config: str, split: str) -> Iterator[str]:
+    # The hub keeps WikiText line by line, with the blank lines (" \n" in the files) made empty.
+    rows = readers.hub_rows("Salesforce/wikitext", config, split)
+    return readers.articles(row["text"] or " \n" for row in rows)
+
+
+def _wikitext(config: str, about: str) -> Source:
+    splits = {split: partial(_hub_wikitext, config, split) for split in _SHARES}
+    return Source(about=about, splits=splits, cut=readers.articles)
+
+
+def _after(*parts: Reader) -> Iterator[str]:
+    for part in parts:
+        yield from part()
+
+
+_BOOKS = by_hash(
+    partial(_hub, "bookcorpus/bookcorpus", None, "train", revision="refs/convert/parquet")
+)
+_REVIEWS = by_hash(partial(_hub, "stanfordnlp/imdb", None, "unsupervised"))
+
+CORPORA: dict[str, Source] = {
+    "stdlib": Source(
+        about="source code of the running Python's standard library (about 30 MB)",
+        splits=by_hash(readers.stdlib),
+    ),
+    "pydoc": Source(
+        about="language reference of the running Python (about 0.5 MB of prose)",
+        splits=by_hash(readers.pydoc),
+    ),
+    "wikitext-2": _wikitext("wikitext-2-v1", "WikiText-2, tokenised form with <unk>"),
+    "wikitext-103": _wikitext("wikitext-103-v1", "WikiText-103, tokenised form with <unk>"),
+    "bookcorpus+wiki40b": Source(
+        about="BookCorpus followed by the English part of Wiki-40B",
+        splits={
+            split: partial(_after, _BOOKS[split], partial(_hub, "google/wiki40b", "en", split))
+            for split in _SHARES
+        },
+    ),
+    "gsm8k": Source(
+        about="GSM8K problems with their worked answers",
+        splits={split: partial(_hub, "openai/gsm8k", "main", split) for split in ("train", "test")},
+    ),
+    "imdb": Source(
+        about="film reviews (Maas et al. 2011): the unlabelled part, and the labelled test part",
+        splits={
+            "train": partial(_after, _REVIEWS["train"], _REVIEWS["test"]),
+            "validation": _REVIEWS["validation"],
+            "test": partial(_hub, "stanfordnlp/imdb", None, "test"),
+        },
+    ),
+    "fineweb-edu": Source(
+        about="FineWeb-Edu, the first file of its 10 B token sample (about 0.7 B tokens)",
+        splits=by_hash(
+            partial(
+                _hub, "HuggingFaceFW/fineweb-edu", None, "train",
+                data_files="sample/10BT/000_00000.parquet",
+            )
+        ),
+    ),
+}  # fmt: skip
+
+
+def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
+    """A split of a corpus, read when its texts are asked for.
+
+    Args:
+        name_or_path: a name in `CORPORA`; or a .txt, .jsonl or .jsonl.gz file (split by hash; its
+            rows have a field `text`, or `question` and `answer`); or a folder holding such files,
+            one per split, named after it.  For names, the folder `$OASIS_DATA/<name>/` comes first
+            for the splits it holds.
+        split: `train`, `validation`, `test`, or what the folder holds.
+
+    Raises:
+        UserError: an unknown name (with the nearest one), a missing file, an unknown split.  Text
+            that cannot be read raises it when the texts are asked for.
+    """
+    name = str(name_or_path)
+    splits = _splits(name)
+    if not splits:
+        raise UserError(f"corpus: folder {name!r} holds no <split>.txt, .jsonl or .jsonl.gz")
+    check_choice(f"split of corpus {name!r}", split, splits)
+    return Corpus(name=name, split=split, reader=splits[split])
+
+
+def _splits(name: str) -> Mapping[str, Reader]:
+    data = os.environ.get("OASIS_DATA")
+    kept = Path(data, name) if data and name else None
+    if name not in CORPORA:
+        folder = kept if kept and kept.is_dir() else Path(name)
+        if name and folder.is_dir():
+            return _folder_splits(folder)
+        if Path(name).is_file() or name.endswith(readers.SUFFIXES):
+            return by_hash(partial(readers.file_documents, _text_file(name)))
+        check_choice("corpus (or a text file)", name, CORPORA)
+    source = CORPORA[name]
+    return dict(source.splits) | (_folder_splits(kept, source.cut) if kept else {})
+
+
+def _text_file(name: str) -> Path:
+    if not name.endswith(readers.SUFFIXES):
+        raise UserError(f"corpus: file {name!r} is not one of {', '.join(readers.SUFFIXES)}")
+    if not Path(name).is_file():
+        raise UserError(f"corpus: file {name!r} does not exist")
+    return Path(name)
+
+
+def _folder_splits(folder: Path, cut=readers.passages) -> dict[str, Reader]:
+    found: dict[str, Reader] = {}
+    for suffix in readers.SUFFIXES:
+        for path in sorted(folder.glob(f"*{suffix}")):
+            split = path.name.removesuffix(suffix)
+            if split in found:
+                raise UserError(f"corpus: {str(folder)!r} holds split {split!r} twice")
+            found[split] = partial(readers.file_documents, path, cut)
+    return found

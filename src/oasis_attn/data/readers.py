@@ -1,0 +1,115 @@
+"""Where documents come from (files, the running Python, the hub), and how text is cut."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from oasis_attn.errors import UserError
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+_PASSAGE_CHARACTERS = 1024
+_WIKITEXT_TITLE = re.compile(r" = [^=].* = ?\n?")
+
+
+def passages(lines: Iterable[str]) -> Iterator[str]:
+    """Runs of whole paragraphs, each run closed by the first blank line after 1 024 characters."""
+    run: list[str] = []
+    length = 0
+    for line in lines:
+        run.append(line)
+        length += len(line)
+        if length >= _PASSAGE_CHARACTERS and not line.strip():
+            yield "".join(run)
+            run, length = [], 0
+    yield "".join(run)
+
+
+def articles(lines: Iterable[str]) -> Iterator[str]:
+    """The articles of WikiText: cut before each top-level heading ` = Title = `."""
+    run: list[str] = []
+    for line in lines:
+        if _WIKITEXT_TITLE.fullmatch(line):
+            yield "".join(run)
+            run = []
+        run.append(line)
+    yield "".join(run)
+
+
+def document(row: Mapping[str, Any]) -> str:
+    """A row's text: its field `text`, or GSM8K's `question` and `answer`; `KeyError` if neither."""
+    text = row["text"] if "text" in row else f"Question: {row['question']}\nAnswer: {row['answer']}"
+    if not isinstance(text, str):
+        raise TypeError("text is not a string")
+    return text
+
+
+def file_documents(path: Path, cut=passages) -> Iterator[str]:
+    """The documents of a .txt file (cut by `cut`) or of a .jsonl(.gz) file (one per line)."""
+    if path.name.endswith(".txt"):
+        yield from cut(_lines(path))
+        return
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            yield document(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"corpus: {str(path)!r} line {number} is not a JSON object with a string `text`, "
+                "or `question` and `answer`"
+            ) from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for line in file:
+                number += 1
+                yield line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"corpus: {str(path)!r} line {number} is not valid UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"corpus: {str(path)!r} cannot be read ({error})") from error
+
+
+def stdlib() -> Iterator[str]:
+    """The .py files of the running Python's standard library, in order of their paths.
+
+    Left out: installed packages, `pydoc_data` (the corpus `pydoc`), and the few files of Python's
+    own tests that are on purpose not UTF-8.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "pydoc_data"}
+    for path in sorted(root.rglob("*.py")):
+        if left_out.isdisjoint(path.relative_to(root).parts):
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def pydoc() -> Iterator[str]:
+    """The topics of Python's language reference, as the running Python's `help()` shows them."""
+    from pydoc_data.topics import topics
+
+    for _, text in sorted(topics.items()):
+        yield text
+
+
+def hub_rows(path: str, config: str | None, split: str, **options: Any) -> Iterator[Mapping]:
+    """The rows of a hub dataset; any failure to get it is one `UserError`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = load_dataset(path, config, split=split, **options)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"corpus: {path!r} could not be had from the hub: {reason}") from error
+    yield from rows

@@ -1,0 +1,102 @@
+"""Where to listen in a decoder: the tensors that method papers hook, found by shape of the tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from oasis_attn.errors import UserError
+
+MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "fc2")
+OUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tap:
+    """A module whose output is measured.
+
+    Attributes:
+        name: its path below the decoder (`layers.3.self_attn.o_proj`).
+        kind: `layer`, `mlp`, `attention` (the out-projection), `norm` or `final_norm`.
+        layer: the decoder layer's number; None for the final norm.
+        module: the module itself.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    module: nn.Module
+
+
+def find_taps(model: PreTrainedModel) -> list[Tap]:
+    """Every hooked tensor of outlier.*: each layer's output, MLP output, attention out-projection
+    and norms (two in most families, four where branches are also normed after), and the final norm.
+
+    Raises:
+        UserError: naming the family, where one of these cannot be told apart.
+    """
+    return list(_taps(model))
+
+
+def _taps(model: PreTrainedModel) -> Iterator[Tap]:
+    decoder = model.get_decoder()
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    path, layers = _one(
+        model,
+        f"list of {depth} layers",
+        [
+            (name, child)
+            for name, child in decoder.named_children()
+            if isinstance(child, nn.ModuleList) and len(child) == depth
+        ],
+    )
+    for number, layer in enumerate(layers.children()):
+        here = f"{path}.{number}"
+        yield Tap(name=here, kind="layer", layer=number, module=layer)
+        children = dict(layer.named_children())
+        attention, module = _one(
+            model,
+            f"attention in {here}",
+            [(name, child) for name, child in children.items() if _is(child, "Attention")],
+        )
+        projection, module = _one(
+            model,
+            f"out-projection in {here}.{attention}",
+            [
+                (name, child)
+                for name, child in module.named_modules()
+                if name.rpartition(".")[2] in OUT_PROJECTIONS
+            ],
+        )
+        yield Tap(
+            name=f"{here}.{attention}.{projection}", kind="attention", layer=number, module=module
+        )
+        mlp, module = _one(
+            model, f"MLP in {here}", [(name, children[name]) for name in MLPS if name in children]
+        )
+        yield Tap(name=f"{here}.{mlp}", kind="mlp", layer=number, module=module)
+        for name, child in children.items():
+            if _is(child, "Norm"):
+                yield Tap(name=f"{here}.{name}", kind="norm", layer=number, module=child)
+    norms = [(name, child) for name, child in decoder.named_children() if _is(child, "Norm")]
+    # Some families norm the embedding too, first.
+    name, module = _one(model, "final norm", norms[-1:])
+    yield Tap(name=name, kind="final_norm", layer=None, module=module)
+
+
+def _is(module: nn.Module, kind: str) -> bool:
+    return kind in type(module).__name__
+
+
+def _one(
+    model: PreTrainedModel, what: str, found: list[tuple[str, nn.Module]]
+) -> tuple[str, nn.Module]:
+    if len(found) != 1:
+        raise UserError(
+            f"model: family {model.config.model_type!r} cannot be diagnosed: "
+            f"{len(found)} modules look like its {what}"
+        )
+    return found[0]

@@ -1,0 +1,121 @@
+"""Attention sinks: mass on the first position, Gu's rate, value-weighted norm; and the null mass.
+
+Axes: N windows, B of them at once, T tokens, L layers, H heads, d head width, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oasis_attn.measure.parts import Tap
+from oasis_attn.measure.statistics import mean_metric
+from oasis_attn.modeling.attention import AttentionCall
+from oasis_attn.records import Metric
+
+RATE_LENGTH = 64  # T of the sink rate in Gu et al. 2024 (arXiv 2410.10781)
+RATE_THRESHOLDS = (0.3, 0.2)
+
+
+def first_position_norms(p_BHT: Tensor, value_BHd: Tensor, out_projection: nn.Module) -> Tensor:
+    """|| sum_h A_h[t, 0] f_h(x_0) || for each query t, [B, T] float64.
+
+    Kobayashi et al. 2020 (arXiv 2004.10102): f_h(x_0) is the first position's value through the
+    head's share of the output projection, bias left out.  An output gate is not seen.
+    """
+    batch, heads, width = value_BHd.shape
+    # A row per head, zero elsewhere, through the module itself: whatever its weight's layout is.
+    rows_BHHd = value_BHd.new_zeros(batch, heads, heads, width)
+    rows_BHHd.diagonal(dim1=1, dim2=2).copy_(value_BHd.transpose(1, 2))
+    # .forward, so that hooks on the projection do not take these rows for activations.
+    images_BHD = out_projection.forward(rows_BHHd.flatten(2))
+    images_BHD = images_BHD - out_projection.forward(rows_BHHd.new_zeros(1, 1, heads * width))
+    images_BHD = images_BHD.double()
+    # || sum_h p_h f_h ||^2 = p^T (F F^T) p: H numbers a query instead of D.
+    gram_BHH = images_BHD @ images_BHD.transpose(1, 2)
+    p_BTH = p_BHT.transpose(1, 2).double()
+    return ((p_BTH @ gram_BHH) * p_BTH).sum(-1).clamp_min(0).sqrt()
+
+
+class Sinks:
+    """The sink.* measures of attention, and null.mass, of one pass over windows."""
+
+    def __init__(self, taps: list[Tap]) -> None:
+        self._out_projections = [tap.module for tap in taps if tap.kind == "attention"]
+        self._series: dict[str, list[list[Tensor]]] = {}
+        self._window = 0
+
+    def see(self, call: AttentionCall) -> None:
+        """Take in what one attention module has computed."""
+        p_BHT = call.column(0)
+        null_BHT = call.null_BHT
+        heads = p_BHT.shape[1]
+        self._window = p_BHT.shape[2]
+
+        self._note("mass", call.layer, _mean(p_BHT[..., 1:]))
+        real_BHT = 1 - null_BHT[..., 1:]
+        # Rows that attend to nothing have no renormalised form; they are left out of the mean.
+        idle_BHT = real_BHT <= 1e-6
+        share_BHT = (p_BHT[..., 1:] / real_BHT).masked_fill(idle_BHT, 0).double()
+        rows_BH = (~idle_BHT).sum(-1).clamp_min(1)
+        self._note("mass_renormalised", call.layer, share_BHT.sum(-1) / rows_BH)
+        self._note("rate", call.layer, _mean(p_BHT[..., :RATE_LENGTH]))
+        self._note("rate_window", call.layer, _mean(p_BHT))
+        self._note("null", call.layer, _mean(null_BHT))
+
+        value_BGd = call.value_BGSd[:, :, 0]
+        value_BHd = value_BGd.repeat_interleave(heads // value_BGd.shape[1], dim=1)
+        norms_BT = first_position_norms(p_BHT, value_BHd, self._out_projections[call.layer])
+        self._note("value_weighted", call.layer, _mean(norms_BT[:, 1:]))
+
+    def _note(self, name: str, layer: int, values: Tensor) -> None:
+        series = self._series.setdefault(name, [[] for _ in self._out_projections])
+        series[layer].append(values.cpu())
+
+    def _stack(self, name: str) -> Tensor:
+        """One series over all windows: [N, L, H], or [N, L]."""
+        return torch.stack([torch.cat(values) for values in self._series[name]], dim=1)
+
+    @property
+    def _has_null(self) -> bool:
+        return bool((self._stack("null") != 0).any())
+
+    def metrics(self) -> list[Metric]:
+        """Means over layers and heads, with their spread over windows.
+
+        `sink.rate@eps` is Gu's, on each window's first 64 queries: later tokens do not reach them,
+        so they are a window of 64.  `sink.rate_window@eps` is the same over the whole window, and
+        the only one where windows are shorter.
+        """
+        rates = {"sink.rate_window": self._stack("rate_window")}
+        if self._window >= RATE_LENGTH:
+            rates = {"sink.rate": self._stack("rate")} | rates
+        means = {
+            "sink.mass": self._stack("mass"),
+            "sink.mass_renormalised": self._stack("mass_renormalised"),
+            "sink.value_weighted": self._stack("value_weighted"),
+        } | {
+            f"{name}@{eps}": (values > eps).double().where(~values.isnan(), torch.nan)
+            for name, values in rates.items()
+            for eps in RATE_THRESHOLDS
+        }
+        if self._has_null:
+            means["null.mass"] = self._stack("null")
+        return [mean_metric(name, values.flatten(1).mean(1)) for name, values in means.items()]
+
+    def tables(self) -> dict[str, Any]:
+        """`sink.mass` [L][H], `sink.value_weighted` [L], and, where attention has a null option,
+        `null.mass` [L][H]."""
+        tables = {
+            "sink.mass": self._stack("mass").mean(0).tolist(),
+            "sink.value_weighted": self._stack("value_weighted").mean(0).tolist(),
+        }
+        if self._has_null:
+            tables["null.mass"] = self._stack("null").mean(0).tolist()
+        return tables
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(-1, dtype=torch.float64)

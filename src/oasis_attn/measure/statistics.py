@@ -1,0 +1,17 @@
+"""Small statistics that every measure uses."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from oasis_attn.records import Metric
+
+
+def mean_metric(name: str, samples: Tensor, where: str = "") -> Metric:
+    """The mean of `samples` [N] with its standard error (none for a single sample)."""
+    samples = samples.double()
+    n = len(samples)
+    error = float(samples.std(unbiased=True)) / math.sqrt(n) if n > 1 else None
+    return Metric(name=name, value=float(samples.mean()), where=where, n=n, standard_error=error)

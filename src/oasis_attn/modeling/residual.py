@@ -1,0 +1,191 @@
+"""The residual stream: a plain sum, or attention over depth that listens to the null signal.
+
+A decoder layer of ours opens the stream it is handed, adds its two branches, and passes it on.  In
+depth form (arXiv 2603.15031) the stream is a flat tuple of tensors whose first is the hidden state,
+so that any family's own decoder loop carries it from layer to layer, and activation checkpointing,
+sharding and device placement treat it as they treat a hidden state.  The last layer hands on the
+output router's mix alone.
+
+Axes: B batch, T tokens, D width, S sources so far, R routers (two a layer, and the output's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.ops.depth_mix import depth_scores, depth_weights, weighted_sum
+
+COUPLING_MAX = 10.0
+_observers: list[Callable[[nn.Module, int, Tensor], None]] = []
+
+
+class Routing(NamedTuple):
+    """The routers' parameters as layers use them: `queries_RD` has the key-norm gains folded in."""
+
+    queries_RD: Tensor
+    couplings_R: Tensor | None
+    router: DepthRouter
+
+
+class DepthRouter(nn.Module):
+    """All routers of a model: router r reads the state before sublayer r, the last one the output.
+
+    They stand together, not in their layers, so that a source is scored for all of them in one
+    matrix product, and so that sharding keeps them whole during a forward pass.
+
+    Attributes:
+        queries: pseudo-queries w, `[R, D]`, zero at the start.
+        key_norm: gain of each router's RMSNorm on its keys, `[R, D]`.
+        coupling: beta before softplus, `[R]`; absent without the null signal.
+    """
+
+    def __init__(self, config: OasisConfig):
+        super().__init__()
+        self.settings = config
+        routers, width = 2 * config.num_hidden_layers + 1, config.hidden_size
+        self.queries = nn.Parameter(torch.empty(routers, width))
+        self.key_norm = nn.Parameter(torch.empty(routers, width))
+        signal = config.null_signal != "off"
+        self.coupling = nn.Parameter(torch.empty(routers)) if signal else None
+        self.eps = getattr(config.text_config, "rms_norm_eps", 1e-6)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Zero queries: every router starts with equal weights."""
+        init.zeros_(self.queries)
+        init.ones_(self.key_norm)
+        if self.coupling is not None:
+            init.constant_(self.coupling, self.settings.coupling_init)
+
+    def forward(self) -> Routing:
+        couplings = None
+        if self.coupling is not None:
+            couplings = F.softplus(self.coupling).clamp(max=COUPLING_MAX)
+        return Routing(self.queries * self.key_norm, couplings, self)
+
+
+class SumStream:
+    """x + f_1 + f_2 + ..."""
+
+    def __init__(self, hidden_BTD: Tensor):
+        self.hidden = hidden_BTD
+
+    def add(self, branch_BTD: Tensor, _null_BHT: Tensor | None) -> None:
+        self.hidden = self.hidden + branch_BTD
+
+    def packed(self) -> Tensor:
+        return self.hidden
+
+
+class DepthStream:
+    """Sources (embedding, finished blocks, running block), their scores and their null evidence.
+
+    `hidden` is always the mix that the next sublayer reads.
+    """
+
+    def __init__(self, state: Tensor | tuple[Tensor, ...], sublayer: int, routing: Routing):
+        self.routing, self.settings = routing, routing.router.settings
+        self.sublayer = sublayer
+        self.running: list[Tensor] = []  # the unfinished block's sum and its summed evidence
+        if isinstance(state, Tensor):  # the embedding: the first source, of evidence 0
+            self.sources: list[Tensor] = []
+            none = state.new_empty(0)
+            self.scores_RBTS, self.evidence_BTS = none, none
+            self._finish(state, state.new_zeros(state.shape[:-1], dtype=torch.float32))
+            self.hidden = self._read()
+            return
+        self.hidden, self.scores_RBTS, self.evidence_BTS, *rest = state
+        if sublayer % self.settings.depth_block_size:
+            self.running, rest = rest[:2], rest[2:]
+        self.sources = rest
+
+    def add(self, branch_BTD: Tensor, null_BHT: Tensor | None) -> None:
+        """Append a sublayer's output v, with psi the mean of null over heads; mix anew."""
+        if null_BHT is None:
+            evidence_BT = self.evidence_BTS.new_zeros(self.evidence_BTS.shape[:-1])
+        else:
+            evidence_BT = null_BHT.mean(1)
+        if self.settings.null_signal == "shuffled":
+            order = torch.randperm(evidence_BT.numel(), device=evidence_BT.device)
+            evidence_BT = evidence_BT.flatten()[order].view_as(evidence_BT)
+        if self.running:
+            branch_BTD = self.running[0] + branch_BTD
+            evidence_BT = self.running[1] + evidence_BT
+        self.running = [branch_BTD, evidence_BT]
+        self.sublayer += 1
+        size = self.settings.depth_block_size
+        if self.sublayer % size == 0:
+            self._finish(branch_BTD, evidence_BT / size)
+            self.running = []
+        self.hidden = self._read()
+
+    def packed(self) -> Tensor | tuple[Tensor, ...]:
+        if self.sublayer == self.routing.queries_RD.shape[0] - 1:
+            return self.hidden
+        scores, evidence = self.scores_RBTS, self.evidence_BTS
+        return self.hidden, scores, evidence, *self.running, *self.sources
+
+    def _finish(self, source_BTD: Tensor, evidence_BT: Tensor) -> None:
+        """A source is complete: score it for every router at once."""
+        self.sources = [*self.sources, source_BTD]
+        scores = depth_scores(source_BTD, self.routing.queries_RD, self.routing.router.eps)
+        self.scores_RBTS = _append(self.scores_RBTS, scores.movedim(-1, 0))
+        self.evidence_BTS = _append(self.evidence_BTS, evidence_BT)
+
+    def _read(self) -> Tensor:
+        """h_l of Attention Residuals, with OASIS's g' for g where the signal is on."""
+        router = self.sublayer
+        queries_RD, couplings_R, module = self.routing
+        sources, scores, evidence = self.sources, self.scores_RBTS[router], self.evidence_BTS
+        if self.running:
+            running, evidence_BT = self.running
+            score = depth_scores(running, queries_RD[router : router + 1], module.eps)
+            sources = [*sources, running]
+            scores = torch.cat([scores, score], -1)
+            evidence = _append(evidence, evidence_BT / (router % self.settings.depth_block_size))
+        normalizer = self.settings.depth_normalizer
+        if couplings_R is None:
+            weights_BTS, _ = depth_weights(scores, None, 0.0, normalizer)
+        else:
+            weights_BTS, _ = depth_weights(scores, evidence, couplings_R[router], normalizer)
+        for observer in tuple(_observers):
+            observer(module, router, weights_BTS)
+        if self.settings.depth_scale == "sources":
+            at_zero = {"softmax": len(sources), "softmax1": len(sources) + 1, "sigmoid": 2}
+            weights_BTS = weights_BTS * at_zero[normalizer]
+        return weighted_sum(sources, weights_BTS)
+
+
+def _append(tensor: Tensor, last: Tensor) -> Tensor:
+    """`last` as one more column of the last axis; an empty tensor is no columns yet."""
+    last = last.unsqueeze(-1)
+    return torch.cat([tensor, last], -1) if tensor.numel() else last
+
+
+@contextmanager
+def observe_depth(model: nn.Module, callback: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, each router of `model` calls `callback(router, weights_BTS)`.
+
+    Source 0 is the embedding.  The weights are alpha as normalised, before any `depth_scale`;
+    a partial block comes last.
+    """
+    modules = set(model.modules())
+
+    def observer(router: nn.Module, index: int, weights_BTS: Tensor) -> None:
+        if router in modules:
+            callback(index, weights_BTS)
+
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)

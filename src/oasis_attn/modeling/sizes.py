@@ -1,0 +1,69 @@
+"""Model sizes by name: decoder backbones for training from scratch.
+
+All are Llama layers (RMSNorm before each sublayer, rotary positions, SwiGLU of width 8/3 D rounded
+up to a multiple of 32) with tied embeddings: in models this small, a second vocabulary matrix would
+be most of the parameters.  Counts are of the vanilla model with the size's own vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+from oasis_attn.errors import UserError, check_at_least, check_choice
+
+
+def _llama(*, width: int, layers: int, heads: int, vocab_size: int, length: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": -(-8 * width // (3 * 32)) * 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": width // heads,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": length,
+        "tie_word_embeddings": True,
+    }
+
+
+# Parameters:   nano 2.1 M,  micro 8.5 M,  mini 29.5 M,  small 110 M,  medium 337 M
+SIZES: dict[str, dict[str, Any]] = {
+    "nano": _llama(width=128, layers=8, heads=4, vocab_size=4096, length=2048),
+    "micro": _llama(width=256, layers=8, heads=4, vocab_size=8192, length=2048),
+    "mini": _llama(width=512, layers=8, heads=8, vocab_size=8192, length=2048),
+    "small": _llama(width=768, layers=12, heads=12, vocab_size=32768, length=4096),
+    "medium": _llama(width=1024, layers=24, heads=16, vocab_size=32768, length=4096),
+}
+
+
+def text_config(size_or_path: str | Path, vocab_size: int | None = None) -> PreTrainedConfig:
+    """The backbone's configuration.
+
+    Args:
+        size_or_path: a name in `SIZES`; or a Hugging Face config.json, or the folder holding one.
+        vocab_size: default, the size's or the file's own.
+
+    Raises:
+        UserError: an unknown size (with the nearest one), or a file that is not a configuration.
+    """
+    name = str(size_or_path)
+    if name not in SIZES and Path(name).exists():
+        config = _read(name)
+    else:
+        check_choice("size (or a configuration file)", name, SIZES)
+        config = LlamaConfig(**SIZES[name])
+    if vocab_size is not None:
+        check_at_least("vocab_size", vocab_size, 1)
+        config.vocab_size = vocab_size
+    return config
+
+
+def _read(path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"size: {path!r} is not a Hugging Face configuration ({reason})") from error

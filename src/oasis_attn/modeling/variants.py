@@ -1,0 +1,60 @@
+"""A variant is data: rows of one table over one set of orthogonal settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oasis_attn.errors import check_choice
+
+_PLAIN: dict[str, Any] = {"token_normalizer": "softmax", "residual": "sum", "null_signal": "off"}
+_DEPTH = _PLAIN | {"residual": "depth", "depth_normalizer": "softmax"}
+_OASIS: dict[str, Any] = {
+    "token_normalizer": "softmax1",
+    "residual": "depth",
+    "depth_normalizer": "softmax1",
+    "null_signal": "on",
+}
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    # the literature
+    "vanilla": _PLAIN,
+    "clipped_softmax": _PLAIN | {"token_normalizer": "clipped_softmax", "clip_gamma": -0.03},
+    "gated_attention": _PLAIN | {"output_gate": "head"},
+    "gated_elementwise": _PLAIN | {"output_gate": "elementwise"},
+    "softmax1": _PLAIN | {"token_normalizer": "softmax1"},
+    "learned_sink": _PLAIN | {"token_normalizer": "learned_sink"},
+    "softpick": _PLAIN | {"token_normalizer": "softpick"},
+    "sparsemax": _PLAIN | {"token_normalizer": "sparsemax"},
+    "entmax15": _PLAIN | {"token_normalizer": "entmax15"},
+    "attn_residual": _DEPTH,
+    "attn_residual_block": _DEPTH | {"depth_block_size": 4},
+    # the method
+    "oasis": _OASIS,
+    "oasis_block": _OASIS | {"depth_block_size": 4},
+    # its ablations, one part changed at a time
+    "oasis_signal_off": _OASIS | {"null_signal": "off"},
+    "oasis_signal_shuffled": _OASIS | {"null_signal": "shuffled"},
+    "oasis_depth_softmax": _OASIS | {"depth_normalizer": "softmax"},
+    "oasis_depth_sigmoid": _OASIS | {"depth_normalizer": "sigmoid"},
+    "token_softmax1_only": _DEPTH | {"token_normalizer": "softmax1"},
+    "depth_softmax1_only": _DEPTH | {"depth_normalizer": "softmax1"},
+    "depth_sigmoid_only": _DEPTH | {"depth_normalizer": "sigmoid"},
+    # controls
+    "attn_residual_gated": _DEPTH | {"output_gate": "head"},
+    "attn_residual_softpick": _DEPTH | {"token_normalizer": "softpick"},
+}
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Every variant's settings, as `OasisConfig` takes them: `{name: {setting: value}}`.
+
+    A setting a row does not name is at `OasisConfig`'s default.  `depth_softmax1_only` is inert: in
+    this form it computes what `attn_residual` does up to the norms' eps (see `OasisConfig`).
+    """
+    return {name: dict(settings) for name, settings in _VARIANTS.items()}
+
+
+def settings_of(variant: str) -> dict[str, Any]:
+    """One variant's settings; `UserError` with the nearest name if there is none."""
+    check_choice("variant", variant, tuple(_VARIANTS))
+    return dict(_VARIANTS[variant])

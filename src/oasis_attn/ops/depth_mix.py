@@ -1,0 +1,259 @@
+"""Softmax over depth, and the null signal it listens to.
+
+Attention Residuals (arXiv 2603.15031) read the residual stream as a mix of earlier branch outputs:
+
+    g_{l,i}   = w_l . RMSNorm_l(v_i)                  one pseudo-query w_l per router
+    alpha_l   = softmax_i(g_{l,i})                    per token
+    h_l       = sum_i alpha_{l,i} v_i                 raw values
+
+OASIS (arXiv 2605.17887) lowers the logit of branches whose attention had nothing to say:
+
+    g'_{l,i}  = g_{l,i} - beta_l (psi_i - mean_r psi_r)
+
+Three steps, each usable alone, so that a model scores a source once for all of its routers:
+`depth_scores` (one matrix product and one inverse RMS per source), `depth_weights`, `weighted_sum`.
+None of them stacks the sources or keeps a copy of one for backward.
+
+Axes: B batch, T tokens, D width, S sources, R routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from oasis_attn.errors import UserError, check_choice
+from oasis_attn.ops.normalizers import normalize, null_softmax
+
+BACKENDS = ("auto", "naive", "fused")
+
+
+def depth_mix(
+    sources: Sequence[Tensor],
+    query_D: Tensor,
+    *,
+    key_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    null_evidence: Sequence[Tensor] | None = None,
+    coupling: float | Tensor = 0.0,
+    normalizer: str = "softmax",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mix `sources` by attention over depth; one router.
+
+    Args:
+        sources: S tensors `[B, T, D]` of one dtype, earliest first.
+        query_D: the router's pseudo-query w, `[D]`.
+        key_norm_weight: gain of the RMSNorm on the keys, `[D]`; default 1.
+        eps: of that RMSNorm.
+        null_evidence: psi, S tensors `[B, T]` in [0, 1]; None switches the signal off.
+        coupling: beta >= 0, a number or a tensor of one element; unused without evidence.
+        normalizer: over depth, one of `oasis_attn.ops.normalizers.NORMALIZERS`.
+        backend: `naive` (stacks the sources, float32 inside) or `fused`; `auto` is `fused`.
+
+    Returns:
+        `mixed_BTD` in the dtype of the sources, and `weights_BTS` in float32 (in float64 for
+        float64 sources).
+
+    Raises:
+        UserError: on no sources, on shapes that do not fit, on an unknown name.
+    """
+    check_choice("backend", backend, BACKENDS)
+    _check_shapes(sources, query_D, key_norm_weight, null_evidence)
+    query_1D = (query_D if key_norm_weight is None else query_D * key_norm_weight).unsqueeze(0)
+    score = _naive_scores if backend == "naive" else depth_scores
+    scores_BTS = torch.cat([score(source, query_1D, eps) for source in sources], -1)
+    evidence_BTS = None if null_evidence is None else torch.stack(tuple(null_evidence), -1)
+    weights_BTS, _ = depth_weights(scores_BTS, evidence_BTS, coupling, normalizer)
+    mix = _naive_sum if backend == "naive" else weighted_sum
+    return mix(sources, weights_BTS), weights_BTS
+
+
+def depth_scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> Tensor:
+    """g of one source under R pseudo-queries (key-norm gains folded in): `[B, T, R]`, float32.
+
+    Attention Residuals section 3; the gain of an RMSNorm moves to the query, so that R routers
+    share the source's one inverse RMS and one matrix product.
+    """
+    return _Scores.apply(source_BTD, queries_RD, eps)
+
+
+def depth_weights(
+    scores_BTS: Tensor,
+    evidence_BTS: Tensor | None,
+    coupling: float | Tensor,
+    normalizer: str,
+) -> tuple[Tensor, Tensor]:
+    """alpha `[B, T, S]` and the depth null mass `[B, T]`, from g and psi (OASIS section 3).
+
+    With the softmax, the mean over sources cancels; with Softmax1 it moves the null's own logit.
+    """
+    if evidence_BTS is not None:
+        relative = evidence_BTS - evidence_BTS.mean(-1, keepdim=True)
+        scores_BTS = scores_BTS - coupling * relative
+    if normalizer == "softmax1":
+        return null_softmax(scores_BTS, 0.0)
+    return normalize(scores_BTS, normalizer)
+
+
+def weighted_sum(sources: Sequence[Tensor], weights_BTS: Tensor) -> Tensor:
+    """sum_i weights_i sources_i, `[B, T, D]`, accumulated in the dtype of the weights."""
+    return _WeightedSum.apply(weights_BTS, *sources)
+
+
+def block_mix(
+    sources: Sequence[Tensor], scores_BTSR: Tensor, evidence_BTS: Tensor | None, coupling_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """First phase of block inference: every router of a block against the finished blocks.
+
+    Returns the softmax mixes `[R, B, T, D]` and the log-sum-exps `[R, B, T]` of their logits, which
+    `merge_running` completes one router at a time.  Inference only.
+    """
+    if evidence_BTS is not None:
+        scores_BTSR = scores_BTSR - coupling_R * evidence_BTS.unsqueeze(-1)
+    lse_BTR = scores_BTSR.logsumexp(-2)
+    weights_BTRS = (scores_BTSR - lse_BTR.unsqueeze(-2)).exp().transpose(-1, -2)
+    mixes_BTRD = weights_BTRS.to(sources[0].dtype) @ torch.stack(tuple(sources), -2)
+    return mixes_BTRD.movedim(-2, 0), lse_BTR.movedim(-1, 0)
+
+
+def merge_running(
+    mixed_BTD: Tensor,
+    lse_BT: Tensor,
+    running_BTD: Tensor,
+    score_BT: Tensor,
+    null_logit_BT: Tensor | None = None,
+) -> Tensor:
+    """Second phase: the running block joins by online softmax, as if it had been there throughout.
+
+    `score_BT` is the running block's logit, less `coupling * psi`.  A depth Softmax1 has the null
+    logit `-coupling * mean_r psi_r` (0 without the signal), given as `null_logit_BT`;
+    None is softmax.
+    """
+    total_BT = torch.logaddexp(lse_BT, score_BT)
+    if null_logit_BT is not None:
+        total_BT = torch.logaddexp(total_BT, null_logit_BT)
+    finished = (lse_BT - total_BT).exp().to(mixed_BTD.dtype).unsqueeze(-1)
+    running = (score_BT - total_BT).exp().to(mixed_BTD.dtype).unsqueeze(-1)
+    return finished * mixed_BTD + running * running_BTD
+
+
+# ---------------------------------------------------------------------------------------- naive
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _naive_scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> Tensor:
+    value = _precise(source_BTD)
+    key = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)
+    return key @ queries_RD.to(value.dtype).T
+
+
+def _naive_sum(sources: Sequence[Tensor], weights_BTS: Tensor) -> Tensor:
+    stacked_BTSD = torch.stack([_precise(source) for source in sources], -2)
+    return (weights_BTS.unsqueeze(-1) * stacked_BTSD).sum(-2).to(sources[0].dtype)
+
+
+# ---------------------------------------------------------------------------------------- fused
+
+
+class _Scores(torch.autograd.Function):
+    """(v @ W^T) * r with r = (mean v^2 + eps)^-1/2; keeps v itself, r and the small result."""
+
+    @staticmethod
+    def forward(ctx, source, queries, eps):
+        value = _precise(source)
+        queries = queries.to(value.dtype)
+        square = torch.linalg.vector_norm(value, dim=-1, keepdim=True).square_()
+        inverse_rms = (square / value.shape[-1] + eps).rsqrt_()
+        scores = (value @ queries.T).mul_(inverse_rms)
+        ctx.save_for_backward(source, queries, inverse_rms, scores)
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        source, queries, inverse_rms, scores = ctx.saved_tensors
+        raw = grad * inverse_rms  # gradient of v @ W^T
+        grad_source = grad_queries = None
+        if ctx.needs_input_grad[0]:
+            # d r / d v = -r^3 v / D, and scores = raw product * r
+            radial = (grad * scores).sum(-1, keepdim=True) * inverse_rms.square() / source.shape[-1]
+            grad_source = (raw @ queries).addcmul_(source, radial, value=-1).to(source.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_queries = raw.flatten(0, -2).T @ _precise(source).flatten(0, -2)
+        return grad_source, grad_queries, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """One pass over the sources each way, in blocks of tokens small enough to stay in cache."""
+
+    @staticmethod
+    def forward(ctx, weights, *sources):
+        ctx.save_for_backward(weights, *sources)
+        total = sources[0] * weights[..., :1]
+        for index, source in enumerate(sources[1:], start=1):
+            total.addcmul_(source, weights[..., index : index + 1])
+        return total.to(sources[0].dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weights, *sources = ctx.saved_tensors
+        grad = grad.to(weights.dtype)
+        grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_weights = _row_products(sources, grad).to(weights.dtype)
+        grad_sources = [
+            (grad * weights[..., i : i + 1]).to(source.dtype) if needed else None
+            for i, (source, needed) in enumerate(
+                zip(sources, ctx.needs_input_grad[1:], strict=True)
+            )
+        ]
+        return grad_weights, *grad_sources
+
+
+def _row_products(sources: Sequence[Tensor], other: Tensor) -> Tensor:
+    """`<source_i, other>` over the width, `[..., S]`."""
+    width = other.shape[-1]
+    flat = other.reshape(-1, width)
+    rows = flat.shape[0] if flat.is_cuda else max(1, 2**17 // width)
+    products = flat.new_empty(len(sources), flat.shape[0])
+    scratch = flat.new_empty(min(rows, flat.shape[0]), width)
+    flat_sources = [source.reshape(-1, width) for source in sources]
+    for start in range(0, flat.shape[0], rows):
+        part = flat[start : start + rows]
+        for index, source in enumerate(flat_sources):
+            product = torch.mul(source[start : start + rows], part, out=scratch[: part.shape[0]])
+            torch.sum(product, -1, out=products[index, start : start + rows])
+    return products.T.reshape(*other.shape[:-1], len(sources))
+
+
+# --------------------------------------------------------------------------------------- checks
+
+
+def _check_shapes(sources, query_D, key_norm_weight, null_evidence) -> None:
+    if not sources:
+        raise UserError("sources: none given; at least one tensor [batch, tokens, width] is needed")
+    first = sources[0]
+    for index, source in enumerate(sources):
+        if source.dim() != 3 or source.shape != first.shape or source.dtype != first.dtype:
+            raise UserError(
+                f"sources: number {index} is {list(source.shape)} {source.dtype}; all must be"
+                f" [batch, tokens, width] like number 0, {list(first.shape)} {first.dtype}"
+            )
+    for name, vector in (("query_D", query_D), ("key_norm_weight", key_norm_weight)):
+        if vector is not None and vector.shape != first.shape[-1:]:
+            raise UserError(f"{name}: shape {list(vector.shape)} is not [{first.shape[-1]}]")
+    if null_evidence is not None:
+        shapes = {tuple(evidence.shape) for evidence in null_evidence}
+        if len(null_evidence) != len(sources) or shapes != {tuple(first.shape[:-1])}:
+            raise UserError(
+                f"null_evidence: {len(null_evidence)} tensors of shapes {sorted(shapes)};"
+                f" {len(sources)} of shape {list(first.shape[:-1])} are needed, one per source"
+            )

@@ -1,0 +1,94 @@
+"""Quantisation over a tensor's own range, and quantisers as modules: dynamic and static."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from oasis_attn.errors import UserError, check_choice
+from oasis_attn.quantization.grids import Grid, Levels, place, snap, to_blocks
+from oasis_attn.quantization.ranges import ESTIMATORS, Estimator
+
+
+def fake_quantize(x: Tensor, grid: Grid, *, estimator: str = "minmax", site: str = "x") -> Tensor:
+    """Quantise `x` over its own range and return it in its own shape and dtype.
+
+    Args:
+        x: floating point, finite (`UserError` otherwise), of any shape that `grid` can block.
+        grid: levels and blocks.
+        estimator: a name in `ESTIMATORS`; how the range of each block is chosen.
+        site: how error messages call `x`.
+    """
+    if x.numel() == 0:
+        return x
+    check_choice("estimator", estimator, ESTIMATORS)
+    chosen = ESTIMATORS[estimator](grid, site)
+    chosen.update(x.detach())
+    return snap(to_blocks(x, grid, site), place(*chosen.range(), grid)).view(x.shape)
+
+
+class DynamicQuantizer(nn.Module):
+    """Quantises each input over that input's own min-max range."""
+
+    def __init__(self, grid: Grid, *, site: str = "x") -> None:
+        super().__init__()
+        self.grid, self.site = grid, site
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.grid, site=self.site)
+
+    def extra_repr(self) -> str:
+        return repr(self.grid)
+
+
+class StaticQuantizer(nn.Module):
+    """Quantises every input over one range, fixed beforehand on calibration data.
+
+    Inside `observing` inputs pass unchanged and feed the estimator; afterwards the range is fixed.
+    The buffers `scale`, `lowest` and `highest` ([1], see `Levels`) are NaN until then.
+    """
+
+    scale: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def __init__(self, grid: Grid, *, estimator: str = "minmax", site: str = "x") -> None:
+        super().__init__()
+        if grid.granularity != "tensor":
+            raise UserError(
+                f"granularity: {grid.granularity!r} has no static range; it must be 'tensor'"
+            )
+        check_choice("estimator", estimator, ESTIMATORS)
+        self.grid, self.site, self.estimator = grid, site, estimator
+        self._observer: Estimator | None = None
+        for name in Levels._fields:
+            self.register_buffer(name, torch.full((1,), torch.nan))
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Collect the range of all inputs seen inside; `UserError` if there were none."""
+        self._observer = ESTIMATORS[self.estimator](self.grid, self.site)
+        try:
+            yield
+            levels = place(*self._observer.range(), self.grid)
+        finally:
+            self._observer = None
+        for name, value in levels._asdict().items():
+            setattr(self, name, value)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the greatest value that inputs can take."""
+        return float(self.scale * self.lowest), float(self.scale * self.highest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._observer is None:
+            return snap(x, Levels(self.scale, self.lowest, self.highest))
+        self._observer.update(x.detach())
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.grid}, estimator={self.estimator!r}"

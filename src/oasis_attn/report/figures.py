@@ -1,0 +1,287 @@
+"""Records in, matplotlib figures out.
+
+Every figure says in its title what is shown and, below it, the name the measure has in the record
+and the data it was read on.  Colours: Paul Tol's `bright` scheme for lines (told apart by
+colour-blind readers, on light and dark grounds), viridis for maps.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from oasis_attn.errors import UserError
+from oasis_attn.records import Record
+from oasis_attn.report.tables import label, number
+
+INK, MUTED, RULE = "#24292f", "#68717b", "#d5dae0"
+LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
+_STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "oasis",
+}
+
+_INF_NORM, _KURTOSIS = "outlier.inf_norm_layer", "outlier.kurtosis_layer"
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+def sink_map(record: Record) -> Figure:
+    """First-token attention mass of every layer and head: table `sink.mass` [L][H]."""
+    return _map(
+        record,
+        "sink.mass",
+        title="Attention on the first token",
+        colour_label="mean attention probability",
+        across="head",
+        down="layer",
+    )
+
+
+def null_map(record: Record) -> Figure:
+    """Null mass of every layer and head: table `null.mass` [L][H]."""
+    return _map(
+        record,
+        "null.mass",
+        title="Attention on the null option",
+        colour_label="mean null mass",
+        across="head",
+        down="layer",
+    )
+
+
+def depth_map(record: Record) -> Figure:
+    """Mean weight each depth router gives to each source: table `depth.weights`, [router][source].
+
+    Rows may differ in length: a router sees only what was computed before it.
+    """
+    return _map(
+        record,
+        "depth.weights",
+        title="What each depth router reads",
+        colour_label="mean weight",
+        across="source (0 is the embedding)",
+        down="router",
+    )
+
+
+def outlier_lines(records: Sequence[Record]) -> Figure:
+    """Largest value and kurtosis of the state leaving each layer, one line per record, log scale.
+
+    Tables `outlier.inf_norm_layer` [L] and `outlier.kurtosis_layer` [L].
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.2, 3.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for record, colour in zip(records, _colours(records), strict=True):
+            for axes, name in ((left, _INF_NORM), (right, _KURTOSIS)):
+                values = np.array(_table(record, name), dtype=float)
+                axes.plot(values, color=colour, marker="o", label=label(record))
+        normal = right.axhline(
+            3, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="normal distribution"
+        )
+        right.legend(handles=[normal])
+        _head(left, "Largest value leaving each layer", _INF_NORM)
+        _head(right, "Kurtosis of the state leaving each layer", _KURTOSIS)
+        left.set_ylabel("max |h|, mean over windows")
+        right.set_ylabel("kurtosis")
+        for axes in (left, right):
+            axes.set_yscale("log")
+            axes.set_xlabel("layer")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(records) > 1:
+            left.legend()
+    return figure
+
+
+def loss_lines(records: Sequence[Record]) -> Figure:
+    """Training loss over steps, one line per training record: table `loss` [{step, loss, ...}]."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.2, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for record, colour in zip(records, _colours(records), strict=True):
+            rows = _table(record, "loss")
+            steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+            axes.plot(steps, losses, color=colour, label=label(record))
+        _head(axes, "Training loss", "cross-entropy of the next token, logged every few steps")
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.legend()
+    return figure
+
+
+def overview(models: Sequence[Sequence[Record]]) -> Figure:
+    """One picture: the first model's sinks, and every model's outliers and 8-bit perplexity.
+
+    Args:
+        models: the records of each model, one of kind `diagnosis` and one of kind `quantization`.
+    """
+    kinds = [{record.kind: record for record in records} for records in models]
+    diagnoses = [kind["diagnosis"] for kind in kinds]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(12.5, 3.9), layout="constrained")
+        sinks, largest, damage = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.15))
+        _draw_map(
+            figure,
+            sinks,
+            _rectangle(_table(diagnoses[0], "sink.mass")),
+            colour_label="mean attention probability",
+        )
+        sinks.set(xlabel="head", ylabel="layer")
+        _head(sinks, f"Attention on the first token: {label(diagnoses[0])}", "sink.mass")
+        for row, (kind, colour) in enumerate(zip(kinds, _colours(diagnoses), strict=True)):
+            peaks = np.array(_table(kind["diagnosis"], _INF_NORM), dtype=float)
+            place = (np.arange(len(peaks)) + 1) / len(peaks)
+            largest.plot(place, peaks, color=colour, marker="o", markersize=3)
+            ends = [kind[name]["perplexity.windowed"] for name in ("diagnosis", "quantization")]
+            damage.plot(ends, [row, row], color=colour)
+            damage.plot(ends[:1], [row], color=colour, marker="o", markersize=8, fillstyle="none")
+            damage.plot(ends[1:], [row], color=colour, marker="o", markersize=8)
+        _head(largest, "Largest value leaving each layer", _INF_NORM)
+        largest.set(xlabel="depth (share of layers)", ylabel="max |h|", yscale="log")
+        _head(damage, "Perplexity, and after W8A8", "open: float32; filled: 8-bit")
+        damage.set(xlabel="perplexity", xscale="log", ylim=(len(kinds) - 0.5, -0.5))
+        for axis_formatter in (damage.xaxis.set_major_formatter, damage.xaxis.set_minor_formatter):
+            axis_formatter(lambda value, _position: number(value))
+        damage.set_yticks(range(len(kinds)), labels=[label(record) for record in diagnoses])
+        for text, colour in zip(damage.get_yticklabels(), _colours(diagnoses), strict=True):
+            text.set(color=colour, fontweight="bold")
+    return figure
+
+
+def diagnosis_figures(record: Record) -> dict[str, Figure]:
+    """Every figure this diagnosis has tables for, by file name."""
+    figures = {"first-token-mass": sink_map(record), "outliers": outlier_lines([record])}
+    if "null.mass" in record.tables:
+        figures["null-mass"] = null_map(record)
+    if "depth.weights" in record.tables:
+        figures["depth-weights"] = depth_map(record)
+    return figures
+
+
+def save_figures(record: Record, folder: str | Path) -> list[Path]:
+    """Write every figure of a diagnosis to `folder` as PNG; the paths written."""
+    figures = diagnosis_figures(record)
+    return [save_png(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
+
+
+def save_png(figure: Figure, path: str | Path) -> Path:
+    """Write `figure` as a PNG of 200 dots per inch beside `path`, then rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
+    os.close(descriptor)
+    try:
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(temporary, dpi=200, format="png")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def svg(figure: Figure) -> str:
+    """`figure` as an inline <svg> element that takes ink and rules from the page's CSS.
+
+    Text stays text; the page must define `--muted` and `--rule`.
+    """
+    stream = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, name in ((INK, "currentColor"), (MUTED, "var(--muted)"), (RULE, "var(--rule)")):
+        text = text.replace(colour, name)
+    return text
+
+
+def _map(
+    record: Record, table: str, *, title: str, colour_label: str, across: str, down: str
+) -> Figure:
+    values = _rectangle(_table(record, table))
+    rows, columns = values.shape
+    with matplotlib.rc_context(_STYLE):
+        size = (min(8.2, 2.6 + 0.34 * columns), min(7.5, 1.5 + 0.19 * rows))
+        figure = Figure(figsize=(max(size[0], 4.6), max(size[1], 2.6)), layout="constrained")
+        axes = figure.subplots()
+        _draw_map(figure, axes, values, colour_label=colour_label)
+        axes.set(xlabel=across, ylabel=down)
+        _head(axes, f"{title}: {label(record)}", table)
+    return figure
+
+
+def _draw_map(figure: Figure, axes: Axes, values: np.ndarray, *, colour_label: str) -> None:
+    rows, columns = values.shape
+    # A fixed 0..1 scale, so that maps of different models can be compared by eye.
+    mesh = axes.pcolormesh(values, vmin=0, vmax=1, cmap="viridis", edgecolors="face", linewidth=0.2)
+    axes.set_xticks(np.arange(0, columns, _stride(columns)) + 0.5, labels=_ticks(columns))
+    axes.set_yticks(np.arange(0, rows, _stride(rows)) + 0.5, labels=_ticks(rows))
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(mesh, ax=axes, label=colour_label, aspect=30)
+    bar.outline.set_visible(False)
+
+
+def _head(axes: Axes, title: str, subtitle: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
+    axes.annotate(
+        subtitle, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
+        color=MUTED, fontsize=8.5,
+    )  # fmt: skip
+
+
+def _table(record: Record, name: str) -> Any:
+    if name not in record.tables:
+        raise UserError(f"record: it has no table {name!r}; it has {sorted(record.tables)}")
+    return record.tables[name]
+
+
+def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Ragged rows as an array, NaN (drawn as nothing) where a row ends early."""
+    values = np.full((len(rows), max(map(len, rows))), np.nan)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = [float(value) for value in row]
+    return values
+
+
+def _colours(records: Sequence[Record]) -> list[str]:
+    return [LINES[index % len(LINES)] for index in range(len(records))]
+
+
+def _stride(count: int) -> int:
+    return next(stride for stride in (1, 2, 5, 10, 20, 50, 100, count) if count / stride <= 12)
+
+
+def _ticks(count: int) -> list[str]:
+    return [str(index) for index in range(0, count, _stride(count))]

@@ -1,0 +1,1 @@
+"""Runs that put the rooms together: train, measure, quantise, compare, report."""

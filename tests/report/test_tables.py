@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from oasis_attn.records import Metric, Record
+from oasis_attn.report import comparison, layer_table, number, summary_table, variants_table
+
+
+def record(**values: float) -> Record:
+    metrics = tuple(Metric(name=name, value=value) for name, value in values.items())
+    elsewhere = Metric(name="loss", value=99.0, where="layers.0")
+    return Record(kind="diagnosis", subject={}, metrics=(*metrics, elsewhere), environment={})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (3.14159, "3.142"),
+        (-0.00012346, "-0.0001235"),
+        (999.96, "1000"),
+        (22552.4, "22,552"),
+        (1.5e9, "1.5e+09"),
+        (float("inf"), "inf"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_number(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_one_seed_is_shown_as_it_is_and_several_as_mean_and_range() -> None:
+    table = comparison(
+        {"one": [record(loss=2.0)], "three": [record(loss=x) for x in (1.0, 2.0, 6.0)]},
+        {"loss (nats)": ("diagnosis", "loss")},
+    )
+    assert table.columns == ("model", "loss (nats)")
+    assert table.rows == (("one", "2"), ("three", "3 [1, 6]"))
+
+
+def test_each_column_reads_one_kind_of_record() -> None:
+    records = [record(loss=1.0), replace(record(loss=2.0), kind="quantization")]
+    columns = {kind: (kind, "loss") for kind in ("quantization", "diagnosis", "training")}
+    assert comparison({"m": records}, columns).rows == (("m", "2", "1", "-"),)
+
+
+def test_variants_table_shows_what_differs_from_the_first() -> None:
+    vanilla = {"residual": "sum", "null_signal": "off"}
+    table = variants_table({"vanilla": vanilla, "depth": vanilla | {"residual": "depth", "x": 4}})
+    assert table.columns == ("variant", "settings unlike vanilla's")
+    assert table.rows == (("vanilla", ""), ("depth", "residual=depth x=4"))
+
+
+def test_tables_of_a_record_have_a_row_per_measure_and_per_layer() -> None:
+    tables = {
+        "outlier.inf_norm_layer": [1.0, "inf"],
+        "outlier.kurtosis_layer": [3.0, 4.0],
+        "sink.mass": [[0.0, 1.0], [0.25, 0.25]],
+    }
+    diagnosis = replace(record(loss=2.0), subject={"name": "folder/model"}, tables=tables)
+    whole, layers = summary_table(diagnosis), layer_table(diagnosis)
+    assert whole.title == "model"
+    assert whole.rows == (("loss", "2", "-"),)
+    assert layers.columns == ("layer", "max |h|", "kurtosis", "first-token mass")
+    assert layers.rows == (("0", "1", "3", "0.5"), ("1", "inf", "4", "0.25"))

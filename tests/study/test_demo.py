@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from oasis_attn.data import train_tokenizer
+from oasis_attn.errors import UserError
+from oasis_attn.records import Record
+from oasis_attn.study.demo import COLUMNS, VARIANTS, Demo, run_demo
+
+SENTENCES = [
+    f"Paragraph {n}: the {noun} of {n * n} {verb} what was said on page {n % 7}.\n\n"
+    for n in range(400)
+    for noun, verb in (("square", "repeats"), ("reader", "forgets"), ("river", "carries"))
+]
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, a size, and a pretrained model with its tokenizer; nothing of the real ones."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "text.txt").write_text("".join(SENTENCES), encoding="utf-8")
+    config = LlamaConfig(**TINY)
+    LlamaForCausalLM(config).save_pretrained(folder / "pretrained")
+    train_tokenizer(SENTENCES, 300).save_pretrained(folder / "pretrained")
+    config.save_pretrained(folder / "size")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(folder: Path) -> Demo:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OASIS_CACHE", str(folder / "cache"))
+        return run_demo(
+            folder / "out",
+            pretrained=str(folder / "pretrained"),
+            prose=str(folder / "text.txt"),
+            window=32,
+            windows=2,
+            size=str(folder / "size"),
+            corpus=str(folder / "text.txt"),
+            block_length=32,
+            batch_size=2,
+            steps=3,
+        )
+
+
+def test_every_model_has_every_number_of_the_table(demo: Demo) -> None:
+    numbers = demo.numbers()
+    assert list(numbers) == ["pretrained", *VARIANTS]
+    assert all(list(row) == list(COLUMNS) for row in numbers.values())
+    assert len(demo.table.rows) == 4
+    assert "-" not in {cell for row in demo.table.rows for cell in row}
+
+
+def test_models_are_measured_alike_and_never_on_what_calibrated_them(demo: Demo) -> None:
+    small = [demo.records[variant] for variant in VARIANTS]
+    assert len({records[1].data["tokens_sha256"] for records in small}) == 1
+    for records in demo.records.values():
+        plain, low = records[-2:]
+        assert plain.data == low.data
+        assert low.subject["sites"]
+        assert not any(site.endswith("lm_head") for site in low.subject["sites"])
+
+
+def test_the_folder_holds_page_records_and_figures(demo: Demo, folder: Path) -> None:
+    out = folder / "out"
+    assert (out / "index.html").stat().st_size > 10_000
+    assert (out / "overview.png").is_file()
+    for name, records in demo.records.items():
+        for record in records:
+            path = out / "records" / f"{name}-{record.kind}.json"
+            assert Record.load(path).to_json() == record.to_json()
+    assert (out / "figures" / "oasis" / "null-mass.png").is_file()
+    assert not (out / "figures" / "vanilla" / "null-mass.png").exists()
+    assert [path for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_page_states_what_the_records_hold(demo: Demo, folder: Path) -> None:
+    page = (folder / "out" / "index.html").read_text(encoding="utf-8")
+    for row in demo.table.rows:
+        assert all(f">{cell}</td>" in page for cell in row)
+    assert json.dumps(demo.numbers())
+
+
+def test_a_taken_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        run_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_wrong_values_are_told_before_any_work(tmp_path: Path) -> None:
+    for wrong in ({"windows": 0}, {"window": 1}, {"steps": 0}, {"size": "nanno"}, {"seed": -1}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            run_demo(tmp_path / "out", **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_that_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        run_demo(tmp_path / "out", pretrained=str(folder / "absent"))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from oasis_attn.errors import UserError
+from oasis_attn.training import TrainingConfig
+
+
+def test_defaults_are_valid_and_json():
+    config = TrainingConfig(out="x")
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert not {"out", "resume"} & config.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variant": "oasys"}, "variant: 'oasys' .* did you mean 'oasis'"),
+        ({"size": "nono"}, "did you mean 'nano'"),
+        ({"steps": 0}, "steps: 0 is not a number of at least 1"),
+        ({"steps": 1.5}, "steps: 1.5 is not a whole number"),
+        ({"seed": -1}, "seed: -1"),
+        ({"block_length": 1}, "block_length: 1"),
+        ({"batch_size": True}, "batch_size: True"),
+        ({"gradient_accumulation": 0}, "gradient_accumulation: 0"),
+        ({"learning_rate": -1e-3}, "learning_rate: -0.001"),
+        ({"learning_rate": float("nan")}, "learning_rate: nan"),
+        ({"warmup": 1.5}, "warmup: 1.5 is a share"),
+        ({"weight_decay": -1}, "weight_decay: -1"),
+        ({"clip": 0}, "clip: 0 is not above 0"),
+        ({"save_every": 25, "log_every": 10}, "save_every: 25 is not a multiple of log_every=10"),
+        ({"eval_windows": 0}, "eval_windows: 0"),
+        ({"vocab_size": 0}, "vocab_size: 0"),
+    ],
+)
+def test_bad_values(change, message):
+    with pytest.raises(UserError, match=message):
+        TrainingConfig(out="x", **change)
