@@ -18,6 +18,7 @@ _HOMES = {
     "Record": "oasis_attn.records",
     "UserError": "oasis_attn.errors",
     "diagnose": "oasis_attn.measure",
+    "quantize": "oasis_attn.quantization",
     "variants": "oasis_attn.modeling.variants",
 }
 

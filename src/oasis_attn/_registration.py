@@ -1,6 +1,6 @@
 """Teach transformers' Auto classes about us when they are first imported, and not before.
 
-`import oasis_attn` stays cheap, and yet `AutoModelForCausalLM.from_pretrained` knows our checkpoints
+`import oasis_attn` stays cheap, and yet `AutoModelForCausalLM` knows our checkpoints,
 whichever of the two libraries was imported first.
 """
 

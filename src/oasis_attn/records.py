@@ -27,6 +27,57 @@ FORMAT = 1
 _PACKAGES = ("oasis-attn", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy")
 
 
+@cache
+def machine() -> dict[str, Any]:
+    """Versions, hardware and the git commit of the running code (computed once per process)."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.system(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit the package's own source was read from, `+` if it has since been changed."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        if not git("ls-files", "--", Path(__file__).name):
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """One number.
@@ -51,7 +102,7 @@ class Record:
     """What was measured, on what, and how to get it again.
 
     Attributes:
-        kind: `diagnosis`, `training` or `quantization`.
+        kind: `diagnosis`, `training`, `quantization` or `benchmark`.
         subject: the model: name, variant, settings, parameter count.
         data: corpus, split, content hash, windows, tokens.
         seed: of the run; None where nothing was drawn.
@@ -119,54 +170,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-@cache
-def machine() -> dict[str, Any]:
-    """Versions, hardware and the git commit of the running code (computed once per process)."""
-    import torch
-
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    cuda = torch.cuda.is_available()
-    return {
-        "versions": versions,
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.system(),
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit the package's own source was read from, `+` if it has since been changed."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *words],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-
-    try:
-        if not git("ls-files", "--", Path(__file__).name):
-            return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

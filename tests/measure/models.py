@@ -15,7 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from oasis_attn.modeling import OasisConfig, OasisForCausalLM, variants
+from oasis_attn import OasisConfig, OasisForCausalLM, variants
 
 VOCABULARY = 50
 _SIZE = {

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from oasis_attn import variants
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
-from oasis_attn.modeling import variants
 from oasis_attn.records import Record
 
 from .models import CONFIGS, VOCABULARY, native, ours, tokens

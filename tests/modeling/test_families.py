@@ -50,6 +50,11 @@ def test_zero_queries_and_a_low_null_are_the_native_model(family, block, ids):
         torch.testing.assert_close(ours(ids).logits, native(ids).logits, rtol=0, atol=bound)
 
 
+def test_a_post_norm_family_needs_the_scaled_mix():
+    with pytest.raises(UserError, match=r"depth_scale: 'none' would shrink .*'olmo2'"):
+        OasisForCausalLM(OasisConfig(text_config=tiny_config("olmo2")))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

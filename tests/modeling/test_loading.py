@@ -15,8 +15,8 @@ from transformers import (
     T5Config,
 )
 
+from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.errors import UserError
-from oasis_attn.modeling import OasisConfig, OasisForCausalLM
 from oasis_attn.modeling.loading import load_model
 
 TEXT = LlamaConfig(

@@ -15,7 +15,7 @@ def demo(
         "demo"
     ),
     pretrained: Annotated[str, Option(help="The pretrained model to diagnose.")] = "smollm2",
-    steps: Annotated[int, Option(help="Training steps of each small model.")] = 400,
+    steps: Annotated[int, Option(help="Training steps of each small model.")] = 250,
     windows: Annotated[int, Option(help="Windows of text each measurement reads.")] = 16,
     seed: Annotated[int, Option(help="Of initial weights and data order.")] = 0,
     as_json: AsJson = False,

@@ -59,6 +59,15 @@ FAMILIES = {
 }
 
 
+def check_scaled(text_config: PreTrainedConfig, residual: str, depth_scale: str) -> None:
+    """Refuse an unscaled mix where no pre-norm undoes its scale."""
+    if residual == "depth" and depth_scale == "none" and family_of(text_config).pre_mlp is None:
+        raise UserError(
+            f"depth_scale: 'none' would shrink the input of {text_config.model_type!r}, a post-norm"
+            " family, with every source; it needs 'sources'"
+        )
+
+
 def family_of(text_config: PreTrainedConfig) -> Family:
     """The adapter for this config's `model_type`; `UserError` naming the supported ones."""
     if getattr(text_config, "is_encoder_decoder", False):

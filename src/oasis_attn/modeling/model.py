@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention import oasis_attention  # noqa: F401  (registers the function)
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
-from oasis_attn.modeling.families import Family, family_of
+from oasis_attn.modeling.families import Family, check_scaled, family_of
 from oasis_attn.modeling.residual import DepthRouter, DepthStream, Routing, SumStream
 
 
@@ -190,7 +190,7 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: OasisConfig):
         super().__init__(config)
-        family_of(config.text_config)
+        check_scaled(config.text_config, config.residual, config.depth_scale)
         self.model = _routed_model(type(config.text_config))(config)  # type: ignore[arg-type]
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -80,7 +80,7 @@ def run_demo(
     corpus: str = "stdlib",
     block_length: int = 256,
     batch_size: int = 8,
-    steps: int = 400,
+    steps: int = 250,
     seed: int = 0,
 ) -> Demo:
     """Run the demo and write `out`: index.html, overview.png, records/, figures/, models/.

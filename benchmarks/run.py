@@ -1,0 +1,92 @@
+"""Measure every bound the project sets itself, print the table, and keep the record.
+
+python benchmarks/run.py [--rounds N] [attention] [training_step] [start]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import attention
+import training_step
+from oasis_attn.records import Metric, Record
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "benchmarks.json"
+BOUNDS = {
+    "attention.time_over_sdpa": ("<=", 1.25),
+    "attention.memory_over_sdpa": ("<=", 1.1),
+    "attention.speed_over_naive": (">=", 7),
+    "training_step.oasis_block_time_over_vanilla": ("<=", 1.10),
+    "training_step.oasis_block_memory_over_vanilla": ("<=", 1.15),
+    "training_step.oasis_time_over_vanilla": ("<=", 1.20),
+    "training_step.oasis_memory_over_vanilla": ("<=", 1.15),
+    "training_step.oasis_time_over_authors": ("<=", 0.5),
+    "training_step.oasis_memory_over_authors": ("<=", 0.5),
+    "start.import_seconds_beyond_torch": ("<=", 0.3),
+    "start.help_seconds": ("<=", 1.0),
+}
+
+
+def start(rounds: int) -> dict[str, float]:
+    """Seconds until the package is imported, torch's own import aside, and until --help is shown."""
+
+    def seconds(*command: str) -> float:
+        times = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, capture_output=True)
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+    torch, both = seconds("-c", "import torch"), seconds("-c", "import torch, oasis_attn")
+    return {
+        "start.import_seconds_beyond_torch": both - torch,
+        "start.help_seconds": seconds("-m", "oasis_attn", "--help"),
+    }
+
+
+SUITES = {
+    "attention": attention.measure,
+    "training_step": training_step.measure,
+    "start": start,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suites", nargs="*", default=list(SUITES), choices=[[], *SUITES])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    numbers: dict[str, float] = {}
+    for name in arguments.suites:
+        numbers |= SUITES[name](arguments.rounds)
+
+    table = Table("measure", "value", "bound", "holds")
+    failed = False
+    for name, value in numbers.items():
+        relation, bound = BOUNDS.get(name, ("", None))
+        holds = bound is None or (value <= bound if relation == "<=" else value >= bound)
+        failed |= not holds
+        shown = "" if bound is None else f"{relation} {bound}"
+        table.add_row(
+            name, f"{value:.3f}", shown, "" if bound is None else "yes" if holds else "NO"
+        )
+    Console().print(table)
+    if set(arguments.suites) == set(SUITES):
+        metrics = tuple(Metric(name=k, value=v, n=arguments.rounds) for k, v in numbers.items())
+        Record(kind="benchmark", subject={"rounds": arguments.rounds}, metrics=metrics).save(
+            RESULTS
+        )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
