@@ -36,7 +36,7 @@ BOUNDS = {
 
 
 def start(rounds: int) -> dict[str, float]:
-    """Seconds until the package is imported, torch's own import aside, and until --help is shown."""
+    """Seconds to import the package, torch aside, and to show --help."""
 
     def seconds(*command: str) -> float:
         times = []
