@@ -49,7 +49,7 @@ def demo(folder: Path) -> Demo:
             pretrained=str(folder / "pretrained"),
             prose=str(folder / "text.txt"),
             window=32,
-            windows=2,
+            windows=20,
             size=str(folder / "size"),
             corpus=str(folder / "text.txt"),
             block_length=32,
@@ -72,6 +72,7 @@ def test_models_are_measured_alike_and_never_on_what_calibrated_them(demo: Demo)
     for records in demo.records.values():
         plain, low = records[-2:]
         assert plain.data == low.data
+        assert plain.data["windows"] == low.subject["calibration_windows"] == 20
         assert low.subject["sites"]
         assert not any(site.endswith("lm_head") for site in low.subject["sites"])
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -190,7 +191,7 @@ class _CpuFlash(torch.autograd.Function):
             blind = ~mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) == -math.inf
             keep, null = keep.masked_fill(blind, 0), null.masked_fill(blind, 1)
             total = torch.where(blind, c.clamp(min=torch.finfo(c.dtype).min), total)
-        out = (out * keep.unsqueeze(-1)).to(query.dtype)
+        out = out.mul_(keep.unsqueeze(-1))
         ctx.save_for_backward(query, key, value, out, null, total, mask)
         ctx.is_causal, ctx.scale = is_causal, scale
         ctx.set_materialize_grads(False)
@@ -202,9 +203,7 @@ class _CpuFlash(torch.autograd.Function):
     def backward(ctx, grad_out, grad_null, _grad_total):
         # Flash backward: dS = P * (dP - delta), P = exp(s - lse), delta = rowsum(dOut * Out).  With
         # lse' for lse, P is the null form's p, and with its Out all three gradients are its own.  A
-        # gradient on null adds -p_j * null * dNull to dS_j, that is, null * dNull to delta.  Out is
-        # read for delta alone, so it is added there through one column of Out: x in column 0 adds
-        # dOut_0 * x.  A dOut_0 of zero is first moved by _TINY, which no result can feel.
+        # gradient on null adds -p_j * null * dNull to dS_j, that is, null * dNull to delta.
         query, key, value, out, null, total, mask = ctx.saved_tensors
         if grad_out is None:
             if grad_null is None:
@@ -217,17 +216,48 @@ class _CpuFlash(torch.autograd.Function):
             if grad_null is not None:
                 grad_c = grad_c + grad_null * null * (1 - null)
             grad_c = grad_c.sum((0, 2))
-        if grad_null is not None:
-            shift, first = null * grad_null, grad_out[..., 0].to(null.dtype)
-            first = first.masked_fill((first.abs() < _TINY) & (shift != 0), _TINY)
-            grad_out, out = grad_out.clone(), out.clone()
-            grad_out[..., 0] = first
-            out[..., 0] += torch.where(shift == 0, 0, shift / first)
-        grad_query, grad_key, grad_value = _flash_backward(
-            grad_out, query, key, value, out, total, 0.0, ctx.is_causal,
-            attn_mask=_additive(mask, query), scale=ctx.scale,
-        )  # fmt: skip
+        shift = None if grad_null is None else null * grad_null
+        with _delta_shifted(grad_out, out, shift) as (grad_out, out):
+            grad_query, grad_key, grad_value = _flash_backward(
+                grad_out,
+                query,
+                key,
+                value,
+                out,
+                total,
+                0.0,
+                ctx.is_causal,
+                attn_mask=_additive(mask, query),
+                scale=ctx.scale,
+            )
         return grad_query, grad_key, grad_value, grad_c, None, None, None
+
+
+@contextmanager
+def _delta_shifted(grad_out, out, shift):
+    """`grad_out` and `out` such that rowsum(grad_out * out) has grown by `shift`, for a while.
+
+    The kernel reads `out` for that sum alone, so one column of it will do: x in column 0 adds
+    grad_out_0 * x.  A grad_out_0 of zero is moved by _TINY, which no result can feel.  The columns
+    are changed in place and put back, for copies of both would be a third of the peak memory.
+    """
+    if shift is None:
+        yield grad_out, out
+        return
+    same = grad_out.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
+    if torch.compiler.is_compiling() or same or 0 in grad_out.stride():
+        grad_out, out = grad_out.clone(memory_format=torch.contiguous_format), out.clone()
+    columns = [grad_out.data[..., 0], out.data[..., 0]]  # .data: no version is bumped
+    before = [column.clone() for column in columns]
+    first = before[0].to(shift.dtype)
+    first.masked_fill_((first.abs() < _TINY) & (shift != 0), _TINY)
+    try:
+        columns[0].copy_(first)
+        columns[1].add_(torch.where(shift == 0, 0, shift / first))
+        yield grad_out, out
+    finally:
+        for column, values in zip(columns, before, strict=True):
+            column.copy_(values)
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:

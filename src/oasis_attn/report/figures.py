@@ -1,8 +1,8 @@
 """Records in, matplotlib figures out.
 
-Every figure says in its title what is shown and, below it, the name the measure has in the record
-and the data it was read on.  Colours: Paul Tol's `bright` scheme for lines (told apart by
-colour-blind readers, on light and dark grounds), viridis for maps.
+Every figure says in its title what is shown and, below it, the name it has in the record.
+Colours: Paul Tol's `bright` scheme for lines (told apart by colour-blind readers, on light and dark
+grounds), viridis for maps.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import os
 import tempfile
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from oasis_attn.errors import UserError
 from oasis_attn.records import Record
 from oasis_attn.report.tables import label, number
 
 INK, MUTED, RULE = "#24292f", "#68717b", "#d5dae0"
-LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#888888")
+OWN_COLOURS = {"vanilla": "#4477aa", "attn_residual": "#ee6677", "oasis": "#228833"}
+COLOURS = ("#aa3377", "#66ccee", "#ccbb44", "#888888")
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -110,11 +113,11 @@ def outlier_lines(records: Sequence[Record]) -> Figure:
         )
         right.legend(handles=[normal])
         _head(left, "Largest value leaving each layer", _INF_NORM)
-        _head(right, "Kurtosis of the state leaving each layer", _KURTOSIS)
+        _head(right, "Kurtosis leaving each layer", _KURTOSIS)
         left.set_ylabel("max |h|, mean over windows")
         right.set_ylabel("kurtosis")
         for axes in (left, right):
-            axes.set_yscale("log")
+            _log_scale(axes)
             axes.set_xlabel("layer")
             axes.xaxis.get_major_locator().set_params(integer=True)
         if len(records) > 1:
@@ -161,17 +164,24 @@ def overview(models: Sequence[Sequence[Record]]) -> Figure:
             peaks = np.array(_table(kind["diagnosis"], _INF_NORM), dtype=float)
             place = (np.arange(len(peaks)) + 1) / len(peaks)
             largest.plot(place, peaks, color=colour, marker="o", markersize=3)
-            ends = [kind[name]["perplexity.windowed"] for name in ("diagnosis", "quantization")]
-            damage.plot(ends, [row, row], color=colour)
-            damage.plot(ends[:1], [row], color=colour, marker="o", markersize=8, fillstyle="none")
-            damage.plot(ends[1:], [row], color=colour, marker="o", markersize=8)
+            before, after = (kind[k]["perplexity.windowed"] for k in ("diagnosis", "quantization"))
+            damage.plot([1, after / before], [row, row], color=colour)
+            damage.plot([after / before], [row], color=colour, marker="o", markersize=8)
+            damage.annotate(
+                f"{number(before)} to {number(after)}", (1, row), (0, 9),
+                textcoords="offset points", color=MUTED,
+            )  # fmt: skip
         _head(largest, "Largest value leaving each layer", _INF_NORM)
-        largest.set(xlabel="depth (share of layers)", ylabel="max |h|", yscale="log")
-        _head(damage, "Perplexity, and after W8A8", "open: float32; filled: 8-bit")
-        damage.set(xlabel="perplexity", xscale="log", ylim=(len(kinds) - 0.5, -0.5))
-        for axis_formatter in (damage.xaxis.set_major_formatter, damage.xaxis.set_minor_formatter):
-            axis_formatter(lambda value, _position: number(value))
+        _log_scale(largest)
+        largest.set(xlabel="depth (share of layers)", ylabel="max |h|")
+        _head(
+            damage,
+            "Perplexity after rounding to 8 bits",
+            kinds[0]["quantization"].subject["scheme"],
+        )
+        damage.set(xlabel="times the float32 perplexity", ylim=(len(kinds) - 0.5, -0.7))
         damage.set_yticks(range(len(kinds)), labels=[label(record) for record in diagnoses])
+        damage.grid(axis="y", visible=False)
         for text, colour in zip(damage.get_yticklabels(), _colours(diagnoses), strict=True):
             text.set(color=colour, fontweight="bold")
     return figure
@@ -253,6 +263,13 @@ def _draw_map(figure: Figure, axes: Axes, values: np.ndarray, *, colour_label: s
     bar.outline.set_visible(False)
 
 
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=8))
+    axes.yaxis.set_major_formatter(lambda value, _position: number(value))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def _head(axes: Axes, title: str, subtitle: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
     axes.annotate(
@@ -276,7 +293,9 @@ def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _colours(records: Sequence[Record]) -> list[str]:
-    return [LINES[index % len(LINES)] for index in range(len(records))]
+    """One per record; the variants that every study holds look the same in every figure."""
+    others = cycle(COLOURS)
+    return [OWN_COLOURS.get(label(record)) or next(others) for record in records]
 
 
 def _stride(count: int) -> int:

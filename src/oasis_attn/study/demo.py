@@ -194,10 +194,11 @@ def _measure(
     """The model's diagnosis, and that of its quantised twin (kind `quantization`)."""
     name = subject.get("variant", subject["name"])
     with stages.working(f"{name}: diagnosing on {len(text.measured_NT)} windows of text"):
-        plain = diagnose(model, text.measured_NT, data=text.data)
+        windows = len(text.measured_NT)
+        plain = diagnose(model, text.measured_NT, windows=windows, data=text.data)
     with stages.working(f"{name}: quantising to {SCHEME} and measuring again"):
         twin = quantize(model, SCHEME, calibration=text.calibration_NT.split(1))
-        low = diagnose(twin, text.measured_NT, data=text.data)
+        low = diagnose(twin, text.measured_NT, windows=windows, data=text.data)
     quantized = {
         "scheme": SCHEME,
         "sites": list(quantized_sites(twin)),

@@ -58,7 +58,8 @@ def _numbers(
             f"`{label(pretrained['diagnosis'])}` is measured on {_text(pretrained['diagnosis'])}; "
             f"the small models on {_text(small[0]['diagnosis'])}. Loss and perplexity compare "
             "only within the same text and tokenizer: among the small models, or before and after "
-            "quantisation."
+            "quantisation. Max inf-norms compare within one residual form only: with depth routing "
+            "the state is a weighted mean of sublayer outputs, in a vanilla model their sum."
         ),
         paragraph(
             "The small models share seed, data and budget. One seed each says nothing about "
@@ -120,7 +121,11 @@ def _small(small: Sequence[Mapping[str, Record]]) -> list[Block]:
             loss_lines([kinds["training"] for kinds in small]),
             "Loss on the training text. Same order of data for all.",
         ),
-        figure_block(outlier_lines(diagnoses), "Held-out text, one line per model."),
+        figure_block(
+            outlier_lines(diagnoses),
+            "Held-out text, one line per model. A mean and a sum differ in scale by construction, "
+            "which the left panel shows; kurtosis does not depend on scale.",
+        ),
         paragraph(f"Perplexity before and after 8-bit quantisation: {changes}."),
         *(figure_block(sink_map(record), _MAP) for record in diagnoses),
     ]
