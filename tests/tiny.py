@@ -24,10 +24,10 @@ def tiny_config(family="llama", **changes):
     return CONFIG_MAPPING[family](**keywords | changes)
 
 
-def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, **settings):
+def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, text=None, **settings):
     """A model whose routers, sinks and couplings are off their start, so that all parts act."""
     torch.manual_seed(seed)
-    text = tiny_config(family, initializer_range=0.2)
+    text = text or tiny_config(family, initializer_range=0.2)
     model = OasisForCausalLM(OasisConfig(text_config=text, **settings_of(variant) | settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

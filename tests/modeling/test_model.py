@@ -10,7 +10,7 @@ from oasis_attn import UserError, variants
 from oasis_attn.modeling import attention
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.residual import observe_depth
-from tiny import VOCABULARY, tiny_model
+from tiny import VOCABULARY, tiny_config, tiny_model
 
 FAMILIES = ("llama", "qwen3", "phi3")
 CAUSAL = [name for name in variants() if name != "oasis_signal_shuffled"]  # a control that is not
@@ -69,21 +69,46 @@ def test_a_static_cache_is_the_full_forward(model, ids):
     torch.testing.assert_close(torch.cat([prefill, after], 1), expected, rtol=0, atol=1e-10)
 
 
-def test_every_parameter_gets_a_gradient_and_checkpointing_changes_none(model, ids):
+def test_every_parameter_gets_a_gradient_and_recomputing_changes_none(model, ids):
     model.train()
     losses, gradients = [], []
-    for checkpointed in (False, True):
+    for how in ("keep all", "activation checkpointing", "recompute mixes"):
         each = copy.deepcopy(model)
-        if checkpointed:
-            each.gradient_checkpointing_enable()
+        if how == "activation checkpointing":
+            each.activation_checkpointing_enable()
+        elif how == "recompute mixes":
+            each.recompute_mixes()
         loss = each(ids, labels=ids, use_cache=False).loss
         loss.backward()
         losses.append(loss)
         gradients.append({name: p.grad for name, p in each.named_parameters()})
-    assert torch.equal(*losses)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
     for name, gradient in gradients[0].items():
         assert gradient is not None, name
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-12)
+        for other in gradients[1:]:
+            torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-12)
+
+
+def test_recomputed_mixes_are_not_kept(ids):
+    """A sublayer then keeps its source, as a residual sum keeps its state, and no mix beside it."""
+
+    def kept_bytes(model):
+        storages = {}
+
+        def pack(x):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(ids.repeat(8, 4), use_cache=False).logits.sum()
+        return sum(storages.values())
+
+    text = tiny_config(hidden_size=128, intermediate_size=384, head_dim=32)
+    routed = tiny_model("attn_residual", text=text)
+    kept, vanilla = kept_bytes(routed), kept_bytes(tiny_model("vanilla", text=text))
+    routed.recompute_mixes()
+    assert kept_bytes(routed) < 1.02 * vanilla < kept
 
 
 def test_generate_is_the_same_with_and_without_a_cache(model, ids):
@@ -95,8 +120,8 @@ def test_generate_is_the_same_with_and_without_a_cache(model, ids):
 
 
 def test_reentrant_checkpointing_is_refused():
-    with pytest.raises(UserError, match="use_reentrant: True drops the gradients"):
-        tiny_model().gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(UserError, match="use_reentrant: True drops"):
+        tiny_model().activation_checkpointing_enable({"use_reentrant": True})
 
 
 @torch.no_grad()

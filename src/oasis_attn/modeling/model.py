@@ -15,6 +15,7 @@ names, plus `model.depth.*` and, per layer, `output_gate` and `null_logit` where
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -76,7 +77,7 @@ class RoutedLayer:
             else DepthStream(hidden_states, 2 * self.index, routing)
         )
 
-        normed = self._through(family.pre_attention, stream.hidden)
+        normed = stream.read(self._named(family.pre_attention))
         branch, null_BHT = self.self_attn(
             hidden_states=normed,
             attention_mask=attention_mask,
@@ -88,17 +89,17 @@ class RoutedLayer:
         )
         stream.add(self._finish(branch, family.post_attention, family.attention_dropout), null_BHT)
 
-        branch = self.mlp(self._through(family.pre_mlp, stream.hidden))
+        branch = self.mlp(stream.read(self._named(family.pre_mlp)))
         if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too
             branch = branch[0]
         stream.add(self._finish(branch, family.post_mlp, family.mlp_dropout), null_BHT)
         return stream.packed()
 
-    def _through(self, name: str | None, x_BTD: Tensor) -> Tensor:
-        return x_BTD if name is None else getattr(self, name)(x_BTD)
+    def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
+        return getattr(self, name) if name else lambda x_BTD: x_BTD
 
     def _finish(self, branch_BTD: Tensor, norm: str | None, dropout: str | None) -> Tensor:
-        branch_BTD = self._through(dropout, self._through(norm, branch_BTD))
+        branch_BTD = self._named(dropout)(self._named(norm)(branch_BTD))
         if self.family.multiplier is None:
             return branch_BTD
         return branch_BTD * getattr(self, self.family.multiplier)
@@ -167,13 +168,23 @@ class OasisPreTrainedModel(PreTrainedModel):
                 f" only {ATTENTION!r} has"
             )
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
+    def recompute_mixes(self, enabled: bool = True) -> None:
+        """Recompute each depth mix and the norm after it in backward instead of keeping them.
+
+        What a sublayer keeps is then no more than with a residual sum, at the price of one more
+        pass over the sources each way.
+        """
+        for module in self.modules():
+            if isinstance(module, DepthRouter):
+                module.recompute = enabled
+
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs=None, *args, **kwargs
+    ):
         """As transformers', less the reentrant form, which loses the depth sources' gradients."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise UserError(
-                "use_reentrant: True drops the gradients of the depth sources; it must be False"
-            )
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError("use_reentrant: True drops the depth sources' gradients; set it False")
+        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
 
 class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):

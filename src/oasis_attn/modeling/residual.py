@@ -18,12 +18,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.ops.depth_mix import depth_scores, depth_weights, weighted_sum
 
 COUPLING_MAX = 10.0
+Norm = Callable[[Tensor], Tensor]
 _observers: list[Callable[[nn.Module, int, Tensor], None]] = []
 
 
@@ -50,6 +52,7 @@ class DepthRouter(nn.Module):
     def __init__(self, config: OasisConfig):
         super().__init__()
         self.settings = config
+        self.recompute = False  # see OasisPreTrainedModel.recompute_mixes
         routers, width = 2 * config.num_hidden_layers + 1, config.hidden_size
         self.queries = nn.Parameter(torch.empty(routers, width))
         self.key_norm = nn.Parameter(torch.empty(routers, width))
@@ -79,6 +82,9 @@ class SumStream:
     def __init__(self, hidden_BTD: Tensor):
         self.hidden = hidden_BTD
 
+    def read(self, norm: Norm) -> Tensor:
+        return norm(self.hidden)
+
     def add(self, branch_BTD: Tensor, _null_BHT: Tensor | None) -> None:
         self.hidden = self.hidden + branch_BTD
 
@@ -87,10 +93,7 @@ class SumStream:
 
 
 class DepthStream:
-    """Sources (embedding, finished blocks, running block), their scores and their null evidence.
-
-    `hidden` is always the mix that the next sublayer reads.
-    """
+    """Sources (embedding, finished blocks, running block), their scores and their null evidence."""
 
     def __init__(self, state: Tensor | tuple[Tensor, ...], sublayer: int, routing: Routing):
         self.routing, self.settings = routing, routing.router.settings
@@ -101,12 +104,32 @@ class DepthStream:
             none = state.new_empty(0)
             self.scores_RBTS, self.evidence_BTS = none, none
             self._finish(state, state.new_zeros(state.shape[:-1], dtype=torch.float32))
-            self.hidden = self._read()
+            self._weigh()
             return
-        self.hidden, self.scores_RBTS, self.evidence_BTS, *rest = state
+        hidden, self.weights_BTS, self.scores_RBTS, self.evidence_BTS, *rest = state
+        self._hidden: Tensor | None = hidden
         if sublayer % self.settings.depth_block_size:
             self.running, rest = rest[:2], rest[2:]
         self.sources = rest
+
+    @property
+    def hidden(self) -> Tensor:
+        """What the next sublayer reads: h_l of Attention Residuals."""
+        if self._hidden is None:
+            self._hidden = weighted_sum(self._mixed(), self.weights_BTS)
+        return self._hidden
+
+    def read(self, norm: Norm) -> Tensor:
+        """`norm(hidden)`; when recomputing, nothing between the sources and its result is kept."""
+        if not (self.routing.router.recompute and torch.is_grad_enabled()):
+            return norm(self.hidden)
+
+        def normed(weights_BTS: Tensor, *sources: Tensor) -> Tensor:
+            return norm(weighted_sum(sources, weights_BTS))
+
+        return checkpoint(
+            normed, self.weights_BTS, *self._mixed(), use_reentrant=False, preserve_rng_state=False
+        )
 
     def add(self, branch_BTD: Tensor, null_BHT: Tensor | None) -> None:
         """Append a sublayer's output v, with psi the mean of null over heads; mix anew."""
@@ -126,13 +149,16 @@ class DepthStream:
         if self.sublayer % size == 0:
             self._finish(branch_BTD, evidence_BT / size)
             self.running = []
-        self.hidden = self._read()
+        self._weigh()
 
     def packed(self) -> Tensor | tuple[Tensor, ...]:
         if self.sublayer == self.routing.queries_RD.shape[0] - 1:
             return self.hidden
-        scores, evidence = self.scores_RBTS, self.evidence_BTS
-        return self.hidden, scores, evidence, *self.running, *self.sources
+        state = (self.hidden, self.weights_BTS, self.scores_RBTS, self.evidence_BTS)
+        return *state, *self.running, *self.sources
+
+    def _mixed(self) -> list[Tensor]:
+        return [*self.sources, *self.running[:1]]
 
     def _finish(self, source_BTD: Tensor, evidence_BT: Tensor) -> None:
         """A source is complete: score it for every router at once."""
@@ -141,15 +167,14 @@ class DepthStream:
         self.scores_RBTS = _append(self.scores_RBTS, scores.movedim(-1, 0))
         self.evidence_BTS = _append(self.evidence_BTS, evidence_BT)
 
-    def _read(self) -> Tensor:
-        """h_l of Attention Residuals, with OASIS's g' for g where the signal is on."""
+    def _weigh(self) -> None:
+        """alpha of Attention Residuals, with OASIS's g' for g where the signal is on."""
         router = self.sublayer
         queries_RD, couplings_R, module = self.routing
-        sources, scores, evidence = self.sources, self.scores_RBTS[router], self.evidence_BTS
+        scores, evidence = self.scores_RBTS[router], self.evidence_BTS
         if self.running:
             running, evidence_BT = self.running
             score = depth_scores(running, queries_RD[router : router + 1], module.eps)
-            sources = [*sources, running]
             scores = torch.cat([scores, score], -1)
             evidence = _append(evidence, evidence_BT / (router % self.settings.depth_block_size))
         normalizer = self.settings.depth_normalizer
@@ -160,9 +185,9 @@ class DepthStream:
         for observer in tuple(_observers):
             observer(module, router, weights_BTS)
         if self.settings.depth_scale == "sources":
-            at_zero = {"softmax": len(sources), "softmax1": len(sources) + 1, "sigmoid": 2}
-            weights_BTS = weights_BTS * at_zero[normalizer]
-        return weighted_sum(sources, weights_BTS)
+            S = weights_BTS.shape[-1]
+            weights_BTS = weights_BTS * {"softmax": S, "softmax1": S + 1, "sigmoid": 2}[normalizer]
+        self.weights_BTS, self._hidden = weights_BTS, None
 
 
 def _append(tensor: Tensor, last: Tensor) -> Tensor:
