@@ -1,8 +1,8 @@
 """Depth routing in the authors' form, as their code computes it: the thing to be faster than.
 
-Every router stacks all earlier states, projects each of them to keys, and softmaxes in float32;
-token attention is eager Softmax1 over a stored map.  OASIS, arXiv 2605.17887; written anew from its
-equations, on the same Llama backbone.
+Every router stacks all earlier states and projects each of them to keys; token attention is eager
+Softmax1 over a stored map.  OASIS, arXiv 2605.17887; written anew from its equations, on the same
+Llama backbone, without grouped-query attention.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Router(nn.Module):
         beta = nn.functional.softplus(self.oasis_beta_raw).clamp(0, 10)
         position = torch.linspace(0, 1, len(states))
         scores = scores + self.recency_bias * position - beta * (psi - psi.mean(-1, keepdim=True))
-        weights = softmax1(scores.clamp(-50, 50).float())
+        weights = softmax1(scores.clamp(-50, 50))
         return (weights.unsqueeze(-1) * stacked).sum(2)
 
 
@@ -60,7 +60,7 @@ class AuthorsForm(nn.Module):
         query, key = apply_rotary_pos_emb(*heads[:2], *rope)
         scores = query @ key.transpose(-1, -2) * module.scaling
         hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
-        weights = softmax1(scores.masked_fill(hidden, -torch.inf).float())
+        weights = softmax1(scores.masked_fill(hidden, -torch.inf))
         null = (1 - weights.sum(-1)).mean(1)
         out = (weights @ heads[2]).transpose(1, 2).reshape(B, T, -1)
         return module.o_proj(out), null

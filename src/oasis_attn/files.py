@@ -13,13 +13,18 @@ from oasis_attn.errors import UserError
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` (UTF-8) beside `path`, flush it to disk, then rename it into place."""
+    """`write_bytes` of `text` in UTF-8."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write `data` beside `path`, flush it to disk, then rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

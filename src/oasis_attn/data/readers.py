@@ -95,11 +95,14 @@ def stdlib() -> Iterator[str]:
 
 
 def pydoc() -> Iterator[str]:
-    """The topics of Python's language reference, as the running Python's `help()` shows them."""
+    """Python's language reference, as the running Python's `help()` shows it, in passages.
+
+    Whole topics are too few, and too unequal, to make splits of.
+    """
     from pydoc_data.topics import topics
 
     for _, text in sorted(topics.items()):
-        yield text
+        yield from passages(text.splitlines(keepends=True))
 
 
 def hub_rows(path: str, config: str | None, split: str, **options: Any) -> Iterator[Mapping]:

@@ -18,7 +18,7 @@ ATTENTION = "oasis"
 _CHOICES = {
     "token_normalizer": tuple(name for name in NORMALIZERS if name != "sigmoid"),
     "output_gate": ("none", "head", "elementwise"),
-    "residual": ("sum", "depth"),
+    "residual": ("sum", "depth", "authors"),
     "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
     "depth_scale": ("none", "sources"),
     "null_signal": ("off", "on", "shuffled"),
@@ -47,7 +47,8 @@ class OasisConfig(PreTrainedConfig):
         clip_gamma: gamma < 0 of `clipped_softmax` (Bondarenko 2023 take -alpha / T, alpha 2 to 4).
         output_gate: sigmoid gate on the attention output before its projection: one per `head`
             and token (Bondarenko 2023), or `elementwise` (arXiv 2505.06708).
-        residual: `sum`, or attention over `depth` (arXiv 2603.15031).
+        residual: `sum`, attention over `depth` (arXiv 2603.15031), or the form of the OASIS
+            `authors`: sources are states, routers in each layer project queries and keys.
         depth_block_size: sublayers per depth source; 1 is the full form.
         depth_normalizer: over the sources.  In this form a common factor on the weights cancels in
             the next RMSNorm, so `softmax1` alone does what `softmax` does; with the null signal, or
@@ -57,6 +58,7 @@ class OasisConfig(PreTrainedConfig):
         null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch
             keeps its distribution and destroys its information (a control; not causal).
         coupling_init: initial value of beta before the softplus.
+        recency_init: of the authors' bias towards late states (their code has 0.0 and 8.0).
 
     Raises:
         UserError: on an unknown setting or value, or settings that exclude each other.
@@ -78,6 +80,7 @@ class OasisConfig(PreTrainedConfig):
     depth_scale: str = "none"
     null_signal: str = "on"
     coupling_init: float = -5.0
+    recency_init: float = 0.0
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
@@ -129,7 +132,7 @@ class OasisConfig(PreTrainedConfig):
         check_at_least("depth_block_size", self.depth_block_size, 1)
         if self.depth_block_size != int(self.depth_block_size):
             raise UserError(f"depth_block_size: {self.depth_block_size!r} is not a whole number")
-        for name in ("null_logit", "clip_gamma", "coupling_init"):
+        for name in ("null_logit", "clip_gamma", "coupling_init", "recency_init"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                 raise UserError(f"{name}: {value!r} is not a number")
@@ -139,8 +142,10 @@ class OasisConfig(PreTrainedConfig):
             raise UserError(
                 f"clip_gamma: {self.clip_gamma!r} is not below 0, so nothing is clipped"
             )
-        for name in ("depth_block_size", "depth_normalizer", "depth_scale"):
+        self._belongs("depth_normalizer", "residual", ("depth", "authors"))
+        for name in ("depth_block_size", "depth_scale"):
             self._belongs(name, "residual", ("depth",))
+        self._belongs("recency_init", "residual", ("authors",))
         if self.null_signal != "off":
             if self.residual == "sum":
                 raise UserError(
@@ -174,6 +179,7 @@ SETTINGS = (
     "depth_scale",
     "null_signal",
     "coupling_init",
+    "recency_init",
 )
 
 AutoConfig.register(OasisConfig.model_type, OasisConfig)

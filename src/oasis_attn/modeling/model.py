@@ -10,7 +10,8 @@
 The decoder loop, the rotary embeddings, the masks, the cache, the norms, the attention projections
 and the MLPs are the family's own.  `RoutedLayer` replaces only what a layer does between its
 branches; `RoutedModel` only hands the routers' parameters down.  Names on disk are the family's
-names, plus `model.depth.*` and, per layer, `output_gate` and `null_logit` where a setting asks.
+names, plus `model.depth.*` and, per layer, `output_gate`, `null_logit` and `attn_res_*`, each where
+a setting asks for it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,14 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention import oasis_attention  # noqa: F401  (registers the function)
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
 from oasis_attn.modeling.families import Family, check_scaled, family_of
-from oasis_attn.modeling.residual import DepthRouter, DepthStream, Routing, SumStream
+from oasis_attn.modeling.residual import (
+    AuthorsRouter,
+    AuthorsStream,
+    DepthRouter,
+    DepthStream,
+    Routing,
+    SumStream,
+)
 
 
 class RoutedLayer:
@@ -62,6 +70,8 @@ class RoutedLayer:
             head_wise = config.output_gate == "head"
             gates = heads if head_wise else heads * width
             self.output_gate = nn.Linear(text.hidden_size, gates, bias=head_wise)
+        if config.residual == "authors":
+            self.attn_res_sa, self.attn_res_mlp = AuthorsRouter(config), AuthorsRouter(config)
 
     def forward(
         self,
@@ -71,11 +81,14 @@ class RoutedLayer:
         **kwargs,
     ) -> Tensor | tuple[Tensor, ...]:
         family, settings = self.family, self.settings
-        stream = (
-            SumStream(cast(Tensor, hidden_states))
-            if routing is None
-            else DepthStream(hidden_states, 2 * self.index, routing)
-        )
+        stream: SumStream | DepthStream | AuthorsStream
+        if settings.residual == "depth":
+            stream = DepthStream(hidden_states, 2 * self.index, cast(Routing, routing))
+        elif settings.residual == "authors":
+            routers = (self.attn_res_sa, self.attn_res_mlp)
+            stream = AuthorsStream(hidden_states, 2 * self.index, routers)
+        else:
+            stream = SumStream(cast(Tensor, hidden_states))
 
         normed = stream.read(self._named(family.pre_attention))
         branch, null_BHT = self.self_attn(
@@ -126,7 +139,7 @@ class RoutedModel:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, DepthRouter):
+        if isinstance(module, DepthRouter | AuthorsRouter):
             module.reset_parameters()
         elif isinstance(module, RoutedLayer) and module.null_logit is not None:
             init.zeros_(module.null_logit)

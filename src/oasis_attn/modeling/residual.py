@@ -22,11 +22,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from oasis_attn.modeling.configuration import OasisConfig
-from oasis_attn.ops.depth_mix import depth_scores, depth_weights, weighted_sum
+from oasis_attn.ops.depth_mix import depth_scores, depth_weights, row_products, weighted_sum
 
 COUPLING_MAX = 10.0
 Norm = Callable[[Tensor], Tensor]
 _observers: list[Callable[[nn.Module, int, Tensor], None]] = []
+
+
+def coupling(raw: Tensor) -> Tensor:
+    """beta, positive and bounded, from its raw parameter."""
+    return F.softplus(raw).clamp(max=COUPLING_MAX)
 
 
 class Routing(NamedTuple):
@@ -70,9 +75,7 @@ class DepthRouter(nn.Module):
             init.constant_(self.coupling, self.settings.coupling_init)
 
     def forward(self) -> Routing:
-        couplings = None
-        if self.coupling is not None:
-            couplings = F.softplus(self.coupling).clamp(max=COUPLING_MAX)
+        couplings = None if self.coupling is None else coupling(self.coupling)
         return Routing(self.queries * self.key_norm, couplings, self)
 
 
@@ -133,13 +136,7 @@ class DepthStream:
 
     def add(self, branch_BTD: Tensor, null_BHT: Tensor | None) -> None:
         """Append a sublayer's output v, with psi the mean of null over heads; mix anew."""
-        if null_BHT is None:
-            evidence_BT = self.evidence_BTS.new_zeros(self.evidence_BTS.shape[:-1])
-        else:
-            evidence_BT = null_BHT.mean(1)
-        if self.settings.null_signal == "shuffled":
-            order = torch.randperm(evidence_BT.numel(), device=evidence_BT.device)
-            evidence_BT = evidence_BT.flatten()[order].view_as(evidence_BT)
+        evidence_BT = _evidence(null_BHT, branch_BTD, self.settings)
         if self.running:
             branch_BTD = self.running[0] + branch_BTD
             evidence_BT = self.running[1] + evidence_BT
@@ -188,6 +185,105 @@ class DepthStream:
             S = weights_BTS.shape[-1]
             weights_BTS = weights_BTS * {"softmax": S, "softmax1": S + 1, "sigmoid": 2}[normalizer]
         self.weights_BTS, self._hidden = weights_BTS, None
+
+
+class AuthorsRouter(nn.Module):
+    """A router of OASIS's own form: low-rank queries and keys over states, the last one asking.
+
+        score_i = (q_proj(y_last) . k_proj(y_i)) A^-1/2 + recency_bias i / (S - 1) - beta dpsi_i
+
+    Names and shapes are those of the authors' checkpoints.
+    """
+
+    def __init__(self, config: OasisConfig):
+        super().__init__()
+        self.settings = config
+        width = config.hidden_size
+        self.rank = max(width // 4, 64)
+        self.q_proj = nn.Linear(width, self.rank, bias=False)
+        self.k_proj = nn.Linear(width, self.rank, bias=False)
+        self.recency_bias = nn.Parameter(torch.empty(1))
+        signal = config.null_signal != "off"
+        self.oasis_beta_raw = nn.Parameter(torch.empty(1)) if signal else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for projection in (self.q_proj, self.k_proj):
+            init.normal_(projection.weight, std=0.02 / self.rank**0.5)
+        init.constant_(self.recency_bias, self.settings.recency_init)
+        if self.oasis_beta_raw is not None:
+            init.constant_(self.oasis_beta_raw, self.settings.coupling_init)
+
+    def forward(self, states: list[Tensor], evidence_BTS: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixed state `[B, T, D]` and its weights `[B, T, S]`."""
+        # q . (K y) = (K^T q) . y: one projection of the query in place of one of every state.
+        query_BTD = (self.q_proj(states[-1]) @ self.k_proj.weight).to(evidence_BTS.dtype)
+        scores = row_products(states, query_BTD) * self.rank**-0.5
+        recency = torch.linspace(0, 1, len(states), device=scores.device, dtype=scores.dtype)
+        scores = scores + self.recency_bias * recency
+        if self.oasis_beta_raw is not None:
+            relative = evidence_BTS - evidence_BTS.mean(-1, keepdim=True)
+            scores = scores - coupling(self.oasis_beta_raw) * relative
+        weights, _ = depth_weights(scores.clamp(-50, 50), None, 0.0, self.settings.depth_normalizer)
+        return weighted_sum(states, weights), weights
+
+
+class AuthorsStream:
+    """States x_0 (embedding), x_1, ... after each layer; both routers of a layer read them all."""
+
+    def __init__(
+        self,
+        state: Tensor | tuple[Tensor, ...],
+        sublayer: int,
+        routers: tuple[AuthorsRouter, AuthorsRouter],
+    ):
+        self.routers, self.sublayer = routers, sublayer
+        self.settings = routers[0].settings
+        self.within: list[Tensor] = []  # x + a, while the layer's MLP is awaited
+        if isinstance(state, Tensor):
+            psi = torch.float64 if state.dtype == torch.float64 else torch.float32
+            self.hidden, self.states = state, [state]
+            self.evidence_BTS = state.new_zeros(*state.shape[:-1], 1, dtype=psi)
+        else:
+            self.hidden, self.evidence_BTS, *earlier = state
+            self.states = [*earlier, self.hidden]
+
+    def read(self, norm: Norm) -> Tensor:
+        return norm(self.hidden)
+
+    def add(self, branch_BTD: Tensor, null_BHT: Tensor | None) -> None:
+        """Mix the states so far and those within the layer, each with its layer's psi."""
+        after_mlp = bool(self.within)
+        if not after_mlp:
+            psi_BT = _evidence(null_BHT, branch_BTD, self.settings)
+            self.evidence_BTS = _append(self.evidence_BTS, psi_BT.to(self.evidence_BTS.dtype))
+        self.within = [*self.within, self.hidden + branch_BTD]
+        evidence_BTS = self.evidence_BTS
+        if after_mlp:
+            evidence_BTS = _append(evidence_BTS, evidence_BTS[..., -1])
+        router = self.routers[after_mlp]
+        self.hidden, weights_BTS = router([*self.states, *self.within], evidence_BTS)
+        for observer in tuple(_observers):
+            observer(router, self.sublayer + after_mlp, weights_BTS)
+        if after_mlp:
+            self.states = [*self.states, self.hidden]
+
+    def packed(self) -> Tensor | tuple[Tensor, ...]:
+        if self.sublayer == 2 * (self.settings.num_hidden_layers - 1):
+            return self.hidden
+        return self.hidden, self.evidence_BTS, *self.states[:-1]
+
+
+def _evidence(null_BHT: Tensor | None, branch_BTD: Tensor, settings: OasisConfig) -> Tensor:
+    """psi `[B, T]` of a branch: the null mass, mean over heads; 0 where attention has no null."""
+    if null_BHT is None:
+        return branch_BTD.new_zeros(branch_BTD.shape[:-1], dtype=torch.float32)
+    psi_BT = null_BHT.mean(1)
+    if settings.null_signal == "shuffled":
+        order = torch.randperm(psi_BT.numel(), device=psi_BT.device)
+        psi_BT = psi_BT.flatten()[order].view_as(psi_BT)
+    return psi_BT
 
 
 def _append(tensor: Tensor, last: Tensor) -> Tensor:

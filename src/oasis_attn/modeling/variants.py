@@ -31,6 +31,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     # the method
     "oasis": _OASIS,
     "oasis_block": _OASIS | {"depth_block_size": 4},
+    "authors": _OASIS | {"residual": "authors"},
     # its ablations, one part changed at a time
     "oasis_signal_off": _OASIS | {"null_signal": "off"},
     "oasis_signal_shuffled": _OASIS | {"null_signal": "shuffled"},

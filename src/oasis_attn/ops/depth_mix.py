@@ -104,6 +104,11 @@ def weighted_sum(sources: Sequence[Tensor], weights_BTS: Tensor) -> Tensor:
     return _WeightedSum.apply(weights_BTS, *sources)
 
 
+def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
+    """`<source_i, query>` over the width for each token, `[B, T, S]` in the dtype of the query."""
+    return _RowProducts.apply(query_BTD, *sources)
+
+
 def block_mix(
     sources: Sequence[Tensor], scores_BTSR: Tensor, evidence_BTS: Tensor | None, coupling_R: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -196,10 +201,7 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights, *sources):
         ctx.save_for_backward(weights, *sources)
-        total = sources[0] * weights[..., :1]
-        for index, source in enumerate(sources[1:], start=1):
-            total.addcmul_(source, weights[..., index : index + 1])
-        return total.to(sources[0].dtype)
+        return _sum(sources, weights).to(sources[0].dtype)
 
     @staticmethod
     @once_differentiable
@@ -209,13 +211,38 @@ class _WeightedSum(torch.autograd.Function):
         grad_weights = None
         if ctx.needs_input_grad[0]:
             grad_weights = _row_products(sources, grad).to(weights.dtype)
-        grad_sources = [
-            (grad * weights[..., i : i + 1]).to(source.dtype) if needed else None
-            for i, (source, needed) in enumerate(
-                zip(sources, ctx.needs_input_grad[1:], strict=True)
-            )
-        ]
-        return grad_weights, *grad_sources
+        return grad_weights, *_scaled(grad, weights, sources, ctx.needs_input_grad[1:])
+
+
+class _RowProducts(torch.autograd.Function):
+    """The transpose of `_WeightedSum`: what one does forward, the other does backward."""
+
+    @staticmethod
+    def forward(ctx, query, *sources):
+        ctx.save_for_backward(query, *sources)
+        return _row_products(sources, query)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, *sources = ctx.saved_tensors
+        grad_query = _sum(sources, grad).to(query.dtype) if ctx.needs_input_grad[0] else None
+        return grad_query, *_scaled(query, grad, sources, ctx.needs_input_grad[1:])
+
+
+def _sum(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
+    total = sources[0] * weights[..., :1]
+    for index, source in enumerate(sources[1:], start=1):
+        total.addcmul_(source, weights[..., index : index + 1])
+    return total
+
+
+def _scaled(tensor: Tensor, weights: Tensor, sources, needed) -> list[Tensor | None]:
+    """`weights_i * tensor` in the dtype of each source that needs it."""
+    return [
+        (tensor * weights[..., index : index + 1]).to(source.dtype) if need else None
+        for index, (source, need) in enumerate(zip(sources, needed, strict=True))
+    ]
 
 
 def _row_products(sources: Sequence[Tensor], other: Tensor) -> Tensor:

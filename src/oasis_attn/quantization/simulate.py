@@ -48,15 +48,15 @@ class QuantizedLinear(nn.Linear):
 def linear_sites(model: PreTrainedModel, *, head: bool = False) -> tuple[str, ...]:
     """Names of the layers that a scheme quantises unless told otherwise, in the model's order.
 
-    Every `nn.Linear` but the gates on attention outputs (as in the literature) and the output head;
-    with `head`, that too.  Embeddings, norms, depth routers, null logits, and expert weights that
-    are no `nn.Linear` are never among them.
+    Every `nn.Linear` but the gates on attention outputs (as in the literature), the projections of
+    depth routers, and the output head; with `head`, that too.  Embeddings, norms, null logits, and
+    expert weights that are no `nn.Linear` are never among them.
     """
     output = None if head else model.get_output_embeddings()
     return tuple(
         name
         for name, module in _linears(model).items()
-        if module is not output and not name.endswith(".output_gate")
+        if module is not output and not name.endswith(".output_gate") and ".attn_res_" not in name
     )
 
 
@@ -115,7 +115,15 @@ def quantize(
         twin.set_submodule(name, QuantizedLinear(linear, scheme, site=name))
     if calibration is not None:
         _calibrate(twin, calibration)
+    twin.save_pretrained = _no_form_on_disk
     return twin
+
+
+def _no_form_on_disk(*_args, **_kwargs) -> None:
+    raise UserError(
+        "save_pretrained: a simulated quantisation has no form on disk; save the original and its"
+        " scheme's name"
+    )
 
 
 def _checked_sites(model: PreTrainedModel, sites: Collection[str] | None) -> tuple[str, ...]:

@@ -8,8 +8,6 @@ grounds), viridis for maps.
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -22,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from oasis_attn.errors import UserError
+from oasis_attn.files import write_bytes
 from oasis_attn.records import Record
 from oasis_attn.report.tables import label, number
 
@@ -205,19 +204,10 @@ def save_figures(record: Record, folder: str | Path) -> list[Path]:
 
 def save_png(figure: Figure, path: str | Path) -> Path:
     """Write `figure` as a PNG of 200 dots per inch beside `path`, then rename it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
-    os.close(descriptor)
-    try:
-        with matplotlib.rc_context(_STYLE):
-            figure.savefig(temporary, dpi=200, format="png")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    stream = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(stream, dpi=200, format="png")
+    return write_bytes(path, stream.getvalue())
 
 
 def svg(figure: Figure) -> str:

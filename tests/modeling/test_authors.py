@@ -1,0 +1,45 @@
+"""The authors' form against a straight reading of it: stacked states, a key for each, a map."""
+
+import pytest
+import torch
+
+from authors_form import AuthorsForm
+from tiny import tiny_config, tiny_model
+
+
+@pytest.fixture
+def pair():
+    text = tiny_config(initializer_range=0.2, num_key_value_heads=4)
+    ours = tiny_model("authors", text=text, dtype=torch.float64)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "attn_res_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    reference = AuthorsForm(text).double()
+    renamed = {
+        name.replace("model.", "backbone.", 1) if name.startswith("model.") else name: value
+        for name, value in ours.state_dict().items()
+    }
+    reference.load_state_dict(renamed)  # strict: the authors' key names, all of them
+    return ours, reference
+
+
+def test_loss_and_gradients_equal_the_reference(pair, ids):
+    ours, reference = pair
+    losses = ours(ids, labels=ids).loss, reference(ids)
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
+    for loss in losses:
+        loss.backward()
+    gradients = {name.partition(".")[2]: p.grad for name, p in reference.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        wanted = gradients[name.partition(".")[2]]
+        torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=1e-9, msg=name)
+
+
+def test_key_names_are_the_authors():
+    names = {name for name in tiny_model("authors").state_dict() if "layers.1.attn_res" in name}
+    assert names == {
+        f"model.layers.1.attn_res_{part}.{name}"
+        for part in ("sa", "mlp")
+        for name in ("q_proj.weight", "k_proj.weight", "recency_bias", "oasis_beta_raw")
+    }
