@@ -36,7 +36,7 @@ class Router(nn.Module):
         scores = (query * self.k_proj(stacked)).sum(-1) / math.sqrt(query.shape[-1])
         psi = torch.stack(evidence, -1)
         beta = nn.functional.softplus(self.oasis_beta_raw).clamp(0, 10)
-        position = torch.linspace(0, 1, len(states))
+        position = torch.linspace(0, 1, len(states), dtype=stacked.dtype)
         scores = scores + self.recency_bias * position - beta * (psi - psi.mean(-1, keepdim=True))
         weights = softmax1(scores.clamp(-50, 50))
         return (weights.unsqueeze(-1) * stacked).sum(2)
@@ -76,5 +76,4 @@ class AuthorsForm(nn.Module):
             branch = layer.mlp(layer.post_attention_layernorm(x))
             x = layer.attn_res_mlp([*states, after, x + branch], [*evidence, null, null])
             states, evidence = [*states, x], [*evidence, null]
-        logits = self.lm_head(self.backbone.norm(x))
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return self.lm_head(self.backbone.norm(x))

@@ -6,6 +6,7 @@ import json
 import sys
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig
 
 from authors_form import AuthorsForm
@@ -29,7 +30,8 @@ def build(form: str):
 def step(model, ids) -> float:
     model.zero_grad(set_to_none=True)
     if isinstance(model, AuthorsForm):
-        loss = model(ids)
+        logits = model(ids)
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     else:
         loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()

@@ -101,12 +101,16 @@ def depth_weights(
 
 def weighted_sum(sources: Sequence[Tensor], weights_BTS: Tensor) -> Tensor:
     """sum_i weights_i sources_i, `[B, T, D]`, accumulated in the dtype of the weights."""
-    return _WeightedSum.apply(weights_BTS, *sources)
+    if _differentiable(weights_BTS, *sources):
+        return _WeightedSum.apply(weights_BTS, *sources)
+    return _sum(sources, weights_BTS).to(sources[0].dtype)
 
 
 def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
     """`<source_i, query>` over the width for each token, `[B, T, S]` in the dtype of the query."""
-    return _RowProducts.apply(query_BTD, *sources)
+    if _differentiable(query_BTD, *sources):
+        return _RowProducts.apply(query_BTD, *sources)
+    return _row_products(sources, query_BTD)
 
 
 def block_mix(
@@ -228,6 +232,11 @@ class _RowProducts(torch.autograd.Function):
         query, *sources = ctx.saved_tensors
         grad_query = _sum(sources, grad).to(query.dtype) if ctx.needs_input_grad[0] else None
         return grad_query, *_scaled(query, grad, sources, ctx.needs_input_grad[1:])
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    """Where False, torch.compile would miscount the arguments of a Function that takes `*args`."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _sum(sources: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -244,8 +244,7 @@ def _delta_shifted(grad_out, out, shift):
     if shift is None:
         yield grad_out, out
         return
-    same = grad_out.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()
-    if torch.compiler.is_compiling() or same or 0 in grad_out.stride():
+    if torch.compiler.is_compiling() or _overlap(grad_out, out) or 0 in grad_out.stride():
         grad_out, out = grad_out.clone(memory_format=torch.contiguous_format), out.clone()
     columns = [grad_out.data[..., 0], out.data[..., 0]]  # .data: no version is bumped
     before = [column.clone() for column in columns]
@@ -258,6 +257,10 @@ def _delta_shifted(grad_out, out, shift):
     finally:
         for column, values in zip(columns, before, strict=True):
             column.copy_(values)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
