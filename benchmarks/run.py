@@ -1,6 +1,6 @@
 """Measure every bound the project sets itself, print the table, and keep the record.
 
-python benchmarks/run.py [--rounds N] [attention] [training_step] [start]
+python benchmarks/run.py [--rounds N] [attention] [training_step] [loading] [start]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import attention
+import loading
 import training_step
 from oasis_attn.records import Metric, Record
 
@@ -30,6 +31,8 @@ BOUNDS = {
     "training_step.oasis_memory_over_vanilla": ("<=", 1.15),
     "training_step.oasis_time_over_authors": ("<=", 0.5),
     "training_step.oasis_memory_over_authors": ("<=", 0.5),
+    "loading.load_memory_over_weights": ("<=", 1.3),
+    "loading.convert_memory_over_weights": ("<=", 1.3),
     "start.import_seconds_beyond_torch": ("<=", 0.3),
     "start.help_seconds": ("<=", 1.0),
 }
@@ -56,6 +59,7 @@ def start(rounds: int) -> dict[str, float]:
 SUITES = {
     "attention": attention.measure,
     "training_step": training_step.measure,
+    "loading": loading.measure,
     "start": start,
 }
 

@@ -1,5 +1,7 @@
 """Tiny models of every family, and variants whose routers have learned something."""
 
+import dataclasses
+
 import torch
 from transformers import CONFIG_MAPPING
 
@@ -7,21 +9,34 @@ from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 
 VOCABULARY = 97
-_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+_OPTIONAL = {  # for the families that have them
+    "n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "moe_intermediate_size": 16,
+    "n_shared_experts": 1, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_dense_layers": 1, "interleave_moe_layer_step": 2,
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "sliding_window": 6, "attention_chunk_size": 6,
+}  # fmt: skip
+_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 
 
 def tiny_config(family="llama", **changes):
+    """Wide enough for every part of the family to act on a dozen tokens."""
     keywords = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    if family in ("mixtral", "qwen3_moe", "olmoe", "gpt_oss"):
-        # The grouped kernel for experts has no float64 form.
-        keywords |= _MOE | {"moe_intermediate_size": 16, "experts_implementation": "eager"}
+    kind = CONFIG_MAPPING[family]
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    keywords |= {name: value for name, value in _OPTIONAL.items() if name in known}
+    if known & _EXPERTS:
+        keywords["experts_implementation"] = "eager"  # the grouped kernel has no float64 form
+    if "kv_lora_rank" in known:
+        keywords["num_key_value_heads"] = 4
     if family == "gpt_oss":
         keywords["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
-    return CONFIG_MAPPING[family](**keywords | changes)
+    return kind(**keywords | changes)
 
 
 def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, text=None, **settings):

@@ -17,6 +17,7 @@ _HOMES = {
     "OasisForCausalLM": "oasis_attn.modeling.model",
     "Record": "oasis_attn.records",
     "UserError": "oasis_attn.errors",
+    "convert": "oasis_attn.modeling.convert",
     "diagnose": "oasis_attn.measure",
     "quantize": "oasis_attn.quantization",
     "variants": "oasis_attn.modeling.variants",

@@ -12,6 +12,11 @@ from pathlib import Path
 from oasis_attn.errors import UserError
 
 
+def cache_folder() -> Path:
+    """For files that can be made again: `$OASIS_CACHE`, default `~/.cache/oasis-attn`."""
+    return Path(os.environ.get("OASIS_CACHE") or "~/.cache/oasis-attn").expanduser()
+
+
 def write_text(path: str | Path, text: str) -> Path:
     """`write_bytes` of `text` in UTF-8."""
     return write_bytes(path, text.encode())

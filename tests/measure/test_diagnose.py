@@ -94,7 +94,7 @@ def test_every_variant_is_measured(variant):
         "softmax1", "learned_sink", "clipped_softmax", "softpick"
     )  # fmt: skip
     assert ("null.mass" in record.tables) == has_null
-    assert ("depth.weights" in record.tables) == (model.config.residual == "depth")
+    assert ("depth.weights" in record.tables) == (model.config.residual != "sum")
 
 
 def test_null_mass_and_depth_weights_are_the_forward_passes_own():

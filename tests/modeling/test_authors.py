@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from authors_form import AuthorsForm
+from oasis_attn import OasisForCausalLM, UserError, convert
+from oasis_attn.data import train_tokenizer
+from oasis_attn.modeling.convert import convert_checkpoint
 from tiny import tiny_config, tiny_model
 
 
@@ -51,3 +55,21 @@ def test_key_names_are_the_authors():
         for part in ("sa", "mlp")
         for name in ("q_proj.weight", "k_proj.weight", "recency_bias", "oasis_beta_raw")
     }
+
+
+def test_a_checkpoint_of_theirs_loads_by_key_names(tmp_path, ids):
+    """A backbone's config, and router weights beside the backbone's own."""
+    ours = tiny_model("authors", text=tiny_config(vocab_size=300))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    ours.config.text_config.save_pretrained(theirs)
+    save_file(ours.state_dict(), theirs / "model.safetensors", metadata={"format": "pt"})
+    train_tokenizer(["some text"], 258).save_pretrained(theirs)
+    with pytest.raises(UserError, match="token_normalizer: the authors' checkpoints do not record"):
+        convert(theirs, "authors", depth_normalizer="softmax1")
+    normalizers = {"token_normalizer": "softmax1", "depth_normalizer": "softmax1"}
+    convert_checkpoint(theirs, tmp_path / "ours", variant="authors", settings=normalizers)
+    again = OasisForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+    with pytest.raises(UserError, match="has 8 unexpected weights"):  # no beta without the signal
+        convert(theirs, "authors", null_signal="off", **normalizers)

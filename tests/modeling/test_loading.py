@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
 )
+from transformers.utils import logging
 
 from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.errors import UserError
+from oasis_attn.modeling import loading
 from oasis_attn.modeling.loading import load_model
 
 TEXT = LlamaConfig(
@@ -91,11 +94,38 @@ def test_a_broken_gguf_leaves_no_cache_behind(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
+def test_of_two_that_convert_a_gguf_at_once_both_get_it(tmp_path, monkeypatch):
+    """The second finds the first one's folder in its place when it is done."""
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"stands for one")
+    turns, folders = [], []
+
+    def from_pretrained(*_, **__):
+        turns.append(1)
+        if len(turns) == 1:
+            folders.append(loading._converted(gguf))
+        model = LlamaForCausalLM(TEXT)
+        model.hf_quantizer = SimpleNamespace(
+            remove_quantization_config=lambda model: delattr(model, "hf_quantizer")
+        )
+        return model
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_, **__: _tokenizer())
+    folders.append(loading._converted(gguf))
+    assert len(turns) == 2
+    assert folders[0] == folders[1]
+    assert sorted(path.name for path in folders[0].parent.iterdir()) == [folders[0].name]
+    monkeypatch.undo()
+    load_model(folders[0])
+
+
 def test_pickled_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     torch.save(load_file(weights), folder / "pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=r"are pickled, .* only \.safetensors are read"):
         load_model(folder)
 
 
@@ -121,6 +151,45 @@ def test_missing_unexpected_and_mismatched_weights_are_refused(folder):
     save_file(tensors | {"model.norm.weight": norm[:4].clone()}, weights, {"format": "pt"})
     with pytest.raises(UserError, match=r"1 mismatched weights, first model\.norm\.weight"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"not finite, in model\.norm\.weight"):
+        load_model(folder)
+
+
+def test_a_config_of_another_family_is_refused(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"llama"', '"qwen3"'))
+    with pytest.raises(UserError, match=r"2 missing weights, first model\.layers\.0\.self_attn"):
+        load_model(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder):
+    words = {f"w{i}": i for i in range(17)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+    with pytest.raises(UserError, match="has 17 tokens, its embedding 16"):
+        load_model(folder)
+    tokenizer = _tokenizer()
+    tokenizer.add_tokens([f"w{i}" for i in range(20)])
+    tokenizer.save_pretrained(folder)
+    load_model(folder)  # a token that no text of the model's needs an embedding for
+    tokenizer.bos_token = "w19"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="has 22 tokens, its embedding 16"):
+        load_model(folder)
+
+
+def test_nothing_is_shown(folder, capfd):
+    load_model(folder)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
 
 
 def test_a_missing_tokenizer_is_named(folder):

@@ -31,6 +31,12 @@ def test_a_future_token_changes_nothing_before_it(model, ids):
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
+def test_the_two_phases_of_inference_change_nothing(model, ids):
+    differentiable = model(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, differentiable, rtol=0, atol=1e-6)
+
+
 @torch.no_grad()
 def test_padding_changes_nothing(model, ids):
     padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), ids], 1)

@@ -6,10 +6,10 @@ import torch
 from oasis_attn import UserError
 from oasis_attn.ops import depth_mix
 from oasis_attn.ops.depth_mix import (
-    block_mix,
     depth_scores,
     depth_weights,
-    merge_running,
+    fold_sources,
+    merge_recent,
     weighted_sum,
 )
 
@@ -144,26 +144,24 @@ def test_nothing_of_the_sources_is_copied_for_backward():
     assert all(x.data_ptr() in known for x in wide)
 
 
+@pytest.mark.parametrize("recent", [0, 1, 3])
 @pytest.mark.parametrize("signal", [False, True])
 @pytest.mark.parametrize("normalizer", ["softmax", "softmax1"])
-def test_two_phase_inference_equals_one_mix(signal, normalizer):
+def test_two_phase_inference_equals_one_mix(normalizer, signal, recent):
     sources, evidence, *_ = inputs(5)
     queries = torch.randn(3, 9, dtype=torch.float64)
-    beta = torch.rand(3, dtype=torch.float64)
-    *finished, running = sources
-    scores_BTSR = torch.stack([depth_scores(v, queries, 1e-6) for v in finished], -2)
-    psi_BTS = torch.stack(evidence, -1) if signal else None
-    mixes, lses = block_mix(finished, scores_BTSR, psi_BTS[..., :-1] if signal else None, beta)
+    beta = torch.rand(3, dtype=torch.float64) if signal else torch.zeros(3, dtype=torch.float64)
+    scores_RBTS = torch.stack([depth_scores(v, queries, 1e-6) for v in sources], -1).movedim(2, 0)
+    psi_BTS = torch.stack(evidence, -1)
+    logits_RBTS = scores_RBTS - beta.view(3, 1, 1, 1) * psi_BTS  # psi uncentred
+    stacked, folded = torch.stack(sources), 5 - recent
+    mixes, lses = fold_sources(stacked[:folded], logits_RBTS[..., :folded])
     for r in range(3):
-        score = depth_scores(running, queries[r : r + 1], 1e-6)
-        all_scores = torch.cat([scores_BTSR[..., r], score], -1)
-        weights, _ = depth_weights(all_scores, psi_BTS, beta[r], normalizer)
-        shifted, null_logit = score[..., 0], None
-        if signal:
-            shifted = shifted - beta[r] * psi_BTS[..., -1]
+        weights, _ = depth_weights(scores_RBTS[r], psi_BTS, beta[r], normalizer)
+        logits = [lses[r].unsqueeze(-1), logits_RBTS[r, ..., folded:]]
         if normalizer == "softmax1":
-            null_logit = -beta[r] * psi_BTS.mean(-1) if signal else torch.zeros_like(shifted)
-        merged = merge_running(mixes[r], lses[r], running, shifted, null_logit)
+            logits.append(-beta[r] * psi_BTS.mean(-1, keepdim=True))
+        merged = merge_recent(mixes[r], stacked[folded:], torch.cat(logits, -1))
         torch.testing.assert_close(merged, weighted_sum(sources, weights), rtol=0, atol=1e-12)
 
 

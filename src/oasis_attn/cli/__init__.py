@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from oasis_attn.cli.convert import convert
 from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
 from oasis_attn.cli.train import train
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for verb in (demo, diagnose, train, variants):
+for verb in (demo, diagnose, convert, train, variants):
     app.command()(verb)
 
 

@@ -7,12 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from oasis_attn.errors import UserError
+
 if TYPE_CHECKING:
     from rich.status import Status
 
     from oasis_attn.report import Table
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def pair(option: str, text: str) -> tuple[str, Any]:
+    """`name=value`, the value read as JSON where it is JSON: numbers, true, null."""
+    name, separator, value = text.partition("=")
+    if not (name and separator):
+        raise UserError(f"{option}: {text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def print_json(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Files that can be made again, kept under `$OASIS_CACHE` (default `~/.cache/oasis-attn`)."""
+"""Files that can be made again, kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from oasis_attn.files import cache_folder
+
 
 def cached_file(name: str, make: Callable[[BinaryIO], None]) -> Path:
     """The cached file `name`, made by `make` if absent.
@@ -15,7 +17,7 @@ def cached_file(name: str, make: Callable[[BinaryIO], None]) -> Path:
     It is written beside its place and renamed when whole, so that processes that make it at the
     same time each find a whole one.
     """
-    path = Path(os.environ.get("OASIS_CACHE") or "~/.cache/oasis-attn").expanduser() / name
+    path = cache_folder() / name
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

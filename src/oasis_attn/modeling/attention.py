@@ -40,6 +40,7 @@ def oasis_attention(
     null_logit: float | Tensor = -torch.inf,
     clip_gamma: float = 0.0,
     output_gate: Tensor | None = None,
+    output_attentions: bool = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend; returns `out_BTHd` and the null mass `[B, H, T]`, None where softmax has none.
@@ -50,12 +51,16 @@ def oasis_attention(
         s_aux: learned sinks `[H]` of a native family (gpt-oss): null logits.
         normalizer, null_logit, clip_gamma: see `OasisConfig`; None is the native softmax.
         output_gate: gate logits `[B, T, H]` or `[B, T, H * d]`.
+        output_attentions: compute the map itself and hand it to the observers.
     """
     normalizer = normalizer or "softmax"
     if s_aux is not None:
         normalizer, null_logit = "learned_sink", s_aux
     T = query.shape[2]
-    if normalizer == "softmax" and softcap is None and not _observers:
+    if normalizer == "softmax":
+        null_logit = -torch.inf
+    mapped = output_attentions or normalizer not in ("softmax", "softmax1", "learned_sink")
+    if normalizer == "softmax" and softcap is None and not (mapped or _observers):
         out_BTHd, null_BHT = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -64,9 +69,7 @@ def oasis_attention(
             key, value = key[:, :, :T], value[:, :, :T]  # a static cache is longer than its content
         causal = attention_mask is None and getattr(module, "is_causal", True)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if normalizer in ("softmax", "softmax1", "learned_sink"):
-            if normalizer == "softmax":
-                null_logit = -torch.inf
+        if not mapped:
             out_BHTd, null_BHT, total_BHT = attend(
                 query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale,
                 null_logit=null_logit, softcap=softcap, dropout=dropout,
@@ -78,7 +81,7 @@ def oasis_attention(
                 attention_mask = visible.tril(key.shape[2] - T)[None, None]
             weights_BHTS, null_BHT, total_BHT = naive_weights(
                 query, key, attn_mask=attention_mask, scale=scale, softcap=softcap,
-                normalizer=normalizer, clip_gamma=clip_gamma,
+                null_logit=null_logit, normalizer=normalizer, clip_gamma=clip_gamma,
             )  # fmt: skip
             out_BHTd = naive_mix(weights_BHTS, value, dropout).to(query.dtype)
         if _observers:
@@ -120,7 +123,7 @@ class AttentionCall:
     _scale: float
     _softcap: float | None
     _total_BHT: Tensor
-    _weights_BHTS: Tensor | None
+    weights_BHTS: Tensor | None
 
     @property
     def layer(self) -> int:
@@ -129,8 +132,8 @@ class AttentionCall:
 
     def column(self, position: int) -> Tensor:
         """p on key `position` for every query, `[B, H, T]`, float32; 0 where it is not seen."""
-        if self._weights_BHTS is not None:
-            return self._weights_BHTS[..., position]
+        if self.weights_BHTS is not None:
+            return self.weights_BHTS[..., position]
         T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
         groups = self.query_BHTd.shape[1] // self.key_BGSd.shape[1]
         key_BHd = self.key_BGSd[:, :, position].repeat_interleave(groups, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -84,11 +85,8 @@ class OasisConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
-        for name in kwargs:
-            if name not in _BASE_EXTRAS | _FORWARDED and not name.startswith("_"):
-                near = difflib.get_close_matches(name, SETTINGS, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise UserError(f"settings: {name!r} is none of {', '.join(SETTINGS)}{hint}")
+        known = _BASE_EXTRAS | _FORWARDED
+        refuse_unknown(name for name in kwargs if name not in known and name[0] != "_")
         asked = kwargs.pop("attn_implementation", None)
         if asked not in (None, ATTENTION):
             raise UserError(
@@ -104,7 +102,7 @@ class OasisConfig(PreTrainedConfig):
             raise UserError(f"text_config: {' '.join(str(error).split())}") from error
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        self._check()
+        self.check()
         self._attn_implementation = ATTENTION
 
     def __getattr__(self, name: str) -> Any:
@@ -112,6 +110,25 @@ class OasisConfig(PreTrainedConfig):
         if name in _FORWARDED and "text_config" in self.__dict__:
             return getattr(self.text_config, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        text = self.__dict__.get("text_config")
+        if name in _FORWARDED and isinstance(text, PreTrainedConfig):
+            setattr(text, name, value)  # where the family's own model reads it
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def output_attentions(self) -> bool:
+        """Whether forward returns attention maps unless told; our function can, `eager` or not."""
+        return bool(self._output_attentions)
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Nothing to refuse: see `output_attentions`."""
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -126,7 +143,11 @@ class OasisConfig(PreTrainedConfig):
         """The method's settings, as the constructor takes them."""
         return {name: getattr(self, name) for name in SETTINGS}
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise `UserError` on a setting's unknown value, and on settings that exclude each other.
+
+        The constructor does; whoever changes a setting afterwards should.
+        """
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         check_at_least("depth_block_size", self.depth_block_size, 1)
@@ -181,5 +202,14 @@ SETTINGS = (
     "coupling_init",
     "recency_init",
 )
+
+
+def refuse_unknown(names: Iterable[str]) -> None:
+    """Raise `UserError` on the first of `names`, with the setting it may have meant."""
+    for name in names:
+        near = difflib.get_close_matches(name, SETTINGS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"settings: {name!r} is none of {', '.join(SETTINGS)}{hint}")
+
 
 AutoConfig.register(OasisConfig.model_type, OasisConfig)

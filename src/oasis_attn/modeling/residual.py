@@ -26,7 +26,7 @@ from oasis_attn.ops.depth_mix import depth_scores, depth_weights, row_products, 
 
 COUPLING_MAX = 10.0
 Norm = Callable[[Tensor], Tensor]
-_observers: list[Callable[[nn.Module, int, Tensor], None]] = []
+observers: list[Callable[[nn.Module, int, Tensor], None]] = []
 
 
 def coupling(raw: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class DepthStream:
 
     def add(self, branch_BTD: Tensor, null_BHT: Tensor | None) -> None:
         """Append a sublayer's output v, with psi the mean of null over heads; mix anew."""
-        evidence_BT = _evidence(null_BHT, branch_BTD, self.settings)
+        evidence_BT = evidence(null_BHT, branch_BTD, self.settings)
         if self.running:
             branch_BTD = self.running[0] + branch_BTD
             evidence_BT = self.running[1] + evidence_BT
@@ -179,7 +179,7 @@ class DepthStream:
             weights_BTS, _ = depth_weights(scores, None, 0.0, normalizer)
         else:
             weights_BTS, _ = depth_weights(scores, evidence, couplings_R[router], normalizer)
-        for observer in tuple(_observers):
+        for observer in tuple(observers):
             observer(module, router, weights_BTS)
         if self.settings.depth_scale == "sources":
             S = weights_BTS.shape[-1]
@@ -256,7 +256,7 @@ class AuthorsStream:
         """Mix the states so far and those within the layer, each with its layer's psi."""
         after_mlp = bool(self.within)
         if not after_mlp:
-            psi_BT = _evidence(null_BHT, branch_BTD, self.settings)
+            psi_BT = evidence(null_BHT, branch_BTD, self.settings)
             self.evidence_BTS = _append(self.evidence_BTS, psi_BT.to(self.evidence_BTS.dtype))
         self.within = [*self.within, self.hidden + branch_BTD]
         evidence_BTS = self.evidence_BTS
@@ -264,7 +264,7 @@ class AuthorsStream:
             evidence_BTS = _append(evidence_BTS, evidence_BTS[..., -1])
         router = self.routers[after_mlp]
         self.hidden, weights_BTS = router([*self.states, *self.within], evidence_BTS)
-        for observer in tuple(_observers):
+        for observer in tuple(observers):
             observer(router, self.sublayer + after_mlp, weights_BTS)
         if after_mlp:
             self.states = [*self.states, self.hidden]
@@ -275,7 +275,7 @@ class AuthorsStream:
         return self.hidden, self.evidence_BTS, *self.states[:-1]
 
 
-def _evidence(null_BHT: Tensor | None, branch_BTD: Tensor, settings: OasisConfig) -> Tensor:
+def evidence(null_BHT: Tensor | None, branch_BTD: Tensor, settings: OasisConfig) -> Tensor:
     """psi `[B, T]` of a branch: the null mass, mean over heads; 0 where attention has no null."""
     if null_BHT is None:
         return branch_BTD.new_zeros(branch_BTD.shape[:-1], dtype=torch.float32)
@@ -305,8 +305,8 @@ def observe_depth(model: nn.Module, callback: Callable[[int, Tensor], None]) -> 
         if router in modules:
             callback(index, weights_BTS)
 
-    _observers.append(observer)
+    observers.append(observer)
     try:
         yield
     finally:
-        _observers.remove(observer)
+        observers.remove(observer)

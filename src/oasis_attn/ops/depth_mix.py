@@ -78,6 +78,8 @@ def depth_scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> Tensor:
     Attention Residuals section 3; the gain of an RMSNorm moves to the query, so that R routers
     share the source's one inverse RMS and one matrix product.
     """
+    if torch.compiler.is_compiling():
+        return _naive_scores(source_BTD, queries_RD, eps)
     return _Scores.apply(source_BTD, queries_RD, eps)
 
 
@@ -113,41 +115,30 @@ def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
     return _row_products(sources, query_BTD)
 
 
-def block_mix(
-    sources: Sequence[Tensor], scores_BTSR: Tensor, evidence_BTS: Tensor | None, coupling_R: Tensor
-) -> tuple[Tensor, Tensor]:
-    """First phase of block inference: every router of a block against the finished blocks.
+def fold_sources(sources_SBTD: Tensor, logits_RBTS: Tensor) -> tuple[Tensor, Tensor]:
+    """First phase of inference: R routers read the sources that all of them see, in one pass.
 
-    Returns the softmax mixes `[R, B, T, D]` and the log-sum-exps `[R, B, T]` of their logits, which
-    `merge_running` completes one router at a time.  Inference only.
+    Returns the softmax mixes `[R, B, T, D]` and the log-sum-exps `[R, B, T]`: to `merge_recent`,
+    each is one source with one logit.
     """
-    if evidence_BTS is not None:
-        scores_BTSR = scores_BTSR - coupling_R * evidence_BTS.unsqueeze(-1)
-    lse_BTR = scores_BTSR.logsumexp(-2)
-    weights_BTRS = (scores_BTSR - lse_BTR.unsqueeze(-2)).exp().transpose(-1, -2)
-    mixes_BTRD = weights_BTRS.to(sources[0].dtype) @ torch.stack(tuple(sources), -2)
-    return mixes_BTRD.movedim(-2, 0), lse_BTR.movedim(-1, 0)
+    lse_RBT = logits_RBTS.logsumexp(-1)
+    weights_RBTS = (logits_RBTS - lse_RBT.unsqueeze(-1)).exp_().to(sources_SBTD.dtype)
+    mixes_BTRD = weights_RBTS.permute(1, 2, 0, 3) @ sources_SBTD.permute(1, 2, 0, 3)
+    return mixes_BTRD.permute(2, 0, 1, 3), lse_RBT
 
 
-def merge_running(
-    mixed_BTD: Tensor,
-    lse_BT: Tensor,
-    running_BTD: Tensor,
-    score_BT: Tensor,
-    null_logit_BT: Tensor | None = None,
-) -> Tensor:
-    """Second phase: the running block joins by online softmax, as if it had been there throughout.
+def merge_recent(mixed_BTD: Tensor, recent_SBTD: Tensor, logits_BTN: Tensor) -> Tensor:
+    """Second phase: one router's mix of folded sources, joined by the S that came after.
 
-    `score_BT` is the running block's logit, less `coupling * psi`.  A depth Softmax1 has the null
-    logit `-coupling * mean_r psi_r` (0 without the signal), given as `null_logit_BT`;
-    None is softmax.
+    `logits_BTN` are the log-sum-exp of the folded sources, the logits of the recent ones and, for
+    Softmax1, the null's: N is S + 1 or S + 2.
     """
-    total_BT = torch.logaddexp(lse_BT, score_BT)
-    if null_logit_BT is not None:
-        total_BT = torch.logaddexp(total_BT, null_logit_BT)
-    finished = (lse_BT - total_BT).exp().to(mixed_BTD.dtype).unsqueeze(-1)
-    running = (score_BT - total_BT).exp().to(mixed_BTD.dtype).unsqueeze(-1)
-    return finished * mixed_BTD + running * running_BTD
+    weights_BTN = logits_BTN.softmax(-1).to(mixed_BTD.dtype)
+    if not recent_SBTD.shape[0]:
+        return mixed_BTD * weights_BTN[..., :1]
+    weights_BT1S = weights_BTN[..., None, 1 : 1 + recent_SBTD.shape[0]]
+    recent_BTD = (weights_BT1S @ recent_SBTD.permute(1, 2, 0, 3)).squeeze(-2)
+    return recent_BTD.addcmul_(mixed_BTD, weights_BTN[..., :1])
 
 
 # ---------------------------------------------------------------------------------------- naive
@@ -235,8 +226,9 @@ class _RowProducts(torch.autograd.Function):
 
 
 def _differentiable(*tensors: Tensor) -> bool:
-    """Where False, torch.compile would miscount the arguments of a Function that takes `*args`."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    """Whether to differentiate by hand; torch.compile itself decides what to keep for backward."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return wanted and not torch.compiler.is_compiling()
 
 
 def _sum(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -256,6 +248,8 @@ def _scaled(tensor: Tensor, weights: Tensor, sources, needed) -> list[Tensor | N
 
 def _row_products(sources: Sequence[Tensor], other: Tensor) -> Tensor:
     """`<source_i, other>` over the width, `[..., S]`."""
+    if torch.compiler.is_compiling():
+        return torch.stack([(source * other).sum(-1) for source in sources], -1)
     width = other.shape[-1]
     flat = other.reshape(-1, width)
     rows = flat.shape[0] if flat.is_cuda else max(1, 2**17 // width)

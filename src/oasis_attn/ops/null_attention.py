@@ -332,9 +332,11 @@ def _with_causal(mask: Tensor | None, T: int, S: int, device: torch.device) -> T
 
 
 def _check_shapes(query, key, value, mask, null_logit) -> None:
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    def shapes() -> str:  # not made unless it is shown: this is on the path of decoding
+        return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+
     if not query.dim() == key.dim() == value.dim() == 4:
-        raise UserError(f"{shapes}: each must have four axes [batch, heads, tokens, width]")
+        raise UserError(f"{shapes()}: each must have four axes [batch, heads, tokens, width]")
     fits = (
         query.shape[0] == key.shape[0] == value.shape[0]
         and key.shape[1:3] == value.shape[1:3]
@@ -343,7 +345,7 @@ def _check_shapes(query, key, value, mask, null_logit) -> None:
     )
     if not fits:
         raise UserError(
-            f"{shapes}: batch, key tokens and width must agree, and query heads be a multiple of"
+            f"{shapes()}: batch, key tokens and width must agree, and query heads be a multiple of"
             " key heads"
         )
     if not query.dtype == key.dtype == value.dtype:

@@ -1,0 +1,131 @@
+"""The model card: what a checkpoint is and what was measured on it, from its config and record."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oasis_attn.files import write_text
+from oasis_attn.modeling.configuration import SETTINGS, OasisConfig
+from oasis_attn.modeling.variants import variants
+from oasis_attn.records import Record
+
+if TYPE_CHECKING:
+    from oasis_attn.modeling.pretrained import OasisPreTrainedModel
+
+_GENERATED = "automatically generated"  # transformers' own template says so too
+_ALWAYS = ("token_normalizer", "residual", "null_signal")
+_OURS = (".depth.", ".null_logit", ".output_gate.", ".attn_res_")
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [oasis-attn, {family}, {variant}]
+---
+
+# {variant} on {family}
+
+A `{family}` decoder of {parameters:,} parameters, {added:,} of them added by these settings, the
+variant `{variant}` of [OASIS](https://arxiv.org/abs/2605.17887) in oasis-attn. Settings that are
+not listed are at their defaults.
+
+{settings}
+
+```python
+import oasis_attn  # registers the architecture
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(path_or_name)
+```
+{measured}
+*This card was {generated}; without this line it is kept as it is.*
+"""
+_MEASURED = """
+## Measured{origin}
+
+{metrics}
+
+{facts}
+"""
+
+
+def write_card(model: OasisPreTrainedModel, folder: str | os.PathLike) -> None:
+    """Write `folder`/README.md, unless a card stands there that a person has made theirs.
+
+    The measurements are those of `folder`/record.json; without one, of the record beside the
+    checkpoint that the model was loaded from, which the card then names.
+    """
+    path = Path(folder) / "README.md"
+    if path.exists() and _GENERATED not in path.read_text(encoding="utf-8"):
+        return
+    record, origin = None, ""
+    for place in (Path(folder), Path(model.config.name_or_path or folder)):
+        if (place / "record.json").is_file():
+            record = Record.load(place / "record.json")
+            origin = "" if place == Path(folder) else f", on `{place.name}` as it was loaded"
+            break
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    added = sum(n for name, n in counts.items() if any(part in f".{name}" for part in _OURS))
+    write_text(path, model_card(model.config, sum(counts.values()), added, record, origin))
+
+
+def model_card(
+    config: OasisConfig, parameters: int, added: int, record: Record | None, origin: str = ""
+) -> str:
+    """The card as Markdown with its YAML head.
+
+    Args:
+        parameters, added: how many there are, and how many of them the settings added.
+        record: what was measured; `origin` says on which checkpoint, if not on this one.
+    """
+    variant, family = variant_of(config), config.text_config.model_type
+    rows = {
+        name: value
+        for name, value in config.settings.items()
+        if name in _ALWAYS or value != getattr(OasisConfig, name)
+    }
+    return _CARD.format(
+        family=family,
+        variant=variant,
+        parameters=parameters,
+        added=added,
+        settings=_table(("setting", "value"), [(f"`{n}`", f"`{v}`") for n, v in rows.items()]),
+        measured="" if record is None else _measured(record, origin),
+        generated=_GENERATED,
+    )
+
+
+def variant_of(config: OasisConfig) -> str:
+    """The variant whose settings these are; `custom` if there is none."""
+    defaults = {name: getattr(OasisConfig, name) for name in SETTINGS}
+    for name, settings in variants().items():
+        if defaults | settings == config.settings:
+            return name
+    return "custom"
+
+
+def _measured(record: Record, origin: str) -> str:
+    metrics = [
+        (f"`{m.name}`", f"{m.value:.6g}", str(m.n), _error(m.standard_error))
+        for m in record.metrics
+        if not m.where
+    ]
+    facts = {**record.data, "seed": record.seed, "date": record.created}
+    facts |= {name: record.environment.get(name) for name in ("device", "commit")}
+    facts |= record.environment.get("versions", {})
+    known = {name: fact for name, fact in facts.items() if isinstance(fact, str | int | float)}
+    return _MEASURED.format(
+        origin=origin,
+        metrics=_table(("metric", "value", "n", "standard error"), metrics),
+        facts=_table(("of the record", ""), [(name, f"`{fact}`") for name, fact in known.items()]),
+    )
+
+
+def _error(standard_error: float | None) -> str:
+    return "" if standard_error is None else f"{standard_error:.2g}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

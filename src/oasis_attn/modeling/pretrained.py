@@ -1,0 +1,92 @@
+"""What every model of ours is to transformers, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from oasis_attn.errors import UserError
+from oasis_attn.modeling.card import write_card
+from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
+from oasis_attn.modeling.residual import DepthRouter
+
+
+class OasisPreTrainedModel(PreTrainedModel):
+    """Declarations, memory switches, and saving with a model card."""
+
+    config_class = OasisConfig
+    config: OasisConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = {"model.depth"}  # noqa: RUF012
+
+    def set_attn_implementation(self, attn_implementation, allow_all_kernels=False) -> None:  # noqa: ARG002
+        """Refused unless it is ours: no other function has a null option."""
+        if attn_implementation != ATTENTION:
+            raise UserError(
+                f"attn_implementation: {attn_implementation!r} has no null option;"
+                f" only {ATTENTION!r} has"
+            )
+
+    def recompute_mixes(self, enabled: bool = True) -> None:
+        """Recompute each depth mix and the norm after it in backward instead of keeping them.
+
+        What a sublayer keeps is then no more than with a residual sum, at the price of one more
+        pass over the sources each way.
+        """
+        for module in self.modules():
+            if isinstance(module, DepthRouter):
+                module.recompute = enabled
+
+    def _activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs=None, *args, **kwargs
+    ):
+        """As transformers', less the reentrant form, which loses the depth sources' gradients."""
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError("use_reentrant: True drops the depth sources' gradients; set it False")
+        super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs
+    ) -> None:
+        """As transformers', and a model card beside the weights (see `card.write_card`)."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        write_card(self, working_dir)  # transformers has just put its own template there
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def check_cache(cache: Cache, layers: nn.ModuleList, batch: int) -> None:
+    """Refuse a cache that another model, or another batch, has filled.
+
+    Raises:
+        UserError: not a transformers `Cache`, or one of other layers, keys or sequences.
+    """
+    if not isinstance(cache, Cache):
+        raise UserError(f"past_key_values: {type(cache).__name__!r} is no transformers Cache")
+    found = len(getattr(cache, "layers", ()))
+    if found not in (0, len(layers)):  # a dynamic cache may grow its layers as they come
+        raise UserError(
+            f"past_key_values: has {found} layers, this model {len(layers)}; it is another model's"
+        )
+    keys = getattr(cache.layers[0], "keys", None) if found else None
+    if keys is None or keys.dim() != 4:
+        return
+    sequences, heads, _, width = keys.shape
+    if sequences != batch:
+        raise UserError(f"past_key_values: holds {sequences} sequences, the input {batch}")
+    projection = getattr(layers[0].self_attn, "k_proj", None)
+    expected = getattr(projection, "out_features", heads * width)
+    if heads * width != expected:
+        raise UserError(
+            f"past_key_values: has keys of {heads} heads x {width}, this model {expected} numbers;"
+            " it is another model's"
+        )

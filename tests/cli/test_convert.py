@@ -1,0 +1,62 @@
+"""`oasis convert`, as a user types it."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from oasis_attn.cli import main
+from tiny import VOCABULARY, tiny_config
+
+
+@pytest.fixture
+def oasis(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["oasis", *map(str, arguments)])
+        return main(), capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def vanilla(tmp_path):
+    folder = tmp_path / "vanilla"
+    AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_there_and_back(oasis, vanilla, tmp_path):
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    settings = ("--set", "depth_block_size=4", "--set", "null_signal=shuffled")
+    code, shown = oasis("convert", vanilla, ours, *settings, "--dtype", "float64", "--json")
+    facts = json.loads(shown.out)
+    assert (code, facts["family"], facts["dtype"]) == (0, "llama", "float64")
+    assert (facts["depth_block_size"], facts["null_signal"]) == (4, "shuffled")
+    code, shown = oasis("convert", ours, back, "--to-vanilla", "--dtype", "float32")
+    assert code == 0
+    assert "model_type" in shown.out
+    ids = torch.arange(9)[None]
+    logits = [AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (vanilla, back)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--variant", "entmax15"), "token_normalizer: 'entmax15' has no state"),
+        (("--set", "depth"), "--set: 'depth' is not NAME=VALUE"),
+        (("--to-vanilla", "--variant", "oasis"), "it takes no variant"),
+        (("--to-vanilla",), "is 'llama' already"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(oasis, vanilla, tmp_path, arguments, message):
+    code, shown = oasis("convert", vanilla, tmp_path / "out", *arguments)
+    assert code == 2
+    assert message in shown.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
