@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -180,7 +179,7 @@ def test_folder_and_record(configure):
     assert model.num_parameters() == record.subject["parameters"]
     assert tokenizer.bos_token_id == 0
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert json.loads((config.out / "config.json").read_text())["use_cache"]
+    assert model.config.use_cache
     assert not (config.out / ".staged").exists()
 
 

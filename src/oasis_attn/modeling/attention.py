@@ -56,6 +56,10 @@ def oasis_attention(
     normalizer = normalizer or "softmax"
     if s_aux is not None:
         normalizer, null_logit = "learned_sink", s_aux
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as scaled_dot_product_attention: rotation is float32
+        precision = torch.get_autocast_dtype(device)
+        query, key, value = query.to(precision), key.to(precision), value.to(precision)
     T = query.shape[2]
     if normalizer == "softmax":
         null_logit = -torch.inf

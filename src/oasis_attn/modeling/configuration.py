@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Iterable
@@ -95,7 +96,9 @@ class OasisConfig(PreTrainedConfig):
             )
         if isinstance(self.text_config, PreTrainedConfig):
             # Ours from here on: the caller's object keeps its own attention implementation.
-            self.text_config = self.text_config.to_dict()
+            self.text_config = copy.deepcopy(self.text_config)
+            # The top config hands its own down, and would forget the family's.
+            kwargs.setdefault("experts_implementation", self.text_config._experts_implementation)
         try:
             super().__post_init__(**kwargs)
         except (TypeError, ValueError) as error:

@@ -142,6 +142,7 @@ class RoutedModel(Routed):
     """Mixed into a family's base model: layers that route, and the routers they share."""
 
     layers: nn.ModuleList
+    _keep_in_fp32_modules_strict: set[str]
 
     def __init__(self, config: OasisConfig):
         super().__init__(config.text_config)  # type: ignore[call-arg]
@@ -150,6 +151,8 @@ class RoutedModel(Routed):
             layer.__class__ = layer_class
             cast(RoutedLayer, layer).attach(config, index)
         self.depth = DepthRouter(config) if config.residual == "depth" else None
+        if self.depth is not None:
+            self._keep_in_fp32_modules_strict.add("depth")
         self._no_split_modules = [layer_class.__name__]
 
     def forward(self, *args, output_attentions: bool = False, **kwargs):

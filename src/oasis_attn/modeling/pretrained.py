@@ -23,7 +23,13 @@ class OasisPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = {"model.depth"}  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, *args, tp_plan=None, **kwargs):
+        """As transformers', less tensor parallelism: psi is a mean over all heads of a layer."""
+        if tp_plan is not None:
+            raise UserError(f"tp_plan: {tp_plan!r} would split the heads the null signal averages")
+        return super().from_pretrained(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, allow_all_kernels=False) -> None:  # noqa: ARG002
         """Refused unless it is ours: no other function has a null option."""
@@ -47,7 +53,8 @@ class OasisPreTrainedModel(PreTrainedModel):
         self, activation_checkpointing_kwargs=None, *args, **kwargs
     ):
         """As transformers', less the reentrant form, which loses the depth sources' gradients."""
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant")
+        if reentrant and self.config.residual != "sum":
             raise UserError("use_reentrant: True drops the depth sources' gradients; set it False")
         super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 

@@ -174,7 +174,6 @@ def naive_mix(weights_BHTS: Tensor, value_BGSd: Tensor, dropout: float = 0.0) ->
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_TINY = 1e-30  # far below any gradient that matters, far above the smallest normal float
 
 
 class _CpuFlash(torch.autograd.Function):
@@ -238,7 +237,7 @@ def _delta_shifted(grad_out, out, shift):
     """`grad_out` and `out` such that rowsum(grad_out * out) has grown by `shift`, for a while.
 
     The kernel reads `out` for that sum alone, so one column of it will do: x in column 0 adds
-    grad_out_0 * x.  A grad_out_0 of zero is moved by _TINY, which no result can feel.  The columns
+    grad_out_0 * x.  A grad_out_0 of zero is moved by `tiny`, which no result can feel.  The columns
     are changed in place and put back, for copies of both would be a third of the peak memory.
     """
     if shift is None:
@@ -246,10 +245,11 @@ def _delta_shifted(grad_out, out, shift):
         return
     if torch.compiler.is_compiling() or _overlap(grad_out, out) or 0 in grad_out.stride():
         grad_out, out = grad_out.clone(memory_format=torch.contiguous_format), out.clone()
+    tiny = 1e-30  # far below any gradient that matters, far above the smallest normal float
     columns = [grad_out.data[..., 0], out.data[..., 0]]  # .data: no version is bumped
     before = [column.clone() for column in columns]
     first = before[0].to(shift.dtype)
-    first.masked_fill_((first.abs() < _TINY) & (shift != 0), _TINY)
+    first.masked_fill_((first.abs() < tiny) & (shift != 0), tiny)
     try:
         columns[0].copy_(first)
         columns[1].add_(torch.where(shift == 0, 0, shift / first))

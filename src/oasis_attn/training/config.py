@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from oasis_attn.errors import UserError, check_at_least
+from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.training.parameters import GROUPS
+
+_FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """One run: a backbone of some size, as some variant, on some corpus, from scratch.
+    """One run: a backbone of some size, as some variant, from scratch; or a model that exists.
 
     Attributes:
         out: the folder the model, its tokenizer, `record.json` and `checkpoints/` are written to.
+        from_model: train this model on, as `load_model` takes it: ours or a native one, with its
+            own tokenizer.  It brings its variant, size, settings and vocabulary.
         variant: a name in `variants()`.
         size: a name in `SIZES`, or a Hugging Face configuration file.
         corpus: a name in `CORPORA`, or a text file or folder.
@@ -23,9 +28,18 @@ class TrainingConfig:
         steps: optimiser steps.
         seed: of the initialisation and of the data order; both are the same for every variant.
         block_length: tokens per sequence.
-        batch_size: sequences per device and forward pass.
+        batch_size: sequences per process and forward pass.
         gradient_accumulation: forward passes per step.
-        learning_rate: at its peak; the schedule is a linear warmup and a cosine to 0.
+        learning_rate: at its peak; the schedule is a linear warmup and a cosine to 0.  Default
+            2e-3 from scratch, 1e-4 for a model that exists.
+        learning_rates: peaks of single groups of parameters, see `training.parameters.GROUPS`.
+        trainable: train only parameters whose names match one of these shell patterns, or that
+            belong to a group so named; none: all.
+        lora_rank: above 0, the backbone learns through LoRA adapters of this rank (needs peft),
+            which the finished model has added to its weights.
+        anneal_null: above 0, the null logit rises over this many steps to 0, see `NullAnneal`.
+        outlier_penalty: weight, in nats, of `OutlierPenalty` beside the loss.
+        activation_checkpointing: recompute each layer in backward instead of keeping what it did.
         warmup: share of the steps, in [0, 1].
         weight_decay: AdamW's, on matrices only.
         clip: largest norm of the gradient.
@@ -42,6 +56,7 @@ class TrainingConfig:
     """
 
     out: str | Path
+    from_model: str | Path | None = None
     variant: str = "oasis"
     size: str = "nano"
     corpus: str = "stdlib"
@@ -51,7 +66,13 @@ class TrainingConfig:
     block_length: int = 256
     batch_size: int = 16
     gradient_accumulation: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    trainable: Sequence[str] | None = None
+    lora_rank: int = 0
+    anneal_null: int = 0
+    outlier_penalty: float = 0.0
+    activation_checkpointing: bool = False
     warmup: float = 0.05
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -69,6 +90,8 @@ class TrainingConfig:
 
         settings_of(self.variant)
         text_config(self.size, self.vocab_size)
+        if self.from_model is not None:
+            self._check_unused("variant", "size", "settings", "vocab_size")
         lowest = {
             "steps": 1,
             "seed": 0,
@@ -78,14 +101,26 @@ class TrainingConfig:
             "save_every": 1,
             "log_every": 1,
             "eval_windows": 1,
+            "lora_rank": 0,
+            "anneal_null": 0,
         }
         for name, least in lowest.items():
             value = getattr(self, name)
             check_at_least(name, value, least)
             if not isinstance(value, int):
                 raise UserError(f"{name}: {value!r} is not a whole number")
-        for name in ("learning_rate", "warmup", "weight_decay", "clip"):
+        for name in ("warmup", "weight_decay", "clip", "outlier_penalty"):
             check_at_least(name, getattr(self, name), 0)
+        for group, rate in self.learning_rates.items():
+            check_choice("learning_rates", group, GROUPS)
+            check_at_least(f"learning_rates[{group!r}]", rate, 0)
+        check_at_least("learning_rate", self._rate, 0)
+        if self.anneal_null > self.steps:
+            raise UserError(
+                f"anneal_null: {self.anneal_null!r} is more than the run's {self.steps} steps"
+            )
+        if isinstance(self.trainable, str):
+            raise UserError(f"trainable: {self.trainable!r} is one string, not a list of patterns")
         if self.warmup > 1:
             raise UserError(f"warmup: {self.warmup!r} is a share of the steps, at most 1")
         if not self.clip:
@@ -96,7 +131,37 @@ class TrainingConfig:
                 f"save_every: {self.save_every!r} is not a multiple of log_every={self.log_every!r}"
             )
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The peak learning rate of every group."""
+        return dict.fromkeys(GROUPS, self._rate) | dict(self.learning_rates)
+
+    @property
+    def _rate(self) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return _FROM_SCRATCH if self.from_model is None else _FROM_MODEL
+
     def to_dict(self) -> dict[str, Any]:
         """What decides the result: all but `out` and `resume`, as JSON takes it."""
-        fields = asdict(self) | {"size": str(self.size), "corpus": str(self.corpus)}
-        return {name: value for name, value in fields.items() if name not in ("out", "resume")}
+        plain = asdict(self) | {
+            "from_model": None if self.from_model is None else str(self.from_model),
+            "size": str(self.size),
+            "corpus": str(self.corpus),
+            "learning_rate": self._rate,
+            "trainable": list(self.trainable or ()),
+        }
+        return {name: value for name, value in plain.items() if name not in ("out", "resume")}
+
+    def _check_unused(self, *names: str) -> None:
+        """Refuse settings that `from_model` leaves without effect."""
+        for option in fields(self):
+            default = option.default
+            if option.default_factory is not MISSING:
+                default = option.default_factory()
+            value = getattr(self, option.name)
+            if option.name in names and value != default:
+                raise UserError(
+                    f"{option.name}: {value!r} has no effect with from_model="
+                    f"{str(self.from_model)!r}, which has its own"
+                )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from oasis_attn.data import (
     Corpus,
@@ -16,22 +19,38 @@ from oasis_attn.data import (
     tokenizer_sha256,
 )
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.sizes import text_config
 from oasis_attn.modeling.variants import settings_of
+from oasis_attn.training.anneal import NullAnneal
 from oasis_attn.training.config import TrainingConfig
+from oasis_attn.training.lora import adapt
 from oasis_attn.training.model import build_model
+from oasis_attn.training.parameters import train_only, trained
+
+if TYPE_CHECKING:
+    from peft import LoraModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A fresh model, its tokenizer, and the blocks to train on and to measure the loss on.
+    """A model, its tokenizer, and the blocks to train on and to measure the loss on.
 
     Attributes:
-        identity: the config and the hashes of corpus and tokenizer: what a resumed run must share.
+        label: the run in a word or two.
+        trained_parameters: how many of the model's numbers learn.
+        adapter: LoRA's hold on `model`, if it learns through it.
+        callbacks: what changes the model between steps.
+        identity: the config, the number of processes, and the hashes of corpus, tokenizer and
+            weights to start from: what a resumed run must share.
     """
 
+    label: str
+    trained_parameters: int
     model: PreTrainedModel
+    adapter: LoraModel | None
     tokenizer: PreTrainedTokenizerBase
+    callbacks: list[TrainerCallback]
     corpus: Corpus
     held_out: Corpus
     blocks: TokenBlocks
@@ -39,42 +58,92 @@ class Prepared:
     identity: dict[str, Any]
 
 
-def prepare(config: TrainingConfig) -> Prepared:
-    """Read the corpus, learn its tokenizer, build the model; `UserError` if they do not fit."""
+def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
+    """Read the corpus, make or load tokenizer and model; `UserError` if they do not fit."""
     corpus = load_corpus(config.corpus)
     held_out = load_corpus(config.corpus, config.eval_split)
-    backbone = text_config(config.size, config.vocab_size)
-    if config.block_length > backbone.max_position_embeddings:
+    model, tokenizer = _start(config, corpus)
+    most = model.config.max_position_embeddings
+    if config.block_length > most:
         raise UserError(
-            f"block_length: {config.block_length} is more than the "
-            f"{backbone.max_position_embeddings} positions of size {config.size!r}"
+            f"block_length: {config.block_length} is more than the {most} positions of "
+            f"{str(config.from_model or config.size)!r}"
         )
-    tokenizer = corpus_tokenizer(corpus, backbone.vocab_size)
-    backbone.bos_token_id, backbone.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # The tokenizer pads with BOS; told so, the embedding would neither draw nor train BOS's row.
-    backbone.pad_token_id = None
-    model = build_model(backbone, settings_of(config.variant) | dict(config.settings), config.seed)
+    identity = config.to_dict() | {
+        "processes": processes,
+        "corpus_sha256": corpus.sha256,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "weights_sha256": _sha256(model) if config.from_model else None,
+    }
+    callbacks: list[TrainerCallback] = []
+    if config.anneal_null:
+        callbacks.append(NullAnneal(model.config, config.anneal_null))
+    adapter = _adapted(config, model)
 
     blocks, windows = (
-        token_blocks(part, tokenizer, config.block_length, vocab_size=backbone.vocab_size)
+        token_blocks(part, tokenizer, config.block_length, vocab_size=model.config.vocab_size)
         for part in (corpus, held_out)
     )
-    sequences = config.batch_size * config.gradient_accumulation
+    sequences = config.batch_size * config.gradient_accumulation * processes
     if len(blocks) < sequences:
         raise UserError(
             f"batch_size: a step takes {sequences} sequences, and {config.corpus!r} gives only "
             f"{len(blocks)} of {config.block_length} tokens"
         )
-    hashes = {
-        "corpus_sha256": corpus.sha256,
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
-    }
     return Prepared(
+        label=Path(config.from_model).name if config.from_model else config.variant,
+        trained_parameters=sum(p.numel() for _, p in trained(model)),
         model=model,
+        adapter=adapter,
         tokenizer=tokenizer,
+        callbacks=callbacks,
         corpus=corpus,
         held_out=held_out,
         blocks=blocks,
         windows=windows,
-        identity=config.to_dict() | hashes,
+        identity=identity,
     )
+
+
+def whole_model(
+    config: TrainingConfig, prepared: Prepared, weights: dict[str, torch.Tensor] | None
+) -> PreTrainedModel:
+    """The trained model without adapters; where it was sharded, anew from its gathered weights."""
+    model, adapter = prepared.model, prepared.adapter
+    if weights is not None:
+        model, _ = _start(config, prepared.corpus)
+        adapter = _adapted(config, model)
+        model.load_state_dict(weights)
+        if config.anneal_null:
+            model.config.null_logit = prepared.model.config.null_logit
+    if adapter is not None:
+        adapter.merge_and_unload()
+    return model
+
+
+def _start(
+    config: TrainingConfig, corpus: Corpus
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if config.from_model is not None:
+        return load_model(config.from_model)
+    backbone = text_config(config.size, config.vocab_size)
+    tokenizer = corpus_tokenizer(corpus, backbone.vocab_size)
+    backbone.bos_token_id, backbone.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # The tokenizer pads with BOS; told so, the embedding would neither draw nor train BOS's row.
+    backbone.pad_token_id = None
+    settings = settings_of(config.variant) | dict(config.settings)
+    return build_model(backbone, settings, config.seed), tokenizer
+
+
+def _adapted(config: TrainingConfig, model: PreTrainedModel) -> LoraModel | None:
+    adapter = adapt(model, config.lora_rank, config.seed) if config.lora_rank else None
+    train_only(model, config.trainable or ())
+    return adapter
+
+
+def _sha256(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -18,6 +18,15 @@ from oasis_attn.training.checkpoints import STAGING
 from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.prepare import Prepared
 
+_COLUMNS = {  # of Trainer's log, and as the record names them
+    "step": "step",
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "gradient_norm",
+    "outlier_penalty": "outlier_penalty",
+    "null_logit": "null_logit",
+}
+
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write beside, then move in file by file, config.json last: without it, no model is seen."""
@@ -34,21 +43,22 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
 def training_record(
     config: TrainingConfig,
     prepared: Prepared,
+    model: PreTrainedModel,
     history: list[dict[str, Any]],
     tokens_per_second: float,
 ) -> Record:
     """The record of a finished run; `history` is Trainer's log."""
     table = [
-        {
-            "step": row["step"],
-            "loss": row["loss"],
-            "learning_rate": row["learning_rate"],
-            "gradient_norm": row["grad_norm"],
-        }
+        {name: row[key] for key, name in _COLUMNS.items() if key in row}
         for row in history
         if "loss" in row
     ]
-    model, blocks, windows = prepared.model, prepared.blocks, prepared.windows
+    blocks, windows = prepared.blocks, prepared.windows
+    start = (
+        {"variant": config.variant, "size": str(config.size)}
+        if config.from_model is None
+        else {"from": str(config.from_model), "weights_sha256": prepared.identity["weights_sha256"]}
+    )
     losses = _window_losses(model, windows, config.eval_windows)
     count, loss = len(losses), statistics.fmean(losses)
     error = statistics.stdev(losses) / math.sqrt(count) if count > 1 else None
@@ -57,11 +67,11 @@ def training_record(
         kind="training",
         subject={
             "name": str(config.out),
-            "variant": config.variant,
-            "size": str(config.size),
-            "settings": model.config.settings,
+            **start,
+            "settings": getattr(model.config, "settings", {}),
             "parameters": model.num_parameters(),
-            "training": config.to_dict(),
+            "trained_parameters": prepared.trained_parameters,
+            "training": config.to_dict() | {"processes": prepared.identity["processes"]},
         },
         data={
             "corpus": prepared.corpus.name,

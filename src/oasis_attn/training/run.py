@@ -1,4 +1,4 @@
-"""Training from scratch: a config in; a model folder and its record out."""
+"""A config in; a model folder and its record out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from oasis_attn.files import check_free, write_text
 from oasis_attn.records import Record
 from oasis_attn.training.checkpoints import STAGING, check_same_run, last_checkpoint
 from oasis_attn.training.config import TrainingConfig
-from oasis_attn.training.prepare import prepare
+from oasis_attn.training.prepare import prepare, whole_model
 from oasis_attn.training.progress import Meter
 from oasis_attn.training.result import save_model, training_record
 from oasis_attn.training.trainer import StagedTrainer
@@ -36,6 +36,10 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
     interrupted and resumed or not.  Runs that differ in `variant` only start from the same
     backbone weights and see the same batches.
 
+    Several processes (`accelerate launch -m oasis_attn train ...`, DDP or FSDP2) share every step:
+    two with half the `batch_size` give the losses of one, up to rounding.  The first of them writes
+    and shows progress.
+
     Args:
         progress: show it on standard error.
 
@@ -43,7 +47,9 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
         Record of kind `training`: `loss.windowed` (nats per token) and `perplexity.windowed` on
         disjoint windows of `eval_split`, `training.loss` (the last row of the loss table),
         `training.tokens_per_second`; table `loss`, rows of {step, loss, learning_rate,
-        gradient_norm}, loss a mean since the row before.  Saved as `out/record.json`, last of all.
+        gradient_norm} and, where there are such, {outlier_penalty, null_logit}: loss and penalty
+        are means since the row before, the others those of the row's step.  Saved as
+        `out/record.json`, last of all.
 
     Raises:
         UserError: bad input, before anything is written; `out` not free, or with `resume` not of
@@ -51,41 +57,59 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
     """
     out = Path(config.out)
     begun = _begun(out) if config.resume else None
-    if begun is None:
+    if begun is None and not config.resume:
         check_free(out)
-    prepared = prepare(config)
-    checkpoint = None
-    if begun is not None:
-        check_same_run(out, begun, prepared.identity)
-        if (out / "record.json").is_file():
-            return Record.load(out / "record.json")
-        checkpoint = last_checkpoint(out / "checkpoints", prepared.identity)
-    write_text(out / "run.json", json.dumps(prepared.identity, indent=1))
-
-    tokens_per_step = config.batch_size * config.gradient_accumulation * config.block_length
-    meter = Meter(f"train {config.variant}", tokens_per_step, show=progress)
-    with _quiet_transformers(), meter:
-        trainer = StagedTrainer(
-            model=prepared.model,
-            args=_arguments(config, out),
-            train_dataset=prepared.blocks,
-            data_collator=collate,
-            callbacks=[meter],
-            run=prepared.identity,
-            tokenizer=prepared.tokenizer,
+    with _quiet_transformers():
+        arguments = _arguments(config, out)  # here the processes of a distributed run meet
+        processes = arguments.distributed_state
+        prepared = prepare(config, processes.num_processes)
+        checkpoint = None
+        if begun is not None:
+            check_same_run(out, begun, prepared.identity)
+            if (out / "record.json").is_file():
+                return Record.load(out / "record.json")
+            checkpoint = last_checkpoint(out / "checkpoints", prepared.identity)
+        processes.wait_for_everyone()  # all have looked before one writes
+        if processes.is_main_process:
+            shutil.rmtree(str(arguments.output_dir), ignore_errors=True)
+            write_text(out / "run.json", json.dumps(prepared.identity, indent=1))
+        meter = Meter(
+            f"train {prepared.label}",
+            arguments.train_batch_size
+            * config.gradient_accumulation
+            * config.block_length
+            * processes.num_processes,
+            show=progress and processes.is_main_process,
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        save_model(prepared.model, prepared.tokenizer, out)
+        with meter:
+            trainer = StagedTrainer(
+                model=prepared.model,
+                args=arguments,
+                train_dataset=prepared.blocks,
+                data_collator=collate,
+                callbacks=[meter, *prepared.callbacks],
+                run=prepared.identity,
+                tokenizer=prepared.tokenizer,
+                rates=config.rates,
+                penalty=config.outlier_penalty,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            weights = trainer.gathered_weights()
+        if processes.is_main_process:
+            model = whole_model(config, prepared, weights)
+            save_model(model, prepared.tokenizer, out)
+            history = trainer.state.log_history
+            record = training_record(config, prepared, model, history, meter.tokens_per_second)
+            record.save(out / "record.json")
+        processes.wait_for_everyone()
+    return Record.load(out / "record.json")
 
-    history = trainer.state.log_history
-    record = training_record(config, prepared, history, meter.tokens_per_second)
-    record.save(out / "record.json")
-    return record
 
-
-def _begun(out: Path) -> dict[str, Any]:
-    """What the run in `out` was asked to do."""
+def _begun(out: Path) -> dict[str, Any] | None:
+    """What the run in `out` was asked to do; None if it was killed before it had said so."""
+    if out.is_dir() and all(path.name.startswith(".run.json.") for path in out.iterdir()):
+        return None
     try:
         return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -106,10 +130,8 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _arguments(config: TrainingConfig, out: Path) -> TrainingArguments:
-    staging = out / "checkpoints" / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
     return TrainingArguments(
-        output_dir=str(staging),
+        output_dir=str(out / "checkpoints" / STAGING),
         use_cpu=not torch.cuda.is_available(),
         max_steps=config.steps,
         seed=config.seed,
@@ -117,9 +139,10 @@ def _arguments(config: TrainingConfig, out: Path) -> TrainingArguments:
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
-        learning_rate=config.learning_rate,
+        learning_rate=config.rates["backbone"],
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(config.warmup * config.steps),
         optim="adamw_torch",
@@ -128,6 +151,7 @@ def _arguments(config: TrainingConfig, out: Path) -> TrainingArguments:
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         bf16=config.bf16,
+        activation_checkpointing=config.activation_checkpointing,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         save_strategy="steps",

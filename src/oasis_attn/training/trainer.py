@@ -1,30 +1,93 @@
-"""transformers' Trainer, with the three things a run here needs beside it."""
+"""transformers' Trainer, with what a run here needs beside it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer
+import torch
+from accelerate import DistributedType, PartialState
+from accelerate.utils import parse_flag_from_env
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.residual import DepthRouter
 from oasis_attn.training.checkpoints import publish
+from oasis_attn.training.outliers import OutlierPenalty
+from oasis_attn.training.parameters import GROUPS, group_of, trained
 
 
 class StagedTrainer(Trainer):
-    """Trainer that decays matrices only, stops at a loss that is not finite, and publishes whole
-    checkpoints, tokenizer included, from `args.output_dir` into the folder that holds it.
+    """Trainer with a learning rate per group and a penalty on outliers, that decays matrices only,
+    stops at a loss that is not finite, and publishes whole checkpoints, tokenizer included, from
+    `args.output_dir` into the folder that holds it.
+
+    Args:
+        run: what the run is, sealed into its checkpoints.
+        rates: peak learning rate of each group of `GROUPS`.
+        penalty: weight of `OutlierPenalty` in what is minimised; the loss logged is without it.
     """
 
-    def __init__(self, *, run: dict[str, Any], tokenizer: PreTrainedTokenizerBase, **kwargs: Any):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        run: dict[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        rates: Mapping[str, float],
+        penalty: float = 0.0,
+        **kwargs: Any,
+    ):
+        super().__init__(model=model, **kwargs)
+        self._whole = model
         # Not Trainer's processing_class, which would write its pad token, here also BOS, into the
         # model's config: embeddings neither initialise nor train the row of a pad token.
         self._tokenizer = tokenizer
         self._run = run
+        self._rates = rates
+        self._weight = penalty
+        self._penalty = OutlierPenalty(model) if penalty else None
+        self._penalties: list[Tensor] = []  # one per forward pass since the last row of the log
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; but FSDP that was asked for on CPUs is not dropped without a word."""
+        state = PartialState()
+        if (
+            parse_flag_from_env("ACCELERATE_USE_FSDP")
+            and state.distributed_type is DistributedType.MULTI_CPU
+        ):
+            # Accelerate looks for the request on accelerators only; its FSDP2 runs on gloo as well.
+            state.distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise UserError("fsdp_version: 1 is not supported; launch with --fsdp_version 2")
+
+    def gathered_weights(self) -> dict[str, Tensor] | None:
+        """Of a sharded model all weights, on the first process; None of one that is not."""
+        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:  # noqa: ARG002
+        """One parameter group per group of `GROUPS`, with and without decay; the backbone first."""
+        decayed = set(self.get_decay_parameter_names(self._whole))
+        groups: list[dict[str, Any]] = []
+        for group in GROUPS:
+            for decay in (True, False):
+                found = [
+                    parameter
+                    for name, parameter in trained(self._whole)
+                    if group_of(name) == group and (name in decayed) is decay
+                ]
+                if found:
+                    weight_decay = self.args.weight_decay if decay else 0.0
+                    rate = self._rates[group]
+                    groups.append({"params": found, "weight_decay": weight_decay, "lr": rate})
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self._whole)
+        self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The matrices, but for depth routers: their rows are one query and one norm each."""
@@ -32,8 +95,39 @@ class StagedTrainer(Trainer):
         free = {id(parameter) for router in routers for parameter in router.parameters()}
         return [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in free]
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        minimised = super().training_step(*args, **kwargs)
+        return minimised - self._share() * self._penalties[-1] if self._penalty else minimised
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if self._penalty is None:
+            return super().compute_loss(*args, **kwargs)
+        with self._penalty.collected() as found:
+            loss: Any = super().compute_loss(*args, **kwargs)
+        penalty = torch.stack(found).mean()
+        self._penalties.append(penalty.detach())
+        return loss + self._share() * penalty
+
+    def _share(self) -> float:
+        """Of one forward pass's penalty in the step; Trainer's loss is scaled for it already."""
+        return self._weight / self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            if self._penalties:
+                mean = torch.stack(self._penalties).mean()
+                logs["outlier_penalty"] = self.accelerator.gather(mean).mean().item()
+                self._penalties.clear()
+            null_logit = getattr(
+                self.accelerator.unwrap_model(self.model).config, "null_logit", None
+            )
+            if null_logit is not None:
+                logs["null_logit"] = null_logit
+        super().log(logs, start_time)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        norm = float(super()._get_grad_norm(model, grad_norm))
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         # Any loss that is not finite gives such a gradient; the weights have not been touched yet.
         if not math.isfinite(norm):
             raise UserError(
@@ -42,13 +136,27 @@ class StagedTrainer(Trainer):
             )
         return norm
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # Trainer's own way leaves weights whose names on disk differ (experts) as they were.
+        if any(group_of(name) == "lora" for name, _ in self._whole.named_parameters()):
+            state = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        else:
+            found = type(self._whole).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+            state = found.state_dict()
+        self._whole.load_state_dict(state)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self.state.max_steps:
             return  # the finished model is saved instead
         super()._save_checkpoint(model, trial)
+        staging = Path(str(self.args.output_dir))
+        staged = staging / f"checkpoint-{self.state.global_step}"
+        if self.is_fsdp_enabled:  # beside the shards, so that one process can load it too
+            self._save(str(staged), state_dict=self.gathered_weights())
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            staging = Path(str(self.args.output_dir))
-            staged = staging / f"checkpoint-{self.state.global_step}"
             self._tokenizer.save_pretrained(staged)
             publish(staged, staging.parent, self._run)

@@ -1,0 +1,31 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through peft, merged at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from oasis_attn.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraModel
+
+
+def adapt(model: PreTrainedModel, rank: int, seed: int) -> LoraModel:
+    """Put adapters of this rank, scaled by 2, in place on every linear map but the head.
+
+    `adapter.merge_and_unload()` gives the model back with the adapters added to its weights.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError as error:
+        raise UserError("lora_rank: LoRA needs the package peft: pip install peft") from error
+    config: Any = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LoraModel(model, config, "default")

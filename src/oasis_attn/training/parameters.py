@@ -1,0 +1,62 @@
+"""Which parameters a run trains, and each at what rate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from oasis_attn.errors import UserError
+
+_NAMES = {
+    "coupling": r"(^|\.)(coupling|oasis_beta_raw)$",
+    "router": r"(^|\.)(depth|attn_res_sa|attn_res_mlp)\.",
+    "null": r"(^|\.)(null_logit|sinks)$",
+    "lora": r"\.lora_[AB]\.",
+}
+GROUPS = ("backbone", *_NAMES)
+"""Groups with a learning rate of their own: `router` the depth queries and key norms, `coupling`
+the null signal's beta, `null` learned null logits, `lora` adapters, `backbone` the rest."""
+
+
+def group_of(name: str) -> str:
+    """The group of `GROUPS` that the parameter `name` belongs to."""
+    found = (group for group, pattern in _NAMES.items() if re.search(pattern, name))
+    return next(found, "backbone")
+
+
+def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze every parameter but LoRA's and those whose name matches one of `patterns`.
+
+    Args:
+        patterns: shell patterns (`model.layers.2?.mlp.*`) or groups of `GROUPS`; none: all train,
+            or, where `model` carries LoRA adapters, all but its backbone.
+
+    Raises:
+        UserError: a pattern matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    adapted = any(group_of(name) == "lora" for name in names)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise UserError(
+                f"trainable: {pattern!r} matches no parameter, such as {names[-1]!r}, and is none"
+                f" of the groups here: {', '.join(sorted(set(map(group_of, names))))}"
+            )
+    for name, parameter in model.named_parameters():
+        if patterns:
+            chosen = any(_matches(name, pattern) for pattern in patterns)
+        else:
+            chosen = not adapted or group_of(name) != "backbone"
+        parameter.requires_grad_(chosen or group_of(name) == "lora")
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that learn, by name."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return group_of(name) == pattern or fnmatchcase(name, pattern)

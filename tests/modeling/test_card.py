@@ -1,0 +1,83 @@
+"""A saved model says what it is, and what was measured on it."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from oasis_attn import OasisForCausalLM, Record, variants
+from oasis_attn.modeling.card import variant_of, write_card
+from oasis_attn.records import Metric
+from tiny import tiny_model
+
+RECORD = Record(
+    kind="diagnosis",
+    subject={"name": "m"},
+    data={"corpus": "pydoc", "blocks": {"n": 3}},
+    metrics=(
+        Metric(name="perplexity.windowed", value=12.345678, n=7, standard_error=0.25),
+        Metric(name="sink.mass", value=0.5, where="layer 0"),
+    ),
+)
+
+
+@pytest.mark.parametrize("name", variants())
+def test_each_variant_is_known_by_its_settings(name):
+    assert variant_of(tiny_model(name).config) == name
+
+
+def test_other_settings_are_custom():
+    assert variant_of(tiny_model("oasis", depth_block_size=3).config) == "custom"
+
+
+def test_the_card_beside_the_weights(tmp_path):
+    model = tiny_model("oasis")
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers"
+    assert head["tags"] == ["oasis-attn", "llama", "oasis"]
+    added = sum(p.numel() for p in model.model.depth.parameters())
+    assert f"{model.num_parameters():,} parameters, {added:,} of them added" in card
+    assert "| `null_signal` | `on` |" in card
+    assert "Measured" not in card
+
+
+def test_the_record_is_quoted_as_it_was_measured(tmp_path):
+    RECORD.save(tmp_path / "model" / "record.json")
+    tiny_model().save_pretrained(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "## Measured\n" in card
+    assert "| `perplexity.windowed` | 12.3457 | 7 | 0.25 |" in card
+    assert "| corpus | `pydoc` |" in card
+    assert "sink.mass" not in card  # whole-model numbers only
+    # A copy saved elsewhere says which checkpoint was measured.
+    OasisForCausalLM.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "copy")
+    assert "## Measured, on `model` as it was loaded\n" in (tmp_path / "copy/README.md").read_text()
+
+
+def test_a_persons_card_is_kept_and_ours_is_renewed(tmp_path):
+    model, path = tiny_model(), tmp_path / "README.md"
+    path.write_text("# Mine\n")
+    model.save_pretrained(tmp_path)
+    assert path.read_text() == "# Mine\n"
+    path.unlink()
+    model.save_pretrained(tmp_path)
+    replace(RECORD, seed=5).save(tmp_path / "record.json")
+    write_card(model, tmp_path)
+    assert "| seed | `5` |" in path.read_text()
+
+
+def test_a_push_takes_our_card_along(tmp_path, monkeypatch):
+    """transformers puts a template of its own in the folder just before the upload."""
+    from transformers.utils.hub import PushToHubMixin
+
+    uploaded = []
+
+    def upload(_self, folder, *_args, **_kwargs):
+        uploaded.append((tmp_path / folder / "README.md").read_text())
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
+    (tmp_path / "README.md").write_text("This model card has been automatically generated.")
+    tiny_model()._upload_modified_files(str(tmp_path))
+    assert uploaded[0].startswith("---\nlibrary_name: transformers")

@@ -1,0 +1,198 @@
+"""Training on: a model that exists, its null logit raised, parts of it frozen or adapted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from oasis_attn import convert
+from oasis_attn.data import load_corpus, train_tokenizer
+from oasis_attn.errors import UserError
+from oasis_attn.modeling.loading import load_model
+from oasis_attn.records import Record
+from oasis_attn.training import TrainingConfig, train
+from oasis_attn.training.anneal import HARMLESS, NullAnneal
+from oasis_attn.training.trainer import StagedTrainer
+from tiny import tiny_config, tiny_model
+
+
+def quiet(config: TrainingConfig) -> Record:
+    return train(config, progress=False)
+
+
+def column(record: Record, name: str) -> list[float]:
+    return [row[name] for row in record.tables["loss"]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, corpus):
+    """A tiny native checkpoint with its own tokenizer, and what it converts to."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = train_tokenizer(load_corpus(corpus).texts(), 270)
+    torch.manual_seed(0)
+    native = AutoModelForCausalLM.from_config(
+        tiny_config(vocab_size=270, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    )
+    native.save_pretrained(folder / "native")
+    tokenizer.save_pretrained(folder / "native")
+    convert(folder / "native", "oasis").save_pretrained(folder / "converted")
+    tokenizer.save_pretrained(folder / "converted")
+    return folder
+
+
+@pytest.fixture
+def onward(models, corpus, tmp_path):
+    def config(out="run", source="converted", **changes) -> TrainingConfig:
+        small = {
+            "out": tmp_path / out, "from_model": models / source, "corpus": corpus, "steps": 10,
+            "block_length": 32, "batch_size": 4, "learning_rate": 1e-3, "save_every": 2,
+            "log_every": 1, "eval_windows": 4,
+        }  # fmt: skip
+        return TrainingConfig(**small | changes)
+
+    return config
+
+
+def test_converted_starts_where_the_native_model_does(onward):
+    frozen = {"learning_rate": 0.0, "steps": 1, "save_every": 1}
+    converted, native = (quiet(onward(name, name, **frozen)) for name in ("converted", "native"))
+    assert column(converted, "loss") == pytest.approx(column(native, "loss"), abs=1e-5)
+    assert converted.subject["settings"]["null_logit"] < -1000
+    assert native.subject["settings"] == {}
+    assert native.subject["from"].endswith("native")
+    assert native.subject["weights_sha256"] != converted.subject["weights_sha256"]
+
+
+def test_anneal(onward):
+    record = quiet(onward(anneal_null=5))
+    found = column(record, "null_logit")
+    assert found == pytest.approx([-9.6, -7.2, -4.8, -2.4, 0, 0, 0, 0, 0, 0])
+    assert found[0] > HARMLESS
+    assert record.subject["settings"]["null_logit"] == 0
+    out = onward().out
+    assert AutoModelForCausalLM.from_pretrained(out).config.null_logit == 0
+
+
+def test_anneal_is_in_every_checkpoint_and_resumes_exactly(onward, monkeypatch):
+    whole = quiet(onward("whole", anneal_null=8))
+    original = StagedTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(onward("stopped", anneal_null=8))
+    out = onward("stopped").out
+    for step in (2, 4):
+        saved = json.loads((out / "checkpoints" / f"checkpoint-{step}" / "config.json").read_text())
+        assert saved["null_logit"] == column(whole, "null_logit")[step - 1]
+    resumed = quiet(onward("stopped", anneal_null=8, resume=True))
+    assert resumed.tables == whole.tables
+    assert resumed["loss.windowed"] == whole["loss.windowed"]
+
+
+def test_anneal_starts_at_the_models_own_null_if_that_is_higher():
+    config = tiny_model("softmax1", null_logit=-3.0).config
+    anneal = NullAnneal(config, 3)
+    assert [anneal.at(step) for step in range(4)] == pytest.approx([-2, -1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("native", "anneal_null: 5 steps need a model with token_normalizer 'softmax1'.*'softmax'"),
+        ("raised", r"anneal_null: 5 steps would raise a null logit to 0 that is at 0\.0 already"),
+    ],
+)
+def test_nothing_to_anneal(onward, models, source, message):
+    if source == "raised" and not (models / source).exists():
+        model, tokenizer = load_model(models / "converted")
+        model.config.null_logit = 0.0
+        model.save_pretrained(models / source)
+        tokenizer.save_pretrained(models / source)
+    with pytest.raises(UserError, match=message):
+        quiet(onward(source=source, anneal_null=5))
+    assert not onward().out.exists()
+
+
+def test_rates_by_group(onward, models):
+    # While the null is off there is no signal to couple to.
+    quiet(onward(learning_rate=0.0, learning_rates={"coupling": 0.1}, steps=3, anneal_null=1))
+    before, after = (
+        load_model(path)[0].state_dict() for path in (models / "converted", onward().out)
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"model.depth.coupling"}
+
+
+def test_frozen_parts_keep_their_bits(onward, models):
+    record = quiet(onward(trainable=["router", "model.layers.1.mlp.*"], steps=3))
+    before, after = (
+        load_model(path)[0].state_dict() for path in (models / "converted", onward().out)
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {
+        "model.depth.queries", "model.depth.key_norm",
+        *(f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    }  # fmt: skip
+    assert record.subject["trained_parameters"] < record.subject["parameters"]
+
+
+def test_lora_is_merged_and_resumes_exactly(onward, models, monkeypatch):
+    pytest.importorskip("peft")
+    whole = quiet(onward("whole", lora_rank=4, anneal_null=5))
+    assert column(whole, "loss")[-1] < column(whole, "loss")[0]
+    before, after = (
+        load_model(path)[0].state_dict() for path in (models / "converted", onward("whole").out)
+    )
+    assert before.keys() == after.keys()
+    assert whole.subject["parameters"] == sum(x.numel() for x in after.values())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) == 4
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+    config = onward("stopped", lora_rank=4, anneal_null=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedTrainer, "gathered_weights", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quiet(config)
+    resumed = quiet(onward("stopped", lora_rank=4, anneal_null=5, resume=True))
+    assert resumed.tables == whole.tables
+    assert resumed["loss.windowed"] == whole["loss.windowed"]
+
+
+def test_penalty_is_logged_apart_and_lowers_what_it_measures(onward):
+    plain = quiet(onward("plain", outlier_penalty=1e-9))
+    pressed = quiet(onward("pressed", outlier_penalty=10.0))
+    assert column(pressed, "outlier_penalty")[0] == column(plain, "outlier_penalty")[0]
+    assert column(pressed, "outlier_penalty")[-1] < column(plain, "outlier_penalty")[-1] - 0.01
+    assert column(pressed, "loss")[0] == pytest.approx(column(plain, "loss")[0], abs=1e-5)
+    halves = quiet(onward("halves", outlier_penalty=10.0, batch_size=2, gradient_accumulation=2))
+    for name in ("loss", "outlier_penalty"):
+        assert column(halves, name) == pytest.approx(column(pressed, name), abs=2e-4)
+
+
+def test_bad_input(onward):
+    for change, message in [
+        ({"variant": "vanilla"}, "variant: 'vanilla' has no effect with from_model"),
+        ({"settings": {"null_logit": -1.0}}, "settings: .* has no effect with from_model"),
+        ({"anneal_null": 11}, "anneal_null: 11 is more than the run's 10 steps"),
+        ({"learning_rates": {"routr": 1e-3}}, "did you mean 'router'"),
+        ({"learning_rates": {"router": -1}}, r"learning_rates\['router'\]: -1"),
+        ({"trainable": "router"}, "trainable: 'router' is one string"),
+        ({"lora_rank": -1}, "lora_rank: -1"),
+        ({"outlier_penalty": -1.0}, "outlier_penalty: -1"),
+        ({"block_length": 65}, "block_length: 65 is more than the 64 positions"),
+        ({"from_model": "no/such/model/here"}, "does not exist"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            quiet(onward(**change))
+        assert "\n" not in str(caught.value)
+        assert not onward().out.exists()
