@@ -18,6 +18,8 @@ from transformers.utils import logging
 from oasis_attn.data import collate
 from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, write_text
+from oasis_attn.modeling.card import write_card
+from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 from oasis_attn.records import Record
 from oasis_attn.training.checkpoints import STAGING, check_same_run, last_checkpoint
 from oasis_attn.training.config import TrainingConfig
@@ -102,6 +104,8 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
             history = trainer.state.log_history
             record = training_record(config, prepared, model, history, meter.tokens_per_second)
             record.save(out / "record.json")
+            if isinstance(model, OasisPreTrainedModel):  # a native one has no settings
+                write_card(model, out)  # again, now with what was measured
         processes.wait_for_everyone()
     return Record.load(out / "record.json")
 
