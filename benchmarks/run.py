@@ -66,11 +66,14 @@ SUITES = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suites", nargs="*", default=list(SUITES), choices=[[], *SUITES])
+    parser.add_argument("suites", nargs="*", metavar="|".join(SUITES))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    if not set(arguments.suites) <= set(SUITES):
+        parser.error(f"suites: {arguments.suites} are not all among {', '.join(SUITES)}")
+    suites = arguments.suites or list(SUITES)
     numbers: dict[str, float] = {}
-    for name in arguments.suites:
+    for name in suites:
         numbers |= SUITES[name](arguments.rounds)
 
     table = Table("measure", "value", "bound", "holds")
@@ -84,7 +87,7 @@ def main() -> int:
             name, f"{value:.3f}", shown, "" if bound is None else "yes" if holds else "NO"
         )
     Console().print(table)
-    if set(arguments.suites) == set(SUITES):
+    if set(suites) == set(SUITES):
         metrics = tuple(Metric(name=k, value=v, n=arguments.rounds) for k, v in numbers.items())
         Record(kind="benchmark", subject={"rounds": arguments.rounds}, metrics=metrics).save(
             RESULTS
