@@ -6,6 +6,7 @@ import torch
 from oasis_attn import UserError
 from oasis_attn.ops import depth_mix
 from oasis_attn.ops.depth_mix import (
+    carried_sum,
     depth_scores,
     depth_weights,
     fold_sources,
@@ -184,3 +185,20 @@ def test_bad_input_is_one_clear_line(change, message):
     keywords = {"sources": [torch.zeros(2, 3, 9)] * 2, "query_D": torch.zeros(9)} | change
     with pytest.raises(UserError, match=message):
         depth_mix(**keywords)
+
+
+def test_a_chain_of_carried_sums_has_the_gradients_of_separate_ones():
+    sources, *_ = inputs(4)
+    weights = [torch.rand(2, 7, S, dtype=torch.float64, requires_grad=True) for S in (2, 3, 4)]
+    upstream = [torch.randn(2, 7, 9, dtype=torch.float64) for _ in weights]
+    gradients = []
+    for carried in (True, False):
+        loss, chain = 0, []
+        for S, weight, grad in zip((2, 3, 4), weights, upstream, strict=True):
+            chain = [*chain, *sources[len(chain) : S]]
+            mixed, handed_on = carried_sum(chain, weight, len(chain))
+            chain = handed_on if carried else sources[:S]
+            loss = loss + (mixed * grad).sum()
+        gradients.append(torch.autograd.grad(loss, [*sources, *weights]))
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)

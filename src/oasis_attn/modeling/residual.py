@@ -22,7 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from oasis_attn.modeling.configuration import OasisConfig
-from oasis_attn.ops.depth_mix import depth_scores, depth_weights, row_products, weighted_sum
+from oasis_attn.ops.depth_mix import (
+    carried_sum,
+    depth_scores,
+    depth_weights,
+    row_products,
+    weighted_sum,
+)
 
 COUPLING_MAX = 10.0
 Norm = Callable[[Tensor], Tensor]
@@ -119,7 +125,10 @@ class DepthStream:
     def hidden(self) -> Tensor:
         """What the next sublayer reads: h_l of Attention Residuals."""
         if self._hidden is None:
-            self._hidden = weighted_sum(self._mixed(), self.weights_BTS)
+            # The running block is not carried: the sum that continues it shares its gradient.
+            self._hidden, self.sources = carried_sum(
+                self._mixed(), self.weights_BTS, len(self.sources)
+            )
         return self._hidden
 
     def read(self, norm: Norm) -> Tensor:

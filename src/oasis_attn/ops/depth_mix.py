@@ -103,9 +103,22 @@ def depth_weights(
 
 def weighted_sum(sources: Sequence[Tensor], weights_BTS: Tensor) -> Tensor:
     """sum_i weights_i sources_i, `[B, T, D]`, accumulated in the dtype of the weights."""
+    return carried_sum(sources, weights_BTS, 0)[0]
+
+
+def carried_sum(
+    sources: Sequence[Tensor], weights_BTS: Tensor, carried: int
+) -> tuple[Tensor, list[Tensor]]:
+    """`weighted_sum`, and the first `carried` sources for the next sum to read.
+
+    A chain of sums that each read what the one before hands on adds up a source's gradient in one
+    buffer, where separate sums would make a tensor each.  What is handed on must be read by one
+    such sum or handed back to no one: its gradient is added to in place.
+    """
     if _differentiable(weights_BTS, *sources):
-        return _WeightedSum.apply(weights_BTS, *sources)
-    return _sum(sources, weights_BTS).to(sources[0].dtype)
+        mixed, *rest = _WeightedSum.apply(weights_BTS, carried, *sources)
+        return mixed, rest
+    return _sum(sources, weights_BTS).to(sources[0].dtype), list(sources[:carried])
 
 
 def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
@@ -194,19 +207,24 @@ class _WeightedSum(torch.autograd.Function):
     """One pass over the sources each way, in blocks of tokens small enough to stay in cache."""
 
     @staticmethod
-    def forward(ctx, weights, *sources):
+    def forward(ctx, weights, carried, *sources):
         ctx.save_for_backward(weights, *sources)
-        return _sum(sources, weights).to(sources[0].dtype)
+        ctx.set_materialize_grads(False)
+        return _sum(sources, weights).to(sources[0].dtype), *sources[:carried]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, *carried):
         weights, *sources = ctx.saved_tensors
+        later = [*carried, *[None] * (len(sources) - len(carried))]
+        if grad is None:
+            return None, None, *later
         grad = grad.to(weights.dtype)
         grad_weights = None
         if ctx.needs_input_grad[0]:
             grad_weights = _row_products(sources, grad).to(weights.dtype)
-        return grad_weights, *_scaled(grad, weights, sources, ctx.needs_input_grad[1:])
+        needed = ctx.needs_input_grad[2:]
+        return grad_weights, None, *_scaled(grad, weights, sources, needed, later)
 
 
 class _RowProducts(torch.autograd.Function):
@@ -238,12 +256,18 @@ def _sum(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
-def _scaled(tensor: Tensor, weights: Tensor, sources, needed) -> list[Tensor | None]:
-    """`weights_i * tensor` in the dtype of each source that needs it."""
-    return [
-        (tensor * weights[..., index : index + 1]).to(source.dtype) if need else None
-        for index, (source, need) in enumerate(zip(sources, needed, strict=True))
-    ]
+def _scaled(tensor: Tensor, weights: Tensor, sources, needed, onto=None) -> list[Tensor | None]:
+    """`weights_i * tensor` for each source that needs it, added to `onto_i` in place if given."""
+    results: list[Tensor | None] = []
+    for index, (source, need) in enumerate(zip(sources, needed, strict=True)):
+        weight = weights[..., index : index + 1]
+        if not need:
+            results.append(None)
+        elif onto is None or onto[index] is None:
+            results.append((tensor * weight).to(source.dtype))
+        else:
+            results.append(onto[index].addcmul_(tensor, weight))
+    return results
 
 
 def _row_products(sources: Sequence[Tensor], other: Tensor) -> Tensor:
