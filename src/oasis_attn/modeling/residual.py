@@ -110,16 +110,16 @@ class DepthStream:
         self.running: list[Tensor] = []  # the unfinished block's sum and its summed evidence
         if isinstance(state, Tensor):  # the embedding: the first source, of evidence 0
             self.sources: list[Tensor] = []
-            none = state.new_empty(0)
-            self.scores_RBTS, self.evidence_BTS = none, none
+            self.scores: list[Tensor] = []  # of each source, [R, B, T]
+            self.evidence_BTS = state.new_empty(0)
             self._finish(state, state.new_zeros(state.shape[:-1], dtype=torch.float32))
             self._weigh()
             return
-        hidden, self.weights_BTS, self.scores_RBTS, self.evidence_BTS, *rest = state
+        hidden, self.weights_BTS, self.evidence_BTS, *rest = state
         self._hidden: Tensor | None = hidden
         if sublayer % self.settings.depth_block_size:
             self.running, rest = rest[:2], rest[2:]
-        self.sources = rest
+        self.scores, self.sources = rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
     @property
     def hidden(self) -> Tensor:
@@ -160,8 +160,8 @@ class DepthStream:
     def packed(self) -> Tensor | tuple[Tensor, ...]:
         if self.sublayer == self.routing.queries_RD.shape[0] - 1:
             return self.hidden
-        state = (self.hidden, self.weights_BTS, self.scores_RBTS, self.evidence_BTS)
-        return *state, *self.running, *self.sources
+        state = (self.hidden, self.weights_BTS, self.evidence_BTS, *self.running)
+        return *state, *self.scores, *self.sources
 
     def _mixed(self) -> list[Tensor]:
         return [*self.sources, *self.running[:1]]
@@ -170,14 +170,15 @@ class DepthStream:
         """A source is complete: score it for every router at once."""
         self.sources = [*self.sources, source_BTD]
         scores = depth_scores(source_BTD, self.routing.queries_RD, self.routing.router.eps)
-        self.scores_RBTS = _append(self.scores_RBTS, scores.movedim(-1, 0))
+        self.scores = [*self.scores, scores.movedim(-1, 0)]
         self.evidence_BTS = _append(self.evidence_BTS, evidence_BT)
 
     def _weigh(self) -> None:
         """alpha of Attention Residuals, with OASIS's g' for g where the signal is on."""
         router = self.sublayer
         queries_RD, couplings_R, module = self.routing
-        scores, evidence = self.scores_RBTS[router], self.evidence_BTS
+        scores = torch.stack([scores_RBT[router] for scores_RBT in self.scores], -1)
+        evidence = self.evidence_BTS
         if self.running:
             running, evidence_BT = self.running
             score = depth_scores(running, queries_RD[router : router + 1], module.eps)
