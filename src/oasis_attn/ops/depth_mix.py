@@ -112,8 +112,8 @@ def carried_sum(
     """`weighted_sum`, and the first `carried` sources for the next sum to read.
 
     A chain of sums that each read what the one before hands on adds up a source's gradient in one
-    buffer, where separate sums would make a tensor each.  What is handed on must be read by one
-    such sum or handed back to no one: its gradient is added to in place.
+    buffer, where separate sums would make a tensor each.  That buffer is added to in place, so what
+    is handed on is for such sums alone: no other operation may pass its own gradient on to it.
     """
     if _differentiable(weights_BTS, *sources):
         mixed, *rest = _WeightedSum.apply(weights_BTS, carried, *sources)
