@@ -19,6 +19,7 @@ _HOMES = {
     "UserError": "oasis_attn.errors",
     "convert": "oasis_attn.modeling.convert",
     "diagnose": "oasis_attn.measure",
+    "evaluate": "oasis_attn.evaluation",
     "quantize": "oasis_attn.quantization",
     "variants": "oasis_attn.modeling.variants",
 }

@@ -1,7 +1,7 @@
-"""Teach transformers' Auto classes about us when they are first imported, and not before.
+"""Teach transformers' registries about us when they are first imported, and not before.
 
-`import oasis_attn` stays cheap, and yet `AutoModelForCausalLM` knows our checkpoints,
-whichever of the two libraries was imported first.
+`import oasis_attn` stays cheap, and yet `AutoModelForCausalLM` knows our checkpoints, quantised ones
+among them, whichever of the two libraries was imported first.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import ModuleType
 _REGISTERS = {
     "transformers.models.auto.configuration_auto": "oasis_attn.modeling.configuration",
     "transformers.models.auto.modeling_auto": "oasis_attn.modeling.model",
+    "transformers.quantizers.auto": "oasis_attn.quantization.saved",
 }
 
 

@@ -102,7 +102,8 @@ class Record:
     """What was measured, on what, and how to get it again.
 
     Attributes:
-        kind: `diagnosis`, `training`, `quantization` or `benchmark`.
+        kind: `diagnosis`, `training`, `quantization`, `evaluation`, `cell` (of a study) or
+            `benchmark`.
         subject: the model: name, variant, settings, parameter count.
         data: corpus, split, content hash, windows, tokens.
         seed: of the run; None where nothing was drawn.

@@ -152,18 +152,22 @@ def test_two_phase_inference_equals_one_mix(normalizer, signal, recent):
     sources, evidence, *_ = inputs(5)
     queries = torch.randn(3, 9, dtype=torch.float64)
     beta = torch.rand(3, dtype=torch.float64) if signal else torch.zeros(3, dtype=torch.float64)
-    scores_RBTS = torch.stack([depth_scores(v, queries, 1e-6) for v in sources], -1).movedim(2, 0)
+    scores_SBTR = torch.stack([depth_scores(v, queries, 1e-6) for v in sources])
     psi_BTS = torch.stack(evidence, -1)
-    logits_RBTS = scores_RBTS - beta.view(3, 1, 1, 1) * psi_BTS  # psi uncentred
-    stacked, folded = torch.stack(sources), 5 - recent
-    mixes, lses = fold_sources(stacked[:folded], logits_RBTS[..., :folded])
+    logits_SBTR = scores_SBTR - beta * psi_BTS.movedim(-1, 0).unsqueeze(-1)  # psi uncentred
+    stacked, folded, scales = torch.stack(sources), 5 - recent, torch.tensor([1.0, 5.0, 6.0])
+    mixes, lses = fold_sources(stacked[:folded], logits_SBTR[:folded], scales)
     for r in range(3):
-        weights, _ = depth_weights(scores_RBTS[r], psi_BTS, beta[r], normalizer)
-        logits = [lses[r].unsqueeze(-1), logits_RBTS[r, ..., folded:]]
+        scores_BTS = scores_SBTR[..., r].movedim(0, -1)
+        weights, _ = depth_weights(scores_BTS, psi_BTS, beta[r], normalizer)
+        logits = [lses[..., r : r + 1]]
         if normalizer == "softmax1":
             logits.append(-beta[r] * psi_BTS.mean(-1, keepdim=True))
-        merged = merge_recent(mixes[r], stacked[folded:], torch.cat(logits, -1))
-        torch.testing.assert_close(merged, weighted_sum(sources, weights), rtol=0, atol=1e-12)
+        logits += logits_SBTR[folded:, ..., r].unsqueeze(-1)
+        scale = float(scales[r])
+        merged = merge_recent(mixes[:, :, r], sources[folded:], torch.cat(logits, -1), scale)
+        expected = weighted_sum(sources, weights) * scale
+        torch.testing.assert_close(merged, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,17 @@ def test_table_is_not_shared():
             {"weight": Grid(bits=8, symmetric=True, granularity="token")},
             "weight: granularity 'token' is for activations",
         ),
+        ({"sites": "all"}, "sites: 'all' is not one of linear, full"),
+        ({"sites": "full", "static": False}, "sites: 'full' needs static=True"),
+        ({"head": "no"}, "head: 'no' is neither true nor false"),
+        ({"rotation": "hadamar"}, "did you mean 'hadamard'"),
+        ({"rounding": "up"}, "rounding: 'up' is not one of nearest, gptq"),
+        ({"smooth_alpha": 1.5}, "smooth_alpha: 1.5 is not a number from 0 to 1"),
+        ({"smooth_alpha": True}, "smooth_alpha: True is not a number from 0 to 1"),
+        (
+            {"smooth_alpha": 0.5, "rotation": "hadamard"},
+            "smooth_alpha: 0.5 does not go with rotation 'hadamard'",
+        ),
     ],
 )
 def test_refuses_what_does_not_go_together(change, message):
@@ -50,3 +62,40 @@ def test_refuses_what_does_not_go_together(change, message):
 def test_a_scheme_of_ones_own():
     scheme = Scheme(name="mine", weight=Grid(bits=3, symmetric=True), activation=None)
     assert not scheme.static
+
+
+def test_what_needs_calibration():
+    for scheme in schemes().values():
+        assert scheme.needs_calibration == scheme.static
+    assert replace(schemes()["w4a4"], rounding="gptq").needs_calibration
+    assert replace(schemes()["w4a4"], smooth_alpha=0.0).needs_calibration
+
+
+@pytest.mark.parametrize("scheme", schemes().values(), ids=schemes())
+def test_plain_values_say_it_all(scheme):
+    assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+
+
+def test_vary_reaches_into_grids():
+    scheme = schemes()["w4a4"]
+    varied = scheme.vary({"weight.bits": 3, "activation": None, "rounding": "gptq"})
+    weight = replace(scheme.weight, bits=3)
+    assert varied == replace(scheme, weight=weight, activation=None, rounding="gptq")
+    assert scheme.vary({}) == scheme == schemes()["w4a4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight.bit": 3}, "scheme field: 'bit' .*did you mean 'bits'"),
+        ({"weigth.bits": 3}, "scheme field: 'weigth.bits' is not one of name, weight"),
+        ({"static.head": True}, "scheme field: 'static.head' is not one of"),
+        ({"activation.bits": 3}, "activation.bits: 'w4a16' has no such grid"),
+        ({"weight": 3}, "scheme: {'weight': 3} does not fit"),
+        ({"smooth_alpha": "much"}, "scheme: .* does not fit"),
+        ({"weight.bits": 1}, "bits: 1 is not an integer from 2 to 8"),
+    ],
+)
+def test_vary_refuses(changes, message):
+    with pytest.raises(UserError, match=message):
+        schemes()["w4a16"].vary(changes)

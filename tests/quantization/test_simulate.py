@@ -15,8 +15,8 @@ from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.model import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.quantization import Grid, linear_sites, quantize, quantized_sites, schemes
+from oasis_attn.quantization.linear import QuantizedLinear
 from oasis_attn.quantization.quantizers import fake_quantize
-from oasis_attn.quantization.simulate import QuantizedLinear
 
 VOCABULARY = 61
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

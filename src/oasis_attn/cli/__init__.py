@@ -13,6 +13,10 @@ import typer
 from oasis_attn.cli.convert import convert
 from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
+from oasis_attn.cli.evaluate import evaluate
+from oasis_attn.cli.prefix import prefix
+from oasis_attn.cli.quantize import quantize
+from oasis_attn.cli.study import study
 from oasis_attn.cli.train import train
 from oasis_attn.cli.variants import variants
 from oasis_attn.errors import UserError
@@ -28,8 +32,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for verb in (demo, diagnose, convert, train, variants):
+for verb in (demo, diagnose, convert, train, evaluate, prefix, quantize, variants):
     app.command()(verb)
+app.add_typer(study)
 
 
 def main() -> int:

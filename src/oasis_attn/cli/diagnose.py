@@ -30,6 +30,12 @@ def diagnose(
     figures: Annotated[
         Path | None, Option(help="Write PNG figures to this folder.", show_default=False)
     ] = None,
+    joint: Annotated[
+        bool, Option("--joint", help="The joint distribution over depth and positions, too.")
+    ] = False,
+    causal: Annotated[
+        bool, Option("--causal", help="The loss without each depth source, too: a pass for each.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, attention sinks and activation outliers, per layer and head.
@@ -52,7 +58,14 @@ def diagnose(
     with working(f"diagnosing {model}"):
         loaded, tokenizer = load_model(model)
         record = measure(
-            loaded, source.texts(), tokenizer=tokenizer, window=window, windows=windows, data=data
+            loaded,
+            source.texts(),
+            tokenizer=tokenizer,
+            window=window,
+            windows=windows,
+            data=data,
+            joint=joint,
+            causal=causal,
         )
     if out is not None:
         record.save(out)

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from oasis_attn.data import readers
+from oasis_attn.data.arith import arith_rows
 from oasis_attn.errors import UserError, check_choice
 
 Reader = Callable[[], Iterator[str]]
@@ -98,6 +99,10 @@ def _wikitext(config: str, about: str) -> Source:
     return Source(about=about, splits=splits, cut=readers.articles)
 
 
+def _arith(split: str) -> Iterator[str]:
+    return map(readers.document, arith_rows(split))
+
+
 def _after(*parts: Reader) -> Iterator[str]:
     for part in parts:
         yield from part()
@@ -129,6 +134,10 @@ CORPORA: dict[str, Source] = {
     "gsm8k": Source(
         about="GSM8K problems with their worked answers",
         splits={split: partial(_hub, "openai/gsm8k", "main", split) for split in ("train", "test")},
+    ),
+    "arith": Source(
+        about="made word problems of one to three steps, in GSM8K's form (11 MB)",
+        splits={split: partial(_arith, split) for split in _SHARES},
     ),
     "imdb": Source(
         about="film reviews (Maas et al. 2011): the unlabelled part, and the labelled test part",

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from oasis_attn.measure.diagnose import diagnose
+from oasis_attn.measure.joint import compare_joint
 
-__all__ = ["diagnose"]
+__all__ = ["compare_joint", "diagnose"]

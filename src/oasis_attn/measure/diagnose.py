@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,17 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.errors import check_at_least
-from oasis_attn.measure.depth import Depth
+from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
+from oasis_attn.measure.joint import Joint
 from oasis_attn.measure.outliers import Outliers
 from oasis_attn.measure.parts import Tap, find_taps
-from oasis_attn.measure.perplexity import window_losses
 from oasis_attn.measure.secondary import SecondarySinks
 from oasis_attn.measure.sinks import Sinks
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.measure.windows import cut_windows, describe_windows
 from oasis_attn.modeling.attention import observe_attention
-from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.residual import observe_depth
+from oasis_attn.modeling.subject import describe_model, eval_mode
+from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.records import Metric, Record
 
 
@@ -35,8 +36,10 @@ def diagnose(
     batch_size: int = 1,
     data: dict[str, Any] | None = None,
     seed: int | None = None,
+    joint: bool = False,
+    causal: bool | Sequence[int] = False,
 ) -> Record:
-    """Perplexity, outliers, attention sinks, null mass and depth weights of a causal decoder.
+    """Perplexity, outliers, attention sinks, null mass and depth routing of a causal decoder.
 
     Args:
         model: any decoder family of transformers whose attention goes through its attention
@@ -49,19 +52,26 @@ def diagnose(
         batch_size: windows in one forward pass; it changes the speed and not the numbers.
         data: where the text comes from, for the record.
         seed: what the text was drawn with, for the record.
+        joint: measure joint.* too, the joint distribution over depth and positions; it computes
+            each attention map once more, some queries at a time.
+        causal: measure depth.causal too, the loss without a depth source: of every source for True,
+            or of those named.  Each is one more pass over the windows.
 
     Returns:
         A record of kind `diagnosis`.  Metrics: `perplexity.windowed`, the exponential of
-        `loss.windowed` (nats per token, disjoint windows), `outlier.*`, `sink.*`, and `null.mass`
-        where attention has a null option.  Tables per layer and head: see `Outliers.tables`,
-        `Sinks.tables`, `SecondarySinks.tables` and `Depth.tables`.
+        `loss.windowed` (nats per token, disjoint windows), `outlier.*`, `sink.*`, `null.mass`
+        where attention has a null option, `depth.*` where there is depth routing, and `joint.*`.
+        Tables per layer and head: see `Outliers.tables`, `Sinks.tables`, `SecondarySinks.tables`,
+        `Depth.tables` and `Joint.tables`.
 
     Raises:
         UserError: text or tokens that make no window (see `cut_windows`), or a model whose layers,
-            attention, MLPs or norms cannot be found.
+            attention, MLPs or norms cannot be found; `joint` of a family without adapter; `causal`
+            of a model that does not route over depth, or of a source that it has not.
     """
     check_at_least("batch_size", batch_size, 1)
-    taps = find_taps(model)
+    taps, dropped = find_taps(model), causal_sources(model, causal)
+    joint_measures = Joint(model) if joint else None
     embedding: Any = model.get_input_embeddings()
     ids_NT = cut_windows(
         texts_or_tokens,
@@ -70,7 +80,7 @@ def diagnose(
         windows=windows,
         vocabulary=embedding.weight.shape[0],
     )
-    losses, outliers, depth = [], Outliers(taps), Depth()
+    outliers, depth = Outliers(taps), Depth()
     sinks, secondary = Sinks(taps), SecondarySinks(sum(tap.kind == "layer" for tap in taps))
 
     def see(tap: Tap, output: Any) -> None:
@@ -79,38 +89,46 @@ def diagnose(
         if tap.kind == "layer" and tap.layer is not None:
             secondary.see(tap.layer, x, ids_BT)
 
-    with _eval_mode(model), torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(observe_attention(model, sinks.see))
-        stack.enter_context(observe_depth(model, depth.see))
-        for tap in taps:
-            stack.enter_context(_hooked(tap, see))
-        for ids_BT in ids_NT.to(model.device).split(batch_size):
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-            losses.append(window_losses(logits_BTV, ids_BT))
+    def losses(ids_BT: Tensor) -> Tensor:
+        return token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).mean(-1)
+
+    batches, losses_N = ids_NT.to(model.device).split(batch_size), []
+    with eval_mode(model), torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(observe_attention(model, sinks.see))
+            stack.enter_context(observe_depth(model, depth.see))
+            for tap in taps:
+                stack.enter_context(_hooked(tap, see))
+            if joint_measures:
+                stack.enter_context(joint_measures.listening(taps))
+            for ids_BT in batches:
+                losses_N.append(losses(ids_BT))
+        importance = causal_importance(
+            model, dropped, lambda: torch.cat([losses(ids_BT) for ids_BT in batches])
+        )
+    joint_metrics = joint_measures.metrics() if joint_measures else []
+    joint_tables = joint_measures.tables() if joint_measures else {}
 
     return Record(
         kind="diagnosis",
-        subject=_subject(model),
+        subject=describe_model(model),
         data=(data or {}) | describe_windows(ids_NT),
         seed=seed,
         metrics=(
-            *_perplexity(torch.cat(losses)),
+            *_perplexity(torch.cat(losses_N)),
             *outliers.metrics(),
             *sinks.metrics(),
             *secondary.metrics(),
+            *depth.metrics(),
+            *importance,
+            *joint_metrics,
         ),
-        tables=outliers.tables() | sinks.tables() | secondary.tables() | depth.tables(),
+        tables=outliers.tables()
+        | sinks.tables()
+        | secondary.tables()
+        | depth.tables()
+        | joint_tables,
     )
-
-
-@contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager
@@ -126,14 +144,3 @@ def _perplexity(losses_N: Tensor) -> list[Metric]:
     loss = mean_metric("loss.windowed", losses_N)
     perplexity = float(losses_N.mean().exp())
     return [Metric(name="perplexity.windowed", value=perplexity, n=loss.n), loss]
-
-
-def _subject(model: PreTrainedModel) -> dict[str, Any]:
-    settings = {"settings": model.config.settings} if isinstance(model.config, OasisConfig) else {}
-    return settings | {
-        "name": model.config.name_or_path,
-        "family": model.config.get_text_config(decoder=True).model_type,
-        "architecture": type(model).__name__,
-        "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }

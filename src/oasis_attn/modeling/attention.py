@@ -138,22 +138,37 @@ class AttentionCall:
         """p on key `position` for every query, `[B, H, T]`, float32; 0 where it is not seen."""
         if self.weights_BHTS is not None:
             return self.weights_BHTS[..., position]
+        every = slice(0, self.query_BHTd.shape[2])
+        return self._part(every, slice(position, position + 1)).squeeze(-1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """p of queries `start` to `stop` (exclusive) on the keys from the first to the last that
+        any of them may see, `[B, H, stop - start, S']`, float32."""
+        if self.weights_BHTS is not None:
+            return self.weights_BHTS[:, :, start:stop]
+        T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
+        end = S if self._mask is not None else S - T + stop
+        return self._part(slice(start, stop), slice(0, end))
+
+    def _part(self, queries: slice, keys: slice) -> Tensor:
+        """p of some queries on some keys, from the finished log-denominators."""
         T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
         groups = self.query_BHTd.shape[1] // self.key_BGSd.shape[1]
-        key_BHd = self.key_BGSd[:, :, position].repeat_interleave(groups, 1)
         precise = self._total_BHT.dtype
-        query = self.query_BHTd.to(precise)
-        scores_BHT = (query @ key_BHd.to(precise).unsqueeze(-1)).squeeze(-1) * self._scale
+        key_BHSd = self.key_BGSd[:, :, keys].to(precise).repeat_interleave(groups, 1)
+        query_BHTd = self.query_BHTd[:, :, queries].to(precise)
+        scores_BHTS = (query_BHTd @ key_BHSd.transpose(-1, -2)).mul_(self._scale)
         if self._softcap is not None:
-            scores_BHT = self._softcap * torch.tanh(scores_BHT / self._softcap)
+            scores_BHTS = self._softcap * torch.tanh(scores_BHTS / self._softcap)
         if self._mask is None:
-            seen = torch.arange(T, device=query.device) + (S - T) >= position
-            scores_BHT = scores_BHT.masked_fill(~seen, -torch.inf)
+            positions = torch.arange(S, device=scores_BHTS.device)
+            unseen = positions[keys] > positions[S - T :][queries].unsqueeze(-1)
+            scores_BHTS = scores_BHTS.masked_fill_(unseen, -torch.inf)
         elif self._mask.dtype == torch.bool:
-            scores_BHT = scores_BHT.masked_fill(~self._mask[..., position], -torch.inf)
+            scores_BHTS = scores_BHTS.masked_fill_(~self._mask[..., queries, keys], -torch.inf)
         else:
-            scores_BHT = scores_BHT + self._mask[..., position]
-        return torch.exp(scores_BHT - self._total_BHT)
+            scores_BHTS = scores_BHTS + self._mask[..., queries, keys]
+        return scores_BHTS.sub_(self._total_BHT[..., queries, None]).exp_()
 
 
 @contextmanager

@@ -1,10 +1,15 @@
 """Depth routing without gradients: the same mixes in two phases, a few operations a sublayer.
 
-Routers are taken in groups.  Before the first of a group, one pass over the sources so far gives
-the mixes of them all and their log-sum-exps; each router then merges its own with the few sources
-that have come since.  (Attention Residuals, arXiv 2603.15031, do so by blocks; here for any size.)
+Routers are taken in groups: a block's, or eight where every sublayer is a source of its own.  When
+a group begins, one pass over the finished sources gives its routers' mixes and log-sum-exps (phase
+one); each router then merges its own with what has come since, by the online softmax (phase two).
+This is the two-phase inference of Attention Residuals (arXiv 2603.15031), for any block size.
 
-Axes: B batch, T tokens, D width, S sources, R routers.
+A decoded token passes here twice a layer, so that the number of tensor operations is what counts:
+what is known when a forward pass or a group begins is computed there, for all routers at once.
+
+Axes: B batch, T tokens, D width, S sources, R routers, G those of a group; C the logits that do not
+come from a recent source: the folded sources' together and, for Softmax1, the depth null's.
 """
 
 from __future__ import annotations
@@ -12,7 +17,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from oasis_attn.modeling.decoding import DecodingStream, decodable
 from oasis_attn.modeling.residual import DepthStream, Norm, Routing, evidence, observers
 from oasis_attn.ops.depth_mix import fold_sources, merge_recent
 
@@ -22,28 +29,47 @@ GROUP = 8
 class InferenceStream:
     """Does what `DepthStream` does; layers hand on this object itself, beside the hidden state.
 
-    Attributes:
-        sources_SBTD: the finished sources, and after them the running block.
-        logits_RBTS: their g - beta psi.  From a router's group on, the place of the last folded
-            source holds the log-sum-exp of all folded ones.  The place after the newest source is
-            the depth null's: psi is not centred here, which for Softmax1 moves the null's logit
-            from 0 to -beta mean psi, and for the softmax changes nothing.
+    psi is not centred here: for Softmax1 that moves the null's logit from 0 to -beta mean psi, and
+    for the softmax it changes nothing.
     """
 
     def __init__(self, embedding_BTD: Tensor, routing: Routing):
-        self.queries_RD, self.couplings_R, self.router = routing
-        self.settings = self.router.settings
-        self.routers = self.queries_RD.shape[0]
-        count = 2 + (self.routers - 1) // self.settings.depth_block_size
-        B, T, D = embedding_BTD.shape
+        settings = self.settings = routing.router.settings
+        size = self.size = settings.depth_block_size
+        self.group = size if size > 1 else GROUP
+        self.softmax1 = settings.depth_normalizer == "softmax1"
+        self.signal = routing.couplings_R is not None
+        self.R, D = routing.queries_RD.shape
         self.dtype = torch.promote_types(embedding_BTD.dtype, torch.float32)
-        self.sources_SBTD = embedding_BTD.new_empty(count, B, T, D)
-        self.logits_RBTS = embedding_BTD.new_zeros(self.routers, B, T, count + 1, dtype=self.dtype)
-        self.psi_BT = embedding_BTD.new_zeros(B, T, dtype=self.dtype)  # of the running block
-        self.psi_finished_BT = torch.zeros_like(self.psi_BT)  # summed over finished sources
-        self.sublayer, self.finished = 0, 1
-        self.sources_SBTD[0] = embedding_BTD
-        self._score(0)
+        like = {"dtype": self.dtype, "device": embedding_BTD.device}
+
+        # g = <v, w> (mean v^2 + eps)^-1/2 = <v, sqrt(D) w> / hypot(|v|, sqrt(D eps))
+        self.queries_RD = routing.queries_RD.to(self.dtype) * D**0.5
+        self.queries_ahead = self._ahead(self.queries_RD)
+        self.floor = torch.tensor((D * routing.router.eps) ** 0.5, **like)
+        counts = [1 + (router + size - 1) // size for router in range(self.R)]
+        scaled = settings.depth_scale == "sources"
+        self.scales = [count + self.softmax1 if scaled else 1 for count in counts]
+        self.scales_R = torch.tensor(self.scales, **like)
+        if routing.couplings_R is not None:
+            # What psi adds to a folded source's logit and to the null's; what it adds to a recent
+            # one's, and all since the group began to the null's.  A running block's is a sum.
+            members = torch.tensor([router % size or 1 for router in range(self.R)], **like)
+            self.by_psi_R = -routing.couplings_R.to(self.dtype)
+            self.null_by_psi_R = self.by_psi_R / torch.tensor(counts, **like)
+            self.by_psi_ahead = self._ahead(self.by_psi_R / members)
+            null_by_since_R = self.null_by_psi_R / members
+            by_since_RC = torch.stack([torch.zeros_like(members), null_by_since_R], -1)
+            self.by_since = by_since_RC.unbind()
+
+        S, shape = counts[-1], embedding_BTD.shape[:-1]
+        self.sources_SBTD = embedding_BTD.new_empty(S, *shape, D)
+        self.rms_SBT1 = torch.empty(S, *shape, 1, **like)
+        self.psi_SBT1 = torch.zeros(S, *shape, 1, **like)
+        self.psi_BT1 = self.psi_since_BT1 = self.psi_sum_BT1 = self.psi_SBT1[0]
+        self.null_BHT: Tensor | None = None
+        self.sublayer = self.folded = 0
+        self.recent, self.recent_psi = [embedding_BTD], [self.psi_BT1]
         self._fold()
         self._mix()
 
@@ -52,82 +78,102 @@ class InferenceStream:
 
     def add(self, branch_BTD: Tensor, null_BHT: Tensor | None) -> None:
         """See `DepthStream.add`."""
-        row, size = self.finished, self.settings.depth_block_size
-        members = self.sublayer % size
-        source_BTD = self.sources_SBTD[row]
-        if members:
-            source_BTD += branch_BTD
-        else:
-            source_BTD.copy_(branch_BTD)
-        if self.couplings_R is not None:
-            psi_BT = evidence(null_BHT, branch_BTD, self.settings)
-            self.psi_BT = (self.psi_BT * members + psi_BT) / (members + 1) if members else psi_BT
+        if self.signal:
+            if null_BHT is None or null_BHT is not self.null_BHT:  # an MLP has its attention's
+                self.psi_BT1 = evidence(null_BHT, branch_BTD, self.settings).unsqueeze(-1)
+                self.null_BHT = null_BHT
+            since_BT1 = self.psi_since_BT1 + self.psi_BT1 if self.recent else self.psi_BT1
+            self.psi_since_BT1 = since_BT1
+        if self.size == 1:
+            self.recent.append(branch_BTD)
+            self.recent_psi.append(self.psi_BT1)
+        else:  # all that is recent is the running block
+            source_BTD = self.recent[0] + branch_BTD if self.recent else branch_BTD
+            self.recent, self.recent_psi, self.logits = [source_BTD], [self.psi_since_BT1], []
         self.sublayer += 1
-        self._score(row)
-        if members + 1 == size:
-            self.finished += 1
-            self.psi_finished_BT = self.psi_finished_BT + self.psi_BT
-        if self.sublayer % GROUP == 0:
+        if self.sublayer % self.group:
+            self._score()
+        else:
             self._fold()
         self._mix()
 
     def packed(self) -> Tensor | tuple[Tensor, InferenceStream]:
-        return self.hidden if self.sublayer == self.routers - 1 else (self.hidden, self)
+        return self.hidden if self.sublayer == self.R - 1 else (self.hidden, self)
 
-    def resume(self, hidden: Tensor, routing: Routing) -> InferenceStream:
+    def resume(self, hidden: Tensor) -> InferenceStream:
         """Go on in the next layer, which may stand on another device."""
-        if hidden.device != self.sources_SBTD.device:
-            for name, value in vars(self).items():
-                if isinstance(value, Tensor):
-                    setattr(self, name, value.to(hidden.device))
+        if hidden.device != self.floor.device:
+            moved = tree_map_only(Tensor, lambda tensor: tensor.to(hidden.device), vars(self))
+            vars(self).update(moved)
         self.hidden = hidden
-        self.queries_RD, self.couplings_R, self.router = routing
         return self
 
-    def _score(self, row: int) -> None:
-        """The source in `row`, for the routers to come."""
-        source_BTD, start = self.sources_SBTD[row].to(self.dtype), self.sublayer
-        # F.rms_norm would write the keys out, and on the CPU in many small operations.
-        rms_BT1 = torch.linalg.vector_norm(source_BTD, dim=-1, keepdim=True).square_()
-        rms_BT1.div_(source_BTD.shape[-1]).add_(self.router.eps).sqrt_()
-        logits_BTR = F.linear(source_BTD, self.queries_RD[start:].to(self.dtype)).div_(rms_BT1)
-        if self.couplings_R is not None:
-            psi_BT1 = self.psi_BT.unsqueeze(-1)
-            logits_BTR.addcmul_(psi_BT1, self.couplings_R[start:].to(self.dtype), value=-1)
-        self.logits_RBTS[start:, :, :, row] = logits_BTR.movedim(-1, 0)
+    def _ahead(self, table_R: Tensor) -> list[Tensor]:
+        """Of each router: the rows of those that will read the source before it as a recent one."""
+        if self.size > 1:
+            return list(table_R.split(1))
+        ends = [(router // GROUP + 1) * GROUP for router in range(self.R)]
+        return [table_R[router:end] for router, end in enumerate(ends)]
+
+    def _rms(self, sources: Tensor) -> Tensor:
+        return torch.hypot(torch.linalg.vector_norm(sources, dim=-1, keepdim=True), self.floor)
+
+    def _score(self) -> None:
+        """The newest source, for the routers ahead in its group."""
+        source_BTD = self.recent[-1].to(self.dtype)
+        logits_BTG = F.linear(source_BTD, self.queries_ahead[self.sublayer])
+        rms_BT1 = self._rms(source_BTD)
+        if self.signal:
+            by_psi_BTG = self.recent_psi[-1] * self.by_psi_ahead[self.sublayer]
+            logits_BTG = torch.addcdiv(by_psi_BTG, logits_BTG, rms_BT1)
+        else:
+            logits_BTG = logits_BTG / rms_BT1
+        self.logits.append(logits_BTG.split(1, -1))
 
     def _fold(self) -> None:
-        """Phase one, for the group of routers that begins here."""
-        self.folded = self.finished
-        group = slice(self.sublayer, self.sublayer + GROUP)
-        logits = self.logits_RBTS[group, :, :, : self.folded]
-        self.mixes_RBTD, lse_RBT = fold_sources(self.sources_SBTD[: self.folded], logits)
-        logits[..., -1] = lse_RBT
+        """Phase one, for the group that begins: the recent sources join the folded ones."""
+        fresh = slice(self.folded, self.folded + len(self.recent))
+        self.folded = fresh.stop
+        self.sources_SBTD[fresh] = torch.stack(self.recent)
+        sources_SBTD = self.sources_SBTD[: self.folded]
+        precise_SBTD = sources_SBTD.to(self.dtype)
+        self.rms_SBT1[fresh] = self._rms(precise_SBTD[fresh])
+        group = slice(self.sublayer, self.sublayer + self.group)
+        logits_SBTG = F.linear(precise_SBTD, self.queries_RD[group])
+        logits_SBTG.div_(self.rms_SBT1[: self.folded])
+        if self.signal:
+            self.psi_SBT1[fresh] = torch.stack(self.recent_psi) / self.size
+            self.psi_sum_BT1 = self.psi_sum_BT1 + self.psi_since_BT1 / self.size
+            logits_SBTG.addcmul_(self.psi_SBT1[: self.folded], self.by_psi_R[group])
+        mixes_BTGD, lse_BTG = fold_sources(sources_SBTD, logits_SBTG, self.scales_R[group])
+        self.mixes, self.folded_logits = mixes_BTGD.unbind(2), lse_BTG.split(1, -1)
+        if self.softmax1:
+            by_psi_G = self.null_by_psi_R[group] if self.signal else torch.zeros_like(lse_BTG)
+            null_BTG = self.psi_sum_BT1 * by_psi_G
+            self.folded_logits = torch.stack([lse_BTG, null_BTG], -1).unbind(2)
+        self.recent, self.recent_psi, self.logits = [], [], []
 
     def _mix(self) -> None:
         """Phase two: h_l."""
-        router = self.sublayer
-        partial = router % self.settings.depth_block_size != 0
-        rows = self.finished + partial
-        softmax1 = self.settings.depth_normalizer == "softmax1"
-        logits_BTS = self.logits_RBTS[router, :, :, self.folded - 1 : rows + softmax1]
-        if softmax1 and self.couplings_R is not None:
-            psi_BT = self.psi_finished_BT + self.psi_BT if partial else self.psi_finished_BT
-            logits_BTS[..., -1] = psi_BT * (-self.couplings_R[router] / rows)
-        self.hidden = merge_recent(
-            self.mixes_RBTD[router % GROUP], self.sources_SBTD[self.folded : rows], logits_BTS
-        )
-        if self.settings.depth_scale == "sources":
-            self.hidden *= rows + softmax1
+        router, place = self.sublayer, self.sublayer % self.group
+        self.hidden, logits_BTC = self.mixes[place], self.folded_logits[place]
+        if not (self.recent or self.softmax1):
+            return
+        if self.recent and self.softmax1 and self.signal:
+            by_since_C = self.by_since[router]
+            logits_BTC = torch.addcmul(logits_BTC, self.psi_since_BT1, by_since_C)
+        ahead = len(self.logits[-1]) if self.recent else 0
+        logits_BTN = torch.cat([logits_BTC, *(logits[-ahead] for logits in self.logits)], -1)
+        self.hidden = merge_recent(self.hidden, self.recent, logits_BTN, self.scales[router])
 
 
 def depth_stream(
     state: Tensor | tuple, sublayer: int, routing: Routing
-) -> DepthStream | InferenceStream:
-    """The stream in its form for the moment: differentiable, or in two phases."""
-    if isinstance(state, tuple) and isinstance(state[1], InferenceStream):
-        return state[1].resume(state[0], routing)
+) -> DepthStream | InferenceStream | DecodingStream:
+    """The stream in its form for the moment: differentiable, in two phases, or for decoding."""
+    if isinstance(state, tuple) and isinstance(state[1], InferenceStream | DecodingStream):
+        return state[1].resume(state[0])
     mergeable = routing.router.settings.depth_normalizer != "sigmoid"
     if isinstance(state, Tensor) and mergeable and not torch.is_grad_enabled() and not observers:
-        return InferenceStream(state, routing)
+        return (DecodingStream if decodable(state, routing) else InferenceStream)(state, routing)
     return DepthStream(state, sublayer, routing)

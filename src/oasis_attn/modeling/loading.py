@@ -27,6 +27,7 @@ from transformers.utils import logging
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.prefix import attach_prefix, load_prefix
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
@@ -37,7 +38,7 @@ def load_model(
     dtype: str = "float32",
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in eval mode on the CPU, and its tokenizer.
+    """The model, in eval mode on the CPU, and its tokenizer; a stored prefix is put before it.
 
     Args:
         name_or_path: a local folder in Hugging Face form, a `.gguf` file, a hub id, or `smollm2`:
@@ -69,6 +70,7 @@ def load_model(
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
+            prefix = load_prefix(source)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -85,6 +87,8 @@ def load_model(
     _check_finite(model, name_or_path)
     _check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), name_or_path)
     model.config.name_or_path = str(name_or_path)  # not the cache folder: records quote it
+    if prefix is not None:
+        attach_prefix(model, prefix)
     return model.eval(), tokenizer
 
 

@@ -32,7 +32,7 @@ from oasis_attn.ops.depth_mix import (
 
 COUPLING_MAX = 10.0
 Norm = Callable[[Tensor], Tensor]
-observers: list[Callable[[nn.Module, int, Tensor], None]] = []
+observers: list[Callable[[nn.Module, int, Tensor, Tensor], None]] = []
 
 
 def coupling(raw: Tensor) -> Tensor:
@@ -64,6 +64,7 @@ class DepthRouter(nn.Module):
         super().__init__()
         self.settings = config
         self.recompute = False  # see OasisPreTrainedModel.recompute_mixes
+        self.dropped: int | None = None  # see drop_source
         routers, width = 2 * config.num_hidden_layers + 1, config.hidden_size
         self.queries = nn.Parameter(torch.empty(routers, width))
         self.key_norm = nn.Parameter(torch.empty(routers, width))
@@ -184,15 +185,18 @@ class DepthStream:
             score = depth_scores(running, queries_RD[router : router + 1], module.eps)
             scores = torch.cat([scores, score], -1)
             evidence = _append(evidence, evidence_BT / (router % self.settings.depth_block_size))
+        S = scores.shape[-1]
+        if module.dropped is not None and module.dropped < S > 1:
+            dropped = torch.arange(S, device=scores.device) == module.dropped
+            scores, S = scores.masked_fill(dropped, -torch.inf), S - 1
         normalizer = self.settings.depth_normalizer
         if couplings_R is None:
-            weights_BTS, _ = depth_weights(scores, None, 0.0, normalizer)
+            weights_BTS, null_BT = depth_weights(scores, None, 0.0, normalizer)
         else:
-            weights_BTS, _ = depth_weights(scores, evidence, couplings_R[router], normalizer)
+            weights_BTS, null_BT = depth_weights(scores, evidence, couplings_R[router], normalizer)
         for observer in tuple(observers):
-            observer(module, router, weights_BTS)
+            observer(module, router, weights_BTS, null_BT)
         if self.settings.depth_scale == "sources":
-            S = weights_BTS.shape[-1]
             weights_BTS = weights_BTS * {"softmax": S, "softmax1": S + 1, "sigmoid": 2}[normalizer]
         self.weights_BTS, self._hidden = weights_BTS, None
 
@@ -225,8 +229,8 @@ class AuthorsRouter(nn.Module):
         if self.oasis_beta_raw is not None:
             init.constant_(self.oasis_beta_raw, self.settings.coupling_init)
 
-    def forward(self, states: list[Tensor], evidence_BTS: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixed state `[B, T, D]` and its weights `[B, T, S]`."""
+    def forward(self, states: list[Tensor], evidence_BTS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mixed state `[B, T, D]`, its weights `[B, T, S]` and the depth null `[B, T]`."""
         # q . (K y) = (K^T q) . y: one projection of the query in place of one of every state.
         query_BTD = (self.q_proj(states[-1]) @ self.k_proj.weight).to(evidence_BTS.dtype)
         scores = row_products(states, query_BTD) * self.rank**-0.5
@@ -235,8 +239,9 @@ class AuthorsRouter(nn.Module):
         if self.oasis_beta_raw is not None:
             relative = evidence_BTS - evidence_BTS.mean(-1, keepdim=True)
             scores = scores - coupling(self.oasis_beta_raw) * relative
-        weights, _ = depth_weights(scores.clamp(-50, 50), None, 0.0, self.settings.depth_normalizer)
-        return weighted_sum(states, weights), weights
+        normalizer = self.settings.depth_normalizer
+        weights, null_BT = depth_weights(scores.clamp(-50, 50), None, 0.0, normalizer)
+        return weighted_sum(states, weights), weights, null_BT
 
 
 class AuthorsStream:
@@ -273,9 +278,9 @@ class AuthorsStream:
         if after_mlp:
             evidence_BTS = _append(evidence_BTS, evidence_BTS[..., -1])
         router = self.routers[after_mlp]
-        self.hidden, weights_BTS = router([*self.states, *self.within], evidence_BTS)
+        self.hidden, weights_BTS, null_BT = router([*self.states, *self.within], evidence_BTS)
         for observer in tuple(observers):
-            observer(router, self.sublayer + after_mlp, weights_BTS)
+            observer(router, self.sublayer + after_mlp, weights_BTS, null_BT)
         if after_mlp:
             self.states = [*self.states, self.hidden]
 
@@ -303,20 +308,41 @@ def _append(tensor: Tensor, last: Tensor) -> Tensor:
 
 
 @contextmanager
-def observe_depth(model: nn.Module, callback: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, each router of `model` calls `callback(router, weights_BTS)`.
+def observe_depth(
+    model: nn.Module, callback: Callable[[int, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """While open, each router of `model` calls `callback(router, weights_BTS, null_BT)`.
 
     Source 0 is the embedding.  The weights are alpha as normalised, before any `depth_scale`;
-    a partial block comes last.
+    a partial block comes last.  The null mass is 0 where the depth normaliser has none.
     """
     modules = set(model.modules())
 
-    def observer(router: nn.Module, index: int, weights_BTS: Tensor) -> None:
+    def observer(router: nn.Module, index: int, weights_BTS: Tensor, null_BT: Tensor) -> None:
         if router in modules:
-            callback(index, weights_BTS)
+            callback(index, weights_BTS, null_BT)
 
     observers.append(observer)
     try:
         yield
     finally:
         observers.remove(observer)
+
+
+@contextmanager
+def drop_source(model: nn.Module, source: int | None) -> Iterator[None]:
+    """While open, no router of `model` reads `source`, save those that have no other.
+
+    Its logit is -inf, whether it is finished or still running, so that the others share as the
+    depth normaliser has it; psi stays centred over all sources.  None drops nothing, in the same
+    form of the forward pass.  For residual `depth`.
+    """
+    routers = [module for module in model.modules() if isinstance(module, DepthRouter)]
+    for router in routers:
+        router.dropped = source
+    try:
+        with observe_depth(model, lambda *_: None):  # the two-phase form reads all sources
+            yield
+    finally:
+        for router in routers:
+            router.dropped = None

@@ -128,30 +128,33 @@ def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
     return _row_products(sources, query_BTD)
 
 
-def fold_sources(sources_SBTD: Tensor, logits_RBTS: Tensor) -> tuple[Tensor, Tensor]:
+def fold_sources(
+    sources_SBTD: Tensor, logits_SBTR: Tensor, scales_R: Tensor
+) -> tuple[Tensor, Tensor]:
     """First phase of inference: R routers read the sources that all of them see, in one pass.
 
-    Returns the softmax mixes `[R, B, T, D]` and the log-sum-exps `[R, B, T]`: to `merge_recent`,
-    each is one source with one logit.
+    Returns the softmax mixes, each times its router's scale, `[B, T, R, D]`, and the log-sum-exps
+    `[B, T, R]`: to `merge_recent`, a mix is one source with one logit.
     """
-    lse_RBT = logits_RBTS.logsumexp(-1)
-    weights_RBTS = (logits_RBTS - lse_RBT.unsqueeze(-1)).exp_().to(sources_SBTD.dtype)
-    mixes_BTRD = weights_RBTS.permute(1, 2, 0, 3) @ sources_SBTD.permute(1, 2, 0, 3)
-    return mixes_BTRD.permute(2, 0, 1, 3), lse_RBT
+    lse_BTR = logits_SBTR.logsumexp(0)
+    weights_SBTR = (logits_SBTR - lse_BTR).exp_().mul_(scales_R).to(sources_SBTD.dtype)
+    mixes_BTRD = weights_SBTR.permute(1, 2, 3, 0) @ sources_SBTD.permute(1, 2, 0, 3)
+    return mixes_BTRD, lse_BTR
 
 
-def merge_recent(mixed_BTD: Tensor, recent_SBTD: Tensor, logits_BTN: Tensor) -> Tensor:
-    """Second phase: one router's mix of folded sources, joined by the S that came after.
+def merge_recent(
+    mixed_BTD: Tensor, recent: Sequence[Tensor], logits_BTN: Tensor, scale: float
+) -> Tensor:
+    """Second phase: one router's mix of folded sources joined by recent ones, times `scale`.
 
-    `logits_BTN` are the log-sum-exp of the folded sources, the logits of the recent ones and, for
-    Softmax1, the null's: N is S + 1 or S + 2.
+    `mixed_BTD` has that scale already.  `logits_BTN` are the log-sum-exp of the folded sources, the
+    null's logit for Softmax1, and those of the recent sources.
     """
-    weights_BTN = logits_BTN.softmax(-1).to(mixed_BTD.dtype)
-    if not recent_SBTD.shape[0]:
-        return mixed_BTD * weights_BTN[..., :1]
-    weights_BT1S = weights_BTN[..., None, 1 : 1 + recent_SBTD.shape[0]]
-    recent_BTD = (weights_BT1S @ recent_SBTD.permute(1, 2, 0, 3)).squeeze(-2)
-    return recent_BTD.addcmul_(mixed_BTD, weights_BTN[..., :1])
+    weights = logits_BTN.softmax(-1).split(1, -1)
+    total = mixed_BTD * weights[0]
+    for source_BTD, weight_BT1 in zip(recent, weights[len(weights) - len(recent) :], strict=True):
+        total.addcmul_(source_BTD, weight_BT1, value=scale)
+    return total.to(mixed_BTD.dtype)
 
 
 # ---------------------------------------------------------------------------------------- naive

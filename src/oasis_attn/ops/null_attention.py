@@ -114,9 +114,8 @@ def attend(
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
     null_logit_H = torch.as_tensor(null_logit, dtype=precise, device=query.device).reshape(-1)
     if backend == "cpu_flash":
-        return Attended(
-            *_CpuFlash.apply(query, key, value, null_logit_H, attn_mask, is_causal, scale)
-        )
+        run = _CpuFlash.apply if torch.is_grad_enabled() else _flash_with_null
+        return Attended(*run(query, key, value, null_logit_H, attn_mask, is_causal, scale))
     if backend == "flex":
         return _flex(query, key, value, null_logit_H, attn_mask, is_causal, scale, softcap)
     weights_BHTS, null_BHT, total_BHT = naive_weights(
@@ -172,8 +171,23 @@ def naive_mix(weights_BHTS: Tensor, value_BGSd: Tensor, dropout: float = 0.0) ->
 
 # ------------------------------------------------------------------------------------ cpu_flash
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def _flash_with_null(query, key, value, null_logit_H, mask, is_causal, scale):
+    """The kernel, and from its log-sum-exp: out, null mass, log-denominator."""
+    out, lse = _flash(
+        query, key, value, 0.0, is_causal, attn_mask=_additive(mask, query), scale=scale
+    )
+    c = null_logit_H[:, None]
+    excess = lse - c
+    keep, null, total = torch.sigmoid(excess), torch.sigmoid(-excess), torch.logaddexp(lse, c)
+    if mask is not None:  # the kernel reports lse 0, not -inf, where nothing may be seen
+        blind = ~mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) == -math.inf
+        keep, null = keep.masked_fill(blind, 0), null.masked_fill(blind, 1)
+        total = torch.where(blind, c.clamp(min=torch.finfo(c.dtype).min), total)
+    return out.mul_(keep.unsqueeze(-1)), null, total
 
 
 class _CpuFlash(torch.autograd.Function):
@@ -181,16 +195,8 @@ class _CpuFlash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, null_logit_H, mask, is_causal, scale):
-        out, lse = _flash(
-            query, key, value, 0.0, is_causal, attn_mask=_additive(mask, query), scale=scale
-        )
-        c = null_logit_H[:, None]
-        keep, null, total = torch.sigmoid(lse - c), torch.sigmoid(c - lse), torch.logaddexp(lse, c)
-        if mask is not None:  # the kernel reports lse 0, not -inf, where nothing may be seen
-            blind = ~mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) == -math.inf
-            keep, null = keep.masked_fill(blind, 0), null.masked_fill(blind, 1)
-            total = torch.where(blind, c.clamp(min=torch.finfo(c.dtype).min), total)
-        out = out.mul_(keep.unsqueeze(-1))
+        args = (query, key, value, null_logit_H, mask, is_causal, scale)
+        out, null, total = _flash_with_null(*args)
         ctx.save_for_backward(query, key, value, out, null, total, mask)
         ctx.is_causal, ctx.scale = is_causal, scale
         ctx.set_materialize_grads(False)

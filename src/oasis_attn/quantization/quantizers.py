@@ -24,10 +24,16 @@ def fake_quantize(x: Tensor, grid: Grid, *, estimator: str = "minmax", site: str
     """
     if x.numel() == 0:
         return x
+    levels = find_levels(x, grid, estimator=estimator, site=site)
+    return snap(to_blocks(x, grid, site), levels).view(x.shape)
+
+
+def find_levels(x: Tensor, grid: Grid, *, estimator: str = "minmax", site: str = "x") -> Levels:
+    """Where `fake_quantize` puts the grid: one entry per block of `x`, which is not empty."""
     check_choice("estimator", estimator, ESTIMATORS)
     chosen = ESTIMATORS[estimator](grid, site)
     chosen.update(x.detach())
-    return snap(to_blocks(x, grid, site), place(*chosen.range(), grid)).view(x.shape)
+    return place(*chosen.range(), grid)
 
 
 class DynamicQuantizer(nn.Module):
@@ -48,7 +54,8 @@ class StaticQuantizer(nn.Module):
     """Quantises every input over one range, fixed beforehand on calibration data.
 
     Inside `observing` inputs pass unchanged and feed the estimator; afterwards the range is fixed.
-    The buffers `scale`, `lowest` and `highest` ([1], see `Levels`) are NaN until then.
+    The buffers `scale`, `lowest` and `highest` ([1], see `Levels`) are NaN until then.  While
+    `enabled` is false, inputs pass unchanged.
     """
 
     scale: Tensor
@@ -64,8 +71,9 @@ class StaticQuantizer(nn.Module):
         check_choice("estimator", estimator, ESTIMATORS)
         self.grid, self.site, self.estimator = grid, site, estimator
         self._observer: Estimator | None = None
+        self.enabled = True
         for name in Levels._fields:
-            self.register_buffer(name, torch.full((1,), torch.nan))
+            self.register_buffer(name, torch.full((1,), torch.nan, dtype=torch.float32))
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -85,6 +93,8 @@ class StaticQuantizer(nn.Module):
         return float(self.scale * self.lowest), float(self.scale * self.highest)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
         if self._observer is None:
             return snap(x, Levels(self.scale, self.lowest, self.highest))
         self._observer.update(x.detach())

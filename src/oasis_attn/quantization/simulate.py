@@ -6,68 +6,41 @@ import copy
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from itertools import chain
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer, fake_quantize
+from oasis_attn.quantization.gptq import gptq
+from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
+from oasis_attn.quantization.quantizers import StaticQuantizer
+from oasis_attn.quantization.rotate import rotate
+from oasis_attn.quantization.saved import mark
 from oasis_attn.quantization.schemes import Scheme, schemes
+from oasis_attn.quantization.sites import add_quantizer, linear_sites, linears, tensor_sites
+from oasis_attn.quantization.smooth import smooth
 
 
-class QuantizedLinear(nn.Linear):
-    """A linear layer whose weight lies on a grid and whose input is quantised on its way in.
-
-    Args:
-        linear: the layer it stands for; its bias is shared, its weight is read and left alone.
-        scheme: grids and estimator.
-        site: how error messages call the layer.
-    """
-
-    def __init__(self, linear: nn.Linear, scheme: Scheme, *, site: str) -> None:
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        weight = fake_quantize(
-            linear.weight.detach(), scheme.weight, estimator=scheme.estimator, site=f"{site}.weight"
-        )
-        self.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-        self.bias = linear.bias
-        self.input_quantizer: nn.Module = nn.Identity()
-        if scheme.activation is not None and scheme.static:
-            self.input_quantizer = StaticQuantizer(
-                scheme.activation, estimator=scheme.estimator, site=f"{site}.input"
-            )
-        elif scheme.activation is not None:
-            self.input_quantizer = DynamicQuantizer(scheme.activation, site=f"{site}.input")
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.input_quantizer(input), self.weight, self.bias)
+def scheme_sites(model: PreTrainedModel, scheme: Scheme) -> tuple[str, ...]:
+    """The names of all that `scheme` quantises in `model`."""
+    tensors = tensor_sites(model) if scheme.sites == "full" else ()
+    return *linear_sites(model, head=scheme.head), *tensors
 
 
-def linear_sites(model: PreTrainedModel, *, head: bool = False) -> tuple[str, ...]:
-    """Names of the layers that a scheme quantises unless told otherwise, in the model's order.
-
-    Every `nn.Linear` but the gates on attention outputs (as in the literature), the projections of
-    depth routers, and the output head; with `head`, that too.  Embeddings, norms, null logits, and
-    expert weights that are no `nn.Linear` are never among them.
-    """
-    output = None if head else model.get_output_embeddings()
-    return tuple(
-        name
-        for name, module in _linears(model).items()
-        if module is not output and not name.endswith(".output_gate") and ".attn_res_" not in name
-    )
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-
-
-def quantized_sites(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The quantised layers of `model` by name."""
-    found = model.named_modules()
-    return {name: module for name, module in found if isinstance(module, QuantizedLinear)}
+def quantized_sites(model: nn.Module) -> dict[str, QuantizedLinear | StaticQuantizer]:
+    """What is quantised in `model`, by name: the linear layers, then the quantisers of tensors."""
+    found: dict[str, QuantizedLinear | StaticQuantizer] = {}
+    tensors: dict[str, QuantizedLinear | StaticQuantizer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            found[name] = module
+            continue
+        for child, quantizer in module.named_children():
+            if isinstance(quantizer, StaticQuantizer):
+                tensors[f"{name}:{child.removesuffix('_quantizer')}"] = quantizer
+    return found | tensors
 
 
 def quantize(
@@ -76,85 +49,126 @@ def quantize(
     *,
     calibration: Iterable[Tensor] | None = None,
     sites: Collection[str] | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """A quantised copy of `model`, in eval mode; `model` itself is left as it is.
 
-    The copy holds its own quantised weights and shares every other tensor with `model`: train one,
-    and the other changes.  A quantised head is untied from the embedding.
+    The copy is rotated, then smoothed, where the scheme says so; its weights are rounded; then its
+    static ranges are found.  It holds its own quantised weights and shares with `model` all tensors
+    that are as they were: train one, and the other changes.  A quantised head is untied from the
+    embedding.
 
     Args:
         model: a transformers decoder, ours or any other.
         scheme: a name in `schemes()`, or a `Scheme`.
         calibration: batches of token ids, int64 [B, T], without padding (the literature takes 16);
-            needed by a static scheme, refused by any other.  Ranges are those of inputs met with
-            quantised weights and unquantised activations.
-        sites: the exact names of the `nn.Linear` layers to quantise; default `linear_sites(model)`.
+            needed by a static scheme, SmoothQuant and GPTQ, refused by any other.  Ranges are those
+            of tensors met with quantised weights and unquantised activations.
+        sites: the exact names of what to quantise; default `scheme_sites(model, scheme)`.
+        seed: of a rotation.
 
     Raises:
-        UserError: unknown scheme or site, missing, unusable or needless calibration, a layer that
-            no calibration token reached, weights or activations that are not finite.
+        UserError: unknown scheme or site, missing, unusable or needless calibration, a site that no
+            calibration token reached, weights or activations that are not finite.
     """
     if isinstance(scheme, str):
         check_choice("scheme", scheme, schemes())
         scheme = schemes()[scheme]
-    if scheme.static and calibration is None:
+    if scheme.needs_calibration and calibration is None:
         raise UserError(f"calibration: None given, but {scheme.name!r} needs batches of token ids")
-    if not scheme.static and calibration is not None:
+    if not scheme.needs_calibration and calibration is not None:
         raise UserError(f"calibration: given, but {scheme.name!r} takes each input's own range")
-    names = _checked_sites(model, sites)
+    names = _checked_sites(model, scheme, sites)
+    batches = None if calibration is None else _checked_batches(model, calibration)
 
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared).eval()
-    head = twin.get_output_embeddings()
+    twin = transformed(model, scheme, batches, seed)
+    for name, layer in _rounded(twin, scheme, batches, names).items():
+        replace_linear(twin, name, layer)
     for name in names:
-        linear = twin.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        if linear is head:
-            twin.config.get_text_config().tie_word_embeddings = False
-            twin.config.tie_word_embeddings = False
-        twin.set_submodule(name, QuantizedLinear(linear, scheme, site=name))
-    if calibration is not None:
-        _calibrate(twin, calibration)
-    twin.save_pretrained = _no_form_on_disk
+        if ":" in name:
+            add_quantizer(twin, name, scheme)
+    if scheme.static and batches is not None:
+        _calibrate(twin, batches)
+    kinds = {
+        name.removesuffix(".input_transform"): type(module).__name__
+        for name, module in twin.named_modules()
+        if name.endswith(".input_transform")
+    }
+    mark(twin, {"scheme": scheme.to_dict(), "sites": names, "transforms": kinds})
     return twin
 
 
-def _no_form_on_disk(*_args, **_kwargs) -> None:
-    raise UserError(
-        "save_pretrained: a simulated quantisation has no form on disk; save the original and its"
-        " scheme's name"
-    )
+def transformed(
+    model: PreTrainedModel, scheme: Scheme, batches: list[Tensor] | None, seed: int
+) -> PreTrainedModel:
+    """A copy of `model` in eval mode, rotated or smoothed where `scheme` says so, nothing rounded.
+
+    It shares all tensors with `model` that this leaves as they are.
+    """
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared).eval()
+    transforms: dict[str, nn.Module] = {}
+    if scheme.rotation == "hadamard":
+        transforms = rotate(twin, seed=seed)
+    elif scheme.smooth_alpha is not None and batches is not None:
+        transforms = smooth(twin, batches, alpha=scheme.smooth_alpha)
+    for name, transform in transforms.items():
+        transform_input(twin.get_submodule(name), transform)
+    return twin
 
 
-def _checked_sites(model: PreTrainedModel, sites: Collection[str] | None) -> tuple[str, ...]:
+def _rounded(
+    model: PreTrainedModel, scheme: Scheme, batches: list[Tensor] | None, names: tuple[str, ...]
+) -> dict[str, QuantizedLinear]:
+    """The quantised layers, not yet in place."""
+    layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in names if ":" not in name}
+    weights: dict[str, Tensor] = {}
+    if scheme.rounding == "gptq" and batches is not None:
+        weights = gptq(model, batches, layers, scheme.weight, estimator=scheme.estimator)
+    return {
+        name: QuantizedLinear.rounded(layer, scheme, site=name, weight=weights.get(name))
+        for name, layer in layers.items()
+    }
+
+
+def _checked_sites(
+    model: PreTrainedModel, scheme: Scheme, sites: Collection[str] | None
+) -> tuple[str, ...]:
     if quantized_sites(model):
         raise UserError("model: it is quantised already; quantise the original instead")
-    linears = _linears(model)
-    for name in sites or ():
-        check_choice("sites", name, linears)
-    names = linear_sites(model) if sites is None else tuple(n for n in linears if n in set(sites))
+    if sites is None:
+        names = scheme_sites(model, scheme)
+    else:
+        known = [*linears(model), *(tensor_sites(model) if scheme.sites == "full" else ())]
+        for name in sites:
+            check_choice("sites", name, known)
+        names = tuple(name for name in known if name in set(sites))
     if not names:
         raise UserError(f"sites: they name no linear layer of {type(model).__name__}")
     return names
 
 
+def _checked_batches(model: PreTrainedModel, calibration: Iterable[Tensor]) -> list[Tensor]:
+    vocabulary = model.config.get_text_config().vocab_size
+    batches = list(calibration)
+    for tokens_BT in batches:
+        _check_tokens(tokens_BT, vocabulary)
+    if not batches:
+        raise UserError("calibration: it holds no batch")
+    return batches
+
+
 @torch.no_grad()
-def _calibrate(model: PreTrainedModel, batches: Iterable[Tensor]) -> None:
+def _calibrate(model: PreTrainedModel, batches: list[Tensor]) -> None:
     """Run the batches through `model` and fix the range of every static quantiser in it."""
     quantizers = [m for m in model.modules() if isinstance(m, StaticQuantizer)]
-    vocabulary = model.config.get_text_config().vocab_size
     head = isinstance(model.get_output_embeddings(), QuantizedLinear)
     run = model if head else model.base_model
     with ExitStack() as stack:
         for quantizer in quantizers:
             stack.enter_context(quantizer.observing())
-        seen = False
         for tokens_BT in batches:
-            seen = True
-            _check_tokens(tokens_BT, vocabulary)
             run(input_ids=tokens_BT.to(model.device), use_cache=False)
-        if not seen:
-            raise UserError("calibration: it holds no batch")
 
 
 def _check_tokens(tokens_BT: Tensor, vocabulary: int) -> None:

@@ -1,0 +1,31 @@
+"""Questions with worked answers, in the form of GSM8K (Cobbe et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from oasis_attn.data.corpora import Corpus
+from oasis_attn.errors import UserError
+
+_QUESTION, _ANSWER = "Question: ", "\nAnswer: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A question, and a worked answer whose last line is `#### N`."""
+
+    question: str
+    answer: str
+
+
+def read_problems(corpus: Corpus) -> Iterator[Problem]:
+    """The documents of a corpus as problems; `UserError` at the first that is none."""
+    for number, text in enumerate(corpus.texts(), 1):
+        question, separator, answer = text.partition(_ANSWER)
+        if not (question.startswith(_QUESTION) and separator):
+            raise UserError(
+                f"corpus: document {number} of {corpus.name!r} is no question with its answer; "
+                "give rows with fields question and answer"
+            )
+        yield Problem(question=question.removeprefix(_QUESTION), answer=answer)

@@ -1,0 +1,257 @@
+"""The tasks, one after the other, and their record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oasis_attn.data import load_corpus, tokenizer_sha256
+from oasis_attn.data.problems import Problem, read_problems
+from oasis_attn.errors import UserError
+from oasis_attn.evaluation.config import EvaluationConfig
+from oasis_attn.evaluation.generate import check_lengths, generate
+from oasis_attn.evaluation.harness import HarnessGsm8k, check_harness
+from oasis_attn.evaluation.likelihood import score_continuations, score_windows, strided_windows
+from oasis_attn.evaluation.problems import Interval, by_steps, pass_metrics
+from oasis_attn.evaluation.samples import Sample, SampleLog, check_log
+from oasis_attn.evaluation.scoring import Z95, score_answer
+from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.subject import describe_model, fingerprint
+from oasis_attn.records import Metric, Record
+
+
+@dataclass
+class _Run:
+    """A model, what is asked of it, and what has been found so far."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: EvaluationConfig
+    identity: dict[str, Any]
+    metrics: list[Metric] = field(default_factory=list)
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def log(self, task: str, settings: dict[str, Any]) -> SampleLog:
+        path = log_path(self.config, task)
+        whole = {"task": task} | self.identity | settings
+        return SampleLog(path, whole, resume=self.config.resume)
+
+
+def evaluate(
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Record:
+    """Perplexity on text, and Pass@k on word problems.
+
+    Args:
+        model: a causal decoder in memory (native, ours, quantised), run as it stands, in eval mode
+            and left as it was; or a name for `load_model`, which brings its tokenizer.
+        tokenizer: the model's.  It needs no padding token, and its padding side does not matter.
+        options: the fields of `EvaluationConfig`: `tasks`, `corpus`, `limit`, `samples`, ...
+
+    Returns:
+        A record of kind `evaluation`.  Metrics by task:
+        perplexity: `perplexity.windowed`, the exponential of `loss.windowed` (nats per token), or
+            `.strided` where a stride is below the window;
+        gsm8k, arith: `<task>.pass@<k>.strict` and `.flexible` (see `score_answer`), and
+            `gsm8k.lm_eval.<filter>`, lm-eval's own score of each problem's first sample;
+        gsm8k-loglik: `gsm8k.answer_loglik`, the mean over problems of the solution's mean
+            log-probability per token, in nats.
+        The table `interval95` has the 95 % interval of each: Wilson's for Pass@k, else normal.
+
+    Raises:
+        UserError: before anything is run, for a bad option, a log that would be mixed with
+            another, absent data or lm-eval.
+    """
+    config = EvaluationConfig(**options)
+    if "gsm8k" in config.tasks:
+        check_harness()
+    for task in config.tasks:
+        if (path := log_path(config, task)) is not None:
+            check_log(path, resume=config.resume)
+    if isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise UserError("tokenizer: a model given by name brings its own")
+        model, tokenizer = load_model(model)
+    if tokenizer is None:
+        raise UserError("tokenizer: None; a model in memory needs its tokenizer given")
+    run = _Run(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        identity={
+            "model": fingerprint(model),
+            "tokenizer": tokenizer_sha256(tokenizer),
+            "subject": dict(config.subject),
+        },
+    )
+    for task in config.tasks:
+        _RUNNERS[task](run)
+    return Record(
+        kind="evaluation",
+        subject=describe_model(model) | {"sha256": run.identity["model"]} | dict(config.subject),
+        data=run.data,
+        seed=config.seed if config.temperature else None,
+        metrics=tuple(run.metrics),
+        tables={"interval95": {name: list(pair) for name, pair in run.intervals.items()}}
+        | run.tables,
+    )
+
+
+def log_path(config: EvaluationConfig, task: str) -> Path | None:
+    """Where the samples of `task` are logged, if they are."""
+    return None if config.samples is None else Path(config.samples, f"{task}.jsonl")
+
+
+def _perplexity(run: _Run) -> None:
+    config = run.config
+    corpus = load_corpus(config.corpus, config.split)
+    windows = strided_windows(
+        corpus.texts(),
+        run.tokenizer,
+        window=config.window,
+        stride=config.stride,
+        limit=config.limit,
+    )
+    check_lengths(run.model, [config.window], "window")
+    settings = {"corpus_sha256": corpus.sha256, "window": config.window, "stride": windows.stride}
+    log = run.log("perplexity", settings)
+    samples = score_windows(run.model, windows, log=log, batch_size=config.batch_size)
+    loss, error = _mean_loss(samples)
+    kind = "windowed" if windows.stride == config.window else "strided"
+    n = len(samples)
+    run.metrics += [
+        Metric(name=f"perplexity.{kind}", value=math.exp(loss), n=n),
+        Metric(name=f"loss.{kind}", value=loss, n=n, standard_error=error),
+    ]
+    if error is not None:
+        low, high = loss - Z95 * error, loss + Z95 * error
+        run.intervals[f"loss.{kind}"] = low, high
+        run.intervals[f"perplexity.{kind}"] = math.exp(low), math.exp(high)
+    run.data["perplexity"] = settings | {
+        "corpus": corpus.name,
+        "split": corpus.split,
+        "windows": n,
+        "tokens_scored": sum(windows.scored),
+        "tokens_sha256": windows.sha256,
+    }
+
+
+def _mean_loss(samples: Sequence[Sample]) -> tuple[float, float | None]:
+    """Nats per token, and the ratio's standard error over windows."""
+    tokens = sum(row["tokens"] for row in samples)
+    n = len(samples)
+    loss = math.fsum(row["loss"] for row in samples) / tokens
+    if n == 1:
+        return loss, None
+    squares = math.fsum((row["loss"] - loss * row["tokens"]) ** 2 for row in samples)
+    return loss, math.sqrt(squares * n / (n - 1)) / tokens
+
+
+def _gsm8k(run: _Run) -> None:
+    problems, data = _problems(run, "gsm8k")
+    shots = run.config.shots
+    examples = list(read_problems(load_corpus("gsm8k", "train"))) if shots else []
+    harness = HarnessGsm8k(problems, examples, shots=shots)
+    data |= {"shots": shots, "lm_eval_task": f"gsm8k {harness.version}"}
+    responses = _answers(run, "gsm8k", problems, harness.prompts, harness.stops, data)
+    first = harness.scores([texts[0] for texts in responses])
+    run.metrics += [
+        Metric(name=f"gsm8k.lm_eval.{name}", value=value, n=len(problems))
+        for name, value in first.items()
+    ]
+
+
+def _arith(run: _Run) -> None:
+    problems, data = _problems(run, "arith")
+    prompts = [_prompt(problem) for problem in problems]
+    _answers(run, "arith", problems, prompts, ["Question:"], data)
+
+
+def _answers(
+    run: _Run,
+    task: str,
+    problems: Sequence[Problem],
+    prompts: Sequence[str],
+    stops: Sequence[str],
+    data: dict[str, Any],
+) -> list[list[str]]:
+    config = run.config
+    how: dict[str, Any] = {
+        "stops": list(stops),
+        "temperature": config.temperature,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed if config.temperature else None,
+    }
+
+    def finish(index: int, text: str) -> Sample:
+        reference = problems[index].answer
+        return {"reference": reference} | score_answer(text, reference)._asdict()
+
+    responses = generate(
+        run.model,
+        run.tokenizer,
+        prompts,
+        log=run.log(task, data | how),
+        finish=finish,
+        stops=stops,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        repeats=config.repeats,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+    metrics, intervals = pass_metrics(task, problems, responses, config.k)
+    run.metrics += metrics
+    run.intervals |= intervals
+    run.tables[f"{task}.steps"] = by_steps(problems, responses)
+    run.data[task] = data | how | {"problems": len(problems), "repeats": config.repeats}
+    return responses
+
+
+def _gsm8k_loglik(run: _Run) -> None:
+    task, name = "gsm8k-loglik", "gsm8k.answer_loglik"
+    problems, data = _problems(run, "gsm8k")
+    samples = score_continuations(
+        run.model,
+        run.tokenizer,
+        [(_prompt(problem), " " + problem.answer) for problem in problems],
+        log=run.log(task, data),
+        batch_size=run.config.batch_size,
+    )
+    values = [-row["loss"] / row["tokens"] for row in samples]
+    n, mean = len(values), fmean(values)
+    error = stdev(values) / math.sqrt(n) if n > 1 else None
+    run.metrics.append(Metric(name=name, value=mean, n=n, standard_error=error))
+    if error is not None:
+        run.intervals[name] = mean - Z95 * error, mean + Z95 * error
+    run.data[task] = data | {"problems": n}
+
+
+def _problems(run: _Run, name: str) -> tuple[list[Problem], dict[str, Any]]:
+    """The first problems of a corpus's test split, and what is to be said of it."""
+    corpus = load_corpus(name, "test")
+    problems = list(islice(read_problems(corpus), run.config.limit))
+    return problems, {"corpus": name, "split": "test", "corpus_sha256": corpus.sha256}
+
+
+def _prompt(problem: Problem) -> str:
+    return f"Question: {problem.question}\nAnswer:"
+
+
+_RUNNERS = {
+    "perplexity": _perplexity,
+    "gsm8k": _gsm8k,
+    "gsm8k-loglik": _gsm8k_loglik,
+    "arith": _arith,
+}

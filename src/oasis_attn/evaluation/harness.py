@@ -1,0 +1,117 @@
+"""GSM8K as lm-eval defines it (its task `gsm8k`): prompts, shots, stops and scores."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from oasis_attn.data.problems import Problem
+from oasis_attn.errors import UserError
+
+SHOT_SEED = 1234  # lm-eval's own; it draws the shots, anew for each problem
+
+
+class HarnessGsm8k:
+    """lm-eval's task over problems given to it.
+
+    Args:
+        problems: to be solved, in order.
+        examples: what shots are drawn from; may be empty where `shots` is 0.
+        shots: worked examples in front of each problem.
+
+    Raises:
+        UserError: lm-eval is not installed, or there are fewer examples than shots.
+    """
+
+    def __init__(
+        self, problems: Sequence[Problem], examples: Sequence[Problem], *, shots: int
+    ) -> None:
+        check_harness()
+        if shots > len(examples):
+            raise UserError(f"shots: {shots} are more than the {len(examples)} training problems")
+        from datasets import Dataset, DatasetDict
+
+        def dataset(**_: Any) -> DatasetDict:
+            parts = {"train": examples or problems, "test": problems}
+            return DatasetDict(
+                {name: Dataset.from_list([asdict(p) for p in part]) for name, part in parts.items()}
+            )
+
+        with _quiet():
+            from lm_eval.api.task import ConfigurableTask
+
+            self._config = _definition() | {"num_fewshot": shots, "custom_dataset": dataset}
+            self._task = ConfigurableTask(config=dict(self._config))
+            self._task.set_fewshot_seed(SHOT_SEED)
+            self._task.build_all_requests(rank=0, world_size=1)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """One per problem."""
+        return [instance.args[0] for instance in self._task.instances]
+
+    @property
+    def stops(self) -> list[str]:
+        """Strings that end an answer."""
+        return list(self._config["generation_kwargs"]["until"])
+
+    @property
+    def version(self) -> str:
+        """Of the task's definition."""
+        return str(self._config["metadata"]["version"])
+
+    def scores(self, responses: Sequence[str]) -> dict[str, float]:
+        """lm-eval's exact match per filter (`strict-match`, `flexible-extract`)."""
+        for instance, response in zip(self._task.instances, responses, strict=True):
+            instance.resps = [response]
+        with _quiet():
+            self._task.apply_filters()
+            return {
+                name: fmean(
+                    self._task.process_results(instance.doc, [instance.filtered_resps[name]])[
+                        "exact_match"
+                    ]
+                    for instance in self._task.instances
+                )
+                for name in self._task.instances[0].filtered_resps
+            }
+
+
+def check_harness() -> None:
+    """Raise `UserError` unless lm-eval can be imported."""
+    try:
+        with _quiet():
+            import lm_eval.api.task  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"tasks: 'gsm8k' needs lm-eval: pip install 'oasis-attn[evaluate]' ({error})"
+        ) from error
+
+
+def _definition() -> dict[str, Any]:
+    import lm_eval.tasks
+    import yaml
+
+    folder = Path(str(lm_eval.tasks.__file__)).parent
+    config = yaml.safe_load((folder / "gsm8k" / "gsm8k.yaml").read_text(encoding="utf-8"))
+    return {name: config[name] for name in config if name not in ("dataset_path", "dataset_name")}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, lm-eval draws no bars and logs errors only."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,149 @@
+"""Log-likelihood of given text: windows of a corpus, and reference solutions.
+
+Axes: N windows, B windows or solutions at once, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oasis_attn.errors import UserError
+from oasis_attn.evaluation.generate import check_lengths, encode_prompt
+from oasis_attn.evaluation.samples import Sample, SampleLog
+from oasis_attn.modeling.subject import eval_mode
+from oasis_attn.ops.token_losses import token_losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Windows of a text's tokens, and how many tokens at the end of each are scored in it.
+
+    Attributes:
+        ids_NT: token ids, int64; BOS first in each window where the tokenizer has one.
+        scored: per window; T - 1 at most, the first token having nothing before it.
+        stride: tokens from one window's start to the next's; T means that none is read twice.
+    """
+
+    ids_NT: Tensor
+    scored: tuple[int, ...]
+    stride: int
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids, in hexadecimal."""
+        return hashlib.sha256(self.ids_NT.numpy().tobytes()).hexdigest()
+
+
+def strided_windows(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    stride: int | None = None,
+    limit: int | None = None,
+) -> Windows:
+    """The text of all documents, a blank line between them, in windows of `window` tokens.
+
+    With a stride below the window, each window but the first scores only its last `stride` tokens,
+    so that each has at least window - stride - 1 tokens before it; without one (or with the
+    window's length), windows do not overlap and score all but their first token.  What is left
+    after the last whole window is dropped.
+
+    Raises:
+        UserError: a text shorter than one window.
+    """
+    stride = window if stride is None else stride
+    prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    fresh = window - len(prefix)  # text tokens in a window
+    step = min(stride, fresh)
+    enough = math.inf if limit is None else fresh + (limit - 1) * step
+    ids: list[int] = []
+    for text in texts:
+        piece = "\n\n" + text if ids else text
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        if len(ids) >= enough:
+            break
+    count = 1 + (len(ids) - fresh) // step
+    if count < 1:
+        raise UserError(f"window: {window} tokens are more than the corpus gives ({len(ids)})")
+    count = count if limit is None else min(count, limit)
+    rows = [prefix + ids[k * step : k * step + fresh] for k in range(count)]
+    later = window - 1 if stride == window else stride
+    return Windows(
+        ids_NT=torch.tensor(rows), scored=(window - 1, *[later] * (count - 1)), stride=stride
+    )
+
+
+def score_windows(
+    model: PreTrainedModel, windows: Windows, *, log: SampleLog, batch_size: int
+) -> list[Sample]:
+    """Per window, `loss` (nats, summed) over `tokens`; logged as they come."""
+    with eval_mode(model), torch.no_grad():
+        for start in range(0, len(windows.scored), batch_size):
+            scored = windows.scored[start : start + batch_size]
+            if all((start + row, 0) in log for row in range(len(scored))):
+                continue
+            ids_BT = windows.ids_NT[start : start + batch_size].to(model.device)
+            losses_BT = token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+            log.add(
+                {"id": start + row, "repeat": 0, "tokens": n, "loss": float(losses_T[-n:].sum())}
+                for row, (n, losses_T) in enumerate(zip(scored, losses_BT, strict=True))
+            )
+    return [log[index, 0] for index in range(len(windows.scored))]
+
+
+def score_continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    log: SampleLog,
+    batch_size: int,
+) -> list[Sample]:
+    """Per (prompt, continuation), `loss` (nats, summed) over the continuation's `tokens`.
+
+    Raises:
+        UserError: a pair longer than the model's positions.
+    """
+    rows = [
+        (encode_prompt(tokenizer, prompt), tokenizer(text, add_special_tokens=False).input_ids)
+        for prompt, text in pairs
+    ]
+    check_lengths(model, [len(prompt) + len(text) for prompt, text in rows], "solution")
+    with eval_mode(model), torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            if all((start + row, 0) in log for row in range(len(batch))):
+                continue
+            losses = _continuation_losses(model, batch)
+            log.add(
+                {"id": start + row, "repeat": 0, "tokens": len(text), "loss": loss}
+                | {"prompt": pairs[start + row][0], "continuation": pairs[start + row][1]}
+                for row, ((_, text), loss) in enumerate(zip(batch, losses, strict=True))
+            )
+    return [log[index, 0] for index in range(len(rows))]
+
+
+def _continuation_losses(
+    model: PreTrainedModel, batch: Sequence[tuple[list[int], list[int]]]
+) -> list[float]:
+    # Padded to the right, where no token that counts looks.
+    whole = [list(chain(*pair)) for pair in batch]
+    longest = max(map(len, whole))
+    ids_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in whole])
+    mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in whole])
+    ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
+    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    losses_BT = token_losses(logits_BTV, ids_BT)
+    return [
+        float(losses_T[len(prompt) - 1 : len(prompt) + len(text) - 1].sum())
+        for losses_T, (prompt, text) in zip(losses_BT, batch, strict=True)
+    ]

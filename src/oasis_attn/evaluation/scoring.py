@@ -1,0 +1,76 @@
+"""Is an answer right, how often within k tries, and how sure is that."""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+from typing import NamedTuple
+
+from oasis_attn.errors import UserError
+
+Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
+
+_MINUS = "-\N{MINUS SIGN}"  # in a class, a leading - is no range
+# A sign counts where no operand stands before it.  12,345 has its commas every three digits.
+_NUMBER = rf"""
+    [$€£]? (?P<sign> (?<![\w)%] ) [{_MINUS}+] )? [$€£]? [ ]?
+    (?P<digits> (?> \d{{1,3}} (?: ,\d{{3}} )+ (?!\d) | \d+ ) (?: \.\d+ )? | (?<!\d) \.\d+ )
+"""
+_ANY = re.compile(_NUMBER, re.VERBOSE)
+# Not 3 of `3/4`, `3 + 4`, `3:30`, `1.2.3`, `3,4` or `3e8`.
+_GOES_ON = rf"[.,:]?\d | [ ]*[{_MINUS}+*/^\N{{MULTIPLICATION SIGN}}=][ ]*[$\d] | [eE][-+]?\d"
+_MARKED = re.compile(rf"\#\#\#\# [ \t]* (?> {_NUMBER} ) (?! {_GOES_ON} )", re.VERBOSE)
+
+
+class Score(NamedTuple):
+    """Whether the number after the mark is right (strict), and whether the last number is."""
+
+    strict: bool
+    flexible: bool
+
+
+def score_answer(text: str, reference: str) -> Score:
+    """Compare a worked answer in GSM8K's form (Cobbe et al. 2021) with a reference solution.
+
+    Strict: the first `####` of `text` is followed by the reference's number.  Flexible: the last
+    number anywhere in `text` is it.  Numbers are compared by value: `$1,234.00` is 1234; a unit
+    may follow, an expression may not.
+
+    Raises:
+        UserError: `reference` has no number after `####`.
+    """
+    right = _marked(reference)
+    if right is None:
+        raise UserError(f"reference: {reference[-40:]!r} does not end in '#### N'")
+    *_, last = (None, *_ANY.finditer(text))
+    return Score(
+        strict=_marked(text) == right,
+        flexible=last is not None and _value(last) == right,
+    )
+
+
+def _marked(text: str) -> Decimal | None:
+    match = _MARKED.match(text, start) if (start := text.find("####")) >= 0 else None
+    return match and _value(match)
+
+
+def _value(match: re.Match[str]) -> Decimal:
+    value = Decimal(match["digits"].replace(",", ""))
+    return -value if (match["sign"] or "+") in _MINUS else value
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that one of k draws is right, unbiased from `right` of n (Chen et al. 2021, eq. 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n problems (Wilson 1927).
+
+    For a mean of n values between 0 and 1 it is too wide, never too narrow.
+    """
+    z2 = Z95**2 / n
+    middle = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(z2 * (share * (1 - share) + z2 / 4)) / (1 + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,64 @@
+"""A model as the subject of a record: what it is, which one exactly, and held still."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from oasis_attn.modeling.configuration import OasisConfig
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """Name, family, architecture, parameter count, dtype; of ours, the settings too."""
+    settings = {"settings": model.config.settings} if isinstance(model.config, OasisConfig) else {}
+    return settings | {
+        "name": model.config.name_or_path,
+        "family": model.config.get_text_config(decoder=True).model_type,
+        "architecture": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash, in hexadecimal, of all that is kept in `model`: weights, modules, configuration.
+
+    Models that share it compute the same, hooks and patched methods aside.  Where it was loaded
+    from does not count.
+    """
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    digest = hashlib.sha256(f"{model}\n{sorted(config.items())}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        for plain in _plain_tensors(tensor):
+            flat = plain.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's own memory; of a subclass that wraps others (torchao's), theirs."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        yield tensor
+    else:
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            yield from _plain_tensors(getattr(tensor, name))
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """While open, `model` is in eval mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,113 @@
+"""Integer arithmetic for a simulated model, by torchao's kernels.
+
+    y = s_x s_w (q_x - z_x) q_w        (Jacob et al. 2018, 1712.05877, eq. 4), q int8, sums int32
+
+The numbers are those of the simulation, not torchao's own: weights, scales and static ranges are
+handed over as they stand, so that both compute the same up to the rounding of floats (which decides
+where an input falls half way between two levels).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from oasis_attn.errors import UserError
+from oasis_attn.quantization.linear import QuantizedLinear
+from oasis_attn.quantization.quantizers import StaticQuantizer
+from oasis_attn.quantization.saved import CODES, mark, quantization_of
+from oasis_attn.quantization.schemes import Scheme
+
+
+def check_kernels(scheme: Scheme, device: torch.device) -> None:
+    """Raise `UserError` unless integer kernels on `device` compute what `scheme` simulates."""
+    weight, activation = scheme.weight, scheme.activation
+    reason = ""
+    if scheme.sites == "full":
+        reason = "no kernel quantises between linear layers"
+    elif weight.bits != 8 or activation is None or activation.bits != 8:
+        reason = "kernels multiply 8-bit weights by 8-bit activations only"
+    elif not weight.symmetric or weight.granularity not in ("tensor", "channel"):
+        reason = "kernels take symmetric weights with one scale per tensor or channel"
+    elif not scheme.static and (activation.symmetric or activation.granularity != "token"):
+        reason = "kernels take asymmetric ranges per token, or static ones"
+    if reason:
+        raise UserError(f"scheme: {scheme.name!r} can only be simulated: {reason}")
+    try:
+        from torchao.utils import should_reduce_range
+    except ImportError as error:
+        raise UserError("scheme: integer kernels need `pip install torchao`") from error
+    if should_reduce_range(device):
+        raise UserError(
+            f"scheme: {scheme.name!r} can only be simulated: without VNNI instructions this"
+            " processor's 8-bit sums overflow"
+        )
+
+
+class IntegerLinear(QuantizedLinear):
+    """A `QuantizedLinear` whose weight is held as int8 codes, in the buffer `weight_codes`."""
+
+    weight_codes: Tensor
+
+    def codes(self) -> Tensor:
+        return self.weight_codes
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.input_transform is not None:
+            input = self.input_transform(input)
+        static: dict[str, Tensor] = {}
+        if isinstance(self.input_quantizer, StaticQuantizer):
+            quantizer, shape = self.input_quantizer, [1] * input.ndim
+            static = {
+                "act_quant_scale": quantizer.scale.view(shape),
+                "act_quant_zero_point": (-128 - quantizer.lowest).view(shape).to(torch.int8),
+            }
+        scale = self.weight_scale.view(-1, 1)
+        rows = 1 if len(scale) > 1 else self.out_features
+        tensor, per_tensor, per_token = _torchao()
+        weight = tensor(
+            self.weight_codes,
+            scale,
+            [rows, self.in_features],
+            input.dtype,
+            act_quant_kwargs=per_tensor if static else per_token,
+            **static,
+        )
+        return F.linear(input, weight, self.bias)
+
+
+@cache
+def _torchao() -> tuple[Any, Any, Any]:
+    """Its tensor, and how it is told to quantise inputs."""
+    from torchao.quantization import Int8Tensor, PerRow, PerTensor
+    from torchao.quantization.quant_primitives import MappingType
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+
+    per_tensor, per_token = (
+        QuantizeTensorToInt8Kwargs(granularity=kind, mapping_type=MappingType.ASYMMETRIC)
+        for kind in (PerTensor(), PerRow())
+    )
+    return Int8Tensor, per_tensor, per_token
+
+
+def to_integers(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the quantised layers of a simulated model multiply integers; `model`, changed in place.
+
+    Raises:
+        UserError: nothing in it is quantised, or its scheme has no integer kernel.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    if not layers:
+        raise UserError("model: nothing in it is quantised; call quantize first")
+    check_kernels(layers[0].scheme, model.device)
+    for layer in layers:
+        layer.register_buffer(CODES, layer.codes())
+        layer.weight = None  # type: ignore[assignment]
+        layer.__class__ = IntegerLinear
+    mark(model, vars(quantization_of(model)) | {"arithmetic": "integer"})
+    return model

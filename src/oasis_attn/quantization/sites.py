@@ -1,0 +1,180 @@
+"""Which tensors of a model are quantised, by exact name, and the hooks that do it.
+
+A linear layer is named as it is in the model: its weight and its input are quantised.  Any other
+tensor is `module:tensor`, with tensor one of `input`, `output`, and, of an attention module,
+`probabilities` and `context` (its mix of values, before any gate).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from oasis_attn.modeling.attention import _observers, oasis_attention
+from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
+from oasis_attn.modeling.families import family_of
+from oasis_attn.ops.null_attention import naive_mix
+from oasis_attn.quantization.quantizers import StaticQuantizer
+from oasis_attn.quantization.schemes import Scheme
+
+QUANTIZED_ATTENTION = "oasis-quantized"
+
+
+def linear_sites(model: PreTrainedModel, *, head: bool = False) -> tuple[str, ...]:
+    """Names of the layers that a scheme quantises unless told otherwise, in the model's order.
+
+    Every `nn.Linear` but the gates on attention outputs (as in the literature), the projections of
+    depth routers, and the output head; with `head`, that too.  Embeddings, norms, null logits, and
+    expert weights that are no `nn.Linear` are never among them.
+    """
+    output = None if head else model.get_output_embeddings()
+    return tuple(
+        name
+        for name, module in linears(model).items()
+        if module is not output and not name.endswith(".output_gate") and ".attn_res_" not in name
+    )
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every plain linear layer by name."""
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+
+
+def tensor_sites(model: PreTrainedModel) -> tuple[str, ...]:
+    """What stands between a decoder's linear layers, in the order it is computed.
+
+    Attention probabilities and context, the outputs of the layers' norms and of the final one, and
+    the residual stream wherever it is read: each layer's `input` (the embedding, for the first),
+    the sum after its attention, the final norm's input.  What is read is what is carried on.
+
+    With depth routing, what is read is each mix h_l (the authors' form: each state), and the
+    sources are quantised where they arise, as the outputs of attention and MLP; of a block of
+    several sublayers, its members are.  The routers themselves stay in floating point: scores,
+    weights over depth, null logits, null mass and its coupling are a few numbers per token, and no
+    integer kernel computes them.
+
+    Raises:
+        UserError: a family without a row in `modeling.families`, which tells where its norms are.
+    """
+    config = model.config.get_text_config(decoder=True)
+    family, decoder = family_of(config), model.get_decoder()
+    routed = getattr(model.config, "residual", "sum") != "sum"
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[str] = []
+    for layer in decoder.layers:
+        here = names[id(layer)]
+
+        def norm(name: str | None, here: str = here) -> list[str]:
+            return [f"{here}.{name}:output"] if name else []
+
+        def branch(name: str, after: str | None, here: str = here) -> list[str]:
+            return norm(after) if after or not routed else [f"{here}.{name}:output"]
+
+        found += [f"{here}:input", *norm(family.pre_attention)]
+        found += [f"{here}.self_attn:probabilities", f"{here}.self_attn:context"]
+        found += branch("self_attn", family.post_attention)
+        found += [f"{here}.{family.pre_mlp or family.mlp}:input", *norm(family.pre_mlp)]
+        found += branch(family.mlp, family.post_mlp)
+    last = [child for child in decoder.children() if "Norm" in type(child).__name__][-1]
+    return *found, f"{names[id(last)]}:input", f"{names[id(last)]}:output"
+
+
+def add_quantizer(model: PreTrainedModel, site: str, scheme: Scheme) -> StaticQuantizer:
+    """Quantise one of the `tensor_sites` of `model`, by `<module>.<tensor>_quantizer`."""
+    name, _, tensor = site.partition(":")
+    module: Any = model.get_submodule(name)
+    assert scheme.activation is not None
+    quantizer = StaticQuantizer(scheme.activation, estimator=scheme.estimator, site=site)
+    module.add_module(f"{tensor}_quantizer", quantizer)
+    if tensor == "output":
+        module.register_forward_hook(_quantize_output)
+    elif tensor == "input":
+        routed = isinstance(model.config, OasisConfig) and model.config.residual == "depth"
+        layer = hasattr(module, "self_attn")
+        # A sum's hidden state is read by the norm and carried on past it: both must see the levels.
+        hook = _quantize_input if layer or routed or _is_last(model, module) else _overwrite_input
+        module.register_forward_pre_hook(hook)
+    elif module.config._attn_implementation != QUANTIZED_ATTENTION:
+        if model.config._attn_implementation != ATTENTION:
+            model.set_attn_implementation(ATTENTION)
+        # A config of its own, so that whoever switches the model's function leaves this one.
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation = QUANTIZED_ATTENTION
+    return quantizer
+
+
+def _is_last(model: PreTrainedModel, module: nn.Module) -> bool:
+    return any(child is module for child in model.get_decoder().children())
+
+
+# Module-level functions that find their quantiser on the module: a copied model runs its own.
+
+
+def _first(value: Any, quantizer: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with its first tensor quantised: the state of a depth stream, a branch's output."""
+    if isinstance(value, Tensor):
+        return quantizer(value)
+    return (quantizer(value[0]), *value[1:])
+
+
+def _quantize_output(module: nn.Module, _args: Any, output: Any) -> Any:
+    return _first(output, cast(StaticQuantizer, module.output_quantizer))
+
+
+def _quantize_input(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    return _first(args[0], cast(StaticQuantizer, module.input_quantizer)), *args[1:]
+
+
+def _overwrite_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    quantized = cast(StaticQuantizer, module.input_quantizer)(args[0])
+    if quantized is not args[0]:
+        args[0].copy_(quantized)
+
+
+def quantized_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    output_gate: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`oasis_attention`, with its map and its mix of values quantised; it stores the map."""
+    calls: list[Any] = []
+
+    def see(_module: nn.Module, call: Any) -> None:
+        calls.append(call)
+
+    _observers.append(see)
+    try:
+        kwargs["output_attentions"] = True
+        _, null_BHT = oasis_attention(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        _observers.remove(see)
+    (call,) = calls
+    context_BHTd = naive_mix(
+        _site(module, "probabilities")(call.weights_BHTS),
+        call.value_BGSd,
+        kwargs.get("dropout", 0.0),
+    )
+    context_BTHd = _site(module, "context")(context_BHTd.to(query.dtype)).transpose(1, 2)
+    if output_gate is not None:
+        gate = torch.sigmoid(output_gate).view(*context_BTHd.shape[:3], -1)
+        context_BTHd = context_BTHd * gate
+    return context_BTHd, null_BHT
+
+
+def _site(module: nn.Module, tensor: str) -> Callable[[Tensor], Tensor]:
+    return getattr(module, f"{tensor}_quantizer", None) or nn.Identity()
+
+
+AttentionInterface.register(QUANTIZED_ATTENTION, quantized_attention)
+AttentionMaskInterface.register(QUANTIZED_ATTENTION, sdpa_mask)

@@ -1,0 +1,228 @@
+"""One cell of a study: train, measure, quantise, evaluate; one record at the end, or none."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oasis_attn.errors import UserError
+from oasis_attn.evaluation import evaluate
+from oasis_attn.measure import diagnose
+from oasis_attn.modeling.loading import load_model
+from oasis_attn.quantization import quantize, quantized_sites, schemes
+from oasis_attn.records import Metric, Record
+from oasis_attn.study.plan import Cell
+from oasis_attn.study.text import HeldOut
+from oasis_attn.training import train
+
+TOLERANCE = 1e-6
+"""Relative: what a rerun on the same processor, versions and threads may differ by."""
+TIMES = ("cell.seconds", "cell.processor_seconds")
+"""Metrics that tell how long a cell took; no rerun has the same."""
+_PATIENCE = 5.0  # seconds, that a worker whose parent was killed has to end
+_LEFT_OUT = ("sink.secondary",)  # tables larger than the rest of a record
+_CHECKPOINTS = 4  # per training
+
+
+@dataclass(kw_only=True)
+class Work:
+    """A trained model, what it is measured on, and the numbers so far."""
+
+    cell: Cell
+    trained: Record
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: HeldOut
+    metrics: list[Metric] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    subject: dict[str, Any] = field(default_factory=dict)
+
+
+def measured(work: Work) -> None:
+    """Every measure of the model as it was trained: outlier.*, sink.*, depth.*, joint.*."""
+    depth = work.model.config.residual != "sum"
+    record = diagnose(
+        work.model,
+        work.text.measured_NT,
+        windows=len(work.text.measured_NT),
+        joint=True,
+        causal=depth,
+        data=work.text.data,
+    )
+    work.metrics += record.metrics
+    work.tables |= {name: t for name, t in record.tables.items() if name not in _LEFT_OUT}
+    work.data |= record.data
+    work.subject |= record.subject
+
+
+def evaluated(work: Work) -> None:
+    """The tasks, in float."""
+    work.metrics += _tasks(work.cell, work.model, work.tokenizer)
+
+
+def quantized(work: Work) -> None:
+    """Perplexity and tasks of the model under each scheme, as `NAME@SCHEME`."""
+    for scheme in work.cell.schemes:
+        batches = work.text.calibration_NT.split(1) if schemes()[scheme].needs_calibration else None
+        twin = quantize(work.model, scheme, calibration=batches)
+        record = diagnose(twin, work.text.measured_NT, windows=len(work.text.measured_NT))
+        kept = [record.metric(name) for name in ("perplexity.windowed", "loss.windowed")]
+        kept += _tasks(work.cell, twin, work.tokenizer)
+        work.metrics += [replace(metric, name=f"{metric.name}@{scheme}") for metric in kept]
+        work.subject.setdefault("sites", {})[scheme] = len(quantized_sites(twin))
+
+
+STEPS: tuple[Callable[[Work], None], ...] = (measured, evaluated, quantized)
+
+
+def run_cell(cell: Cell, path: Path, work: Path, *, command: str) -> Record:
+    """The record of `cell`, made if `path` does not hold it yet.
+
+    Killed at any moment, it leaves no record; started again, it trains on from its last checkpoint
+    to the same numbers.
+
+    Args:
+        path: of the record, written last and whole.
+        work: a folder for what is needed on the way; removed at the end.
+        command: that makes this cell again, for the record.
+
+    Raises:
+        UserError: another process is at work on this cell; what its steps find wrong.
+    """
+    with held(work.with_name(f"{work.name}.lock"), f"cell {cell.id!r}"):
+        if path.is_file():
+            return Record.load(path)
+        started, processor = time.monotonic(), time.process_time()
+        torch.set_num_threads(cell.threads)
+        state = _start(cell, work)
+        for step in STEPS:
+            step(state)
+        times = (time.monotonic() - started, time.process_time() - processor)
+        state.metrics += [Metric(name=n, value=t) for n, t in zip(TIMES, times, strict=True)]
+        record = _record(state, command)
+        record.save(path)
+        shutil.rmtree(work)
+    return record
+
+
+@contextmanager
+def held(lock: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `lock`; the system frees it when the process ends, however it ends."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + _PATIENCE
+    with lock.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise UserError(f"{what}: another process is at work on it") from None
+                time.sleep(0.1)
+        yield
+
+
+def is_held(lock: Path) -> bool:
+    """Whether some process holds the lock file `lock`."""
+    if not lock.is_file():
+        return False
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _start(cell: Cell, work: Path) -> Work:
+    config = cell.training_config(work, resume=True)
+    if "save_every" not in cell.training:
+        rows = max(1, config.steps // (_CHECKPOINTS * config.log_every))
+        config = replace(config, save_every=rows * config.log_every)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        trained = train(config, progress=False)
+    except UserError as error:
+        if not str(error).startswith("resume:"):
+            raise
+        # What a killed process left there is of no use.
+        shutil.rmtree(work)
+        work.mkdir()
+        trained = train(config, progress=False)
+    model, tokenizer = load_model(work)
+    if torch.cuda.is_available():
+        nn.Module.to(model, "cuda")
+    text = HeldOut(
+        cell.corpus,
+        config.eval_split,
+        tokenizer=tokenizer,
+        length=config.block_length,
+        windows=cell.windows,
+    )
+    return Work(cell=cell, trained=trained, model=model, tokenizer=tokenizer, text=text)
+
+
+def _tasks(cell: Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Metric]:
+    if not cell.tasks:
+        return []
+    record = evaluate(model, tokenizer, tasks=cell.tasks, **cell.evaluation)
+    return [metric for metric in record.metrics if not metric.where]
+
+
+def _record(work: Work, command: str) -> Record:
+    cell, trained = work.cell, work.trained
+    return Record(
+        kind="cell",
+        subject=work.subject
+        | {
+            "name": cell.id,
+            "variant": cell.row,
+            "trained_parameters": trained.subject["trained_parameters"],
+            "cell": cell.to_dict(),
+            "command": command,
+        },
+        data=work.data
+        | {
+            "calibration_windows": len(work.text.calibration_NT),
+            "tokenizer_sha256": trained.data["tokenizer_sha256"],
+            "train": trained.data["train"] | {"corpus_sha256": trained.data["corpus_sha256"]},
+        },
+        seed=cell.seed,
+        metrics=(trained.metric("training.loss"), *work.metrics),
+        tables={"loss": trained.tables["loss"]} | work.tables,
+    )
+
+
+def differences(record: Record, again: Record, tolerance: float = TOLERANCE) -> list[str]:
+    """The metrics of two records that differ by more than `tolerance`, relative, or that one lacks.
+
+    How long a cell took is no part of it.  What else the records are of, commit, versions or
+    hardware, is told at the end where it differs and so may be why.
+    """
+    tables = [
+        {(m.name, m.where): m.value for m in each.metrics if m.name not in TIMES}
+        for each in (record, again)
+    ]
+    found = []
+    for name, where in sorted(tables[0].keys() | tables[1].keys()):
+        a, b = (table.get((name, where)) for table in tables)
+        same = a == b or (a is not None and b is not None and a != a and b != b)
+        if a is not None and b is not None and not same:
+            same = abs(a - b) <= tolerance * max(abs(a), abs(b))
+        if not same:
+            found.append(f"{name} {where}".strip() + f": {a!r} and {b!r}")
+    for name, value in record.environment.items() if found else ():
+        if again.environment.get(name) != value:
+            found.append(f"{name} of the records: {value} and {again.environment.get(name)}")
+    return found

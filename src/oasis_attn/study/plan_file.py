@@ -1,0 +1,87 @@
+"""Plans on disk: YAML 1.2, and the plans that come with the package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oasis_attn.errors import UserError, check_choice
+from oasis_attn.study.plan import Plan
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema: `off` is a word, `4e-3` a number; a key given twice is an error."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                mark = key.start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} twice", mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"(?:~|null|)", ["~", "n", ""]),
+    ("bool", r"(?:true|false)", list("tf")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^{_pattern}$"), _first)
+
+
+def shipped_plans() -> dict[str, str]:
+    """The plans that come with the package: name -> YAML."""
+    folder = files("oasis_attn.study") / "plans"
+    texts = {
+        Path(entry.name).stem: entry.read_text(encoding="utf-8")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    }
+    return dict(sorted(texts.items()))
+
+
+def load_plan(name_or_path: str | Path) -> Plan:
+    """A plan by its name among the shipped ones, or from a YAML file.
+
+    Raises:
+        UserError: neither; a file that is not YAML; a plan that could not be run.
+    """
+    name, path = str(name_or_path), Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"plan: {name!r} cannot be read ({error})") from error
+    else:
+        check_choice("plan (or a .yaml file)", name, shipped_plans())
+        text = shipped_plans()[name]
+    return parse_plan(text, name)
+
+
+def parse_plan(text: str, name: str) -> Plan:
+    """The plan that `text` holds; errors call it `name`."""
+    try:
+        return Plan.from_dict(yaml.load(text, _Loader))
+    except yaml.YAMLError as error:
+        raise UserError(f"plan: {name!r} is not YAML: {' '.join(str(error).split())}") from error
+    except UserError as error:
+        raise UserError(f"plan {name!r}: {error}") from error
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as YAML that `parse_plan` reads back."""
+    # Quoted where YAML 1.1 would see a boolean: readable by either.
+    return yaml.safe_dump(plan.to_dict(), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,59 @@
+"""One cell in a process of its own: a worker of a study, or a rerun of a record."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from oasis_attn.errors import UserError
+from oasis_attn.files import check_free
+from oasis_attn.records import Record
+from oasis_attn.study.cell import differences, run_cell
+from oasis_attn.study.folder import StudyFolder, reproduce
+from oasis_attn.study.plan_file import load_plan
+
+_ORPHANED = 3
+
+
+def tie() -> None:
+    """End this process as soon as standard input is closed: when its parent has ended."""
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os._exit(_ORPHANED)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def run_alone(
+    where: str, cell_id: str, *, out: Path | None = None, check: Path | None = None
+) -> tuple[Record, list[str]]:
+    """Run one cell here; its record, and what in it differs from the record `check`.
+
+    Args:
+        where: a plan's name or file, or a study's folder.
+        cell_id: which of its cells.
+        out: the record to write; default, the folder's own.
+        check: a record to compare with.
+
+    Raises:
+        UserError: unknown plan or cell, `out` missing or taken, a record that cannot be read.
+    """
+    before = None if check is None else Record.load(check)
+    if out is None:
+        if not Path(where).is_dir():
+            raise UserError(
+                f"out: {where!r} is a plan, which has no place for the record; give one"
+            )
+        record = StudyFolder.open(where).run(cell_id)
+    else:
+        check_free(out)
+        plan = StudyFolder.open(where).plan if Path(where).is_dir() else load_plan(where)
+        cell = plan.cell(cell_id)
+        work = out.with_name(f".{out.name}.work")
+        record = run_cell(cell, out, work, command=reproduce(plan, cell))
+        work.with_name(f"{work.name}.lock").unlink(missing_ok=True)
+    return record, [] if before is None else differences(before, record)

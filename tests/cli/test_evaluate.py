@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from oasis_attn.cli import app, main
+from oasis_attn.data import train_tokenizer
+from oasis_attn.evaluation import EvaluationConfig
+from oasis_attn.records import Record
+from tiny import tiny_config, tiny_model
+
+
+def run(capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch, *words: str):
+    patch.setattr(sys, "argv", ["oasis", *words])
+    code = main()
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(["x"], 257)
+    text = tiny_config(vocab_size=257, max_position_embeddings=512, eos_token_id=0)
+    tiny_model(text=text).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_tasks_as_a_table_and_as_json(capsys, monkeypatch, folder, tmp_path) -> None:
+    words = ["evaluate", str(folder), "--tasks", "perplexity,arith", "--corpus", "arith"]
+    words += ["--window", "64", "--limit", "3", "--k", "1,2", "--repeats", "2"]
+    words += ["--temperature", "1", "--max-new-tokens", "4", "--samples", str(tmp_path / "log")]
+    out = tmp_path / "record.json"
+    code, shown, _ = run(capsys, monkeypatch, *words, "--out", str(out))
+    assert code == 0
+    assert {"perplexity.windowed", "arith.pass@2.strict"} <= set(shown.split())
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {
+        "arith.jsonl",
+        "perplexity.jsonl",
+    }
+    code, shown, _ = run(capsys, monkeypatch, *words, "--resume", "--json")
+    assert code == 0
+    again, record = json.loads(shown), Record.load(out)
+    assert again["kind"] == record.kind == "evaluation"
+    assert again["metrics"] == json.loads(record.to_json())["metrics"]
+    code, _, err = run(capsys, monkeypatch, *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "exists; resume it" in err
+
+
+def test_help_has_an_example(capsys, monkeypatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, "evaluate", "--help")
+    assert code == 0
+    assert "Example: oasis evaluate" in " ".join(out.split())
+    assert "--json" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "arit"], "did you mean 'arith'"),
+        (["--k", "one"], "--k: 'one'"),
+        (["--k", "2"], "k: 2"),
+        (["--corpus", "wikitext2"], "did you mean 'wikitext-2'"),
+        (["--resume"], "resume: it needs samples"),
+        (["--tasks", "arith"], "./absent"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
+    capsys, monkeypatch, tmp_path: Path, words, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, monkeypatch, "evaluate", "./absent", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_an_option_for_every_field_with_its_default() -> None:
+    options = {p.name: p.default for p in get_command(app).commands["evaluate"].params}
+    for field in fields(EvaluationConfig):
+        if field.name in ("tasks", "k"):
+            assert options[field.name] == ",".join(map(str, field.default))
+        elif field.default is not MISSING:
+            assert options[field.name] == field.default, field.name

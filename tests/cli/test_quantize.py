@@ -1,0 +1,107 @@
+"""`oasis quantize`, as a user types it."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from oasis_attn.cli import main
+from oasis_attn.modeling.loading import load_model, quiet
+from oasis_attn.quantization import linear_sites, quantized_sites, tensor_sites
+from oasis_attn.records import Record
+from tiny import VOCABULARY, tiny_config
+
+
+@pytest.fixture
+def oasis(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["oasis", *map(str, arguments)])
+        return main(), capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    with quiet():
+        AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split in ("train", "test"):
+        line = " ".join(f"w{7 * i % VOCABULARY}" for i in range(300))
+        (folder / f"{split}.txt").write_text(line)
+    return "--calibration", folder, "--window", 16, "--windows", 3
+
+
+def test_simulated(oasis, model, text, tmp_path):
+    out = tmp_path / "out"
+    code, shown = oasis(
+        *("quantize", model, "--out", out, "--scheme", "w8a8-static", "--simulate", *text),
+        *("--set", "weight.bits=6", "--skip", "*.1.mlp.*", "--costs", "kind", "--json"),
+    )
+    assert code == 0
+    record = Record.load(out / "record.json")
+    assert json.loads(shown.out)["kind"] == record.kind == "quantization"
+    loaded, _ = load_model(out)
+    original, _ = load_model(model)
+    every = {*linear_sites(original), *tensor_sites(original)}
+    sites = {site for site in every if ".1.mlp." not in site}
+    assert set(quantized_sites(loaded)) == set(record.subject["quantization"]["sites"]) == sites
+    assert record.subject["quantization"]["scheme"]["weight"]["bits"] == 6
+    assert record.data["calibration"]["split"] == "train"
+    assert record.metric("size.bytes", "after").value > 0
+    columns = record.tables["sensitivity"]
+    assert columns["all_but"][0] == columns["only"][0]
+    assert len(columns["group"]) == len(columns["only"])
+
+
+def test_in_integers(oasis, model, text, tmp_path):
+    utils = pytest.importorskip("torchao.utils", reason="torchao is not installed")
+    if utils.should_reduce_range(torch.device("cpu")):
+        pytest.skip("this processor has no VNNI instructions")
+    out = tmp_path / "out"
+    code, shown = oasis("quantize", model, "--out", out, *text)
+    assert code == 0
+    for word in ("perplexity.windowed", "size.bytes", "speed.over_unquantized", "down_proj"):
+        assert word in shown.out
+    record = Record.load(out / "record.json")
+    assert record.subject["quantization"]["arithmetic"] == "integer"
+    before, after = (record.metric("perplexity.windowed", w).value for w in ("before", "after"))
+    assert after == pytest.approx(before, rel=0.01)
+    loaded, tokenizer = load_model(out)
+    ids = tokenizer("w3 w4 w5", return_tensors="pt").input_ids
+    assert loaded.generate(ids, max_new_tokens=3, eos_token_id=-1).shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),
+        (("--scheme", "w4a4"), "'w4a4' can only be simulated"),
+        (("--simulate", "--set", "weight.bit=3"), "did you mean 'bits'"),
+        (("--simulate", "--set", "weight.bits=9"), "bits: 9 is not"),
+        (("--simulate", "--set", "rotation"), "--set: 'rotation' is not NAME=VALUE"),
+        (("--simulate", "--skip", "*.absent"), "skip: '*.absent' matches none"),
+        (("--simulate", "--costs", "kinds"), "did you mean 'kind'"),
+        (("--simulate", "--windows", "0"), "windows: 0"),
+        (("--simulate", "--set", "smooth_alpha=2"), "smooth_alpha: 2"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(oasis, model, text, tmp_path, arguments, message):
+    code, shown = oasis("quantize", model, "--out", tmp_path / "out", *text, *arguments)
+    assert code == 2
+    assert message in shown.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from oasis_attn.errors import UserError
+from oasis_attn.evaluation.likelihood import score_continuations, score_windows, strided_windows
+from oasis_attn.evaluation.samples import SampleLog
+from oasis_attn.measure import diagnose
+from oasis_attn.ops.token_losses import CHUNK, token_losses
+
+TEXTS = ["Question: 1 2 3 apples. " * 4, "Answer: 3 2 1\n" * 6]
+
+
+def log():
+    return SampleLog(None, {}, resume=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, CHUNK, CHUNK + 1, CHUNK + 2])
+def test_token_losses_are_the_log_softmax(tokens):
+    logits_BTV = torch.randn(2, tokens, 7, dtype=torch.float64)
+    ids_BT = torch.randint(7, (2, tokens))
+    expected = -logits_BTV.log_softmax(-1)[:, :-1].gather(-1, ids_BT[:, 1:, None])[..., 0]
+    torch.testing.assert_close(token_losses(logits_BTV, ids_BT), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("stride", [1, 5, 15])
+def test_strides_score_each_token_once(build, tokenizer, bos, stride):
+    model = build(dtype=torch.float64)
+    before = tokenizer.bos_token
+    try:
+        tokenizer.bos_token = before if bos else None
+        windows = strided_windows(TEXTS, tokenizer, window=16, stride=stride)
+    finally:
+        tokenizer.bos_token = before
+    text = tokenizer("\n\n".join(TEXTS), add_special_tokens=False).input_ids
+    prefix = [0] if bos else []
+    fresh = 16 - len(prefix)
+    rows = score_windows(model, windows, log=log(), batch_size=3)
+    # Token by token: the context is that of the first window that holds the token.
+    expected, tokens = 0.0, 0
+    last = (len(windows.scored) - 1) * stride + fresh
+    with torch.no_grad():
+        for at in range(0 if bos else 1, last):
+            start = 0 if at < fresh else -(-(at - fresh + 1) // stride) * stride
+            ids = torch.tensor([prefix + text[start : at + 1]])
+            expected += float(token_losses(model(ids).logits, ids)[0, -1])
+            tokens += 1
+    assert sum(row["tokens"] for row in rows) == tokens
+    assert sum(row["loss"] for row in rows) == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_overlap_it_is_the_diagnosis_s_perplexity(build, tokenizer):
+    model = build()
+    windows = strided_windows(TEXTS, tokenizer, window=16, limit=5)
+    rows = score_windows(model, windows, log=log(), batch_size=2)
+    record = diagnose(model, TEXTS, tokenizer=tokenizer, window=16, windows=5)
+    loss = sum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows)
+    assert loss == pytest.approx(record["loss.windowed"], rel=1e-6)
+    assert windows.sha256 == record.data["tokens_sha256"]
+
+
+def test_a_text_shorter_than_a_window(tokenizer):
+    with pytest.raises(UserError, match="window: 500 tokens are more than the corpus gives"):
+        strided_windows(TEXTS, tokenizer, window=500)
+
+
+def test_continuations_are_scored_as_if_alone(build, tokenizer):
+    model = build(dtype=torch.float64)
+    pairs = [("Question: 1", " 2 3"), ("x", " apples" * 5), ("Question: 1 2 3\nAnswer:", " 1")]
+    rows = score_continuations(model, tokenizer, pairs, log=log(), batch_size=2)
+    for row, (prompt, text) in zip(rows, pairs, strict=True):
+        front = tokenizer(prompt).input_ids
+        back = tokenizer(text, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logp_TV = model(torch.tensor([front + back])).logits[0].log_softmax(-1)
+        expected = -sum(float(logp_TV[len(front) - 1 + i, t]) for i, t in enumerate(back))
+        assert (row["tokens"], row["loss"]) == (len(back), pytest.approx(expected, rel=1e-12))

@@ -1,0 +1,292 @@
+"""A stored prefix is the same as its tokens standing before everything the model reads."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from tokenizers import Tokenizer, models
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    StaticCache,
+)
+
+from oasis_attn.errors import UserError
+from oasis_attn.measure import diagnose
+from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.prefix import (
+    attach_prefix,
+    compute_prefix,
+    load_prefix,
+    prefix_of,
+    with_prefix,
+)
+from tiny import VOCABULARY, tiny_config, tiny_model
+
+TOKENS = (5, 6, 7)
+FAMILIES = ("llama", "gpt2", "opt", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "granite")
+VARIANTS = ("oasis", "attn_residual", "softpick", "clipped_softmax", "learned_sink")
+
+
+def native(family="llama", dtype=torch.float64, **changes):
+    torch.manual_seed(0)
+    config = tiny_config(family, initializer_range=0.2, **changes)
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def text(*shape):
+    return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+
+
+def behind(ids_BT):
+    """The tokens themselves in front."""
+    return torch.cat([torch.tensor([TOKENS]).expand(len(ids_BT), -1), ids_BT], 1)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = native()
+    return model, with_prefix(model, compute_prefix(model, TOKENS))
+
+
+@torch.no_grad()
+def check_same(model):
+    ids_BT = text(2, 9)
+    before = model(ids_BT).logits
+    twin = with_prefix(model, compute_prefix(model, TOKENS))
+    want = model(behind(ids_BT)).logits[:, len(TOKENS) :]
+    for keywords in ({}, {"use_cache": False}, {"attention_mask": torch.ones_like(ids_BT)}):
+        torch.testing.assert_close(twin(ids_BT, **keywords).logits, want, atol=1e-10, rtol=0)
+    assert torch.equal(model(ids_BT).logits, before)
+    greedy = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(behind(ids_BT), **greedy)[:, len(TOKENS) :]
+    assert torch.equal(twin.generate(ids_BT, **greedy), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_read_it_as_its_tokens(family):
+    check_same(native(family))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_read_it_as_its_tokens(variant):
+    check_same(tiny_model(variant, dtype=torch.float64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"do_sample": False, "use_cache": False},
+    ],
+)
+def test_generate(llama, how):
+    model, twin = llama
+    ids_BT = text(2, 7)
+    torch.manual_seed(3)
+    want = model.generate(behind(ids_BT), max_new_tokens=6, **how)[:, len(TOKENS) :]
+    torch.manual_seed(3)
+    assert torch.equal(twin.generate(ids_BT, max_new_tokens=6, **how), want)
+
+
+@torch.no_grad()
+def test_generate_with_guesses_that_are_taken_back(llama):
+    model, twin = llama
+    ids_1T = text(1, 4).repeat(1, 3)
+    want = model.generate(behind(ids_1T), max_new_tokens=8, do_sample=False)[:, len(TOKENS) :]
+    got = twin.generate(ids_1T, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=2)
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_left_padding_changes_nothing(family):
+    model = native(family)
+    twin = with_prefix(model, compute_prefix(model, TOKENS))
+    ids_BT = text(2, 7)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids_BT], 1)
+    mask = (torch.arange(10) >= 3).long().expand(2, -1)
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    want = twin.generate(ids_BT, **greedy)
+    assert torch.equal(twin.generate(padded, attention_mask=mask, **greedy)[:, 3:], want)
+
+
+@torch.no_grad()
+def test_embeddings_instead_of_tokens_and_the_loss(llama):
+    model, twin = llama
+    ids_BT = text(2, 7)
+    output = twin(inputs_embeds=model.get_input_embeddings()(ids_BT), labels=ids_BT)
+    want = model(behind(ids_BT)).logits[:, len(TOKENS) :]
+    torch.testing.assert_close(output.logits, want)
+    loss = cross_entropy(want[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+    torch.testing.assert_close(output.loss.double(), loss, atol=1e-6, rtol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.sets(st.integers(1, 8)), masked=st.booleans(), placed=st.booleans())
+@torch.no_grad()
+def test_any_pieces_with_a_cache_are_the_whole(llama, cuts, masked, placed):
+    _, twin = llama
+    ids_BT = text(2, 9)
+    want, cache, got = twin(ids_BT).logits, DynamicCache(), []
+    for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), 9], strict=True):
+        keywords = {"attention_mask": torch.ones(2, stop)} if masked else {}
+        if placed:
+            keywords["position_ids"] = torch.arange(start, stop)[None]
+        output = twin(ids_BT[:, start:stop], past_key_values=cache, use_cache=True, **keywords)
+        got.append(output.logits)
+    torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_no_cache_is_handed_back_that_was_not_asked_for(llama):
+    _, twin = llama
+    assert twin(text(1, 4), use_cache=False).past_key_values is None
+    assert twin(text(1, 4), use_cache=True).past_key_values.get_seq_length() == 4 + len(TOKENS)
+
+
+@torch.no_grad()
+def test_a_copy_has_its_own_and_shares_the_weights(llama):
+    model, twin = llama
+    ids_BT = text(2, 7)
+    again = copy.deepcopy(twin)
+    assert torch.equal(again(ids_BT).logits, twin(ids_BT).logits)
+    assert again.save_pretrained.args == (again,)
+    again.get_decoder().kv_prefix.values.zero_()
+    assert not torch.equal(again(ids_BT).logits, twin(ids_BT).logits)
+    assert prefix_of(again).tokens == prefix_of(twin).tokens == TOKENS
+    assert prefix_of(model) is None
+    weights = zip(model.parameters(), twin.parameters(), strict=True)
+    assert all(mine is theirs for mine, theirs in weights)
+    assert twin.state_dict().keys() == model.state_dict().keys()
+
+
+def test_gradients_reach_the_model_through_it(llama):
+    model, twin = llama
+    twin(text(1, 5), labels=text(1, 5)).loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    model.zero_grad()
+
+
+def test_diagnose_measures_behind_it(llama):
+    _, twin = llama
+    ids_BT = text(3, 9)
+    record = diagnose(twin, ids_BT)
+    losses = [twin(row[None], labels=row[None]).loss.item() for row in ids_BT]
+    assert record["loss.windowed"] == pytest.approx(sum(losses) / 3, abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda: native(dtype=torch.float32), tiny_model])
+def test_saved_with_the_model_and_loaded_by_us_and_by_peft(make, tmp_path):
+    model = make()
+    twin = with_prefix(model, compute_prefix(model, TOKENS))
+    twin.save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    ids_BT = text(2, 7)
+    want = twin(ids_BT).logits
+    loaded, _ = load_model(tmp_path)
+    assert prefix_of(loaded).tokens == TOKENS
+    assert torch.equal(loaded(ids_BT).logits, want)
+    greedy = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(loaded.generate(ids_BT, **greedy), twin.generate(ids_BT, **greedy))
+    half, _ = load_model(tmp_path, dtype="bfloat16")
+    assert half(ids_BT).logits.dtype == torch.bfloat16
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(plain(ids_BT).logits, model(ids_BT).logits)
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "prefix").eval()
+    torch.testing.assert_close(adapted(input_ids=ids_BT).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_broken_files_are_told(tmp_path, llama):
+    _, twin = llama
+    config, weights = (
+        tmp_path / "prefix" / name for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
+    (tmp_path / "config.json").write_text("{}")
+    assert load_prefix(tmp_path) is None
+    prefix_of(twin).save(tmp_path / "prefix")
+    stored = load_prefix(tmp_path)
+    assert torch.equal(stored.keys_LGPd, prefix_of(twin).keys_LGPd)
+    assert torch.equal(stored.values_LGPd, prefix_of(twin).values_LGPd)
+    about = json.loads(config.read_text())
+    config.write_text(json.dumps(about | {"num_layers": 3}))
+    with pytest.raises(UserError, match="not a prefix of ours"):
+        load_prefix(tmp_path)
+    config.write_text(json.dumps(about))
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(UserError, match="not a prefix of ours"):
+        load_prefix(tmp_path)
+    prefix_of(twin).save(tmp_path / "prefix")
+    stored.keys_LGPd[0, 0, 0, 0] = torch.nan
+    stored.save(tmp_path / "prefix")
+    with pytest.raises(UserError, match="not finite"):
+        load_prefix(tmp_path)
+    config.unlink()
+    with pytest.raises(UserError, match="holds only one of"):
+        load_prefix(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"attention_mask": torch.ones(2, 1, 6, 6)},
+            r"attention_mask: \(2, 1, 6, 6\) is not \[2, 6",
+        ),
+        ({"attention_mask": torch.ones(2, 9)}, r"is not \[2, 6\]"),
+        ({"attention_mask": {"full_attention": None}}, "attention_mask: dict"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, "packed sequences cannot"),
+    ],
+)
+def test_inputs_that_cannot_stand_behind_it_are_refused(llama, keywords, message):
+    with pytest.raises(UserError, match=message):
+        llama[1](text(2, 6), **keywords)
+
+
+@torch.no_grad()
+def test_caches_without_it_are_refused(llama):
+    model, twin = llama
+    ids_BT = text(2, 6)
+    with pytest.raises(UserError, match="StaticCache has no room"):
+        twin(ids_BT, past_key_values=StaticCache(config=model.config, max_cache_len=20))
+    filled = model(ids_BT, use_cache=True).past_key_values
+    with pytest.raises(UserError, match="filled without this model's prefix"):
+        twin(ids_BT, past_key_values=filled)
+    own = twin.generate(ids_BT, max_new_tokens=2, return_dict_in_generate=True, do_sample=False)
+    with pytest.raises(UserError, match="position_ids"):  # generate counts the prefix as theirs
+        twin.generate(torch.cat([own.sequences, ids_BT], 1), past_key_values=own.past_key_values)
+
+
+def test_models_and_prefixes_that_do_not_fit_are_refused(llama):
+    model, twin = llama
+    with pytest.raises(UserError, match="has a prefix already"):
+        attach_prefix(twin, prefix_of(twin))
+    with pytest.raises(UserError, match="has a prefix already"):
+        compute_prefix(twin, TOKENS)
+    with pytest.raises(UserError, match="another model's"):
+        with_prefix(native(num_hidden_layers=2), prefix_of(twin))
+    with pytest.raises(UserError, match="leave no room"):
+        with_prefix(native(max_position_embeddings=3), prefix_of(twin))
+    with pytest.raises(UserError, match="does not keep keys and values of one shape"):
+        compute_prefix(native("deepseek_v3"), TOKENS)
+    for tokens in ((), (VOCABULARY,), (-1,)):
+        with pytest.raises(UserError, match="tokens: "):
+            compute_prefix(model, tokens)
+    with pytest.raises(UserError, match="must be given by name"):
+        twin.model(text(1, 3), torch.ones(1, 3))
+    checkpointed = with_prefix(native(), prefix_of(twin)).train()
+    checkpointed.gradient_checkpointing_enable()
+    with pytest.raises(UserError, match="activation_checkpointing"):
+        checkpointed(text(1, 3))

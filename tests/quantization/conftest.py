@@ -1,0 +1,9 @@
+import pytest
+import torch
+
+from tiny import VOCABULARY
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,101 @@
+"""Integer arithmetic computes what the simulation computes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from oasis_attn.errors import UserError
+from oasis_attn.modeling.loading import quiet
+from oasis_attn.quantization import Grid, linear_sites, quantize, schemes
+from oasis_attn.quantization.integers import IntegerLinear, check_kernels, to_integers
+from tiny import VOCABULARY, tiny_config, tiny_model
+
+utils = pytest.importorskip("torchao.utils", reason="torchao is not installed")
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    utils.should_reduce_range(CPU), reason="this processor has no VNNI instructions"
+)
+TABLE = schemes()
+SCHEMES = {
+    "dynamic": TABLE["w8a8-dynamic"],
+    "static": TABLE["w8a8-static-linear"],
+    "static symmetric": replace(
+        TABLE["w8a8-static-linear"],
+        weight=Grid(bits=8, symmetric=True, granularity="channel"),
+        activation=Grid(bits=8, symmetric=True),
+    ),
+    "rotated": replace(TABLE["w8a8-dynamic"], rotation="hadamard", head=True),
+}
+
+
+def make(kind):
+    if kind == "oasis":
+        return tiny_model()
+    torch.manual_seed(0)
+    config = tiny_config(kind, attention_bias=True)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def simulated(kind, scheme):
+    batches = [
+        torch.randint(3, VOCABULARY, (2, 12), generator=torch.manual_seed(i)) for i in range(3)
+    ]
+    return quantize(make(kind), scheme, calibration=batches if scheme.needs_calibration else None)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "oasis"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_computes_what_the_simulation_computes_and_is_saved(kind, name, ids, tmp_path):
+    twin = simulated(kind, SCHEMES[name])
+    expected, exact = logits(twin, ids), logits(make(kind), ids)
+    integers = to_integers(copy.deepcopy(twin))
+    layers = [m for m in integers.modules() if isinstance(m, IntegerLinear)]
+    assert len(layers) == len(linear_sites(make(kind), head=SCHEMES[name].head))
+    assert all(layer.weight is None for layer in layers)
+    found = logits(integers, ids)
+    # A value half way between two levels may go either way.
+    assert (found - expected).norm() < 0.05 * (expected - exact).norm()
+    with quiet():
+        integers.save_pretrained(tmp_path)
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(loaded, ids), found)
+    assert loaded.generate(ids[:1], max_new_tokens=2).shape == (1, ids.shape[1] + 2)
+
+
+GROUPED = Grid(bits=8, symmetric=True, granularity="group", group_size=8)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (TABLE["w8a8-static"], "'w8a8-static' can only be simulated: no kernel quantises between"),
+        (TABLE["w4a4"], "8-bit weights by 8-bit activations only"),
+        (TABLE["w4a16"], "8-bit weights by 8-bit activations only"),
+        (replace(TABLE["w8a8-dynamic"], weight=GROUPED), "one scale per tensor or channel"),
+        (
+            replace(
+                TABLE["w8a8-dynamic"], activation=Grid(bits=8, symmetric=True, granularity="token")
+            ),
+            "asymmetric ranges per token, or static ones",
+        ),
+    ],
+)
+def test_refuses_schemes_without_kernels(scheme, reason):
+    with pytest.raises(UserError, match=reason):
+        check_kernels(scheme, CPU)
+
+
+def test_refuses_a_model_that_is_not_quantised():
+    with pytest.raises(UserError, match="model: nothing in it is quantised"):
+        to_integers(make("llama"))

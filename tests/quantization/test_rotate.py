@@ -1,0 +1,148 @@
+"""The rotated model is the model; its weights show what rotates; what cannot be is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from double import IDS, double_logits, native_model, shaken
+from oasis_attn.errors import UserError
+from oasis_attn.modeling.families import FAMILIES
+from oasis_attn.modeling.variants import variants
+from oasis_attn.quantization.hadamard import hadamard, is_order
+from oasis_attn.quantization.linear import transform_input
+from oasis_attn.quantization.rotate import rotate, rotate_inputs
+from oasis_attn.quantization.transforms import Rotation
+from tiny import tiny_config, tiny_model
+
+ROTATES = {
+    *("apertus", "arcee", "cwm", "ernie4_5", "gemma", "glm", "granite", "granite_swa", "helium"),
+    *("hunyuan_v1_dense", "internlm3", "iquestcoder", "llama", "minicpm3", "ministral"),
+    *("ministral3", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "vaultgemma"),
+    "youtu",
+}
+pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
+
+
+def rotated(model, seed=1, way=rotate):
+    twin = copy.deepcopy(model)
+    for name, transform in way(twin, seed=seed).items():
+        transform_input(twin.get_submodule(name), transform)
+    return twin
+
+
+def check_same(model, way=rotate):
+    twin = rotated(model, way=way)
+    torch.testing.assert_close(double_logits(twin), double_logits(model), rtol=0, atol=1e-10)
+    return twin
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_unchanged_or_refused(family):
+    model = native_model(family)
+    if family in ROTATES:
+        check_same(model)
+        return
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=f"family '{family}' cannot be rotated: "):
+        rotate(model, seed=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotated_inputs_leave_every_family_unchanged(family):
+    check_same(native_model(family), rotate_inputs)
+
+
+@pytest.mark.parametrize("way", [rotate, rotate_inputs])
+def test_what_is_rotated_as_the_model_runs(way):
+    model = tiny_model("oasis", output_gate="elementwise")
+    names = set(way(model, seed=1))
+    writers = ("self_attn.o_proj", "mlp.down_proj")
+    readers = (*(f"self_attn.{x}_proj" for x in "qkv"), "mlp.gate_proj", "mlp.up_proj")
+    expected = writers if way is rotate else writers + readers
+    assert names == {f"model.layers.{layer}.{name}" for layer in range(4) for name in expected}
+
+
+@pytest.mark.parametrize("variant", [name for name in variants() if "shuffled" not in name])
+def test_a_variant_is_unchanged(variant):
+    check_same(shaken(tiny_model(variant, dtype=torch.float64)))
+
+
+def test_blocks_of_sources_biases_and_odd_widths():
+    odd = {"hidden_size": 44, "intermediate_size": 52, "head_dim": 10}
+    text = tiny_config("qwen2", initializer_range=0.2, **odd)
+    check_same(shaken(tiny_model("oasis", dtype=torch.float64, text=text, depth_block_size=3)))
+
+
+def test_a_tied_head_is_untied_and_stays_so():
+    model = native_model("llama", tie_word_embeddings=True)
+    before = model.get_input_embeddings().weight.clone()
+    twin = check_same(model)
+    twin.tie_weights()
+    assert twin.get_output_embeddings().weight is not twin.get_input_embeddings().weight
+    assert not twin.config.tie_word_embeddings
+    # Parameters were replaced, not written into.
+    shared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    rotate(shared, seed=1)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+def test_hidden_states_turn_and_outliers_spread():
+    model = native_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 5] += 100
+    hidden, turned = (
+        m.model(IDS, output_hidden_states=True).hidden_states[1] for m in (model, rotated(model))
+    )
+    torch.testing.assert_close(turned.norm(dim=-1), hidden.norm(dim=-1))
+    assert hidden.abs().max() > 90
+    assert turned.abs().max() < 3 * 100 / math.sqrt(32)
+
+
+def test_the_seed_decides():
+    model = native_model("llama")
+    first, second, other = (rotated(model, seed).model.embed_tokens.weight for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("n", [n for n in range(1, 130) if is_order(n)])
+def test_hadamard_matrices(n):
+    matrix = hadamard(n)
+    assert matrix.abs().eq(1).all()
+    assert torch.equal(matrix @ matrix.T, n * torch.eye(n, dtype=torch.float64))
+
+
+def test_orders_without_a_construction():
+    assert not any(is_order(n) for n in (3, 6, 10, 14, 92))
+    with pytest.raises(ValueError, match="order 92"):
+        hadamard(92)
+
+
+@settings(deadline=None, max_examples=25)
+@given(width=st.integers(1, 300), seed=st.integers(0, 99))
+def test_rotations_are_orthogonal(width, seed):
+    rotation = Rotation(width, generator=torch.Generator().manual_seed(seed))
+    matrix = rotation(torch.eye(width, dtype=torch.float64))
+    eye = torch.eye(width, dtype=torch.float64)
+    torch.testing.assert_close(matrix @ matrix.T, eye, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [576, 1536, 4864, 14336])
+def test_rotations_of_real_widths_are_even_and_cheap(width):
+    rotation = Rotation(width)
+    spike = torch.zeros(width, dtype=torch.float64)
+    spike[7] = 1
+    torch.testing.assert_close(rotation(spike).abs(), torch.full_like(spike, width**-0.5))
+    assert len(rotation.left) + len(rotation.right) < 3 * math.sqrt(width)
+
+
+def test_a_width_without_hadamard_pair_mixes_all_channels():
+    assert str(Rotation(11008)) == "Rotation(43 x 256)"
+    assert Rotation(11008)(torch.eye(11008, dtype=torch.float64)[:1]).abs().min() > 0

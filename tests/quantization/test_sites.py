@@ -1,0 +1,246 @@
+"""The full form: which tensors between the linear layers are quantised, and what that computes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from oasis_attn.errors import UserError
+from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.quantization import (
+    linear_sites,
+    quantize,
+    quantized_sites,
+    scheme_sites,
+    schemes,
+    tensor_sites,
+)
+from oasis_attn.quantization.quantizers import StaticQuantizer
+from tiny import VOCABULARY, tiny_config, tiny_model
+
+SCHEME = schemes()["w8a8-static"]
+ATTENTION = ("self_attn:probabilities", "self_attn:context")
+PRE_NORM = (
+    *("{}:input", "{}.input_layernorm:output", *(f"{{}}.{site}" for site in ATTENTION)),
+    *("{}.post_attention_layernorm:input", "{}.post_attention_layernorm:output"),
+)
+ROUTED = (*PRE_NORM[:4], "{}.self_attn:output", *PRE_NORM[4:], "{}.mlp:output")
+SITES = {
+    "llama": PRE_NORM,
+    "gpt_oss": PRE_NORM,
+    "granite": PRE_NORM,
+    "olmo2": (
+        *("{}:input", *(f"{{}}.{site}" for site in ATTENTION)),
+        *("{}.post_attention_layernorm:output", "{}.mlp:input"),
+        "{}.post_feedforward_layernorm:output",
+    ),
+    "gemma2": (
+        *(*PRE_NORM[:4], "{}.post_attention_layernorm:output"),
+        *("{}.pre_feedforward_layernorm:input", "{}.pre_feedforward_layernorm:output"),
+        "{}.post_feedforward_layernorm:output",
+    ),
+    "vanilla": PRE_NORM,
+    "gated_attention": PRE_NORM,
+    "oasis": ROUTED,
+    "oasis_block": ROUTED,
+    "authors": ROUTED,
+}
+VARIANTS = ("vanilla", "gated_attention", "oasis", "oasis_block", "authors")
+
+
+def make(kind, **config):
+    if kind == "authors":
+        return tiny_model("oasis", residual="authors")
+    if kind in VARIANTS:
+        return tiny_model(kind)
+    torch.manual_seed(0)
+    config = tiny_config(kind, num_hidden_layers=2, initializer_range=0.2, **config)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def batches():
+    return [torch.randint(3, VOCABULARY, (2, 12), generator=torch.manual_seed(i)) for i in range(3)]
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_the_sites_are_exactly_these_and_all_of_them_act(kind, ids):
+    model = make(kind)
+    layers = model.config.get_text_config().num_hidden_layers
+    named = [site.format(f"model.layers.{i}") for i in range(layers) for site in SITES[kind]]
+    expected = (*named, "model.norm:input", "model.norm:output")
+    assert tensor_sites(model) == expected
+    assert scheme_sites(model, SCHEME) == (*linear_sites(model), *expected)
+    twin = quantize(model, SCHEME, calibration=batches(), sites=expected)
+    quantizers, exact = quantized_sites(twin), logits(model, ids)
+    assert set(quantizers) == set(expected)
+    for quantizer in quantizers.values():
+        quantizer.enabled = False
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(logits(twin, ids), exact, **close)
+    for site, quantizer in quantizers.items():
+        quantizer.enabled = True
+        assert not torch.allclose(logits(twin, ids), exact, **close), site
+        quantizer.enabled = False
+
+
+def reference(model, ids, ranges):
+    """Llama, written out, with the tensors named in `ranges` on the grids of these ranges."""
+
+    def q(site, x):
+        low, high = ranges[site]
+        step = (high - low) / 255
+        zero = round(-low / step)
+        return step * (x / step).round().clamp(-zero, 255 - zero)
+
+    def rms(norm, x):
+        return norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def linear(name, x):
+        weight = model.get_submodule(name).weight
+        step = weight.abs().max() / 127
+        return F.linear(q(name, x), (weight / step).round() * step)
+
+    B, T = ids.shape
+    x = model.model.embed_tokens(ids)
+    cos, sin = model.model.rotary_emb(x, torch.arange(T)[None])
+    for i in range(len(model.model.layers)):
+        here = f"model.layers.{i}"
+        layer = model.get_submodule(here)
+        x = q(f"{here}:input", x)
+        h = q(f"{here}.input_layernorm:output", rms(layer.input_layernorm, x))
+        query, key, value = (
+            linear(f"{here}.self_attn.{part}_proj", h).view(B, T, -1, 8).transpose(1, 2)
+            for part in "qkv"
+        )
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+        scores = query @ key.transpose(-1, -2) * 8**-0.5
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
+        p = q(f"{here}.self_attn:probabilities", scores.softmax(-1))
+        context = q(f"{here}.self_attn:context", p @ value).transpose(1, 2).flatten(2)
+        x = x + linear(f"{here}.self_attn.o_proj", context)
+        x = q(f"{here}.post_attention_layernorm:input", x)
+        h = rms(layer.post_attention_layernorm, x)
+        h = q(f"{here}.post_attention_layernorm:output", h)
+        up = linear(f"{here}.mlp.up_proj", h)
+        h = F.silu(linear(f"{here}.mlp.gate_proj", h)) * up
+        x = x + linear(f"{here}.mlp.down_proj", h)
+    x = q("model.norm:input", x)
+    x = q("model.norm:output", rms(model.model.norm, x))
+    return model.lm_head(x)
+
+
+@torch.no_grad()
+def test_computes_what_the_model_written_out_computes(ids):
+    model = make("llama").double()
+    twin = quantize(model, SCHEME, calibration=batches())
+    ranges = {
+        name: getattr(site, "input_quantizer", site).range
+        for name, site in quantized_sites(twin).items()
+    }
+    torch.testing.assert_close(logits(twin, ids), reference(model, ids, ranges))
+    assert len(ranges) == 2 * (7 + 6) + 2
+
+
+@torch.no_grad()
+def test_what_is_read_is_what_is_carried_on(ids):
+    """The layer's output is a quantised sum plus a branch, not the sum before it was quantised."""
+    model = make("llama")
+    middle = "model.layers.0.post_attention_layernorm:input"
+    twin = quantize(model, SCHEME, calibration=batches(), sites=[middle])
+    seen = {}
+    layer = twin.model.layers[0]
+    layer.post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: seen.update(sum=args[0].clone())
+    )
+    layer.mlp.register_forward_hook(lambda _, _args, out: seen.update(mlp=out))
+    layer.register_forward_hook(lambda _, _args, out: seen.update(out=out))
+    twin(input_ids=ids)
+    assert torch.equal(seen["out"], seen["sum"] + seen["mlp"])
+    assert len(seen["sum"].unique()) <= 256
+
+
+@pytest.mark.parametrize("kind", ["llama", "oasis"])
+def test_the_caller_s_embeddings_are_left_alone(kind, ids):
+    twin = quantize(make(kind), SCHEME, calibration=batches())
+    embedded = twin.get_input_embeddings()(ids).detach()
+    before = embedded.clone()
+    with torch.no_grad():
+        given = twin(inputs_embeds=embedded).logits
+    assert torch.equal(embedded, before)
+    assert torch.equal(given, logits(twin, ids))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "gated_attention", "oasis"])
+def test_whoever_observes_or_switches_attention_changes_nothing(kind, ids):
+    twin = quantize(make(kind), SCHEME, calibration=batches())
+    before, calls = logits(twin, ids), []
+    with observe_attention(twin, calls.append):
+        assert torch.equal(logits(twin, ids), before)
+    assert len(calls) == twin.config.get_text_config().num_hidden_layers
+    if kind == "llama":
+        twin.set_attn_implementation("sdpa")
+        assert torch.equal(logits(twin, ids), before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "oasis"])
+def test_cached_decoding_equals_the_full_forward(kind):
+    twin = quantize(make(kind), SCHEME, calibration=batches())
+    prompt = batches()[0][:1, :4]
+    greedy = twin.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    for length in range(4, greedy.shape[1]):
+        assert logits(twin, greedy[:, :length])[0, -1].argmax() == greedy[0, length]
+
+
+@pytest.mark.parametrize("kind", ["llama", "oasis", "authors"])
+def test_gradients_reach_the_embedding(kind, ids):
+    twin = quantize(make(kind), SCHEME, calibration=batches())
+    twin(input_ids=ids, labels=ids).loss.backward()
+    gradient = twin.get_input_embeddings().weight.grad
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+
+
+def test_padding_changes_nothing(ids):
+    twin = quantize(make("llama"), SCHEME, calibration=batches())
+    padded = F.pad(ids, (3, 0))
+    mask = F.pad(torch.ones_like(ids), (3, 0))
+    with torch.no_grad():
+        shown = twin(input_ids=padded, attention_mask=mask).logits[:, 3:]
+    torch.testing.assert_close(shown, logits(twin, ids), rtol=1e-2, atol=1e-2)
+
+
+def test_names_that_are_no_sites():
+    model = make("llama")
+    with pytest.raises(UserError, match=r"did you mean 'model\.norm:output'"):
+        quantize(model, SCHEME, calibration=batches(), sites=["model.norm:outputs"])
+    with pytest.raises(UserError, match=r"sites: 'model\.norm:output' is not one of"):
+        quantize(model, "w8a8-dynamic", sites=["model.norm:output"])
+
+
+def test_a_family_without_adapter_is_refused():
+    config = tiny_config("opt", ffn_dim=48, word_embed_proj_dim=32)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="'opt' "):
+        tensor_sites(model)
+    assert linear_sites(model)
+
+
+def test_a_copy_runs_its_own_quantisers(ids):
+    twin = quantize(make("oasis"), SCHEME, calibration=batches())
+    other, before = copy.deepcopy(twin), logits(twin, ids)
+    for module in other.modules():
+        if isinstance(module, StaticQuantizer):
+            module.scale.mul_(8)
+    assert torch.equal(logits(twin, ids), before)
+    assert not torch.equal(logits(other, ids), before)

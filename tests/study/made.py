@@ -1,0 +1,48 @@
+"""Records of studies that were never run, their numbers made up."""
+
+from __future__ import annotations
+
+from oasis_attn.records import Metric, Record
+from oasis_attn.study.cell import TIMES
+from oasis_attn.study.plan import Cell, Plan
+from oasis_attn.study.results import Results
+
+
+def plan(**changes) -> Plan:
+    """Five baselines and OASIS, on two corpora."""
+    rows = ("vanilla", "clipped_softmax", "gated_attention", "softmax1", "attn_residual", "oasis")
+    fields = {
+        "name": "made",
+        "about": "Made up.",
+        "variants": list(rows),
+        "corpora": ["stdlib", "pydoc"],
+        "seeds": [0, 1, 2],
+        "noise_seeds": [3],
+        "compare": {"oasis": list(rows[:-1])},
+        "schemes": ["w8a8-static"],
+    }
+    return Plan.from_dict(fields | changes)
+
+
+def record(cell: Cell, values: dict[str, float]) -> Record:
+    residual = "sum" if cell.variant in ("vanilla", "softmax1") else "depth"
+    return Record(
+        kind="cell",
+        subject={
+            "name": cell.id, "variant": cell.row, "cell": cell.to_dict(),
+            "settings": {"residual": residual},
+        },
+        seed=cell.seed,
+        metrics=tuple(
+            Metric(name=name, value=value)
+            for name, value in (values | dict.fromkeys(TIMES, 10.0)).items()
+        ),
+        environment={"device": "none", "versions": {}},
+        created="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+
+
+def results(made: Plan, value, names=("outlier.max_inf_norm",)) -> Results:
+    """`value(cell)` as each of the named measures."""
+    records = {cell: record(cell, dict.fromkeys(names, value(cell))) for cell in made.cells}
+    return Results(made, records)

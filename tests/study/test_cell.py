@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from oasis_attn.errors import UserError
+from oasis_attn.records import Metric, Record
+from oasis_attn.study import cell as module
+from oasis_attn.study.cell import TIMES, differences, held, is_held, run_cell
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def cell(tiny):
+    return tiny().cells[1]
+
+
+@pytest.fixture
+def record(finished, cell) -> Record:
+    """Of one cell, run once for all tests here."""
+    return run_cell(cell, finished / "cell.json", finished / "work", command="again")
+
+
+def test_a_record_has_all_measures_quantised_and_evaluated(record, cell, finished):
+    names = {metric.name for metric in record.metrics}
+    tasks = {"arith.pass@1.strict", "perplexity.windowed"}
+    assert tasks | {f"{name}@{scheme}" for name in tasks for scheme in cell.schemes} <= names
+    assert {"outlier.max_inf_norm", "sink.mass", "depth.entropy", "depth.causal"} <= names
+    assert {"joint.leakage", "null.mass", *TIMES} <= names
+    assert record.kind == "cell"
+    assert record.seed == cell.seed
+    assert record.subject["cell"] == cell.to_dict()
+    assert record.subject["command"] == "again"
+    assert record.data["windows"] == record.data["calibration_windows"] == 3
+    assert str(finished) not in (finished / "cell.json").read_text()
+    assert not (finished / "work").exists()
+
+
+def test_a_finished_cell_is_not_run_again(record, cell, finished, monkeypatch):
+    monkeypatch.setattr(module, "train", None)
+    again = run_cell(cell, finished / "cell.json", finished / "work", command="other")
+    assert again.to_json() == record.to_json()
+
+
+@pytest.mark.parametrize("step", ["train", "quantized"])
+def test_cut_short_anywhere_it_leaves_no_record_and_comes_to_the_same(
+    record, cell, tmp_path, monkeypatch, step
+):
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    path, work = tmp_path / "cell.json", tmp_path / "work"
+    with monkeypatch.context() as patch:
+        if step == "train":
+            patch.setattr("oasis_attn.training.run.training_record", killed)
+        else:
+            steps = [killed if s.__name__ == step else s for s in module.STEPS]
+            patch.setattr(module, "STEPS", steps)
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(cell, path, work, command="again")
+    assert not path.exists()
+    again = run_cell(cell, path, work, command="again")
+    assert differences(record, again) == []
+    assert again.data == record.data
+    assert again.tables["loss"] == record.tables["loss"]
+
+
+def test_leftovers_that_cannot_be_gone_on_with_are_wiped(record, cell, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "run.json").write_text("{")
+    again = run_cell(cell, tmp_path / "cell.json", work, command="again")
+    assert differences(record, again) == []
+
+
+def test_a_locked_cell_is_left_alone(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    with held(tmp_path / "work.lock", "this"):
+        assert is_held(tmp_path / "work.lock")
+        with pytest.raises(UserError, match="another process"):
+            run_cell(cell, tmp_path / "cell.json", tmp_path / "work", command="")
+    assert not is_held(tmp_path / "work.lock")
+    assert not (tmp_path / "work").exists()
+
+
+def test_differences_names_what_differs_and_forgives_times():
+    nan = Metric(name="c", value=float("nan"))
+    one = Record(
+        kind="cell",
+        subject={},
+        metrics=(Metric(name="a", value=1.0), Metric(name="b", value=2.0, where="x"), nan),
+        environment={},
+    )
+    slow = Metric(name=TIMES[0], value=3.0)
+    assert differences(one, replace(one, metrics=(*one.metrics, slow))) == []
+    close = replace(one.metrics[0], value=1.0 + 1e-9)
+    assert differences(one, replace(one, metrics=(close, *one.metrics[1:]))) == []
+    far = replace(one.metrics[1], value=2.1)
+    found = differences(one, replace(one, metrics=(far,)))
+    assert found == ["a: 1.0 and None", "b x: 2.0 and 2.1", "c: nan and None"]
+    old = replace(one, metrics=(far,), environment={"commit": "a"})
+    assert differences(old, one)[-1] == "commit of the records: a and None"
+    assert differences(replace(one, environment={"commit": "a"}), one) == []

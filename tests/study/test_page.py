@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from oasis_attn.study.folder import StudyFolder
+from oasis_attn.study.page import notes, standing, write_report
+from oasis_attn.study.tables import results_tables
+from oasis_attn.study.verdict import judge
+from study import made
+
+
+def value(cell) -> float:
+    return (5.0 if cell.row == "oasis" else 10.0) + cell.seed / 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    plan = made.plan()
+    folder = StudyFolder.begin(tmp_path_factory.mktemp("page") / "out", plan)
+    names = ("outlier.max_inf_norm", "sink.mass")
+    for cell, record in made.results(plan, value, names).records.items():
+        record.save(folder.record_path(cell))
+    return folder
+
+
+def test_report_is_one_self_contained_page_with_tables_and_figures_beside_it(folder, tmp_path):
+    written = write_report(folder, tmp_path / "index.html")
+    assert {path.name for path in written} == {"index.html", "tables.md", "changes-oasis.png"}
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"(?:src|href)=[\"']?http|<script|<link|@import|url\(http", page)
+    results = made.Results(folder.plan, folder.records())
+    for table in results_tables(results, judge(results)):
+        for row in table.rows:
+            assert all(cell in page for cell in row if not re.search(r"[&<>']", cell))
+
+
+def test_the_same_records_give_the_same_files(folder, tmp_path):
+    for name in ("a", "b"):
+        write_report(folder, tmp_path / name / "index.html")
+    for name in ("index.html", "tables.md"):
+        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+
+
+def test_markdown_has_every_table_and_says_how_to_read_it(folder, tmp_path):
+    write_report(folder, tmp_path / "index.html")
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert text.count("\n### ") == 5
+    assert "| max inf-norm | vanilla | 6 |" in text
+    assert "Holm" in text
+
+
+def test_residual_forms_that_do_not_compare_are_told():
+    both = made.results(made.plan(), value)
+    assert "sum: vanilla, softmax1; depth:" in notes(both)[0]
+    alone = {c: r for c, r in both.records.items() if c.row in ("vanilla", "softmax1")}
+    assert notes(made.Results(both.plan, alone)) == []
+
+
+def test_what_is_missing_is_counted():
+    both = made.results(made.plan(), value)
+    part = dict(list(both.records.items())[:5])
+    assert standing(made.Results(both.plan, part)).startswith("5 of 38 cells: 6 variants x 2")

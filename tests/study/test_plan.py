@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+
+from oasis_attn.errors import UserError
+from oasis_attn.modeling.variants import variants
+from oasis_attn.study.plan import Plan
+from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text, shipped_plans
+from oasis_attn.study.verdict import BASELINES
+
+
+def test_every_shipped_plan_can_be_run():
+    assert {"smoke", "paper", "isolate", "beyond"} <= set(shipped_plans())
+    for name in shipped_plans():
+        plan = load_plan(name)
+        assert plan.name == name
+        assert len({cell.id for cell in plan.cells}) == len(plan.cells)
+        assert parse_plan(plan_text(plan), name) == plan
+
+
+def test_paper_has_the_five_baselines_and_three_corpora_and_seeds():
+    plan = load_plan("paper")
+    assert set(plan.compare["oasis"]) == set(BASELINES)
+    assert len(plan.corpora) == len(plan.seeds) == 3
+    assert {"w8a8-static", "w8a8-dynamic", "w4a4"} == set(plan.schemes)
+
+
+def test_isolate_crosses_token_and_depth_normalisers_with_the_signal():
+    plan = load_plan("isolate")
+    table = variants()
+    seen = set()
+    for row in plan.variants.values():
+        s = table[row["variant"]] | row["settings"]
+        depth = s["depth_normalizer"] if s["residual"] != "sum" else "none"
+        block = s.get("depth_block_size", 1)
+        seen.add((s["token_normalizer"], depth, s["null_signal"], s["residual"], block))
+    depths = ("softmax", "softmax1", "sigmoid")
+    full = {("softmax", depth, "off", "depth", 1) for depth in depths}
+    full |= {
+        ("softmax1", depth, signal, "depth", 1)
+        for depth, signal in product(depths, ("off", "on", "shuffled"))
+    }
+    full |= {(token, "none", "off", "sum", 1) for token in ("softmax", "softmax1")}
+    assert full <= seen
+    assert {s[3] for s in seen} == {"sum", "depth", "authors"}
+    assert {s[2] for s in seen if s[4] == 4} == {"off", "on", "shuffled"}
+
+
+def test_cells_are_the_grid_seed_by_seed_and_noise_seeds_of_the_reference_only(tiny):
+    plan = tiny(seeds=[0, 1], noise_seeds=[5])
+    assert [(cell.seed, cell.row) for cell in plan.cells] == [
+        (0, "vanilla"), (0, "oasis"), (1, "vanilla"), (1, "oasis"), (5, "vanilla"),
+    ]  # fmt: skip
+
+
+def test_an_id_changes_with_whatever_changes_the_cell(tiny, corpus):
+    cell = tiny().cells[0]
+    assert cell.id == tiny().cells[0].id
+    assert cell.id.startswith("sums-tiny-vanilla-s0-")
+    changes = (
+        {"windows": 4},
+        {"threads": 2},
+        {"schemes": ["w4a4"]},
+        {"training": {"steps": 5}},
+        {"evaluation": {"limit": 3}},
+        {"corpora": [corpus]},
+    )
+    ids = {cell.id} | {tiny(**change).cells[0].id for change in changes}
+    assert len(ids) == 1 + len(changes)
+
+
+def test_a_plan_goes_through_yaml_and_json(tiny):
+    plan = tiny(variants={"vanilla": None, "off": {"variant": "oasis_signal_off"}}, compare={})
+    assert parse_plan(plan_text(plan), "x") == plan
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_yaml_is_read_as_of_version_1_2(tmp_path):
+    text = """
+name: words
+about: x
+variants:
+  vanilla:
+  mine: {variant: oasis, settings: {null_signal: off}}
+corpora: [pydoc]
+seeds: [0]
+compare: {}
+training: {learning_rate: 4e-3}
+"""
+    (tmp_path / "plan.yaml").write_text(text)
+    plan = load_plan(tmp_path / "plan.yaml")
+    assert plan.variants["mine"]["settings"] == {"null_signal": "off"}
+    assert plan.training == {"learning_rate": 0.004}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "a/b"}, "name: 'a/b'"),
+        ({"name": 3}, "name: 3 is not text"),
+        ({"about": None}, "field 'about' is missing"),
+        ({"seedz": [1]}, "did you mean 'seeds'"),
+        ({"seeds": []}, "seeds: a study needs at least one"),
+        ({"seeds": 3}, "seeds: 3 is not a list"),
+        ({"seeds": ["0"]}, "seeds: '0' is not a whole number"),
+        ({"seeds": [True]}, "seeds: True is not a whole number"),
+        ({"seeds": [-1]}, "seeds: -1"),
+        ({"seeds": [1, 1]}, "names one twice"),
+        ({"noise_seeds": [0]}, "noise_seeds: 0 is among seeds"),
+        ({"reference": "vanila", "noise_seeds": [3]}, "did you mean 'vanilla'"),
+        ({"windows": 1}, "windows: 1"),
+        ({"windows": 2.5}, "windows: 2.5"),
+        ({"threads": 0}, "threads: 0"),
+        ({"sizes": ["nanno"]}, "did you mean 'nano'"),
+        ({"corpora": ["pydok"]}, "did you mean 'pydoc'"),
+        ({"corpora": {"pydoc": ["arit"]}}, "did you mean 'arith'"),
+        ({"schemes": ["w4a5"]}, "schemes: 'w4a5'"),
+        ({"training": {"stepz": 3}}, "did you mean 'steps'"),
+        ({"training": {"seed": 3}}, "training: 'seed'"),
+        ({"training": {"steps": 0}}, "steps: 0"),
+        ({"training": [3]}, "training: 3 is not text"),
+        ({"evaluation": {"limmit": 3}}, "did you mean 'limit'"),
+        ({"evaluation": {"limit": 0}}, "limit: 0"),
+        ({"variants": ["vanila", "oasis"]}, "did you mean 'vanilla'"),
+        ({"variants": {"vanilla": {"settings": {"null_logit": 1}}}}, "'vanilla' is the name of"),
+        ({"variants": {"mine": {"variant": "oasis", "set": {}}}}, "settings"),
+        (
+            {"variants": {"mine": {"variant": "oasis", "settings": {"null_logits": 1}}}},
+            "did you mean",
+        ),
+        (
+            {"variants": {"mine": {"variant": "vanilla", "settings": {"null_signal": "on"}}}},
+            "null_signal",
+        ),
+        ({"compare": {"oasys": ["vanilla"]}}, "did you mean 'oasis'"),
+        ({"compare": {"oasis": ["oasis"]}}, "needs rows other than itself"),
+        ({"compare": {"oasis": []}}, "needs rows other than itself"),
+    ],
+)
+def test_a_wrong_plan_is_one_clear_error(plain, changes, message):
+    wrong = plain(**changes)
+    if "variants" in changes and "compare" not in changes:
+        wrong["compare"] = {}
+    with pytest.raises(UserError, match=message):
+        Plan.from_dict(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds: [1", "is not YAML"),
+        ("seeds: [1]\nseeds: [2]", "'seeds' twice"),
+        ("[1]", "not a mapping"),
+        ("", "not a mapping"),
+        ("name: !!python/object:os.system x", "is not YAML"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, text, message):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_plan(path)
+
+
+def test_an_unknown_plan_is_told_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'smoke'"):
+        load_plan("smokey")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_plan("absent.yaml")

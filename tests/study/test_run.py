@@ -1,0 +1,218 @@
+"""Scheduling, with cells run in this process; then the same with real ones, killed and on a
+cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from oasis_attn.errors import UserError
+from oasis_attn.records import Record
+from oasis_attn.study import cell as cells
+from oasis_attn.study.cell import differences, held
+from oasis_attn.study.folder import StudyFolder
+from oasis_attn.study.launch import Cluster
+from oasis_attn.study.page import write_report
+from oasis_attn.study.run import run_study
+from oasis_attn.study.worker import run_alone
+from study import made
+
+
+class Here:
+    """Runs each cell at once; `bad` ones fail, and no more than `most` may run at a time."""
+
+    def __init__(self, bad=(), most=1):
+        self.bad, self.most, self.ran, self.open = bad, most, [], 0
+
+    def begin(self, folder):
+        pass
+
+    def start(self, folder, cell):
+        self.open += 1
+        assert self.open <= self.most
+        self.ran.append(cell)
+        if cell.row in self.bad:
+            path = folder.failure_path(cell)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("Traceback\nsome reason\n\n")
+        else:
+            made.record(cell, {"outlier.max_inf_norm": 1.0 + cell.seed}).save(
+                folder.record_path(cell)
+            )
+        return self
+
+    def ended(self):
+        self.open -= 1
+        return True
+
+    def close(self):
+        pass
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _no_preparing(monkeypatch, request):
+    if "real" not in request.node.name:
+        monkeypatch.setattr("oasis_attn.study.run.prepare", lambda *_: None)
+
+
+def test_every_cell_is_run_once_and_a_rerun_runs_none(tiny, tmp_path, capfd):
+    plan, here = tiny(seeds=[0, 1, 2]), Here(most=2)
+    status = run_study(plan, tmp_path / "out", workers=2, launcher=here)
+    assert here.ran == list(plan.cells)
+    assert (len(status.done), status.left, status.failed) == (6, 0, {})
+    assert status.seconds_per_cell == 10.0
+    assert not (tmp_path / "out" / "work").exists()
+    assert capfd.readouterr().err.count("\n") == 6  # a line per cell: no terminal
+    again = Here()
+    assert run_study(plan, tmp_path / "out", launcher=again, show=False) == status
+    assert again.ran == []
+
+
+def test_a_failed_cell_holds_up_no_other_and_is_tried_again(tiny, tmp_path):
+    plan, here = tiny(seeds=[0, 1]), Here(bad=("oasis",))
+    status = run_study(plan, tmp_path / "out", launcher=here, show=False)
+    assert (len(here.ran), len(status.done), status.left) == (4, 2, 2)
+    assert set(status.failed.values()) == {"some reason"}
+    again = Here()
+    status = run_study(plan, tmp_path / "out", launcher=again, show=False)
+    assert {cell.row for cell in again.ran} == {"oasis"}
+    assert (status.left, status.failed) == (0, {})
+
+
+def test_an_interruption_ends_the_cells_that_run(tiny, tmp_path):
+    class Interrupted(Here):
+        stopped = 0
+
+        def ended(self):
+            raise KeyboardInterrupt
+
+        def stop(self):
+            self.stopped += 1
+
+    launcher = Interrupted(most=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tiny(), tmp_path / "out", workers=2, launcher=launcher, show=False)
+    assert launcher.stopped == 2
+
+
+def test_a_folder_keeps_to_its_plan(tiny, tmp_path):
+    run_study(tiny(), tmp_path / "out", launcher=Here(), show=False)
+    with pytest.raises(UserError, match="other windows: 3"):
+        run_study(tiny(windows=4), tmp_path / "out", launcher=Here(), show=False)
+
+
+def test_a_folder_with_something_else_is_refused(tiny, tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UserError, match="exists"):
+        run_study(tiny(), tmp_path, launcher=Here())
+    with pytest.raises(UserError, match=r"no plan\.yaml"):
+        StudyFolder.open(tmp_path)
+
+
+def test_a_plan_half_written_is_written_again(tiny, tmp_path):
+    (tmp_path / ".plan.yaml.half").write_text("name:")
+    assert run_study(tiny(), tmp_path, launcher=Here(), show=False).left == 0
+
+
+def test_no_two_run_a_study_at_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "_PATIENCE", 0.0)
+    StudyFolder.begin(tmp_path, tiny())
+    lock = tmp_path / "work" / "study.lock"
+    with held(lock, "it"), pytest.raises(UserError, match="another process"):
+        run_study(tiny(), tmp_path, launcher=Here())
+
+
+def test_a_record_of_another_cell_is_refused(tiny, tmp_path):
+    plan = tiny()
+    run_study(plan, tmp_path / "out", launcher=Here(), show=False)
+    folder = StudyFolder.open(tmp_path / "out")
+    one, other = (folder.record_path(cell) for cell in plan.cells)
+    one.write_text(other.read_text())
+    with pytest.raises(UserError, match="of another cell"):
+        folder.records()
+
+
+def test_a_report_needs_a_cell(tiny, tmp_path):
+    folder = StudyFolder.begin(tmp_path / "out", tiny())
+    with pytest.raises(UserError, match="no finished cell"):
+        write_report(folder, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_an_unknown_cell_and_a_taken_record(tiny, tmp_path):
+    StudyFolder.begin(tmp_path, tiny())
+    with pytest.raises(UserError, match="did you mean 'sums-tiny-vanilla-s0"):
+        run_alone(str(tmp_path), "sums-tiny-vanila-s0", out=tmp_path / "x.json")
+    with pytest.raises(UserError, match=r"out: .* exists"):
+        run_alone(str(tmp_path), "x", out=tmp_path / "plan.yaml")
+    with pytest.raises(UserError, match="has no place"):
+        run_alone("smoke", "x")
+
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["oasis_attn.training.run", "oasis_attn.modeling.model"])
+
+
+def _run_study(plan, out: Path) -> None:
+    run_study(plan, out, show=False)
+
+
+def test_real_cells_end_with_their_parent_and_are_redone(tiny, tmp_path):
+    """`kill -9` of the study while a cell trains; then the study to its end, on a cluster."""
+    training = dict(tiny().training) | {"steps": 150, "save_every": 25}
+    plan = tiny(training=training, variants=["vanilla"], compare={}, corpora=list(tiny().corpora))
+    (cell,) = plan.cells
+    out = tmp_path / "out"
+    parent = _context.Process(target=_run_study, args=(plan, out))
+    parent.start()
+    work = out / "work" / cell.id
+    wait(lambda: any(work.glob("checkpoints/checkpoint-*")), parent)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert children
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    wait(lambda: not any(map(alive, children)))
+    folder = StudyFolder.open(out)
+    assert folder.missing() == [cell]
+
+    cluster = Cluster("local", {"timeout_min": 2})
+    status = run_study(plan, out, launcher=cluster, show=False)
+    assert (status.left, status.failed) == (0, {})
+
+    # The recorded command, in this process: the same numbers as cut short and gone on with.
+    again, different = run_alone(
+        str(out), cell.id, out=tmp_path / "cell.json", check=folder.record_path(cell)
+    )
+    assert different == []
+    assert Record.load(tmp_path / "cell.json").to_json() == again.to_json()
+    assert differences(folder.records()[cell], again) == []
+
+
+def test_an_unknown_parameter_of_the_cluster_is_told(tiny, tmp_path):
+    with pytest.raises(UserError, match="cluster:"):
+        run_study(tiny(), tmp_path / "out", launcher=Cluster("local", {"nodez": 1}), show=False)
+    with pytest.raises(UserError, match="did you mean 'slurm'"):
+        Cluster("slrum")
+
+
+def alive(process: str) -> bool:
+    try:
+        return ") Z" not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+
+
+def wait(condition, process=None) -> None:
+    end = time.monotonic() + 90
+    while not condition():
+        assert process is None or process.is_alive()
+        assert time.monotonic() < end
+        time.sleep(0.01)
