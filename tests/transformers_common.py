@@ -1,4 +1,7 @@
-"""transformers' own tests of its models, from its source distribution (`make .venv/.transformers-tests`)."""
+"""transformers' own tests of its models, from its source distribution.
+
+`make .venv/.transformers-tests` unpacks it.
+"""
 
 import importlib
 import sys

@@ -1,7 +1,7 @@
 """Teach transformers' registries about us when they are first imported, and not before.
 
-`import oasis_attn` stays cheap, and yet `AutoModelForCausalLM` knows our checkpoints, quantised ones
-among them, whichever of the two libraries was imported first.
+`import oasis_attn` stays cheap, and yet `AutoModelForCausalLM` knows our checkpoints, quantised
+ones among them, whichever of the two libraries was imported first.
 """
 
 from __future__ import annotations

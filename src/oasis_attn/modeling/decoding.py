@@ -1,9 +1,8 @@
 """Depth routing while decoding on the CPU: one call a sublayer.
 
-A decoded token's sources are a few kilobytes, so that `InferenceStream` would spend its time calling
-operations: 130 microseconds a sublayer of SmolLM2, a seventh of the whole model.  The same mix as
-one function of C costs a tenth of that.  It is compiled when first needed, in a second, into the
-cache folder; where there is no C compiler, `InferenceStream` decodes.
+A decoded token's sources are a few kilobytes, so that `InferenceStream` spends its time on calling
+operations and not in them.  Here they are one function of C, `decoding.c`.  It is compiled when
+first needed, in a second, into the cache folder; without a C compiler, `InferenceStream` decodes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared",
 class _State(ctypes.Structure):
     """`State` of decoding.c."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_int64) for name in ("B", "H", "D", "S", "block", "null", "scaled")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("queries_RD", "couplings_R")),

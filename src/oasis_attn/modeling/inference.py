@@ -14,6 +14,8 @@ come from a recent source: the folded sources' together and, for Softmax1, the d
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,22 +43,22 @@ class InferenceStream:
         self.signal = routing.couplings_R is not None
         self.R, D = routing.queries_RD.shape
         self.dtype = torch.promote_types(embedding_BTD.dtype, torch.float32)
-        like = {"dtype": self.dtype, "device": embedding_BTD.device}
+        table = partial(torch.tensor, dtype=self.dtype, device=embedding_BTD.device)
 
         # g = <v, w> (mean v^2 + eps)^-1/2 = <v, sqrt(D) w> / hypot(|v|, sqrt(D eps))
         self.queries_RD = routing.queries_RD.to(self.dtype) * D**0.5
         self.queries_ahead = self._ahead(self.queries_RD)
-        self.floor = torch.tensor((D * routing.router.eps) ** 0.5, **like)
+        self.floor = table((D * routing.router.eps) ** 0.5)
         counts = [1 + (router + size - 1) // size for router in range(self.R)]
         scaled = settings.depth_scale == "sources"
         self.scales = [count + self.softmax1 if scaled else 1 for count in counts]
-        self.scales_R = torch.tensor(self.scales, **like)
+        self.scales_R = table(self.scales)
         if routing.couplings_R is not None:
             # What psi adds to a folded source's logit and to the null's; what it adds to a recent
             # one's, and all since the group began to the null's.  A running block's is a sum.
-            members = torch.tensor([router % size or 1 for router in range(self.R)], **like)
+            members = table([router % size or 1 for router in range(self.R)])
             self.by_psi_R = -routing.couplings_R.to(self.dtype)
-            self.null_by_psi_R = self.by_psi_R / torch.tensor(counts, **like)
+            self.null_by_psi_R = self.by_psi_R / table(counts)
             self.by_psi_ahead = self._ahead(self.by_psi_R / members)
             null_by_since_R = self.null_by_psi_R / members
             by_since_RC = torch.stack([torch.zeros_like(members), null_by_since_R], -1)
@@ -64,12 +66,13 @@ class InferenceStream:
 
         S, shape = counts[-1], embedding_BTD.shape[:-1]
         self.sources_SBTD = embedding_BTD.new_empty(S, *shape, D)
-        self.rms_SBT1 = torch.empty(S, *shape, 1, **like)
-        self.psi_SBT1 = torch.zeros(S, *shape, 1, **like)
+        self.rms_SBT1 = self.queries_RD.new_empty(S, *shape, 1)
+        self.psi_SBT1 = self.queries_RD.new_zeros(S, *shape, 1)
         self.psi_BT1 = self.psi_since_BT1 = self.psi_sum_BT1 = self.psi_SBT1[0]
         self.null_BHT: Tensor | None = None
         self.sublayer = self.folded = 0
         self.recent, self.recent_psi = [embedding_BTD], [self.psi_BT1]
+        self.logits: list[tuple[Tensor, ...]] = []
         self._fold()
         self._mix()
 

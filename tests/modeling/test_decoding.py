@@ -1,0 +1,71 @@
+"""Decoding, in each of its forms, computes what the differentiable form does."""
+
+import pytest
+import torch
+
+from oasis_attn.modeling import decoding, inference
+from tiny import tiny_config, tiny_model
+
+VARIANTS = ["oasis", "oasis_block", "attn_residual", "oasis_signal_off"]
+compiled = pytest.mark.skipif(decoding._library() is None, reason="there is no C compiler")
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Which form went how many sublayers."""
+    seen = []
+    for form in (decoding.DecodingStream, inference.InferenceStream):
+
+        def counted(self, *args, form=form, add=form.add):
+            seen.append(form.__name__)
+            return add(self, *args)
+
+        monkeypatch.setattr(form, "add", counted)
+    return seen
+
+
+def build(variant, **settings):
+    text = tiny_config(num_hidden_layers=5, initializer_range=0.2)
+    return tiny_model(variant, text=text, **settings)
+
+
+def decoded(model, ids_BT):
+    """Logits of every position but the first three, one token at a time."""
+    cache, logits = None, []
+    for start, stop in ((0, 3), *((t, t + 1) for t in range(3, ids_BT.shape[1]))):
+        outputs = model(ids_BT[:, start:stop], past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        logits.append(outputs.logits[:, -1:])
+    return torch.cat(logits[1:], 1)
+
+
+@compiled
+@pytest.mark.parametrize("settings", [{}, {"depth_scale": "none"}, {"depth_block_size": 3}])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_token_at_a_time(variant, settings, batch, steps):
+    model = build(variant, **settings)
+    ids = torch.randint(3, 90, (batch, 9))
+    whole = model(ids).logits[:, 3:]
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(model, ids), whole, rtol=0, atol=2e-5)
+    assert steps.count("DecodingStream") == 6 * 11  # the embedding, and two branches a layer
+    assert steps.count("InferenceStream") == 10
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_a_compiler(variant, steps, monkeypatch):
+    monkeypatch.setattr(decoding, "_library", lambda: None)
+    model = build(variant)
+    ids = torch.randint(3, 90, (2, 9))
+    whole = model(ids).logits[:, 3:]
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(model, ids), whole, rtol=0, atol=2e-5)
+    assert set(steps) == {"InferenceStream"}
+
+
+def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path))
+    assert decoding._library.__wrapped__() is None
+    assert not list(tmp_path.iterdir())
