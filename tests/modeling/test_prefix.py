@@ -27,6 +27,7 @@ from oasis_attn.modeling.prefix import (
     prefix_of,
     with_prefix,
 )
+from oasis_attn.modeling.subject import fingerprint
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 TOKENS = (5, 6, 7)
@@ -161,7 +162,9 @@ def test_a_copy_has_its_own_and_shares_the_weights(llama):
     again = copy.deepcopy(twin)
     assert torch.equal(again(ids_BT).logits, twin(ids_BT).logits)
     assert again.save_pretrained.args == (again,)
+    assert fingerprint(again) == fingerprint(twin)
     again.get_decoder().kv_prefix.values.zero_()
+    assert fingerprint(again) != fingerprint(twin)
     assert not torch.equal(again(ids_BT).logits, twin(ids_BT).logits)
     assert prefix_of(again).tokens == prefix_of(twin).tokens == TOKENS
     assert prefix_of(model) is None

@@ -11,7 +11,7 @@ from double import IDS, native_model
 from oasis_attn.errors import UserError
 from oasis_attn.quantization import Grid
 from oasis_attn.quantization.gptq import DAMPENING, gptq, inverse_factor, round_weight
-from oasis_attn.quantization.grids import snap, to_blocks
+from oasis_attn.quantization.grids import Levels, snap, to_blocks
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.quantizers import fake_quantize, find_levels
 from oasis_attn.quantization.sites import linear_sites
@@ -35,7 +35,7 @@ def textbook(weight, x, levels, grid):
     """One column at a time, H^-1 of those left found anew each time (Optimal Brain Quantizer)."""
     weight, x = weight.double().clone(), x.double()
     hessian = 2 * x.T @ x
-    hessian += DAMPENING * hessian.diagonal().mean() * torch.eye(len(hessian))
+    hessian += DAMPENING * hessian.diagonal().diag()
     for column in range(weight.shape[1]):
         inverse = torch.linalg.inv(hessian[column:, column:])
         rounded = snap(to_blocks(weight, grid), levels).reshape(weight.shape)[:, column]
@@ -83,6 +83,24 @@ def test_beats_rounding_to_nearest(kind, dtype):
         for rounded in (found, fake_quantize(weight, grid))
     ]
     assert errors[0] < 0.7 * errors[1]
+
+
+def test_the_units_of_a_channel_do_not_matter():
+    """With the paper's own dampening a massive channel would take all correction from the rest."""
+    x, grid = (
+        correlated(512, 64).double(),
+        Grid(bits=4, symmetric=True, granularity="group", group_size=1),
+    )
+    weight = torch.randn(8, 64, dtype=torch.float64)
+    found = {}
+    for size in (1.0, 1e4):
+        units = torch.ones(64, dtype=torch.float64)
+        units[5] = size
+        steps = (0.3 / units).expand(8, 64).unsqueeze(-1)
+        levels = Levels(steps, torch.full_like(steps, -8), torch.full_like(steps, 7))
+        found[size] = round_weight(weight / units, inverse_factor(x * units), levels, grid) * units
+    torch.testing.assert_close(found[1e4], found[1.0])
+    assert (found[1.0] - weight).abs().max() > 0.2  # not all are at their nearest level
 
 
 @pytest.mark.parametrize("silent", [slice(3, 4), slice(None)])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, print_table, working
+from oasis_attn.cli.terminal import AsJson, pair, print_table, working
 
 
 def prefix(
@@ -20,36 +20,57 @@ def prefix(
     ),
     length: Annotated[int, Option(help="Tokens in the prefix, at most.")] = 4,
     tune_steps: Annotated[int, Option(help="Steps to train its keys and values for.")] = 0,
-    corpus: Annotated[
-        str, Option(help="A corpus by name, or a local .txt, .jsonl or .jsonl.gz file.")
-    ] = "stdlib",
-    split: Annotated[str, Option(help="Which split of the corpus to read.")] = "validation",
-    window: Annotated[int, Option(help="Tokens per window.")] = 512,
-    windows: Annotated[int, Option(help="Windows to calibrate on, and to measure on.")] = 8,
     scheme: Annotated[
-        str, Option(help="A static scheme; the record has its perplexity before and after.")
+        str, Option(help="It is judged by: w8a8-static-linear or w8a8-static.")
     ] = "w8a8-static-linear",
+    settings: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Change the scheme, as weight.granularity=channel; repeatable.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str,
+        Option(help="A corpus by name, or a local text file, to search, tune and calibrate on."),
+    ] = "stdlib",
+    calibration_split: Annotated[str, Option(help="Which split of it to read.")] = "train",
+    evaluation: Annotated[
+        str | None,
+        Option(help="The same to measure on; default, that corpus.", show_default=False),
+    ] = None,
+    evaluation_split: Annotated[str, Option(help="Which split of it to read.")] = "test",
+    window: Annotated[int, Option(help="Tokens per window.")] = 512,
+    windows: Annotated[int, Option(help="Windows to calibrate on, and to measure on.")] = 16,
     as_json: AsJson = False,
 ) -> None:
     """Find a prefix that takes the sinks out of a model's static ranges, and store it with it.
 
-    Example: [bold]oasis prefix smollm2 rescued --corpus wikitext-2[/bold]
+    Example: [bold]oasis prefix smollm2 rescued --tune-steps 32[/bold]
     """
+    from oasis_attn.errors import check_choice
+    from oasis_attn.quantization import schemes
     from oasis_attn.quantization.rescue import rescue
     from oasis_attn.report import Table
 
-    with working(f"looking for a prefix of {model}"):
+    check_choice("scheme", scheme, schemes())
+    changes = dict(pair("--set", text) for text in settings or ())
+    with working(f"looking for a prefix of {model}") as status:
         record = rescue(
             model,
             out,
             method=method,
             length=length,
             tune_steps=tune_steps,
-            corpus=corpus,
-            split=split,
+            scheme=schemes()[scheme].vary(changes),
+            calibration=calibration,
+            calibration_split=calibration_split,
+            evaluation=evaluation,
+            evaluation_split=evaluation_split,
             window=window,
             windows=windows,
-            scheme=scheme,
+            tell=lambda what: status.update(f"{model}: {what}"),
         )
     if as_json:
         print(record.to_json())

@@ -23,12 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_MAPPING,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-)
+from transformers import MODEL_MAPPING, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -166,6 +161,11 @@ class RoutedModel(Routed):
             outputs = super().forward(*args, output_attentions=True, **kwargs)  # type: ignore[misc]
         outputs["attentions"] = tuple(maps)
         return outputs
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As transformers', with the settings in `config.json`, not the family's config alone."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        cast(RoutedLayer, self.layers[0]).settings.save_pretrained(save_directory)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]

@@ -13,6 +13,7 @@ Axes: L layers, G key heads, P prefix tokens, d head width; B batch, T tokens.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -42,8 +43,8 @@ class Prefix:
     """What every sequence finds before it.
 
     Attributes:
-        tokens: the P token ids that it was made from; tuning leaves them.
-        keys_LGPd, values_LGPd: rotated keys, and values, as the cache of each layer holds them.
+        tokens: the P token ids that it was made from.
+        keys_LGPd, values_LGPd: rotated keys, and values, as a cache holds them.
     """
 
     tokens: tuple[int, ...]
@@ -135,8 +136,8 @@ def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> Prefix:
         model.train(training)
     pairs = [(getattr(at, "keys", None), getattr(at, "values", None)) for at in cache.layers]
     shapes = {None if x is None else tuple(x.shape) for x in chain.from_iterable(pairs)}
-    shape = shapes.pop() if len(shapes) == 1 else None
-    if shape is None or len(shape) != 4 or shape[2] != len(tokens):
+    shape = (shapes.pop() if len(shapes) == 1 else None) or ()
+    if len(shape) != 4 or shape[2] != len(tokens):
         raise UserError(
             f"model: family {model.config.model_type!r} does not keep keys and values of one shape"
             f" for all {len(tokens)} tokens in every layer; it can have no such prefix"
@@ -189,17 +190,16 @@ def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
 def prefix_of(model: PreTrainedModel) -> Prefix | None:
     """The prefix that `model` reads everything behind; None if there is none."""
     store: Any = getattr(model.get_decoder(), "kv_prefix", None)
-    if store is None:
-        return None
-    return Prefix(tokens=store.tokens, keys_LGPd=store.keys, values_LGPd=store.values)
+    if store is not None:
+        return Prefix(tokens=store.tokens, keys_LGPd=store.keys, values_LGPd=store.values)
+    return None
 
 
 @contextmanager
 def prefix_replaced(model: PreTrainedModel, keys_LGPd: Tensor, values_LGPd: Tensor) -> Iterator:
     """While open, `model` reads behind these, which may need gradients."""
     store: Any = model.get_decoder().kv_prefix
-    before = store.keys, store.values
-    store.keys, store.values = keys_LGPd, values_LGPd
+    before, store.keys, store.values = (store.keys, store.values), keys_LGPd, values_LGPd
     try:
         yield
     finally:
@@ -214,6 +214,10 @@ class _Store(nn.Module):
         self.tokens = prefix.tokens
         for name, x in (("keys", prefix.keys_LGPd), ("values", prefix.values_LGPd)):
             self.register_buffer(name, x.to(model.device, model.dtype), persistent=False)
+
+    def extra_repr(self) -> str:  # which tells models apart that state_dict() does not
+        numbers = torch.stack([*self.buffers()]).float().cpu().numpy()
+        return f"tokens={self.tokens}, sha256={hashlib.sha256(numbers.tobytes()).hexdigest()}"
 
     def fill(self, cache: Cache, batch: int) -> None:
         for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):  # type: ignore[arg-type]
@@ -250,17 +254,14 @@ def _put_in_front(
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.shape != (batch, own):
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UserError(
-                f"attention_mask: {found} is not [{batch}, {own}], the tokens so far without the"
-                " prefix's"
-            )
+            raise UserError(f"attention_mask: {found} is not [{batch}, {own}], the prefix left out")
         kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, length), mask], 1)
     if positions is not None:
         counted = torch.arange(own - fresh, own, device=positions.device)
         if mask is None and not bool((positions == counted).all()):
             raise UserError(
-                f"position_ids: without a mask they must be {own - fresh} .. {own - 1}: the tokens"
-                " so far without the prefix's; packed sequences cannot all stand behind it"
+                f"position_ids: without a mask they must be {own - fresh} .. {own - 1}, the prefix"
+                " left out; packed sequences cannot all stand behind it"
             )
         kwargs["position_ids"] = positions + length
     return args, kwargs

@@ -33,11 +33,12 @@ class OasisPreTrainedModel(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation, allow_all_kernels=False) -> None:  # noqa: ARG002
         """Refused unless it is ours: no other function has a null option."""
-        if attn_implementation != ATTENTION:
-            raise UserError(
-                f"attn_implementation: {attn_implementation!r} has no null option;"
-                f" only {ATTENTION!r} has"
-            )
+        _refuse_attention(attn_implementation)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
+        """As transformers', at construction: `from_config` writes its argument into the config."""
+        _refuse_attention(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     def recompute_mixes(self, enabled: bool = True) -> None:
         """Recompute each depth mix and the norm after it in backward instead of keeping them.
@@ -69,6 +70,13 @@ class OasisPreTrainedModel(PreTrainedModel):
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
         write_card(self, working_dir)  # transformers has just put its own template there
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def _refuse_attention(asked: str | None) -> None:
+    if asked != ATTENTION:
+        raise UserError(
+            f"attn_implementation: {asked!r} has no null option; only {ATTENTION!r} has"
+        )
 
 
 def check_cache(cache: Cache, layers: nn.ModuleList, batch: int) -> None:

@@ -22,7 +22,11 @@ from oasis_attn.quantization.grids import Grid, Levels, snap, to_blocks
 from oasis_attn.quantization.quantizers import find_levels
 
 DAMPENING = 0.01
-"""Added to the diagonal of H, as a share of its mean."""
+"""Added to each entry of H's diagonal, as a share of itself.
+
+The paper adds a share of the diagonal's mean, which where a few channels dwarf the others makes of
+these others rounding to nearest.
+"""
 
 _BLOCK = 128  # columns whose corrections to all later ones are made at once
 
@@ -112,8 +116,9 @@ def inverse_factor(x_NI: Tensor) -> Tensor:
     """Upper Cholesky factor of H^-1, `[I, I]` float64, of the dampened H (paper, section 3)."""
     x_NI = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
     H_II = (2 * x_NI.T @ x_NI).double()
-    mean = H_II.diagonal().mean()
-    H_II.diagonal().add_(DAMPENING * mean if mean > 0 else 1.0)
+    diagonal_I = H_II.diagonal()
+    diagonal_I.mul_(1 + DAMPENING)
+    diagonal_I[diagonal_I == 0] = 1.0  # a channel that is always 0: to the nearest level
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(H_II))
     return torch.linalg.cholesky(inverse_II, upper=True)
 

@@ -176,7 +176,7 @@ def tune_prefix(
     batches: Sequence[Tensor],
     *,
     steps: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-2,
     noise_weight: float = 0.1,
 ) -> Prefix:
     """`prefix` with keys and values trained for text behind it that quantises well.

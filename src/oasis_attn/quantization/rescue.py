@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.data import load_corpus, token_blocks
+from oasis_attn.data import Corpus, load_corpus, token_blocks
 from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.prefix import compute_prefix, with_prefix
+from oasis_attn.modeling.subject import describe_model
+from oasis_attn.quantization.costs import perplexity
 from oasis_attn.quantization.prefix import (
     METHODS,
     find_prefix,
@@ -21,7 +23,7 @@ from oasis_attn.quantization.prefix import (
     range_noise,
     tune_prefix,
 )
-from oasis_attn.quantization.schemes import schemes
+from oasis_attn.quantization.schemes import Scheme, schemes
 from oasis_attn.quantization.simulate import quantize
 from oasis_attn.records import Metric, Record
 
@@ -35,36 +37,45 @@ def rescue(
     method: str = "greedy",
     length: int = 4,
     tune_steps: int = 0,
-    corpus: str = "stdlib",
-    split: str = "validation",
+    scheme: str | Scheme = "w8a8-static-linear",
+    calibration: str = "stdlib",
+    calibration_split: str = "train",
+    evaluation: str | None = None,
+    evaluation_split: str = "test",
     window: int = 512,
-    windows: int = 8,
-    scheme: str = "w8a8-static-linear",
+    windows: int = 16,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Record:
     """Find a prefix for `model`, tune it where asked, and write both, and the record, to `out`.
-
-    Windows are spread over the split, in turn to calibrate, search and tune on, and to measure on.
 
     Args:
         model: as `load_model` takes it.
         out: a new folder; `load_model` returns the model with its prefix from there.
         method, length: see `find_prefix`.
-        tune_steps: of `tune_prefix`; 0 leaves the keys and values as the model computed them.
-        corpus, split: the text.
+        tune_steps: of `tune_prefix`, a window each; 0 leaves keys and values as the model computed
+            them.
+        scheme: a static one, which the prefix is judged by; what is written is not quantised.
+        calibration, calibration_split: a corpus to search, tune and calibrate on; windows are
+            spread over its split.
+        evaluation, evaluation_split: the same to measure on; default, that corpus.
         window: tokens per window.
         windows: how many to calibrate on, and how many to measure on, at most.
-        scheme: that the prefix is judged by, a static one in `schemes()`.
+        tell: is told what is going on.
 
     Returns:
         A record of kind `quantization`; each metric is there at `before` and at `after`:
-        `perplexity.windowed`, the same of the quantised model as `perplexity.quantized`,
+        `perplexity.windowed`, `perplexity.quantized` (of the model quantised by `scheme`),
         `prefix.noise` (see `range_noise`), `prefix.max_linear` and `prefix.max_hidden` (`peaks`).
 
     Raises:
         UserError: unusable arguments, or a model that no prefix helps; nothing is written then.
     """
     check_choice("method", method, METHODS)
-    check_choice("scheme", scheme, [name for name, row in schemes().items() if row.static])
+    if isinstance(scheme, str):
+        check_choice("scheme", scheme, [name for name, row in schemes().items() if row.static])
+        scheme = schemes()[scheme]
+    elif not scheme.static:
+        raise UserError(f"scheme: {scheme.name!r} is not static; no prefix is needed for it")
     for name, value, lowest in (
         ("length", length, 1),
         ("tune_steps", tune_steps, 0),
@@ -73,55 +84,52 @@ def rescue(
     ):
         check_at_least(name, value, lowest)
     check_free(out)
-    source = load_corpus(corpus, split)
+    corpora = [
+        load_corpus(calibration, calibration_split),
+        load_corpus(evaluation or calibration, evaluation_split),
+    ]
+
+    tell("loading the model")
     loaded, tokenizer = load_model(model)
     reach = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if reach is not None and window + length > reach:
         raise UserError(f"window: {window} and a prefix of {length} are over the model's {reach}")
-    blocks = token_blocks(source, tokenizer, window)
-    count = min(2 * windows, len(blocks))
-    check_at_least(f"{corpus}: windows of {window} tokens", count, 2)
-    spread = [blocks[index * len(blocks) // count][None] for index in range(count)]
-    calibration, measured = spread[::2], spread[1::2]
-
-    search_BT = torch.cat(calibration[:SEARCH_WINDOWS])[:, :SEARCH_TOKENS].contiguous()
+    seen_NT, held_out_NT = (_spread(c, tokenizer, window, windows) for c in corpora)
+    search_BT = seen_NT[:SEARCH_WINDOWS, :SEARCH_TOKENS].contiguous()
+    tell("looking for a prefix")
     tokens = find_prefix(loaded, search_BT, method=method, length=length)
     prefix = compute_prefix(loaded, tokens)
     if tune_steps:
-        prefix = tune_prefix(loaded, prefix, calibration, steps=tune_steps)
+        tell("tuning it")
+        prefix = tune_prefix(loaded, prefix, seen_NT.split(1), steps=tune_steps)
     rescued = with_prefix(loaded, prefix)
+    metrics: list[Metric] = []
+    for where, twin in (("before", loaded), ("after", rescued)):
+        tell(f"measuring {where}")
+        noise = float(range_noise(twin, search_BT, [()]))
+        metrics.append(Metric(name="prefix.noise", value=noise, where=where, n=len(search_BT)))
+        metrics += _measure(twin, seen_NT, held_out_NT, scheme, where)
 
-    metrics = [
-        metric
-        for where, twin in (("before", loaded), ("after", rescued))
-        for metric in _measure(twin, calibration, measured, scheme, where)
-    ]
-    noise = range_noise(loaded, search_BT, [()]), range_noise(rescued, search_BT, [()])
-    metrics += [
-        Metric(name="prefix.noise", value=float(value), where=where, n=len(search_BT))
-        for where, value in zip(("before", "after"), noise, strict=True)
-    ]
     record = Record(
         kind="quantization",
-        subject={
-            "name": str(model),
-            "family": loaded.config.get_text_config(decoder=True).model_type,
-            "scheme": scheme,
+        subject=describe_model(loaded)
+        | {
+            "scheme": scheme.to_dict(),
             "prefix": list(tokens),
             "prefix_text": tokenizer.decode(list(tokens)),
             "method": method,
             "tune_steps": tune_steps,
         },
         data={
-            "corpus": source.name,
-            "split": source.split,
-            "sha256": source.sha256,
-            "window": window,
-            "windows": len(measured),
-            "calibration_windows": len(calibration),
-        },
+            part: {"corpus": c.name, "split": c.split, "sha256": c.sha256, "windows": len(ids)}
+            for part, c, ids in zip(
+                ("calibration", "evaluation"), corpora, (seen_NT, held_out_NT), strict=True
+            )
+        }
+        | {"window": window},
         metrics=tuple(metrics),
     )
+    tell("writing")
     with staged_folder(out) as stage:
         rescued.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
@@ -129,29 +137,25 @@ def rescue(
     return record
 
 
+def _spread(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int, windows: int
+) -> Tensor:
+    """Windows spread evenly over a split, [N, T]."""
+    blocks = token_blocks(corpus, tokenizer, window)
+    count = min(windows, len(blocks))
+    return torch.stack([blocks[index * len(blocks) // count] for index in range(count)])
+
+
 def _measure(
-    model: PreTrainedModel,
-    calibration: Sequence[Tensor],
-    measured: Sequence[Tensor],
-    scheme: str,
-    where: str,
+    model: PreTrainedModel, seen_NT: Tensor, held_out_NT: Tensor, scheme: Scheme, where: str
 ) -> list[Metric]:
-    largest = peaks(model, measured)
-    quantized = quantize(model, scheme, calibration=calibration)
+    largest = peaks(model, held_out_NT.split(1))
+    quantized = quantize(model, scheme, calibration=seen_NT.split(1))
     values = {
-        "perplexity.windowed": _perplexity(model, measured),
-        "perplexity.quantized": _perplexity(quantized, measured),
+        "perplexity.windowed": perplexity(model, held_out_NT),
+        "perplexity.quantized": perplexity(quantized, held_out_NT),
         "prefix.max_linear": largest["linear"],
         "prefix.max_hidden": largest["hidden"],
     }
-    return [
-        Metric(name=name, value=value, where=where, n=len(measured))
-        for name, value in values.items()
-    ]
-
-
-@torch.no_grad()
-def _perplexity(model: PreTrainedModel, batches: Sequence[Tensor]) -> float:
-    """exp of the mean loss of the model's own; batches are of one shape."""
-    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.double() for ids in batches]
-    return float(torch.stack(losses).mean().exp())
+    count = len(held_out_NT)
+    return [Metric(name=name, value=value, where=where, n=count) for name, value in values.items()]
