@@ -76,7 +76,7 @@ def oasis_attention(
         if not mapped:
             out_BHTd, null_BHT, total_BHT = attend(
                 query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale,
-                null_logit=null_logit, softcap=softcap, dropout=dropout,
+                null_logit=null_logit, softcap=softcap, dropout=dropout, total=bool(_observers),
             )  # fmt: skip
             weights_BHTS = None
         else:

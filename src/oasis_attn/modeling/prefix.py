@@ -1,8 +1,7 @@
 """A prefix: the keys and values of a few tokens, in front of whatever a model reads.
 
-They come from the model's own forward pass over these tokens, or from tuning.  Every sequence then
-attends to them as if the tokens stood before it, and they are computed no more: what is massive
-about a sink happens once, inside the prefix (CushionCache 2406.12016, PrefixQuant 2410.05265).
+Every sequence attends to them as if the tokens stood before it, and they are computed no more: what
+is massive about a sink happened once, inside (CushionCache 2406.12016, PrefixQuant 2410.05265).
 
 Callers do not see it: masks, positions and logits are of their own tokens.  On disk it is a PEFT
 adapter of type `CARTRIDGE` in the model's subfolder `prefix`, which `load_model` puts back.

@@ -99,8 +99,12 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
+    total: bool = True,
 ) -> Attended:
-    """`null_attention`, and the log of its denominator (from which any p_j can be had again)."""
+    """`null_attention`, and the log of its denominator (from which any p_j can be had again).
+
+    Without `total`, `total_BHT` may be any tensor: decoding has no use for it.
+    """
     _check_shapes(query, key, value, attn_mask, null_logit)
     backend = _choose(backend, query, key, value, attn_mask, softcap, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -112,10 +116,14 @@ def attend(
             attn_mask = _with_causal(attn_mask, T, S, query.device)
             is_causal = False
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if backend == "cpu_flash" and not (total or torch.is_grad_enabled()):
+        c = null_logit.to(precise).reshape(-1, 1) if isinstance(null_logit, Tensor) else null_logit
+        out, null_BHT, lse_BHT = _flash_with_null(query, key, value, c, attn_mask, is_causal, scale)
+        return Attended(out, null_BHT, lse_BHT)
     null_logit_H = torch.as_tensor(null_logit, dtype=precise, device=query.device).reshape(-1)
     if backend == "cpu_flash":
-        run = _CpuFlash.apply if torch.is_grad_enabled() else _flash_with_null
-        return Attended(*run(query, key, value, null_logit_H, attn_mask, is_causal, scale))
+        arguments = (query, key, value, null_logit_H, attn_mask, is_causal, scale)
+        return Attended(*_CpuFlash.apply(*arguments))
     if backend == "flex":
         return _flex(query, key, value, null_logit_H, attn_mask, is_causal, scale, softcap)
     weights_BHTS, null_BHT, total_BHT = naive_weights(
@@ -175,19 +183,22 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def _flash_with_null(query, key, value, null_logit_H, mask, is_causal, scale):
-    """The kernel, and from its log-sum-exp: out, null mass, log-denominator."""
+def _flash_with_null(query, key, value, c, mask, is_causal, scale):
+    """The kernel, and from its log-sum-exp: out, null mass, that log-sum-exp.
+
+    `c` is the null logit, a number or `[H, 1]`.
+    """
     out, lse = _flash(
         query, key, value, 0.0, is_causal, attn_mask=_additive(mask, query), scale=scale
     )
-    c = null_logit_H[:, None]
-    excess = lse - c
-    keep, null, total = torch.sigmoid(excess), torch.sigmoid(-excess), torch.logaddexp(lse, c)
     if mask is not None:  # the kernel reports lse 0, not -inf, where nothing may be seen
         blind = ~mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) == -math.inf
+        lse = lse.masked_fill(blind, -math.inf)
+    excess = lse - c
+    keep, null = torch.sigmoid(excess), torch.sigmoid(-excess)
+    if mask is not None:  # also where c is -inf
         keep, null = keep.masked_fill(blind, 0), null.masked_fill(blind, 1)
-        total = torch.where(blind, c.clamp(min=torch.finfo(c.dtype).min), total)
-    return out.mul_(keep.unsqueeze(-1)), null, total
+    return out.mul_(keep.unsqueeze(-1)), null, lse
 
 
 class _CpuFlash(torch.autograd.Function):
@@ -195,8 +206,11 @@ class _CpuFlash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, null_logit_H, mask, is_causal, scale):
-        args = (query, key, value, null_logit_H, mask, is_causal, scale)
-        out, null, total = _flash_with_null(*args)
+        c = null_logit_H[:, None]
+        out, null, lse = _flash_with_null(query, key, value, c, mask, is_causal, scale)
+        total = torch.logaddexp(lse, c)
+        if mask is not None:
+            total = total.clamp(min=torch.finfo(total.dtype).min)
         ctx.save_for_backward(query, key, value, out, null, total, mask)
         ctx.is_causal, ctx.scale = is_causal, scale
         ctx.set_materialize_grads(False)
