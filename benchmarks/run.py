@@ -1,6 +1,6 @@
 """Measure every bound the project sets itself, print the table, and keep the record.
 
-python benchmarks/run.py [--rounds N] [attention] [training_step] [loading] [start]
+python benchmarks/run.py [--rounds N] [attention] [training_step] [decoding] [integer] ...
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 import attention
+import decoding
+import integer
 import loading
 import training_step
 from oasis_attn.records import Metric, Record
@@ -31,6 +33,14 @@ BOUNDS = {
     "training_step.oasis_memory_over_vanilla": ("<=", 1.15),
     "training_step.oasis_time_over_authors": ("<=", 0.5),
     "training_step.oasis_memory_over_authors": ("<=", 0.5),
+    "decoding.generate_oasis_block_speed_over_stock": (">=", 0.95),
+    "decoding.generate_oasis_speed_over_stock": (">=", 0.85),
+    "decoding.prefill_oasis_block_speed_over_stock": (">=", 0.90),
+    "decoding.prefill_oasis_speed_over_stock": (">=", 0.90),
+    "integer.simulated_w8a8_static_linear_speed_over_float": (">=", 0.5),
+    "integer.simulated_w8a8_static_speed_over_float": (">=", 0.5),
+    "integer.simulated_w8a8_dynamic_speed_over_float": (">=", 0.5),
+    "integer.simulated_w4a4_speed_over_float": (">=", 0.5),
     "loading.load_memory_over_weights": ("<=", 1.3),
     "loading.convert_memory_over_weights": ("<=", 1.3),
     "start.import_seconds_beyond_torch": ("<=", 0.3),
@@ -59,6 +69,8 @@ def start(rounds: int) -> dict[str, float]:
 SUITES = {
     "attention": attention.measure,
     "training_step": training_step.measure,
+    "decoding": decoding.measure,
+    "integer": integer.measure,
     "loading": loading.measure,
     "start": start,
 }
