@@ -90,7 +90,8 @@ def to_vanilla(model: OasisForCausalLM) -> PreTrainedModel:
     if reason:
         raise UserError(f"to_vanilla: {reason}; the family's own model computes otherwise")
     text = model.config.text_config
-    config = type(text).from_dict(text.to_dict())  # less our attention function
+    config = type(text).from_dict(text.to_dict())  # less our attention function,
+    config._experts_implementation = text._experts_implementation  # and not less this one
     with torch.device("meta"):
         native = _native_class(config)(config)
     _share(native, model)
