@@ -1,4 +1,4 @@
-"""A pretrained model healed in a quarter of an hour: does its static W8A8 beat equal training?
+"""A pretrained model healed on a small budget: does its static W8A8 beat equal training?
 
 python benchmarks/healing.py --runs FOLDER
 

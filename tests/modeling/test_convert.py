@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from oasis_attn import OasisForCausalLM, UserError, convert, variants
 from oasis_attn.modeling.convert import NULL_OFF, convert_checkpoint, to_vanilla
 from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.prefix import attach_prefix, compute_prefix
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 INEXACT = {
@@ -245,3 +246,10 @@ def test_smollm2_keeps_its_logits_and_its_perplexity():
         found = convert(native, depth_block_size=block)(ids, labels=ids)
         assert (found.logits - expected.logits).abs().max() < 1e-3
         assert f"{found.loss.exp():.4g}" == f"{expected.loss.exp():.4g}"
+
+
+def test_a_prefix_is_not_lost():
+    native = native_model()
+    attach_prefix(native, compute_prefix(native, [5]))
+    with pytest.raises(UserError, match="it has a prefix"):
+        convert(native)

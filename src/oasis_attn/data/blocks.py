@@ -97,6 +97,12 @@ def token_blocks(
     return TokenBlocks(cached_file(f"blocks/{name}.npy", make))
 
 
+def spread_windows(blocks: TokenBlocks, windows: int) -> torch.Tensor:
+    """At most `windows` blocks, spread evenly over all of them: token ids [N, T], int64."""
+    count = min(windows, len(blocks))
+    return torch.stack([blocks[index * len(blocks) // count] for index in range(count)])
+
+
 def _document_ids(corpus: Corpus, tokenizer, eos: int) -> Iterator[np.ndarray]:
     texts = corpus.texts()
     while batch := list(islice(texts, _DOCUMENTS_AT_ONCE)):

@@ -22,6 +22,7 @@ from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.loading import load_model, quiet
 from oasis_attn.modeling.model import OasisForCausalLM
+from oasis_attn.modeling.prefix import prefix_of
 from oasis_attn.modeling.residual import DepthRouter
 from oasis_attn.modeling.variants import settings_of
 
@@ -59,6 +60,10 @@ def convert(
         native, _ = load_model(native, dtype="auto")
     if isinstance(native.config, OasisConfig):
         raise UserError("model: it is of our family already; convert its vanilla checkpoint")
+    if prefix_of(native) is not None:
+        raise UserError(
+            "model: it has a prefix, which conversion loses; convert the one without it"
+        )
     config = OasisConfig(
         text_config=native.config, **_starting_settings(native.config, variant, overrides)
     )

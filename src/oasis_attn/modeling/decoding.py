@@ -2,7 +2,7 @@
 
 A decoded token's sources are a few kilobytes, so that `InferenceStream` spends its time on calling
 operations and not in them.  Here they are one function of C, `decoding.c`.  It is compiled when
-first needed, in a second, into the cache folder; without a C compiler, `InferenceStream` decodes.
+first needed, into the cache folder; without a C compiler, `InferenceStream` decodes.
 """
 
 from __future__ import annotations

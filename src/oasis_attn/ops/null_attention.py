@@ -103,7 +103,7 @@ def attend(
 ) -> Attended:
     """`null_attention`, and the log of its denominator (from which any p_j can be had again).
 
-    Without `total`, `total_BHT` may be any tensor: decoding has no use for it.
+    Without `total`, `total_BHT` may lack the null: decoding reads neither.
     """
     _check_shapes(query, key, value, attn_mask, null_logit)
     backend = _choose(backend, query, key, value, attn_mask, softcap, dropout)

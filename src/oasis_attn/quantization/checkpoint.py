@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from oasis_attn.data import load_corpus, token_blocks
+from oasis_attn.data import load_corpus, spread_windows, token_blocks
 from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.loading import load_model
@@ -90,7 +90,9 @@ def quantize_checkpoint(
 
     tell("loading the model")
     loaded, tokenizer = load_model(model)
-    seen_NT, held_out_NT = (_spread(c, tokenizer, window, windows) for c in corpora)
+    seen_NT, held_out_NT = (
+        spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora
+    )
     sites = _kept(scheme_sites(loaded, scheme), skip)
     batches = list(seen_NT.split(1))
     given = batches if scheme.needs_calibration else None
@@ -133,13 +135,6 @@ def quantize_checkpoint(
         )
         record.save(stage / "record.json")
     return record
-
-
-def _spread(corpus: Any, tokenizer: PreTrainedTokenizerBase, window: int, windows: int) -> Tensor:
-    """Windows spread evenly over a split, [N, T]."""
-    blocks = token_blocks(corpus, tokenizer, window)
-    count = min(windows, len(blocks))
-    return torch.stack([blocks[index * len(blocks) // count] for index in range(count)])
 
 
 def _kept(sites: Sequence[str], skip: Sequence[str]) -> list[str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from oasis_attn.data import Corpus, load_corpus, token_blocks
+from oasis_attn.data import load_corpus, spread_windows, token_blocks
 from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.loading import load_model
@@ -94,7 +93,9 @@ def rescue(
     reach = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if reach is not None and window + length > reach:
         raise UserError(f"window: {window} and a prefix of {length} are over the model's {reach}")
-    seen_NT, held_out_NT = (_spread(c, tokenizer, window, windows) for c in corpora)
+    seen_NT, held_out_NT = (
+        spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora
+    )
     search_BT = seen_NT[:SEARCH_WINDOWS, :SEARCH_TOKENS].contiguous()
     tell("looking for a prefix")
     tokens = find_prefix(loaded, search_BT, method=method, length=length)
@@ -135,15 +136,6 @@ def rescue(
         tokenizer.save_pretrained(stage)
         record.save(stage / "record.json")
     return record
-
-
-def _spread(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int, windows: int
-) -> Tensor:
-    """Windows spread evenly over a split, [N, T]."""
-    blocks = token_blocks(corpus, tokenizer, window)
-    count = min(windows, len(blocks))
-    return torch.stack([blocks[index * len(blocks) // count] for index in range(count)])
 
 
 def _measure(

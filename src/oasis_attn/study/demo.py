@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from oasis_attn.data import load_corpus, token_blocks
 from oasis_attn.errors import check_at_least
 from oasis_attn.files import staged_folder
 from oasis_attn.measure import diagnose
@@ -26,6 +24,7 @@ from oasis_attn.records import Record
 from oasis_attn.report import Table, comparison
 from oasis_attn.report.figures import overview, save_figures, save_png
 from oasis_attn.study.demo_page import write_demo_page
+from oasis_attn.study.text import HeldOut
 from oasis_attn.training import TrainingConfig, train
 
 VARIANTS = ("vanilla", "attn_residual", "oasis")
@@ -123,7 +122,7 @@ def run_demo(
         ]
         with stages.working(f"{name}: loading (a GGUF file is converted the first time)"):
             model, tokenizer = load_model(pretrained)
-            text = _Text(prose, "train", tokenizer=tokenizer, length=window, windows=windows)
+            text = HeldOut(prose, "train", tokenizer=tokenizer, length=window, windows=windows)
         records[name] = _measure({"name": name}, model, text, stages)
         del model
 
@@ -133,7 +132,7 @@ def run_demo(
             model, tokenizer = load_model(training.out)
             # As many tokens as the pretrained model reads.
             reach = max(1, windows * window // block_length)
-            text = _Text(
+            text = HeldOut(
                 corpus, "validation", tokenizer=tokenizer, length=block_length, windows=reach
             )
             subject = {"name": f"{size} {training.variant}", "variant": training.variant}
@@ -168,28 +167,8 @@ class _Stages:
             yield
 
 
-class _Text:
-    """Windows spread evenly over a split, in turn to measure on and to calibrate on."""
-
-    def __init__(
-        self,
-        corpus: str,
-        split: str,
-        *,
-        tokenizer: PreTrainedTokenizerBase,
-        length: int,
-        windows: int,
-    ) -> None:
-        source = load_corpus(corpus, split)
-        blocks = token_blocks(source, tokenizer, length)
-        count = min(2 * windows, len(blocks))
-        spread = torch.stack([blocks[index * len(blocks) // count] for index in range(count)])
-        self.measured_NT, self.calibration_NT = spread[::2], spread[1::2]
-        self.data = {"corpus": corpus, "split": split, "sha256": source.sha256}
-
-
 def _measure(
-    subject: dict[str, Any], model: PreTrainedModel, text: _Text, stages: _Stages
+    subject: dict[str, Any], model: PreTrainedModel, text: HeldOut, stages: _Stages
 ) -> list[Record]:
     """The model's diagnosis, and that of its quantised twin (kind `quantization`)."""
     name = subject.get("variant", subject["name"])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from oasis_attn.data import load_corpus, token_blocks
+from oasis_attn.data import load_corpus, spread_windows, token_blocks
 from oasis_attn.errors import UserError
 
 
@@ -33,9 +32,8 @@ class HeldOut:
     ) -> None:
         source = load_corpus(corpus, split)
         blocks = token_blocks(source, tokenizer, length)
-        count = min(2 * windows, len(blocks))
-        if count < 2:
+        if len(blocks) < 2:
             raise UserError(f"corpus: {corpus!r} split {split!r} has less than 2 x {length} tokens")
-        spread = torch.stack([blocks[index * len(blocks) // count] for index in range(count)])
+        spread = spread_windows(blocks, 2 * windows)
         self.measured_NT, self.calibration_NT = spread[::2], spread[1::2]
         self.data: dict[str, Any] = {"corpus": corpus, "split": split, "sha256": source.sha256}
