@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from oasis_attn.modeling import decoding, inference
+from oasis_attn.ops import native
 from tiny import tiny_config, tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "oasis_signal_off"]
-compiled = pytest.mark.skipif(decoding._library() is None, reason="there is no C compiler")
+compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_one_token_at_a_time(variant, settings, batch, steps):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_without_a_compiler(variant, steps, monkeypatch):
-    monkeypatch.setattr(decoding, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     model = build(variant)
     ids = torch.randint(3, 90, (2, 9))
     whole = model(ids).logits[:, 3:]
@@ -67,5 +68,5 @@ def test_without_a_compiler(variant, steps, monkeypatch):
 def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("OASIS_CACHE", str(tmp_path))
-    assert decoding._library.__wrapped__() is None
+    assert native.library.__wrapped__() is None
     assert not list(tmp_path.iterdir())

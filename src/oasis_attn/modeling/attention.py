@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from oasis_attn.modeling.configuration import ATTENTION
-from oasis_attn.ops.null_attention import attend, naive_mix, naive_weights
+from oasis_attn.ops.null_attention import attend, attend_one, attends_one, naive_mix, naive_weights
 
 _observers: list[Callable[[nn.Module, AttentionCall], None]] = []
 
@@ -68,6 +68,15 @@ def oasis_attention(
         out_BTHd, null_BHT = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    elif (
+        attention_mask is None
+        and attends_one(query, value)
+        and softcap is None
+        and not (mapped or dropout or _observers)
+    ):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out_BHTd, null_BHT = attend_one(query, key, value, scale=scale, null_logit=null_logit)
+        out_BTHd = out_BHTd.transpose(1, 2)
     else:
         if attention_mask is None and T > 1:
             key, value = key[:, :, :T], value[:, :, :T]  # a static cache is longer than its content
@@ -76,7 +85,7 @@ def oasis_attention(
         if not mapped:
             out_BHTd, null_BHT, total_BHT = attend(
                 query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale,
-                null_logit=null_logit, softcap=softcap, dropout=dropout, total=bool(_observers),
+                null_logit=null_logit, softcap=softcap, dropout=dropout,
             )  # fmt: skip
             weights_BHTS = None
         else:

@@ -1,68 +1,17 @@
-"""Depth routing while decoding on the CPU: one call a sublayer.
+"""Depth routing while decoding on the CPU: one call of C a sublayer, see `ops.native`.
 
-A decoded token's sources are a few kilobytes, so that `InferenceStream` spends its time on calling
-operations and not in them.  Here they are one function of C, `decoding.c`.  It is compiled when
-first needed, into the cache folder; without a C compiler, `InferenceStream` decodes.
+Without a C compiler, `InferenceStream` decodes.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from oasis_attn.files import cache_folder, write_bytes
 from oasis_attn.modeling.residual import Norm, Routing
-from oasis_attn.records import machine
-
-_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared", "-fPIC")
-
-
-class _State(ctypes.Structure):
-    """`State` of decoding.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("B", "H", "D", "S", "block", "null", "scaled")),
-        ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("queries_RD", "couplings_R")),
-        *((name, ctypes.c_void_p) for name in ("sources_BSD", "inverse_rms_BS", "psi_BS")),
-        ("weights_S", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("router", "row")),
-    ]
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """decoding.c for this processor; None where it cannot be compiled."""
-    compiler = os.environ.get("CC") or shutil.which("cc")
-    if compiler is None:
-        return None
-    source = files("oasis_attn.modeling").joinpath("decoding.c").read_bytes()
-    key = hashlib.sha256(repr((source, _FLAGS, compiler, machine()["device"])).encode()).hexdigest()
-    built = cache_folder() / f"decoding-{key[:16]}.so"
-    try:
-        if not built.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                path, out = Path(folder, "decoding.c"), Path(folder, "decoding.so")
-                path.write_bytes(source)
-                command = [compiler, *_FLAGS, str(path), "-o", str(out), "-lm"]
-                subprocess.run(command, check=True, capture_output=True)
-                write_bytes(built, out.read_bytes())
-        library = ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    library.depth_step.argtypes = [ctypes.c_void_p] * 4
-    library.depth_step.restype = None
-    return library
+from oasis_attn.ops import native
 
 
 def decodable(embedding_BTD: Tensor, routing: Routing) -> bool:
@@ -73,7 +22,7 @@ def decodable(embedding_BTD: Tensor, routing: Routing) -> bool:
         and embedding_BTD.device.type == "cpu"
         and routing.router.settings.null_signal != "shuffled"
         and not torch.compiler.is_compiling()
-        and _library() is not None
+        and native.library() is not None
     )
 
 
@@ -82,7 +31,7 @@ class DecodingStream:
 
     def __init__(self, embedding_BTD: Tensor, routing: Routing):
         settings = routing.router.settings
-        library = _library()
+        library = native.library()
         assert library is not None
         self._step = library.depth_step
         self._queries_RD = routing.queries_RD.contiguous()
@@ -92,7 +41,7 @@ class DecodingStream:
         S = 1 + (R + settings.depth_block_size - 2) // settings.depth_block_size
         self._buffers = embedding_BTD.new_empty(B * S * D), *embedding_BTD.new_empty(3, B * S)
         signal = self._couplings_R is not None
-        self._state = _State(
+        self._state = native.DepthState(
             B, settings.num_attention_heads, D, S, settings.depth_block_size,
             settings.depth_normalizer == "softmax1", settings.depth_scale == "sources",
             routing.router.eps, self._queries_RD.data_ptr(),

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,16 @@ def _unpickled(make: Callable[[Any], Any], native: type) -> Routed:
     return routed.__new__(routed)
 
 
+class LayerSettings(NamedTuple):
+    """What layers read of `OasisConfig`, read once a forward pass: transformers' configs are slow."""
+
+    residual: str
+    normalizer: str
+    null_logit: float
+    clip_gamma: float
+    routing: Routing | None
+
+
 class RoutedLayer(Routed):
     """Mixed into a family's decoder layer: the same branches around another residual stream."""
 
@@ -93,13 +103,14 @@ class RoutedLayer(Routed):
         self,
         hidden_states: Tensor | tuple[Tensor, ...],
         attention_mask: Tensor | None = None,
-        routing: Routing | None = None,
+        *,
+        settings: LayerSettings,
         **kwargs,
     ) -> Tensor | tuple:
-        family, settings = self.family, self.settings
+        family = self.family
         stream: SumStream | DepthStream | InferenceStream | DecodingStream | AuthorsStream
         if settings.residual == "depth":
-            stream = depth_stream(hidden_states, 2 * self.index, cast(Routing, routing))
+            stream = depth_stream(hidden_states, 2 * self.index, cast(Routing, settings.routing))
         elif settings.residual == "authors":
             routers = (self.attn_res_sa, self.attn_res_mlp)
             stream = AuthorsStream(hidden_states, 2 * self.index, routers)
@@ -110,7 +121,7 @@ class RoutedLayer(Routed):
         branch, null_BHT = self.self_attn(
             hidden_states=normed,
             attention_mask=attention_mask,
-            normalizer=settings.token_normalizer,
+            normalizer=settings.normalizer,
             null_logit=settings.null_logit if self.null_logit is None else self.null_logit,
             clip_gamma=settings.clip_gamma,
             output_gate=None if self.output_gate is None else self.output_gate(normed),
@@ -125,13 +136,20 @@ class RoutedLayer(Routed):
         return stream.packed()
 
     def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
-        return getattr(self, name) if name else lambda x_BTD: x_BTD
+        return getattr(self, name) if name else _same
 
     def _finish(self, branch_BTD: Tensor, norm: str | None, dropout: str | None) -> Tensor:
-        branch_BTD = self._named(dropout)(self._named(norm)(branch_BTD))
-        if self.family.multiplier is None:
-            return branch_BTD
-        return branch_BTD * getattr(self, self.family.multiplier)
+        if norm:
+            branch_BTD = getattr(self, norm)(branch_BTD)
+        if dropout:
+            branch_BTD = getattr(self, dropout)(branch_BTD)
+        if self.family.multiplier:
+            branch_BTD = branch_BTD * getattr(self, self.family.multiplier)
+        return branch_BTD
+
+
+def _same(x_BTD: Tensor) -> Tensor:
+    return x_BTD
 
 
 class RoutedModel(Routed):
@@ -152,8 +170,14 @@ class RoutedModel(Routed):
         self._no_split_modules = [layer_class.__name__]
 
     def forward(self, *args, output_attentions: bool = False, **kwargs):
-        if self.depth is not None:
-            kwargs["routing"] = self.depth()
+        config = cast(RoutedLayer, self.layers[0]).settings
+        kwargs["settings"] = LayerSettings(
+            config.residual,
+            config.token_normalizer,
+            config.null_logit,
+            config.clip_gamma,
+            None if self.depth is None else self.depth(),
+        )
         if not output_attentions:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         maps: list[Tensor | None] = []

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oasis_attn.errors import UserError, check_choice
+from oasis_attn.ops import native
 from oasis_attn.ops.normalizers import normalize
 
 BACKENDS = ("auto", "naive", "cpu_flash", "flex")
@@ -99,12 +100,8 @@ def attend(
     softcap: float | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
-    total: bool = True,
 ) -> Attended:
-    """`null_attention`, and the log of its denominator (from which any p_j can be had again).
-
-    Without `total`, `total_BHT` may lack the null: decoding reads neither.
-    """
+    """`null_attention`, and the log of its denominator (from which any p_j can be had again)."""
     _check_shapes(query, key, value, attn_mask, null_logit)
     backend = _choose(backend, query, key, value, attn_mask, softcap, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -116,10 +113,6 @@ def attend(
             attn_mask = _with_causal(attn_mask, T, S, query.device)
             is_causal = False
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if backend == "cpu_flash" and not (total or torch.is_grad_enabled()):
-        c = null_logit.to(precise).reshape(-1, 1) if isinstance(null_logit, Tensor) else null_logit
-        out, null_BHT, lse_BHT = _flash_with_null(query, key, value, c, attn_mask, is_causal, scale)
-        return Attended(out, null_BHT, lse_BHT)
     null_logit_H = torch.as_tensor(null_logit, dtype=precise, device=query.device).reshape(-1)
     if backend == "cpu_flash":
         arguments = (query, key, value, null_logit_H, attn_mask, is_causal, scale)
@@ -130,6 +123,37 @@ def attend(
         query, key, attn_mask=attn_mask, scale=scale, softcap=softcap, null_logit=null_logit_H
     )
     return Attended(naive_mix(weights_BHTS, value, dropout).to(query.dtype), null_BHT, total_BHT)
+
+
+def attend_one(
+    query_BH1d: Tensor, key: Tensor, value: Tensor, *, scale: float, null_logit: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """`null_attention` of one new token a sequence that sees all keys, where `attends_one`."""
+    out, lse_BH1 = _flash(query_BH1d, key, value, 0.0, False, scale=scale)
+    null_BH1 = torch.empty_like(lse_BH1)
+    logits, logit = None, 0.0
+    if isinstance(null_logit, Tensor):
+        null_logit = null_logit.to(torch.float32).contiguous()
+        logits = null_logit.data_ptr()
+    else:
+        logit = null_logit
+    B, H, _, d = query_BH1d.shape
+    step = native.library().null_step  # type: ignore[union-attr]
+    step(out.data_ptr(), lse_BH1.data_ptr(), null_BH1.data_ptr(), logits, logit, B, H, d)
+    return out, null_BH1
+
+
+def attends_one(query: Tensor, value: Tensor) -> bool:
+    """Whether `attend_one` serves this call: float32 on the CPU, no gradient, not being traced."""
+    return (
+        query.shape[2] == 1
+        and query.dtype == torch.float32
+        and query.device.type == "cpu"
+        and query.shape[3] == value.shape[3]
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and native.library() is not None
+    )
 
 
 # ---------------------------------------------------------------------------------------- naive

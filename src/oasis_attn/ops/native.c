@@ -1,7 +1,6 @@
-/* Depth routing of one new token per sequence: what DepthStream computes, in one call a sublayer.
+/* What decoding one new token per sequence does beside the family's own work, in float32.
  *
- * Axes: B sequences, H heads, D width, R routers, S sources.  The null of Softmax1 over depth has
- * the logit of a source of evidence mean psi, which here is 0: psi is centred.
+ * Axes: B sequences, H heads, d head width, D width, R routers, S sources.
  */
 #include <math.h>
 #include <stdint.h>
@@ -13,7 +12,7 @@ typedef struct {
     const float *couplings_R;  /* or NULL: no signal */
     float *sources_BSD, *inverse_rms_BS, *psi_BS, *weights_S;
     int64_t router, row;       /* the router to mix for next, and the source being written */
-} State;
+} DepthState;
 
 static float dot(const float *a, const float *b, int64_t D) {
     float sum = 0;
@@ -22,9 +21,24 @@ static float dot(const float *a, const float *b, int64_t D) {
     return sum;
 }
 
-/* Add a sublayer's output [B, D] and its null mass [B, H] (or NULL: evidence 0) to the sources, and
+/* Give softmax attention's output [B, H, d] its null, in place, and write the null mass [B, H]: from
+ * the log-sum-exp of the real logits, and the null's logit, one a head (logits_H) or one for all. */
+void null_step(float *out_BHd, const float *lse_BH, float *null_BH, const float *logits_H,
+               float logit, int64_t B, int64_t H, int64_t d) {
+    for (int64_t i = 0; i < B * H; i++) {
+        const float excess = lse_BH[i] - (logits_H ? logits_H[i % H] : logit);
+        const float keep = 1 / (1 + expf(-excess));
+        null_BH[i] = 1 / (1 + expf(excess));
+        for (int64_t j = 0; j < d; j++) out_BHd[i * d + j] *= keep;
+    }
+}
+
+/* Depth routing in one call a sublayer: what DepthStream computes.  The null of Softmax1 over depth
+ * has the logit of a source of evidence mean psi, which here is 0: psi is centred.
+ *
+ * Add a sublayer's output [B, D] and its null mass [B, H] (or NULL: evidence 0) to the sources, and
  * write the next router's mix [B, D].  The first call's output is the embedding. */
-void depth_step(State *s, const float *branch_BD, const float *null_BH, float *mixed_BD) {
+void depth_step(DepthState *s, const float *branch_BD, const float *null_BH, float *mixed_BD) {
     const int64_t D = s->D, S = s->S, row = s->row, rows = row + 1;
     const int64_t members = s->router ? (s->router - 1) % s->block : 0;
     const float *query = s->queries_RD + s->router * D;

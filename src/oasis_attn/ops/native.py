@@ -1,0 +1,63 @@
+"""`native.c`, compiled when first needed into the cache folder, for this processor.
+
+A decoded token's tensors are a few kilobytes, so that PyTorch spends its time on calling operations
+and not in them.  What is called twice a layer there is a function of C.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from oasis_attn.files import cache_folder, write_bytes
+from oasis_attn.records import machine
+
+_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared", "-fPIC")
+
+
+class DepthState(ctypes.Structure):
+    """`DepthState` of native.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("B", "H", "D", "S", "block", "null", "scaled")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("queries_RD", "couplings_R")),
+        *((name, ctypes.c_void_p) for name in ("sources_BSD", "inverse_rms_BS", "psi_BS")),
+        ("weights_S", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("router", "row")),
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where there is no C compiler (`CC`, or `cc`), or it fails."""
+    compiler = os.environ.get("CC") or shutil.which("cc")
+    if compiler is None:
+        return None
+    source = files("oasis_attn.ops").joinpath("native.c").read_bytes()
+    key = hashlib.sha256(repr((source, _FLAGS, compiler, machine()["device"])).encode()).hexdigest()
+    built = cache_folder() / f"native-{key[:16]}.so"
+    try:
+        if not built.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                path, out = Path(folder, "native.c"), Path(folder, "native.so")
+                path.write_bytes(source)
+                command = [compiler, *_FLAGS, str(path), "-o", str(out), "-lm"]
+                subprocess.run(command, check=True, capture_output=True)
+                write_bytes(built, out.read_bytes())
+        loaded = ctypes.CDLL(str(built))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    loaded.depth_step.argtypes = [pointer] * 4
+    loaded.null_step.argtypes = [pointer] * 4 + [number] + [integer] * 3
+    for function in (loaded.depth_step, loaded.null_step):
+        function.restype = None
+    return loaded
