@@ -64,7 +64,7 @@ def _unpickled(make: Callable[[Any], Any], native: type) -> Routed:
 
 
 class LayerSettings(NamedTuple):
-    """What layers read of `OasisConfig`, read once a forward pass: transformers' configs are slow."""
+    """What layers read of `OasisConfig`, once a forward pass: transformers' configs are slow."""
 
     residual: str
     normalizer: str
