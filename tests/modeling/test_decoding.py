@@ -5,6 +5,7 @@ import torch
 
 from oasis_attn.modeling import decoding, inference
 from oasis_attn.ops import native
+from oasis_attn.ops.null_attention import attend_one, null_attention
 from tiny import tiny_config, tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "oasis_signal_off"]
@@ -52,6 +53,20 @@ def test_one_token_at_a_time(variant, settings, batch, steps):
         torch.testing.assert_close(decoded(model, ids), whole, rtol=0, atol=2e-5)
     assert steps.count("DecodingStream") == 6 * 11  # the embedding, and two branches a layer
     assert steps.count("InferenceStream") == 10
+
+
+@compiled
+@pytest.mark.parametrize(
+    "null_logit",
+    [0.0, -12.0, 90.0, -torch.inf, torch.tensor([0.5, -2.0, -torch.inf, 30.0])],
+    ids=str,
+)
+def test_the_null_of_one_token(null_logit):
+    query, (key, value) = torch.randn(3, 4, 1, 8), torch.randn(2, 3, 2, 7, 8)
+    with torch.no_grad():
+        fast = attend_one(query, key, value, scale=0.3, null_logit=null_logit)
+    plain = null_attention(query, key, value, scale=0.3, null_logit=null_logit, backend="naive")
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
