@@ -5,8 +5,8 @@ a group begins, one pass over the finished sources gives its routers' mixes and 
 one); each router then merges its own with what has come since, by the online softmax (phase two).
 This is the two-phase inference of Attention Residuals (arXiv 2603.15031), for any block size.
 
-A decoded token passes here twice a layer, so that the number of tensor operations is what counts:
-what is known when a forward pass or a group begins is computed there, for all routers at once.
+A decoded token passes here twice a layer, so that the number of tensor operations counts: what is
+known when a forward pass or a group begins is computed there, for all routers at once.
 
 Axes: B batch, T tokens, D width, S sources, R routers, G those of a group; C the logits that do not
 come from a recent source: the folded sources' together and, for Softmax1, the depth null's.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from oasis_attn.modeling.decoding import DecodingStream, decodable
+from oasis_attn.modeling.native import NativeStream, suits_native
 from oasis_attn.modeling.residual import DepthStream, Norm, Routing, evidence, observers
 from oasis_attn.ops.depth_mix import fold_sources, merge_recent
 
@@ -172,11 +172,11 @@ class InferenceStream:
 
 def depth_stream(
     state: Tensor | tuple, sublayer: int, routing: Routing
-) -> DepthStream | InferenceStream | DecodingStream:
-    """The stream in its form for the moment: differentiable, in two phases, or for decoding."""
-    if isinstance(state, tuple) and isinstance(state[1], InferenceStream | DecodingStream):
+) -> DepthStream | InferenceStream | NativeStream:
+    """The stream in its form for the moment: differentiable, in two phases, or in C."""
+    if isinstance(state, tuple) and isinstance(state[1], InferenceStream | NativeStream):
         return state[1].resume(state[0])
     mergeable = routing.router.settings.depth_normalizer != "sigmoid"
     if isinstance(state, Tensor) and mergeable and not torch.is_grad_enabled() and not observers:
-        return (DecodingStream if decodable(state, routing) else InferenceStream)(state, routing)
+        return (NativeStream if suits_native(state, routing) else InferenceStream)(state, routing)
     return DepthStream(state, sublayer, routing)

@@ -35,9 +35,9 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputReco
 
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.configuration import OasisConfig, refuse_unknown
-from oasis_attn.modeling.decoding import DecodingStream
 from oasis_attn.modeling.families import Family, check_fits
 from oasis_attn.modeling.inference import InferenceStream, depth_stream
+from oasis_attn.modeling.native import NativeStream
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 from oasis_attn.modeling.residual import (
     AuthorsRouter,
@@ -108,7 +108,7 @@ class RoutedLayer(Routed):
         **kwargs,
     ) -> Tensor | tuple:
         family = self.family
-        stream: SumStream | DepthStream | InferenceStream | DecodingStream | AuthorsStream
+        stream: SumStream | DepthStream | InferenceStream | NativeStream | AuthorsStream
         if settings.residual == "depth":
             stream = depth_stream(hidden_states, 2 * self.index, cast(Routing, settings.routing))
         elif settings.residual == "authors":

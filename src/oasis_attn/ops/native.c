@@ -1,24 +1,33 @@
-/* What decoding one new token per sequence does beside the family's own work, in float32.
+/* What inference on a CPU does beside the family's own work, in float32.
  *
- * Axes: B sequences, H heads, d head width, D width, R routers, S sources.
+ * Axes: N tokens, B sequences, H heads, d head width, D width in whole vectors, R routers, S sources,
+ * G routers of a group, filled up to whole tiles.
  */
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
-typedef struct {
-    int64_t B, H, D, S, block, null, scaled;
-    float eps;
-    const float *queries_RD;   /* key-norm gains folded in */
-    const float *couplings_R;  /* or NULL: no signal */
-    float *sources_BSD, *inverse_rms_BS, *psi_BS, *weights_S;
-    int64_t router, row;       /* the router to mix for next, and the source being written */
-} DepthState;
+enum { LANES = 16, TILE = 4 };
+typedef float vector __attribute__((vector_size(LANES * sizeof(float))));
 
-static float dot(const float *a, const float *b, int64_t D) {
+static inline vector load(const float *from) {
+    vector values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+static inline void store(float *to, vector values) { memcpy(to, &values, sizeof values); }
+
+static inline float total(vector values) {
     float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < D; d++) sum += a[d] * b[d];
+    for (int lane = 0; lane < LANES; lane++) sum += values[lane];
     return sum;
+}
+
+static float dot(const float *a, const float *b, int64_t W) {
+    vector sum = {0};
+    for (int64_t w = 0; w < W; w += LANES) sum += load(a + w) * load(b + w);
+    return total(sum);
 }
 
 /* Give softmax attention's output [B, H, d] its null, in place, and write the null mass [B, H]: from
@@ -33,45 +42,110 @@ void null_step(float *out_BHd, const float *lse_BH, float *null_BH, const float 
     }
 }
 
-/* Depth routing in one call a sublayer: what DepthStream computes.  The null of Softmax1 over depth
- * has the logit of a source of evidence mean psi, which here is 0: psi is centred.
+/* Depth routing: what DepthStream computes, in two phases (arXiv 2603.15031, inference).  Routers are
+ * taken in groups: a block's, or some at a time where every sublayer is a source of its own.  When a
+ * group begins, one pass over the finished sources makes its routers' partial mixes; each router then
+ * merges its own with the sources that have come since, by the online softmax.
  *
- * Add a sublayer's output [B, D] and its null mass [B, H] (or NULL: evidence 0) to the sources, and
- * write the next router's mix [B, D].  The first call's output is the embedding. */
-void depth_step(DepthState *s, const float *branch_BD, const float *null_BH, float *mixed_BD) {
-    const int64_t D = s->D, S = s->S, row = s->row, rows = row + 1;
-    const int64_t members = s->router ? (s->router - 1) % s->block : 0;
-    const float *query = s->queries_RD + s->router * D;
-    const float beta = s->couplings_R ? s->couplings_R[s->router] : 0;
+ * psi is not centred: for Softmax1 that moves the null's logit from 0 to -beta mean psi, and for the
+ * softmax it changes nothing. */
+typedef struct {
+    int64_t N, D, R, block, group, null, scaled;
+    float eps;
+    const float *queries_RD;   /* key-norm gains folded in; TILE rows of zeros at the end */
+    const float *couplings_R;  /* or NULL: no signal */
+    float **sources_S;         /* each [N, D] */
+    float *inverse_rms_SN, *psi_SN, *psi_sum_N;
+    float *partial_GND, *top_GN, *mass_GN;  /* sum e^(logit - top) x, top, sum e^(logit - top) */
+} DepthState;
 
-    for (int64_t b = 0; b < s->B; b++) {
-        const float *branch = branch_BD + b * D;
-        float *sources = s->sources_BSD + b * S * D, *source = sources + row * D;
-        float *inverse_rms = s->inverse_rms_BS + b * S, *psi = s->psi_BS + b * S;
-        float *weights = s->weights_S, *mixed = mixed_BD + b * D;
+static float coupling(const DepthState *s, int64_t router) {
+    return s->couplings_R && router < s->R ? s->couplings_R[router] : 0;
+}
 
-        for (int64_t d = 0; d < D; d++) source[d] = members ? source[d] + branch[d] : branch[d];
-        inverse_rms[row] = 1 / sqrtf(dot(source, source, D) / D + s->eps);
-        float evidence = 0;
-        for (int64_t h = 0; null_BH && h < s->H; h++) evidence += null_BH[b * s->H + h] / s->H;
-        psi[row] = members ? psi[row] + (evidence - psi[row]) / (members + 1) : evidence;
+/* Partial mixes of token n over its first sources, for the group that begins at `first`. */
+static void fold(const DepthState *s, int64_t n, int64_t first, int64_t rows) {
+    const int64_t N = s->N, D = s->D;
+    for (int64_t g = 0; g < s->group && first + g < s->R; g += TILE) {
+        const float *queries = s->queries_RD + (first + g) * D;
+        float weights[rows][TILE], top[TILE], mass[TILE] = {0};
 
-        float mean = 0, top = s->null ? 0 : -INFINITY, total = 0;
-        for (int64_t i = 0; i < rows; i++) mean += psi[i] / rows;
+        for (int r = 0; r < TILE; r++) top[r] = -INFINITY;
         for (int64_t i = 0; i < rows; i++) {
-            weights[i] = dot(sources + i * D, query, D) * inverse_rms[i] - beta * (psi[i] - mean);
-            top = fmaxf(top, weights[i]);
+            const float *source = s->sources_S[i] + n * D;
+            vector sums[TILE] = {{0}};
+            for (int64_t d = 0; d < D; d += LANES) {
+                const vector values = load(source + d);
+                for (int r = 0; r < TILE; r++) sums[r] += values * load(queries + r * D + d);
+            }
+            for (int r = 0; r < TILE; r++) {
+                const float bias = coupling(s, first + g + r) * s->psi_SN[i * N + n];
+                weights[i][r] = total(sums[r]) * s->inverse_rms_SN[i * N + n] - bias;
+                top[r] = fmaxf(top[r], weights[i][r]);
+            }
         }
-        for (int64_t i = 0; i < rows; i++) total += weights[i] = expf(weights[i] - top);
-        if (s->null) total += expf(-top);
-        const float scale = (s->scaled ? rows + s->null : 1) / total;
-
-        for (int64_t d = 0; d < D; d++) mixed[d] = 0;
-        for (int64_t i = 0; i < rows; i++) {
-            const float weight = weights[i] * scale;
-            for (int64_t d = 0; d < D; d++) mixed[d] += weight * sources[i * D + d];
+        for (int64_t i = 0; i < rows; i++)
+            for (int r = 0; r < TILE; r++) mass[r] += weights[i][r] = expf(weights[i][r] - top[r]);
+        for (int64_t d = 0; d < D; d += LANES) {
+            vector sums[TILE] = {{0}};
+            for (int64_t i = 0; i < rows; i++) {
+                const vector values = load(s->sources_S[i] + n * D + d);
+                for (int r = 0; r < TILE; r++) sums[r] += weights[i][r] * values;
+            }
+            for (int r = 0; r < TILE; r++) store(s->partial_GND + ((g + r) * N + n) * D + d, sums[r]);
+        }
+        for (int r = 0; r < TILE; r++) {
+            s->top_GN[(g + r) * N + n] = top[r];
+            s->mass_GN[(g + r) * N + n] = mass[r];
         }
     }
-    s->row += s->router == 0 || members + 1 == s->block;
-    s->router++;
+}
+
+/* The mix of `router` [N, D], once the sublayer before it (before router 0: the embedding) has given
+ * its output [N, D] and null mass [N, H] (or NULL: evidence 0).  That output is the newest source;
+ * or, where a block is running [N, D], their sum is, and is written there.  Of tokens start to stop,
+ * which are independent. */
+void depth_step(const DepthState *s, int64_t router, const float *branch_ND, const float *running_ND,
+                const float *null_NH, int64_t H, float *mixed_ND, int64_t start, int64_t stop) {
+    const int64_t N = s->N, D = s->D, place = router % s->group;
+    const int64_t members = running_ND ? (router - 1) % s->block : 0;
+    const int64_t row = router ? 1 + (router - 1) / s->block : 0, rows = row + 1;
+    const int64_t folded = 1 + (router - place) / s->block, recent = rows - folded;
+    const float *query = s->queries_RD + router * D, beta = coupling(s, router);
+    float weights[recent + 1];
+
+    for (int64_t n = start; n < stop; n++) {
+        float *newest = s->sources_S[row] + n * D;
+        for (int64_t d = 0; running_ND && d < D; d += LANES)
+            store(newest + d, load(running_ND + n * D + d) + load(branch_ND + n * D + d));
+        s->inverse_rms_SN[row * N + n] = 1 / sqrtf(dot(newest, newest, D) / D + s->eps);
+        float evidence = 0;
+        for (int64_t h = 0; null_NH && h < H; h++) evidence += null_NH[n * H + h] / H;
+        const float earlier = members ? s->psi_SN[row * N + n] : 0;
+        const float psi = earlier + (evidence - earlier) / (members + 1);
+        s->psi_SN[row * N + n] = psi;
+        s->psi_sum_N[n] = router ? s->psi_sum_N[n] + psi - earlier : psi;
+
+        if (place == 0) fold(s, n, router, rows);
+        const float before = s->top_GN[place * N + n];
+        const float null = s->null ? -beta * s->psi_sum_N[n] / rows : -INFINITY;
+        float top = fmaxf(before, null);
+        for (int64_t i = 0; i < recent; i++) {
+            const int64_t at = (folded + i) * N + n;
+            const float score = dot(s->sources_S[folded + i] + n * D, query, D);
+            weights[i] = score * s->inverse_rms_SN[at] - beta * s->psi_SN[at];
+            top = fmaxf(top, weights[i]);
+        }
+        float kept = expf(before - top), mass = kept * s->mass_GN[place * N + n] + expf(null - top);
+        for (int64_t i = 0; i < recent; i++) mass += weights[i] = expf(weights[i] - top);
+        const float scale = (s->scaled ? rows + s->null : 1) / mass;
+        kept *= scale;
+        for (int64_t i = 0; i < recent; i++) weights[i] *= scale;
+        for (int64_t d = 0; d < D; d += LANES) {
+            vector mixed = kept * load(s->partial_GND + (place * N + n) * D + d);
+            for (int64_t i = 0; i < recent; i++)
+                mixed += weights[i] * load(s->sources_S[folded + i] + n * D + d);
+            store(mixed_ND + n * D + d, mixed);
+        }
+    }
 }

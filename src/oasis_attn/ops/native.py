@@ -1,7 +1,8 @@
 """`native.c`, compiled when first needed into the cache folder, for this processor.
 
 A decoded token's tensors are a few kilobytes, so that PyTorch spends its time on calling operations
-and not in them.  What is called twice a layer there is a function of C.
+and not in them; a prompt's mixes over depth are many small products that wait for memory.  What is
+called twice a layer there is a function of C.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from pathlib import Path
 from oasis_attn.files import cache_folder, write_bytes
 from oasis_attn.records import machine
 
-_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+
+
+LANES, TILE = 16, 4
+"""Floats of a vector there, and routers that are mixed for at once."""
 
 
 class DepthState(ctypes.Structure):
     """`DepthState` of native.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("B", "H", "D", "S", "block", "null", "scaled")),
+        *((name, ctypes.c_int64) for name in ("N", "D", "R", "block", "group", "null", "scaled")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("queries_RD", "couplings_R")),
-        *((name, ctypes.c_void_p) for name in ("sources_BSD", "inverse_rms_BS", "psi_BS")),
-        ("weights_S", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("router", "row")),
+        *((name, ctypes.c_void_p) for name in ("queries_RD", "couplings_R", "sources_S")),
+        *((name, ctypes.c_void_p) for name in ("inverse_rms_SN", "psi_SN", "psi_sum_N")),
+        *((name, ctypes.c_void_p) for name in ("partial_GND", "top_GN", "mass_GN")),
     ]
 
 
@@ -56,7 +60,9 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    loaded.depth_step.argtypes = [pointer] * 4
+    loaded.depth_step.argtypes = [
+        *(pointer, integer, pointer, pointer, pointer, integer, pointer, integer, integer)
+    ]
     loaded.null_step.argtypes = [pointer] * 4 + [number] + [integer] * 3
     for function in (loaded.depth_step, loaded.null_step):
         function.restype = None
