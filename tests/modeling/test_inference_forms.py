@@ -109,3 +109,23 @@ def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv("OASIS_CACHE", str(tmp_path))
     assert native.library.__wrapped__() is None
     assert not list(tmp_path.iterdir())
+
+
+@compiled
+def test_autocast_keeps_the_stream_in_float32(steps):
+    model = build("oasis")
+    ids = torch.randint(3, 90, (2, 40))
+    whole = differentiable(model, ids)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids).logits
+    assert set(steps) == {"NativeStream"}
+    assert (logits.float() - whole).norm() < 0.1 * whole.norm()  # the differentiable form: 0.07
+
+
+@compiled
+def test_a_branch_of_another_shape_is_refused():
+    model = build("oasis")
+    layer = model.model.layers[1].mlp
+    layer.register_forward_hook(lambda _module, _inputs, output: output[:, :-1])
+    with torch.no_grad(), pytest.raises(ValueError, match=r"sublayer 4 of 10 gave \[1, 4, "):
+        model(torch.randint(3, 90, (1, 5)))

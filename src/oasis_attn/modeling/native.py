@@ -6,6 +6,7 @@ Without a C compiler, `InferenceStream` takes its place.
 from __future__ import annotations
 
 import ctypes
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
@@ -18,6 +19,8 @@ from oasis_attn.ops import native
 
 GROUP = 8
 _SHARE = 16  # tokens that are worth a thread
+_SPARE_BYTES = 256 << 20
+_spare: list[Tensor] = []  # one at most
 
 
 def suits_native(embedding_BTD: Tensor, routing: Routing) -> bool:
@@ -44,20 +47,19 @@ class NativeStream:
         R, block = len(routing.queries_RD), settings.depth_block_size
         S, group = 1 + (R + block - 2) // block, block if block > 1 else GROUP
         G = -(-group // native.TILE) * native.TILE
-        self._queries_RD = F.pad(routing.queries_RD, (0, 0, 0, native.TILE))
-        self._couplings_R = routing.couplings_R
-        self._addresses = (ctypes.c_void_p * S)()
-        sizes = S * N, S * N, N, G * N * D, G * N, G * N
-        self._buffers = [embedding_BTD.new_empty(size) for size in sizes]
+        self._queries_RD = F.pad(routing.queries_RD, (0, 0, 0, native.TILE)).float()
+        couplings_R = routing.couplings_R
+        self._couplings_R = None if couplings_R is None else couplings_R.float()
+        sizes = S * N * D, S * N, S * N, N, G * N * D, G * N, G * N
+        self._memory = _allocate(sum(sizes))
+        buffers = [buffer.data_ptr() for buffer in self._memory[: sum(sizes)].split(sizes)]
         self._state = native.DepthState(
             N, D, R, block, group,
             settings.depth_normalizer == "softmax1", settings.depth_scale == "sources",
-            routing.router.eps, self._queries_RD.data_ptr(), _pointer(self._couplings_R),
-            ctypes.addressof(self._addresses), *(buffer.data_ptr() for buffer in self._buffers),
+            routing.router.eps, self._queries_RD.data_ptr(), _pointer(self._couplings_R), *buffers,
         )  # fmt: skip
         self._address = ctypes.addressof(self._state)
-        self._tokens, self._block, self._router, self._last = N, block, 0, R - 1
-        self._sources: list[Tensor] = []
+        self._shape, self._tokens, self._router, self._last = embedding_BTD.shape, N, 0, R - 1
         self._null_BHT: Tensor | None = None  # of the sublayer before, and its psi
         self._psi_BT: Tensor | None = None
         self._mix(embedding_BTD, None, 1)
@@ -87,29 +89,43 @@ class NativeStream:
         return self
 
     def _mix(self, branch_BTD: Tensor, null_NH: Tensor | None, heads: int) -> None:
-        branch_BTD = branch_BTD.contiguous()
-        if null_NH is not None:
-            null_NH = null_NH.contiguous()
-        running = None
-        members = (self._router - 1) % self._block if self._router else 0
-        if members == 0:
-            self._sources.append(branch_BTD)
-        else:
-            running = self._sources[-1]
-            if members == 1:  # what runs is a branch, and not ours to change
-                self._sources[-1] = torch.empty_like(branch_BTD)
-        self._addresses[len(self._sources) - 1] = self._sources[-1].data_ptr()
+        if branch_BTD.shape != self._shape or self._router > self._last:  # C would go astray
+            raise ValueError(
+                f"sublayer {self._router} of {self._last} gave {list(branch_BTD.shape)}, "
+                f"the embedding is {list(self._shape)}"
+            )
+        # Under autocast a branch is in half precision, and the stream stays in float32.
+        branch_BTD = branch_BTD.float().contiguous()
+        null_NH = None if null_NH is None else null_NH.float().contiguous()
         self.hidden = torch.empty_like(branch_BTD)
         arguments = (
-            *(self._address, self._router, branch_BTD.data_ptr(), _pointer(running)),
+            *(self._address, self._router, branch_BTD.data_ptr()),
             *(_pointer(null_NH), heads, self.hidden.data_ptr()),
         )
+        self._run(arguments)
+        if self._router == self._last and self._memory.nbytes <= _SPARE_BYTES:
+            _spare[:] = [self._memory]
+
+    def _run(self, arguments: tuple) -> None:
         threads = min(torch.get_num_threads(), self._tokens // _SHARE)
         if threads <= 1:
             self._step(*arguments, 0, self._tokens)
             return
         bounds = [self._tokens * thread // threads for thread in range(threads + 1)]
         list(_pool(threads).map(partial(self._step, *arguments), bounds[:-1], bounds[1:]))
+
+
+def _allocate(size: int) -> Tensor:
+    """`[at least size]` of float32, by choice what the pass before used.
+
+    The memory of a prompt's sources would go back to the system after each pass, and to get it
+    anew, a page at a time, cost a tenth of the pass.
+    """
+    try:
+        memory = _spare.pop()
+    except IndexError:
+        return torch.empty(size, dtype=torch.float32)
+    return memory if memory.numel() >= size else torch.empty(size, dtype=torch.float32)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -120,3 +136,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Calls of C run beside each other: ctypes lets go of Python's lock."""
     return ThreadPoolExecutor(threads)
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -54,8 +54,7 @@ typedef struct {
     float eps;
     const float *queries_RD;   /* key-norm gains folded in; TILE rows of zeros at the end */
     const float *couplings_R;  /* or NULL: no signal */
-    float **sources_S;         /* each [N, D] */
-    float *inverse_rms_SN, *psi_SN, *psi_sum_N;
+    float *sources_SND, *inverse_rms_SN, *psi_SN, *psi_sum_N;
     float *partial_GND, *top_GN, *mass_GN;  /* sum e^(logit - top) x, top, sum e^(logit - top) */
 } DepthState;
 
@@ -72,7 +71,7 @@ static void fold(const DepthState *s, int64_t n, int64_t first, int64_t rows) {
 
         for (int r = 0; r < TILE; r++) top[r] = -INFINITY;
         for (int64_t i = 0; i < rows; i++) {
-            const float *source = s->sources_S[i] + n * D;
+            const float *source = s->sources_SND + (i * N + n) * D;
             vector sums[TILE] = {{0}};
             for (int64_t d = 0; d < D; d += LANES) {
                 const vector values = load(source + d);
@@ -89,7 +88,7 @@ static void fold(const DepthState *s, int64_t n, int64_t first, int64_t rows) {
         for (int64_t d = 0; d < D; d += LANES) {
             vector sums[TILE] = {{0}};
             for (int64_t i = 0; i < rows; i++) {
-                const vector values = load(s->sources_S[i] + n * D + d);
+                const vector values = load(s->sources_SND + (i * N + n) * D + d);
                 for (int r = 0; r < TILE; r++) sums[r] += weights[i][r] * values;
             }
             for (int r = 0; r < TILE; r++) store(s->partial_GND + ((g + r) * N + n) * D + d, sums[r]);
@@ -102,22 +101,23 @@ static void fold(const DepthState *s, int64_t n, int64_t first, int64_t rows) {
 }
 
 /* The mix of `router` [N, D], once the sublayer before it (before router 0: the embedding) has given
- * its output [N, D] and null mass [N, H] (or NULL: evidence 0).  That output is the newest source;
- * or, where a block is running [N, D], their sum is, and is written there.  Of tokens start to stop,
- * which are independent. */
-void depth_step(const DepthState *s, int64_t router, const float *branch_ND, const float *running_ND,
-                const float *null_NH, int64_t H, float *mixed_ND, int64_t start, int64_t stop) {
+ * its output [N, D] and null mass [N, H] (or NULL: evidence 0).  That output becomes the newest
+ * source, or joins it where a block is running.  Of tokens start to stop, which are independent. */
+void depth_step(const DepthState *s, int64_t router, const float *branch_ND, const float *null_NH,
+                int64_t H, float *mixed_ND, int64_t start, int64_t stop) {
     const int64_t N = s->N, D = s->D, place = router % s->group;
-    const int64_t members = running_ND ? (router - 1) % s->block : 0;
+    const int64_t members = router ? (router - 1) % s->block : 0;
     const int64_t row = router ? 1 + (router - 1) / s->block : 0, rows = row + 1;
     const int64_t folded = 1 + (router - place) / s->block, recent = rows - folded;
     const float *query = s->queries_RD + router * D, beta = coupling(s, router);
     float weights[recent + 1];
 
     for (int64_t n = start; n < stop; n++) {
-        float *newest = s->sources_S[row] + n * D;
-        for (int64_t d = 0; running_ND && d < D; d += LANES)
-            store(newest + d, load(running_ND + n * D + d) + load(branch_ND + n * D + d));
+        float *newest = s->sources_SND + (row * N + n) * D;
+        for (int64_t d = 0; d < D; d += LANES) {
+            const vector values = load(branch_ND + n * D + d);
+            store(newest + d, members ? load(newest + d) + values : values);
+        }
         s->inverse_rms_SN[row * N + n] = 1 / sqrtf(dot(newest, newest, D) / D + s->eps);
         float evidence = 0;
         for (int64_t h = 0; null_NH && h < H; h++) evidence += null_NH[n * H + h] / H;
@@ -132,7 +132,7 @@ void depth_step(const DepthState *s, int64_t router, const float *branch_ND, con
         float top = fmaxf(before, null);
         for (int64_t i = 0; i < recent; i++) {
             const int64_t at = (folded + i) * N + n;
-            const float score = dot(s->sources_S[folded + i] + n * D, query, D);
+            const float score = dot(s->sources_SND + ((folded + i) * N + n) * D, query, D);
             weights[i] = score * s->inverse_rms_SN[at] - beta * s->psi_SN[at];
             top = fmaxf(top, weights[i]);
         }
@@ -144,7 +144,7 @@ void depth_step(const DepthState *s, int64_t router, const float *branch_ND, con
         for (int64_t d = 0; d < D; d += LANES) {
             vector mixed = kept * load(s->partial_GND + (place * N + n) * D + d);
             for (int64_t i = 0; i < recent; i++)
-                mixed += weights[i] * load(s->sources_S[folded + i] + n * D + d);
+                mixed += weights[i] * load(s->sources_SND + ((folded + i) * N + n) * D + d);
             store(mixed_ND + n * D + d, mixed);
         }
     }

@@ -33,7 +33,7 @@ class DepthState(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("N", "D", "R", "block", "group", "null", "scaled")),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("queries_RD", "couplings_R", "sources_S")),
+        *((name, ctypes.c_void_p) for name in ("queries_RD", "couplings_R", "sources_SND")),
         *((name, ctypes.c_void_p) for name in ("inverse_rms_SN", "psi_SN", "psi_sum_N")),
         *((name, ctypes.c_void_p) for name in ("partial_GND", "top_GN", "mass_GN")),
     ]
@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     loaded.depth_step.argtypes = [
-        *(pointer, integer, pointer, pointer, pointer, integer, pointer, integer, integer)
+        *(pointer, integer, pointer, pointer, integer, pointer, integer, integer)
     ]
     loaded.null_step.argtypes = [pointer] * 4 + [number] + [integer] * 3
     for function in (loaded.depth_step, loaded.null_step):
