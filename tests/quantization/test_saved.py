@@ -24,6 +24,7 @@ SCHEMES = {
     "dynamic": TABLE["w8a8-dynamic"],
     "weights": replace(TABLE["w4a16"], weight=ODD),
     "rotated": replace(TABLE["w4a4"], rotation="hadamard"),
+    "inputs rotated": replace(TABLE["w4a4"], rotation="inputs"),
     "smoothed": replace(TABLE["w8a8-static-linear"], smooth_alpha=0.5),
     "gptq": replace(TABLE["w4a8"], rounding="gptq", weight=replace(ODD, symmetric=True)),
 }

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.modeling.configuration import OasisConfig
-from oasis_attn.modeling.prefix import attach_prefix, load_prefix
+from oasis_attn.modeling.prefix import attach_prefix, load_prefix, prefix_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
@@ -87,7 +87,7 @@ def load_model(
     _check_finite(model, name_or_path)
     _check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), name_or_path)
     model.config.name_or_path = str(name_or_path)  # not the cache folder: records quote it
-    if prefix is not None:
+    if prefix is not None and prefix_of(model) is None:  # a model of ours has put it there
         attach_prefix(model, prefix)
     return model.eval(), tokenizer
 

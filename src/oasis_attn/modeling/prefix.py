@@ -4,7 +4,8 @@ Every sequence attends to them as if the tokens stood before it, and they are co
 is massive about a sink happened once, inside (CushionCache 2406.12016, PrefixQuant 2410.05265).
 
 Callers do not see it: masks, positions and logits are of their own tokens.  On disk it is a PEFT
-adapter of type `CARTRIDGE` in the model's subfolder `prefix`, which `load_model` puts back.
+adapter of type `CARTRIDGE` in the model's subfolder `prefix`; `load_model`, and `from_pretrained`
+of models of ours, put it back.
 
 Axes: L layers, G key heads, P prefix tokens, d head width; B batch, T tokens.
 """

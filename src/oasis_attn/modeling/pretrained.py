@@ -10,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
+from oasis_attn.modeling.prefix import attach_prefix, load_prefix
 from oasis_attn.modeling.residual import DepthRouter
 
 
@@ -26,10 +27,18 @@ class OasisPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, tp_plan=None, **kwargs):
-        """As transformers', less tensor parallelism: psi is a mean over all heads of a layer."""
+        """As transformers', with the prefix that is stored beside the weights, if there is one.
+
+        Tensor parallelism is refused: psi is a mean over all heads of a layer.
+        """
         if tp_plan is not None:
             raise UserError(f"tp_plan: {tp_plan!r} would split the heads the null signal averages")
-        return super().from_pretrained(*args, **kwargs)
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        prefix = None if source is None else load_prefix(source)
+        loaded = super().from_pretrained(*args, **kwargs)
+        if prefix is not None:
+            attach_prefix(loaded[0] if isinstance(loaded, tuple) else loaded, prefix)
+        return loaded
 
     def set_attn_implementation(self, attn_implementation, allow_all_kernels=False) -> None:  # noqa: ARG002
         """Refused unless it is ours: no other function has a null option."""

@@ -11,7 +11,7 @@ from oasis_attn.quantization.grids import Grid
 from oasis_attn.quantization.ranges import ESTIMATORS
 
 SITES = ("linear", "full")
-ROTATIONS = ("none", "hadamard")
+ROTATIONS = ("none", "hadamard", "inputs")
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -31,7 +31,8 @@ class Scheme:
         smooth_alpha: moves outliers from activations to weights first (SmoothQuant, 2211.10438),
             0 none of them, 1 all; None leaves it out.
         rotation: `hadamard` rotates the residual stream and the MLP's inner width first (QuaRot,
-            2404.00456), so that no channel stands out.
+            2404.00456), so that no channel stands out; `inputs` rotates the input of every linear
+            layer as the model runs: slower, for any family, and closer to the function at 4 bits.
         rounding: of weights, to the `nearest` level, or by `gptq` (2210.17323) to what moves the
             layer's output least.
     """

