@@ -2,7 +2,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup smollm2 demo test check bench clean
+.PHONY: setup smollm2 demo test check smoke bench clean
 
 setup: .venv/.installed
 smollm2: .venv/.smollm2
@@ -18,6 +18,11 @@ check: setup
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+
+smoke: setup
+	rm -rf runs/smoke
+	.venv/bin/oasis study run smoke --out runs/smoke --workers 2
+	.venv/bin/oasis study report runs/smoke
 
 bench: setup
 	$(PY) benchmarks/run.py
