@@ -63,7 +63,7 @@ def main() -> None:
     runs = parser.parse_args().runs
     for name, command in PREFIXES.items():
         if not (runs / name).exists():
-            words = command.format(out=runs / name).split()
+            words = [word.format(out=runs / name) for word in command.split()]
             subprocess.run([sys.executable, "-m", "oasis_attn", *words], check=True)
     model, tokenizer = load_model("smollm2")
     prefixed = {name: load_model(runs / name)[0] for name in PREFIXES}
