@@ -53,6 +53,25 @@ def test_the_tasks_as_a_table_and_as_json(capsys, monkeypatch, folder, tmp_path)
     assert "exists; resume it" in err
 
 
+def test_the_cache_in_few_bits(capsys, monkeypatch, tmp_path) -> None:
+    text = tiny_config(vocab_size=257, max_position_embeddings=512, eos_token_id=0, head_dim=32)
+    tiny_model(text=text).save_pretrained(tmp_path)
+    train_tokenizer(["x"], 257).save_pretrained(tmp_path)
+    words = ["evaluate", str(tmp_path), "--tasks", "perplexity,arith", "--corpus", "arith"]
+    words += ["--window", "256", "--limit", "2", "--max-new-tokens", "3", "--json"]
+    losses = {}
+    for bits in ("none", "8", "2"):
+        options = [] if bits == "none" else ["--kv-bits", bits]
+        code, shown, _ = run(capsys, monkeypatch, *words, *options)
+        assert code == 0
+        record = json.loads(shown)
+        losses[bits] = next(m["value"] for m in record["metrics"] if m["name"] == "loss.windowed")
+        assert record["subject"].get("kv_cache", {}).get("bits") == (
+            None if bits == "none" else int(bits)
+        )
+    assert 0 < abs(losses["8"] - losses["none"]) < abs(losses["2"] - losses["none"])
+
+
 def test_help_has_an_example(capsys, monkeypatch) -> None:
     code, out, _ = run(capsys, monkeypatch, "evaluate", "--help")
     assert code == 0
@@ -66,6 +85,7 @@ def test_help_has_an_example(capsys, monkeypatch) -> None:
         (["--tasks", "arit"], "did you mean 'arith'"),
         (["--k", "one"], "--k: 'one'"),
         (["--k", "2"], "k: 2"),
+        (["--kv-bits", "3"], "bits: 3 is not one of 2, 4, 8"),
         (["--corpus", "wikitext2"], "did you mean 'wikitext-2'"),
         (["--resume"], "resume: it needs samples"),
         (["--tasks", "arith"], "./absent"),
@@ -86,5 +106,7 @@ def test_there_is_an_option_for_every_field_with_its_default() -> None:
     for field in fields(EvaluationConfig):
         if field.name in ("tasks", "k"):
             assert options[field.name] == ",".join(map(str, field.default))
+        elif field.name == "cache":
+            assert options["kv_bits"] is None
         elif field.default is not MISSING:
             assert options[field.name] == field.default, field.name

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation.likelihood import score_continuations, score_windows, strided_windows
@@ -59,6 +60,18 @@ def test_without_overlap_it_is_the_diagnosis_s_perplexity(build, tokenizer):
     loss = sum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows)
     assert loss == pytest.approx(record["loss.windowed"], rel=1e-6)
     assert windows.sha256 == record.data["tokens_sha256"]
+
+
+def test_through_a_cache_it_is_the_same(build, tokenizer):
+    model = build(dtype=torch.float64)
+    windows = strided_windows(TEXTS, tokenizer, window=40, limit=3)
+    pairs = [("Question: 1", " 2 3" * 20), ("x", " apples" * 5)]
+    found = []
+    for cache in (None, lambda config: DynamicCache(config=config)):
+        rows = score_windows(model, windows, log=log(), batch_size=2, cache=cache)
+        rows += score_continuations(model, tokenizer, pairs, log=log(), batch_size=2, cache=cache)
+        found.append([row["loss"] for row in rows])
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
 def test_a_text_shorter_than_a_window(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,10 @@ def evaluate(
         Option(help="Problems or windows per task, from the first.", show_default=False),
     ] = None,
     batch_size: Annotated[int, Option(help="Windows or samples per forward pass.")] = 8,
+    kv_bits: Annotated[
+        int | None,
+        Option(help="Quantise the key-value cache: 2, 4 or 8 bits.", show_default=False),
+    ] = None,
     samples: Annotated[
         Path | None,
         Option(help="Log every sample to this folder, a file per task.", show_default=False),
@@ -59,9 +64,14 @@ def evaluate(
     given = {name: value for name, value in locals().items() if name not in _NOT_FIELDS}
 
     from oasis_attn.evaluation import evaluate as run
+    from oasis_attn.quantization.kv_cache import FIRST, RECENT, QuantizedCache, check_bits
 
     given["tasks"] = tuple(tasks.split(","))
     given["k"] = _whole_numbers("--k", k)
+    if kv_bits is not None:
+        check_bits(kv_bits)
+        given["cache"] = partial(QuantizedCache, bits=kv_bits)
+        given["subject"] = {"kv_cache": {"bits": kv_bits, "first": FIRST, "recent": RECENT}}
     with working(f"evaluating {model}"):
         record = run(model, **given)
     if out is not None:
@@ -72,7 +82,7 @@ def evaluate(
         print_table(_table(record))
 
 
-_NOT_FIELDS = ("model", "out", "as_json")
+_NOT_FIELDS = ("model", "kv_bits", "out", "as_json")
 
 
 def _whole_numbers(option: str, text: str) -> tuple[int, ...]:

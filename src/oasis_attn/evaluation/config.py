@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transformers import Cache, PreTrainedConfig
 
 from oasis_attn.data import load_corpus
 from oasis_attn.errors import UserError, check_at_least, check_choice
@@ -36,6 +38,9 @@ class EvaluationConfig:
         seed: of the samples.
         limit: problems or windows per task, from the first; default, all.
         batch_size: windows or samples in one forward pass.
+        cache: makes, from the model's config, a cache for each batch; likelihood is then computed
+            through it, 32 tokens at a time.  Name it in `subject`.  Default: none for likelihood,
+            transformers' own for answers.
         samples: a folder for the logs, `<task>.jsonl`; default, none is written.
         resume: go on from the logs in `samples`.
         subject: more about the model, for the record; samples logged under another are not its.
@@ -57,6 +62,7 @@ class EvaluationConfig:
     seed: int = 0
     limit: int | None = None
     batch_size: int = 8
+    cache: Callable[[PreTrainedConfig], Cache] | None = None
     samples: str | Path | None = None
     resume: bool = False
     subject: Mapping[str, Any] = field(default_factory=dict)

@@ -126,7 +126,9 @@ def _perplexity(run: _Run) -> None:
     check_lengths(run.model, [config.window], "window")
     settings = {"corpus_sha256": corpus.sha256, "window": config.window, "stride": windows.stride}
     log = run.log("perplexity", settings)
-    samples = score_windows(run.model, windows, log=log, batch_size=config.batch_size)
+    samples = score_windows(
+        run.model, windows, log=log, batch_size=config.batch_size, cache=config.cache
+    )
     loss, error = _mean_loss(samples)
     kind = "windowed" if windows.stride == config.window else "strided"
     n = len(samples)
@@ -210,6 +212,7 @@ def _answers(
         repeats=config.repeats,
         temperature=config.temperature,
         seed=config.seed,
+        cache=config.cache,
     )
     metrics, intervals = pass_metrics(task, problems, responses, config.k)
     run.metrics += metrics
@@ -228,6 +231,7 @@ def _gsm8k_loglik(run: _Run) -> None:
         [(_prompt(problem), " " + problem.answer) for problem in problems],
         log=run.log(task, data),
         batch_size=run.config.batch_size,
+        cache=run.config.cache,
     )
     values = [-row["loss"] / row["tokens"] for row in samples]
     n, mean = len(values), fmean(values)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -54,6 +56,7 @@ def generate(
     repeats: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    cache: Callable[[PreTrainedConfig], Cache] | None = None,
 ) -> list[list[str]]:
     """`repeats` continuations of each prompt, [prompts][repeats], logged as they come.
 
@@ -65,6 +68,7 @@ def generate(
     Args:
         log: samples in it are not made again.
         finish: (index of the prompt, continuation) -> what else is logged with the sample.
+        cache: makes the cache of a batch; default, transformers' own.
         stops: a continuation ends before the first of these, or at an end-of-text token.
 
     Raises:
@@ -87,6 +91,7 @@ def generate(
                 stops=stops,
                 ends=ends,
                 max_new_tokens=max_new_tokens,
+                cache=cache,
                 noise=None if draws is None else _Gumbel(draws, temperature),
             )
             log.add(
@@ -105,6 +110,7 @@ def _continue(
     stops: Sequence[str],
     ends: list[int],
     max_new_tokens: int,
+    cache: Callable[[PreTrainedConfig], Cache] | None,
     noise: LogitsProcessor | None,
 ) -> list[str]:
     pad = ends[0] if ends else 0
@@ -114,6 +120,7 @@ def _continue(
     output_BT = model.generate(
         input_ids=ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),
+        past_key_values=None if cache is None else cache(model.config),
         generation_config=GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,

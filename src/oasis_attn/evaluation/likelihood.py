@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation.generate import check_lengths, encode_prompt
 from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.modeling.subject import eval_mode
 from oasis_attn.ops.token_losses import token_losses
+
+MakeCache = Callable[[PreTrainedConfig], Cache]
+_PIECE = 32  # tokens of a pass through a cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,12 @@ def strided_windows(
 
 
 def score_windows(
-    model: PreTrainedModel, windows: Windows, *, log: SampleLog, batch_size: int
+    model: PreTrainedModel,
+    windows: Windows,
+    *,
+    log: SampleLog,
+    batch_size: int,
+    cache: MakeCache | None = None,
 ) -> list[Sample]:
     """Per window, `loss` (nats, summed) over `tokens`; logged as they come."""
     with eval_mode(model), torch.no_grad():
@@ -92,7 +100,7 @@ def score_windows(
             if all((start + row, 0) in log for row in range(len(scored))):
                 continue
             ids_BT = windows.ids_NT[start : start + batch_size].to(model.device)
-            losses_BT = token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+            losses_BT = token_losses(_logits(model, ids_BT, None, cache), ids_BT)
             log.add(
                 {"id": start + row, "repeat": 0, "tokens": n, "loss": float(losses_T[-n:].sum())}
                 for row, (n, losses_T) in enumerate(zip(scored, losses_BT, strict=True))
@@ -107,6 +115,7 @@ def score_continuations(
     *,
     log: SampleLog,
     batch_size: int,
+    cache: MakeCache | None = None,
 ) -> list[Sample]:
     """Per (prompt, continuation), `loss` (nats, summed) over the continuation's `tokens`.
 
@@ -123,7 +132,7 @@ def score_continuations(
             batch = rows[start : start + batch_size]
             if all((start + row, 0) in log for row in range(len(batch))):
                 continue
-            losses = _continuation_losses(model, batch)
+            losses = _continuation_losses(model, batch, cache)
             log.add(
                 {"id": start + row, "repeat": 0, "tokens": len(text), "loss": loss}
                 | {"prompt": pairs[start + row][0], "continuation": pairs[start + row][1]}
@@ -133,7 +142,9 @@ def score_continuations(
 
 
 def _continuation_losses(
-    model: PreTrainedModel, batch: Sequence[tuple[list[int], list[int]]]
+    model: PreTrainedModel,
+    batch: Sequence[tuple[list[int], list[int]]],
+    cache: MakeCache | None,
 ) -> list[float]:
     # Padded to the right, where no token that counts looks.
     whole = [list(chain(*pair)) for pair in batch]
@@ -141,9 +152,23 @@ def _continuation_losses(
     ids_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in whole])
     mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in whole])
     ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
-    logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    losses_BT = token_losses(logits_BTV, ids_BT)
+    losses_BT = token_losses(_logits(model, ids_BT, mask_BT, cache), ids_BT)
     return [
         float(losses_T[len(prompt) - 1 : len(prompt) + len(text) - 1].sum())
         for losses_T, (prompt, text) in zip(losses_BT, batch, strict=True)
     ]
+
+
+def _logits(
+    model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None, cache: MakeCache | None
+) -> Tensor:
+    """[B, T, V], in one pass, or piece by piece through a cache."""
+    if cache is None:
+        return model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    filled, pieces = cache(model.config), []
+    for start in range(0, ids_BT.shape[1], _PIECE):
+        part = slice(start, start + _PIECE)
+        mask = None if mask_BT is None else mask_BT[:, : part.stop]
+        out = model(input_ids=ids_BT[:, part], attention_mask=mask, past_key_values=filled)
+        pieces.append(out.logits)
+    return torch.cat(pieces, 1)

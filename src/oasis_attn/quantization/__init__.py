@@ -12,6 +12,7 @@ from oasis_attn.quantization.grids import Grid
 from oasis_attn.quantization.schemes import Scheme, schemes
 
 _HOMES = {
+    "QuantizedCache": "oasis_attn.quantization.kv_cache",
     "linear_sites": "oasis_attn.quantization.sites",
     "quantize": "oasis_attn.quantization.simulate",
     "quantized_sites": "oasis_attn.quantization.simulate",
