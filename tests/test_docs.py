@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import healing
+import matrix
 from oasis_attn.records import Record
+from oasis_attn.report.markdown import markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -13,3 +15,10 @@ def test_healing() -> None:
     table = healing.table(Record.load(folder / "record.json"))
     assert (folder / "table.md").read_text() == table
     assert table in (DOCS / "training.md").read_text()
+
+
+def test_matrix() -> None:
+    folder = DOCS / "results" / "quantization"
+    table = markdown(matrix.table(Record.load(folder / "record.json")))
+    assert (folder / "table.md").read_text() == table
+    assert table.split("\n\n", 1)[1].strip() in (DOCS / "quantization.md").read_text()
