@@ -198,10 +198,19 @@ def observe_attention(
     before = model.config._attn_implementation
     if before != ATTENTION:
         model.set_attn_implementation(ATTENTION)
+    try:
+        with observed(observer):
+            yield
+    finally:
+        if before != ATTENTION:
+            model.set_attn_implementation(before)
+
+
+@contextmanager
+def observed(observer: Callable[[nn.Module, AttentionCall], None]) -> Iterator[None]:
+    """While open, `observer` is handed every call of `oasis_attention`, with its module."""
     _observers.append(observer)
     try:
         yield
     finally:
         _observers.remove(observer)
-        if before != ATTENTION:
-            model.set_attn_implementation(before)

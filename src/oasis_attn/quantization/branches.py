@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from oasis_attn.errors import UserError
 from oasis_attn.modeling.families import Family, family_of
 
 _READERS = (
@@ -72,13 +73,16 @@ def branches(model: PreTrainedModel) -> list[Branch]:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers, and its name."""
-    depth = model.config.get_text_config().num_hidden_layers
-    return next(
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and name.endswith("layers")
-    )
+    """The list of decoder layers, and its name in the model.
+
+    Raises:
+        UserError: the family has no such list.
+    """
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and name.endswith("layers"):
+            return name, module
+    raise UserError(f"model: family {model.config.model_type!r} has no list of {depth} layers")
 
 
 def _branch(layer: nn.Module, path: str, family: Family, part: str, heads: int) -> Branch:

@@ -16,11 +16,12 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.modeling.prefix import Prefix, prefix_of, prefix_replaced, with_prefix
+from oasis_attn.quantization.branches import decoder_layers
 from oasis_attn.quantization.sites import linear_sites
 
 METHODS = ("greedy", "frequency")
@@ -251,18 +252,10 @@ def _watched(
             module = model.get_submodule(name)
             handle = module.register_forward_pre_hook(lambda _module, args: take("linear", args[0]))
             stack.callback(handle.remove)
-        for layer in _layers(model):
+        for layer in decoder_layers(model)[1]:
             handle = layer.register_forward_hook(lambda _module, _args, out: take("hidden", out))
             stack.callback(handle.remove)
         yield
-
-
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    for child in model.get_decoder().children():
-        if isinstance(child, nn.ModuleList) and len(child) == depth:
-            return child
-    raise UserError(f"model: family {model.config.model_type!r} has no list of {depth} layers")
 
 
 def _run(model: PreTrainedModel, ids_BT: Tensor) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from oasis_attn.modeling.attention import _observers, oasis_attention
+from oasis_attn.modeling.attention import oasis_attention, observed
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
 from oasis_attn.modeling.families import family_of
 from oasis_attn.ops.null_attention import naive_mix
+from oasis_attn.quantization.branches import decoder_layers
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
 
@@ -67,7 +68,7 @@ def tensor_sites(model: PreTrainedModel) -> tuple[str, ...]:
     routed = getattr(model.config, "residual", "sum") != "sum"
     names = {id(module): name for name, module in model.named_modules()}
     found: list[str] = []
-    for layer in decoder.layers:
+    for layer in decoder_layers(model)[1]:
         here = names[id(layer)]
 
         def norm(name: str | None, here: str = here) -> list[str]:
@@ -153,12 +154,9 @@ def quantized_attention(
     def see(_module: nn.Module, call: Any) -> None:
         calls.append(call)
 
-    _observers.append(see)
-    try:
+    with observed(see):
         kwargs["output_attentions"] = True
         _, null_BHT = oasis_attention(module, query, key, value, attention_mask, **kwargs)
-    finally:
-        _observers.remove(see)
     (call,) = calls
     context_BHTd = naive_mix(
         _site(module, "probabilities")(call.weights_BHTS),
