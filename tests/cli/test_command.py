@@ -11,7 +11,7 @@ import pytest
 from typer import Typer
 from typer.main import get_command
 
-from oasis_attn import cli
+from oasis_attn import __version__, cli
 from oasis_attn.cli import app, main
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.variants import variants
@@ -33,6 +33,10 @@ def test_every_verb_explains_itself_with_an_example(capsys, monkeypatch, verb) -
     assert code == 0
     assert f"Example: oasis {verb}" in " ".join(out.split())
     assert "--json" in out
+
+
+def test_version(capsys, monkeypatch) -> None:
+    assert run(capsys, monkeypatch, "--version") == (0, f"oasis-attn {__version__}\n", "")
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,18 @@ def test_hub_failure_is_one_line(monkeypatch):
             list(load_corpus(name).texts())
 
 
+def test_a_split_the_data_folder_lacks_is_told_with_those_it_has(tmp_path, monkeypatch):
+    def unreachable(*_args, **_kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setenv("OASIS_DATA", str(tmp_path))
+    for split in ("test", "validation"):
+        write_jsonl(tmp_path / "wikitext-2" / f"{split}.jsonl", [{"text": "t"}])
+    with pytest.raises(UserError, match=r"no route; .*wikitext-2' holds test, validation$"):
+        list(load_corpus("wikitext-2", "train").texts())
+
+
 def test_hub_rows_are_read_as_the_local_files_are(monkeypatch):
     rows = [{"text": x} for x in ("", " = One = \n", "", " a \n", " = Two = \n", " b \n")]
     monkeypatch.setattr("datasets.load_dataset", lambda *_args, **_kwargs: rows)

@@ -5,11 +5,15 @@ Verb modules import the library inside the verb, so that `oasis --help` answers 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from typing import Annotated
 
 import typer
+from typer import Exit, Option
 
+from oasis_attn import __version__
 from oasis_attn.cli.convert import convert
 from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
@@ -25,13 +29,24 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="oasis",
-    help="Attention with a null option, and depth routing that listens to it.",
     epilog="Start with: oasis demo",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, Option("--version", help="Say which version this is.")] = False,
+) -> None:
+    """Attention with a null option, and depth routing that listens to it."""
+    if version:
+        print(f"oasis-attn {__version__}")
+        raise Exit
+
+
 for verb in (demo, diagnose, convert, train, evaluate, prefix, quantize, variants):
     app.command()(verb)
 app.add_typer(study)
@@ -43,9 +58,12 @@ def main() -> int:
     0 is success, 2 bad input (one line on stderr says which), 130 an interruption; anything else
     that goes wrong is a bug and keeps its traceback.
     """
-    # What is going on is told by the verbs; the libraries below would tell it again, in bars.
+    # What is going on is told by the verbs; the libraries below would tell it again, in bars, and
+    # of kernels for other machines that do not load on this one.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = app(prog_name="oasis", standalone_mode=False) or 0
     except (UserError, typer.TyperException) as error:

@@ -192,7 +192,19 @@ def _splits(name: str) -> Mapping[str, Reader]:
             return by_hash(partial(readers.file_documents, _text_file(name)))
         check_choice("corpus (or a text file)", name, CORPORA)
     source = CORPORA[name]
-    return dict(source.splits) | (_folder_splits(kept, source.cut) if kept else {})
+    local = _folder_splits(kept, source.cut) if kept else {}
+    if not local:
+        return source.splits
+    hint = f"{str(kept)!r} holds {', '.join(sorted(local))}"
+    return {split: partial(_read, reader, hint) for split, reader in source.splits.items()} | local
+
+
+def _read(reader: Reader, hint: str) -> Iterator[str]:
+    """The same; what goes wrong is told with `hint`."""
+    try:
+        yield from reader()
+    except UserError as error:
+        raise UserError(f"{error}; {hint}") from error
 
 
 def _text_file(name: str) -> Path:

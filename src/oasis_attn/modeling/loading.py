@@ -75,7 +75,10 @@ def load_model(
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"model: {str(name_or_path)!r} cannot be loaded: {reason}") from error
+        where = "" if Path(source).exists() else "is not here, and from the hub "
+        raise UserError(
+            f"model: {str(name_or_path)!r} {where}cannot be loaded: {reason}"
+        ) from error
     model, info = loaded
     for problem in ("missing", "unexpected", "mismatched"):
         # A mismatch comes with both shapes.
