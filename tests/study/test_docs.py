@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import publish
 from oasis_attn.study.folder import StudyFolder
 from oasis_attn.study.page import tables_text
 from oasis_attn.study.results import Results
@@ -20,3 +21,10 @@ def test_committed_tables_are_those_of_the_committed_records(path: Path) -> None
     results = Results(folder.plan, folder.records())
     expected = tables_text(results, judge(results))
     assert (path / "tables.md").read_text(encoding="utf-8") == expected
+
+
+def test_the_page_holds_what_is_on_record() -> None:
+    text = publish.PAGE.read_text(encoding="utf-8")
+    assert publish.verdicts() in text
+    assert publish.scaling() in text
+    assert publish.page(text) == text

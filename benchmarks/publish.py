@@ -1,0 +1,101 @@
+"""Put a study on record: plan, records and report into docs/results, verdicts into docs/study.md.
+
+python benchmarks/publish.py FOLDER
+
+FOLDER is a study's, finished or not; what is there of the same plan is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from oasis_attn.files import write_text
+from oasis_attn.modeling.sizes import text_config
+from oasis_attn.report.markdown import markdown
+from oasis_attn.report.tables import Table
+from oasis_attn.study.folder import StudyFolder
+from oasis_attn.study.page import standing, write_report
+from oasis_attn.study.plan_file import load_plan
+from oasis_attn.study.results import Results
+from oasis_attn.study.verdict import NOT_TESTED, judge
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "study.md"
+STUDIES = ("paper", "isolate", "beyond")
+BATCH = 262_144  # tokens a step
+TOKENS = 20  # a parameter, after Hoffmann et al. (arXiv 2203.15556)
+ROUTING = 1.2  # what depth routing adds to a step
+SUSTAINED = 3.5e14  # operations per second in bfloat16 on one H100 or H200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    folder = StudyFolder.open(parser.parse_args().folder)
+    place = DOCS / "results" / folder.plan.name
+    shutil.rmtree(place, ignore_errors=True)
+    (place / "cells").mkdir(parents=True)
+    shutil.copy(folder.path / "plan.yaml", place)
+    for cell in folder.records():
+        shutil.copy(folder.record_path(cell), place / "cells")
+    write_report(StudyFolder.open(place), place / "index.html")
+    write_text(PAGE, page(PAGE.read_text(encoding="utf-8")))
+
+
+def page(text: str) -> str:
+    """docs/study.md with each table made anew."""
+    for name, table in {"verdicts": verdicts(), "scaling": scaling()}.items():
+        begin, end = f"<!-- benchmarks/publish.py: {name} -->\n", "<!-- end -->\n"
+        head, _, rest = text.partition(begin)
+        text = head + begin + table + end + rest.partition(end)[2]
+    return text
+
+
+def verdicts() -> str:
+    """What the rule says of each claim, a column a study that is on record."""
+    columns: dict[str, list[str]] = {}
+    lines = []
+    for name in STUDIES:
+        place = DOCS / "results" / name
+        if not place.is_dir():
+            continue
+        folder = StudyFolder.open(place)
+        results = Results(folder.plan, folder.records())
+        judged = judge(results)
+        columns.setdefault("claim", [each.claim.text for each in judged])
+        columns[f"`{name}`"] = [
+            "" if each.verdict == NOT_TESTED else each.verdict for each in judged
+        ]
+        lines.append(f"[`{name}`](results/{name}/tables.md): {standing(results)}")
+    rows = tuple(zip(*columns.values(), strict=True))
+    table = Table(title="", columns=tuple(columns), rows=rows, words=len(columns))
+    return markdown(table) + "\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def scaling() -> str:
+    """What the plans cost at sizes where sinks are known to form."""
+    cells = {name: len(load_plan(name).cells) for name in STUDIES}
+    cells["paper"] //= len(load_plan("paper").corpora)
+    rows = []
+    for size in ("small", "medium"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(text_config(size))
+        parameters = model.num_parameters()
+        tokens = TOKENS * parameters
+        steps = round(tokens / BATCH, -2)
+        hours = ROUTING * 6 * parameters * tokens / SUSTAINED / 3600
+        all_hours = (f"{float(f'{hours * n:.2g}'):,.0f}" for n in cells.values())
+        counts = f"{parameters / 1e6:.0f} M", f"{tokens / 1e9:.1f} G", f"{steps:,.0f} x {BATCH:,}"
+        rows.append((size, *counts, f"{hours:.2g}", *all_hours))
+    names = (f"`{name}`, {count} cells" for name, count in cells.items())
+    head = "size", "parameters", "tokens a cell", "steps x tokens", "GPU hours a cell"
+    return markdown(Table(title="", columns=(*head, *names), rows=tuple(rows), words=1))
+
+
+if __name__ == "__main__":
+    main()
