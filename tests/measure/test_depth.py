@@ -22,6 +22,7 @@ MODELS = {
     "attn_residual": {},
     "attn_residual_block": {"depth_scale": "sources"},
     "oasis_depth_sigmoid": {"depth_scale": "sources"},
+    "oasis_depth_softmax": {"depth_scale": "unit"},
 }
 
 
@@ -68,6 +69,8 @@ def written_out(model, ids_NT, dropped=None):
         alpha[..., kept] = e / one
         routed.append((alpha, null))
         mixed = (alpha.unsqueeze(-1) * v).sum(-2)
+        if settings.depth_scale == "unit":
+            return mixed / mixed.pow(2).mean(-1, keepdim=True).sqrt()
         return mixed * scale if settings.depth_scale == "sources" else mixed
 
     for layer in core.layers:

@@ -137,7 +137,7 @@ def test_checkpoints_of_experts_load_and_come_back(family, tmp_path):
 
 
 def test_a_post_norm_family_needs_the_scaled_mix():
-    with pytest.raises(UserError, match=r"depth_scale: 'none' would shrink .*'olmo2'"):
+    with pytest.raises(UserError, match=r"depth_scale: 'none' would set .*'olmo2'"):
         OasisForCausalLM(OasisConfig(text_config=tiny_config("olmo2")))
 
 

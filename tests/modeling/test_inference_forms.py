@@ -12,6 +12,7 @@ from oasis_attn.ops.null_attention import attend_one, null_attention
 from tiny import tiny_config, tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "oasis_signal_off"]
+SETTINGS = [{}, {"depth_scale": "none"}, {"depth_scale": "unit"}, {"depth_block_size": 3}]
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
 
@@ -50,7 +51,7 @@ def decoded(model, ids_BT):
 
 
 @compiled
-@pytest.mark.parametrize("settings", [{}, {"depth_scale": "none"}, {"depth_block_size": 3}])
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_token_at_a_time(variant, settings, batch, steps):
@@ -63,7 +64,7 @@ def test_one_token_at_a_time(variant, settings, batch, steps):
 
 
 @compiled
-@pytest.mark.parametrize("settings", [{}, {"depth_scale": "none"}, {"depth_block_size": 3}])
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_prompt(variant, settings, threads, steps, monkeypatch):
@@ -93,10 +94,11 @@ def test_the_null_of_one_token(null_logit):
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_without_a_compiler(variant, steps, monkeypatch):
+def test_without_a_compiler(variant, settings, steps, monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
-    model = build(variant)
+    model = build(variant, **settings)
     ids = torch.randint(3, 90, (2, 9))
     whole = differentiable(model, ids)[:, 3:]
     with torch.no_grad():

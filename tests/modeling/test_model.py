@@ -117,6 +117,21 @@ def test_recomputed_mixes_are_not_kept(ids):
     assert kept_bytes(routed) < 1.02 * vanilla < kept
 
 
+@torch.no_grad()
+def test_mixes_of_unit_scale_are_the_same_function(ids):
+    unit, plain = (tiny_model(name, dtype=torch.float64) for name in ("oasis_unit", "oasis"))
+    seen = []
+    for model in (unit, plain):
+        for norm in (module for name, module in model.named_modules() if name.endswith("norm")):
+            norm.variance_epsilon = 0.0
+    for layer in unit.model.layers:
+        layer.input_layernorm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    # The family's own norms compute in float32.
+    torch.testing.assert_close(unit(ids).logits, plain(ids).logits, rtol=0, atol=1e-5)
+    rms = torch.stack(seen).pow(2).mean(-1).sqrt()
+    torch.testing.assert_close(rms, torch.ones_like(rms), rtol=0, atol=1e-6)
+
+
 def test_generate_is_the_same_with_and_without_a_cache(model, ids):
     texts = [
         model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cached)

@@ -22,7 +22,7 @@ _CHOICES = {
     "output_gate": ("none", "head", "elementwise"),
     "residual": ("sum", "depth", "authors"),
     "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
-    "depth_scale": ("none", "sources"),
+    "depth_scale": ("none", "sources", "unit"),
     "null_signal": ("off", "on", "shuffled"),
 }
 _FORWARDED = {  # what transformers reads off a model's top config
@@ -56,7 +56,10 @@ class OasisConfig(PreTrainedConfig):
             the next RMSNorm, so `softmax1` alone does what `softmax` does; with the null signal, or
             in a family without pre-norms, it does not.
         depth_scale: `sources` multiplies the mix by the number of sources (plus one for `softmax1`,
-            2 for `sigmoid`), so that zero queries give the exact residual sum.
+            2 for `sigmoid`), so that zero queries give the exact residual sum.  `unit` brings each
+            token's mix to a root mean square of 1, which changes nothing for the next RMSNorm, but
+            much for a quantiser: without it, tokens whose mixes are small share a range with large
+            ones.
         null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch
             keeps its distribution and destroys its information (a control; not causal).
         coupling_init: initial value of beta before the softplus.

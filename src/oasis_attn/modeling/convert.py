@@ -68,8 +68,8 @@ def convert(
         text_config=native.config, **_starting_settings(native.config, variant, overrides)
     )
     reason = _changes(config)
-    if config.residual == "depth" and config.depth_scale == "none":
-        reason = "depth_scale: 'none' makes the mean of the branches of their sum"
+    if config.residual == "depth" and config.depth_scale != "sources":
+        reason = f"depth_scale: {config.depth_scale!r} makes another scale of the branches' sum"
     if reason is None:
         expected = _native_class(native.config)
         if not isinstance(native, expected):
@@ -86,7 +86,8 @@ def convert(
 def to_vanilla(model: OasisForCausalLM) -> PreTrainedModel:
     """The family's own model with the same function, sharing the weights of `model`.
 
-    In a family with pre-norms a mix of `depth_scale` "none" equals the sum up to the norms' eps.
+    In a family with pre-norms a mix of another `depth_scale` than "sources" equals the sum up to
+    the norms' eps.
 
     Raises:
         UserError: a part of the method is in use, and which.

@@ -155,11 +155,11 @@ _REASONS = {family: reason for reason, families in _REFUSED.items() for family i
 def check_fits(config: OasisConfig) -> Family:
     """The adapter of `config`'s family, whose needs its settings meet; `UserError` otherwise."""
     kind, family = config.text_config.model_type, family_of(config.text_config)
-    if config.residual == "depth" and config.depth_scale == "none" and family.pre_mlp is None:
+    if config.residual == "depth" and config.depth_scale != "sources" and family.pre_mlp is None:
         # No pre-norm undoes the scale of the mix.
         raise UserError(
-            f"depth_scale: 'none' would shrink the input of {kind!r}, a post-norm family, with"
-            " every source; it needs 'sources'"
+            f"depth_scale: {config.depth_scale!r} would set the scale of the inputs of {kind!r}, a"
+            " post-norm family; it needs 'sources'"
         )
     if family.sinks and config.token_normalizer != "learned_sink":
         raise UserError(

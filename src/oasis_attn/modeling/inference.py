@@ -22,7 +22,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from oasis_attn.modeling.native import NativeStream, suits_native
-from oasis_attn.modeling.residual import DepthStream, Norm, Routing, evidence, observers
+from oasis_attn.modeling.residual import (
+    DepthStream,
+    Norm,
+    Routing,
+    evidence,
+    observers,
+    rescaled,
+)
 from oasis_attn.ops.depth_mix import fold_sources, merge_recent
 
 GROUP = 8
@@ -159,15 +166,17 @@ class InferenceStream:
     def _mix(self) -> None:
         """Phase two: h_l."""
         router, place = self.sublayer, self.sublayer % self.group
-        self.hidden, logits_BTC = self.mixes[place], self.folded_logits[place]
+        mixed_BTD, logits_BTC = self.mixes[place], self.folded_logits[place]
         if not (self.recent or self.softmax1):
+            self.hidden = rescaled(mixed_BTD, self.settings)
             return
         if self.recent and self.softmax1 and self.signal:
             by_since_C = self.by_since[router]
             logits_BTC = torch.addcmul(logits_BTC, self.psi_since_BT1, by_since_C)
         ahead = len(self.logits[-1]) if self.recent else 0
         logits_BTN = torch.cat([logits_BTC, *(logits[-ahead] for logits in self.logits)], -1)
-        self.hidden = merge_recent(self.hidden, self.recent, logits_BTN, self.scales[router])
+        mixed_BTD = merge_recent(mixed_BTD, self.recent, logits_BTN, self.scales[router])
+        self.hidden = rescaled(mixed_BTD, self.settings)
 
 
 def depth_stream(

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oasis_attn.modeling.residual import Norm, Routing, evidence
+from oasis_attn.modeling.residual import UNIT_EPS, Norm, Routing, evidence
 from oasis_attn.ops import native
 
 GROUP = 8
+_SCALES = ("none", "sources", "unit")  # the numbers that native.c has for them
 _SHARE = 16  # tokens that are worth a thread
 _SPARE_BYTES = 256 << 20
 _spare: list[Tensor] = []  # one at most
@@ -55,8 +56,9 @@ class NativeStream:
         buffers = [buffer.data_ptr() for buffer in self._memory[: sum(sizes)].split(sizes)]
         self._state = native.DepthState(
             N, D, R, block, group,
-            settings.depth_normalizer == "softmax1", settings.depth_scale == "sources",
-            routing.router.eps, self._queries_RD.data_ptr(), _pointer(self._couplings_R), *buffers,
+            settings.depth_normalizer == "softmax1", _SCALES.index(settings.depth_scale),
+            routing.router.eps, UNIT_EPS,
+            self._queries_RD.data_ptr(), _pointer(self._couplings_R), *buffers,
         )  # fmt: skip
         self._address = ctypes.addressof(self._state)
         self._shape, self._tokens, self._router, self._last = embedding_BTD.shape, N, 0, R - 1

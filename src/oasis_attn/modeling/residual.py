@@ -31,6 +31,8 @@ from oasis_attn.ops.depth_mix import (
 )
 
 COUPLING_MAX = 10.0
+UNIT_EPS = 1e-12
+"""Of `depth_scale` "unit": far below the mean square of any mix that is not zero."""
 Norm = Callable[[Tensor], Tensor]
 observers: list[Callable[[nn.Module, int, Tensor, Tensor], None]] = []
 
@@ -127,9 +129,10 @@ class DepthStream:
         """What the next sublayer reads: h_l of Attention Residuals."""
         if self._hidden is None:
             # The running block is not carried: the sum that continues it shares its gradient.
-            self._hidden, self.sources = carried_sum(
+            mixed_BTD, self.sources = carried_sum(
                 self._mixed(), self.weights_BTS, len(self.sources)
             )
+            self._hidden = rescaled(mixed_BTD, self.settings)
         return self._hidden
 
     def read(self, norm: Norm) -> Tensor:
@@ -138,7 +141,7 @@ class DepthStream:
             return norm(self.hidden)
 
         def normed(weights_BTS: Tensor, *sources: Tensor) -> Tensor:
-            return norm(weighted_sum(sources, weights_BTS))
+            return norm(rescaled(weighted_sum(sources, weights_BTS), self.settings))
 
         return checkpoint(
             normed, self.weights_BTS, *self._mixed(), use_reentrant=False, preserve_rng_state=False
@@ -299,6 +302,13 @@ def evidence(null_BHT: Tensor | None, branch_BTD: Tensor, settings: OasisConfig)
         order = torch.randperm(psi_BT.numel(), device=psi_BT.device)
         psi_BT = psi_BT.flatten()[order].view_as(psi_BT)
     return psi_BT
+
+
+def rescaled(mixed_BTD: Tensor, settings: OasisConfig) -> Tensor:
+    """The mix of a router with `depth_scale` "unit": of a root mean square of 1."""
+    if settings.depth_scale != "unit":
+        return mixed_BTD
+    return F.rms_norm(mixed_BTD, mixed_BTD.shape[-1:], eps=UNIT_EPS)
 
 
 def _append(tensor: Tensor, last: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "token_softmax1_only": _DEPTH | {"token_normalizer": "softmax1"},
     "depth_softmax1_only": _DEPTH | {"depth_normalizer": "softmax1"},
     "depth_sigmoid_only": _DEPTH | {"depth_normalizer": "sigmoid"},
+    # the same function with the scale of mixes fixed, for static quantisation
+    "oasis_unit": _OASIS | {"depth_scale": "unit"},
     # controls
     "attn_residual_gated": _DEPTH | {"output_gate": "head"},
     "attn_residual_softpick": _DEPTH | {"token_normalizer": "softpick"},

@@ -50,8 +50,9 @@ void null_step(float *out_BHd, const float *lse_BH, float *null_BH, const float 
  * psi is not centred: for Softmax1 that moves the null's logit from 0 to -beta mean psi, and for the
  * softmax it changes nothing. */
 typedef struct {
-    int64_t N, D, R, block, group, null, scaled;
-    float eps;
+    int64_t N, D, R, block, group, null;
+    int64_t scale;  /* of a mix: 0 as it is, 1 times the number of sources, 2 to a mean square of 1 */
+    float eps, unit_eps;
     const float *queries_RD;   /* key-norm gains folded in; TILE rows of zeros at the end */
     const float *couplings_R;  /* or NULL: no signal */
     float *sources_SND, *inverse_rms_SN, *psi_SN, *psi_sum_N;
@@ -138,7 +139,7 @@ void depth_step(const DepthState *s, int64_t router, const float *branch_ND, con
         }
         float kept = expf(before - top), mass = kept * s->mass_GN[place * N + n] + expf(null - top);
         for (int64_t i = 0; i < recent; i++) mass += weights[i] = expf(weights[i] - top);
-        const float scale = (s->scaled ? rows + s->null : 1) / mass;
+        const float scale = (s->scale == 1 ? rows + s->null : 1) / mass;
         kept *= scale;
         for (int64_t i = 0; i < recent; i++) weights[i] *= scale;
         for (int64_t d = 0; d < D; d += LANES) {
@@ -146,6 +147,11 @@ void depth_step(const DepthState *s, int64_t router, const float *branch_ND, con
             for (int64_t i = 0; i < recent; i++)
                 mixed += weights[i] * load(s->sources_SND + ((folded + i) * N + n) * D + d);
             store(mixed_ND + n * D + d, mixed);
+        }
+        if (s->scale == 2) {
+            float *mixed = mixed_ND + n * D;
+            const float inverse_rms = 1 / sqrtf(dot(mixed, mixed, D) / D + s->unit_eps);
+            for (int64_t d = 0; d < D; d++) mixed[d] *= inverse_rms;
         }
     }
 }

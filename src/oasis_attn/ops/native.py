@@ -31,8 +31,8 @@ class DepthState(ctypes.Structure):
     """`DepthState` of native.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("N", "D", "R", "block", "group", "null", "scaled")),
-        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("N", "D", "R", "block", "group", "null", "scale")),
+        *((name, ctypes.c_float) for name in ("eps", "unit_eps")),
         *((name, ctypes.c_void_p) for name in ("queries_RD", "couplings_R", "sources_SND")),
         *((name, ctypes.c_void_p) for name in ("inverse_rms_SN", "psi_SN", "psi_sum_N")),
         *((name, ctypes.c_void_p) for name in ("partial_GND", "top_GN", "mass_GN")),
