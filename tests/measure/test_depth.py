@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
 from oasis_attn.measure.depth import Depth
+from oasis_attn.modeling.residual import RouterCall
 from tiny import VOCABULARY, tiny_model
 
 from .models import native, ours
@@ -56,8 +57,10 @@ def written_out(model, ids_NT, dropped=None):
         psi = torch.stack([torch.zeros(ids_NT.shape).double(), *blocks], -1)
         keys = v / (v.pow(2).mean(-1, keepdim=True) + routers.eps).sqrt()
         g = keys @ (routers.queries[router] * routers.key_norm[router])
+        moved = torch.zeros_like(g)
         if routers.coupling is not None:
-            g = g - F.softplus(routers.coupling[router]) * (psi - psi.mean(-1, keepdim=True))
+            moved = -F.softplus(routers.coupling[router]) * (psi - psi.mean(-1, keepdim=True))
+        g = g + moved
         kept = [s for s in range(len(sources)) if s != dropped or len(sources) == 1]
         e, alpha = g[..., kept].exp(), torch.zeros_like(g)
         if settings.depth_normalizer == "sigmoid":
@@ -67,7 +70,7 @@ def written_out(model, ids_NT, dropped=None):
             one = null_weight + e.sum(-1, keepdim=True)
             null, scale = (null_weight / one).squeeze(-1), len(kept) + null_weight
         alpha[..., kept] = e / one
-        routed.append((alpha, null))
+        routed.append((alpha, null, moved.std(-1, correction=0)))
         mixed = (alpha.unsqueeze(-1) * v).sum(-2)
         if settings.depth_scale == "unit":
             return mixed / mixed.pow(2).mean(-1, keepdim=True).sqrt()
@@ -97,8 +100,8 @@ def test_every_measure_equals_the_forward_pass_written_out(variant, settings):
     record = diagnose(model, ids, batch_size=2)
     assert record["loss.windowed"] == pytest.approx(losses.mean().item(), abs=1e-10)
 
-    entropies, shares, embedding, nulls = [], [], [], []
-    for router, (alpha, null) in enumerate(routed):
+    entropies, shares, embedding, nulls, signals = [], [], [], [], []
+    for router, (alpha, null, signal) in enumerate(routed):
         share = alpha / alpha.sum(-1, keepdim=True)
         entropy = -(share * share.log()).sum(-1).mean(1)
         row = record.tables["depth.weights"][router]
@@ -111,6 +114,7 @@ def test_every_measure_equals_the_forward_pass_written_out(variant, settings):
             shares.append(entropy / math.log(alpha.shape[-1]))
             embedding.append(alpha[..., 0].mean(1))
             nulls.append(null.mean(1))
+            signals.append(signal.mean(1))
     assert len(entropies) == 8
     assert record["depth.entropy"] == pytest.approx(float(torch.stack(entropies).mean()), abs=1e-10)
     assert record["depth.entropy_normalised"] == pytest.approx(
@@ -126,6 +130,13 @@ def test_every_measure_equals_the_forward_pass_written_out(variant, settings):
         assert len(record.tables["depth.null"]) == 9
     else:
         assert "depth.null" not in record.tables
+    if model.config.null_signal == "on":
+        assert record["depth.signal"] == pytest.approx(
+            float(torch.stack(signals).mean()), abs=1e-10
+        )
+        assert len(record.tables["depth.signal"]) == 9
+    else:
+        assert "depth.signal" not in record.tables
     assert not list(record.each("depth.causal"))
 
 
@@ -165,8 +176,8 @@ def test_the_shuffled_signal_is_drawn_alike_with_and_without_a_source():
 def test_the_measures_by_hand():
     depth = Depth()
     for weights, null in (([[1.0, 0.0]], [0.0]), ([[0.25, 0.25], [0.0, 0.0]], [0.5, 1.0])):
-        depth.see(0, torch.ones(1, len(weights), 1), torch.zeros(1, len(weights)))
-        depth.see(1, torch.tensor([weights]), torch.tensor([null]))
+        depth.see(RouterCall(0, torch.ones(1, len(weights), 1), torch.zeros(1, len(weights)), None))
+        depth.see(RouterCall(1, torch.tensor([weights]), torch.tensor([null]), None))
     values = {metric.name: metric.value for metric in depth.metrics()}
     # Means over tokens first: 1 and 0.125; entropies 0, and log 2 and 0; null 0 and 0.75.
     assert values == {
@@ -197,8 +208,8 @@ def test_a_null_too_small_for_one_minus_the_sum_is_kept():
 
 def test_nan_weights_make_nan_measures():
     depth = Depth()
-    depth.see(0, torch.tensor([[[0.5, math.nan]]]), torch.zeros(1, 1))
-    depth.see(1, torch.tensor([[[math.nan, 0.5]]]), torch.zeros(1, 1))
+    depth.see(RouterCall(0, torch.tensor([[[0.5, math.nan]]]), torch.zeros(1, 1), None))
+    depth.see(RouterCall(1, torch.tensor([[[math.nan, 0.5]]]), torch.zeros(1, 1), None))
     values = {metric.name: metric.value for metric in depth.metrics()}
     assert math.isnan(values["depth.sink_rate@0.3"])
     assert math.isnan(values["depth.entropy"])

@@ -86,7 +86,7 @@ def brute_force(model, ids):
     with (
         torch.no_grad(),
         observe_attention(model, see_attention),
-        observe_depth(model, lambda router, weights_BTS, _: weights.update({router: weights_BTS})),
+        observe_depth(model, lambda call: weights.update({call.router: call.weights_BTS})),
     ):
         model(input_ids=ids, use_cache=False)
     for hook in hooks:

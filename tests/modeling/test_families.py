@@ -75,17 +75,13 @@ def test_the_null_mass_reaches_the_routers(family, ids):
     )
     nulls, weights = [], {}
     with observe_attention(model, lambda call: nulls.append(call.null_BHT)):
-        with observe_depth(
-            model, lambda router, weights_BTS, _: weights.update({router: weights_BTS})
-        ):
+        with observe_depth(model, lambda call: weights.update({call.router: call.weights_BTS})):
             model(ids)
         assert len(nulls) == 4
         assert all(0.01 < null.mean() < 1 for null in nulls)
         model.model.depth.coupling.fill_(-40)
         deaf = {}
-        with observe_depth(
-            model, lambda router, weights_BTS, _: deaf.update({router: weights_BTS})
-        ):
+        with observe_depth(model, lambda call: deaf.update({call.router: call.weights_BTS})):
             model(ids)
     moved = [(weights[router] - deaf[router]).abs().max() for router in range(1, 9)]
     assert min(moved) > 1e-4

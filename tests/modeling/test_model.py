@@ -168,7 +168,7 @@ def test_depth_routing_is_the_equations(block, ids):
         layer.post_attention_layernorm.register_forward_pre_hook(
             lambda _m, args: states.append(args[0])
         )
-    with observe_depth(model, lambda router, weights_BTS, _: seen.update({router: weights_BTS})):
+    with observe_depth(model, lambda call: seen.update({call.router: call.weights_BTS})):
         hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states
     depth = model.model.depth
     beta = torch.nn.functional.softplus(depth.coupling).clamp(max=10)

@@ -98,6 +98,8 @@ def test_differences_names_what_differs_and_forgives_times():
     )
     slow = Metric(name=TIMES[0], value=3.0)
     assert differences(one, replace(one, metrics=(*one.metrics, slow))) == []
+    more = Metric(name="d", value=3.0)
+    assert differences(one, replace(one, metrics=(*one.metrics, more))) == []
     close = replace(one.metrics[0], value=1.0 + 1e-9)
     assert differences(one, replace(one, metrics=(close, *one.metrics[1:]))) == []
     far = replace(one.metrics[1], value=2.1)

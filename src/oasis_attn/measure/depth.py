@@ -17,7 +17,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.measure.sinks import RATE_THRESHOLDS
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.configuration import OasisConfig
-from oasis_attn.modeling.residual import drop_source
+from oasis_attn.modeling.residual import RouterCall, drop_source
 from oasis_attn.records import Metric
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -29,14 +29,18 @@ class Depth:
     def __init__(self) -> None:
         self._series: dict[str, dict[int, list[Tensor]]] = {}
 
-    def see(self, router: int, weights_BTS: Tensor, null_BT: Tensor) -> None:
-        """Take in one router's weights and null mass; source 0 is the embedding."""
+    def see(self, call: RouterCall) -> None:
+        """Take in what one router computed."""
+        router, weights_BTS, null_BT, signal_BTS = call
         weights_BTS = weights_BTS.double()
         self._note("weights", router, weights_BTS.mean(1))
         self._note("null", router, null_BT.mean(1, dtype=torch.float64))
         # Of the weight that is spent: Softmax1 and sigmoid rows do not sum to one.
         share_BTS = weights_BTS / weights_BTS.sum(-1, keepdim=True).clamp_min(_TINY)
         self._note("entropy", router, torch.special.entr(share_BTS).sum(-1).mean(1))
+        if signal_BTS is not None:
+            signal_BT = signal_BTS.double().std(-1, correction=0)
+            self._note("signal", router, signal_BT.mean(1))
 
     def _note(self, name: str, router: int, values: Tensor) -> None:
         self._series.setdefault(name, {}).setdefault(router, []).append(values.cpu())
@@ -46,8 +50,10 @@ class Depth:
         return {router: torch.cat(x) for router, x in sorted(self._series[name].items())}
 
     @property
-    def _has_null(self) -> bool:
-        return any(bool((x_N != 0).any()) for x_N in self._routers("null").values())
+    def _optional(self) -> list[str]:
+        """Of the depth null and the null signal, those the model has."""
+        null = any(bool((x_N != 0).any()) for x_N in self._routers("null").values())
+        return ["null"] * null + ["signal"] * ("signal" in self._series)
 
     def metrics(self) -> list[Metric]:
         """Means over routers that have a choice, with their spread over windows.
@@ -55,7 +61,8 @@ class Depth:
         `depth.sink_rate@eps`: share of (window, router) whose mean weight on the embedding exceeds
         eps; S equal weights are 1/S each.  `depth.entropy`, in nats, of the weights brought to sum
         1, and `depth.entropy_normalised`, over log S.  `depth.null`, the depth normaliser's null
-        mass, where it has one.
+        mass, where it has one.  `depth.signal`, in nats: by how much the null signal moves the
+        logits of a token's sources apart (their standard deviation), where there is one.
         """
         if not self._series:
             return []
@@ -73,17 +80,17 @@ class Depth:
             "depth.entropy": entropy_NR,
             "depth.entropy_normalised": entropy_NR / most_R,
         }
-        if self._has_null:
-            nulls = self._routers("null")
-            means["depth.null"] = torch.stack([nulls[router] for router in several], dim=1)
+        for name in self._optional:
+            values = self._routers(name)
+            means[f"depth.{name}"] = torch.stack([values[router] for router in several], dim=1)
         return [mean_metric(name, values_NR.mean(1)) for name, values_NR in means.items()]
 
     def tables(self) -> dict[str, Any]:
-        """Where the model routes over depth: `depth.weights` [router][source], `depth.entropy`
-        [router] and, where the depth normaliser has a null, `depth.null` [router]."""
+        """Where the model routes over depth: `depth.weights` [router][source], and [router] each
+        `depth.entropy` and, where there is one, `depth.null` and `depth.signal`."""
         if not self._series:
             return {}
-        names = ("weights", "entropy", *(("null",) if self._has_null else ()))
+        names = ("weights", "entropy", *self._optional)
         return {
             f"depth.{name}": [values.mean(0).tolist() for values in self._routers(name).values()]
             for name in names

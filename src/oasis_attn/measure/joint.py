@@ -47,7 +47,7 @@ from oasis_attn.measure.updates import observe_updates
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.families import family_of
-from oasis_attn.modeling.residual import observe_depth
+from oasis_attn.modeling.residual import RouterCall, observe_depth
 from oasis_attn.records import Metric, Record
 
 NO_OP = 0.1  # the share of a window's tokens, those of smallest update, that are near-no-op
@@ -139,9 +139,9 @@ class Joint:
         ones, zeros = torch.ones_like(rows.mass), torch.zeros_like(rows.mass)
         self._rows[_EMBEDDING] = Rows(ones, zeros, ones, zeros)
 
-    def _see_router(self, router: int, weights_BTS: Tensor, _null_BT: Tensor) -> None:
+    def _see_router(self, call: RouterCall) -> None:
         # The authors' routers stand after their sublayer, and feed the next.
-        self._weights[router + (self._residual == "authors")] = weights_BTS.double()
+        self._weights[call.router + (self._residual == "authors")] = call.weights_BTS.double()
 
     def _see_update(self, sublayer: int, ratio_BT: Tensor) -> None:
         if sublayer == 0:

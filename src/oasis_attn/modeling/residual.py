@@ -26,6 +26,7 @@ from oasis_attn.ops.depth_mix import (
     carried_sum,
     depth_scores,
     depth_weights,
+    null_shift,
     row_products,
     weighted_sum,
 )
@@ -34,12 +35,26 @@ COUPLING_MAX = 10.0
 UNIT_EPS = 1e-12
 """Of `depth_scale` "unit": far below the mean square of any mix that is not zero."""
 Norm = Callable[[Tensor], Tensor]
-observers: list[Callable[[nn.Module, int, Tensor, Tensor], None]] = []
+observers: list[Callable[[nn.Module, RouterCall], None]] = []
 
 
 def coupling(raw: Tensor) -> Tensor:
     """beta, positive and bounded, from its raw parameter."""
     return F.softplus(raw).clamp(max=COUPLING_MAX)
+
+
+class RouterCall(NamedTuple):
+    """What one router computed in one forward pass, for measuring.
+
+    `weights_BTS` are alpha as normalised, before any `depth_scale`; source 0 is the embedding, and
+    a partial block comes last.  `null_BT` is 0 where the depth normaliser has no null.
+    `signal_BTS` is what the null signal added to the logits, None without it.
+    """
+
+    router: int
+    weights_BTS: Tensor
+    null_BT: Tensor
+    signal_BTS: Tensor | None
 
 
 class Routing(NamedTuple):
@@ -193,12 +208,12 @@ class DepthStream:
             dropped = torch.arange(S, device=scores.device) == module.dropped
             scores, S = scores.masked_fill(dropped, -torch.inf), S - 1
         normalizer = self.settings.depth_normalizer
-        if couplings_R is None:
+        beta = None if couplings_R is None else couplings_R[router]
+        if beta is None:
             weights_BTS, null_BT = depth_weights(scores, None, 0.0, normalizer)
         else:
-            weights_BTS, null_BT = depth_weights(scores, evidence, couplings_R[router], normalizer)
-        for observer in tuple(observers):
-            observer(module, router, weights_BTS, null_BT)
+            weights_BTS, null_BT = depth_weights(scores, evidence, beta, normalizer)
+        _observed(module, router, weights_BTS, null_BT, evidence, beta)
         if self.settings.depth_scale == "sources":
             weights_BTS = weights_BTS * {"softmax": S, "softmax1": S + 1, "sigmoid": 2}[normalizer]
         self.weights_BTS, self._hidden = weights_BTS, None
@@ -232,6 +247,11 @@ class AuthorsRouter(nn.Module):
         if self.oasis_beta_raw is not None:
             init.constant_(self.oasis_beta_raw, self.settings.coupling_init)
 
+    @property
+    def beta(self) -> Tensor | None:
+        """The coupling `[1]`; None without the null signal."""
+        return None if self.oasis_beta_raw is None else coupling(self.oasis_beta_raw)
+
     def forward(self, states: list[Tensor], evidence_BTS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The mixed state `[B, T, D]`, its weights `[B, T, S]` and the depth null `[B, T]`."""
         # q . (K y) = (K^T q) . y: one projection of the query in place of one of every state.
@@ -239,9 +259,8 @@ class AuthorsRouter(nn.Module):
         scores = row_products(states, query_BTD) * self.rank**-0.5
         recency = torch.linspace(0, 1, len(states), device=scores.device, dtype=scores.dtype)
         scores = scores + self.recency_bias * recency
-        if self.oasis_beta_raw is not None:
-            relative = evidence_BTS - evidence_BTS.mean(-1, keepdim=True)
-            scores = scores - coupling(self.oasis_beta_raw) * relative
+        if self.beta is not None:
+            scores = scores + null_shift(evidence_BTS, self.beta)
         normalizer = self.settings.depth_normalizer
         weights, null_BT = depth_weights(scores.clamp(-50, 50), None, 0.0, normalizer)
         return weighted_sum(states, weights), weights, null_BT
@@ -282,8 +301,8 @@ class AuthorsStream:
             evidence_BTS = _append(evidence_BTS, evidence_BTS[..., -1])
         router = self.routers[after_mlp]
         self.hidden, weights_BTS, null_BT = router([*self.states, *self.within], evidence_BTS)
-        for observer in tuple(observers):
-            observer(router, self.sublayer + after_mlp, weights_BTS, null_BT)
+        place = self.sublayer + after_mlp
+        _observed(router, place, weights_BTS, null_BT, evidence_BTS, router.beta)
         if after_mlp:
             self.states = [*self.states, self.hidden]
 
@@ -317,20 +336,29 @@ def _append(tensor: Tensor, last: Tensor) -> Tensor:
     return torch.cat([tensor, last], -1) if tensor.numel() else last
 
 
-@contextmanager
-def observe_depth(
-    model: nn.Module, callback: Callable[[int, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """While open, each router of `model` calls `callback(router, weights_BTS, null_BT)`.
+def _observed(
+    module: nn.Module,
+    router: int,
+    weights_BTS: Tensor,
+    null_BT: Tensor,
+    evidence_BTS: Tensor,
+    beta: Tensor | None,
+) -> None:
+    if observers:
+        signal_BTS = None if beta is None else null_shift(evidence_BTS, beta)
+        call = RouterCall(router, weights_BTS, null_BT, signal_BTS)
+        for observer in tuple(observers):
+            observer(module, call)
 
-    Source 0 is the embedding.  The weights are alpha as normalised, before any `depth_scale`;
-    a partial block comes last.  The null mass is 0 where the depth normaliser has none.
-    """
+
+@contextmanager
+def observe_depth(model: nn.Module, callback: Callable[[RouterCall], None]) -> Iterator[None]:
+    """While open, each router of `model` hands what it computed to `callback`."""
     modules = set(model.modules())
 
-    def observer(router: nn.Module, index: int, weights_BTS: Tensor, null_BT: Tensor) -> None:
-        if router in modules:
-            callback(index, weights_BTS, null_BT)
+    def observer(module: nn.Module, call: RouterCall) -> None:
+        if module in modules:
+            callback(call)
 
     observers.append(observer)
     try:
@@ -351,7 +379,7 @@ def drop_source(model: nn.Module, source: int | None) -> Iterator[None]:
     for router in routers:
         router.dropped = source
     try:
-        with observe_depth(model, lambda *_: None):  # the two-phase form reads all sources
+        with observe_depth(model, lambda _: None):  # the two-phase form reads all sources
             yield
     finally:
         for router in routers:

@@ -94,11 +94,15 @@ def depth_weights(
     With the softmax, the mean over sources cancels; with Softmax1 it moves the null's own logit.
     """
     if evidence_BTS is not None:
-        relative = evidence_BTS - evidence_BTS.mean(-1, keepdim=True)
-        scores_BTS = scores_BTS - coupling * relative
+        scores_BTS = scores_BTS + null_shift(evidence_BTS, coupling)
     if normalizer == "softmax1":
         return null_softmax(scores_BTS, 0.0)
     return normalize(scores_BTS, normalizer)
+
+
+def null_shift(evidence_BTS: Tensor, coupling: float | Tensor) -> Tensor:
+    """What OASIS adds to the depth logits: -beta (psi_i - mean_r psi_r), `[B, T, S]`."""
+    return coupling * (evidence_BTS.mean(-1, keepdim=True) - evidence_BTS)
 
 
 def weighted_sum(sources: Sequence[Tensor], weights_BTS: Tensor) -> Tensor:

@@ -205,17 +205,18 @@ def _record(work: Work, command: str) -> Record:
 
 
 def differences(record: Record, again: Record, tolerance: float = TOLERANCE) -> list[str]:
-    """The metrics of two records that differ by more than `tolerance`, relative, or that one lacks.
+    """Metrics of a record that a rerun lacks, or has otherwise by more than `tolerance`, relative.
 
-    How long a cell took is no part of it.  What else the records are of, commit, versions or
-    hardware, is told at the end where it differs and so may be why.
+    How long a cell took is no part of it, nor what the rerun alone measures.  What else the
+    records are of, commit, versions or hardware, is told at the end where it differs and so may be
+    why.
     """
     tables = [
         {(m.name, m.where): m.value for m in each.metrics if m.name not in TIMES}
         for each in (record, again)
     ]
     found = []
-    for name, where in sorted(tables[0].keys() | tables[1].keys()):
+    for name, where in sorted(tables[0]):
         a, b = (table.get((name, where)) for table in tables)
         same = a == b or (a is not None and b is not None and a != a and b != b)
         if a is not None and b is not None and not same:
