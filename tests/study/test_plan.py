@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -76,6 +77,16 @@ def test_a_plan_goes_through_yaml_and_json(tiny):
     plan = tiny(variants={"vanilla": None, "off": {"variant": "oasis_signal_off"}}, compare={})
     assert parse_plan(plan_text(plan), "x") == plan
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_a_row_may_have_rates_of_its_own(tiny):
+    fast = {"variant": "oasis", "training": {"learning_rates": {"coupling": 0.1}}}
+    plan = tiny(variants={"vanilla": None, "fast": fast}, compare={})
+    vanilla, row = plan.cells[:2]
+    assert row.training == {**vanilla.training, "learning_rates": {"coupling": 0.1}}
+    assert dict(row.training_config(Path("x")).rates)["coupling"] == 0.1
+    with pytest.raises(UserError, match="training of 'fast': 'steps' is not one of learning_rate"):
+        tiny(variants={"fast": fast | {"training": {"steps": 3}}}, compare={}, noise_seeds=[])
 
 
 def test_yaml_is_read_as_of_version_1_2(tmp_path):

@@ -22,6 +22,7 @@ from oasis_attn.training import TrainingConfig
 
 _OF_THE_GRID = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}
 _BUDGET = tuple(f.name for f in fields(TrainingConfig) if f.name not in _OF_THE_GRID)
+_OF_A_ROW = ("learning_rate", "learning_rates", "outlier_penalty")  # the data stay those of others
 _TASK_SETTINGS = ("limit", "shots", "max_new_tokens", "batch_size")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
@@ -94,14 +95,15 @@ class Plan:
     Attributes:
         name: of the study.
         about: what it asks, in a sentence or two.
-        variants: row name -> {variant, settings}; a row named after a variant is that variant.
+        variants: row name -> {variant, settings}, and `training` where its rates or penalty are not
+            the plan's; a row named after a variant is that variant.
         corpora: corpus -> the tasks that models trained on it are evaluated on.
         seeds: of each cell: initial weights and order of data.
         compare: row -> the rows it is compared with, one by one and (from two on) with their mean.
         sizes: of the backbone.
         noise_seeds: further seeds of the row `reference`, from which the noise floor is taken.
         reference: see there.
-        training: settings of `TrainingConfig` shared by all cells.
+        training: settings of `TrainingConfig` shared by all cells but where a row says otherwise.
         windows, schemes, evaluation, threads: see `Cell`.
 
     Raises:
@@ -170,7 +172,9 @@ class Plan:
     def _check_row(self, row: str) -> None:
         given = self.variants[row]
         variant, settings = given["variant"], given["settings"]
-        if row in variants() and (variant != row or settings):
+        for name in given.get("training", ()):
+            check_choice(f"training of {row!r}", name, _OF_A_ROW)
+        if row in variants() and (variant != row or settings or "training" in given):
             raise UserError(f"variants: {row!r} is the name of a variant; name this one otherwise")
         refuse_unknown(name for name in settings if name not in SETTINGS)
         chosen = settings_of(variant) | dict(settings)
@@ -197,7 +201,7 @@ class Plan:
                             size=size,
                             corpus=corpus,
                             seed=seed,
-                            training=self.training,
+                            training={**self.training, **chosen.get("training", {})},
                             windows=self.windows,
                             schemes=self.schemes,
                             tasks=tasks,
@@ -220,7 +224,7 @@ class Plan:
     def from_dict(cls, given: Any) -> Plan:
         """A plan from plain values.
 
-        Rows of `variants` may be empty (the variant of that name) or lack one of their two entries;
+        Rows of `variants` may be empty (the variant of that name) or lack any of their entries;
         `corpora` may be a list, where no tasks are asked for.
 
         Raises:
@@ -263,9 +267,12 @@ class Plan:
 def _row(row: str, chosen: Any) -> dict[str, Any]:
     given = dict(_mapping(f"variants[{row!r}]", chosen or {}))
     for name in given:
-        check_choice(f"variants[{row!r}]", name, ("variant", "settings"))
+        check_choice(f"variants[{row!r}]", name, ("variant", "settings", "training"))
     settings = dict(_mapping(f"settings of {row!r}", given.get("settings") or {}))
-    return {"variant": given.get("variant", row), "settings": settings}
+    plain: dict[str, Any] = {"variant": given.get("variant", row), "settings": settings}
+    if given.get("training"):
+        plain["training"] = dict(_mapping(f"training of {row!r}", given["training"]))
+    return plain
 
 
 def _mapping(argument: str, value: Any) -> Iterator[tuple[str, Any]]:
