@@ -21,22 +21,16 @@ from oasis_attn.training import TrainingConfig
 VERBS = ("demo", "diagnose", "evaluate", "prefix", "quantize", "train", "variants")
 
 
-def run(capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch, *words: str):
-    patch.setattr(sys, "argv", ["oasis", *words])
-    code = main()
-    return code, *capsys.readouterr()
-
-
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself_with_an_example(capsys, monkeypatch, verb) -> None:
-    code, out, _ = run(capsys, monkeypatch, verb, "--help")
+def test_every_verb_explains_itself_with_an_example(oasis, verb) -> None:
+    code, (out, _) = oasis(verb, "--help")
     assert code == 0
     assert f"Example: oasis {verb}" in " ".join(out.split())
     assert "--json" in out
 
 
-def test_version(capsys, monkeypatch) -> None:
-    assert run(capsys, monkeypatch, "--version") == (0, f"oasis-attn {__version__}\n", "")
+def test_version(oasis) -> None:
+    assert oasis("--version") == (0, (f"oasis-attn {__version__}\n", ""))
 
 
 @pytest.mark.parametrize(
@@ -58,10 +52,10 @@ def test_version(capsys, monkeypatch) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
-    capsys, monkeypatch, tmp_path: Path, words, message
+    oasis, monkeypatch, tmp_path: Path, words, message
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, monkeypatch, *words)
+    code, (out, err) = oasis(*words)
     assert code == 2
     assert out == ""
     assert err.startswith("oasis: ")
@@ -84,9 +78,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
         (KeyboardInterrupt(), 130, "oasis: interrupted\n"),
     ],
 )
-def test_what_ends_a_verb_early(capsys, monkeypatch, error, code, line) -> None:
+def test_what_ends_a_verb_early(oasis, monkeypatch, error, code, line) -> None:
     monkeypatch.setattr(cli, "app", _app(error))
-    assert run(capsys, monkeypatch, "verb") == (code, "", line)
+    assert oasis("verb") == (code, ("", line))
 
 
 def _app(error: BaseException) -> Typer:
@@ -102,14 +96,14 @@ def _app(error: BaseException) -> Typer:
     return broken
 
 
-def test_variants_as_json_are_the_library_s(capsys, monkeypatch) -> None:
-    code, out, _ = run(capsys, monkeypatch, "variants", "--json")
+def test_variants_as_json_are_the_library_s(oasis) -> None:
+    code, (out, _) = oasis("variants", "--json")
     assert code == 0
     assert json.loads(out) == variants()
 
 
-def test_variants_as_a_table_name_each(capsys, monkeypatch) -> None:
-    code, out, _ = run(capsys, monkeypatch, "variants")
+def test_variants_as_a_table_name_each(oasis) -> None:
+    code, (out, _) = oasis("variants")
     assert code == 0
     assert {line.split()[0] for line in out.splitlines() if line.strip()} >= set(variants())
 

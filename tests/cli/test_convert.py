@@ -4,29 +4,16 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from oasis_attn.cli import main
-from tiny import VOCABULARY, tiny_config
+from tiny import tiny_config
 
 
 @pytest.fixture
-def oasis(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["oasis", *map(str, arguments)])
-        return main(), capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def vanilla(tmp_path):
+def vanilla(tmp_path, tokenizer):
     folder = tmp_path / "vanilla"
     AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(folder)
-    words = {f"w{i}": i for i in range(VOCABULARY)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

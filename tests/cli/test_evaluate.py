@@ -1,24 +1,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
-from oasis_attn.cli import app, main
+from oasis_attn.cli import app
 from oasis_attn.data import train_tokenizer
 from oasis_attn.evaluation import EvaluationConfig
 from oasis_attn.records import Record
 from tiny import tiny_config, tiny_model
-
-
-def run(capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch, *words: str):
-    patch.setattr(sys, "argv", ["oasis", *words])
-    code = main()
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -31,29 +24,29 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_tasks_as_a_table_and_as_json(capsys, monkeypatch, folder, tmp_path) -> None:
+def test_the_tasks_as_a_table_and_as_json(oasis, folder, tmp_path) -> None:
     words = ["evaluate", str(folder), "--tasks", "perplexity,arith", "--corpus", "arith"]
     words += ["--window", "64", "--limit", "3", "--k", "1,2", "--repeats", "2"]
     words += ["--temperature", "1", "--max-new-tokens", "4", "--samples", str(tmp_path / "log")]
     out = tmp_path / "record.json"
-    code, shown, _ = run(capsys, monkeypatch, *words, "--out", str(out))
+    code, (shown, _) = oasis(*words, "--out", str(out))
     assert code == 0
     assert {"perplexity.windowed", "arith.pass@2.strict"} <= set(shown.split())
     assert {path.name for path in (tmp_path / "log").iterdir()} == {
         "arith.jsonl",
         "perplexity.jsonl",
     }
-    code, shown, _ = run(capsys, monkeypatch, *words, "--resume", "--json")
+    code, (shown, _) = oasis(*words, "--resume", "--json")
     assert code == 0
     again, record = json.loads(shown), Record.load(out)
     assert again["kind"] == record.kind == "evaluation"
     assert again["metrics"] == json.loads(record.to_json())["metrics"]
-    code, _, err = run(capsys, monkeypatch, *words)
+    code, (_, err) = oasis(*words)
     assert (code, err.count("\n")) == (2, 1)
     assert "exists; resume it" in err
 
 
-def test_the_cache_in_few_bits(capsys, monkeypatch, tmp_path) -> None:
+def test_the_cache_in_few_bits(oasis, tmp_path) -> None:
     text = tiny_config(vocab_size=257, max_position_embeddings=512, eos_token_id=0, head_dim=32)
     tiny_model(text=text).save_pretrained(tmp_path)
     train_tokenizer(["x"], 257).save_pretrained(tmp_path)
@@ -62,7 +55,7 @@ def test_the_cache_in_few_bits(capsys, monkeypatch, tmp_path) -> None:
     losses = {}
     for bits in ("none", "8", "2"):
         options = [] if bits == "none" else ["--kv-bits", bits]
-        code, shown, _ = run(capsys, monkeypatch, *words, *options)
+        code, (shown, _) = oasis(*words, *options)
         assert code == 0
         record = json.loads(shown)
         losses[bits] = next(m["value"] for m in record["metrics"] if m["name"] == "loss.windowed")
@@ -72,8 +65,8 @@ def test_the_cache_in_few_bits(capsys, monkeypatch, tmp_path) -> None:
     assert 0 < abs(losses["8"] - losses["none"]) < abs(losses["2"] - losses["none"])
 
 
-def test_help_has_an_example(capsys, monkeypatch) -> None:
-    code, out, _ = run(capsys, monkeypatch, "evaluate", "--help")
+def test_help_has_an_example(oasis) -> None:
+    code, (out, _) = oasis("evaluate", "--help")
     assert code == 0
     assert "Example: oasis evaluate" in " ".join(out.split())
     assert "--json" in out
@@ -92,10 +85,10 @@ def test_help_has_an_example(capsys, monkeypatch) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
-    capsys, monkeypatch, tmp_path: Path, words, message
+    oasis, monkeypatch, tmp_path: Path, words, message
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, monkeypatch, "evaluate", "./absent", *words)
+    code, (out, err) = oasis("evaluate", "./absent", *words)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert list(tmp_path.iterdir()) == []

@@ -4,52 +4,33 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from oasis_attn.cli import main
 from oasis_attn.modeling.loading import load_model, quiet
 from oasis_attn.quantization import linear_sites, quantized_sites, tensor_sites
 from oasis_attn.records import Record
-from tiny import VOCABULARY, tiny_config
+from tiny import tiny_config
 
 
 @pytest.fixture
-def oasis(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["oasis", *map(str, arguments)])
-        return main(), capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def model(tmp_path):
+def model(tmp_path, tokenizer):
     torch.manual_seed(0)
     folder = tmp_path / "model"
     with quiet():
         AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def text(tmp_path):
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for split in ("train", "test"):
-        line = " ".join(f"w{7 * i % VOCABULARY}" for i in range(300))
-        (folder / f"{split}.txt").write_text(line)
-    return "--calibration", folder, "--window", 16, "--windows", 3
+def shape(text):
+    return "--calibration", text, "--window", 16, "--windows", 3
 
 
-def test_simulated(oasis, model, text, tmp_path):
+def test_simulated(oasis, model, shape, tmp_path):
     out = tmp_path / "out"
     code, shown = oasis(
-        *("quantize", model, "--out", out, "--scheme", "w8a8-static", "--simulate", *text),
+        *("quantize", model, "--out", out, "--scheme", "w8a8-static", "--simulate", *shape),
         *("--set", "weight.bits=6", "--skip", "*.1.mlp.*", "--costs", "kind", "--json"),
     )
     assert code == 0
@@ -68,12 +49,12 @@ def test_simulated(oasis, model, text, tmp_path):
     assert len(columns["group"]) == len(columns["only"])
 
 
-def test_in_integers(oasis, model, text, tmp_path):
+def test_in_integers(oasis, model, shape, tmp_path):
     utils = pytest.importorskip("torchao.utils", reason="torchao is not installed")
     if utils.should_reduce_range(torch.device("cpu")):
         pytest.skip("this processor has no VNNI instructions")
     out = tmp_path / "out"
-    code, shown = oasis("quantize", model, "--out", out, *text)
+    code, shown = oasis("quantize", model, "--out", out, *shape)
     assert code == 0
     for word in ("perplexity.windowed", "size.bytes", "speed.over_unquantized", "down_proj"):
         assert word in shown.out
@@ -100,8 +81,10 @@ def test_in_integers(oasis, model, text, tmp_path):
         (("--simulate", "--set", "smooth_alpha=2"), "smooth_alpha: 2"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(oasis, model, text, tmp_path, arguments, message):
-    code, shown = oasis("quantize", model, "--out", tmp_path / "out", *text, *arguments)
+def test_bad_input_is_one_line_and_writes_nothing(
+    oasis, model, shape, tmp_path, arguments, message
+):
+    code, shown = oasis("quantize", model, "--out", tmp_path / "out", *shape, *arguments)
     assert code == 2
     assert message in shown.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()

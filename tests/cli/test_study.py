@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from oasis_attn.cli import main
 from oasis_attn.study.plan import Plan
 from oasis_attn.study.plan_file import load_plan, shipped_plans
 from oasis_attn.study.run import run_study
@@ -13,12 +11,6 @@ from study import made
 from study.test_run import Here
 
 SUBVERBS = ("plans", "run", "status", "table", "report", "cell")
-
-
-def run(capsys, monkeypatch, *words: str):
-    monkeypatch.setattr(sys, "argv", ["oasis", "study", *words])
-    code = main()
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +23,8 @@ def out(tmp_path_factory):
 
 
 @pytest.mark.parametrize("verb", SUBVERBS)
-def test_every_verb_explains_itself_with_an_example(capsys, monkeypatch, verb):
-    code, out, _ = run(capsys, monkeypatch, verb, "--help")
+def test_every_verb_explains_itself_with_an_example(oasis, verb):
+    code, (out, _) = oasis("study", verb, "--help")
     assert code == 0
     assert f"Example: oasis study {verb}" in " ".join(out.split())
     assert "--json" in out
@@ -58,10 +50,10 @@ def test_every_verb_explains_itself_with_an_example(capsys, monkeypatch, verb):
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
-    capsys, monkeypatch, tmp_path, words, message
+    oasis, monkeypatch, tmp_path, words, message
 ):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, monkeypatch, *words)
+    code, (out, err) = oasis("study", *words)
     assert (code, out) == (2, "")
     assert err.startswith("oasis: ")
     assert err.count("\n") == 1
@@ -69,32 +61,32 @@ def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plans_as_json_are_the_library_s(capsys, monkeypatch):
-    code, out, _ = run(capsys, monkeypatch, "plans", "--json")
+def test_plans_as_json_are_the_library_s(oasis):
+    code, (out, _) = oasis("study", "plans", "--json")
     assert code == 0
     plans = {name: Plan.from_dict(plan) for name, plan in json.loads(out).items()}
     assert plans == {name: load_plan(name) for name in shipped_plans()}
 
 
-def test_status_table_and_report(capsys, monkeypatch, out, tmp_path):
-    code, said, _ = run(capsys, monkeypatch, "status", out, "--json")
+def test_status_table_and_report(oasis, out, tmp_path):
+    code, (said, _) = oasis("study", "status", out, "--json")
     assert (code, json.loads(said)["left"]) == (0, 0)
-    code, said, _ = run(capsys, monkeypatch, "status", out)
+    code, (said, _) = oasis("study", "status", out)
     assert (code, "38" in said) == (0, True)
-    code, said, _ = run(capsys, monkeypatch, "table", out, "--json")
+    code, (said, _) = oasis("study", "table", out, "--json")
     assert code == 0
     assert json.loads(said)["verdict"][0]["findings"][0]["numbers"]["n"] == 6
-    code, said, _ = run(capsys, monkeypatch, "table", out)
+    code, (said, _) = oasis("study", "table", out)
     assert (code, "The paper's claims" in said) == (0, True)
     page = tmp_path / "page.html"
-    code, said, _ = run(capsys, monkeypatch, "report", out, "--page", str(page), "--json")
+    code, (said, _) = oasis("study", "report", out, "--page", str(page), "--json")
     assert (code, str(page) in json.loads(said)) == (0, True)
     assert page.is_file()
 
 
-def test_a_study_with_cells_left_ends_with_code_1(capsys, monkeypatch, tmp_path):
+def test_a_study_with_cells_left_ends_with_code_1(oasis, monkeypatch, tmp_path):
     monkeypatch.setattr("oasis_attn.study.run.prepare", lambda *_: None)
     monkeypatch.setattr("oasis_attn.study.run.Processes", lambda: Here(bad=("oasis",)))
-    code, said, _ = run(capsys, monkeypatch, "run", "smoke", "--out", str(tmp_path / "o"), "--json")
+    code, (said, _) = oasis("study", "run", "smoke", "--out", str(tmp_path / "o"), "--json")
     assert code == 1
     assert json.loads(said)["left"] == 2

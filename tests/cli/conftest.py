@@ -1,0 +1,42 @@
+"""The command as a user types it, and tiny things to give it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from oasis_attn.cli import main
+from tiny import VOCABULARY
+
+
+@pytest.fixture
+def oasis(monkeypatch, capsys):
+    """`oasis(*words)` -> the exit code, and what was printed."""
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["oasis", *map(str, words)])
+        return main(), capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0, w1, ... are the tokens 0, 1, ...; w1 begins a text, w2 ends it."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A folder with 300 such words for each of two splits."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split in ("train", "test"):
+        line = " ".join(f"w{7 * i % VOCABULARY}" for i in range(300))
+        (folder / f"{split}.txt").write_text(line)
+    return folder
