@@ -1,5 +1,10 @@
+from __future__ import annotations
+
+import json
+
 import pytest
 import torch
+from transformers import LlamaConfig
 
 
 @pytest.fixture(autouse=True)
@@ -8,3 +13,31 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> str:
+    """Sums, written out: the same text on every machine."""
+    folder = tmp_path_factory.mktemp("corpus") / "sums"
+    folder.mkdir()
+    for split, start in (("train", 0), ("validation", 400)):
+        rows = [{"text": f"{i} and {i * 7} make {i * 8}. " * 3} for i in range(start, start + 300)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def size(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("size") / "tiny.json"
+    LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    ).to_json_file(path)
+    return str(path)

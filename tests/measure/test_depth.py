@@ -24,6 +24,7 @@ MODELS = {
     "attn_residual_block": {"depth_scale": "sources"},
     "oasis_depth_sigmoid": {"depth_scale": "sources"},
     "oasis_depth_softmax": {"depth_scale": "unit"},
+    "oasis_unit": {"evidence": "log", "mlp_evidence": "none", "coupling": "head"},
 }
 
 
@@ -76,6 +77,13 @@ def written_out(model, ids_NT, dropped=None):
             return mixed / mixed.pow(2).mean(-1, keepdim=True).sqrt()
         return mixed * scale if settings.depth_scale == "sources" else mixed
 
+    def psi(null_BHT):
+        if settings.evidence == "log":
+            null_BHT = (1 + null_BHT / 1e-3).log()
+        if routers.head_coupling is not None:
+            null_BHT = null_BHT * routers.head_coupling[len(branches) // 2, :, None]
+        return null_BHT.mean(1)
+
     for layer in core.layers:
         branch, null_BHT = layer.self_attn(
             hidden_states=layer.input_layernorm(read()),
@@ -85,9 +93,10 @@ def written_out(model, ids_NT, dropped=None):
             null_logit=settings.null_logit,
         )
         branches.append(branch)
-        psis.append(torch.zeros(ids_NT.shape).double() if null_BHT is None else null_BHT.mean(1))
+        psis.append(torch.zeros(ids_NT.shape).double() if null_BHT is None else psi(null_BHT))
         branches.append(layer.mlp(layer.post_attention_layernorm(read())))
-        psis.append(psis[-1])
+        without = settings.mlp_evidence == "none"
+        psis.append(torch.zeros_like(psis[-1]) if without else psis[-1])
     logits = model.lm_head(core.norm(read()))
     losses = F.cross_entropy(logits[:, :-1].mT, ids_NT[:, 1:], reduction="none").mean(1)
     return losses, routed

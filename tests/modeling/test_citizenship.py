@@ -361,6 +361,8 @@ def test_lm_eval(reader, tokenizer, tmp_path):
         ({"attn_implementation": "eager"}, "attn_implementation: 'eager' has no null option"),
         ({"attn_implementation": "sdpa"}, "attn_implementation: 'sdpa' has no null option"),
         ({"residual": "sum"}, "null_signal: 'on' needs residual 'depth'"),
+        ({"evidence": "log", "null_signal": "off"}, "evidence: 'log' has no effect"),
+        ({"residual": "authors", "coupling": "head"}, "coupling: 'head' has no effect"),
         ({"depth_scale": "double"}, "depth_scale: 'double' is not one of none, sources, unit"),
         ({"depth_scael": "sources"}, "settings: 'depth_scael' .*did you mean 'depth_scale'"),
         ({"token_normalizer": "softmax"}, "null_signal: 'on' needs a token_normalizer with a null"),

@@ -13,6 +13,7 @@ from tiny import tiny_config, tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "oasis_signal_off"]
 SETTINGS = [{}, {"depth_scale": "none"}, {"depth_scale": "unit"}, {"depth_block_size": 3}]
+EVIDENCE = {"evidence": "log", "mlp_evidence": "none", "coupling": "head"}
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
 
@@ -78,6 +79,18 @@ def test_a_prompt(variant, settings, threads, steps, monkeypatch):
         fast = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(fast[mask > 0], whole[mask > 0], rtol=0, atol=1e-4)
     assert set(steps) == {"NativeStream"}
+
+
+@pytest.mark.parametrize("compiler", [pytest.param(True, marks=compiled), False])
+def test_other_evidence(compiler, steps, monkeypatch):
+    if not compiler:
+        monkeypatch.setattr(native, "library", lambda: None)
+    model = build("oasis", **EVIDENCE)
+    ids = torch.randint(3, 90, (2, 9))
+    whole = differentiable(model, ids)[:, 3:]
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(model, ids), whole, rtol=0, atol=1e-4)
+    assert len(steps) == 7 * 10
 
 
 @compiled

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from oasis_attn.study.plan import Plan
 
@@ -24,34 +21,6 @@ def _same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def corpus(_shared) -> str:
-    """Sums, written out: the same text on every machine."""
-    folder = _shared / "sums"
-    folder.mkdir()
-    for split, start in (("train", 0), ("validation", 400)):
-        rows = [{"text": f"{i} and {i * 7} make {i * 8}. " * 3} for i in range(start, start + 200)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_text(text)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def size(_shared) -> str:
-    path = _shared / "tiny.json"
-    LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    ).to_json_file(path)
-    return str(path)
 
 
 @pytest.fixture

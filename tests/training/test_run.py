@@ -238,7 +238,7 @@ def test_bf16_and_accumulation_learn(configure):
     [
         ({"corpus": "stdlb"}, "did you mean 'stdlib'"),
         ({"eval_split": "test"}, "is not one of train, validation"),
-        ({"block_length": 65}, "block_length: 65 is more than the 64 positions"),
+        ({"block_length": 257}, "block_length: 257 is more than the 256 positions"),
         ({"batch_size": 100_000}, "batch_size: a step takes 100000 sequences"),
         ({"vocab_size": 100}, "vocab_size: 100"),
         ({"settings": {"depth_blok_size": 2}}, "did you mean 'depth_block_size'"),

@@ -24,6 +24,9 @@ _CHOICES = {
     "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
     "depth_scale": ("none", "sources", "unit"),
     "null_signal": ("off", "on", "shuffled"),
+    "evidence": ("mass", "log"),
+    "mlp_evidence": ("attention", "none"),
+    "coupling": ("router", "head"),
 }
 _FORWARDED = {  # what transformers reads off a model's top config
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
@@ -62,6 +65,13 @@ class OasisConfig(PreTrainedConfig):
             ones.
         null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch
             keeps its distribution and destroys its information (a control; not causal).
+        evidence: what psi is the mean over heads of: the null `mass` (OASIS), or its `log`,
+            log(1 + null / 0.001), to which a null of a hundredth says nearly as much as one of a
+            half.
+        mlp_evidence: psi of an MLP is that of its layer's `attention` (OASIS), or `none`, so that
+            it is not routed around for what attention lacked.
+        coupling: beta is one number a `router` (OASIS), or times one learned for each `head` of the
+            source.
         coupling_init: initial value of beta before the softplus.
         recency_init: of the authors' bias towards late states (their code has 0.0 and 8.0).
 
@@ -84,6 +94,9 @@ class OasisConfig(PreTrainedConfig):
     depth_normalizer: str = "softmax1"
     depth_scale: str = "none"
     null_signal: str = "on"
+    evidence: str = "mass"
+    mlp_evidence: str = "attention"
+    coupling: str = "router"
     coupling_init: float = -5.0
     recency_init: float = 0.0
     tie_word_embeddings: bool | None = None
@@ -184,7 +197,10 @@ class OasisConfig(PreTrainedConfig):
                     f"null_signal: {self.null_signal!r} needs a token_normalizer with a null,"
                     f" one of {', '.join(WITH_NULL)}; {self.token_normalizer!r} has none"
                 )
-        self._belongs("coupling_init", "null_signal", ("on", "shuffled"))
+        for name in ("evidence", "mlp_evidence", "coupling", "coupling_init"):
+            self._belongs(name, "null_signal", ("on", "shuffled"))
+        for name in ("mlp_evidence", "coupling"):
+            self._belongs(name, "residual", ("depth",))
 
     def _belongs(self, name: str, other: str, values: tuple[str, ...]) -> None:
         """A setting that the others leave without effect must be at its default."""
@@ -205,6 +221,9 @@ SETTINGS = (
     "depth_normalizer",
     "depth_scale",
     "null_signal",
+    "evidence",
+    "mlp_evidence",
+    "coupling",
     "coupling_init",
     "recency_init",
 )

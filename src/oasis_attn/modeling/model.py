@@ -46,6 +46,7 @@ from oasis_attn.modeling.residual import (
     DepthStream,
     Routing,
     SumStream,
+    head_evidence,
 )
 
 
@@ -70,6 +71,8 @@ class LayerSettings(NamedTuple):
     normalizer: str
     null_logit: float
     clip_gamma: float
+    evidence: str
+    mlp_evidence: str
     routing: Routing | None
 
 
@@ -127,12 +130,19 @@ class RoutedLayer(Routed):
             output_gate=None if self.output_gate is None else self.output_gate(normed),
             **kwargs,
         )
-        stream.add(self._finish(branch, family.post_attention, family.attention_dropout), null_BHT)
+        routing = settings.routing
+        heads_LH = None if routing is None else routing.head_couplings_LH
+        weights_H = None if heads_LH is None else heads_LH[self.index]
+        evidence_BHT = head_evidence(null_BHT, settings.evidence, weights_H)
+        branch = self._finish(branch, family.post_attention, family.attention_dropout)
+        stream.add(branch, evidence_BHT)
 
         branch = self._named(family.mlp)(stream.read(self._named(family.pre_mlp)))
         if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too,
             branch = branch[0].view_as(normed)  # and its tokens in one row
-        stream.add(self._finish(branch, family.post_mlp, family.mlp_dropout), null_BHT)
+        if settings.mlp_evidence == "none":
+            evidence_BHT = None
+        stream.add(self._finish(branch, family.post_mlp, family.mlp_dropout), evidence_BHT)
         return stream.packed()
 
     def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
@@ -176,6 +186,8 @@ class RoutedModel(Routed):
             config.token_normalizer,
             config.null_logit,
             config.clip_gamma,
+            config.evidence,
+            config.mlp_evidence,
             None if self.depth is None else self.depth(),
         )
         if not output_attentions:

@@ -32,6 +32,8 @@ from oasis_attn.ops.depth_mix import (
 )
 
 COUPLING_MAX = 10.0
+EVIDENCE_FLOOR = 1e-3
+"""The null mass from which on `evidence` "log" grows with its logarithm."""
 UNIT_EPS = 1e-12
 """Of `depth_scale` "unit": far below the mean square of any mix that is not zero."""
 Norm = Callable[[Tensor], Tensor]
@@ -62,6 +64,7 @@ class Routing(NamedTuple):
 
     queries_RD: Tensor
     couplings_R: Tensor | None
+    head_couplings_LH: Tensor | None
     router: DepthRouter
 
 
@@ -75,6 +78,7 @@ class DepthRouter(nn.Module):
         queries: pseudo-queries w, `[R, D]`, zero at the start.
         key_norm: gain of each router's RMSNorm on its keys, `[R, D]`.
         coupling: beta before softplus, `[R]`; absent without the null signal.
+        head_coupling: what psi's heads count for, `[L, H]`, one at the start; where asked for.
     """
 
     def __init__(self, config: OasisConfig):
@@ -87,6 +91,9 @@ class DepthRouter(nn.Module):
         self.key_norm = nn.Parameter(torch.empty(routers, width))
         signal = config.null_signal != "off"
         self.coupling = nn.Parameter(torch.empty(routers)) if signal else None
+        heads = config.num_hidden_layers, config.num_attention_heads
+        by_head = config.coupling == "head"
+        self.head_coupling = nn.Parameter(torch.empty(heads)) if by_head else None
         self.eps = getattr(config.text_config, "rms_norm_eps", 1e-6)
         self.reset_parameters()
 
@@ -97,10 +104,12 @@ class DepthRouter(nn.Module):
         init.ones_(self.key_norm)
         if self.coupling is not None:
             init.constant_(self.coupling, self.settings.coupling_init)
+        if self.head_coupling is not None:
+            init.ones_(self.head_coupling)
 
     def forward(self) -> Routing:
         couplings = None if self.coupling is None else coupling(self.coupling)
-        return Routing(self.queries * self.key_norm, couplings, self)
+        return Routing(self.queries * self.key_norm, couplings, self.head_coupling, self)
 
 
 class SumStream:
@@ -195,7 +204,7 @@ class DepthStream:
     def _weigh(self) -> None:
         """alpha of Attention Residuals, with OASIS's g' for g where the signal is on."""
         router = self.sublayer
-        queries_RD, couplings_R, module = self.routing
+        queries_RD, couplings_R, _, module = self.routing
         scores = torch.stack([scores_RBT[router] for scores_RBT in self.scores], -1)
         evidence = self.evidence_BTS
         if self.running:
@@ -312,8 +321,17 @@ class AuthorsStream:
         return self.hidden, self.evidence_BTS, *self.states[:-1]
 
 
+def head_evidence(null_BHT: Tensor | None, kind: str, weights_H: Tensor | None) -> Tensor | None:
+    """What psi is the mean over heads of: see `evidence` and `coupling` of `OasisConfig`."""
+    if null_BHT is not None and kind == "log":
+        null_BHT = torch.log1p(null_BHT / EVIDENCE_FLOOR)
+    if null_BHT is not None and weights_H is not None:
+        null_BHT = null_BHT * weights_H.unsqueeze(-1)
+    return null_BHT
+
+
 def evidence(null_BHT: Tensor | None, branch_BTD: Tensor, settings: OasisConfig) -> Tensor:
-    """psi `[B, T]` of a branch: the null mass, mean over heads; 0 where attention has no null."""
+    """psi `[B, T]` of a branch, the mean over heads; 0 where attention has no null."""
     if null_BHT is None:
         return branch_BTD.new_zeros(branch_BTD.shape[:-1], dtype=torch.float32)
     psi_BT = null_BHT.mean(1)
