@@ -11,10 +11,12 @@ from oasis_attn.report.changes import Change, change_figure
 from oasis_attn.report.figures import save_png
 from oasis_attn.report.html import Block, figure_block, paragraph, table_block, write_page
 from oasis_attn.report.markdown import markdown
+from oasis_attn.study.bar import RULE as BAR
 from oasis_attn.study.folder import StudyFolder
 from oasis_attn.study.results import Results
 from oasis_attn.study.statistics import LEVEL
 from oasis_attn.study.tables import (
+    bar_table,
     comparison_table,
     means_table,
     predictions_table,
@@ -67,6 +69,8 @@ def write_report(folder: StudyFolder, page: str | Path) -> list[Path]:
         ("The verdict", _verdict(results, verdicts)),
         ("How to read the numbers", [paragraph(text) for text in (*READING, *notes(results))]),
     ]
+    if folder.plan.bar:
+        sections.append(("The bar", [paragraph(BAR), table_block(bar_table(results))]))
     for subject in folder.plan.compare:
         blocks = [table_block(comparison_table(results, subject))]
         if subject in figures:
@@ -98,7 +102,8 @@ def tables_text(results: Results, verdicts: Sequence[Verdict]) -> str:
     """Every table of the study, with how to read it, in Markdown."""
     head = [f"# Study: {results.plan.name}", results.plan.about, standing(results)]
     body = [markdown(table) for table in results_tables(results, verdicts)]
-    return "\n\n".join([*head, RULE, *READING, *notes(results), *body]).rstrip() + "\n"
+    rules = [RULE, *([BAR] if results.plan.bar else [])]
+    return "\n\n".join([*head, *rules, *READING, *notes(results), *body]).rstrip() + "\n"
 
 
 def standing(results: Results) -> str:

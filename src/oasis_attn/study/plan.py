@@ -100,6 +100,7 @@ class Plan:
         corpora: corpus -> the tasks that models trained on it are evaluated on.
         seeds: of each cell: initial weights and order of data.
         compare: row -> the rows it is compared with, one by one and (from two on) with their mean.
+        bar: rows that are held against the bar of `oasis_attn.study.bar`.
         sizes: of the backbone.
         noise_seeds: further seeds of the row `reference`, from which the noise floor is taken.
         reference: see there.
@@ -116,6 +117,7 @@ class Plan:
     corpora: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     compare: Mapping[str, tuple[str, ...]]
+    bar: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ("nano",)
     noise_seeds: tuple[int, ...] = ()
     reference: str = "vanilla"
@@ -150,6 +152,8 @@ class Plan:
                 check_choice("compare", row, self.variants)
             if not baselines or subject in baselines:
                 raise UserError(f"compare: {subject!r} needs rows other than itself")
+        for row in self.bar:
+            check_choice("bar", row, self.variants)
         for scheme in self.schemes:
             check_choice("schemes", scheme, schemes())
         for setting in self.training:
@@ -242,7 +246,8 @@ class Plan:
         for name in ("name", "about", "reference"):
             if not isinstance(plain.get(name, ""), str):
                 raise UserError(f"{name}: {plain[name]!r} is not text")
-        for name, kind in (("seeds", int), ("noise_seeds", int), ("sizes", str), ("schemes", str)):
+        kinds = {"seeds": int, "noise_seeds": int, "bar": str, "sizes": str, "schemes": str}
+        for name, kind in kinds.items():
             if name in plain:
                 plain[name] = _sequence(name, plain[name], kind)
         for name in ("windows", "threads"):

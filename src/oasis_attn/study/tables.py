@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
 from oasis_attn.report import Table, number
+from oasis_attn.study.bar import Hurdle, bar
 from oasis_attn.study.folder import Status
 from oasis_attn.study.results import Compared, Results
 from oasis_attn.study.statistics import LEVEL, Comparison
@@ -84,6 +85,17 @@ def predictions_table(verdicts: Iterable[Verdict]) -> Table:
     )  # fmt: skip
 
 
+def bar_table(results: Results) -> Table:
+    """A row per hurdle of each row that the plan holds against the bar."""
+    rows = tuple(
+        (each.row, each.text, each.outcome, str(each.n), *_hurdle(each))
+        for row in results.plan.bar
+        for each in bar(results, row)
+    )
+    columns = ("variant", "hurdle", "outcome", "n", "change", f"{LEVEL:.0%} interval", "at most")
+    return Table(title="The bar", columns=columns, rows=rows, words=3)
+
+
 def status_table(status: Status, name: str) -> Table:
     """Where a study stands: counts, time left of one worker, and what failed why."""
     left = status.left
@@ -108,6 +120,7 @@ def results_tables(results: Results, verdicts: Sequence[Verdict]) -> list[Table]
     return [
         verdict_table(verdicts),
         predictions_table(verdicts),
+        *([bar_table(results)] if results.plan.bar else []),
         *(comparison_table(results, subject) for subject in results.plan.compare),
         *(means_table(results, *group) for group in groups if group in finished),
     ]
@@ -146,6 +159,15 @@ def _numbers(seen: Comparison) -> tuple[str, ...]:
         interval,
         ABSENT if math.isnan(seen.effect_size) else number(seen.effect_size),
     )
+
+
+def _hurdle(each: Hurdle) -> tuple[str, str, str]:
+    if each.change is None:
+        return ABSENT, ABSENT, percent(each.limit)
+    interval = ABSENT
+    if not math.isnan(each.low):
+        interval = f"{percent(each.low)} to {percent(each.high)}"
+    return percent(each.change), interval, percent(each.limit)
 
 
 def _p(value: float) -> str:
