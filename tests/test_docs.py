@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import arith
 import healing
 import matrix
 from oasis_attn.records import Record
@@ -31,3 +32,10 @@ def test_matrix() -> None:
     table = markdown(matrix.table(Record.load(folder / "record.json")))
     assert (folder / "table.md").read_text() == table
     assert table.split("\n\n", 1)[1].strip() in (DOCS / "quantization.md").read_text()
+
+
+def test_arith() -> None:
+    folder = DOCS / "results" / "arith"
+    table = markdown(arith.table(Record.load(folder / "record.json")))
+    assert (folder / "table.md").read_text() == table
+    assert table in (DOCS / "quantization.md").read_text()

@@ -119,6 +119,15 @@ def test_hadamard_matrices(n):
     assert torch.equal(matrix @ matrix.T, n * torch.eye(n, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("width", [256, 576, 1024, 1536])
+def test_a_model_without_memory_gets_its_rotations_later(width):
+    """As from_pretrained makes it; and what it made is nobody else's matrix."""
+    with torch.device("meta"):
+        assert all(buffer.is_meta for buffer in Rotation(width).buffers())
+        assert not hadamard(16).is_meta
+    assert Rotation(width)(torch.ones(width, dtype=torch.float64)).isfinite().all()
+
+
 def test_orders_without_a_construction():
     assert not any(is_order(n) for n in (3, 6, 10, 14, 92))
     with pytest.raises(ValueError, match="order 92"):

@@ -34,7 +34,8 @@ def make(kind, dtype=torch.float32):
     if kind in ("oasis", "gated_attention"):
         return tiny_model(kind, dtype=dtype)
     torch.manual_seed(0)
-    config = tiny_config(kind, tie_word_embeddings=True, attention_bias=True)
+    # An inner width of 16 x 16: matrices of that order are made of smaller ones.
+    config = tiny_config(kind, tie_word_embeddings=True, attention_bias=True, intermediate_size=256)
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
 

@@ -15,7 +15,15 @@ def is_order(n: int) -> bool:
 
 @cache
 def hadamard(n: int) -> Tensor:
-    """A Hadamard matrix H, `[n, n]` float64: H H^T = n; `ValueError` unless `is_order(n)`."""
+    """A Hadamard matrix H, `[n, n]` float64: H H^T = n; `ValueError` unless `is_order(n)`.
+
+    It is on the CPU, in a context of another device too: it is made once for all.
+    """
+    with torch.device("cpu"):
+        return _matrix(n)
+
+
+def _matrix(n: int) -> Tensor:
     if n == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     q = _paley_prime(n)
@@ -26,7 +34,7 @@ def hadamard(n: int) -> Tensor:
         return torch.kron(symmetric, _SMALL) + torch.kron(eye, _SMALL.flip(0) * _ALTERNATE)
     if not is_order(n):
         raise ValueError(f"no construction of a Hadamard matrix of order {n}")
-    return torch.kron(_SMALL, hadamard(n // 2))
+    return torch.kron(_SMALL, _matrix(n // 2))
 
 
 _SMALL = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)

@@ -34,7 +34,7 @@ class Rotation(nn.Module):
         for name, size in zip(("left", "right"), _factors(width), strict=True):
             if is_order(size):
                 signs = torch.randint(2, (size,), generator=generator) * 2.0 - 1
-                factor = hadamard(size) * signs * size**-0.5
+                factor = hadamard(size).to(signs.device) * signs * size**-0.5
             else:
                 factor = torch.randn(size, size, generator=generator, dtype=torch.float64)
                 factor = torch.linalg.qr(factor).Q
