@@ -29,16 +29,14 @@ def _matrix(n: int) -> Tensor:
     q = _paley_prime(n)
     if q == n - 1:
         return torch.eye(n, dtype=torch.float64) + _bordered(q, -1)
+    small = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     if q:
         symmetric, eye = _bordered(q, 1), torch.eye(q + 1, dtype=torch.float64)
-        return torch.kron(symmetric, _SMALL) + torch.kron(eye, _SMALL.flip(0) * _ALTERNATE)
+        other = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+        return torch.kron(symmetric, small) + torch.kron(eye, other)
     if not is_order(n):
         raise ValueError(f"no construction of a Hadamard matrix of order {n}")
-    return torch.kron(_SMALL, _matrix(n // 2))
-
-
-_SMALL = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-_ALTERNATE = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(small, _matrix(n // 2))
 
 
 def _bordered(q: int, sign: int) -> Tensor:
