@@ -70,6 +70,15 @@ def test_cut_short_anywhere_it_leaves_no_record_and_comes_to_the_same(
     assert again.tables["loss"] == record.tables["loss"]
 
 
+@pytest.mark.parametrize("variant", ["authors", "oasis_block"])
+def test_other_residual_forms_are_measured_too(tiny, tmp_path, variant):
+    plan = tiny(variants=[variant, "vanilla"], compare={}, schemes=["w8a8-static"])
+    record = run_cell(plan.cells[0], tmp_path / "cell.json", tmp_path / "work", command="again")
+    names = {metric.name for metric in record.metrics}
+    assert {"depth.entropy", "depth.signal", "joint.leakage"} <= names
+    assert ("depth.causal" in names) == (variant != "authors")
+
+
 def test_leftovers_that_cannot_be_gone_on_with_are_wiped(record, cell, tmp_path):
     work = tmp_path / "work"
     work.mkdir()

@@ -51,13 +51,12 @@ class Work:
 
 def measured(work: Work) -> None:
     """Every measure of the model as it was trained: outlier.*, sink.*, depth.*, joint.*."""
-    depth = work.model.config.residual != "sum"
     record = diagnose(
         work.model,
         work.text.measured_NT,
         windows=len(work.text.measured_NT),
         joint=True,
-        causal=depth,
+        causal=work.model.config.residual == "depth",  # where there are sources to drop
         data=work.text.data,
     )
     work.metrics += record.metrics
