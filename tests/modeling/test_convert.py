@@ -25,6 +25,7 @@ INEXACT = {
     "entmax15",
     "attn_residual_gated",
     "attn_residual_softpick",
+    "oasis_unit",
 }
 
 
