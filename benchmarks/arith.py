@@ -2,8 +2,8 @@
 
 python benchmarks/arith.py --runs FOLDER
 
-Trains a model on `arith`, a quarter of an hour on two cores, quantises it by scheme and lets it
-solve problems of the test part.  A run that is finished in FOLDER is not repeated.  Record and
+Trains a model on `arith`, quantises it by scheme and lets it solve problems of the test part: less
+than an hour.  A run that is finished in FOLDER is not repeated.  Record and
 table go to docs/results/arith.
 """
 

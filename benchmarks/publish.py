@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
 from oasis_attn.modeling.sizes import text_config
 from oasis_attn.report.markdown import markdown
@@ -38,11 +39,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = StudyFolder.open(parser.parse_args().folder)
     place = DOCS / "results" / folder.plan.name
-    shutil.rmtree(place, ignore_errors=True)
-    (place / "cells").mkdir(parents=True)
-    shutil.copy(folder.path / "plan.yaml", place)
-    for cell in folder.records():
-        shutil.copy(folder.record_path(cell), place / "cells")
+    if place.resolve() != folder.path.resolve():  # else only the report is made anew
+        shutil.rmtree(place, ignore_errors=True)
+        (place / "cells").mkdir(parents=True)
+        shutil.copy(folder.path / "plan.yaml", place)
+        for cell in folder.records():
+            shutil.copy(folder.record_path(cell), place / "cells")
     write_report(StudyFolder.open(place), place / "index.html")
     write_text(PAGE, page(PAGE.read_text(encoding="utf-8")))
 
@@ -51,7 +53,9 @@ def page(text: str) -> str:
     """docs/study.md with each table made anew."""
     for name, table in {"verdicts": verdicts(), "scaling": scaling()}.items():
         begin, end = f"<!-- benchmarks/publish.py: {name} -->\n", "<!-- end -->\n"
-        head, _, rest = text.partition(begin)
+        head, mark, rest = text.partition(begin)
+        if not mark:
+            raise UserError(f"study.md: it has no {begin.strip()!r}")
         text = head + begin + table + end + rest.partition(end)[2]
     return text
 

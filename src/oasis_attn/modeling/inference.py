@@ -28,7 +28,7 @@ from oasis_attn.modeling.residual import (
     Routing,
     evidence,
     observers,
-    rescaled,
+    unit_scale,
 )
 from oasis_attn.ops.depth_mix import fold_sources, merge_recent
 
@@ -57,7 +57,7 @@ class InferenceStream:
         self.queries_ahead = self._ahead(self.queries_RD)
         self.floor = table((D * routing.router.eps) ** 0.5)
         counts = [1 + (router + size - 1) // size for router in range(self.R)]
-        scaled = settings.depth_scale == "sources"
+        scaled, self.unit = settings.depth_scale == "sources", settings.depth_scale == "unit"
         self.scales = [count + self.softmax1 if scaled else 1 for count in counts]
         self.scales_R = table(self.scales)
         if routing.couplings_R is not None:
@@ -168,7 +168,7 @@ class InferenceStream:
         router, place = self.sublayer, self.sublayer % self.group
         mixed_BTD, logits_BTC = self.mixes[place], self.folded_logits[place]
         if not (self.recent or self.softmax1):
-            self.hidden = rescaled(mixed_BTD, self.settings)
+            self.hidden = unit_scale(mixed_BTD) if self.unit else mixed_BTD
             return
         if self.recent and self.softmax1 and self.signal:
             by_since_C = self.by_since[router]
@@ -176,7 +176,7 @@ class InferenceStream:
         ahead = len(self.logits[-1]) if self.recent else 0
         logits_BTN = torch.cat([logits_BTC, *(logits[-ahead] for logits in self.logits)], -1)
         mixed_BTD = merge_recent(mixed_BTD, self.recent, logits_BTN, self.scales[router])
-        self.hidden = rescaled(mixed_BTD, self.settings)
+        self.hidden = unit_scale(mixed_BTD) if self.unit else mixed_BTD
 
 
 def depth_stream(

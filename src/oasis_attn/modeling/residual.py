@@ -133,6 +133,7 @@ class DepthStream:
 
     def __init__(self, state: Tensor | tuple[Tensor, ...], sublayer: int, routing: Routing):
         self.routing, self.settings = routing, routing.router.settings
+        self.unit = self.settings.depth_scale == "unit"
         self.sublayer = sublayer
         self.running: list[Tensor] = []  # the unfinished block's sum and its summed evidence
         if isinstance(state, Tensor):  # the embedding: the first source, of evidence 0
@@ -156,7 +157,7 @@ class DepthStream:
             mixed_BTD, self.sources = carried_sum(
                 self._mixed(), self.weights_BTS, len(self.sources)
             )
-            self._hidden = rescaled(mixed_BTD, self.settings)
+            self._hidden = unit_scale(mixed_BTD) if self.unit else mixed_BTD
         return self._hidden
 
     def read(self, norm: Norm) -> Tensor:
@@ -165,7 +166,8 @@ class DepthStream:
             return norm(self.hidden)
 
         def normed(weights_BTS: Tensor, *sources: Tensor) -> Tensor:
-            return norm(rescaled(weighted_sum(sources, weights_BTS), self.settings))
+            mixed_BTD = weighted_sum(sources, weights_BTS)
+            return norm(unit_scale(mixed_BTD) if self.unit else mixed_BTD)
 
         return checkpoint(
             normed, self.weights_BTS, *self._mixed(), use_reentrant=False, preserve_rng_state=False
@@ -222,7 +224,8 @@ class DepthStream:
             weights_BTS, null_BT = depth_weights(scores, None, 0.0, normalizer)
         else:
             weights_BTS, null_BT = depth_weights(scores, evidence, beta, normalizer)
-        _observed(module, router, weights_BTS, null_BT, evidence, beta)
+        if observers:
+            _observed(module, router, weights_BTS, null_BT, evidence, beta)
         if self.settings.depth_scale == "sources":
             weights_BTS = weights_BTS * {"softmax": S, "softmax1": S + 1, "sigmoid": 2}[normalizer]
         self.weights_BTS, self._hidden = weights_BTS, None
@@ -268,8 +271,9 @@ class AuthorsRouter(nn.Module):
         scores = row_products(states, query_BTD) * self.rank**-0.5
         recency = torch.linspace(0, 1, len(states), device=scores.device, dtype=scores.dtype)
         scores = scores + self.recency_bias * recency
-        if self.beta is not None:
-            scores = scores + null_shift(evidence_BTS, self.beta)
+        beta = self.beta
+        if beta is not None:
+            scores = scores + null_shift(evidence_BTS, beta)
         normalizer = self.settings.depth_normalizer
         weights, null_BT = depth_weights(scores.clamp(-50, 50), None, 0.0, normalizer)
         return weighted_sum(states, weights), weights, null_BT
@@ -310,8 +314,9 @@ class AuthorsStream:
             evidence_BTS = _append(evidence_BTS, evidence_BTS[..., -1])
         router = self.routers[after_mlp]
         self.hidden, weights_BTS, null_BT = router([*self.states, *self.within], evidence_BTS)
-        place = self.sublayer + after_mlp
-        _observed(router, place, weights_BTS, null_BT, evidence_BTS, router.beta)
+        if observers:
+            place = self.sublayer + after_mlp
+            _observed(router, place, weights_BTS, null_BT, evidence_BTS, router.beta)
         if after_mlp:
             self.states = [*self.states, self.hidden]
 
@@ -341,10 +346,8 @@ def evidence(null_BHT: Tensor | None, branch_BTD: Tensor, settings: OasisConfig)
     return psi_BT
 
 
-def rescaled(mixed_BTD: Tensor, settings: OasisConfig) -> Tensor:
+def unit_scale(mixed_BTD: Tensor) -> Tensor:
     """The mix of a router with `depth_scale` "unit": of a root mean square of 1."""
-    if settings.depth_scale != "unit":
-        return mixed_BTD
     return F.rms_norm(mixed_BTD, mixed_BTD.shape[-1:], eps=UNIT_EPS)
 
 
@@ -362,11 +365,10 @@ def _observed(
     evidence_BTS: Tensor,
     beta: Tensor | None,
 ) -> None:
-    if observers:
-        signal_BTS = None if beta is None else null_shift(evidence_BTS, beta)
-        call = RouterCall(router, weights_BTS, null_BT, signal_BTS)
-        for observer in tuple(observers):
-            observer(module, call)
+    signal_BTS = None if beta is None else null_shift(evidence_BTS, beta)
+    call = RouterCall(router, weights_BTS, null_BT, signal_BTS)
+    for observer in tuple(observers):
+        observer(module, call)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ survive eight and four bits, and not pay for that with its loss.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from oasis_attn.study.measures import Measure, measures
@@ -31,7 +32,7 @@ class Hurdle:
         row: of the plan.
         text: what is compared with what.
         n: units that have both; 0 where the study has none yet.
-        change: of the row, relative; None from no unit.
+        change: of the row, relative; NaN from no unit.
         low, high: its bootstrap interval.
         limit: the largest change that meets it.
     """
@@ -39,7 +40,7 @@ class Hurdle:
     row: str
     text: str
     n: int
-    change: float | None
+    change: float
     low: float
     high: float
     limit: float
@@ -47,7 +48,7 @@ class Hurdle:
     @property
     def outcome(self) -> str:
         """`met`, `met for certain`, `missed`, or `untested`."""
-        if self.change is None or self.limit != self.limit:
+        if not self.n or math.isnan(self.limit):
             return "untested"
         if not self.change <= self.limit:
             return "missed"
@@ -87,11 +88,11 @@ def _cost(results: Results, plain: Measure, low_bit: Measure, row: str, limit: f
 def _hurdle(row, text, values, others, scale: str, limit: float) -> Hurdle:
     units = [unit for unit in values if unit in others]
     if not units:
-        nan = float("nan")
-        return Hurdle(row=row, text=text, n=0, change=None, low=nan, high=nan, limit=limit)
+        nan = math.nan
+        return Hurdle(row=row, text=text, n=0, change=nan, low=nan, high=nan, limit=limit)
     subject, baseline = ([table[unit] for unit in units] for table in (values, others))
     if scale == "points" and not any(baseline):
-        change = low = high = 0.0 if not any(subject) else float("inf")
+        change = low = high = 0.0 if not any(subject) else math.inf
     else:
         seen = compare(subject, baseline, scale)
         change, low, high = seen.change, seen.low, seen.high

@@ -162,8 +162,6 @@ def _numbers(seen: Comparison) -> tuple[str, ...]:
 
 
 def _hurdle(each: Hurdle) -> tuple[str, str, str]:
-    if each.change is None:
-        return ABSENT, ABSENT, percent(each.limit)
     interval = ABSENT
     if not math.isnan(each.low):
         interval = f"{percent(each.low)} to {percent(each.high)}"
