@@ -19,10 +19,12 @@ from oasis_attn.files import write_text
 from oasis_attn.modeling.sizes import text_config
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table
+from oasis_attn.study.bar import RULE
 from oasis_attn.study.folder import StudyFolder
 from oasis_attn.study.page import standing, write_report
 from oasis_attn.study.plan_file import load_plan
 from oasis_attn.study.results import Results
+from oasis_attn.study.tables import bar_summary
 from oasis_attn.study.verdict import NOT_TESTED, judge
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -51,7 +53,7 @@ def main() -> None:
 
 def page(text: str) -> str:
     """docs/study.md with each table made anew."""
-    for name, table in {"verdicts": verdicts(), "scaling": scaling()}.items():
+    for name, table in {"verdicts": verdicts(), "bar": bar(), "scaling": scaling()}.items():
         begin, end = f"<!-- benchmarks/publish.py: {name} -->\n", "<!-- end -->\n"
         head, mark, rest = text.partition(begin)
         if not mark:
@@ -60,16 +62,18 @@ def page(text: str) -> str:
     return text
 
 
+def on_record() -> dict[str, Results]:
+    """The studies under docs/results, by name."""
+    places = {name: DOCS / "results" / name for name in STUDIES}
+    folders = {name: StudyFolder.open(place) for name, place in places.items() if place.is_dir()}
+    return {name: Results(folder.plan, folder.records()) for name, folder in folders.items()}
+
+
 def verdicts() -> str:
     """What the rule says of each claim, a column a study that is on record."""
     columns: dict[str, list[str]] = {}
     lines = []
-    for name in STUDIES:
-        place = DOCS / "results" / name
-        if not place.is_dir():
-            continue
-        folder = StudyFolder.open(place)
-        results = Results(folder.plan, folder.records())
+    for name, results in on_record().items():
         judged = judge(results)
         columns.setdefault("claim", [each.claim.text for each in judged])
         columns[f"`{name}`"] = [
@@ -79,6 +83,12 @@ def verdicts() -> str:
     rows = tuple(zip(*columns.values(), strict=True))
     table = Table(title="", columns=tuple(columns), rows=rows, words=len(columns))
     return markdown(table) + "\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def bar() -> str:
+    """How the proposed variants stand against the bar; empty before a study of them."""
+    held = [results for results in on_record().values() if results.plan.bar]
+    return "".join(f"{RULE}\n\n{markdown(bar_summary(results))}" for results in held)
 
 
 def scaling() -> str:

@@ -61,9 +61,26 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
 
 
 def check_free(path: str | Path, argument: str = "out") -> None:
-    """Raise `UserError` if something is at `path` already (an empty folder is free)."""
+    """Raise `UserError` if no new folder can be put at `path`; an empty one is as good as none."""
     path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists():
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{argument}: {str(path)!r} exists; name a new folder or remove it")
+    if path.resolve() == Path.cwd():
+        raise UserError(f"{argument}: {str(path)!r} is the current folder; name a new one in it")
+    _check_above(path, argument)
+
+
+def check_writable(path: str | Path, argument: str = "out") -> None:
+    """Raise `UserError` if no file can be written at `path`."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{argument}: {str(path)!r} is a folder; name a file")
+    _check_above(path, argument)
+
+
+def _check_above(path: Path, argument: str) -> None:
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{argument}: {str(path)!r} cannot be written, {str(above)!r} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{argument}: {str(path)!r} cannot be written, {str(above)!r} is protected")

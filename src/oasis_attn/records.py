@@ -153,14 +153,18 @@ class Record:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             if fields.pop("format") != FORMAT:
                 raise UserError(f"record: {str(path)!r} is of another format than {FORMAT}")
-            metrics = tuple(
-                Metric(**m | {"value": float(m["value"])}) for m in fields.pop("metrics")
-            )
+            metrics = tuple(Metric(**_numbers(m)) for m in fields.pop("metrics"))
             return cls(**fields, metrics=metrics)
         except UserError:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"record: {str(path)!r} is not a readable record ({error})") from error
+
+
+def _numbers(metric: dict[str, Any]) -> dict[str, Any]:
+    """A metric's fields as they were before `_plain`."""
+    given = {name: metric.get(name) for name in ("value", "standard_error")}
+    return metric | {name: float(x) for name, x in given.items() if x is not None}
 
 
 def _plain(value: Any) -> Any:

@@ -77,6 +77,8 @@ def test_in_integers(oasis, model, shape, tmp_path):
         (("--simulate", "--set", "rotation"), "--set: 'rotation' is not NAME=VALUE"),
         (("--simulate", "--skip", "*.absent"), "skip: '*.absent' matches none"),
         (("--simulate", "--costs", "kinds"), "did you mean 'kind'"),
+        (("--simulate", "--set", "weight.symmetric=False"), "symmetric: 'False' is neither"),
+        (("--simulate", "--window", "65"), "window: 65 tokens are more than the model's 64"),
         (("--simulate", "--windows", "0"), "windows: 0"),
         (("--simulate", "--set", "smooth_alpha=2"), "smooth_alpha: 2"),
     ],

@@ -34,6 +34,12 @@ def test_hash_splits_are_a_partition_and_duplicates_stay_together(tmp_path):
     assert len(parts["train"]) > 300
 
 
+def test_half_of_a_surrogate_pair_is_told_with_its_line(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "fine"}, {"text": "abc \ud800"}])
+    with pytest.raises(UserError, match=r"line 2 is not .* a string `text` in Unicode"):
+        list(load_corpus(path, "train").texts())
+
+
 def test_adding_documents_moves_none(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i}"} for i in range(100)])
     before = set(load_corpus(path, "test").texts())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from oasis_attn.data import corpus_tokenizer, load_corpus, tokenizer_sha256, train_tokenizer
 from oasis_attn.errors import UserError
@@ -52,6 +53,11 @@ def test_corpus_tokenizer_is_cached(tmp_path, monkeypatch):
     first = corpus_tokenizer(corpus, 280)
     monkeypatch.setattr("oasis_attn.data.tokenizer._learnt", None)
     assert tokenizer_sha256(corpus_tokenizer(corpus, 280)) == tokenizer_sha256(first)
+
+
+def test_one_written_in_python_is_refused():
+    with pytest.raises(UserError, match="tokenizer: ByT5Tokenizer has no fast form"):
+        tokenizer_sha256(ByT5Tokenizer())
 
 
 def test_vocabulary_smaller_than_the_bytes():

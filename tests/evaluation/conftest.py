@@ -17,11 +17,12 @@ def tokenizer():
 def build(tokenizer):
     """A tiny model that writes varied text."""
 
-    def make(variant="oasis", family="llama", **settings):
+    def make(variant="oasis", family="llama", width=8, **settings):
         text = tiny_config(
             family,
             vocab_size=len(tokenizer),
             max_position_embeddings=LENGTH,
+            head_dim=width,
             initializer_range=0.5,
             bos_token_id=0,
             eos_token_id=0,

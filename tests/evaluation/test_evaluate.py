@@ -185,6 +185,26 @@ def test_bad_options_are_refused_before_anything_runs(tokenizer, options, messag
 
 
 @pytest.mark.usefixtures("data")
+def test_every_task_is_checked_before_the_first_runs(build, tokenizer, tmp_path):
+    tasks, log = ["perplexity", "arith"], tmp_path / "log"
+    with pytest.raises(UserError, match=r"prompt with max_new_tokens: .* 256 positions"):
+        evaluate(
+            build(), tokenizer, tasks=tasks, corpus="prose", window=64, max_new_tokens=250,
+            samples=log,
+        )  # fmt: skip
+    assert not log.exists()
+
+
+@pytest.mark.usefixtures("data")
+def test_a_model_that_is_broken_has_no_finite_perplexity(build, tokenizer):
+    model = build()
+    model.lm_head.weight.data *= 1e6
+    record = evaluate(model, tokenizer, corpus="prose", window=64, limit=4)
+    assert record["loss.windowed"] > 710
+    assert record["perplexity.windowed"] == float("inf")
+
+
+@pytest.mark.usefixtures("data")
 def test_a_window_longer_than_the_model(build, tokenizer):
     with pytest.raises(
         UserError, match=r"window: 300 tokens are more than the model.s 256 positions"

@@ -8,6 +8,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.evaluation.generate import encode_prompt, generate
 from oasis_attn.evaluation.samples import SampleLog
 from oasis_attn.quantization import quantize
+from oasis_attn.quantization.kv_cache import QuantizedCache
 
 PROMPTS = ["Question: 1", "Question: 1 2 3 apples and many more\nAnswer:", "x", "Answer: 2"]
 
@@ -39,6 +40,21 @@ def test_greedy_is_the_argmax_of_the_full_forward(build, tokenizer, variant, sch
     responses = run(model, tokenizer, stops=[])
     assert responses == [[one_by_one(model, tokenizer, prompt, 12)] for prompt in PROMPTS]
     assert len({text for (text,) in responses}) > 1
+
+
+def test_a_cache_that_counts_tokens_meets_no_padding(build, tokenizer):
+    model = build("vanilla", width=32)
+    seen = []
+
+    def cache(config):
+        made = QuantizedCache(config, bits=2, first=2, recent=0)
+        seen.append(made)
+        return made
+
+    prompts = ["1 2 3 " * 20, "x" * 70]
+    together = run(model, tokenizer, prompts, cache=cache)
+    assert len(seen) == 2
+    assert together == [run(model, tokenizer, [prompt], cache=cache)[0] for prompt in prompts]
 
 
 def test_native_models_and_tokenizers_without_pad_token(tokenizer):

@@ -177,10 +177,14 @@ def test_refuses_what_is_not_finite(granularity, symmetric, bad):
         ({"bits": 9}, "bits: 9 "),
         ({"bits": True}, "bits: True "),
         ({"bits": 4.5}, "bits: 4.5 "),
+        ({"bits": 4.0}, "bits: 4.0 "),
+        ({"symmetric": "False"}, "symmetric: 'False' is neither true nor false"),
+        ({"symmetric": None}, "symmetric: None "),
         ({"granularity": "chanel"}, "did you mean 'channel'"),
         ({"granularity": "group"}, "group_size: None "),
         ({"group_size": 32}, "group_size: 32 does not go"),
         ({"granularity": "group", "group_size": 0}, "group_size: 0 "),
+        ({"granularity": "group", "group_size": 16.0}, "group_size: 16.0 "),
     ],
 )
 def test_refuses_bad_settings(settings, message):

@@ -276,7 +276,7 @@ def test_rescue(stored, method):
         ({"method": "best"}, "method: 'best'"),
         ({"tune_steps": -1}, "tune_steps: -1"),
         ({"window": 1}, "window: 1"),
-        ({"window": 62}, "window: 62 and a prefix of 4 are over the model's 64"),
+        ({"window": 62}, "window with the prefix: 66 tokens are more than the model's 64"),
         ({"scheme": schemes()["w4a16"]}, "'w4a16' is not static"),
         ({"evaluation_split": "tset"}, "did you mean 'test'"),
         ({"out": "."}, "out: '.' exists"),

@@ -103,6 +103,29 @@ def test_mse_sample_stands_in_for_a_long_batch():
     assert sampled.item() <= 1.02 * exact.item()
 
 
+def masked_probabilities() -> torch.Tensor:
+    scores = torch.randn(12, 64, 64).masked_fill(torch.ones(64, 64).triu(1).bool(), -torch.inf)
+    return scores.mul(2).softmax(-1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: (torch.randn(64, 512) - 2).relu(),  # mostly ties, at the lower end
+        lambda: (torch.randn(64, 512) - 2).relu().square(),
+        masked_probabilities,
+        lambda: torch.randn(64, 576) * (1 + 7 * (torch.arange(576) % 36 == 0)),  # in few channels
+    ],
+    ids=["relu", "relu-squared", "probabilities", "channels"],
+)
+def test_mse_of_a_long_batch_is_no_worse_than_minmax(data, bits):
+    torch.manual_seed(4)
+    x, grid = data().flatten(), Grid(bits=bits, symmetric=False)
+    chosen, widest = (error(x, grid, *estimate(name, [x], grid)) for name in ("mse", "minmax"))
+    assert chosen <= 1.02 * widest  # what the sample may be wrong by
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_all_give_one_range_per_block(name):
     low, high = estimate(name, [torch.randn(5, 12)], ROWS)

@@ -87,6 +87,21 @@ def test_a_failed_cell_holds_up_no_other_and_is_tried_again(tiny, tmp_path):
     assert (status.left, status.failed) == (0, {})
 
 
+def test_a_cell_gone_on_with_tells_nothing_of_how_long_one_takes(tiny, tmp_path, capfd):
+    class Slow(Here):
+        def ended(self):
+            time.sleep(0.3)
+            return super().ended()
+
+    plan = tiny(seeds=[0, 1])
+    folder = StudyFolder.begin(tmp_path, plan)
+    folder.work_path(plan.cells[0]).mkdir(parents=True)
+    run_study(plan, tmp_path, launcher=Slow())
+    first, second, *_ = capfd.readouterr().err.splitlines()
+    assert "left" not in first  # no whole cell yet
+    assert "about 0 h 00 min left" in second
+
+
 def test_an_interruption_ends_the_cells_that_run(tiny, tmp_path):
     class Interrupted(Here):
         stopped = 0

@@ -44,11 +44,16 @@ def diagnose(
     """
     from oasis_attn.data import Corpus, load_corpus
     from oasis_attn.data.readers import file_documents
+    from oasis_attn.files import check_writable
     from oasis_attn.measure import diagnose as measure
     from oasis_attn.modeling.loading import load_model
     from oasis_attn.report import layer_table, summary_table
     from oasis_attn.report.figures import save_figures
 
+    if out is not None:
+        check_writable(out)
+    if figures is not None:
+        check_writable(figures / "any.png", "figures")
     if text is None:
         source = load_corpus(corpus, split)
     else:

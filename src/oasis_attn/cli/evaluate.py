@@ -45,7 +45,11 @@ def evaluate(
     batch_size: Annotated[int, Option(help="Windows or samples per forward pass.")] = 8,
     kv_bits: Annotated[
         int | None,
-        Option(help="Quantise the key-value cache: 2, 4 or 8 bits.", show_default=False),
+        Option(
+            help="Quantise the key-value cache, but for the first 32 tokens and the last 96: 2, 4"
+            " or 8 bits.",
+            show_default=False,
+        ),
     ] = None,
     samples: Annotated[
         Path | None,
@@ -64,12 +68,23 @@ def evaluate(
     given = {name: value for name, value in locals().items() if name not in _NOT_FIELDS}
 
     from oasis_attn.evaluation import evaluate as run
-    from oasis_attn.quantization.kv_cache import FIRST, RECENT, QuantizedCache, check_bits
+    from oasis_attn.files import check_writable
+    from oasis_attn.quantization.kv_cache import (
+        FIRST,
+        RECENT,
+        QuantizedCache,
+        check_bits,
+        check_reached,
+    )
 
+    if out is not None:
+        check_writable(out)
     given["tasks"] = tuple(tasks.split(","))
     given["k"] = _whole_numbers("--k", k)
     if kv_bits is not None:
         check_bits(kv_bits)
+        if "perplexity" in given["tasks"]:
+            check_reached(window)
         given["cache"] = partial(QuantizedCache, bits=kv_bits)
         given["subject"] = {"kv_cache": {"bits": kv_bits, "first": FIRST, "recent": RECENT}}
     with working(f"evaluating {model}"):

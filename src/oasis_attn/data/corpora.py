@@ -52,7 +52,7 @@ class Corpus:
         """Hash of the documents, each preceded by its length, in hexadecimal."""
         digest = hashlib.sha256()
         for text in self.texts():
-            data = text.encode("utf-8", "surrogatepass")
+            data = text.encode()
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.hexdigest()
 
@@ -79,7 +79,7 @@ def by_hash(reader: Reader) -> dict[str, Reader]:
 
 def _share(reader: Reader, share: range) -> Iterator[str]:
     for text in reader():
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(text.encode()).digest()
         if int.from_bytes(digest[:8], "little") % 100 in share:
             yield text
 

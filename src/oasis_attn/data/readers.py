@@ -43,10 +43,17 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def document(row: Mapping[str, Any]) -> str:
-    """A row's text: its field `text`, or GSM8K's `question` and `answer`; `KeyError` if neither."""
+    """A row's text: its field `text`, or GSM8K's `question` and `answer`.
+
+    Raises:
+        KeyError: it has neither.
+        TypeError: a text that is no string.
+        ValueError: a string that is no text: half of a surrogate pair has no UTF-8.
+    """
     text = row["text"] if "text" in row else f"Question: {row['question']}\nAnswer: {row['answer']}"
     if not isinstance(text, str):
         raise TypeError("text is not a string")
+    text.encode()
     return text
 
 
@@ -60,8 +67,8 @@ def file_documents(path: Path, cut=passages) -> Iterator[str]:
             yield document(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"corpus: {str(path)!r} line {number} is not a JSON object with a string `text`, "
-                "or `question` and `answer`"
+                f"corpus: {str(path)!r} line {number} is not a JSON object with a string `text` in "
+                "Unicode, or `question` and `answer`"
             ) from error
 
 

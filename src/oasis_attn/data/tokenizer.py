@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from oasis_attn.data.cache import cached_file
 from oasis_attn.data.corpora import Corpus
-from oasis_attn.errors import check_at_least
+from oasis_attn.errors import UserError, check_at_least
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,8 +82,18 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what decides a text's tokens: the backend's rules, and the BOS and EOS ids."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    """Hash of what decides a text's tokens: the backend's rules, and the BOS and EOS ids.
+
+    Raises:
+        UserError: a tokenizer without a backend, written in Python.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"tokenizer: {type(tokenizer).__name__} has no fast form (a tokenizer.json), by which"
+            " it is told from others"
+        )
+    rules = json.loads(backend.to_str())
     # Both follow the last call made, not the tokenizer.
     for passing in ("padding", "truncation"):
         rules.pop(passing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,14 +16,14 @@ from oasis_attn.data import load_corpus, tokenizer_sha256
 from oasis_attn.data.problems import Problem, read_problems
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation.config import EvaluationConfig
-from oasis_attn.evaluation.generate import check_lengths, generate
+from oasis_attn.evaluation.generate import check_prompts, generate
 from oasis_attn.evaluation.harness import HarnessGsm8k, check_harness
 from oasis_attn.evaluation.likelihood import score_continuations, score_windows, strided_windows
 from oasis_attn.evaluation.problems import Interval, by_steps, pass_metrics
 from oasis_attn.evaluation.samples import Sample, SampleLog, check_log
 from oasis_attn.evaluation.scoring import Z95, score_answer
 from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.subject import describe_model, fingerprint
+from oasis_attn.modeling.subject import check_lengths, describe_model, fingerprint
 from oasis_attn.records import Metric, Record
 
 
@@ -71,7 +71,8 @@ def evaluate(
 
     Raises:
         UserError: before anything is run, for a bad option, a log that would be mixed with
-            another, absent data or lm-eval.
+            another or cannot be written, absent data or lm-eval, a window or a prompt that is too
+            long for the model.
     """
     config = EvaluationConfig(**options)
     if "gsm8k" in config.tasks:
@@ -95,8 +96,9 @@ def evaluate(
             "subject": dict(config.subject),
         },
     )
-    for task in config.tasks:
-        _RUNNERS[task](run)
+    # Every task is made ready, and found wanting, before the first is run.
+    for measure in [_TASKS[task](run) for task in config.tasks]:
+        measure()
     return Record(
         kind="evaluation",
         subject=describe_model(model) | {"sha256": run.identity["model"]} | dict(config.subject),
@@ -113,8 +115,13 @@ def log_path(config: EvaluationConfig, task: str) -> Path | None:
     return None if config.samples is None else Path(config.samples, f"{task}.jsonl")
 
 
-def _perplexity(run: _Run) -> None:
+Measure = Callable[[], object]
+"""Runs a task that has been made ready, and puts what it finds into its `_Run`."""
+
+
+def _perplexity(run: _Run) -> Measure:
     config = run.config
+    check_lengths(run.model, [config.window], "window")
     corpus = load_corpus(config.corpus, config.split)
     windows = strided_windows(
         corpus.texts(),
@@ -123,30 +130,41 @@ def _perplexity(run: _Run) -> None:
         stride=config.stride,
         limit=config.limit,
     )
-    check_lengths(run.model, [config.window], "window")
     settings = {"corpus_sha256": corpus.sha256, "window": config.window, "stride": windows.stride}
-    log = run.log("perplexity", settings)
-    samples = score_windows(
-        run.model, windows, log=log, batch_size=config.batch_size, cache=config.cache
-    )
-    loss, error = _mean_loss(samples)
-    kind = "windowed" if windows.stride == config.window else "strided"
-    n = len(samples)
-    run.metrics += [
-        Metric(name=f"perplexity.{kind}", value=math.exp(loss), n=n),
-        Metric(name=f"loss.{kind}", value=loss, n=n, standard_error=error),
-    ]
-    if error is not None:
-        low, high = loss - Z95 * error, loss + Z95 * error
-        run.intervals[f"loss.{kind}"] = low, high
-        run.intervals[f"perplexity.{kind}"] = math.exp(low), math.exp(high)
-    run.data["perplexity"] = settings | {
-        "corpus": corpus.name,
-        "split": corpus.split,
-        "windows": n,
-        "tokens_scored": sum(windows.scored),
-        "tokens_sha256": windows.sha256,
-    }
+
+    def measure() -> None:
+        log = run.log("perplexity", settings)
+        samples = score_windows(
+            run.model, windows, log=log, batch_size=config.batch_size, cache=config.cache
+        )
+        loss, error = _mean_loss(samples)
+        kind = "windowed" if windows.stride == config.window else "strided"
+        n = len(samples)
+        run.metrics += [
+            Metric(name=f"perplexity.{kind}", value=_exp(loss), n=n),
+            Metric(name=f"loss.{kind}", value=loss, n=n, standard_error=error),
+        ]
+        if error is not None:
+            low, high = loss - Z95 * error, loss + Z95 * error
+            run.intervals[f"loss.{kind}"] = low, high
+            run.intervals[f"perplexity.{kind}"] = _exp(low), _exp(high)
+        run.data["perplexity"] = settings | {
+            "corpus": corpus.name,
+            "split": corpus.split,
+            "windows": n,
+            "tokens_scored": sum(windows.scored),
+            "tokens_sha256": windows.sha256,
+        }
+
+    return measure
+
+
+def _exp(x: float) -> float:
+    """math.exp, infinite where that is an error: of a model that is broken."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def _mean_loss(samples: Sequence[Sample]) -> tuple[float, float | None]:
@@ -160,24 +178,28 @@ def _mean_loss(samples: Sequence[Sample]) -> tuple[float, float | None]:
     return loss, math.sqrt(squares * n / (n - 1)) / tokens
 
 
-def _gsm8k(run: _Run) -> None:
+def _gsm8k(run: _Run) -> Measure:
     problems, data = _problems(run, "gsm8k")
     shots = run.config.shots
     examples = list(read_problems(load_corpus("gsm8k", "train"))) if shots else []
     harness = HarnessGsm8k(problems, examples, shots=shots)
     data |= {"shots": shots, "lm_eval_task": f"gsm8k {harness.version}"}
-    responses = _answers(run, "gsm8k", problems, harness.prompts, harness.stops, data)
-    first = harness.scores([texts[0] for texts in responses])
-    run.metrics += [
-        Metric(name=f"gsm8k.lm_eval.{name}", value=value, n=len(problems))
-        for name, value in first.items()
-    ]
+    answers = _answers(run, "gsm8k", problems, harness.prompts, harness.stops, data)
+
+    def measure() -> None:
+        first = harness.scores([texts[0] for texts in answers()])
+        run.metrics += [
+            Metric(name=f"gsm8k.lm_eval.{name}", value=value, n=len(problems))
+            for name, value in first.items()
+        ]
+
+    return measure
 
 
-def _arith(run: _Run) -> None:
+def _arith(run: _Run) -> Measure:
     problems, data = _problems(run, "arith")
     prompts = [_prompt(problem) for problem in problems]
-    _answers(run, "arith", problems, prompts, ["Question:"], data)
+    return _answers(run, "arith", problems, prompts, ["Question:"], data)
 
 
 def _answers(
@@ -187,8 +209,10 @@ def _answers(
     prompts: Sequence[str],
     stops: Sequence[str],
     data: dict[str, Any],
-) -> list[list[str]]:
+) -> Callable[[], list[list[str]]]:
+    """What answers the problems, measures that, and returns the responses."""
     config = run.config
+    check_prompts(run.model, run.tokenizer, prompts, config.max_new_tokens)
     how: dict[str, Any] = {
         "stops": list(stops),
         "temperature": config.temperature,
@@ -200,46 +224,53 @@ def _answers(
         reference = problems[index].answer
         return {"reference": reference} | score_answer(text, reference)._asdict()
 
-    responses = generate(
-        run.model,
-        run.tokenizer,
-        prompts,
-        log=run.log(task, data | how),
-        finish=finish,
-        stops=stops,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        repeats=config.repeats,
-        temperature=config.temperature,
-        seed=config.seed,
-        cache=config.cache,
-    )
-    metrics, intervals = pass_metrics(task, problems, responses, config.k)
-    run.metrics += metrics
-    run.intervals |= intervals
-    run.tables[f"{task}.steps"] = by_steps(problems, responses)
-    run.data[task] = data | how | {"problems": len(problems), "repeats": config.repeats}
-    return responses
+    def answer() -> list[list[str]]:
+        responses = generate(
+            run.model,
+            run.tokenizer,
+            prompts,
+            log=run.log(task, data | how),
+            finish=finish,
+            stops=stops,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            repeats=config.repeats,
+            temperature=config.temperature,
+            seed=config.seed,
+            cache=config.cache,
+        )
+        metrics, intervals = pass_metrics(task, problems, responses, config.k)
+        run.metrics += metrics
+        run.intervals |= intervals
+        run.tables[f"{task}.steps"] = by_steps(problems, responses)
+        run.data[task] = data | how | {"problems": len(problems), "repeats": config.repeats}
+        return responses
+
+    return answer
 
 
-def _gsm8k_loglik(run: _Run) -> None:
+def _gsm8k_loglik(run: _Run) -> Measure:
     task, name = "gsm8k-loglik", "gsm8k.answer_loglik"
     problems, data = _problems(run, "gsm8k")
-    samples = score_continuations(
-        run.model,
-        run.tokenizer,
-        [(_prompt(problem), " " + problem.answer) for problem in problems],
-        log=run.log(task, data),
-        batch_size=run.config.batch_size,
-        cache=run.config.cache,
-    )
-    values = [-row["loss"] / row["tokens"] for row in samples]
-    n, mean = len(values), fmean(values)
-    error = stdev(values) / math.sqrt(n) if n > 1 else None
-    run.metrics.append(Metric(name=name, value=mean, n=n, standard_error=error))
-    if error is not None:
-        run.intervals[name] = mean - Z95 * error, mean + Z95 * error
-    run.data[task] = data | {"problems": n}
+
+    def measure() -> None:
+        samples = score_continuations(
+            run.model,
+            run.tokenizer,
+            [(_prompt(problem), " " + problem.answer) for problem in problems],
+            log=run.log(task, data),
+            batch_size=run.config.batch_size,
+            cache=run.config.cache,
+        )
+        values = [-row["loss"] / row["tokens"] for row in samples]
+        n, mean = len(values), fmean(values)
+        error = stdev(values) / math.sqrt(n) if n > 1 else None
+        run.metrics.append(Metric(name=name, value=mean, n=n, standard_error=error))
+        if error is not None:
+            run.intervals[name] = mean - Z95 * error, mean + Z95 * error
+        run.data[task] = data | {"problems": n}
+
+    return measure
 
 
 def _problems(run: _Run, name: str) -> tuple[list[Problem], dict[str, Any]]:
@@ -253,7 +284,7 @@ def _prompt(problem: Problem) -> str:
     return f"Question: {problem.question}\nAnswer:"
 
 
-_RUNNERS = {
+_TASKS: dict[str, Callable[[_Run], Measure]] = {
     "perplexity": _perplexity,
     "gsm8k": _gsm8k,
     "gsm8k-loglik": _gsm8k_loglik,

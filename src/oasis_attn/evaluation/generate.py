@@ -25,9 +25,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from oasis_attn.errors import UserError
 from oasis_attn.evaluation.samples import Sample, SampleLog
-from oasis_attn.modeling.subject import eval_mode
+from oasis_attn.modeling.subject import check_lengths, eval_mode
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -36,11 +35,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def check_lengths(model: PreTrainedModel, lengths: Sequence[int], what: str) -> None:
-    """Raise `UserError` if the longest of `lengths` is more than the model's positions."""
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if most is not None and max(lengths) > most:
-        raise UserError(f"{what}: {max(lengths)} tokens are more than the model's {most} positions")
+def check_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Their token ids; `UserError` if one, with the new tokens, is too long for the model."""
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_lengths(model, [len(ids) + max_new_tokens for ids in rows], "prompt with max_new_tokens")
+    return rows
 
 
 def generate(
@@ -68,15 +72,16 @@ def generate(
     Args:
         log: samples in it are not made again.
         finish: (index of the prompt, continuation) -> what else is logged with the sample.
-        cache: makes the cache of a batch; default, transformers' own.
+        cache: makes the cache of a batch; default, transformers' own.  With another, batches are of
+            one: what it does to a token may depend on its position, and padding would move it.
         stops: a continuation ends before the first of these, or at an end-of-text token.
 
     Raises:
         UserError: a prompt that, with the new tokens, is longer than the model's positions.
     """
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    check_lengths(model, [len(ids) + max_new_tokens for ids in rows], "prompt with max_new_tokens")
+    rows = check_prompts(model, tokenizer, prompts, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
+    batch_size = batch_size if cache is None else 1
     keys = list(product(range(len(prompts)), range(repeats)))
     with eval_mode(model), torch.no_grad(), _no_defaults(model):
         for start in range(0, len(keys), batch_size):

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.errors import UserError
-from oasis_attn.evaluation.generate import check_lengths, encode_prompt
+from oasis_attn.evaluation.generate import encode_prompt
 from oasis_attn.evaluation.samples import Sample, SampleLog
-from oasis_attn.modeling.subject import eval_mode
+from oasis_attn.modeling.subject import check_lengths, eval_mode
 from oasis_attn.ops.token_losses import token_losses
 
 MakeCache = Callable[[PreTrainedConfig], Cache]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oasis_attn.errors import UserError
+from oasis_attn.files import check_writable
 
 Sample = dict[str, Any]
 Key = tuple[int, int]  # problem or window, repeat
@@ -88,6 +89,8 @@ class SampleLog:
 
 
 def check_log(path: Path, *, resume: bool) -> None:
-    """Raise `UserError` if `path` holds samples that a run not resumed would mix with its own."""
+    """Raise `UserError` if `path` holds samples that a run not resumed would mix with its own, or
+    cannot be written."""
+    check_writable(path, "samples")
     if not resume and path.exists() and path.stat().st_size:
         raise UserError(f"samples: {str(path)!r} exists; resume it, or name another folder")

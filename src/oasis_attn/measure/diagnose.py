@@ -21,7 +21,7 @@ from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.measure.windows import cut_windows, describe_windows
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.residual import observe_depth
-from oasis_attn.modeling.subject import describe_model, eval_mode
+from oasis_attn.modeling.subject import check_lengths, describe_model, eval_mode
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.records import Metric, Record
 
@@ -65,8 +65,9 @@ def diagnose(
         `Depth.tables` and `Joint.tables`.
 
     Raises:
-        UserError: text or tokens that make no window (see `cut_windows`), or a model whose layers,
-            attention, MLPs or norms cannot be found; `joint` of a family without adapter; `causal`
+        UserError: text or tokens that make no window (see `cut_windows`) or a longer one than the
+            model has positions; a model whose layers, attention, MLPs or norms cannot be found;
+            `joint` of a family without adapter; `causal`
             of a model that does not route over depth, or of a source that it has not.
     """
     check_at_least("batch_size", batch_size, 1)
@@ -80,6 +81,7 @@ def diagnose(
         windows=windows,
         vocabulary=embedding.weight.shape[0],
     )
+    check_lengths(model, ids_NT.shape[1:], "window")
     outliers, depth = Outliers(taps), Depth()
     sinks, secondary = Sinks(taps), SecondarySinks(sum(tap.kind == "layer" for tap in taps))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.prefix import prefix_of
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
@@ -51,6 +53,21 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     else:
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from _plain_tensors(getattr(tensor, name))
+
+
+def check_lengths(model: PreTrainedModel, lengths: Sequence[int], what: str) -> None:
+    """Raise `UserError` if the longest of `lengths`, in tokens, is over the model's positions.
+
+    A model with a prefix has those that its prefix leaves.
+    """
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    prefix = prefix_of(model)
+    taken = 0 if prefix is None else len(prefix)
+    if most is not None and max(lengths) + taken > most:
+        besides = f", of which its prefix takes {taken}" if taken else ""
+        raise UserError(
+            f"{what}: {max(lengths)} tokens are more than the model's {most} positions{besides}"
+        )
 
 
 @contextmanager

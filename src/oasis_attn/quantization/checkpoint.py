@@ -17,7 +17,7 @@ from oasis_attn.data import load_corpus, spread_windows, token_blocks
 from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.subject import describe_model
+from oasis_attn.modeling.subject import check_lengths, describe_model
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.quantization.costs import GROUPINGS, perplexity, sensitivity, site_metrics
 from oasis_attn.quantization.integers import check_kernels, to_integers
@@ -90,6 +90,7 @@ def quantize_checkpoint(
 
     tell("loading the model")
     loaded, tokenizer = load_model(model)
+    check_lengths(loaded, [window], "window")
     seen_NT, held_out_NT = (
         spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora
     )
@@ -140,9 +141,8 @@ def quantize_checkpoint(
 def _kept(sites: Sequence[str], skip: Sequence[str]) -> list[str]:
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in sites):
-            raise UserError(
-                f"skip: {pattern!r} matches none of the scheme's sites, as {sites[0]!r}"
-            )
+            some = f", as {sites[0]!r}" if sites else "; it has none in this model"
+            raise UserError(f"skip: {pattern!r} matches none of the scheme's sites{some}")
     return [name for name in sites if not any(fnmatchcase(name, p) for p in skip)]
 
 

@@ -40,16 +40,19 @@ class Grid:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in range(2, 9):
+        if type(self.bits) is not int or self.bits not in range(2, 9):
             raise UserError(f"bits: {self.bits!r} is not an integer from 2 to 8")
+        if not isinstance(self.symmetric, bool):
+            raise UserError(f"symmetric: {self.symmetric!r} is neither true nor false")
         check_choice("granularity", self.granularity, GRANULARITIES)
         if (self.granularity == "group") != (self.group_size is not None):
             raise UserError(
                 f"group_size: {self.group_size!r} does not go with granularity "
                 f"{self.granularity!r}; it is given for 'group' and only there"
             )
-        if self.group_size is not None and self.group_size < 1:
-            raise UserError(f"group_size: {self.group_size!r} is not at least 1")
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < 1):
+            raise UserError(f"group_size: {size!r} is not an integer of at least 1")
 
 
 class Levels(NamedTuple):

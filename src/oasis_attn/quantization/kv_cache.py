@@ -35,6 +35,8 @@ class QuantizedCache(Cache):
     4 bits are half a byte.  No kernel reads them, and they are unpacked in every pass: the cache is
     small, not fast.
 
+    Padding counts among the first tokens, so that rows are best not padded on the left.
+
     Args:
         config: of the model.
         bits: 2, 4 or 8.
@@ -77,6 +79,15 @@ def check_bits(bits: int) -> None:
     """Raise `UserError` unless a cache can have so many."""
     if isinstance(bits, bool) or bits not in BITS:
         raise UserError(f"bits: {bits!r} is not one of {', '.join(map(str, BITS))}")
+
+
+def check_reached(window: int) -> None:
+    """Raise `UserError` if a window is too short for any of its tokens to be quantised."""
+    if window < (least := FIRST + RECENT + GROUP):
+        raise UserError(
+            f"window: {window} tokens stay as they are in a quantised cache, which keeps the first"
+            f" {FIRST} and the last {RECENT}; take at least {least}"
+        )
 
 
 class Packed(NamedTuple):

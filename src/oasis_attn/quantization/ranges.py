@@ -98,8 +98,8 @@ class LeastSquares(MinMax):
     """The clipping threshold t that moves the data least: low, high = max(min, -t), min(max, t).
 
     The squared error is summed over all batches for t = max|x| / 2^(k/8), k = 0 .. 64.  Of a long
-    batch only evenly spaced entries are kept, each weighted by the number it stands for, and the
-    extremes in full, because the error of clipping is theirs alone.
+    batch only some entries, drawn at random, are kept, each weighted by the number it stands for,
+    and the extremes in full, because the error of clipping is theirs alone.
     """
 
     sample, extremes, candidates = 8192, 256, 65
@@ -114,14 +114,16 @@ class LeastSquares(MinMax):
         if count <= self.sample + 2 * self.extremes:
             self._keep(blocks, torch.ones_like(blocks))
         else:
-            ordered = blocks.topk(self.extremes), blocks.topk(self.extremes, largest=False)
-            top, bottom = (part.values for part in ordered)
-            bulk = blocks[..., :: -(-count // self.sample)]
-            inner = (bulk < top[..., -1:]) & (bulk > bottom[..., -1:])
-            share = (count - 2 * self.extremes) / inner.sum(-1, keepdim=True).clamp(min=1)
-            self._keep(bulk, inner * share)
-            self._keep(top, torch.ones_like(top))
-            self._keep(bottom, torch.ones_like(bottom))
+            inner = torch.ones_like(blocks, dtype=torch.bool)
+            for largest in (True, False):
+                extreme = blocks.topk(self.extremes, largest=largest)
+                inner.scatter_(-1, extreme.indices, False)
+                self._keep(extreme.values, torch.ones_like(extreme.values))
+            # At random: steps of one length would meet few of the channels.
+            generator = torch.Generator().manual_seed(len(self._values))
+            drawn = torch.randint(count, (self.sample,), generator=generator).to(blocks.device)
+            share = inner.sum(-1, keepdim=True) / inner[..., drawn].sum(-1, keepdim=True).clamp(1)
+            self._keep(blocks[..., drawn], inner[..., drawn] * share)
         return super()._of_batch(blocks)
 
     def _keep(self, values: Tensor, weights: Tensor) -> None:

@@ -13,7 +13,7 @@ from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.prefix import compute_prefix, with_prefix
-from oasis_attn.modeling.subject import describe_model
+from oasis_attn.modeling.subject import check_lengths, describe_model
 from oasis_attn.quantization.costs import perplexity
 from oasis_attn.quantization.prefix import (
     METHODS,
@@ -90,9 +90,7 @@ def rescue(
 
     tell("loading the model")
     loaded, tokenizer = load_model(model)
-    reach = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if reach is not None and window + length > reach:
-        raise UserError(f"window: {window} and a prefix of {length} are over the model's {reach}")
+    check_lengths(loaded, [window + length], "window with the prefix")
     seen_NT, held_out_NT = (
         spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora
     )

@@ -67,10 +67,10 @@ class Board:
         """Note that `cell` runs."""
         self._states[cell.id] = "running"
 
-    def ended(self, cell: Cell, seconds: float, reason: str) -> None:
-        """Note that `cell` has ended; a reason means badly."""
+    def ended(self, cell: Cell, seconds: float, reason: str, *, resumed: bool) -> None:
+        """Note that `cell` has ended; a reason means badly, `resumed` that it was begun before."""
         self._states[cell.id] = "failed" if reason else "done"
-        if not reason:
+        if not reason and not resumed:  # else it tells nothing of how long a whole one takes
             self._seconds.append(seconds)
         if not self._terminal or reason:
             counts = Counter(self._states.values())
@@ -85,7 +85,7 @@ class Board:
             self._live.update(self, refresh=True)
 
     def time_left(self) -> str:
-        """From the median of the cells that ended well; empty before the first."""
+        """From the median of whole cells that ended well; empty before the first."""
         per_cell = median(self._seconds) if self._seconds else self._before
         counts = Counter(self._states.values())
         left = counts["waiting"] + counts["running"]

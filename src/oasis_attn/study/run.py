@@ -82,26 +82,25 @@ def prepare(cells: Sequence[Cell], board: Board) -> None:
 def _run(
     folder: StudyFolder, pending: list[Cell], workers: int, launcher: Launcher, board: Board
 ) -> None:
-    running: dict[Cell, tuple[Job, float]] = {}
+    running: dict[Cell, tuple[Job, float, bool]] = {}
     waiting = list(pending)
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 cell = waiting.pop(0)
                 folder.failure_path(cell).unlink(missing_ok=True)
-                running[cell] = (launcher.start(folder, cell), time.monotonic())
+                resumed = folder.work_path(cell).exists()
+                running[cell] = (launcher.start(folder, cell), time.monotonic(), resumed)
                 board.started(cell)
-            for cell, (job, since) in list(running.items()):
+            for cell, (job, since, resumed) in list(running.items()):
                 if job.ended():
                     del running[cell]
                     job.close()
                     done = folder.record_path(cell).is_file()
-                    seconds = time.monotonic() - since
-                    board.ended(
-                        cell, seconds, "" if done else folder.reason(cell) or "it left no record"
-                    )
+                    reason = "" if done else folder.reason(cell) or "it left no record"
+                    board.ended(cell, time.monotonic() - since, reason, resumed=resumed)
             board.update()
             time.sleep(_POLL)
     finally:
-        for job, _ in running.values():
+        for job, *_ in running.values():
             job.stop()

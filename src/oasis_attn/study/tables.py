@@ -96,6 +96,16 @@ def bar_table(results: Results) -> Table:
     return Table(title="The bar", columns=columns, rows=rows, words=3)
 
 
+def bar_summary(results: Results) -> Table:
+    """A row per variant that is held against the bar, a column per hurdle: change and outcome."""
+    rows, columns = [], ["variant"]
+    for row in results.plan.bar:
+        hurdles = bar(results, row)
+        columns = ["variant", *(f"{each.text} (at most {percent(each.limit)})" for each in hurdles)]
+        rows.append((row, *(f"{percent(each.change)} {each.outcome}" for each in hurdles)))
+    return Table(title="The bar", columns=tuple(columns), rows=tuple(rows), words=1)
+
+
 def status_table(status: Status, name: str) -> Table:
     """Where a study stands: counts, time left of one worker, and what failed why."""
     left = status.left
