@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -41,13 +42,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = StudyFolder.open(parser.parse_args().folder)
     place = DOCS / "results" / folder.plan.name
-    if place.resolve() != folder.path.resolve():  # else only the report is made anew
-        shutil.rmtree(place, ignore_errors=True)
-        (place / "cells").mkdir(parents=True)
-        shutil.copy(folder.path / "plan.yaml", place)
+    with tempfile.TemporaryDirectory(dir=place.parent) as stage:
+        new = Path(stage, folder.plan.name)
+        (new / "cells").mkdir(parents=True)
+        shutil.copy(folder.path / "plan.yaml", new)
         for cell in folder.records():
-            shutil.copy(folder.record_path(cell), place / "cells")
-    write_report(StudyFolder.open(place), place / "index.html")
+            shutil.copy(folder.record_path(cell), new / "cells")
+        write_report(StudyFolder.open(new), new / "index.html")
+        shutil.rmtree(place, ignore_errors=True)
+        new.rename(place)
     write_text(PAGE, page(PAGE.read_text(encoding="utf-8")))
 
 

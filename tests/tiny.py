@@ -15,7 +15,7 @@ _OPTIONAL = {  # for the families that have them
     "n_shared_experts": 1, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
     "first_k_dense_replace": 1, "num_dense_layers": 1, "interleave_moe_layer_step": 2,
     "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 8, "sliding_window": 6, "attention_chunk_size": 6,
+    "v_head_dim": 12, "sliding_window": 6, "attention_chunk_size": 6,
 }  # fmt: skip
 _EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 

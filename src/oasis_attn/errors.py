@@ -27,3 +27,9 @@ def check_at_least(argument: str, value: float, lowest: float) -> None:
     """Raise `UserError` unless `value` is a number of at least `lowest`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= lowest:
         raise UserError(f"{argument}: {value!r} is not a number of at least {lowest}")
+
+
+def check_seed(argument: str, value: int) -> None:
+    """Raise `UserError` unless `value` can seed every generator that training uses."""
+    if type(value) is not int or not 0 <= value < 2**32:
+        raise UserError(f"{argument}: {value!r} is not a whole number from 0 to {2**32 - 1}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,16 @@ def test_status_table_and_report(oasis, out, tmp_path):
     code, (said, _) = oasis("study", "report", out, "--page", str(page), "--json")
     assert (code, str(page) in json.loads(said)) == (0, True)
     assert page.is_file()
+
+
+def test_a_record_is_not_compared_with_itself(oasis, out):
+    record = next(Path(out, "cells").glob("*.json"))
+    code, (_, err) = oasis("study", "cell", out, record.stem, "--check", record)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "out: it is needed with check" in err
+    code, (_, err) = oasis("study", "report", out, "--page", Path(out, "cells"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a folder" in err
 
 
 def test_a_study_with_cells_left_ends_with_code_1(oasis, monkeypatch, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from oasis_attn import OasisConfig, OasisForCausalLM, UserError, variants
+from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert, variants
 from oasis_attn.modeling.configuration import SETTINGS
 from oasis_attn.modeling.variants import settings_of
 from tiny import tiny_config, tiny_model
@@ -92,6 +92,13 @@ def test_depth_softmax1_alone_is_inert(ids):
             "depth_block_size: 4 has no effect with residual='sum'",
         ),
         ({"depth_block_size": 0}, "depth_block_size: 0 is not a number of at least 1"),
+        ({"depth_block_size": 2.0}, "depth_block_size: 2.0 is not a whole number"),
+        ({"depth_block_size": float("inf")}, "depth_block_size: inf is not a whole number"),
+        ({"text_config": "llama"}, "text_config: 'llama' is no configuration"),
+        (
+            {"text_config": {"model_type": "llama", "num_hidden_layers": "two"}},
+            "text_config: .*two",
+        ),
         ({"token_normalizer": "learned_sink", "null_logit": 1.0}, "null_logit: 1.0 has no effect"),
         ({"clip_gamma": -0.1}, "clip_gamma: -0.1 has no effect"),
         ({"token_normalizer": "clipped_softmax"}, "clip_gamma: 0.0 is not below 0"),
@@ -101,8 +108,21 @@ def test_depth_softmax1_alone_is_inert(ids):
 )
 def test_bad_settings_are_one_clear_line(settings, message):
     with pytest.raises(UserError, match=message) as raised:
-        OasisConfig(text_config=tiny_config(), **settings)
+        OasisConfig(**{"text_config": tiny_config()} | settings)
     assert "\n" not in str(raised.value)
+
+
+def test_a_model_needs_a_config_of_ours_and_an_input():
+    with pytest.raises(UserError, match="config: LlamaConfig is not OasisConfig"):
+        OasisForCausalLM(LlamaConfig())
+    with pytest.raises(UserError, match="input_ids: there are none"):
+        tiny_model()()
+
+
+def test_a_balancing_loss_that_would_be_lost_is_refused():
+    native = AutoModelForCausalLM.from_config(tiny_config("mixtral", output_router_logits=True))
+    with pytest.raises(UserError, match="output_router_logits: True"):
+        convert(native)
 
 
 def test_the_callers_config_is_left_alone():

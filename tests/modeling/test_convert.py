@@ -157,6 +157,12 @@ def test_there_and_back_is_the_same_model(family, variant, ids):
 
 
 @torch.no_grad()
+def test_sinks_switched_off_in_bfloat16_are_so_in_float32():
+    native = AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.bfloat16)
+    assert to_vanilla(convert(native, "learned_sink").float()).config.model_type == "llama"
+
+
+@torch.no_grad()
 def test_back_from_what_trained_around_the_method(ids):
     """Key norms have no say over zero queries, nor, before a norm, has an unscaled mix."""
     model = tiny_model("attn_residual", text=tiny_config(rms_norm_eps=1e-14)).double()

@@ -170,6 +170,16 @@ def test_a_config_of_another_family_is_refused(folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    "config", ["null", '{"model_type": ["x"]}', '{"model_type": "llama", "num_hidden_layers": "2"}']
+)
+def test_a_config_that_is_none_is_refused_in_one_line(folder, config):
+    (folder / "config.json").write_text(config)
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder):
     words = {f"w{i}": i for i in range(17)}
     inner = Tokenizer(models.WordLevel(words, unk_token="w0"))

@@ -140,6 +140,38 @@ def test_generate_is_the_same_with_and_without_a_cache(model, ids):
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("variant", ["oasis", "softpick"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_mask_of_whole_numbers_is_refused(variant, mapped, ids):
+    mask = torch.ones(12, 12).tril().long().expand(2, 1, 12, 12)
+    settings = {"null_signal": "off"} if variant == "softpick" else {}
+    with pytest.raises(UserError, match=r"dtype torch\.int64 is neither"):
+        tiny_model(variant, **settings)(ids[:2, :12], attention_mask=mask, output_attentions=mapped)
+
+
+@torch.no_grad()
+def test_a_trace_computes_what_the_model_does(ids):
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids_BT):
+            return self.model(ids_BT, use_cache=False).logits
+
+    module = Logits(tiny_model())
+    traced = torch.jit.trace(module, ids, check_trace=False)
+    torch.testing.assert_close(traced(ids.flip(0)), module(ids.flip(0)), rtol=0, atol=1e-4)
+
+
+def test_an_elementwise_gate_is_as_wide_as_the_values(ids):
+    text = tiny_config("deepseek_v3")
+    assert text.v_head_dim != text.head_dim
+    model = tiny_model("gated_elementwise", text=text)
+    assert model.model.layers[0].output_gate.out_features == 4 * text.v_head_dim
+    assert model(ids).logits.isfinite().all()
+
+
 def test_reentrant_checkpointing_is_refused():
     with pytest.raises(UserError, match="use_reentrant: True drops"):
         tiny_model().activation_checkpointing_enable({"use_reentrant": True})

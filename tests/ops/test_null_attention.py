@@ -67,6 +67,47 @@ def test_values_and_gradients_equal_the_concatenated_form(backend, mask, T, S):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("strided", [0, 1, 2])
+@pytest.mark.parametrize("width", [3, 8, 13])
+def test_any_layout_and_any_width_of_the_values(backend, strided, width):
+    query, key, value, c = tensors(6, 6)
+    value = torch.randn(2, 2, 6, width, dtype=torch.float64).requires_grad_()
+    inputs = [query, key, value, c]
+    given = list(inputs)
+    with torch.no_grad():  # the same numbers, the last axis not the one whose entries are adjacent
+        given[strided] = inputs[strided].mT.contiguous().mT.requires_grad_()
+    visible = torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = concatenated(*inputs[:3], visible, c)
+    actual = null_attention(*given[:3], is_causal=True, null_logit=c, backend=backend)
+    weight = torch.randn(2, 4, 6, width, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad((out * weight).sum() + null.sum(), leaves)
+        for (out, null), leaves in ((actual, given), (expected, inputs))
+    ]
+    for got, wanted in [*zip(actual, expected, strict=True), *zip(*gradients, strict=True)]:
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_of_a_wider_dtype_blinds_too(backend):
+    query = torch.randn(1, 2, 4, 8, dtype=torch.bfloat16)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[:, :, 1] = torch.finfo(torch.float32).min  # -inf in bfloat16
+    out, null = null_attention(query, query, query, attn_mask=mask, backend=backend)
+    assert null[:, :, 1].eq(1).all()
+    assert null[:, :, 0].lt(0.9).all()
+    assert out.isfinite().all()
+
+
+def test_autocast_leaves_the_map_in_float32():
+    query, key, value, _ = tensors(9, 9, dtype=torch.float32)
+    plain = null_attention(query, key, value, backend="naive")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = null_attention(query, key, value, backend="naive")
+    assert all(map(torch.equal, cast, plain))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     query, key, value, c = tensors(4, 5, H=2, G=1, d=3)
 
@@ -130,6 +171,8 @@ def test_a_query_that_sees_nothing(backend, null_logit):
     )
     assert out[:, :, 1].eq(0).all()
     assert null[:, :, 1].eq(1).all()
+    attended = attend(query, key, value, attn_mask=mask, null_logit=null_logit, backend=backend)
+    assert attended.total_BHT.isfinite().all()
     for gradient in torch.autograd.grad(out.sum() + null.sum(), (query, key, value)):
         assert gradient.isfinite().all()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from oasis_attn.errors import UserError
 from oasis_attn.records import Metric, Record
@@ -68,6 +69,25 @@ def test_cut_short_anywhere_it_leaves_no_record_and_comes_to_the_same(
     assert differences(record, again) == []
     assert again.data == record.data
     assert again.tables["loss"] == record.tables["loss"]
+
+
+def test_a_shuffled_signal_is_measured_alike_after_a_kill(tiny, tmp_path, monkeypatch):
+    cell = tiny(
+        variants=["oasis_signal_shuffled"], compare={}, schemes=[], corpora=["pydoc"]
+    ).cells[0]
+    whole = run_cell(cell, tmp_path / "a.json", tmp_path / "a", command="")
+
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    path, work = tmp_path / "b.json", tmp_path / "b"
+    for where in ("oasis_attn.study.cell._draw_on", "oasis_attn.study.cell.HeldOut"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_cell(cell, path, work, command="")
+        torch.manual_seed(1)  # another process
+    assert differences(whole, run_cell(cell, path, work, command=""), 0.0) == []
 
 
 @pytest.mark.parametrize("variant", ["authors", "oasis_block"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,18 @@ def test_wrong_values_are_told_before_any_work(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=next(iter(wrong))):
             run_demo(tmp_path / "out", **wrong)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pretrained_model_called_like_a_variant_keeps_its_row(folder, tmp_path) -> None:
+    shutil.copytree(folder / "pretrained", tmp_path / "oasis")
+    text = str(folder / "text.txt")
+    made = run_demo(
+        tmp_path / "out", pretrained=str(tmp_path / "oasis"), prose=text, corpus=text, window=32,
+        windows=2, size=str(folder / "size"), block_length=32, batch_size=2, steps=1,
+    )  # fmt: skip
+    assert list(made.records) == ["pretrained-oasis", *VARIANTS]
+    names = {record.subject["name"] for record in made.records["oasis"]}
+    assert all(name.endswith(" oasis") for name in names)
 
 
 def test_a_demo_that_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None:

@@ -99,12 +99,12 @@ variants:
 corpora: [pydoc]
 seeds: [0]
 compare: {}
-training: {learning_rate: 4e-3}
+training: {learning_rate: 4e-3, bf16: False}
 """
     (tmp_path / "plan.yaml").write_text(text)
     plan = load_plan(tmp_path / "plan.yaml")
     assert plan.variants["mine"]["settings"] == {"null_signal": "off"}
-    assert plan.training == {"learning_rate": 0.004}
+    assert plan.training == {"learning_rate": 0.004, "bf16": False}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,11 @@ training: {learning_rate: 4e-3}
         ({"seeds": ["0"]}, "seeds: '0' is not a whole number"),
         ({"seeds": [True]}, "seeds: True is not a whole number"),
         ({"seeds": [-1]}, "seeds: -1"),
+        ({"seeds": [2**32]}, "seeds: 4294967296 is not a whole number from 0 to"),
+        ({"corpora": {"pydoc": ["perplexity"]}}, "'perplexity' is measured in every study"),
+        ({"training": {"bf16": "maybe"}}, "bf16: 'maybe' is neither true nor false"),
+        ({"training": {"learning_rates": 3}}, "learning_rates: 3 does not map"),
+        ({"training": {"trainable": 5}}, "trainable: 5 is not a list"),
         ({"seeds": [1, 1]}, "names one twice"),
         ({"noise_seeds": [0]}, "noise_seeds: 0 is among seeds"),
         ({"reference": "vanila", "noise_seeds": [3]}, "did you mean 'vanilla'"),
@@ -166,6 +171,7 @@ def test_a_wrong_plan_is_one_clear_error(plain, changes, message):
         ("seeds: [1]\nseeds: [2]", "'seeds' twice"),
         ("[1]", "not a mapping"),
         ("", "not a mapping"),
+        ("? [a, b]\n: c", "a key that is no word"),
         ("name: !!python/object:os.system x", "is not YAML"),
     ],
 )

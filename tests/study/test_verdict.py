@@ -26,8 +26,8 @@ LOWER = Prediction(measure="m", subject="a", against=("b",), sign=-1, size=-0.10
 
 def seen(change: float, low: float, high: float, n: int = 9) -> Comparison:
     return Comparison(
-        n=n, subject=1.0, baseline=1.0, change=change, low=low, high=high,
-        effect_size=math.copysign(1.0, change), p=math.nan,
+        n=n, subject=1.0 + change, baseline=1.0, change=change, low=low, high=high,
+        effect_size=math.nan, p=math.nan,
     )  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def seen(change: float, low: float, high: float, n: int = 9) -> Comparison:
         (None, math.nan, 0.01, "untested"),
         (seen(-0.20, -0.3, -0.1), 0.01, 0.05, "won"),
         (seen(-0.02, -0.03, -0.01), 0.01, 0.01, "won"),  # smaller than claimed, but there
+        (seen(-0.20, -0.3, -0.1, n=2), 0.01, 0.05, "won"),
         (seen(-0.20, -0.3, -0.1), 0.01, 0.50, "open"),  # within the noise
         (seen(-0.20, -0.3, -0.1), 0.01, math.nan, "open"),  # no noise floor known
         (seen(-0.20, -0.3, -0.1), 0.06, 0.05, "open"),

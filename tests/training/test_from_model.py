@@ -12,6 +12,7 @@ from oasis_attn import convert
 from oasis_attn.data import load_corpus, train_tokenizer
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import load_model
+from oasis_attn.quantization import quantize
 from oasis_attn.records import Record
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training.anneal import HARMLESS, NullAnneal
@@ -179,6 +180,15 @@ def test_penalty_is_logged_apart_and_lowers_what_it_measures(onward):
         assert column(halves, name) == pytest.approx(column(pressed, name), abs=2e-4)
 
 
+def test_a_quantised_model_is_refused(onward, models):
+    native, tokenizer = load_model(models / "native")
+    quantize(native, "w4a4").save_pretrained(models / "quantised")
+    tokenizer.save_pretrained(models / "quantised")
+    with pytest.raises(UserError, match=r"from_model: .*quantised' is quantised"):
+        quiet(onward(source="quantised"))
+    assert not onward().out.exists()
+
+
 def test_bad_input(onward):
     for change, message in [
         ({"variant": "vanilla"}, "variant: 'vanilla' has no effect with from_model"),
@@ -186,7 +196,7 @@ def test_bad_input(onward):
         ({"anneal_null": 11}, "anneal_null: 11 is more than the run's 10 steps"),
         ({"learning_rates": {"routr": 1e-3}}, "did you mean 'router'"),
         ({"learning_rates": {"router": -1}}, r"learning_rates\['router'\]: -1"),
-        ({"trainable": "router"}, "trainable: 'router' is one string"),
+        ({"trainable": "router"}, "trainable: 'router' is not a list"),
         ({"lora_rank": -1}, "lora_rank: -1"),
         ({"outlier_penalty": -1.0}, "outlier_penalty: -1"),
         ({"block_length": 65}, "block_length: 65 is more than the 64 positions"),

@@ -243,6 +243,7 @@ def test_bf16_and_accumulation_learn(configure):
         ({"vocab_size": 100}, "vocab_size: 100"),
         ({"settings": {"depth_blok_size": 2}}, "did you mean 'depth_block_size'"),
         ({"resume": True}, "holds no run to go on with"),
+        ({"variant": "vanilla", "learning_rates": {"coupling": 0.1}}, "no parameter of 'coupling'"),
     ],
 )
 def test_bad_input_writes_nothing(configure, change, message):

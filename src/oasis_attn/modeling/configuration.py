@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -33,6 +34,11 @@ _FORWARDED = {  # what transformers reads off a model's top config
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
     *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "sliding_window"),
 }
+BROKEN = (
+    *(StrictDataclassError, OSError, ValueError, TypeError, AttributeError, LookupError),
+    ArithmeticError,
+)
+"""What transformers raises for a configuration whose fields are absent or of another kind."""
 _BASE_EXTRAS = {  # what transformers itself may hand to any config
     *("torch_dtype", "attn_implementation", "experts_implementation", "output_attentions"),
     *("name_or_path", "num_labels", "trust_remote_code", "model_type"),
@@ -110,6 +116,8 @@ class OasisConfig(PreTrainedConfig):
                 f"attn_implementation: {asked!r} has no null option;"
                 f" leave it out, it is {ATTENTION!r}"
             )
+        if not isinstance(self.text_config, dict | PreTrainedConfig | None):
+            raise UserError(f"text_config: {self.text_config!r} is no configuration or its mapping")
         if isinstance(self.text_config, PreTrainedConfig):
             # Ours from here on: the caller's object keeps its own attention implementation.
             self.text_config = copy.deepcopy(self.text_config)
@@ -117,7 +125,9 @@ class OasisConfig(PreTrainedConfig):
             kwargs.setdefault("experts_implementation", self.text_config._experts_implementation)
         try:
             super().__post_init__(**kwargs)
-        except (TypeError, ValueError) as error:
+        except UserError:
+            raise
+        except BROKEN as error:
             raise UserError(f"text_config: {' '.join(str(error).split())}") from error
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
@@ -170,7 +180,7 @@ class OasisConfig(PreTrainedConfig):
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         check_at_least("depth_block_size", self.depth_block_size, 1)
-        if self.depth_block_size != int(self.depth_block_size):
+        if type(self.depth_block_size) is not int:
             raise UserError(f"depth_block_size: {self.depth_block_size!r} is not a whole number")
         for name in ("null_logit", "clip_gamma", "coupling_init", "recency_init"):
             value = getattr(self, name)

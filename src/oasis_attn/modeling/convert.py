@@ -29,6 +29,8 @@ from oasis_attn.modeling.variants import settings_of
 NULL_OFF = -1e4
 """A null logit at which the null is switched off: exp(NULL_OFF) is 0 beside any real logit."""
 
+_SINK_OFF = -(2.0**14)  # below that, and the same in every dtype
+
 COUPLING_OFF = -40.0
 """A raw coupling at which the null signal is switched off: its softplus is 4e-18."""
 
@@ -234,7 +236,7 @@ def _add_ours(model: OasisForCausalLM, native: PreTrainedModel) -> None:
     """Our own parameters, off the meta device and in their starting state."""
     for layer in model.model.layers:
         if layer.null_logit is not None:
-            off = torch.full(layer.null_logit.shape, NULL_OFF, dtype=native.dtype)
+            off = torch.full(layer.null_logit.shape, _SINK_OFF, dtype=native.dtype)
             layer.null_logit = nn.Parameter(off.to(native.device))
     if model.model.depth is not None:
         precise = torch.promote_types(native.dtype, torch.float32)  # kept so by from_pretrained too

@@ -161,6 +161,11 @@ def check_fits(config: OasisConfig) -> Family:
             f"depth_scale: {config.depth_scale!r} would set the scale of the inputs of {kind!r}, a"
             " post-norm family; it needs 'sources'"
         )
+    if getattr(config.text_config, "output_router_logits", False):
+        raise UserError(
+            "output_router_logits: True asks for the experts' balancing loss, which is not computed"
+            " here; set it to False in the model's configuration"
+        )
     if family.sinks and config.token_normalizer != "learned_sink":
         raise UserError(
             f"token_normalizer: {config.token_normalizer!r} is not for {kind!r}, whose attention"

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,7 +27,7 @@ from transformers.utils import logging
 
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import cache_folder, staged_folder
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration import BROKEN, OasisConfig
 from oasis_attn.modeling.prefix import attach_prefix, load_prefix, prefix_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
@@ -55,10 +56,7 @@ def load_model(
     check_choice("dtype", dtype, DTYPES)
     source = _resolve(str(name_or_path))
     try:
-        if settings is None:
-            config = AutoConfig.from_pretrained(source)
-        else:
-            config = OasisConfig.from_pretrained(source, **settings)
+        config = _config(source, settings)
         _check_causal(config, name_or_path)
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -93,6 +91,17 @@ def load_model(
     if prefix is not None and prefix_of(model) is None:  # a model of ours has put it there
         attach_prefix(model, prefix)
     return model.eval(), tokenizer
+
+
+def _config(source: str, settings: Mapping[str, Any] | None) -> PreTrainedConfig:
+    try:
+        if settings is None:
+            return AutoConfig.from_pretrained(source)
+        return OasisConfig.from_pretrained(source, **settings)
+    except (UserError, OSError):
+        raise
+    except BROKEN as error:  # a field of another kind than transformers reckons with
+        raise ValueError(f"config.json: {type(error).__name__}: {error}") from error
 
 
 def _resolve(name: str) -> str:

@@ -33,6 +33,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
+from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.configuration import OasisConfig, refuse_unknown
 from oasis_attn.modeling.families import Family, check_fits
@@ -90,7 +91,8 @@ class RoutedLayer(Routed):
         text = config.text_config
         self.settings, self.index, self.family = config, index, check_fits(config)
         heads = text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        width = getattr(self.self_attn, "v_head_dim", None) or getattr(text, "head_dim", None)
+        width = width or text.hidden_size // heads
         self.null_logit = self.output_gate = None
         own_sinks = getattr(self.self_attn, "sinks", None)  # gpt-oss: null logits already
         if config.token_normalizer == "learned_sink" and own_sinks is None:
@@ -260,6 +262,8 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: OasisConfig, **unknown):
         refuse_unknown(unknown)  # what from_pretrained found no place for
+        if not isinstance(config, OasisConfig):
+            raise UserError(f"config: {type(config).__name__} is not OasisConfig; wrap it in one")
         config.check()
         super().__init__(config)
         check_fits(config)
@@ -286,13 +290,16 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
         """Next-token logits `[B, T, V]`, and the loss in nats with `labels` (-100: ignored).
 
         Arguments are those of any transformers causal model; padding by `attention_mask`, packing
-        by `position_ids` that restart at 0.  With `output_attentions=True`, `attentions` are the
-        maps `[B, H, T, S]`, whose rows sum to 1 - null (attention then stores them); with
-        `output_null_mass=True`, `null_mass` is what each head left unspent, `[B, H, T]`.
+        by `position_ids` that restart at 0, with `use_cache=False`.  With `output_attentions=True`,
+        `attentions` are the maps `[B, H, T, S]`, whose rows sum to 1 - null (attention then stores
+        them); with `output_null_mass=True`, `null_mass` is what each head left unspent,
+        `[B, H, T]`.
         """
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None:
+            raise UserError("input_ids: there are none, and no inputs_embeds either")
         if past_key_values is not None:
-            given = inputs_embeds if input_ids is None else input_ids
-            check_cache(past_key_values, self.model.layers, len(given))  # type: ignore[arg-type]
+            check_cache(past_key_values, self.model.layers, len(given))
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.get(name) is None:
                 kwargs[name] = getattr(self.config, name)

@@ -31,7 +31,7 @@ def suits_native(embedding_BTD: Tensor, routing: Routing) -> bool:
         and embedding_BTD.shape[-1] % native.LANES == 0
         and embedding_BTD.device.type == "cpu"
         and routing.router.settings.null_signal != "shuffled"
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and native.library() is not None
     )
 

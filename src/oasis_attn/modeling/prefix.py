@@ -94,13 +94,17 @@ class Prefix:
         return cls(tokens=tokens, keys_LGPd=keys, values_LGPd=values)
 
 
-def load_prefix(source: str | os.PathLike) -> Prefix | None:
-    """The prefix stored with the model at `source` (a folder or hub id); None if it has none."""
+def load_prefix(source: str | os.PathLike, subfolder: str = "", **hub: Any) -> Prefix | None:
+    """The prefix stored with the model at `source` (a folder or hub id); None if it has none.
+
+    `hub` is what else decides where a model is taken from: `revision`, `cache_dir`, ...
+    """
     config, weights = (
         cached_file(
             source,
             name,
-            subfolder=FOLDER,
+            subfolder=os.path.join(subfolder, FOLDER),
+            **hub,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
@@ -111,6 +115,12 @@ def load_prefix(source: str | os.PathLike) -> Prefix | None:
     if config is None or weights is None:
         raise UserError(f"prefix: {str(source)!r} holds only one of {_CONFIG} and {_WEIGHTS}")
     return Prefix.load(config, weights)
+
+
+def remove_prefix(folder: str | os.PathLike) -> None:
+    """Remove a prefix that is stored with a model in `folder`: of one that stood there before."""
+    for name in (_CONFIG, _WEIGHTS):
+        Path(folder, FOLDER, name).unlink(missing_ok=True)
 
 
 @torch.no_grad()

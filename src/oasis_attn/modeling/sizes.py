@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.modeling.configuration import BROKEN
 
 
 def _llama(*, width: int, layers: int, heads: int, vocab_size: int, length: int) -> dict[str, Any]:
@@ -64,6 +65,6 @@ def text_config(size_or_path: str | Path, vocab_size: int | None = None) -> PreT
 def _read(path: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except BROKEN as error:
+        reason = " ".join(str(error).split())
         raise UserError(f"size: {path!r} is not a Hugging Face configuration ({reason})") from error

@@ -171,7 +171,8 @@ def _precise(tensor: Tensor) -> Tensor:
 def _naive_scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> Tensor:
     value = _precise(source_BTD)
     key = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)
-    return key @ queries_RD.to(value.dtype).T
+    with torch.autocast(value.device.type, enabled=False):
+        return key @ queries_RD.to(value.dtype).T
 
 
 def _naive_sum(sources: Sequence[Tensor], weights_BTS: Tensor) -> Tensor:
@@ -191,7 +192,8 @@ class _Scores(torch.autograd.Function):
         queries = queries.to(value.dtype)
         square = torch.linalg.vector_norm(value, dim=-1, keepdim=True).square_()
         inverse_rms = (square / value.shape[-1] + eps).rsqrt_()
-        scores = (value @ queries.T).mul_(inverse_rms)
+        with torch.autocast(source.device.type, enabled=False):
+            scores = (value @ queries.T).mul_(inverse_rms)
         ctx.save_for_backward(source, queries, inverse_rms, scores)
         return scores
 

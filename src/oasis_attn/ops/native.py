@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -53,7 +54,7 @@ def library() -> ctypes.CDLL | None:
             with tempfile.TemporaryDirectory() as folder:
                 path, out = Path(folder, "native.c"), Path(folder, "native.so")
                 path.write_bytes(source)
-                command = [compiler, *_FLAGS, str(path), "-o", str(out), "-lm"]
+                command = [*shlex.split(compiler), *_FLAGS, str(path), "-o", str(out), "-lm"]
                 subprocess.run(command, check=True, capture_output=True)
                 write_bytes(built, out.read_bytes())
         loaded = ctypes.CDLL(str(built))

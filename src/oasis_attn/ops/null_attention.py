@@ -22,6 +22,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -115,8 +116,11 @@ def attend(
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
     null_logit_H = torch.as_tensor(null_logit, dtype=precise, device=query.device).reshape(-1)
     if backend == "cpu_flash":
+        width, own = max(query.shape[-1], value.shape[-1]), value.shape[-1]
+        query, key, value = (_rows(x, width) for x in (query, key, value))
         arguments = (query, key, value, null_logit_H, attn_mask, is_causal, scale)
-        return Attended(*_CpuFlash.apply(*arguments))
+        out_BHTd, null_BHT, total_BHT = _CpuFlash.apply(*arguments)
+        return Attended(out_BHTd[..., :own] if own < width else out_BHTd, null_BHT, total_BHT)
     if backend == "flex":
         return _flex(query, key, value, null_logit_H, attn_mask, is_causal, scale, softcap)
     weights_BHTS, null_BHT, total_BHT = naive_weights(
@@ -129,6 +133,8 @@ def attend_one(
     query_BH1d: Tensor, key: Tensor, value: Tensor, *, scale: float, null_logit: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """`null_attention` of one new token a sequence that sees all keys, where `attends_one`."""
+    width = query_BH1d.shape[-1]
+    query_BH1d, key, value = (_rows(x, width) for x in (query_BH1d, key, value))
     out, lse_BH1 = _flash(query_BH1d, key, value, 0.0, False, scale=scale)
     null_BH1 = torch.empty_like(lse_BH1)
     logits, logit = None, 0.0
@@ -147,11 +153,11 @@ def attends_one(query: Tensor, value: Tensor) -> bool:
     """Whether `attend_one` serves this call: float32 on the CPU, no gradient, not being traced."""
     return (
         query.shape[2] == 1
-        and query.dtype == torch.float32
+        and query.dtype == value.dtype == torch.float32
         and query.device.type == "cpu"
         and query.shape[3] == value.shape[3]
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and native.library() is not None
     )
 
@@ -171,10 +177,12 @@ def naive_weights(
     clip_gamma: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The map itself, by any normalizer: weights `[B, H, T, S]`, null and log-denominator."""
+    _check_mask(attn_mask, query, key)
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
     groups = query.shape[1] // key.shape[1]
     key_BHSd = key.to(precise).repeat_interleave(groups, dim=1)
-    scores_BHTS = query.to(precise) @ key_BHSd.transpose(-1, -2) * scale
+    with torch.autocast(query.device.type, enabled=False):
+        scores_BHTS = query.to(precise) @ key_BHSd.transpose(-1, -2) * scale
     if softcap is not None:
         scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
@@ -189,8 +197,14 @@ def naive_weights(
         if attn_mask is not None:
             scores_BHTS = scores_BHTS.masked_fill(~attn_mask, -math.inf)
         null_logit = torch.as_tensor(null_logit, dtype=precise, device=query.device)
-        total_BHT = torch.logaddexp(scores_BHTS.logsumexp(-1), null_logit)
+        total_BHT = _log_denominator(scores_BHTS.logsumexp(-1), null_logit)
     return weights_BHTS, null_BHT, total_BHT
+
+
+def _log_denominator(lse: Tensor, null_logit: Tensor) -> Tensor:
+    """log(exp(c) + sum exp(s)); finite where nothing may be seen and c is -inf: there p is 0."""
+    total = torch.logaddexp(lse, null_logit)
+    return total.clamp(min=torch.finfo(total.dtype).min)
 
 
 def naive_mix(weights_BHTS: Tensor, value_BGSd: Tensor, dropout: float = 0.0) -> Tensor:
@@ -198,7 +212,9 @@ def naive_mix(weights_BHTS: Tensor, value_BGSd: Tensor, dropout: float = 0.0) ->
     if dropout:
         weights_BHTS = torch.dropout(weights_BHTS, dropout, train=True)
     groups = weights_BHTS.shape[1] // value_BGSd.shape[1]
-    return weights_BHTS @ value_BGSd.to(weights_BHTS.dtype).repeat_interleave(groups, dim=1)
+    value_BHSd = value_BGSd.to(weights_BHTS.dtype).repeat_interleave(groups, dim=1)
+    with torch.autocast(value_BGSd.device.type, enabled=False):
+        return weights_BHTS @ value_BHSd
 
 
 # ------------------------------------------------------------------------------------ cpu_flash
@@ -212,11 +228,10 @@ def _flash_with_null(query, key, value, c, mask, is_causal, scale):
 
     `c` is the null logit, a number or `[H, 1]`.
     """
-    out, lse = _flash(
-        query, key, value, 0.0, is_causal, attn_mask=_additive(mask, query), scale=scale
-    )
-    if mask is not None:  # the kernel reports lse 0, not -inf, where nothing may be seen
-        blind = ~mask.any(-1) if mask.dtype == torch.bool else mask.amax(-1) == -math.inf
+    additive = _additive(mask, query)
+    out, lse = _flash(query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale)
+    if additive is not None:  # the kernel reports lse 0, not -inf, where nothing may be seen
+        blind = additive.amax(-1) == -math.inf
         lse = lse.masked_fill(blind, -math.inf)
     excess = lse - c
     keep, null = torch.sigmoid(excess), torch.sigmoid(-excess)
@@ -232,9 +247,7 @@ class _CpuFlash(torch.autograd.Function):
     def forward(ctx, query, key, value, null_logit_H, mask, is_causal, scale):
         c = null_logit_H[:, None]
         out, null, lse = _flash_with_null(query, key, value, c, mask, is_causal, scale)
-        total = torch.logaddexp(lse, c)
-        if mask is not None:
-            total = total.clamp(min=torch.finfo(total.dtype).min)
+        total = _log_denominator(lse, c)
         ctx.save_for_backward(query, key, value, out, null, total, mask)
         ctx.is_causal, ctx.scale = is_causal, scale
         ctx.set_materialize_grads(False)
@@ -307,6 +320,13 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
+def _rows(x: Tensor, width: int) -> Tensor:
+    """`x` of so many columns, zeros behind its own; each row in one piece, as the kernel reads."""
+    if x.shape[-1] < width:
+        return F.pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
     if mask is None or mask.dtype == query.dtype:
         return mask
@@ -353,7 +373,7 @@ def _flex(query, key, value, null_logit_H, mask, is_causal, scale, softcap) -> A
     keep = torch.sigmoid(lse - c).masked_fill(blind, 0)
     null = torch.sigmoid(c - lse).masked_fill(blind, 1)
     out = (out * keep.unsqueeze(-1)).to(query.dtype)
-    return Attended(out, null, torch.logaddexp(lse, c).detach())
+    return Attended(out, null, _log_denominator(lse, c).detach())
 
 
 @cache
@@ -401,18 +421,21 @@ def _check_shapes(query, key, value, mask, null_logit) -> None:
             f"null_logit: shape {list(null_logit.shape)} is neither [] nor"
             f" [{query.shape[1]}], one per head"
         )
-    if mask is not None:
-        full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        try:
-            fits = torch.broadcast_shapes(mask.shape, full) == full
-        except RuntimeError:
-            fits = False
-        if not fits or mask.dim() != 4:
-            raise UserError(
-                f"attn_mask: shape {list(mask.shape)} does not broadcast to {list(full)}"
-            )
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise UserError(f"attn_mask: dtype {mask.dtype} is neither boolean nor floating point")
+    _check_mask(mask, query, key)
+
+
+def _check_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
+    if mask is None:
+        return
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    try:
+        fits = torch.broadcast_shapes(mask.shape, full) == full
+    except RuntimeError:
+        fits = False
+    if not fits or mask.dim() != 4:
+        raise UserError(f"attn_mask: shape {list(mask.shape)} does not broadcast to {list(full)}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise UserError(f"attn_mask: dtype {mask.dtype} is neither boolean nor floating point")
 
 
 def _choose(backend, query, key, value, mask, softcap, dropout) -> str:
@@ -447,8 +470,6 @@ def _refusal(backend, query, key, value, mask, softcap, dropout) -> str | None:
             return f"dtype {query.dtype} is none of float32, float64, bfloat16"
         if softcap is not None:
             return f"softcap {softcap} is not in the kernel"
-        if value.shape[-1] != query.shape[-1]:
-            return f"value width {value.shape[-1]} differs from query width {query.shape[-1]}"
     elif not query.is_cuda and torch.is_grad_enabled():
         wants_gradient = query.requires_grad or key.requires_grad or value.requires_grad
         return "on the CPU it has no backward" if wants_gradient else None

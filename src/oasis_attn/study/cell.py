@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation import evaluate
+from oasis_attn.files import write_bytes
 from oasis_attn.measure import diagnose
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.quantization import quantize, quantized_sites, schemes
@@ -149,6 +151,9 @@ def _start(cell: Cell, work: Path) -> Work:
     if "save_every" not in cell.training:
         rows = max(1, config.steps // (_CHECKPOINTS * config.log_every))
         config = replace(config, save_every=rows * config.log_every)
+    draws = work / "random.pt"
+    if (work / "record.json").is_file() and not draws.is_file():
+        shutil.rmtree(work)  # killed between the two
     work.mkdir(parents=True, exist_ok=True)
     try:
         trained = train(config, progress=False)
@@ -160,6 +165,7 @@ def _start(cell: Cell, work: Path) -> Work:
         work.mkdir()
         trained = train(config, progress=False)
     model, tokenizer = load_model(work)
+    _draw_on(draws)
     if torch.cuda.is_available():
         nn.Module.to(model, "cuda")
     text = HeldOut(
@@ -170,6 +176,19 @@ def _start(cell: Cell, work: Path) -> Work:
         windows=cell.windows,
     )
     return Work(cell=cell, trained=trained, model=model, tokenizer=tokenizer, text=text)
+
+
+def _draw_on(path: Path) -> None:
+    """Random numbers as in a run that was not cut short after training: the shuffled null signal
+    takes some while it is measured."""
+    if path.is_file():
+        processor, *devices = torch.load(path)
+        torch.set_rng_state(processor)
+        torch.cuda.set_rng_state_all(devices)
+    else:
+        stream = io.BytesIO()
+        torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], stream)
+        write_bytes(path, stream.getvalue())
 
 
 def _tasks(cell: Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Metric]:

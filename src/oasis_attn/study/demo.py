@@ -105,6 +105,8 @@ def run_demo(
     stages = _Stages(total=3 * (1 + len(VARIANTS)))
     records: dict[str, list[Record]] = {}
     name = Path(pretrained).name
+    if name in VARIANTS:
+        name = f"pretrained-{name}"
     with staged_folder(out) as stage:
         # Before anything is run, so that a wrong value is told at once.
         trainings = [
@@ -136,7 +138,8 @@ def run_demo(
                 corpus, "validation", tokenizer=tokenizer, length=block_length, windows=reach
             )
             subject = {"name": f"{size} {training.variant}", "variant": training.variant}
-            records[training.variant] = [trained, *_measure(subject, model, text, stages)]
+            named = replace(trained, subject=trained.subject | subject)
+            records[training.variant] = [named, *_measure(subject, model, text, stages)]
 
         demo = Demo(records=records)
         _write(demo, stage)

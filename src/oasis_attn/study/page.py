@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oasis_attn.errors import UserError
-from oasis_attn.files import write_text
+from oasis_attn.files import check_writable, write_text
 from oasis_attn.report.changes import Change, change_figure
 from oasis_attn.report.figures import save_png
 from oasis_attn.report.html import Block, figure_block, paragraph, table_block, write_page
@@ -51,8 +51,9 @@ def write_report(folder: StudyFolder, page: str | Path) -> list[Path]:
         The files written.
 
     Raises:
-        UserError: the study has no finished cell.
+        UserError: the study has no finished cell; `page` cannot be written.
     """
+    check_writable(page, "page")
     results = Results(folder.plan, folder.records())
     if not results.records:
         raise UserError(f"study: {str(folder.path)!r} has no finished cell to report on")

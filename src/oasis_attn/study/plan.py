@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from oasis_attn.data import load_corpus
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed
 from oasis_attn.evaluation import EvaluationConfig
 from oasis_attn.modeling.configuration import SETTINGS, OasisConfig, refuse_unknown
 from oasis_attn.modeling.sizes import text_config
@@ -139,7 +139,7 @@ class Plan:
             if len(set(values)) < len(values):
                 raise UserError(f"{argument}: {list(values)} names one twice")
         for seed in (*self.seeds, *self.noise_seeds):
-            check_at_least("seeds", seed, 0)
+            check_seed("seeds", seed)
         for seed in self.noise_seeds:
             if seed in self.seeds:
                 raise UserError(f"noise_seeds: {seed} is among seeds {list(self.seeds)} already")
@@ -163,6 +163,10 @@ class Plan:
         for corpus, tasks in self.corpora.items():
             for split in ("train", self.eval_split):
                 load_corpus(corpus, split)
+            if "perplexity" in tasks:
+                raise UserError(
+                    f"tasks of {corpus!r}: 'perplexity' is measured in every study, on its own text"
+                )
             if tasks:
                 EvaluationConfig(tasks=tasks, **self.evaluation)
         for row in self.variants:

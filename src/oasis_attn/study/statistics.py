@@ -186,7 +186,8 @@ def noise_floor(repeats: Iterable[Sequence[float]], scale: str) -> tuple[float, 
         mean = float(np.mean(group)) if len(group) else math.nan
         for a, b in combinations(group, 2):
             if scale == "ratio":
-                squares.append(math.log(a / b) ** 2 if a > 0 and b > 0 else math.nan)
+                defined = a > 0 and b > 0 and math.isfinite(a) and math.isfinite(b)
+                squares.append(math.log(a / b) ** 2 if defined else math.nan)
             else:
                 squares.append(((a - b) / mean) ** 2 if mean else (0.0 if a == b else math.nan))
     if not squares or not all(map(math.isfinite, squares)):

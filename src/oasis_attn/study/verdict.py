@@ -182,7 +182,8 @@ def decide(test: Prediction, numbers: Comparison | None, p: float, floor: float)
     """The outcome of one test, by `RULE`."""
     if numbers is None:
         return "untested"
-    claimed, significant = test.sign * numbers.effect_size > 0, p < SIGNIFICANCE
+    claimed = test.sign * (numbers.subject - numbers.baseline) > 0
+    significant = p < SIGNIFICANCE
     if significant and not claimed:
         return "lost"
     if significant and abs(numbers.change) > floor:

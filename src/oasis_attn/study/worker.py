@@ -40,7 +40,8 @@ def run_alone(
         check: a record to compare with.
 
     Raises:
-        UserError: unknown plan or cell, `out` missing or taken, a record that cannot be read.
+        UserError: unknown plan or cell, `out` missing or taken, a record that cannot be read, or
+            that would be compared with itself.
     """
     before = None if check is None else Record.load(check)
     if out is None:
@@ -48,7 +49,10 @@ def run_alone(
             raise UserError(
                 f"out: {where!r} is a plan, which has no place for the record; give one"
             )
-        record = StudyFolder.open(where).run(cell_id)
+        folder = StudyFolder.open(where)
+        if check is not None and folder.record_path(folder.plan.cell(cell_id)).is_file():
+            raise UserError("out: it is needed with check, for the folder has this record already")
+        record = folder.run(cell_id)
     else:
         check_free(out)
         plan = StudyFolder.open(where).plan if Path(where).is_dir() else load_plan(where)

@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed
 from oasis_attn.training.parameters import GROUPS
 
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
@@ -94,7 +94,6 @@ class TrainingConfig:
             self._check_unused("variant", "size", "settings", "vocab_size")
         lowest = {
             "steps": 1,
-            "seed": 0,
             "block_length": 2,
             "batch_size": 1,
             "gradient_accumulation": 1,
@@ -109,8 +108,14 @@ class TrainingConfig:
             check_at_least(name, value, least)
             if not isinstance(value, int):
                 raise UserError(f"{name}: {value!r} is not a whole number")
+        check_seed("seed", self.seed)
+        for name in ("bf16", "activation_checkpointing", "resume"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}: {getattr(self, name)!r} is neither true nor false")
         for name in ("warmup", "weight_decay", "clip", "outlier_penalty"):
             check_at_least(name, getattr(self, name), 0)
+        if not isinstance(self.learning_rates, Mapping):
+            raise UserError(f"learning_rates: {self.learning_rates!r} does not map groups to rates")
         for group, rate in self.learning_rates.items():
             check_choice("learning_rates", group, GROUPS)
             check_at_least(f"learning_rates[{group!r}]", rate, 0)
@@ -119,8 +124,11 @@ class TrainingConfig:
             raise UserError(
                 f"anneal_null: {self.anneal_null!r} is more than the run's {self.steps} steps"
             )
-        if isinstance(self.trainable, str):
-            raise UserError(f"trainable: {self.trainable!r} is one string, not a list of patterns")
+        patterns = self.trainable or ()
+        if isinstance(patterns, str) or not (
+            isinstance(patterns, Sequence) and all(isinstance(name, str) for name in patterns)
+        ):
+            raise UserError(f"trainable: {self.trainable!r} is not a list of patterns")
         if self.warmup > 1:
             raise UserError(f"warmup: {self.warmup!r} is a share of the steps, at most 1")
         if not self.clip:

@@ -26,7 +26,7 @@ from oasis_attn.training.anneal import NullAnneal
 from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.lora import adapt
 from oasis_attn.training.model import build_model
-from oasis_attn.training.parameters import train_only, trained
+from oasis_attn.training.parameters import group_of, train_only, trained
 
 if TYPE_CHECKING:
     from peft import LoraModel
@@ -75,10 +75,20 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "weights_sha256": _sha256(model) if config.from_model else None,
     }
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(
+            f"from_model: {str(config.from_model)!r} is quantised; train the original instead"
+        )
     callbacks: list[TrainerCallback] = []
     if config.anneal_null:
         callbacks.append(NullAnneal(model.config, config.anneal_null))
     adapter = _adapted(config, model)
+    groups = sorted({group_of(name) for name, _ in trained(model)})
+    for group in config.learning_rates:
+        if group not in groups:
+            raise UserError(
+                f"learning_rates: no parameter of {group!r} learns here; of {', '.join(groups)} do"
+            )
 
     blocks, windows = (
         token_blocks(part, tokenizer, config.block_length, vocab_size=model.config.vocab_size)
