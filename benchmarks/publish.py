@@ -30,7 +30,7 @@ from oasis_attn.study.verdict import NOT_TESTED, judge
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "study.md"
-STUDIES = ("paper", "isolate", "beyond")
+STUDIES = ("paper", "isolate", "signal", "beyond")
 BATCH = 262_144  # tokens a step
 TOKENS = 20  # a parameter, after Hoffmann et al. (arXiv 2203.15556)
 ROUTING = 1.2  # what depth routing adds to a step

@@ -14,7 +14,7 @@ from oasis_attn.study.verdict import BASELINES
 
 
 def test_every_shipped_plan_can_be_run():
-    assert {"smoke", "paper", "isolate", "beyond"} <= set(shipped_plans())
+    assert {"smoke", "paper", "isolate", "signal", "beyond"} <= set(shipped_plans())
     for name in shipped_plans():
         plan = load_plan(name)
         assert plan.name == name
@@ -77,6 +77,11 @@ def test_a_plan_goes_through_yaml_and_json(tiny):
     plan = tiny(variants={"vanilla": None, "off": {"variant": "oasis_signal_off"}}, compare={})
     assert parse_plan(plan_text(plan), "x") == plan
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_text_that_looks_like_a_number_stays_text(tiny):
+    for name in ("1e3", "0o7", "off", "True", "null"):
+        assert parse_plan(plan_text(tiny(name=name)), "x").name == name
 
 
 def test_a_row_may_have_rates_of_its_own(tiny):

@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Diagnose a pretrained model, train three small ones, compare, and write a page about it.
 
-    Takes about eight minutes on two cores.  Example: [bold]oasis demo --out demo[/bold]
+    Takes about ten minutes on two cores.  Example: [bold]oasis demo --out demo[/bold]
     """
     from oasis_attn.study.demo import run_demo
 

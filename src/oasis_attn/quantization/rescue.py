@@ -23,7 +23,7 @@ from oasis_attn.quantization.prefix import (
     tune_prefix,
 )
 from oasis_attn.quantization.schemes import Scheme, schemes
-from oasis_attn.quantization.simulate import quantize
+from oasis_attn.quantization.simulate import check_unquantized, quantize
 from oasis_attn.records import Metric, Record
 
 SEARCH_WINDOWS, SEARCH_TOKENS = 4, 48
@@ -90,6 +90,7 @@ def rescue(
 
     tell("loading the model")
     loaded, tokenizer = load_model(model)
+    check_unquantized(loaded)
     check_lengths(loaded, [window + length], "window with the prefix")
     seen_NT, held_out_NT = (
         spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora

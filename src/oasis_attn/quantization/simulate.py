@@ -133,11 +133,16 @@ def _rounded(
     }
 
 
+def check_unquantized(model: PreTrainedModel) -> None:
+    """Raise `UserError` if a linear layer or tensor of `model` is quantised."""
+    if quantized_sites(model):
+        raise UserError("model: it is quantised already; take the original instead")
+
+
 def _checked_sites(
     model: PreTrainedModel, scheme: Scheme, sites: Collection[str] | None
 ) -> tuple[str, ...]:
-    if quantized_sites(model):
-        raise UserError("model: it is quantised already; quantise the original instead")
+    check_unquantized(model)
     if sites is None:
         names = scheme_sites(model, scheme)
     else:

@@ -33,6 +33,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would take for something else."""
+
+
 for _tag, _pattern, _first in (
     ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
@@ -43,7 +47,10 @@ for _tag, _pattern, _first in (
         list("-+.0123456789"),
     ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^{_pattern}$"), _first)
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"^{_pattern}$"), _first
+        )
 
 
 def shipped_plans() -> dict[str, str]:
@@ -87,5 +94,4 @@ def parse_plan(text: str, name: str) -> Plan:
 
 def plan_text(plan: Plan) -> str:
     """The plan as YAML that `parse_plan` reads back."""
-    # Quoted where YAML 1.1 would see a boolean: readable by either.
-    return yaml.safe_dump(plan.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(plan.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
