@@ -37,6 +37,7 @@ def test_every_verb_explains_itself_with_an_example(oasis, verb):
     [
         (["bogus"], "'bogus'"),
         (["run", "smokey", "--out", "x"], "did you mean 'smoke'"),
+        (["plans", "smokey"], "did you mean 'smoke'"),
         (["run", "absent.yaml", "--out", "x"], "absent.yaml"),
         (["run", "smoke"], "--out"),
         (["run", "smoke", "--out", "x", "--workers", "0"], "workers: 0"),
@@ -67,6 +68,14 @@ def test_plans_as_json_are_the_library_s(oasis):
     assert code == 0
     plans = {name: Plan.from_dict(plan) for name, plan in json.loads(out).items()}
     assert plans == {name: load_plan(name) for name in shipped_plans()}
+
+
+def test_a_plan_is_printed_as_a_file_of_its_own(oasis, tmp_path):
+    code, (out, _) = oasis("study", "plans", "beyond")
+    (tmp_path / "mine.yaml").write_text(out)
+    assert (code, load_plan(tmp_path / "mine.yaml")) == (0, load_plan("beyond"))
+    code, (out, _) = oasis("study", "plans", "beyond", "--json")
+    assert (code, Plan.from_dict(json.loads(out))) == (0, load_plan("beyond"))
 
 
 def test_status_table_and_report(oasis, out, tmp_path):

@@ -76,6 +76,20 @@ def test_every_cell_is_run_once_and_a_rerun_runs_none(tiny, tmp_path, capfd):
     assert again.ran == []
 
 
+def test_cells_that_another_study_has_finished_are_taken_over(tiny, tmp_path):
+    run_study(tiny(seeds=[0, 1]), tmp_path / "one", launcher=Here(), show=False)
+    here, plan = Here(), tiny(name="two", seeds=[1, 2])
+    with pytest.raises(UserError, match=r"absent' holds no plan\.yaml"):
+        run_study(plan, tmp_path / "two", reuse=[tmp_path / "absent"], launcher=here, show=False)
+    assert not (tmp_path / "two").exists()
+    status = run_study(plan, tmp_path / "two", reuse=[tmp_path / "one"], launcher=here, show=False)
+    assert [cell.seed for cell in here.ran] == [2, 2]
+    assert status.left == 0
+    name = f"{plan.cells[0].id}.json"
+    taken, theirs = (tmp_path / study / "cells" / name for study in ("two", "one"))
+    assert taken.read_bytes() == theirs.read_bytes()
+
+
 def test_a_failed_cell_holds_up_no_other_and_is_tried_again(tiny, tmp_path):
     plan, here = tiny(seeds=[0, 1]), Here(bad=("oasis",))
     status = run_study(plan, tmp_path / "out", launcher=here, show=False)

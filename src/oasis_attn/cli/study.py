@@ -22,14 +22,27 @@ Out = Annotated[Path, Argument(help="The study's folder.")]
 
 
 @study.command()
-def plans(as_json: AsJson = False) -> None:
-    """List the plans that come with the package.
+def plans(
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="Print this one as YAML.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the plans that come with the package, or print one, to be changed.
 
-    Example: [bold]oasis study plans[/bold]
+    Example: [bold]oasis study plans paper > mine.yaml[/bold]
     """
+    from oasis_attn.errors import check_choice
     from oasis_attn.report import Table
     from oasis_attn.study.plan_file import load_plan, shipped_plans
 
+    if name is not None:
+        check_choice("name", name, shipped_plans())
+        if as_json:
+            print_json(load_plan(name).to_dict())
+        else:
+            print(shipped_plans()[name], end="")
+        return
     found = [load_plan(name) for name in shipped_plans()]
     if as_json:
         print_json({plan.name: plan.to_dict() for plan in found})
@@ -42,6 +55,13 @@ def plans(as_json: AsJson = False) -> None:
 def run(
     plan: PlanName,
     out: Annotated[Path, Option(help="A new folder, or one where this plan was begun.")],
+    reuse: Annotated[
+        list[Path] | None,
+        Option(
+            metavar="FOLDER",
+            help="Take over what another study has finished of the same cells; repeatable.",
+        ),
+    ] = None,
     workers: Annotated[int, Option(help="Cells at once; each takes a core.")] = 1,
     cluster: Annotated[
         str | None,
@@ -71,7 +91,7 @@ def run(
         raise UserError("--set: it is for --cluster")
     launcher = None if cluster is None else Cluster(cluster, given)
     loaded = load_plan(plan)
-    ended = run_study(loaded, out, workers=workers, launcher=launcher)
+    ended = run_study(loaded, out, reuse=reuse or (), workers=workers, launcher=launcher)
     _print_status(ended, loaded.name, as_json)
     if ended.left:
         raise Exit(1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from oasis_attn.errors import UserError
-from oasis_attn.files import check_free, write_text
+from oasis_attn.files import check_free, write_bytes, write_text
 from oasis_attn.records import Record
 from oasis_attn.study.cell import TIMES, is_held, run_cell
 from oasis_attn.study.plan import Cell, Plan
@@ -109,6 +109,14 @@ class StudyFolder:
     def missing(self) -> list[Cell]:
         """Cells without a record, in the plan's order."""
         return [cell for cell in self.plan.cells if not self.record_path(cell).is_file()]
+
+    def take_over(self, other: StudyFolder) -> int:
+        """Copy the records of cells that `other` has finished and this study lacks; how many."""
+        theirs = other.records()
+        shared = [cell for cell in self.missing() if cell in theirs]
+        for cell in shared:
+            write_bytes(self.record_path(cell), other.record_path(cell).read_bytes())
+        return len(shared)
 
     def records(self) -> dict[Cell, Record]:
         """The finished cells; `UserError` if a record is not of its cell."""

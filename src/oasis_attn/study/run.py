@@ -23,6 +23,7 @@ def run_study(
     plan: Plan,
     out: str | Path,
     *,
+    reuse: Sequence[str | Path] = (),
     workers: int = 1,
     launcher: Launcher | None = None,
     show: bool = True,
@@ -36,6 +37,8 @@ def run_study(
     Args:
         plan: what to run.
         out: a new folder, or one in which this plan was begun.
+        reuse: folders of other studies, whose finished cells are taken over where this plan has
+            the very same.
         workers: cells at once.
         launcher: what runs them; default, processes of this machine.
         show: a live table on standard error.
@@ -44,14 +47,17 @@ def run_study(
         Where the study stands at the end.
 
     Raises:
-        UserError: `out` holds something else, another process runs this study; a corpus that cannot
-            be read.
+        UserError: `out` holds something else, another process runs this study; a folder of `reuse`
+            that holds none; a corpus that cannot be read.
     """
     check_at_least("workers", workers, 1)
+    others = [StudyFolder.open(path) for path in reuse]
     folder = StudyFolder.begin(out, plan)
     launcher = launcher or Processes()
     with held(folder.path / "work" / "study.lock", f"study {str(out)!r}"):
         launcher.begin(folder)
+        for other in others:
+            folder.take_over(other)
         pending = folder.missing()
         board = Board(plan, folder.status(), workers=workers, show=show)
         with board:
