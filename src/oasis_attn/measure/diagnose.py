@@ -67,8 +67,8 @@ def diagnose(
     Raises:
         UserError: text or tokens that make no window (see `cut_windows`) or a longer one than the
             model has positions; a model whose layers, attention, MLPs or norms cannot be found;
-            `joint` of a family without adapter; `causal`
-            of a model that does not route over depth, or of a source that it has not.
+            `joint` of a family without adapter; `causal` of a model that does not route over depth,
+            or of a source that it has not.
     """
     check_at_least("batch_size", batch_size, 1)
     taps, dropped = find_taps(model), causal_sources(model, causal)
