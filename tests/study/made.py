@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from oasis_attn.modeling.variants import settings_of
 from oasis_attn.records import Metric, Record
 from oasis_attn.study.cell import TIMES
 from oasis_attn.study.plan import Cell, Plan
@@ -25,12 +26,12 @@ def plan(**changes) -> Plan:
 
 
 def record(cell: Cell, values: dict[str, float]) -> Record:
-    residual = "sum" if cell.variant in ("vanilla", "softmax1") else "depth"
+    settings = {"depth_normalizer": "softmax1"} | settings_of(cell.variant)
     return Record(
         kind="cell",
         subject={
             "name": cell.id, "variant": cell.row, "cell": cell.to_dict(),
-            "settings": {"residual": residual},
+            "settings": settings,
         },
         seed=cell.seed,
         metrics=tuple(

@@ -53,9 +53,12 @@ def test_markdown_has_every_table_and_says_how_to_read_it(folder, tmp_path):
 
 def test_residual_forms_that_do_not_compare_are_told():
     both = made.results(made.plan(), value)
-    assert "sum: vanilla, softmax1; depth:" in notes(both)[0]
+    forms = "sum: vanilla, clipped_softmax, gated_attention, softmax1; depth: attn_residual, oasis."
+    assert forms in notes(both)[0]
     alone = {c: r for c, r in both.records.items() if c.row in ("vanilla", "softmax1")}
     assert notes(made.Results(both.plan, alone)) == []
+    sigmoid = made.plan(variants=["oasis", "oasis_depth_sigmoid"], compare={}, noise_seeds=[])
+    assert ["Sigmoid" in note for note in notes(made.results(sigmoid, value))] == [True]
 
 
 def test_what_is_missing_is_counted():

@@ -132,6 +132,14 @@ def notes(results: Results) -> list[str]:
             "by construction, a weighted mean of sources does not, and neither scale means "
             f"anything to the next norm. Residual forms here: {named}. Kurtosis has no scale."
         )
+    settings = [record.subject["settings"] for record in results.records.values()]
+    if any(
+        each["residual"] != "sum" and each["depth_normalizer"] == "sigmoid" for each in settings
+    ):
+        found.append(
+            "The depth sink rate counts weights above its threshold. Sigmoid weights are no shares, "
+            "each may be near 1, so that theirs does not compare with that of the others."
+        )
     return found
 
 
