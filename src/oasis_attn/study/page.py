@@ -137,8 +137,8 @@ def notes(results: Results) -> list[str]:
         each["residual"] != "sum" and each["depth_normalizer"] == "sigmoid" for each in settings
     ):
         found.append(
-            "The depth sink rate counts weights above its threshold. Sigmoid weights are no shares, "
-            "each may be near 1, so that theirs does not compare with that of the others."
+            "The depth sink rate counts weights above its threshold. Sigmoid weights are no "
+            "shares, each may be near 1, so that theirs does not compare with that of the others."
         )
     return found
 
