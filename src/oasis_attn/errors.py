@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from itertools import islice
+
+
+_SHOWN = 40  # choices in a message
 
 
 class UserError(ValueError):
@@ -20,7 +24,9 @@ def check_choice(argument: str, value: object, allowed: Collection[str]) -> None
         return
     near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{argument}: {value!r} is not one of {', '.join(map(str, allowed))}{hint}")
+    shown = ", ".join(str(each) for each in islice(allowed, _SHOWN))
+    more = f", ... ({len(allowed)} in all)" if len(allowed) > _SHOWN else ""
+    raise UserError(f"{argument}: {value!r} is not one of {shown}{more}{hint}")
 
 
 def check_at_least(argument: str, value: float, lowest: float) -> None:

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -41,7 +42,7 @@ def machine() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "versions": versions,
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device": torch.cuda.get_device_name() if cuda else processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.system(),
@@ -49,13 +50,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    try:
+@cache
+def processor() -> str:
+    """The processor's name, and the widest vectors that PyTorch finds in it.
+
+    One name may stand for several generations, and the width decides in which order sums are taken.
+    """
+    import torch
+
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = next(names, name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _commit() -> str | None:

@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from oasis_attn.files import cache_folder, write_bytes
-from oasis_attn.records import machine
+from oasis_attn.records import processor
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 
@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     source = files("oasis_attn.ops").joinpath("native.c").read_bytes()
-    key = hashlib.sha256(repr((source, _FLAGS, compiler, machine()["device"])).encode()).hexdigest()
+    key = hashlib.sha256(repr((source, _FLAGS, compiler, processor())).encode()).hexdigest()
     built = cache_folder() / f"native-{key[:16]}.so"
     try:
         if not built.exists():
