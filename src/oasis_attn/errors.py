@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Collection
 from itertools import islice
 
-
 _SHOWN = 40  # choices in a message
 
 
