@@ -8,6 +8,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.study.bar import bar
 from oasis_attn.study.page import tables_text
 from oasis_attn.study.results import Results
+from oasis_attn.study.tables import bar_summary
 from oasis_attn.study.verdict import judge
 from study import made
 
@@ -76,6 +77,22 @@ def test_an_interval_that_crosses_the_limit_is_met_only():
             values["outlier.avg_kurtosis"] = (2.0, 20.0, 8.0)[cell.seed]
         crossing[cell] = made.record(cell, values)
     assert outcomes(Results(PLAN, crossing))["avg kurtosis against gated_attention"] == "met"
+
+
+def test_the_summary_has_a_row_for_each_variant_that_was_measured():
+    plan = made.plan(
+        variants=["vanilla", "oasis", "softpick"], compare={}, bar=["oasis", "softpick"]
+    )
+    values = {"sink.rate@0.3": {"oasis": 0.1, "softpick": 0.0}}
+    records = {
+        cell: made.record(cell, {"sink.rate@0.3": values["sink.rate@0.3"][cell.row]})
+        for cell in plan.cells
+        if cell.row != "vanilla"
+    }
+    table = bar_summary(Results(plan, records))
+    assert table.rows[0][:3] == ("oasis", "", "above its 0, missed")
+    assert table.rows[1][2] == "+0.00%, met for certain"
+    assert bar_summary(Results(plan, {})).rows == ()
 
 
 def test_the_report_holds_it_and_a_row_must_be_of_the_plan():

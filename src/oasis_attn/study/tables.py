@@ -97,13 +97,14 @@ def bar_table(results: Results) -> Table:
 
 
 def bar_summary(results: Results) -> Table:
-    """A row per variant that is held against the bar, a column per hurdle: change and outcome."""
+    """A row per variant that is held against the bar and measured, a column per hurdle."""
     rows, columns = [], ["variant"]
     for row in results.plan.bar:
         hurdles = bar(results, row)
         columns = ["variant", *(f"{each.text} (at most {percent(each.limit)})" for each in hurdles)]
-        rows.append((row, *(f"{percent(each.change)} {each.outcome}" for each in hurdles)))
-    return Table(title="The bar", columns=tuple(columns), rows=tuple(rows), words=1)
+        if any(each.n for each in hurdles):
+            rows.append((row, *map(_cleared, hurdles)))
+    return Table(title="", columns=tuple(columns), rows=tuple(rows), words=len(columns))
 
 
 def status_table(status: Status, name: str) -> Table:
@@ -176,6 +177,13 @@ def _hurdle(each: Hurdle) -> tuple[str, str, str]:
     if not math.isnan(each.low):
         interval = f"{percent(each.low)} to {percent(each.high)}"
     return percent(each.change), interval, percent(each.limit)
+
+
+def _cleared(each: Hurdle) -> str:
+    if not each.n:
+        return ""
+    change = percent(each.change) if math.isfinite(each.change) else "above its 0"
+    return f"{change}, {each.outcome}"
 
 
 def _p(value: float) -> str:
