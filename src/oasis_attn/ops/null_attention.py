@@ -235,7 +235,7 @@ def _flash_with_null(query, key, value, c, mask, is_causal, scale):
         lse = lse.masked_fill(blind, -math.inf)
     excess = lse - c
     keep, null = torch.sigmoid(excess), torch.sigmoid(-excess)
-    if mask is not None:  # also where c is -inf
+    if additive is not None:  # also where c is -inf
         keep, null = keep.masked_fill(blind, 0), null.masked_fill(blind, 1)
     return out.mul_(keep.unsqueeze(-1)), null, lse
 

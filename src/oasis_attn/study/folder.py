@@ -110,13 +110,12 @@ class StudyFolder:
         """Cells without a record, in the plan's order."""
         return [cell for cell in self.plan.cells if not self.record_path(cell).is_file()]
 
-    def take_over(self, other: StudyFolder) -> int:
-        """Copy the records of cells that `other` has finished and this study lacks; how many."""
+    def take_over(self, other: StudyFolder) -> None:
+        """Copy the records of cells that `other` has finished and this study lacks."""
         theirs = other.records()
-        shared = [cell for cell in self.missing() if cell in theirs]
-        for cell in shared:
-            write_bytes(self.record_path(cell), other.record_path(cell).read_bytes())
-        return len(shared)
+        for cell in self.missing():
+            if cell in theirs:
+                write_bytes(self.record_path(cell), other.record_path(cell).read_bytes())
 
     def records(self) -> dict[Cell, Record]:
         """The finished cells; `UserError` if a record is not of its cell."""
