@@ -11,8 +11,9 @@ demo: smollm2
 	rm -rf demo
 	.venv/bin/oasis demo --out demo
 
+# Two processes of one thread: most tests are too small for two threads to help.
 test: setup
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 
 check: setup
 	$(PY) -m ruff check
