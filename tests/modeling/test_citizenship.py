@@ -257,7 +257,7 @@ def test_a_pickled_model_opens_in_another_process(ids, tmp_path):
         assert torch.equal(outputs.logits, saved["logits"])
         assert len(outputs.hidden_states) == 5 and len(outputs.null_mass) == 4
     """
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "all")], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "all")], check=True, timeout=600)
 
 
 # -------------------------------------------------------------------------------- other libraries

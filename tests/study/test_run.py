@@ -212,7 +212,7 @@ def test_real_cells_end_with_their_parent_and_are_redone(tiny, tmp_path):
     folder = StudyFolder.open(out)
     assert folder.missing() == [cell]
 
-    cluster = Cluster("local", {"timeout_min": 2})
+    cluster = Cluster("local", {"timeout_min": 10})
     status = run_study(plan, out, launcher=cluster, show=False)
     assert (status.left, status.failed) == (0, {})
 
@@ -240,7 +240,7 @@ def alive(process: str) -> bool:
 
 
 def wait(condition, process=None) -> None:
-    end = time.monotonic() + 90
+    end = time.monotonic() + 300
     while not condition():
         assert process is None or process.is_alive()
         assert time.monotonic() < end

@@ -94,7 +94,7 @@ def test_accelerate_launch(corpus, size, tmp_path):
     command += [corpus, "--steps", "3", "--block-length", "32", "--batch-size", "2", "--log-every"]
     command += ["1", "--save-every", "2", "--eval-windows", "2", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("perplexity") == 1, done.stdout
     assert done.stderr.count("step 3 of 3") == 1, done.stderr

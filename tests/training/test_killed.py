@@ -32,7 +32,7 @@ def kill(process) -> None:
 
 
 def wait(condition, process) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not condition():
         assert process.is_alive()
         assert time.monotonic() < end
