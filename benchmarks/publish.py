@@ -17,14 +17,19 @@ from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
+from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.sizes import text_config
+from oasis_attn.modeling.variants import settings_of
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table
 from oasis_attn.study.bar import RULE
 from oasis_attn.study.folder import StudyFolder
+from oasis_attn.study.measures import Measure, measures
 from oasis_attn.study.page import standing, write_report
+from oasis_attn.study.plan import Plan
 from oasis_attn.study.plan_file import load_plan
 from oasis_attn.study.results import Results
+from oasis_attn.study.statistics import noise_floor
 from oasis_attn.study.tables import bar_summary
 from oasis_attn.study.verdict import NOT_TESTED, judge
 
@@ -56,7 +61,8 @@ def main() -> None:
 
 def page(text: str) -> str:
     """docs/study.md with each table made anew."""
-    for name, table in {"verdicts": verdicts(), "bar": bar(), "scaling": scaling()}.items():
+    blocks = {"verdicts": verdicts(), "twins": twins(), "bar": bar(), "scaling": scaling()}
+    for name, table in blocks.items():
         begin, end = f"<!-- benchmarks/publish.py: {name} -->\n", "<!-- end -->\n"
         head, mark, rest = text.partition(begin)
         if not mark:
@@ -86,6 +92,41 @@ def verdicts() -> str:
     rows = tuple(zip(*columns.values(), strict=True))
     table = Table(title="", columns=tuple(columns), rows=rows, words=len(columns))
     return markdown(table) + "\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def twins() -> str:
+    """How far rows that are one function come apart, beside what a change of seed does."""
+    results = on_record()["isolate"]
+    known = {measure.name: measure for measure in measures(())}
+    # Those that the scale of a mix, in which twins do differ, is no part of.
+    mlp = Measure(name="outlier.max_inf_norm_mlp", head="max inf-norm, MLP outputs", scale="ratio")
+    seen = known["perplexity.windowed"], mlp, known["sink.mass"], known["null.mass"]
+    pairs = one_function(results.plan)
+    rows = []
+    for measure in seen:
+        values = [[results.values(measure, row) for row in pair] for pair in pairs]
+        alike = [(a[unit], b[unit]) for a, b in values for unit in a if unit in b]
+        seeds = [list(table.values()) for pair in values for table in pair]
+        floors = (
+            *(noise_floor(runs, measure.scale) for runs in (alike, seeds)),
+            results.floor(measure),
+        )
+        rows.append((measure.head, *(f"{floor:.0%} (n {n})" if n else "" for floor, n in floors)))
+    reference = f"{results.plan.reference}, another seed: the noise floor"
+    columns = "measure", "twins, the same seed", "the same rows, another seed", reference
+    table = markdown(Table(title="", columns=columns, rows=tuple(rows), words=1))
+    return "Twins here: " + "; ".join(" and ".join(pair) for pair in pairs) + ".\n\n" + table
+
+
+def one_function(plan: Plan) -> list[list[str]]:
+    """Rows that differ in softmax or softmax1 over depth alone: see `OasisConfig`."""
+    groups: dict[str, list[str]] = {}
+    for name, row in plan.variants.items():
+        settings = OasisConfig(**settings_of(row["variant"]) | row["settings"]).settings
+        if settings["residual"] == "depth" and settings["depth_normalizer"] == "softmax1":
+            settings["depth_normalizer"] = "softmax"
+        groups.setdefault(repr(settings), []).append(name)
+    return [rows for rows in groups.values() if len(rows) == 2]
 
 
 def bar() -> str:

@@ -67,14 +67,23 @@ def test_each_setting_has_an_effect(name, value, ids):
         assert (logits[0] - logits[1]).abs().max() > 1e-4
 
 
-def test_depth_softmax1_alone_is_inert(ids):
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize(
+    "twins",
+    [("attn_residual", "depth_softmax1_only"), ("oasis", "oasis_depth_softmax")],
+    ids=["off", "on"],
+)
+def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
     logits = []
-    for name in ("attn_residual", "depth_softmax1_only"):
+    for name in twins:
         text = tiny_config(initializer_range=0.2, rms_norm_eps=1e-14)
         torch.manual_seed(0)
-        model = OasisForCausalLM(OasisConfig(text_config=text, **settings_of(name))).double().eval()
+        settings = settings_of(name) | {"depth_block_size": block}
+        model = OasisForCausalLM(OasisConfig(text_config=text, **settings)).double().eval()
         torch.manual_seed(1)
         model.model.depth.queries.data.normal_(std=0.5)
+        if model.model.depth.coupling is not None:
+            model.model.depth.coupling.data.fill_(1.0)
         logits.append(model(ids).logits)
     torch.testing.assert_close(*logits, rtol=0, atol=2e-5)  # the norms run in float32
 

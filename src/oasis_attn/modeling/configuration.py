@@ -62,8 +62,9 @@ class OasisConfig(PreTrainedConfig):
             `authors`: sources are states, routers in each layer project queries and keys.
         depth_block_size: sublayers per depth source; 1 is the full form.
         depth_normalizer: over the sources.  In this form a common factor on the weights cancels in
-            the next RMSNorm, so `softmax1` alone does what `softmax` does; with the null signal, or
-            in a family without pre-norms, it does not.
+            the next RMSNorm, so that in a family with pre-norms `softmax1` does what `softmax`
+            does, up to the norms' eps, with the null signal and without: it changes the scale of
+            the mixes alone.
         depth_scale: `sources` multiplies the mix by the number of sources (plus one for `softmax1`,
             2 for `sigmoid`), so that zero queries give the exact residual sum.  `unit` brings each
             token's mix to a root mean square of 1, which changes nothing for the next RMSNorm, but

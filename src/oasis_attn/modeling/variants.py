@@ -51,8 +51,8 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 def variants() -> dict[str, dict[str, Any]]:
     """Every variant's settings, as `OasisConfig` takes them: `{name: {setting: value}}`.
 
-    A setting a row does not name is at `OasisConfig`'s default.  `depth_softmax1_only` is inert: in
-    this form it computes what `attn_residual` does up to the norms' eps (see `OasisConfig`).
+    A setting a row does not name is at `OasisConfig`'s default.  Rows that differ in softmax or
+    softmax1 over depth alone are one function, up to the norms' eps: see its `depth_normalizer`.
     """
     return {name: dict(settings) for name, settings in _VARIANTS.items()}
 
