@@ -8,9 +8,11 @@ FOLDER is a study's, finished or not; what is there of the same plan is replaced
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import tempfile
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -39,6 +41,7 @@ STUDIES = ("paper", "isolate", "signal", "beyond")
 BATCH = 262_144  # tokens a step
 TOKENS = 20  # a parameter, after Hoffmann et al. (arXiv 2203.15556)
 ROUTING = 1.2  # what depth routing adds to a step
+CHANGE, POWER = 0.1, 0.8
 SUSTAINED = 3.5e14  # operations per second in bfloat16 on one H100 or H200
 
 
@@ -107,15 +110,23 @@ def twins() -> str:
         values = [[results.values(measure, row) for row in pair] for pair in pairs]
         alike = [(a[unit], b[unit]) for a, b in values for unit in a if unit in b]
         seeds = [list(table.values()) for pair in values for table in pair]
-        floors = (
-            *(noise_floor(runs, measure.scale) for runs in (alike, seeds)),
-            results.floor(measure),
-        )
-        rows.append((measure.head, *(f"{floor:.0%} (n {n})" if n else "" for floor, n in floors)))
+        floors = [noise_floor(runs, measure.scale) for runs in (alike, seeds)]
+        floors.append(results.floor(measure))
+        shown = (f"{floor:.0%} (n {n})" if n else "" for floor, n in floors)
+        rows.append((measure.head, *shown, f"{pairs_to_see(floors[0][0], measure.scale):,}"))
     reference = f"{results.plan.reference}, another seed: the noise floor"
-    columns = "measure", "twins, the same seed", "the same rows, another seed", reference
+    head = "measure", "twins, the same seed", "the same rows, another seed", reference
+    columns = (*head, f"pairs that show a change of {CHANGE:.0%}")
     table = markdown(Table(title="", columns=columns, rows=tuple(rows), words=1))
     return "Twins here: " + "; ".join(" and ".join(pair) for pair in pairs) + ".\n\n" + table
+
+
+def pairs_to_see(floor: float, scale: str) -> int:
+    """How many pairs, which chance moves apart by `floor`, show `CHANGE` at p 0.05, at `POWER`."""
+    normal = NormalDist()
+    spreads = normal.inv_cdf(0.975) + normal.inv_cdf(POWER)
+    ratio = math.log1p(floor) / math.log1p(CHANGE) if scale == "ratio" else floor / CHANGE
+    return math.ceil((spreads * ratio) ** 2)
 
 
 def one_function(plan: Plan) -> list[list[str]]:
