@@ -24,7 +24,10 @@ MODELS = {
     "attn_residual_block": {"depth_scale": "sources"},
     "oasis_depth_sigmoid": {"depth_scale": "sources"},
     "oasis_depth_softmax": {"depth_scale": "unit"},
-    "oasis_unit": {"evidence": "log", "mlp_evidence": "none", "coupling": "head"},
+    "oasis_unit": {
+        **{"evidence": "log", "mlp_evidence": "none", "coupling": "head"},
+        "branch_scale": "unit",
+    },
 }
 
 
@@ -46,13 +49,18 @@ def written_out(model, ids_NT, dropped=None):
     settings, core, routers = model.config, model.model, model.model.depth
     size = settings.depth_block_size
     embedding = core.embed_tokens(ids_NT)
+    even = settings.branch_scale == "unit"
+
+    def scaled(x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() if even else x
+
     rotation = core.rotary_emb(embedding, torch.arange(ids_NT.shape[1])[None])
     branches, psis, routed = [], [], []
 
     def read():
         router = len(branches)
         starts = range(0, router, size)
-        sources = [embedding, *(sum(branches[start : start + size]) for start in starts)]
+        sources = [scaled(embedding), *(sum(branches[start : start + size]) for start in starts)]
         v = torch.stack(sources, -2)
         blocks = [torch.stack(psis[start : start + size]).mean(0) for start in starts]
         psi = torch.stack([torch.zeros(ids_NT.shape).double(), *blocks], -1)
@@ -92,9 +100,9 @@ def written_out(model, ids_NT, dropped=None):
             normalizer=settings.token_normalizer,
             null_logit=settings.null_logit,
         )
-        branches.append(branch)
+        branches.append(scaled(branch))
         psis.append(torch.zeros(ids_NT.shape).double() if null_BHT is None else psi(null_BHT))
-        branches.append(layer.mlp(layer.post_attention_layernorm(read())))
+        branches.append(scaled(layer.mlp(layer.post_attention_layernorm(read()))))
         without = settings.mlp_evidence == "none"
         psis.append(torch.zeros_like(psis[-1]) if without else psis[-1])
     logits = model.lm_head(core.norm(read()))

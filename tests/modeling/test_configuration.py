@@ -41,6 +41,7 @@ CHANGES = {
     "output_gate": "head",
     "depth_block_size": 2,
     "depth_scale": "sources",
+    "branch_scale": "unit",
     "null_signal": "off",
     "coupling_init": 1.0,
     "depth_normalizer": "sigmoid",

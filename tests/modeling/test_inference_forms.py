@@ -12,7 +12,12 @@ from oasis_attn.ops.null_attention import attend_one, null_attention
 from tiny import tiny_config, tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "oasis_signal_off"]
-SETTINGS = [{}, {"depth_scale": "none"}, {"depth_scale": "unit"}, {"depth_block_size": 3}]
+SETTINGS = [
+    {},
+    {"depth_scale": "sources"},
+    {"depth_scale": "unit", "branch_scale": "unit"},
+    {"depth_block_size": 3},
+]
 EVIDENCE = {"evidence": "log", "mlp_evidence": "none", "coupling": "head"}
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 

@@ -22,7 +22,8 @@ def observe_updates(
     """While open, each sublayer calls `callback(sublayer, ratio_BT)`: ||v|| / ||h||, float64.
 
     h is the state as the sublayer reads it, before its norm; v what it adds to the stream, after
-    the family's own post-norm (any residual multiplier, one factor for all tokens, is left out).
+    the family's own post-norm (any residual multiplier, one factor for all tokens, is left out, and
+    so is `branch_scale`, after which all updates are of one size).
     Sublayers 2l and 2l + 1 are attention and MLP of layer l, native or ours.
     """
     state_BT: dict[int, Tensor] = {}

@@ -24,6 +24,7 @@ _CHOICES = {
     "residual": ("sum", "depth", "authors"),
     "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
     "depth_scale": ("none", "sources", "unit"),
+    "branch_scale": ("none", "unit"),
     "null_signal": ("off", "on", "shuffled"),
     "evidence": ("mass", "log"),
     "mlp_evidence": ("attention", "none"),
@@ -70,6 +71,9 @@ class OasisConfig(PreTrainedConfig):
             token's mix to a root mean square of 1, which changes nothing for the next RMSNorm, but
             much for a quantiser: without it, tokens whose mixes are small share a range with large
             ones.
+        branch_scale: `unit` brings the embedding and each branch's output to a root mean square of
+            1 at each token before they join the residual, as an RMSNorm without a gain: no token
+            gains weight by being large, only by being chosen.  Zero stays zero.
         null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch
             keeps its distribution and destroys its information (a control; not causal).
         evidence: what psi is the mean over heads of: the null `mass` (OASIS), or its `log`,
@@ -100,6 +104,7 @@ class OasisConfig(PreTrainedConfig):
     depth_block_size: int = 1
     depth_normalizer: str = "softmax1"
     depth_scale: str = "none"
+    branch_scale: str = "none"
     null_signal: str = "on"
     evidence: str = "mass"
     mlp_evidence: str = "attention"
@@ -231,6 +236,7 @@ SETTINGS = (
     "depth_block_size",
     "depth_normalizer",
     "depth_scale",
+    "branch_scale",
     "null_signal",
     "evidence",
     "mlp_evidence",

@@ -184,6 +184,8 @@ def _changes(config: OasisConfig) -> str | None:
         return f"null_logit: {config.null_logit!r} is above {NULL_OFF}, where the null is off"
     if config.output_gate != "none":
         return f"output_gate: {config.output_gate!r} scales the attention output"
+    if config.branch_scale != "none":
+        return f"branch_scale: {config.branch_scale!r} makes all branches of one size"
     if config.residual == "authors":
         return "residual: 'authors' has no state that equals a sum of branches"
     return None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -41,6 +41,7 @@ from oasis_attn.modeling.inference import InferenceStream, depth_stream
 from oasis_attn.modeling.native import NativeStream
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 from oasis_attn.modeling.residual import (
+    BRANCH_EPS,
     AuthorsRouter,
     AuthorsStream,
     DepthRouter,
@@ -48,6 +49,7 @@ from oasis_attn.modeling.residual import (
     Routing,
     SumStream,
     head_evidence,
+    unit_scale,
 )
 
 
@@ -74,6 +76,7 @@ class LayerSettings(NamedTuple):
     clip_gamma: float
     evidence: str
     mlp_evidence: str
+    unit_branches: bool
     routing: Routing | None
 
 
@@ -113,6 +116,9 @@ class RoutedLayer(Routed):
         **kwargs,
     ) -> Tensor | tuple:
         family = self.family
+        scaled = partial(unit_scale, eps=BRANCH_EPS) if settings.unit_branches else _same
+        if self.index == 0:  # the embedding
+            hidden_states = scaled(cast(Tensor, hidden_states))
         stream: SumStream | DepthStream | InferenceStream | NativeStream | AuthorsStream
         if settings.residual == "depth":
             stream = depth_stream(hidden_states, 2 * self.index, cast(Routing, settings.routing))
@@ -137,14 +143,15 @@ class RoutedLayer(Routed):
         weights_H = None if heads_LH is None else heads_LH[self.index]
         evidence_BHT = head_evidence(null_BHT, settings.evidence, weights_H)
         branch = self._finish(branch, family.post_attention, family.attention_dropout)
-        stream.add(branch, evidence_BHT)
+        stream.add(scaled(branch), evidence_BHT)
 
         branch = self._named(family.mlp)(stream.read(self._named(family.pre_mlp)))
         if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too,
             branch = branch[0].view_as(normed)  # and its tokens in one row
         if settings.mlp_evidence == "none":
             evidence_BHT = None
-        stream.add(self._finish(branch, family.post_mlp, family.mlp_dropout), evidence_BHT)
+        branch = self._finish(branch, family.post_mlp, family.mlp_dropout)
+        stream.add(scaled(branch), evidence_BHT)
         return stream.packed()
 
     def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
@@ -190,6 +197,7 @@ class RoutedModel(Routed):
             config.clip_gamma,
             config.evidence,
             config.mlp_evidence,
+            config.branch_scale == "unit",
             None if self.depth is None else self.depth(),
         )
         if not output_attentions:

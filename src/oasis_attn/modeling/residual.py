@@ -36,6 +36,8 @@ EVIDENCE_FLOOR = 1e-3
 """The null mass from which on `evidence` "log" grows with its logarithm."""
 UNIT_EPS = 1e-12
 """Of `depth_scale` "unit": far below the mean square of any mix that is not zero."""
+BRANCH_EPS = 1e-6
+"""Of `branch_scale` "unit": as of the families' norms, so that a branch of nothing stays nothing."""
 Norm = Callable[[Tensor], Tensor]
 observers: list[Callable[[nn.Module, RouterCall], None]] = []
 
@@ -346,9 +348,9 @@ def evidence(null_BHT: Tensor | None, branch_BTD: Tensor, settings: OasisConfig)
     return psi_BT
 
 
-def unit_scale(mixed_BTD: Tensor) -> Tensor:
-    """The mix of a router with `depth_scale` "unit": of a root mean square of 1."""
-    return F.rms_norm(mixed_BTD, mixed_BTD.shape[-1:], eps=UNIT_EPS)
+def unit_scale(x_BTD: Tensor, eps: float = UNIT_EPS) -> Tensor:
+    """A mix with `depth_scale` "unit", or a branch with that `branch_scale`: of RMS 1."""
+    return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=eps)
 
 
 def _append(tensor: Tensor, last: Tensor) -> Tensor:
