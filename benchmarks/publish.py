@@ -42,6 +42,7 @@ BATCH = 262_144  # tokens a step
 TOKENS = 20  # a parameter, after Hoffmann et al. (arXiv 2203.15556)
 ROUTING = 1.2  # what depth routing adds to a step
 CHANGE, POWER = 0.1, 0.8
+SILENT = 0.99  # the null mass of a head that says nothing
 SUSTAINED = 3.5e14  # operations per second in bfloat16 on one H100 or H200
 
 
@@ -64,7 +65,8 @@ def main() -> None:
 
 def page(text: str) -> str:
     """docs/study.md with each table made anew."""
-    blocks = {"verdicts": verdicts(), "twins": twins(), "bar": bar(), "scaling": scaling()}
+    made = verdicts, twins, silent, bar, scaling
+    blocks = {make.__name__: make() for make in made}
     for name, table in blocks.items():
         begin, end = f"<!-- benchmarks/publish.py: {name} -->\n", "<!-- end -->\n"
         head, mark, rest = text.partition(begin)
@@ -138,6 +140,25 @@ def one_function(plan: Plan) -> list[list[str]]:
             settings["depth_normalizer"] = "softmax"
         groups.setdefault(repr(settings), []).append(name)
     return [rows for rows in groups.values() if len(rows) == 2]
+
+
+def silent() -> str:
+    """Rows of `beyond` in which the null has taken all that some heads could say."""
+    results = on_record()["beyond"]
+    heads: dict[str, list[bool]] = {}
+    layers: dict[str, list[bool]] = {}
+    for cell, record in results.records.items():
+        for null_H in record.tables.get("null.mass", []):
+            mute_H = [null > SILENT for null in null_H]
+            heads.setdefault(cell.row, []).extend(mute_H)
+            layers.setdefault(cell.row, []).append(all(mute_H))
+    rows = [
+        (row, *(f"{sum(found)} of {len(found)}" for found in (heads[row], layers[row])))
+        for row in results.plan.variants
+        if any(heads.get(row, ()))
+    ]
+    columns = "variant", "silent heads, of all seeds", "layers in which all are"
+    return markdown(Table(title="", columns=columns, rows=tuple(rows), words=1))
 
 
 def bar() -> str:

@@ -23,7 +23,7 @@ MODELS = {
     "attn_residual": {},
     "attn_residual_block": {"depth_scale": "sources"},
     "oasis_depth_sigmoid": {"depth_scale": "sources"},
-    "oasis_depth_softmax": {"depth_scale": "unit"},
+    "oasis_depth_softmax": {"depth_scale": "unit", "branch_scale": "bounded"},
     "oasis_unit": {
         **{"evidence": "log", "mlp_evidence": "none", "coupling": "head"},
         "branch_scale": "unit",
@@ -49,10 +49,10 @@ def written_out(model, ids_NT, dropped=None):
     settings, core, routers = model.config, model.model, model.model.depth
     size = settings.depth_block_size
     embedding = core.embed_tokens(ids_NT)
-    even = settings.branch_scale == "unit"
+    eps = {"none": None, "unit": 1e-6, "bounded": 0.1}[settings.branch_scale]
 
     def scaled(x):
-        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() if even else x
+        return x if eps is None else x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
     rotation = core.rotary_emb(embedding, torch.arange(ids_NT.shape[1])[None])
     branches, psis, routed = [], [], []

@@ -68,7 +68,7 @@ def test_each_variant_keeps_the_function_or_is_refused(variant, ids):
         ("llama", {"null_logit": 0.0}, r"null_logit: 0\.0 is above -10000\.0"),
         ("llama", {"depth_scale": "none"}, "depth_scale: 'none' makes another scale"),
         ("llama", {"output_gate": "head"}, "output_gate: 'head' scales"),
-        ("llama", {"branch_scale": "unit"}, "branch_scale: 'unit' makes all branches"),
+        ("llama", {"branch_scale": "unit"}, "branch_scale: 'unit' makes branches of another size"),
         ("llama", {"residual": "authors"}, "residual: 'authors' has no state"),
         ("gpt_oss", {"coupling_init": -5.0}, "coupling: -5 hears the family's own sinks"),
         ("gpt_oss", {"token_normalizer": "softmax1"}, "has learned sinks of its own"),

@@ -27,6 +27,7 @@ def test_the_page_holds_what_is_on_record() -> None:
     text = publish.PAGE.read_text(encoding="utf-8")
     assert publish.verdicts() in text
     assert publish.twins() in text
+    assert publish.silent() in text
     assert publish.bar() in text
     assert publish.scaling() in text
     assert publish.page(text) == text

@@ -185,7 +185,7 @@ def _changes(config: OasisConfig) -> str | None:
     if config.output_gate != "none":
         return f"output_gate: {config.output_gate!r} scales the attention output"
     if config.branch_scale != "none":
-        return f"branch_scale: {config.branch_scale!r} makes all branches of one size"
+        return f"branch_scale: {config.branch_scale!r} makes branches of another size"
     if config.residual == "authors":
         return "residual: 'authors' has no state that equals a sum of branches"
     return None

@@ -76,7 +76,7 @@ class LayerSettings(NamedTuple):
     clip_gamma: float
     evidence: str
     mlp_evidence: str
-    unit_branches: bool
+    branch_eps: float | None
     routing: Routing | None
 
 
@@ -116,7 +116,8 @@ class RoutedLayer(Routed):
         **kwargs,
     ) -> Tensor | tuple:
         family = self.family
-        scaled = partial(unit_scale, eps=BRANCH_EPS) if settings.unit_branches else _same
+        eps = settings.branch_eps
+        scaled = _same if eps is None else partial(unit_scale, eps=eps)
         if self.index == 0:  # the embedding
             hidden_states = scaled(cast(Tensor, hidden_states))
         stream: SumStream | DepthStream | InferenceStream | NativeStream | AuthorsStream
@@ -197,7 +198,7 @@ class RoutedModel(Routed):
             config.clip_gamma,
             config.evidence,
             config.mlp_evidence,
-            config.branch_scale == "unit",
+            BRANCH_EPS[config.branch_scale],
             None if self.depth is None else self.depth(),
         )
         if not output_attentions:

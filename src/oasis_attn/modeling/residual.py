@@ -36,8 +36,8 @@ EVIDENCE_FLOOR = 1e-3
 """The null mass from which on `evidence` "log" grows with its logarithm."""
 UNIT_EPS = 1e-12
 """Of `depth_scale` "unit": far below the mean square of any mix that is not zero."""
-BRANCH_EPS = 1e-6
-"""Of `branch_scale` "unit": as of the families' norms, so that a branch of nothing stays nothing."""
+BRANCH_EPS = {"none": None, "unit": 1e-6, "bounded": 0.1}
+"""Of the norm after a branch, by `branch_scale`."""
 Norm = Callable[[Tensor], Tensor]
 observers: list[Callable[[nn.Module, RouterCall], None]] = []
 
@@ -349,7 +349,7 @@ def evidence(null_BHT: Tensor | None, branch_BTD: Tensor, settings: OasisConfig)
 
 
 def unit_scale(x_BTD: Tensor, eps: float = UNIT_EPS) -> Tensor:
-    """A mix with `depth_scale` "unit", or a branch with that `branch_scale`: of RMS 1."""
+    """x / sqrt(mean x^2 + eps): of a mix with `depth_scale` "unit", or a branch."""
     return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=eps)
 
 
