@@ -19,7 +19,7 @@ from .models import native, ours
 
 MODELS = {
     "oasis": {},
-    "oasis_block": {"depth_block_size": 3},  # 8 sublayers: the last block is partial
+    "oasis_block": {"depth_block_size": 3, "branch_scale": "mlp"},  # 8 sublayers: the last block is partial
     "attn_residual": {},
     "attn_residual_block": {"depth_scale": "sources"},
     "oasis_depth_sigmoid": {"depth_scale": "sources"},
@@ -49,10 +49,11 @@ def written_out(model, ids_NT, dropped=None):
     settings, core, routers = model.config, model.model, model.model.depth
     size = settings.depth_block_size
     embedding = core.embed_tokens(ids_NT)
-    eps = {"none": None, "unit": 1e-6, "bounded": 0.1}[settings.branch_scale]
+    eps = {"unit": 1e-6, "bounded": 0.1, "mlp": 1e-6}.get(settings.branch_scale)
 
-    def scaled(x):
-        return x if eps is None else x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    def scaled(x, mlp=False):
+        same = eps is None or (settings.branch_scale == "mlp" and not mlp)
+        return x if same else x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
     rotation = core.rotary_emb(embedding, torch.arange(ids_NT.shape[1])[None])
     branches, psis, routed = [], [], []
@@ -102,7 +103,7 @@ def written_out(model, ids_NT, dropped=None):
         )
         branches.append(scaled(branch))
         psis.append(torch.zeros(ids_NT.shape).double() if null_BHT is None else psi(null_BHT))
-        branches.append(scaled(layer.mlp(layer.post_attention_layernorm(read()))))
+        branches.append(scaled(layer.mlp(layer.post_attention_layernorm(read())), mlp=True))
         without = settings.mlp_evidence == "none"
         psis.append(torch.zeros_like(psis[-1]) if without else psis[-1])
     logits = model.lm_head(core.norm(read()))

@@ -24,7 +24,7 @@ _CHOICES = {
     "residual": ("sum", "depth", "authors"),
     "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
     "depth_scale": ("none", "sources", "unit"),
-    "branch_scale": ("none", "unit", "bounded"),
+    "branch_scale": ("none", "unit", "bounded", "mlp"),
     "null_signal": ("off", "on", "shuffled"),
     "evidence": ("mass", "log"),
     "mlp_evidence": ("attention", "none"),
@@ -75,6 +75,7 @@ class OasisConfig(PreTrainedConfig):
             1 at each token before they join the residual, as an RMSNorm without a gain: none counts
             for more by being large.  `bounded` divides by sqrt(mean square + 0.1): none becomes
             larger than 1, but what is small stays small, so that a null can still silence a branch.
+            `mlp` is `unit` for MLPs alone, and leaves it to the null how large attention's output is.
         null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch
             keeps its distribution and destroys its information (a control; not causal).
         evidence: what psi is the mean over heads of: the null `mass` (OASIS), or its `log`,

@@ -76,7 +76,7 @@ class LayerSettings(NamedTuple):
     clip_gamma: float
     evidence: str
     mlp_evidence: str
-    branch_eps: float | None
+    branch_scale: str
     routing: Routing | None
 
 
@@ -116,8 +116,9 @@ class RoutedLayer(Routed):
         **kwargs,
     ) -> Tensor | tuple:
         family = self.family
-        eps = settings.branch_eps
-        scaled = _same if eps is None else partial(unit_scale, eps=eps)
+        eps = BRANCH_EPS.get(settings.branch_scale)
+        scaled_mlp = _same if eps is None else partial(unit_scale, eps=eps)
+        scaled = _same if settings.branch_scale == "mlp" else scaled_mlp
         if self.index == 0:  # the embedding
             hidden_states = scaled(cast(Tensor, hidden_states))
         stream: SumStream | DepthStream | InferenceStream | NativeStream | AuthorsStream
@@ -152,7 +153,7 @@ class RoutedLayer(Routed):
         if settings.mlp_evidence == "none":
             evidence_BHT = None
         branch = self._finish(branch, family.post_mlp, family.mlp_dropout)
-        stream.add(scaled(branch), evidence_BHT)
+        stream.add(scaled_mlp(branch), evidence_BHT)
         return stream.packed()
 
     def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
@@ -198,7 +199,7 @@ class RoutedModel(Routed):
             config.clip_gamma,
             config.evidence,
             config.mlp_evidence,
-            BRANCH_EPS[config.branch_scale],
+            config.branch_scale,
             None if self.depth is None else self.depth(),
         )
         if not output_attentions:

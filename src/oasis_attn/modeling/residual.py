@@ -36,7 +36,7 @@ EVIDENCE_FLOOR = 1e-3
 """The null mass from which on `evidence` "log" grows with its logarithm."""
 UNIT_EPS = 1e-12
 """Of `depth_scale` "unit": far below the mean square of any mix that is not zero."""
-BRANCH_EPS = {"none": None, "unit": 1e-6, "bounded": 0.1}
+BRANCH_EPS = {"unit": 1e-6, "bounded": 0.1, "mlp": 1e-6}
 """Of the norm after a branch, by `branch_scale`."""
 Norm = Callable[[Tensor], Tensor]
 observers: list[Callable[[nn.Module, RouterCall], None]] = []
