@@ -26,6 +26,8 @@ INEXACT = {
     "attn_residual_gated",
     "attn_residual_softpick",
     "oasis_unit",
+    "oasis_peri",
+    "oasis_quiet",
 }
 
 
