@@ -44,7 +44,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "oasis_unit": _OASIS | {"depth_scale": "unit"},
     # other functions, for fewer sinks and outliers: see docs/study.md
     "oasis_peri": _OASIS | {"depth_scale": "unit", "null_logit": 5.0, "branch_scale": "unit"},
-    "oasis_quiet": _OASIS | {"depth_scale": "unit", "null_logit": 4.0, "branch_scale": "mlp"},
+    "oasis_quiet": _OASIS | {"depth_scale": "unit", "null_logit": 4.5, "branch_scale": "mlp"},
     # controls
     "attn_residual_gated": _DEPTH | {"output_gate": "head"},
     "attn_residual_softpick": _DEPTH | {"token_normalizer": "softpick"},
