@@ -37,7 +37,7 @@ from oasis_attn.study.verdict import NOT_TESTED, judge
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "study.md"
-STUDIES = ("paper", "isolate", "signal", "beyond")
+STUDIES = ("paper", "isolate", "signal", "beyond", "confirm")
 BATCH = 262_144  # tokens a step
 TOKENS = 20  # a parameter, after Hoffmann et al. (arXiv 2203.15556)
 ROUTING = 1.2  # what depth routing adds to a step
@@ -164,7 +164,10 @@ def silent() -> str:
 def bar() -> str:
     """How the proposed variants stand against the bar; empty before a study of them."""
     held = [results for results in on_record().values() if results.plan.bar]
-    return "".join(f"{RULE}\n\n{markdown(bar_summary(results))}" for results in held)
+    if not held:
+        return ""
+    tables = (f"`{each.plan.name}`:\n\n{markdown(bar_summary(each))}" for each in held)
+    return f"{RULE}\n\n" + "\n".join(tables)
 
 
 def scaling() -> str:

@@ -14,7 +14,7 @@ from oasis_attn.study.verdict import BASELINES
 
 
 def test_every_shipped_plan_can_be_run():
-    assert {"smoke", "paper", "isolate", "signal", "beyond"} <= set(shipped_plans())
+    assert {"smoke", "paper", "isolate", "signal", "beyond", "confirm"} <= set(shipped_plans())
     for name in shipped_plans():
         plan = load_plan(name)
         assert plan.name == name
