@@ -19,13 +19,16 @@ from .models import native, ours
 
 MODELS = {
     "oasis": {},
-    "oasis_block": {"depth_block_size": 3, "branch_scale": "mlp"},  # 8 sublayers: the last block is partial
+    # 8 sublayers: the last block is partial
+    "oasis_block": {"depth_block_size": 3, "branch_scale": "mlp"},
     "attn_residual": {},
     "attn_residual_block": {"depth_scale": "sources"},
     "oasis_depth_sigmoid": {"depth_scale": "sources"},
     "oasis_depth_softmax": {"depth_scale": "unit", "branch_scale": "bounded"},
     "oasis_unit": {
-        **{"evidence": "log", "mlp_evidence": "none", "coupling": "head"},
+        "evidence": "log",
+        "mlp_evidence": "none",
+        "coupling": "head",
         "branch_scale": "unit",
     },
 }
