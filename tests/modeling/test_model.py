@@ -132,6 +132,23 @@ def test_mixes_of_unit_scale_are_the_same_function(ids):
     torch.testing.assert_close(rms, torch.ones_like(rms), rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_norm_after_each_branch_of_a_sum(ids):
+    model = tiny_model("vanilla", dtype=torch.float64, branch_scale="unit").model
+    added, read = [], []
+
+    def kept(_module, _inputs, output):
+        x = output[0] if isinstance(output, tuple) else output
+        added.append(x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
+
+    branches = (branch for layer in model.layers for branch in (layer.self_attn, layer.mlp))
+    for module in (model.embed_tokens, *branches):
+        module.register_forward_hook(kept)
+    model.norm.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    model(ids)
+    torch.testing.assert_close(read[0], sum(added), rtol=0, atol=1e-12)
+
+
 def test_generate_is_the_same_with_and_without_a_cache(model, ids):
     texts = [
         model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cached)

@@ -72,10 +72,11 @@ class OasisConfig(PreTrainedConfig):
             much for a quantiser: without it, tokens whose mixes are small share a range with large
             ones.
         branch_scale: `unit` brings the embedding and each branch's output to a root mean square of
-            1 at each token before they join the residual, as an RMSNorm without a gain: none counts
-            for more by being large.  `bounded` divides by sqrt(mean square + 0.1): none becomes
-            larger than 1, but what is small stays small, so that a null can still silence a branch.
-            `mlp` is `unit` for MLPs alone: how large attention's output is stays the null's affair.
+            1 at each token before they join the residual, as Peri-LN (arXiv 2502.02732) without its
+            gain: none counts for more by being large.  `bounded` divides by sqrt(mean square +
+            0.1): none becomes larger than 1, but what is small stays small, so that a null can
+            still silence a branch.  `mlp` is `unit` for MLPs alone: how large attention's output is
+            stays the null's affair.
         null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch
             keeps its distribution and destroys its information (a control; not causal).
         evidence: what psi is the mean over heads of: the null `mass` (OASIS), or its `log`,

@@ -37,7 +37,7 @@ EVIDENCE_FLOOR = 1e-3
 UNIT_EPS = 1e-12
 """Of `depth_scale` "unit": far below the mean square of any mix that is not zero."""
 BRANCH_EPS = {"unit": 1e-6, "bounded": 0.1, "mlp": 1e-6}
-"""Of the norm after a branch, by `branch_scale`."""
+"""Of the norm after a branch, by `branch_scale`; as large as families' own, to bound gradients."""
 Norm = Callable[[Tensor], Tensor]
 observers: list[Callable[[nn.Module, RouterCall], None]] = []
 
