@@ -207,3 +207,7 @@ def test_a_real_model_shows_its_massive_activations():
     assert {row["first_position"] for row in record.tables["outlier.massive"]} == {0}
     assert max(sum(row) / len(row) for row in record.tables["sink.mass"]) > 0.5
     assert record["sink.mass"] > 0.2
+    # The first token is as large in no other state, and no later token turns to it there.
+    assert record.tables["sink.window"] == [{"position": 0, "start": 11, "end": 28}]
+    assert record["sink.secondary_tokens@L-15"] == 0
+    assert "sink.secondary_score@L-15" not in {metric.name for metric in record.metrics}

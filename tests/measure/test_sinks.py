@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from oasis_attn.measure import diagnose
 from oasis_attn.measure.parts import Tap
-from oasis_attn.measure.secondary import SecondarySinks
+from oasis_attn.measure.secondary_sinks import SecondarySinks, Sink, large_states
 from oasis_attn.measure.sinks import Sinks, first_position_norms
 
 from .models import native, tokens
@@ -54,47 +55,112 @@ def test_value_weighted_sink_of_a_model_with_fewer_key_heads():
         assert record.tables["sink.value_weighted"][layer] == pytest.approx(norm, rel=1e-5)
 
 
-def hidden(*directions: tuple[float, float], first: float = 100.0) -> torch.Tensor:
-    """One window: the first token `first` long along the first axis, then these states."""
-    return torch.tensor([[(first, 0.0), *directions]])
+def planted(norms, alike, tokens=6):
+    """States [L, 1, T, 2]: the first token along the first axis, as long as `norms` says; in state
+    l the tokens `alike[l]` along it too, the rest across."""
+    states_LBTD = torch.zeros(len(norms), 1, tokens, 2)
+    for state, (norm, positions) in enumerate(zip(norms, alike, strict=True)):
+        states_LBTD[state, 0, :, 1] = 1
+        states_LBTD[state, 0, 0] = torch.tensor([norm, 0.0])
+        for position, sign in positions.items():
+            states_LBTD[state, 0, position] = torch.tensor([sign * 5.0, 1.0])
+    return states_LBTD
 
 
-def test_secondary_sinks_by_hand():
-    """Four tokens along the second axis; the first token is long in layers 1 to 3 alone."""
-    ids_BT = torch.tensor([[7, 8, 9, 8, 6]])
-    across, along, askew = (0.0, 1.0), (2.0, 0.5), (1.0, 1.0)  # cosines 0, 0.97, 0.71
-    sinks = SecondarySinks(5)
-    for layer, x_BTD in enumerate(
-        [
-            hidden(along, across, across, across, first=2.0),  # not yet: the first token is short
-            hidden(along, across, along, across),
-            hidden(along, across, askew, across),
-            hidden(along, along, along, across),
-            hidden(along, across, across, across, first=2.0),
-        ]
-    ):
-        sinks.see(layer, x_BTD, ids_BT)
-    assert sinks.tables()["sink.secondary"] == [
-        {"created": 1, "lifetime": 1, "token": 8, "count": 1, "first_position": 3},
-        {"created": 1, "lifetime": 3, "token": 8, "count": 1, "first_position": 1},
-        {"created": 3, "lifetime": 1, "token": 8, "count": 1, "first_position": 3},
-        {"created": 3, "lifetime": 1, "token": 9, "count": 1, "first_position": 2},
-    ]
-    assert sinks.metrics()[0].value == 3  # tokens, not runs
-    ratios = sinks.tables()["sink.first_norm_ratio"]
-    assert ratios[0] < 3
-    assert ratios[1] == pytest.approx(100)  # the lower median of 1, 1, 1 and 2.06
+def classified(states_LBTD):
+    sinks = SecondarySinks(len(states_LBTD))
+    ids_BT = torch.arange(states_LBTD.shape[2])[None] + 10
+    for x_BTD in states_LBTD:
+        sinks.see(x_BTD, ids_BT)
+    return sinks
 
 
-def test_secondary_sinks_that_reach_the_last_layer_are_closed_there():
-    sinks = SecondarySinks(2)
-    for _window in range(2):
-        for layer in range(2):
-            sinks.see(layer, hidden((1.0, 0.0), (0.0, 1.0)), torch.tensor([[5, 3, 4]]))
-    assert sinks.tables()["sink.secondary"] == [
-        {"created": 0, "lifetime": 2, "token": 3, "count": 2, "first_position": 1}
-    ]
-    assert sinks.metrics()[0].value == 1
+def test_the_window_is_from_the_steepest_rise_to_the_steepest_fall_after_it():
+    assert large_states(torch.tensor([1.0, 2, 90, 95, 94, 30, 29, 10])) == (2, 5)
+    assert large_states(torch.tensor([90.0, 1, 2, 3, 80, 70, 90])) == (
+        4,
+        5,
+    )  # falls before do not count
+    assert large_states(torch.tensor([1.0, 2, 3, 90])) == (3, 4)
+    assert large_states(torch.tensor([3.0])) == (0, 0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tokens_are_sorted_by_the_number_of_their_states(sign):
+    """L = 30: copies of the first token from 15 states, secondary sinks from 5, noise up to 4."""
+    states = range(30)
+    norms = [100.0 if 3 <= state < 25 else 1.0 for state in states]
+    spans = {1: range(5, 20), 2: range(5, 19), 3: [*range(4, 7), *range(9, 11)], 4: range(4, 8),
+             5: [*range(3), *range(25, 30)]}  # fmt: skip
+    alike = [{t: sign for t, span in spans.items() if state in span} for state in states]
+    sinks = classified(planted(norms, alike))
+    values = {metric.name: metric.value for metric in sinks.metrics()}
+    assert values == {"sink.secondary_tokens@L-15": 2, "sink.first_copies@L-15": 1}
+    assert [(sink.position, sink.token, len(sink.states)) for sink in sinks.found] == [
+        (2, 12, 14), (3, 13, 5),
+    ]  # fmt: skip
+    assert [sink.states[0] for sink in sinks.found] == [5, 4]
+    assert sinks.windows == [{"position": 0, "start": 3, "end": 25}]
+
+
+def test_few_states_have_a_limit_of_half_of_them_under_another_name():
+    """L = 12: copies from 6 states, secondary sinks of 5."""
+    norms = [1.0, 50, 50, 50, 50, 50, 50, 50, 50, 50, 1, 1]
+    spans = {1: range(1, 7), 2: range(2, 7), 3: range(2, 6)}
+    alike = [{t: 1 for t, span in spans.items() if state in span} for state in range(12)]
+    values = {metric.name: metric.value for metric in classified(planted(norms, alike)).metrics()}
+    assert values == {"sink.secondary_tokens@L/2": 1, "sink.first_copies@L/2": 1}
+
+
+def test_the_second_token_may_be_the_sink_token():
+    states_LBTD = planted([1.0, 50, 50, 50, 50, 50, 50, 1, 1, 1, 1, 1], [{4: 1}] * 12)
+    swapped = states_LBTD[:, :, [1, 0, 2, 3, 4, 5]]
+    for states, position in ((states_LBTD, 0), (swapped, 1)):
+        sinks = classified(states)
+        assert sinks.windows == [{"position": position, "start": 1, "end": 7}]
+        assert sinks.metrics()[1].value == 1  # token 4, and never token 0
+
+
+def test_batches_and_windows_are_kept_apart():
+    ids_BT = torch.tensor([[10, 11, 12, 13, 14, 15]] * 2)
+    one = planted(
+        [1.0, 50, 50, 50, 50, 50, 50, 1, 1, 1, 1, 1], [{3: 1} if s < 6 else {} for s in range(12)]
+    )
+    none = planted([1.0, 50, 50, 50, 50, 50, 50, 1, 1, 1, 1, 1], [{}] * 12)
+    sinks = SecondarySinks(12)
+    for _batch in range(2):
+        for x_BTD, y_BTD in zip(none, one, strict=True):
+            sinks.see(torch.cat([x_BTD, y_BTD]), ids_BT)
+    assert [(sink.window, sink.position) for sink in sinks.found] == [(1, 3), (3, 3)]
+    assert sinks.metrics()[0].value == 0.5
+
+
+def test_the_score_is_the_attention_that_a_secondary_sink_receives():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=12,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, attn_implementation="eager").double().eval()
+    ids_NT, states = tokens(2, 9), (2, 3, 5, 6, 7)
+    with torch.no_grad():
+        maps = model(input_ids=ids_NT, output_attentions=True).attentions
+        sinks = SecondarySinks(12)
+        for _state in range(12):
+            sinks.see(torch.zeros(2, 9, 4), ids_NT)
+        sinks.found = [Sink(1, 4, int(ids_NT[1, 4]), states)]
+        state = torch.get_rng_state()
+        sinks.score(model, ids_NT)
+    expected = torch.stack([maps[layer][1, :, 4:, 4].mean() for layer in states]).mean().item()
+    assert torch.equal(torch.get_rng_state(), state)
+    (metric,) = [m for m in sinks.metrics() if m.name == "sink.secondary_score@L/2"]
+    assert metric.value == pytest.approx(expected, rel=1e-5)
+    assert sinks.tables()["sink.secondary_tokens"] == [
+        {
+            "window": 1, "position": 4, "token": int(ids_NT[1, 4]), "first_layer": 2, "layers": 5,
+            "score": pytest.approx(expected, rel=1e-5),
+        }
+    ]  # fmt: skip
 
 
 def test_rows_that_attend_to_nothing_have_no_renormalised_mass():

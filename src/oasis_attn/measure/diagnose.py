@@ -14,8 +14,8 @@ from oasis_attn.errors import check_at_least
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
 from oasis_attn.measure.joint import Joint
 from oasis_attn.measure.outliers import Outliers
-from oasis_attn.measure.parts import Tap, find_taps
-from oasis_attn.measure.secondary import SecondarySinks
+from oasis_attn.measure.parts import Tap, check_output, find_taps
+from oasis_attn.measure.secondary_sinks import SecondarySinks
 from oasis_attn.measure.sinks import Sinks
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.measure.windows import cut_windows, describe_windows
@@ -82,14 +82,16 @@ def diagnose(
         vocabulary=embedding.weight.shape[0],
     )
     check_lengths(model, ids_NT.shape[1:], "window")
+    layers = sum(tap.kind == "layer" for tap in taps)
     outliers, depth = Outliers(taps), Depth()
-    sinks, secondary = Sinks(taps), SecondarySinks(sum(tap.kind == "layer" for tap in taps))
+    sinks, secondary = Sinks(taps), SecondarySinks(layers)
 
     def see(tap: Tap, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
+        check_output(model, tap, x, ids_BT)
         outliers.see(tap, x, ids_BT)
-        if tap.kind == "layer" and tap.layer is not None:
-            secondary.see(tap.layer, x, ids_BT)
+        if tap.kind == "final_norm" or (tap.kind == "layer" and tap.layer != layers - 1):
+            secondary.see(x, ids_BT)
 
     def losses(ids_BT: Tensor) -> Tensor:
         return token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).mean(-1)
@@ -105,6 +107,8 @@ def diagnose(
                 stack.enter_context(joint_measures.listening(taps))
             for ids_BT in batches:
                 losses_N.append(losses(ids_BT))
+                sinks.check(model)
+        secondary.score(model, torch.cat(batches))
         importance = causal_importance(
             model, dropped, lambda: torch.cat([losses(ids_BT) for ids_BT in batches])
         )

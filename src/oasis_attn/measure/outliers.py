@@ -6,7 +6,9 @@ by pieces small enough for the cache; none is kept.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from itertools import compress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from oasis_attn.records import Metric
 
 MASSIVE = 100.0  # Sun et al. 2024 (arXiv 2402.17762), section 2: above this ...
 MASSIVE_RATIO = 1000.0  # ... and above this many medians of |x| in the same hidden state
+LITERATURE_EPSILON = 1e-6  # in the denominator of the literature's kurtosis
+SILENT = 1e-3  # a tensor whose standard deviation is at most this share of the median tensor's
+CONSTANT = 1e-12  # a standard deviation of at most this share of the root mean square is rounding
 _PIECE = 1 << 18
 
 
@@ -25,26 +30,75 @@ def inf_norm(x_BM: Tensor) -> Tensor:
     return torch.maximum(x_BM.amax(-1), -x_BM.amin(-1))
 
 
-def kurtosis(x_BM: Tensor) -> Tensor:
-    """mean((x - mu)^4) / (s^4 + 1e-6) of each row, [B] float64; 3 for a normal variable.
+class Moments(NamedTuple):
+    """Mean and central moments of each row of x / scale, all [B] float64.
 
-    s is the unbiased standard deviation.  This is the form of Bondarenko et al. 2023
-    (arXiv 2306.12929), OutEffHop and OASIS.  The moments are centred and summed in float64.
+    Attributes:
+        mean, second, fourth: of x / scale; `second` is the biased variance.
+        scale: 1, or for float64 the power of two next to the row's largest value, so that fourth
+            powers neither overflow nor vanish.  Narrower types fit in float64 as they are.
+        count: values in a row.
     """
-    return torch.stack([_kurtosis(x_M) for x_M in x_BM])
+
+    mean: Tensor
+    second: Tensor
+    fourth: Tensor
+    scale: Tensor
+    count: int
+
+    @property
+    def standard_deviation(self) -> Tensor:
+        """Of x, biased."""
+        return self.second.sqrt() * self.scale
+
+    @property
+    def constant(self) -> Tensor:
+        """Whether a row is one value over and over, up to rounding in float64."""
+        return self.second.sqrt() <= CONSTANT * (self.mean.square() + self.second).sqrt()
 
 
-def _kurtosis(x_M: Tensor) -> Tensor:
+def moments(x_BM: Tensor) -> Moments:
+    """The moments of each row, summed in float64; centred first, so that they do not cancel."""
+    scale_B = torch.ones(len(x_BM), dtype=torch.float64, device=x_BM.device)
+    if x_BM.dtype == torch.float64:
+        scale_B = (torch.frexp(inf_norm(x_BM)).exponent - 1).double().exp2()
+        x_BM = x_BM / scale_B[:, None]
+    rows = [_moments(x_M) for x_M in x_BM]
+    mean_B, second_B, fourth_B = (torch.stack(values) for values in zip(*rows, strict=True))
+    return Moments(mean_B, second_B, fourth_B, scale_B, x_BM.shape[1])
+
+
+def _moments(x_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pieces = x_M.split(_PIECE)
     n = x_M.numel()
-    mean = sum(piece.double().sum() for piece in pieces) / n
-    second = fourth = torch.zeros((), dtype=torch.float64, device=x_M.device)
+    mean = second = fourth = torch.zeros((), dtype=torch.float64, device=x_M.device)
+    for piece in pieces:
+        mean = mean + piece.double().sum()
+    mean = mean / n
     for piece in pieces:
         squares = (piece.double() - mean).square_()
         second = second + squares.sum()
         fourth = fourth + squares.dot(squares)
-    variance = second / (n - 1)
-    return (fourth / n) / (variance.square() + 1e-6)
+    return mean, second / n, fourth / n
+
+
+def literature_kurtosis(row: Moments) -> Tensor:
+    """mean((x - mu)^4) / (s^4 + 1e-6) of each row, [B] float64; s is unbiased.
+
+    The form of Bondarenko et al. 2023 (arXiv 2306.12929), OutEffHop and OASIS, to the letter.  The
+    1e-6 does not scale with x: where s^4 is not far above it, the value is too low.
+    """
+    variance_B = row.second * (row.count / (row.count - 1))
+    return row.fourth / (variance_B.square() + LITERATURE_EPSILON / row.scale**4)
+
+
+def pearson_kurtosis(row: Moments) -> Tensor:
+    """mean((x - mu)^4) / mean((x - mu)^2)^2 of each row, [B] float64; NaN where it is constant.
+
+    Of every scale the same, at least 1, and 3 for a normal variable.
+    """
+    kurtosis_B = (row.fourth / row.second.square()).clamp_min(1)
+    return kurtosis_B.masked_fill(row.constant, torch.nan)
 
 
 class Outliers:
@@ -53,7 +107,7 @@ class Outliers:
     def __init__(self, taps: list[Tap]) -> None:
         self._taps = taps
         self._inf_norms: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
-        self._kurtoses: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
+        self._moments: dict[str, list[Moments]] = {tap.name: [] for tap in taps}
         self._non_finite = dict.fromkeys(self._inf_norms, 0)
         self._massive: dict[tuple[int, int, int], dict[str, Any]] = {}
 
@@ -62,7 +116,7 @@ class Outliers:
         x_BM = x.detach().reshape(len(ids_BT), -1)
         peaks_B = inf_norm(x_BM)
         self._inf_norms[tap.name].append(peaks_B)
-        self._kurtoses[tap.name].append(kurtosis(x_BM))
+        self._moments[tap.name].append(moments(x_BM))
         for sequence, peak in enumerate(peaks_B.tolist()):
             if not abs(peak) < float("inf"):
                 broken = x_BM[sequence].isfinite().logical_not().sum()
@@ -84,48 +138,93 @@ class Outliers:
             row["largest"] = max(row["largest"], value, key=abs)
             row["first_position"] = min(row["first_position"], position)
 
+    def _rows(self, name: str) -> Moments:
+        """The moments of one tensor in all sequences, N for B."""
+        *values, counts = zip(*self._moments[name], strict=True)
+        return Moments(*(torch.cat(batches) for batches in values), counts[0])
+
+    def _pearson(self, name: str) -> Tensor:
+        """The scale-free kurtosis of one tensor in those sequences in which it is not constant."""
+        rows = self._rows(name)
+        return pearson_kurtosis(rows)[~rows.constant]
+
+    def _quiet(self) -> tuple[list[str], list[str]]:
+        """The tensors that are silent, and those whose literature kurtosis is understated.
+
+        The size of a tensor is the mean of its standard deviations over sequences.
+        """
+        rows = {tap.name: self._rows(tap.name) for tap in self._taps}
+        sizes = torch.stack([r.standard_deviation.mean() for r in rows.values()])
+        constant = torch.stack([r.constant.all() for r in rows.values()])
+        silent = constant | (sizes <= SILENT * sizes.nanmedian())
+        understated = sizes**4 <= LITERATURE_EPSILON
+        return list(compress(rows, silent.tolist())), list(compress(rows, understated.tolist()))
+
     def metrics(self) -> list[Metric]:
-        """Per tensor, means over sequences; then over tensors: maxima, and the mean kurtosis."""
+        """Per tensor, means over sequences; then over tensors: maxima, and mean kurtoses.
+
+        Tensors that are silent have no part in the mean and maximum of the scale-free kurtosis.
+        """
         inf_norms = {
             tap: mean_metric("outlier.max_inf_norm", torch.cat(self._inf_norms[tap.name]), tap.name)
             for tap in self._taps
         }
-        kurtoses = [
-            mean_metric("outlier.kurtosis", torch.cat(self._kurtoses[tap.name]), tap.name)
+        literature = [
+            mean_metric("outlier.kurtosis", literature_kurtosis(self._rows(tap.name)), tap.name)
             for tap in self._taps
         ]
-        n = kurtoses[0].n
+        pearson = [
+            mean_metric("outlier.pearson_kurtosis", kurtosis_N, tap.name)
+            for tap in self._taps
+            if len(kurtosis_N := self._pearson(tap.name))
+        ]
+        silent, understated = self._quiet()
+        n = literature[0].n
 
-        def whole(name: str, value: Tensor) -> Metric:
+        def whole(name: str, value: Tensor | float) -> Metric:
             return Metric(name=name, value=float(value), n=n)
 
         def largest(kind: str = "") -> Tensor:
             return _values(m for tap, m in inf_norms.items() if kind in ("", tap.kind)).max()
 
+        def counted(name: str, counts: dict[str, int]) -> list[Metric]:
+            """The sum, and the places where it is not 0."""
+            places = [
+                Metric(name=name, value=count, where=place, n=n)
+                for place, count in counts.items()
+                if count
+            ]
+            return [whole(name, sum(counts.values())), *places]
+
+        active = _values(m for m in pearson if m.where not in silent)
         return [
             whole("outlier.max_inf_norm", largest()),
             whole("outlier.max_inf_norm_mlp", largest("mlp")),
             whole("outlier.max_inf_norm_layer", largest("layer")),
-            whole("outlier.avg_kurtosis", _values(kurtoses).mean()),
-            whole("outlier.max_kurtosis", _values(kurtoses).max()),
-            whole("outlier.massive", torch.tensor(sum(r["count"] for r in self._massive.values()))),
-            whole("outlier.non_finite", torch.tensor(sum(self._non_finite.values()))),
+            whole("outlier.avg_kurtosis", _values(literature).mean()),
+            whole("outlier.max_kurtosis", _values(literature).max()),
+            whole("outlier.mean_pearson_kurtosis", active.mean()),
+            whole("outlier.max_pearson_kurtosis", active.max() if len(active) else torch.nan),
+            *counted("outlier.silent_tensors", dict.fromkeys(silent, 1)),
+            *counted("outlier.understated_kurtosis", dict.fromkeys(understated, 1)),
+            whole("outlier.massive", sum(row["count"] for row in self._massive.values())),
+            *counted("outlier.non_finite", self._non_finite),
             *inf_norms.values(),
-            *kurtoses,
-            *(
-                Metric(name="outlier.non_finite", value=count, where=name, n=n)
-                for name, count in self._non_finite.items()
-                if count
-            ),
+            *literature,
+            *pearson,
         ]
 
     def tables(self) -> dict[str, Any]:
-        """Per decoder layer's output: inf-norm [L] and kurtosis [L]; and the massive activations,
-        one row per layer, channel and token."""
+        """Per decoder layer's output: inf-norm [L] and kurtosis [L], the literature's and the
+        scale-free one (NaN where the output is constant); and the massive activations, one row per
+        layer, channel and token."""
         layers = [tap.name for tap in self._taps if tap.kind == "layer"]
         return {
-            "outlier.inf_norm_layer": _means(self._inf_norms[name] for name in layers),
-            "outlier.kurtosis_layer": _means(self._kurtoses[name] for name in layers),
+            "outlier.inf_norm_layer": [_mean(torch.cat(self._inf_norms[name])) for name in layers],
+            "outlier.kurtosis_layer": [
+                _mean(literature_kurtosis(self._rows(name))) for name in layers
+            ],
+            "outlier.pearson_kurtosis_layer": [_mean(self._pearson(name)) for name in layers],
             "outlier.massive": [
                 {"layer": layer, "channel": channel, "token": token} | row
                 for (layer, channel, token), row in sorted(self._massive.items())
@@ -133,10 +232,10 @@ class Outliers:
         }
 
 
-def _values(metrics: Any) -> Tensor:
+def _values(metrics: Iterable[Metric]) -> Tensor:
     # A tensor, because Python's max() forgets a NaN or not depending on where it stands.
     return torch.tensor([metric.value for metric in metrics], dtype=torch.float64)
 
 
-def _means(batches: Any) -> list[float]:
-    return [float(torch.cat(values).double().mean()) for values in batches]
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())

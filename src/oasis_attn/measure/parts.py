@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
@@ -39,6 +40,17 @@ def find_taps(model: PreTrainedModel) -> list[Tap]:
         UserError: naming the family, where one of these cannot be told apart.
     """
     return list(_taps(model))
+
+
+def check_output(model: PreTrainedModel, tap: Tap, x: Any, ids_BT: Tensor) -> None:
+    """Raise `UserError` unless `x` is one vector for each token: [B, T, D] or [B * T, D]."""
+    tokens = tuple(ids_BT.shape)
+    if not isinstance(x, Tensor) or tuple(x.shape[:-1]) not in (tokens, (ids_BT.numel(),)):
+        shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(
+            f"model: family {model.config.model_type!r} cannot be diagnosed: the output of "
+            f"{tap.name} is {shape}, not one vector for each of {list(tokens)} tokens"
+        )
 
 
 def _taps(model: PreTrainedModel) -> Iterator[Tap]:
@@ -81,9 +93,10 @@ def _taps(model: PreTrainedModel) -> Iterator[Tap]:
         for name, child in children.items():
             if _is(child, "Norm"):
                 yield Tap(name=f"{here}.{name}", kind="norm", layer=number, module=child)
-    norms = [(name, child) for name, child in decoder.named_children() if _is(child, "Norm")]
-    # Some families norm the embedding too, first.
-    name, module = _one(model, "final norm", norms[-1:])
+    norms = {name: child for name, child in decoder.named_children() if _is(child, "Norm")}
+    # Some families norm the embedding too, first, or what goes into every layer, last.
+    final = "norm" if "norm" in norms else next(reversed(norms), "")
+    name, module = _one(model, "final norm", [(final, norms[final])] if norms else [])
     yield Tap(name=name, kind="final_norm", layer=None, module=module)
 
 

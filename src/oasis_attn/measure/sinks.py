@@ -5,11 +5,14 @@ Axes: N windows, B of them at once, T tokens, L layers, H heads, d head width, D
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from oasis_attn.errors import UserError
 from oasis_attn.measure.parts import Tap
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import AttentionCall
@@ -46,9 +49,13 @@ class Sinks:
         self._out_projections = [tap.module for tap in taps if tap.kind == "attention"]
         self._series: dict[str, list[list[Tensor]]] = {}
         self._window = 0
+        self._calls: Counter[int] = Counter()
 
     def see(self, call: AttentionCall) -> None:
         """Take in what one attention module has computed."""
+        self._calls[call.layer] += 1
+        if call.layer >= len(self._out_projections):
+            return  # `check` refuses it
         p_BHT = call.column(0)
         null_BHT = call.null_BHT
         heads = p_BHT.shape[1]
@@ -69,6 +76,18 @@ class Sinks:
         value_BHd = value_BGd.repeat_interleave(heads // value_BGd.shape[1], dim=1)
         norms_BT = first_position_norms(p_BHT, value_BHd, self._out_projections[call.layer])
         self._note("value_weighted", call.layer, _mean(norms_BT[:, 1:]))
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `UserError` unless each layer has attended once since the last check."""
+        layers = range(len(self._out_projections))
+        calls, self._calls = self._calls, Counter()
+        for layer in {*layers, *calls}:
+            if layer not in layers or calls[layer] != 1:
+                raise UserError(
+                    f"model: family {model.config.model_type!r} cannot be diagnosed: layer {layer} "
+                    f"calls transformers' attention interface {calls[layer]} times in a forward "
+                    "pass, not once, so that its attention sinks cannot be measured"
+                )
 
     def _note(self, name: str, layer: int, values: Tensor) -> None:
         series = self._series.setdefault(name, [[] for _ in self._out_projections])

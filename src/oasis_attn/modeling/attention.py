@@ -16,12 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import (
+    create_position_bias_mask,
+    sdpa_attention_forward,
+)
 from transformers.masking_utils import sdpa_mask
 
+from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import ATTENTION
 from oasis_attn.ops.null_attention import attend, attend_one, attends_one, naive_mix, naive_weights
 
+_INDICES = ("indices", "block_indices")  # how families name the keys that an indexer picked
 _observers: list[Callable[[nn.Module, AttentionCall], None]] = []
 
 
@@ -41,6 +46,7 @@ def oasis_attention(
     clip_gamma: float = 0.0,
     output_gate: Tensor | None = None,
     output_attentions: bool = False,
+    position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend; returns `out_BTHd` and the null mass `[B, H, T]`, None where softmax has none.
@@ -52,7 +58,17 @@ def oasis_attention(
         normalizer, null_logit, clip_gamma: see `OasisConfig`; None is the native softmax.
         output_gate: gate logits `[B, T, H]` or `[B, T, H * d]`.
         output_attentions: compute the map itself and hand it to the observers.
+        position_bias: `[B, H, T, S]`, added to the logits.
+
+    Raises:
+        UserError: a family whose attention sees only the keys that an indexer picks: transformers
+            puts them into the mask for its own implementations alone.
     """
+    if any(kwargs.get(name) is not None for name in _INDICES):
+        raise UserError(
+            f"model: family {module.config.model_type!r} attends only to keys that an indexer "
+            f"picks, which the attention {ATTENTION!r} does not support"
+        )
     normalizer = normalizer or "softmax"
     if s_aux is not None:
         normalizer, null_logit = "learned_sink", s_aux
@@ -61,6 +77,11 @@ def oasis_attention(
         precision = torch.get_autocast_dtype(device)
         query, key, value = query.to(precision), key.to(precision), value.to(precision)
     T = query.shape[2]
+    if position_bias is not None:
+        causal = getattr(module, "is_causal", True)
+        attention_mask = create_position_bias_mask(
+            position_bias, attention_mask, causal, query, key
+        )
     if normalizer == "softmax":
         null_logit = -torch.inf
     mapped = output_attentions or normalizer not in ("softmax", "softmax1", "learned_sink")

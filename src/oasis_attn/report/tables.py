@@ -12,6 +12,8 @@ from typing import Any
 from oasis_attn.records import Record
 
 ABSENT = "-"
+_LITERATURE_KURTOSIS = ("outlier.avg_kurtosis", "outlier.max_kurtosis")
+_CAVEATS = {"outlier.silent_tensors": "silent", "outlier.understated_kurtosis": "understated"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,25 @@ def comparison(
 
 
 def _cell(records: Sequence[Record], kind: str, metric: str) -> str:
-    chosen = (record for record in records if record.kind == kind)
+    chosen = [record for record in records if record.kind == kind]
     values = [found.value for record in chosen for found in record.each(metric) if not found.where]
-    return mean_and_range(values) if values else ABSENT
+    return mean_and_range(values) + caveat(metric, chosen) if values else ABSENT
+
+
+def caveat(metric: str, records: Sequence[Record]) -> str:
+    """What stands beside the literature's kurtosis: ` (1 silent, 2 understated)`, or nothing.
+
+    The counts are of tensors, the largest over `records`; see `outlier.silent_tensors` and
+    `outlier.understated_kurtosis`.  Other metrics have none.
+    """
+    if metric not in _LITERATURE_KURTOSIS:
+        return ""
+    found = []
+    for name, word in _CAVEATS.items():
+        counts = [m.value for record in records for m in record.each(name) if not m.where]
+        if any(counts):
+            found.append(f"{max(counts):.0f} {word}")
+    return f" ({', '.join(found)})" if found else ""
 
 
 def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -92,7 +110,11 @@ def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
 def summary_table(record: Record) -> Table:
     """The whole-model numbers of a record."""
     rows = tuple(
-        (m.name, number(m.value), ABSENT if m.standard_error is None else number(m.standard_error))
+        (
+            m.name,
+            number(m.value) + caveat(m.name, [record]),
+            ABSENT if m.standard_error is None else number(m.standard_error),
+        )
         for m in record.metrics
         if not m.where
     )
@@ -104,6 +126,10 @@ def layer_table(record: Record) -> Table:
     columns = {
         "max |h|": record.tables["outlier.inf_norm_layer"],
         "kurtosis": record.tables["outlier.kurtosis_layer"],
+    }
+    if "outlier.pearson_kurtosis_layer" in record.tables:
+        columns["Pearson kurtosis"] = record.tables["outlier.pearson_kurtosis_layer"]
+    columns |= {
         "first-token mass": _over_heads(record.tables["sink.mass"]),
     }
     if "null.mass" in record.tables:

@@ -32,7 +32,6 @@ TOLERANCE = 1e-6
 TIMES = ("cell.seconds", "cell.processor_seconds")
 """Metrics that tell how long a cell took; no rerun has the same."""
 _PATIENCE = 5.0  # seconds, that a worker whose parent was killed has to end
-_LEFT_OUT = ("sink.secondary",)  # tables larger than the rest of a record
 _CHECKPOINTS = 4  # per training
 
 
@@ -62,7 +61,7 @@ def measured(work: Work) -> None:
         data=work.text.data,
     )
     work.metrics += record.metrics
-    work.tables |= {name: t for name, t in record.tables.items() if name not in _LEFT_OUT}
+    work.tables |= record.tables
     work.data |= record.data
     work.subject |= record.subject
 

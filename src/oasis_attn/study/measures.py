@@ -26,6 +26,9 @@ _PLAIN = (
     Measure(name="perplexity.windowed", head="perplexity", scale="ratio", better="lower"),
     Measure(name="outlier.max_inf_norm", head="max inf-norm", scale="ratio", better="lower"),
     Measure(name="outlier.avg_kurtosis", head="avg kurtosis", scale="ratio", better="lower"),
+    Measure(name="outlier.silent_tensors", head="silent tensors", scale="points"),
+    Measure(name="outlier.understated_kurtosis", head="understated kurtoses", scale="points"),
+    Measure(name="outlier.mean_pearson_kurtosis", head="mean Pearson kurtosis", scale="ratio"),
     Measure(name="sink.mass", head="sink mass", scale="points", better="lower"),
     Measure(name="sink.rate@0.3", head="sink rate at 0.3", scale="points", better="lower"),
     Measure(
