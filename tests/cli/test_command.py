@@ -14,11 +14,12 @@ from typer.main import get_command
 from oasis_attn import __version__, cli
 from oasis_attn.cli import app, main
 from oasis_attn.errors import UserError
+from oasis_attn.metrics import GLOSSARY
 from oasis_attn.modeling.variants import variants
 from oasis_attn.study.demo import run_demo
 from oasis_attn.training import TrainingConfig
 
-VERBS = ("demo", "diagnose", "evaluate", "prefix", "quantize", "train", "variants")
+VERBS = ("demo", "diagnose", "evaluate", "metrics", "prefix", "quantize", "train", "variants")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -49,6 +50,7 @@ def test_version(oasis) -> None:
         (["diagnose", "smollm2", "--corpus", "pydok"], "did you mean 'pydoc'"),
         (["diagnose", "smollm2", "--text", "absent.txt"], "absent.txt"),
         (["demo", "--windows", "0"], "windows: 0"),
+        (["metrics", "sink.rat@0.3"], "did you mean 'sink.rate@<eps>'"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
@@ -106,6 +108,25 @@ def test_variants_as_a_table_name_each(oasis) -> None:
     code, (out, _) = oasis("variants")
     assert code == 0
     assert {line.split()[0] for line in out.splitlines() if line.strip()} >= set(variants())
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ([], [each.name for each in GLOSSARY]),
+        (["sink.rate@0.2"], ["sink.rate@<eps>"]),
+        (["outlier.kurtosis"], ["outlier.kurtosis"]),
+        (["speed."], ["speed.over_unquantized"]),
+        (["perplexity.windowed@w4a4"], ["perplexity.windowed@<scheme>"]),
+    ],
+)
+def test_metrics_are_the_glossary_s(oasis, words, names) -> None:
+    code, (out, _) = oasis("metrics", *words, "--json")
+    assert code == 0
+    assert [each["name"] for each in json.loads(out)] == names
+    code, (out, _) = oasis("metrics", *words)
+    assert code == 0
+    assert names[0] in out
 
 
 def test_train_has_an_option_for_every_field_with_its_default() -> None:

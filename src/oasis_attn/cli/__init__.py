@@ -18,6 +18,7 @@ from oasis_attn.cli.convert import convert
 from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
 from oasis_attn.cli.evaluate import evaluate
+from oasis_attn.cli.metrics import metrics
 from oasis_attn.cli.prefix import prefix
 from oasis_attn.cli.quantize import quantize
 from oasis_attn.cli.study import study
@@ -47,7 +48,7 @@ def top(
         raise Exit
 
 
-for verb in (demo, diagnose, convert, train, evaluate, prefix, quantize, variants):
+for verb in (demo, diagnose, convert, train, evaluate, prefix, quantize, variants, metrics):
     app.command()(verb)
 app.add_typer(study)
 

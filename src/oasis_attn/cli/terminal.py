@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,7 +42,8 @@ def print_table(table: Table) -> None:
 
     grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(table.columns):
-        grid.add_column(column, justify="left" if index < table.words else "right")
+        justify: Literal["left", "right"] = "left" if index < table.words else "right"
+        grid.add_column(column, justify=justify, overflow="fold")
     for row in table.rows:
         grid.add_row(*row)
     Console().print(grid)

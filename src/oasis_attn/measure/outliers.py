@@ -7,8 +7,9 @@ by pieces small enough for the cache; none is kept.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,21 +31,22 @@ def inf_norm(x_BM: Tensor) -> Tensor:
     return torch.maximum(x_BM.amax(-1), -x_BM.amin(-1))
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Mean and central moments of each row of x / scale, all [B] float64.
 
     Attributes:
+        count: values in a row.
         mean, second, fourth: of x / scale; `second` is the biased variance.
         scale: 1, or for float64 the power of two next to the row's largest value, so that fourth
             powers neither overflow nor vanish.  Narrower types fit in float64 as they are.
-        count: values in a row.
     """
 
+    count: int
     mean: Tensor
     second: Tensor
     fourth: Tensor
     scale: Tensor
-    count: int
 
     @property
     def standard_deviation(self) -> Tensor:
@@ -65,7 +67,7 @@ def moments(x_BM: Tensor) -> Moments:
         x_BM = x_BM / scale_B[:, None]
     rows = [_moments(x_M) for x_M in x_BM]
     mean_B, second_B, fourth_B = (torch.stack(values) for values in zip(*rows, strict=True))
-    return Moments(mean_B, second_B, fourth_B, scale_B, x_BM.shape[1])
+    return Moments(x_BM.shape[1], mean_B, second_B, fourth_B, scale_B)
 
 
 def _moments(x_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,8 +142,12 @@ class Outliers:
 
     def _rows(self, name: str) -> Moments:
         """The moments of one tensor in all sequences, N for B."""
-        *values, counts = zip(*self._moments[name], strict=True)
-        return Moments(*(torch.cat(batches) for batches in values), counts[0])
+        batches = self._moments[name]
+
+        def joined(part: str) -> Tensor:
+            return torch.cat([getattr(batch, part) for batch in batches])
+
+        return Moments(batches[0].count, *map(joined, ("mean", "second", "fourth", "scale")))
 
     def _pearson(self, name: str) -> Tensor:
         """The scale-free kurtosis of one tensor in those sequences in which it is not constant."""

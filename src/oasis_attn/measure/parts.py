@@ -55,6 +55,8 @@ def check_output(model: PreTrainedModel, tap: Tap, x: Any, ids_BT: Tensor) -> No
 
 def _taps(model: PreTrainedModel) -> Iterator[Tap]:
     decoder = model.get_decoder()
+    if decoder is model:  # transformers finds none, as in llama4
+        decoder = getattr(model, "model", model)
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
     path, layers = _one(
         model,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,9 @@ def oasis_attention(
             puts them into the mask for its own implementations alone.
     """
     if any(kwargs.get(name) is not None for name in _INDICES):
+        config: Any = module.config
         raise UserError(
-            f"model: family {module.config.model_type!r} attends only to keys that an indexer "
+            f"model: family {config.model_type!r} attends only to keys that an indexer "
             f"picks, which the attention {ATTENTION!r} does not support"
         )
     normalizer = normalizer or "softmax"

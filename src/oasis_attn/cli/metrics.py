@@ -1,0 +1,33 @@
+"""`oasis metrics`: what every number in a record means."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Argument
+
+from oasis_attn.cli.terminal import AsJson, print_json, print_table
+
+
+def metrics(
+    name: Annotated[
+        str, Argument(metavar="[NAME]", help="A metric, or how the names of several begin.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Print what each metric is: definition, unit, direction, protocol and source.
+
+    Example: [bold]oasis metrics outlier.avg_kurtosis[/bold]
+    """
+    from dataclasses import asdict
+
+    from oasis_attn.metrics import definitions
+    from oasis_attn.report.glossary import definition_table, glossary_table
+
+    found = definitions(name)
+    if as_json:
+        print_json([asdict(each) for each in found])
+    elif len(found) == 1:
+        print_table(definition_table(found[0]))
+    else:
+        print_table(glossary_table(found))
