@@ -187,33 +187,29 @@ class Outliers:
         silent, understated = self._quiet()
         n = literature[0].n
 
-        def whole(name: str, value: Tensor | float) -> Metric:
-            return Metric(name=name, value=float(value), n=n)
+        def one(name: str, value: Tensor | float, where: str = "") -> Metric:
+            return Metric(name=name, value=float(value), where=where, n=n)
 
         def largest(kind: str = "") -> Tensor:
             return _values(m for tap, m in inf_norms.items() if kind in ("", tap.kind)).max()
 
         def counted(name: str, counts: dict[str, int]) -> list[Metric]:
             """The sum, and the places where it is not 0."""
-            places = [
-                Metric(name=name, value=count, where=place, n=n)
-                for place, count in counts.items()
-                if count
-            ]
-            return [whole(name, sum(counts.values())), *places]
+            places = [one(name, count, place) for place, count in counts.items() if count]
+            return [one(name, sum(counts.values())), *places]
 
         active = _values(m for m in pearson if m.where not in silent)
         return [
-            whole("outlier.max_inf_norm", largest()),
-            whole("outlier.max_inf_norm_mlp", largest("mlp")),
-            whole("outlier.max_inf_norm_layer", largest("layer")),
-            whole("outlier.avg_kurtosis", _values(literature).mean()),
-            whole("outlier.max_kurtosis", _values(literature).max()),
-            whole("outlier.mean_pearson_kurtosis", active.mean()),
-            whole("outlier.max_pearson_kurtosis", active.max() if len(active) else torch.nan),
+            one("outlier.max_inf_norm", largest()),
+            one("outlier.max_inf_norm_mlp", largest("mlp")),
+            one("outlier.max_inf_norm_layer", largest("layer")),
+            one("outlier.avg_kurtosis", _values(literature).mean()),
+            one("outlier.max_kurtosis", _values(literature).max()),
+            one("outlier.mean_pearson_kurtosis", active.mean()),
+            one("outlier.max_pearson_kurtosis", active.max() if len(active) else torch.nan),
             *counted("outlier.silent_tensors", dict.fromkeys(silent, 1)),
             *counted("outlier.understated_kurtosis", dict.fromkeys(understated, 1)),
-            whole("outlier.massive", sum(row["count"] for row in self._massive.values())),
+            one("outlier.massive", sum(row["count"] for row in self._massive.values())),
             *counted("outlier.non_finite", self._non_finite),
             *inf_norms.values(),
             *literature,

@@ -168,7 +168,9 @@ def _measures() -> list[Block]:
             "`outlier.max_inf_norm`: the largest absolute value of a tensor, averaged over "
             "windows; then the largest over layer outputs, MLP outputs, attention output "
             "projections and norms (Bondarenko et al. 2023). `outlier.avg_kurtosis`: the fourth "
-            "moment over the squared variance, averaged over windows and the same tensors."
+            "moment over the squared variance plus 1e-6, averaged over windows and the same "
+            "tensors. Beside it stands the number of tensors that are too small for the 1e-6 "
+            "(understated) or silent."
         ),
         paragraph(
             "`sink.mass`: attention probability on the first token, averaged over the later "
