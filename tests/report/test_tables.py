@@ -65,3 +65,49 @@ def test_tables_of_a_record_have_a_row_per_measure_and_per_layer() -> None:
     assert whole.rows == (("loss", "2", "-"),)
     assert layers.columns == ("layer", "max |h|", "kurtosis", "first-token mass")
     assert layers.rows == (("0", "1", "3", "0.5"), ("1", "inf", "4", "0.25"))
+
+
+def test_the_literature_s_kurtosis_stands_beside_the_tensors_that_lower_it() -> None:
+    def counted(silent: float, understated: float) -> Record:
+        return record(
+            **{
+                "outlier.avg_kurtosis": 2.0,
+                "outlier.mean_pearson_kurtosis": 4.0,
+                "outlier.silent_tensors": silent,
+                "outlier.understated_kurtosis": understated,
+            }
+        )
+
+    columns = {"avg": ("diagnosis", "outlier.avg_kurtosis")}
+    columns |= {"ours": ("diagnosis", "outlier.mean_pearson_kurtosis")}
+    groups = {"none": [counted(0, 0)], "some": [counted(1, 2), counted(0, 3)], "old": [record()]}
+    groups["older"] = [record(**{"outlier.avg_kurtosis": 2.0})]
+    assert comparison(groups, columns).rows == (
+        ("none", "2", "4"),
+        ("some", "2 [2, 2] (1 silent, 3 understated)", "4 [4, 4]"),
+        ("old", "-", "-"),
+        ("older", "2", "-"),
+    )
+    shown = {
+        row[0]: row[1] for row in summary_table(replace(counted(0, 2), subject={"name": "m"})).rows
+    }
+    assert shown["outlier.avg_kurtosis"] == "2 (2 understated)"
+    assert shown["outlier.mean_pearson_kurtosis"] == "4"
+
+
+def test_layers_show_the_kurtosis_without_a_scale_too() -> None:
+    tables = {
+        "outlier.inf_norm_layer": [1.0],
+        "outlier.kurtosis_layer": [0.2],
+        "outlier.pearson_kurtosis_layer": ["nan"],
+        "sink.mass": [[0.5]],
+    }
+    layers = layer_table(replace(record(loss=2.0), subject={"name": "m"}, tables=tables))
+    assert layers.columns == (
+        "layer",
+        "max |h|",
+        "kurtosis",
+        "Pearson kurtosis",
+        "first-token mass",
+    )
+    assert layers.rows == (("0", "1", "0.2", "nan", "0.5"),)
