@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM
+from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM, PreTrainedConfig
 
 from oasis_attn.errors import UserError
 from oasis_attn.measure.parts import find_taps
@@ -51,4 +51,15 @@ def test_other_trees_are_refused_by_name(model):
     with torch.device("meta"):
         model = model()
     with pytest.raises(UserError, match=f"family '{model.config.model_type}' cannot be diagnosed"):
+        find_taps(model)
+
+
+def test_a_configuration_without_a_number_of_layers_is_refused_by_name():
+    """As that of blt, which is several models."""
+    model = native("llama")
+    model.config = PreTrainedConfig()
+    model.config.model_type = "several"
+    with pytest.raises(
+        UserError, match="family 'several' cannot be diagnosed: .* num_hidden_layers"
+    ):
         find_taps(model)

@@ -57,7 +57,12 @@ def _taps(model: PreTrainedModel) -> Iterator[Tap]:
     decoder = model.get_decoder()
     if decoder is model:  # transformers finds none, as in llama4
         decoder = getattr(model, "model", model)
-    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if depth is None:
+        raise UserError(
+            f"model: family {model.config.model_type!r} cannot be diagnosed: its configuration "
+            "has no num_hidden_layers"
+        )
     path, layers = _one(
         model,
         f"list of {depth} layers",
