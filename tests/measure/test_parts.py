@@ -60,6 +60,6 @@ def test_a_configuration_without_a_number_of_layers_is_refused_by_name():
     model.config = PreTrainedConfig()
     model.config.model_type = "several"
     with pytest.raises(
-        UserError, match="family 'several' cannot be diagnosed: .* num_hidden_layers"
+        UserError, match=r"family 'several' cannot be diagnosed: .* num_hidden_layers"
     ):
         find_taps(model)
