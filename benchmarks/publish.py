@@ -1,8 +1,10 @@
-"""Put a study on record: plan, records and report into docs/results, verdicts into docs/study.md.
+"""Put a study on record: plan, compact records and tables into docs/results, verdicts into
+docs/study.md.
 
 python benchmarks/publish.py FOLDER
 
-FOLDER is a study's, finished or not; what is there of the same plan is replaced.
+FOLDER is a study's, finished or not; what is there of the same plan is replaced.  A page with all
+figures is made on demand: `oasis study report docs/results/NAME --out page.html`.
 """
 
 from __future__ import annotations
@@ -50,17 +52,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     folder = StudyFolder.open(parser.parse_args().folder)
-    place = DOCS / "results" / folder.plan.name
+    place, text = DOCS / "results" / folder.plan.name, PAGE.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=place.parent) as stage:
         new = Path(stage, folder.plan.name)
-        (new / "cells").mkdir(parents=True)
-        shutil.copy(folder.path / "plan.yaml", new)
-        for cell in folder.records():
-            shutil.copy(folder.record_path(cell), new / "cells")
-        write_report(StudyFolder.open(new), new / "index.html")
+        folder.publish(new)
+        report = Path(stage, "report")
+        write_report(StudyFolder.open(new), report / "index.html")
+        shown = [path for path in report.glob("*.png") if f"{place.name}/{path.name}" in text]
+        for path in (report / "tables.md", *shown):
+            shutil.copy(path, new)
         shutil.rmtree(place, ignore_errors=True)
         new.rename(place)
-    write_text(PAGE, page(PAGE.read_text(encoding="utf-8")))
+    write_text(PAGE, page(text))
 
 
 def page(text: str) -> str:

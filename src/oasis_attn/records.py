@@ -146,9 +146,14 @@ class Record:
         """All metrics of this name, one per place."""
         return (metric for metric in self.metrics if metric.name == name)
 
-    def to_json(self) -> str:
-        """Standard JSON (RFC 8259); a number that is not finite is the string float() reads."""
-        return json.dumps({"format": FORMAT} | _plain(asdict(self)), indent=1, allow_nan=False)
+    def to_json(self, indent: int | None = 1) -> str:
+        """Standard JSON (RFC 8259); a number that is not finite is the string float() reads.
+
+        `indent` is as in `json.dumps`; None gives one line without spaces.
+        """
+        separators = (",", ":") if indent is None else None
+        fields = {"format": FORMAT} | _plain(asdict(self))
+        return json.dumps(fields, indent=indent, separators=separators, allow_nan=False)
 
     def save(self, path: str | Path) -> Path:
         """Write the record as JSON, beside its place and renamed."""
@@ -158,14 +163,23 @@ class Record:
     def load(cls, path: str | Path) -> Record:
         """Read a record back; `UserError` if the file is absent, broken or of another format."""
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"record: {str(path)!r} is not a readable record ({error})") from error
+        return cls.from_json(text, path)
+
+    @classmethod
+    def from_json(cls, text: str, path: str | Path) -> Record:
+        """The record that `to_json` wrote; `UserError` naming `path` if it is broken."""
+        try:
+            fields = json.loads(text)
             if fields.pop("format") != FORMAT:
                 raise UserError(f"record: {str(path)!r} is of another format than {FORMAT}")
             metrics = tuple(Metric(**_numbers(m)) for m in fields.pop("metrics"))
             return cls(**fields, metrics=metrics)
         except UserError:
             raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"record: {str(path)!r} is not a readable record ({error})") from error
 
 

@@ -171,7 +171,11 @@ def cell(
     ] = None,
     check: Annotated[
         Path | None,
-        Option(help="Compare with this record: code 1 if they differ.", show_default=False),
+        Option(
+            help="Compare with this record, or with a study's folder that has one: code 1 if they"
+            " differ.",
+            show_default=False,
+        ),
     ] = None,
     tied: Annotated[bool, Option("--tied", hidden=True)] = False,
     as_json: AsJson = False,

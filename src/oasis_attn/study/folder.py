@@ -2,6 +2,7 @@
 
 OUT/plan.yaml          what was asked for; nothing else may go on here
 OUT/cells/<id>.json    the record of each finished cell, whole or not there
+OUT/trials.jsonl       of a published study, in place of cells/: one compact record a line
 OUT/failed/<id>.log    what a cell that ended badly said; removed when it is tried again
 OUT/work/              of cells that are not finished; may be removed while none runs
 """
@@ -9,16 +10,20 @@ OUT/work/              of cells that are not finished; may be removed while none
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
 from oasis_attn.errors import UserError
-from oasis_attn.files import check_free, write_bytes, write_text
+from oasis_attn.files import check_free, write_text
 from oasis_attn.records import Record
 from oasis_attn.study.cell import TIMES, is_held, run_cell
 from oasis_attn.study.plan import Cell, Plan
 from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text, shipped_plans
+
+TRIALS = "trials.jsonl"
+KEPT_TABLES = ("null.mass",)  # of compact records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,31 +113,58 @@ class StudyFolder:
 
     def missing(self) -> list[Cell]:
         """Cells without a record, in the plan's order."""
-        return [cell for cell in self.plan.cells if not self.record_path(cell).is_file()]
+        return [cell for cell in self.plan.cells if not self.has(cell)]
+
+    def has(self, cell: Cell) -> bool:
+        """Whether there is a record of `cell`."""
+        return self.record_path(cell).is_file() or cell.id in self._published
 
     def take_over(self, other: StudyFolder) -> None:
         """Copy the records of cells that `other` has finished and this study lacks."""
         theirs = other.records()
         for cell in self.missing():
             if cell in theirs:
-                write_bytes(self.record_path(cell), other.record_path(cell).read_bytes())
+                theirs[cell].save(self.record_path(cell))
 
     def records(self) -> dict[Cell, Record]:
         """The finished cells; `UserError` if a record is not of its cell."""
         found = {}
         for cell in self.plan.cells:
-            if self.record_path(cell).is_file():
-                record = Record.load(self.record_path(cell))
-                if record.subject.get("cell") != cell.to_dict():
-                    raise UserError(f"record: {str(self.record_path(cell))!r} is of another cell")
-                found[cell] = record
+            path = self.record_path(cell)
+            if path.is_file():
+                record = Record.load(path)
+            elif cell.id in self._published:
+                path, record = self.path / TRIALS, self._published[cell.id]
+            else:
+                continue
+            if record.subject.get("cell") != cell.to_dict():
+                raise UserError(f"record: {str(path)!r} is of another cell")
+            found[cell] = record
         return found
+
+    @cached_property
+    def _published(self) -> dict[str, Record]:
+        """The compact records of `trials.jsonl`, by cell."""
+        path = self.path / TRIALS
+        if not path.is_file():
+            return {}
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [Record.from_json(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
+        return {str(record.subject["name"]): record for record in records}
+
+    def publish(self, path: str | Path) -> None:
+        """Write plan and records to the folder `path` in compact form: what tables and docs read.
+
+        Metrics of single tensors are left out, and all tables but those of `KEPT_TABLES`.
+        """
+        lines = [_compact(record).to_json(indent=None) for record in self.records().values()]
+        write_text(Path(path) / "plan.yaml", plan_text(self.plan))
+        write_text(Path(path) / TRIALS, "".join(f"{line}\n" for line in lines))
 
     def status(self) -> Status:
         """Where the study stands now."""
-        done = [cell for cell in self.plan.cells if self.record_path(cell).is_file()]
-        left = self.missing()
-        seconds = [Record.load(self.record_path(cell))[TIMES[0]] for cell in done]
+        done, left = self.records(), self.missing()
+        seconds = [record[TIMES[0]] for record in done.values()]
         return Status(
             done=tuple(cell.id for cell in done),
             failed={c.id: self.reason(c) for c in left if self.failure_path(c).is_file()},
@@ -147,6 +179,14 @@ class StudyFolder:
         if not path.is_file():
             return ""
         return path.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
+
+
+def _compact(record: Record) -> Record:
+    return replace(
+        record,
+        metrics=tuple(metric for metric in record.metrics if not metric.where),
+        tables={name: table for name, table in record.tables.items() if name in KEPT_TABLES},
+    )
 
 
 def reproduce(plan: Plan, cell: Cell) -> str:

@@ -37,20 +37,20 @@ def run_alone(
         where: a plan's name or file, or a study's folder.
         cell_id: which of its cells.
         out: the record to write; default, the folder's own.
-        check: a record to compare with.
+        check: a record to compare with, or the folder of a study that has one.
 
     Raises:
         UserError: unknown plan or cell, `out` missing or taken, a record that cannot be read, or
             that would be compared with itself.
     """
-    before = None if check is None else Record.load(check)
+    before = None if check is None else _record(check, cell_id)
     if out is None:
         if not Path(where).is_dir():
             raise UserError(
                 f"out: {where!r} is a plan, which has no place for the record; give one"
             )
         folder = StudyFolder.open(where)
-        if check is not None and folder.record_path(folder.plan.cell(cell_id)).is_file():
+        if check is not None and folder.has(folder.plan.cell(cell_id)):
             raise UserError("out: it is needed with check, for the folder has this record already")
         record = folder.run(cell_id)
     else:
@@ -61,3 +61,13 @@ def run_alone(
         record = run_cell(cell, out, work, command=reproduce(plan, cell))
         work.with_name(f"{work.name}.lock").unlink(missing_ok=True)
     return record, [] if before is None else differences(before, record)
+
+
+def _record(check: Path, cell_id: str) -> Record:
+    if not check.is_dir():
+        return Record.load(check)
+    folder = StudyFolder.open(check)
+    cell = folder.plan.cell(cell_id)
+    if not folder.has(cell):
+        raise UserError(f"check: {str(check)!r} has no record of {cell_id!r}")
+    return folder.records()[cell]

@@ -1,0 +1,73 @@
+"""A published study: compact records that say what the whole ones say of a whole model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from oasis_attn.errors import UserError
+from oasis_attn.records import Metric
+from oasis_attn.study.folder import StudyFolder
+from oasis_attn.study.page import tables_text
+from oasis_attn.study.results import Results
+from oasis_attn.study.verdict import judge
+from oasis_attn.study.worker import run_alone
+from study import made
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A study with all of its records but one, as it is run."""
+    folder = StudyFolder.begin(tmp_path / "whole", made.plan(corpora=["stdlib"]))
+    for cell in folder.plan.cells[:-1]:
+        record = made.record(cell, {"outlier.max_inf_norm": 1.5 + cell.seed, "null.mass": 0.1})
+        local = Metric(name="outlier.inf_norm", value=float("inf"), where="layers.0")
+        tables = {"null.mass": [[0.1, 0.2]], "loss": [{"step": 1, "loss": 2.0}]}
+        record = replace(record, metrics=(*record.metrics, local), tables=tables)
+        record.save(folder.record_path(cell))
+    return folder
+
+
+@pytest.fixture
+def published(whole, tmp_path):
+    whole.publish(tmp_path / "published")
+    return StudyFolder.open(tmp_path / "published")
+
+
+def test_whole_model_metrics_tables_and_verdicts_are_kept(whole, published):
+    one, other = (Results(each.plan, each.records()) for each in (whole, published))
+    assert tables_text(one, judge(one)) == tables_text(other, judge(other))
+    for cell, record in published.records().items():
+        before = one.records[cell]
+        assert record.metrics == before.metrics[:-1]
+        assert record.tables == {"null.mass": [[0.1, 0.2]]}
+        assert (record.subject, record.environment) == (before.subject, before.environment)
+    assert published.status() == whole.status()
+
+
+def test_publishing_again_changes_nothing(published, tmp_path):
+    published.publish(tmp_path / "again")
+    for name in ("plan.yaml", "trials.jsonl"):
+        assert (tmp_path / "again" / name).read_bytes() == (published.path / name).read_bytes()
+
+
+def test_another_study_takes_the_records_over(published, tmp_path):
+    fresh = StudyFolder.begin(tmp_path / "fresh", published.plan)
+    fresh.take_over(published)
+    assert fresh.records() == published.records()
+    assert fresh.missing() == published.missing() == [published.plan.cells[-1]]
+
+
+def test_a_rerun_is_compared_with_the_folders_record_or_told_there_is_none(published, tmp_path):
+    absent = published.plan.cells[-1].id
+    with pytest.raises(UserError, match=f"check: .* has no record of '{absent}'"):
+        run_alone(str(published.path), absent, out=tmp_path / "r.json", check=published.path)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"format": 1}', '{"format": 9}'])
+def test_a_broken_line_is_named(published, line):
+    path = published.path / "trials.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=r"trials.jsonl:19"):
+        StudyFolder.open(published.path).records()
