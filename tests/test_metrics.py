@@ -16,6 +16,7 @@ from oasis_attn.quantization.checkpoint import quantize_checkpoint
 from oasis_attn.quantization.rescue import rescue
 from oasis_attn.records import Record
 from oasis_attn.report.glossary import glossary_page
+from oasis_attn.study.folder import StudyFolder
 from oasis_attn.training import TrainingConfig, train
 from tiny import VOCABULARY, tiny_config, tiny_model
 
@@ -29,9 +30,11 @@ def names(record: Record) -> set[str]:
 @pytest.fixture(scope="module")
 def committed() -> set[str]:
     """The names in all records under docs/results."""
-    paths = list((DOCS / "results").rglob("*.json"))
-    assert len(paths) > 200
-    return set().union(*(names(Record.load(path)) for path in paths))
+    records = [Record.load(path) for path in (DOCS / "results").rglob("*.json")]
+    for plan in (DOCS / "results").glob("*/plan.yaml"):
+        records += StudyFolder.open(plan.parent).records().values()
+    assert len(records) > 200
+    return set().union(*map(names, records))
 
 
 def of_one_token() -> Record:
