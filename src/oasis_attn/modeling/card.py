@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from oasis_attn.files import write_text
 from oasis_attn.modeling.configuration import SETTINGS, OasisConfig
@@ -12,7 +16,7 @@ from oasis_attn.modeling.variants import variants
 from oasis_attn.records import Record
 
 if TYPE_CHECKING:
-    from oasis_attn.modeling.pretrained import OasisPreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _GENERATED = "automatically generated"  # transformers' own template says so too
 _ALWAYS = ("token_normalizer", "residual", "null_signal")
@@ -21,19 +25,15 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [oasis-attn, {family}, {variant}]
+tags: [{tags}]
 ---
 
-# {variant} on {family}
+# {title}
 
-A `{family}` decoder of {parameters:,} parameters, {added:,} of them added by these settings, the
-variant `{variant}` of [OASIS](https://arxiv.org/abs/2605.17887) in oasis-attn. Settings that are
-not listed are at their defaults.
-
-{settings}
+{facts}
 
 ```python
-import oasis_attn  # registers the architecture
+import oasis_attn  # without it, transformers cannot load this checkpoint
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(path_or_name)
@@ -41,6 +41,19 @@ model = AutoModelForCausalLM.from_pretrained(path_or_name)
 {measured}
 *This card was {generated}; without this line it is kept as it is.*
 """
+_SETTINGS = """\
+A `{family}` decoder of {parameters:,} parameters, {added:,} of them added by these settings, the
+variant `{variant}` of [OASIS](https://arxiv.org/abs/2605.17887) in oasis-attn. Settings that are
+not listed are at their defaults.
+
+{settings}"""
+_NATIVE = "A `{family}` decoder of {parameters:,} parameters."
+_QUANTIZED = """\
+Quantised with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {sites}
+tensors and layers."""
+_PREFIX = """\
+Every input is read behind a stored prefix of {tokens} tokens, whose keys and values are among the
+weights. The folder `prefix` holds a copy as a PEFT adapter for the model without it."""
 _MEASURED = """
 ## Measured{origin}
 
@@ -50,7 +63,7 @@ _MEASURED = """
 """
 
 
-def write_card(model: OasisPreTrainedModel, folder: str | os.PathLike) -> None:
+def write_card(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """Write `folder`/README.md, unless a card stands there that a person has made theirs.
 
     The measurements are those of `folder`/record.json; without one, of the record beside the
@@ -65,13 +78,23 @@ def write_card(model: OasisPreTrainedModel, folder: str | os.PathLike) -> None:
             record = Record.load(place / "record.json")
             origin = "" if place == Path(folder) else f", on `{place.name}` as it was loaded"
             break
-    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    # Integer arithmetic has no parameters of floats, but codes.
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    counts = {
+        name: tensor.numel()
+        for name, tensor in tensors
+        if isinstance(tensor, nn.Parameter) or tensor.dtype == torch.int8
+    }
     added = sum(n for name, n in counts.items() if any(part in f".{name}" for part in _OURS))
     write_text(path, model_card(model.config, sum(counts.values()), added, record, origin))
 
 
 def model_card(
-    config: OasisConfig, parameters: int, added: int, record: Record | None, origin: str = ""
+    config: PreTrainedConfig,
+    parameters: int,
+    added: int,
+    record: Record | None,
+    origin: str = "",
 ) -> str:
     """The card as Markdown with its YAML head.
 
@@ -79,18 +102,41 @@ def model_card(
         parameters, added: how many there are, and how many of them the settings added.
         record: what was measured; `origin` says on which checkpoint, if not on this one.
     """
-    variant, family = variant_of(config), config.text_config.model_type
-    rows = {
-        name: value
-        for name, value in config.settings.items()
-        if name in _ALWAYS or value != getattr(OasisConfig, name)
-    }
+    text = config.get_text_config(decoder=True)
+    tags, family = ["oasis-attn", text.model_type], text.model_type
+    title, facts = family, [_NATIVE.format(family=family, parameters=parameters)]
+    if isinstance(config, OasisConfig):
+        variant = variant_of(config)
+        tags, title = [*tags, variant], f"{variant} on {family}"
+        rows = [
+            (f"`{name}`", f"`{value}`")
+            for name, value in config.settings.items()
+            if name in _ALWAYS or value != getattr(OasisConfig, name)
+        ]
+        facts = [
+            _SETTINGS.format(
+                family=family,
+                variant=variant,
+                parameters=parameters,
+                added=added,
+                settings=_table(("setting", "value"), rows),
+            )
+        ]
+    stored = getattr(text, "quantization_config", None)
+    if scheme := getattr(stored, "scheme", None):
+        title = f"{title}, {scheme['name']}"
+        facts.append(
+            _QUANTIZED.format(
+                scheme=scheme["name"], arithmetic=stored.arithmetic, sites=len(stored.sites)
+            )
+        )
+    if prefix := getattr(stored, "prefix", None):
+        title = f"{title}, with a prefix"
+        facts.append(_PREFIX.format(tokens=len(prefix["tokens"])))
     return _CARD.format(
-        family=family,
-        variant=variant,
-        parameters=parameters,
-        added=added,
-        settings=_table(("setting", "value"), [(f"`{n}`", f"`{v}`") for n, v in rows.items()]),
+        tags=", ".join(tags),
+        title=title,
+        facts="\n\n".join(facts),
         measured="" if record is None else _measured(record, origin),
         generated=_GENERATED,
     )

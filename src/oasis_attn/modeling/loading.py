@@ -28,7 +28,7 @@ from transformers.utils import logging
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.modeling.configuration import BROKEN, OasisConfig
-from oasis_attn.modeling.prefix import attach_prefix, load_prefix, prefix_of
+from oasis_attn.modeling.prefix import load_prefix, prefix_of
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
@@ -68,7 +68,7 @@ def load_model(
                 output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(source)
-            prefix = load_prefix(source)
+            adapter = load_prefix(source)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -88,8 +88,11 @@ def load_model(
     _check_finite(model, name_or_path)
     _check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), name_or_path)
     model.config.name_or_path = str(name_or_path)  # not the cache folder: records quote it
-    if prefix is not None and prefix_of(model) is None:  # a model of ours has put it there
-        attach_prefix(model, prefix)
+    if adapter is not None and prefix_of(model) is None:
+        raise UserError(
+            f"model: {str(name_or_path)!r} has a subfolder 'prefix' that its weights were saved"
+            " without; remove it, or save the model with its prefix again"
+        )
     return model.eval(), tokenizer
 
 

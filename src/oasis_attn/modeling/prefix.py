@@ -3,9 +3,9 @@
 Every sequence attends to them as if the tokens stood before it, and they are computed no more: what
 is massive about a sink happened once, inside (CushionCache 2406.12016, PrefixQuant 2410.05265).
 
-Callers do not see it: masks, positions and logits are of their own tokens.  On disk it is a PEFT
-adapter of type `CARTRIDGE` in the model's subfolder `prefix`; `load_model`, and `from_pretrained`
-of models of ours, put it back.
+Callers do not see it: masks, positions and logits are of their own tokens.  `save_pretrained`
+stores it with the weights (see `hf_quantizer`), and `from_pretrained` puts it back.  A copy in the
+subfolder `prefix` is a PEFT adapter of type `CARTRIDGE`, for the model without it.
 
 Axes: L layers, G key heads, P prefix tokens, d head width; B batch, T tokens.
 """
@@ -19,7 +19,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from transformers.utils import ModelOutput, cached_file
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_bytes, write_text
+from oasis_attn.modeling.hf_quantizer import prefix_quantizer
 
 FOLDER = "prefix"
 _CONFIG, _WEIGHTS, _TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
@@ -53,6 +53,10 @@ class Prefix:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """Its tokens, and the shape of its keys and of its values, as JSON has them."""
+        return {"tokens": list(self.tokens), "shape": list(self.keys_LGPd.shape)}
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write a PEFT adapter: its config, and `[P, L * 2 * G * d]` numbers."""
@@ -95,7 +99,7 @@ class Prefix:
 
 
 def load_prefix(source: str | os.PathLike, subfolder: str = "", **hub: Any) -> Prefix | None:
-    """The prefix stored with the model at `source` (a folder or hub id); None if it has none.
+    """The adapter in the subfolder `prefix` of `source` (a folder or hub id); None without one.
 
     `hub` is what else decides where a model is taken from: `revision`, `cache_dir`, ...
     """
@@ -117,8 +121,12 @@ def load_prefix(source: str | os.PathLike, subfolder: str = "", **hub: Any) -> P
     return Prefix.load(config, weights)
 
 
-def remove_prefix(folder: str | os.PathLike) -> None:
-    """Remove a prefix that is stored with a model in `folder`: of one that stood there before."""
+def copy_prefix(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """Write the prefix of `model` to `folder`/prefix as an adapter; remove one that it lacks."""
+    prefix = prefix_of(model)
+    if prefix is not None:
+        prefix.save(Path(folder) / FOLDER)
+        return
     for name in (_CONFIG, _WEIGHTS):
         Path(folder, FOLDER, name).unlink(missing_ok=True)
 
@@ -173,9 +181,10 @@ def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
     A layer with a sliding window forgets the prefix as it forgets tokens (padding counts).
 
     Raises:
-        UserError: a prefix of another model, or a model that has one.  In forward passes: a cache
-            of fixed size or one filled without the prefix, a mask that is not [B, T so far], packed
-            sequences, and activation checkpointing, which drops all that is cached.
+        UserError: a prefix of another model, or a model that has one or that another library
+            quantised.  In forward passes: a cache of fixed size or one filled without the prefix, a
+            mask that is not [B, T so far], packed sequences, and activation checkpointing, which
+            drops all that is cached.
     """
     _check_none(model)
     text = model.config.get_text_config(decoder=True)
@@ -189,11 +198,11 @@ def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
     reach = getattr(text, "max_position_embeddings", None)
     if reach is not None and reach <= P:
         raise UserError(f"prefix: its {P} tokens leave no room in the model's {reach} positions")
+    prefix_quantizer(model).quantization_config.prefix = prefix.describe()
     decoder: Any = model.get_decoder()
     decoder.add_module("kv_prefix", _Store(prefix, model))
     decoder.register_forward_pre_hook(_put_in_front, with_kwargs=True)
     decoder.register_forward_hook(_withdraw_cache, with_kwargs=True)
-    model.save_pretrained = partial(_save_pretrained, model)  # type: ignore[method-assign]
     return model
 
 
@@ -217,7 +226,7 @@ def prefix_replaced(model: PreTrainedModel, keys_LGPd: Tensor, values_LGPd: Tens
 
 
 class _Store(nn.Module):
-    """The prefix as part of a model: it goes with it to devices and dtypes, not to its weights."""
+    """The prefix as part of a model: it goes with it to devices and dtypes, not to its state."""
 
     def __init__(self, prefix: Prefix, model: PreTrainedModel) -> None:
         super().__init__()
@@ -294,15 +303,6 @@ def _withdraw_cache(
     if not wanted and isinstance(output, ModelOutput):
         output["past_key_values"] = None
     return output
-
-
-def _save_pretrained(
-    model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
-) -> None:
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    prefix = prefix_of(model)
-    assert prefix is not None
-    prefix.save(Path(save_directory) / FOLDER)
 
 
 def _check_none(model: PreTrainedModel) -> None:

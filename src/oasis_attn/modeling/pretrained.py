@@ -10,10 +10,8 @@ from transformers import Cache, PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
-from oasis_attn.modeling.prefix import attach_prefix, load_prefix, remove_prefix
+from oasis_attn.modeling.prefix import copy_prefix
 from oasis_attn.modeling.residual import DepthRouter
-
-_WHERE = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 class OasisPreTrainedModel(PreTrainedModel):
@@ -29,19 +27,10 @@ class OasisPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, tp_plan=None, **kwargs):
-        """As transformers', with the prefix that is stored beside the weights, if there is one.
-
-        Tensor parallelism is refused: psi is a mean over all heads of a layer.
-        """
+        """As transformers', but tensor parallelism is refused: psi is a mean over a layer's heads."""
         if tp_plan is not None:
             raise UserError(f"tp_plan: {tp_plan!r} would split the heads the null signal averages")
-        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        hub = {name: kwargs[name] for name in _WHERE if name in kwargs}
-        prefix = None if source is None else load_prefix(source, **hub)
-        loaded = super().from_pretrained(*args, **kwargs)
-        if prefix is not None:
-            attach_prefix(loaded[0] if isinstance(loaded, tuple) else loaded, prefix)
-        return loaded
+        return super().from_pretrained(*args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, allow_all_kernels=False) -> None:  # noqa: ARG002
         """Refused unless it is ours: no other function has a null option."""
@@ -78,7 +67,7 @@ class OasisPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             write_card(self, save_directory)
-            remove_prefix(save_directory)  # one of this model is written after this
+            copy_prefix(self, save_directory)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
         write_card(self, working_dir)  # transformers has just put its own template there

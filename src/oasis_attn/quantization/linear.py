@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -10,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from oasis_attn.errors import UserError
+from oasis_attn.quantization.casts import KeepsPrecision
 from oasis_attn.quantization.grids import snap, to_blocks
 from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer, find_levels
+from oasis_attn.quantization.saved import CODES
 from oasis_attn.quantization.schemes import Scheme
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(KeepsPrecision, nn.Linear):
     """A linear layer whose weight lies on a grid and whose input is quantised on its way in.
 
     Args:
@@ -30,6 +34,7 @@ class QuantizedLinear(nn.Linear):
         input_quantizer: the input's, `nn.Identity` where it is left as it is.
     """
 
+    kept = ("weight_scale", "weight_lowest")
     weight_scale: Tensor
     weight_lowest: Tensor
 
@@ -70,23 +75,45 @@ class QuantizedLinear(nn.Linear):
         """Of the weight: outputs, inputs."""
         return self.out_features, self.in_features
 
-    def lay_out(self, dtype: torch.dtype) -> None:
-        """Make room for the grids, in the dtype that their numbers have."""
-        self.input_quantizer.to(dtype)
+    def lay_out(self) -> None:
+        """Make room for the codes and the grids that a file holds."""
         blocks = to_blocks(torch.empty(self.shape, device="meta"), self.scheme.weight)
-        for name in ("weight_scale", "weight_lowest"):
-            self.register_buffer(name, torch.empty_like(blocks[..., :1], dtype=dtype))
+        for name in self.kept:
+            self.register_buffer(name, torch.empty_like(blocks[..., :1]))
+        self.register_buffer(CODES, torch.empty(self.shape, dtype=torch.int8, device="meta"))
 
     def codes(self) -> Tensor:
-        """The weight as int8 [out, in]: levels counted from the middle of the grid."""
-        blocks = to_blocks(self.weight.detach(), self.scheme.weight)
-        level = (blocks / self.weight_scale).round_() - self._middle()
-        return level.to(torch.int8).view(self.weight.shape)
+        """The weight as int8 of its shape: levels counted from the middle of the grid.
+
+        Raises:
+            UserError: no codes give the weight bit for bit; it was changed after quantising.
+        """
+        codes = self._encode(self.weight.detach())
+        if codes is None:
+            raise UserError("weight: it was changed after quantising; quantise the model again")
+        return codes
+
+    def _encode(self, weight: Tensor) -> Tensor | None:
+        """The codes of `weight`, which is rounded to its dtype; None if it is on no levels."""
+        half = 2 ** (self.scheme.weight.bits - 1)
+        level = (to_blocks(weight, self.scheme.weight) / self.weight_scale).round_()
+        codes = (level - self._middle()).clamp_(-half, half - 1).to(torch.int8).view(weight.shape)
+        return codes if torch.equal(self.decode(codes, weight.dtype), weight) else None
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that `codes` came from, bit for bit, in `dtype`."""
         blocks = to_blocks(codes.to(self.weight_scale.dtype), self.scheme.weight)
         return ((blocks + self._middle()) * self.weight_scale).to(dtype).view(codes.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """A cast rounds the weight that the codes stand for, not what an earlier cast left of it."""
+        before = None if self.weight is None else self.weight.detach()
+        super()._apply(fn, recurse)
+        if before is not None and self.weight.dtype != before.dtype:
+            codes = self._encode(before.to(self.weight.device))
+            if codes is not None:
+                self.weight.data = self.decode(codes, self.weight.dtype)
+        return self
 
     def _middle(self) -> Tensor:
         return self.weight_lowest + 2 ** (self.scheme.weight.bits - 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oasis_attn.errors import UserError, check_choice
+from oasis_attn.quantization.casts import KeepsPrecision
 from oasis_attn.quantization.grids import Grid, Levels, place, snap, to_blocks
 from oasis_attn.quantization.ranges import ESTIMATORS, Estimator
 
@@ -50,14 +51,15 @@ class DynamicQuantizer(nn.Module):
         return repr(self.grid)
 
 
-class StaticQuantizer(nn.Module):
+class StaticQuantizer(KeepsPrecision):
     """Quantises every input over one range, fixed beforehand on calibration data.
 
     Inside `observing` inputs pass unchanged and feed the estimator; afterwards the range is fixed.
-    The buffers `scale`, `lowest` and `highest` ([1], see `Levels`) are NaN until then.  While
-    `enabled` is false, inputs pass unchanged.
+    The buffers `scale`, `lowest` and `highest` ([1], see `Levels`) are NaN until then, and no cast
+    of the module rounds them.  While `enabled` is false, inputs pass unchanged.
     """
 
+    kept = Levels._fields
     scale: Tensor
     lowest: Tensor
     highest: Tensor

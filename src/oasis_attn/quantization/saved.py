@@ -1,10 +1,11 @@
 """A quantised model on disk: `save_pretrained` writes it, `from_pretrained` restores it.
 
 The folder is an ordinary checkpoint.  Weights are whole numbers, one byte each at any width (no
-kernel here reads packed ones), beside their scales and the static ranges; what is quantised stands
-in the config, under `quantization_config` with `quant_method` "oasis".  transformers finds the
-classes below in its registry; they import the rest of the room when they are used, for they are
-registered while transformers itself is being imported.
+kernel here reads packed ones), beside their scales and the static ranges, which keep the precision
+that they were found in whatever the dtype of the model; what is quantised stands in the config,
+under `quantization_config` with `quant_method` "oasis".  transformers finds the classes below in
+its registry; they import the rest of the package when they are used, for they are registered while
+transformers itself is being imported.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from oasis_attn.errors import check_choice
+from oasis_attn.errors import UserError, check_choice
+from oasis_attn.modeling.hf_quantizer import PrefixConfig, PrefixQuantizer, set_hf_quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ CODES = "weight_codes"
 
 
 @register_quantization_config(METHOD)
-class SimulatedConfig(QuantizationConfigMixin):
+class SimulatedConfig(PrefixConfig):
     """What was done to a model.
 
     Args:
@@ -36,6 +36,7 @@ class SimulatedConfig(QuantizationConfigMixin):
         sites: names of all that is quantised.
         transforms: kind of what runs on linear layers' inputs, by layer.
         arithmetic: `simulated` in floating point, or `integer` by torchao's kernels.
+        prefix: see `PrefixConfig`.
     """
 
     def __init__(
@@ -44,70 +45,92 @@ class SimulatedConfig(QuantizationConfigMixin):
         sites: Sequence[str],
         transforms: Mapping[str, str],
         arithmetic: str = "simulated",
+        prefix: Mapping[str, Any] | None = None,
         quant_method: str = METHOD,
     ) -> None:
-        self.quant_method = quant_method  # type: ignore[assignment]
+        super().__init__(prefix, quant_method)
         self.scheme, self.sites, self.transforms = dict(scheme), list(sites), dict(transforms)
         self.arithmetic = arithmetic
 
 
 @register_quantizer(METHOD)
-class SimulatedQuantizer(HfQuantizer):
+class SimulatedQuantizer(PrefixQuantizer):
     """Takes a quantised model apart for disk, and puts it together again."""
 
-    requires_calibration = True
     is_trainable = False
     quantization_config: SimulatedConfig
 
-    def is_serializable(self) -> bool:
-        return True
-
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors as they stand on disk."""
-        from oasis_attn.quantization.linear import QuantizedLinear
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The tensors as they are on disk.
 
-        state = model.state_dict()
-        for name, layer in model.named_modules():
-            if isinstance(layer, QuantizedLinear):
+        Raises:
+            UserError: they would not give the function that the model computes now.
+        """
+        from oasis_attn.quantization.simulate import quantized_sites
+
+        state, metadata = super().get_state_dict_and_metadata(model)
+        if state is None:
+            return state, metadata
+        sites = quantized_sites(model)
+        _check_unchanged(model, sites, self.quantization_config.sites)
+        for name, site in sites.items():
+            if ":" not in name:
                 state.pop(f"{name}.weight", None)  # which integer arithmetic does without
-                state[f"{name}.{CODES}"] = layer.codes()
-        return state, {}
+                try:
+                    state[f"{name}.{CODES}"] = site.codes()
+                except UserError as error:
+                    raise UserError(f"{name}.{error}") from error
+        return state, metadata
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Grids are loaded in the precision that they were saved in."""
+        exact = converter.target_patterns[0] in self._exact
+        return None if exact else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_kwargs: Any
+        self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Lay out every module that the file has tensors for."""
+        from oasis_attn.quantization.casts import KeepsPrecision
         from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
         from oasis_attn.quantization.schemes import Scheme
         from oasis_attn.quantization.sites import add_quantizer
         from oasis_attn.quantization.transforms import Rotation, Scale
 
+        super()._process_model_before_weight_loading(model, **kwargs)
         scheme = Scheme.from_dict(self.quantization_config.scheme)
-        precise = torch.promote_types(dtype or model.dtype, torch.float32)
         for name, kind in self.quantization_config.transforms.items():
             linear: Any = model.get_submodule(name)
             check_choice("quantization_config: transforms", kind, ("Rotation", "Scale"))
             width = linear.in_features
             with torch.device("cpu"):  # constants are made once and kept
                 made = Rotation(width) if kind == "Rotation" else Scale(torch.ones(width))
-            transform_input(linear, made.to(dtype or model.dtype))
+            transform_input(linear, made.to(model.dtype))
         for site in self.quantization_config.sites:
             if ":" in site:
-                add_quantizer(model, site, scheme).to(precise)
+                add_quantizer(model, site, scheme)
                 continue
             layer = QuantizedLinear(model.get_submodule(site), scheme, site=site)  # type: ignore[arg-type]
-            layer.lay_out(precise)
-            layer.register_buffer(CODES, torch.empty(layer.shape, dtype=torch.int8, device="meta"))
+            layer.lay_out()
             replace_linear(model, site, layer)
+        self._exact = {
+            f"{name}.{kept}"
+            for name, module in model.named_modules()
+            if isinstance(module, KeepsPrecision)
+            for kept in module.kept
+        }
         return model
 
     def _process_model_after_weight_loading(
-        self, model: PreTrainedModel, **_kwargs: Any
+        self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         from oasis_attn.quantization.linear import QuantizedLinear
 
+        super()._process_model_after_weight_loading(model, **kwargs)
         dtype = model.dtype
         for layer in model.modules():
             if isinstance(layer, QuantizedLinear):
@@ -121,14 +144,38 @@ class SimulatedQuantizer(HfQuantizer):
         return model
 
 
+def _check_unchanged(
+    model: PreTrainedModel, sites: Mapping[str, Any], saved: Sequence[str]
+) -> None:
+    """Raise `UserError` if `model` is no longer the one that `mark` was told of."""
+    from oasis_attn.quantization.quantizers import StaticQuantizer
+
+    different = sorted({*sites} ^ {*saved})
+    if different:
+        raise UserError(
+            f"model: {different[0]} was replaced after quantising; make the change before it"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, StaticQuantizer) and not module.enabled:
+            raise UserError(f"model: {name} is switched off; switch it on to save the model")
+    for name, buffer in model.named_buffers():
+        if "inv_freq" in name and buffer.dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"model: it was cast to {buffer.dtype} before it was quantised, which rounded"
+                f" {name}; load it with from_pretrained(..., dtype={buffer.dtype}) instead"
+            )
+
+
 def mark(model: PreTrainedModel, fields: Mapping[str, Any]) -> None:
     """Let transformers save `model` as what `fields`, of a `SimulatedConfig`, say that it is."""
-    # `OasisConfig` knows its own settings and no others: the family's config holds it there.
-    text = model.config.get_text_config(decoder=True)
-    if text is not model.config:
-        vars(model.config).pop("quantization_config", None)
-    text.quantization_config = SimulatedConfig(**fields)
-    vars(model)["hf_quantizer"] = SimulatedQuantizer(text.quantization_config)
+    from oasis_attn.modeling.prefix import prefix_of
+    from oasis_attn.quantization.casts import keep_rotary_frequencies
+
+    keep_rotary_frequencies(model)
+    prefix = prefix_of(model)
+    described = None if prefix is None else prefix.describe()
+    config = SimulatedConfig(**(dict(fields) | {"prefix": described}))
+    set_hf_quantizer(model, SimulatedQuantizer(config))
 
 
 def quantization_of(model: PreTrainedModel) -> SimulatedConfig:
