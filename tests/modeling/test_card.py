@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from oasis_attn import OasisForCausalLM, Record, variants
 from oasis_attn.modeling.card import variant_of, write_card
+from oasis_attn.modeling.prefix import compute_prefix, with_prefix
+from oasis_attn.quantization import quantize
 from oasis_attn.records import Metric
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 
 RECORD = Record(
     kind="diagnosis",
@@ -73,11 +76,28 @@ def test_a_push_takes_our_card_along(tmp_path, monkeypatch):
     from transformers.utils.hub import PushToHubMixin
 
     uploaded = []
+    ours = tiny_model()
+    native = AutoModelForCausalLM.from_config(tiny_config())
+    rescued = with_prefix(native, compute_prefix(native, (5, 6)))
 
     def upload(_self, folder, *_args, **_kwargs):
         uploaded.append((tmp_path / folder / "README.md").read_text())
 
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
-    (tmp_path / "README.md").write_text("This model card has been automatically generated.")
-    tiny_model()._upload_modified_files(str(tmp_path))
-    assert uploaded[0].startswith("---\nlibrary_name: transformers")
+    for model in (ours, rescued):
+        (tmp_path / "README.md").write_text("This model card has been automatically generated.")
+        model._upload_modified_files(str(tmp_path))
+        assert uploaded.pop().startswith("---\nlibrary_name: transformers")
+
+
+def test_a_familys_own_model_says_what_it_needs(tmp_path):
+    native = AutoModelForCausalLM.from_config(tiny_config()).eval()
+    rescued = with_prefix(native, compute_prefix(native, (5, 6)))
+    quantize(rescued, "w8a8-dynamic").save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["oasis-attn", "llama"]
+    assert "# llama, w8a8-dynamic, with a prefix" in card
+    assert "import oasis_attn  #" in card
+    assert f"A `llama` decoder of {native.num_parameters():,} parameters." in card
+    assert "28\nlayers and tensors" in card
+    assert "prefix of 2 tokens" in card

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models
 from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
     PreTrainedTokenizerFast,
     StaticCache,
 )
+from transformers.trainer_utils import validate_quantization_for_training
 
 from oasis_attn import OasisForCausalLM
 from oasis_attn.errors import UserError
@@ -211,12 +214,49 @@ def test_saved_with_the_model_and_loaded_by_us_and_by_peft(make, tmp_path):
     assert half(ids_BT).logits.dtype == torch.bfloat16
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    if isinstance(plain, OasisPreTrainedModel):
-        assert torch.equal(plain(ids_BT).logits, want)
-        return
-    assert torch.equal(plain(ids_BT).logits, model(ids_BT).logits)
-    adapted = PeftModel.from_pretrained(plain, tmp_path / "prefix").eval()
-    torch.testing.assert_close(adapted(input_ids=ids_BT).logits, want, atol=1e-5, rtol=1e-5)
+    assert type(plain) is type(model)
+    assert prefix_of(plain).tokens == TOKENS
+    assert torch.equal(plain(ids_BT).logits, want)
+    if not isinstance(model, OasisPreTrainedModel):
+        base = AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(base(ids_BT)[0], twin.base_model(ids_BT)[0])
+        assert torch.equal(type(model).from_pretrained(tmp_path)(ids_BT).logits, want)
+        adapted = PeftModel.from_pretrained(model, tmp_path / "prefix").eval()
+        torch.testing.assert_close(adapted(input_ids=ids_BT).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_that_the_weights_do_not_know_is_refused(tmp_path):
+    model = native(dtype=torch.float32)
+    with_prefix(model, compute_prefix(model, TOKENS)).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)  # by transformers alone, which leaves the adapter there
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="subfolder 'prefix' that its weights were saved without"):
+        load_model(tmp_path)
+
+
+def test_a_model_that_another_library_quantised_gets_none(llama):
+    model = native()
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gptq"))
+    with pytest.raises(UserError, match="quantised by gptq and cannot be saved with a prefix"):
+        attach_prefix(model, prefix_of(llama[1]))
+
+
+@torch.no_grad()
+def test_it_can_be_trained_and_saved_again(tmp_path):
+    model = native(dtype=torch.float32)
+    with_prefix(model, compute_prefix(model, TOKENS)).save_pretrained(tmp_path / "1")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
+    validate_quantization_for_training(loaded)
+    loaded.lm_head.weight.mul_(2)
+    loaded.half().float().save_pretrained(tmp_path / "2", max_shard_size="20KB")
+    again, ids_BT = AutoModelForCausalLM.from_pretrained(tmp_path / "2"), text(2, 7)
+    assert len(list((tmp_path / "2").glob("model-*.safetensors"))) > 1
+    for mine, theirs in zip(loaded.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(prefix_of(again).keys_LGPd, prefix_of(loaded).keys_LGPd)
+    assert torch.equal(prefix_of(again).values_LGPd, prefix_of(loaded).values_LGPd)
+    assert again(ids_BT).logits.isfinite().all()
 
 
 def test_it_is_found_in_a_subfolder_and_goes_with_the_model_that_had_it(tmp_path):

@@ -99,3 +99,18 @@ def test_refuses_schemes_without_kernels(scheme, reason):
 def test_refuses_a_model_that_is_not_quantised():
     with pytest.raises(UserError, match="model: nothing in it is quantised"):
         to_integers(make("llama"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dynamic", "static"])
+def test_after_casts_what_is_saved_is_what_is_computed(name, ids, tmp_path):
+    twin = to_integers(simulated("llama", SCHEMES[name]))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        twin.to(dtype)
+        with quiet():
+            twin.save_pretrained(tmp_path)
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert loaded.dtype == dtype
+        assert torch.equal(loaded(ids).logits, twin(ids).logits)
+    with pytest.raises(UserError, match="integer kernels take no float64"):
+        twin.double()(ids)

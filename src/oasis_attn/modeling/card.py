@@ -50,7 +50,7 @@ not listed are at their defaults.
 _NATIVE = "A `{family}` decoder of {parameters:,} parameters."
 _QUANTIZED = """\
 Quantised with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {sites}
-tensors and layers."""
+layers and tensors."""
 _PREFIX = """\
 Every input is read behind a stored prefix of {tokens} tokens, whose keys and values are among the
 weights. The folder `prefix` holds a copy as a PEFT adapter for the model without it."""
@@ -153,9 +153,9 @@ def variant_of(config: OasisConfig) -> str:
 
 def _measured(record: Record, origin: str) -> str:
     metrics = [
-        (f"`{m.name}`", f"{m.value:.6g}", str(m.n), _error(m.standard_error))
+        (f"`{m.name}` {m.where}".strip(), f"{m.value:.6g}", str(m.n), _error(m.standard_error))
         for m in record.metrics
-        if not m.where
+        if m.where in ("", "before", "after")
     ]
     facts = {**record.data, "seed": record.seed, "date": record.created}
     facts |= {name: record.environment.get(name) for name in ("device", "commit")}

@@ -98,17 +98,13 @@ class Prefix:
         return cls(tokens=tokens, keys_LGPd=keys, values_LGPd=values)
 
 
-def load_prefix(source: str | os.PathLike, subfolder: str = "", **hub: Any) -> Prefix | None:
-    """The adapter in the subfolder `prefix` of `source` (a folder or hub id); None without one.
-
-    `hub` is what else decides where a model is taken from: `revision`, `cache_dir`, ...
-    """
+def load_prefix(source: str | os.PathLike) -> Prefix | None:
+    """The adapter in the subfolder `prefix` of `source` (a folder or hub id); None without one."""
     config, weights = (
         cached_file(
             source,
             name,
-            subfolder=os.path.join(subfolder, FOLDER),
-            **hub,
+            subfolder=FOLDER,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from oasis_attn.data import load_corpus, spread_windows, token_blocks
 from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.files import check_free, staged_folder
+from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.subject import check_lengths, describe_model
 from oasis_attn.ops.token_losses import token_losses
@@ -135,6 +136,7 @@ def quantize_checkpoint(
             tables=tables,
         )
         record.save(stage / "record.json")
+        write_card(twin, stage)  # again, now with what was measured
     return record
 
 

@@ -60,6 +60,8 @@ class IntegerLinear(QuantizedLinear):
     def forward(self, input: Tensor) -> Tensor:
         if self.input_transform is not None:
             input = self.input_transform(input)
+        if input.dtype == torch.float64:
+            raise UserError("model: integer kernels take no float64; cast it to float32")
         static: dict[str, Tensor] = {}
         if isinstance(self.input_quantizer, StaticQuantizer):
             quantizer, shape = self.input_quantizer, [1] * input.ndim

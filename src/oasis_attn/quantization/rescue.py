@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from oasis_attn.data import load_corpus, spread_windows, token_blocks
 from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.files import check_free, staged_folder
+from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.prefix import compute_prefix, with_prefix
 from oasis_attn.modeling.subject import check_lengths, describe_model
@@ -49,7 +50,8 @@ def rescue(
 
     Args:
         model: as `load_model` takes it.
-        out: a new folder; `load_model` returns the model with its prefix from there.
+        out: a new folder; `from_pretrained` restores the model with its prefix from there, and
+            raises in a process that has not imported `oasis_attn`.
         method, length: see `find_prefix`.
         tune_steps: of `tune_prefix`, a window each; 0 leaves keys and values as the model computed
             them.
@@ -134,6 +136,7 @@ def rescue(
         rescued.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         record.save(stage / "record.json")
+        write_card(rescued, stage)  # again, now with what was measured
     return record
 
 

@@ -10,7 +10,7 @@ transformers itself is being imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,15 +102,21 @@ class SimulatedQuantizer(PrefixQuantizer):
         from oasis_attn.quantization.transforms import Rotation, Scale
 
         super()._process_model_before_weight_loading(model, **kwargs)
-        scheme = Scheme.from_dict(self.quantization_config.scheme)
-        for name, kind in self.quantization_config.transforms.items():
+        config = self.quantization_config
+        found = _places(model, [*config.sites, *config.transforms])
+        config.sites = [found[site] for site in config.sites if site in found]
+        config.transforms = {
+            found[name]: kind for name, kind in config.transforms.items() if name in found
+        }
+        scheme = Scheme.from_dict(config.scheme)
+        for name, kind in config.transforms.items():
             linear: Any = model.get_submodule(name)
             check_choice("quantization_config: transforms", kind, ("Rotation", "Scale"))
             width = linear.in_features
             with torch.device("cpu"):  # constants are made once and kept
                 made = Rotation(width) if kind == "Rotation" else Scale(torch.ones(width))
             transform_input(linear, made.to(model.dtype))
-        for site in self.quantization_config.sites:
+        for site in config.sites:
             if ":" in site:
                 add_quantizer(model, site, scheme)
                 continue
@@ -144,10 +150,31 @@ class SimulatedQuantizer(PrefixQuantizer):
         return model
 
 
+def _places(model: PreTrainedModel, sites: Iterable[str]) -> dict[str, str]:
+    """What each of `sites` is called in `model`, whose head may be another, or absent.
+
+    Raises:
+        UserError: it has no such module, and it is no output head that a model does without.
+    """
+    modules, base = dict(model.named_modules()), f"{model.base_model_prefix}."
+    places: dict[str, str] = {}
+    for site in sites:
+        name, colon, tensor = site.partition(":")
+        for place in (name, name.removeprefix(base), base + name):
+            if place in modules:
+                places[site] = place + colon + tensor
+                break
+        else:
+            if name.startswith(base) or model.get_output_embeddings() is not None:
+                raise UserError(f"quantization_config: {site!r} is not in {type(model).__name__}")
+    return places
+
+
 def _check_unchanged(
     model: PreTrainedModel, sites: Mapping[str, Any], saved: Sequence[str]
 ) -> None:
     """Raise `UserError` if `model` is no longer the one that `mark` was told of."""
+    from oasis_attn.quantization.casts import changed_by_cast
     from oasis_attn.quantization.quantizers import StaticQuantizer
 
     different = sorted({*sites} ^ {*saved})
@@ -158,20 +185,25 @@ def _check_unchanged(
     for name, module in model.named_modules():
         if isinstance(module, StaticQuantizer) and not module.enabled:
             raise UserError(f"model: {name} is switched off; switch it on to save the model")
-    for name, buffer in model.named_buffers():
-        if "inv_freq" in name and buffer.dtype in (torch.bfloat16, torch.float16):
+        if buffer := changed_by_cast(module):
             raise UserError(
-                f"model: it was cast to {buffer.dtype} before it was quantised, which rounded"
-                f" {name}; load it with from_pretrained(..., dtype={buffer.dtype}) instead"
+                f"model: a cast changed {name}.{buffer}, which is not saved; save the model before"
+                " the cast and load it with from_pretrained(..., dtype=...)"
+            )
+    for name, tensor in model.named_buffers():
+        if "inv_freq" in name and tensor.dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"model: it was cast to {tensor.dtype} before it was quantised, which rounded"
+                f" {name}; load it with from_pretrained(..., dtype={tensor.dtype}) instead"
             )
 
 
 def mark(model: PreTrainedModel, fields: Mapping[str, Any]) -> None:
     """Let transformers save `model` as what `fields`, of a `SimulatedConfig`, say that it is."""
     from oasis_attn.modeling.prefix import prefix_of
-    from oasis_attn.quantization.casts import keep_rotary_frequencies
+    from oasis_attn.quantization.casts import guard_computed_buffers
 
-    keep_rotary_frequencies(model)
+    guard_computed_buffers(model)
     prefix = prefix_of(model)
     described = None if prefix is None else prefix.describe()
     config = SimulatedConfig(**(dict(fields) | {"prefix": described}))
