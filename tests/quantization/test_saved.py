@@ -243,7 +243,9 @@ def test_casts_that_change_what_is_not_saved_are_told(tmp_path):
 def test_it_is_not_offloaded(tmp_path):
     with quiet():
         quantized(make("llama"), SCHEMES["dynamic"]).save_pretrained(tmp_path)
-    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
     with pytest.raises(UserError, match="device_map: a model that is quantised"), quiet():
         AutoModelForCausalLM.from_pretrained(
             tmp_path, device_map=places | {"model.layers": "disk"}, offload_folder=tmp_path / "off"

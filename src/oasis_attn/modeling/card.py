@@ -122,7 +122,7 @@ def model_card(
                 settings=_table(("setting", "value"), rows),
             )
         ]
-    stored = getattr(text, "quantization_config", None)
+    stored: Any = getattr(text, "quantization_config", None)
     if scheme := getattr(stored, "scheme", None):
         title = f"{title}, {scheme['name']}"
         facts.append(

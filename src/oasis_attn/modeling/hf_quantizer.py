@@ -39,9 +39,7 @@ class PrefixConfig(QuantizationConfigMixin):
             `[L, G, P, d]`; None if there is no prefix.
     """
 
-    def __init__(
-        self, prefix: Mapping[str, Any] | None = None, quant_method: str = METHOD
-    ) -> None:
+    def __init__(self, prefix: Mapping[str, Any] | None = None, quant_method: str = METHOD) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.prefix = None if prefix is None else dict(prefix)
 
@@ -116,7 +114,7 @@ class PrefixQuantizer(HfQuantizer):
                 model, Prefix(tokens=tokens, keys_LGPd=stored.keys, values_LGPd=stored.values)
             )
         if type(self) is PrefixQuantizer:
-            model.is_quantized = False  # transformers says so of all that comes through here
+            vars(model)["is_quantized"] = False  # transformers marks all that comes through here
         return model
 
 
@@ -138,13 +136,14 @@ def prefix_quantizer(model: PreTrainedModel) -> PrefixQuantizer:
     Raises:
         UserError: the model is quantised by another library, whose checkpoints hold no prefix.
     """
-    found = getattr(model, "hf_quantizer", None)
+    found: Any = getattr(model, "hf_quantizer", None)
     if found is None:
-        set_hf_quantizer(model, PrefixQuantizer(PrefixConfig()))
+        found = PrefixQuantizer(PrefixConfig())
+        set_hf_quantizer(model, found)
     elif not isinstance(found, PrefixQuantizer):
         method = found.quantization_config.quant_method
         raise UserError(f"model: it is quantised by {method!s} and cannot be saved with a prefix")
-    return model.hf_quantizer
+    return found
 
 
 def _save_pretrained(

@@ -27,7 +27,7 @@ class OasisPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, tp_plan=None, **kwargs):
-        """As transformers', but tensor parallelism is refused: psi is a mean over a layer's heads."""
+        """As transformers', less tensor parallelism: psi is a mean over all heads of a layer."""
         if tp_plan is not None:
             raise UserError(f"tp_plan: {tp_plan!r} would split the heads the null signal averages")
         return super().from_pretrained(*args, **kwargs)

@@ -106,7 +106,7 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
         return ((blocks + self._middle()) * self.weight_scale).to(dtype).view(codes.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """A cast rounds the weight that the codes stand for, not what an earlier cast left of it."""
+        """A cast rounds the weight that the codes stand for, whatever an earlier cast rounded."""
         before = None if self.weight is None else self.weight.detach()
         super()._apply(fn, recurse)
         if before is not None and self.weight.dtype != before.dtype:

@@ -73,7 +73,7 @@ class SimulatedQuantizer(PrefixQuantizer):
         state, metadata = super().get_state_dict_and_metadata(model)
         if state is None:
             return state, metadata
-        sites = quantized_sites(model)
+        sites: dict[str, Any] = dict(quantized_sites(model))
         _check_unchanged(model, sites, self.quantization_config.sites)
         for name, site in sites.items():
             if ":" not in name:
