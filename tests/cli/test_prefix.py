@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.loading import load_model, quiet
 from oasis_attn.modeling.prefix import prefix_of
 from tiny import tiny_config
 
@@ -34,10 +34,34 @@ def test_the_folder_holds_the_model_with_its_prefix(oasis, places, text):
     assert record["subject"]["scheme"]["weight"]["granularity"] == "channel"
     loaded, _ = load_model(out)
     assert list(prefix_of(loaded).tokens) == record["subject"]["prefix"]
+    card = (out / "README.md").read_text()
+    assert "import oasis_attn" in card
+    assert "| `perplexity.quantized` after |" in card
     code, shown = oasis("prefix", model, out.parent / "2", *shape, "--method", "frequency")
     assert code == 0
     assert "tokens [1]" in shown.out
     assert "perplexity.quantized" in shown.out
+
+
+def test_quantising_the_folder_keeps_the_prefix(oasis, places, text):
+    model, out = places
+    shape = ("--calibration", text, "--window", 16, "--windows", 3)
+    assert oasis("prefix", model, out, *shape, "--set", "weight.granularity=channel")[0] == 0
+    small = out.parent / "small"
+    code, _ = oasis(
+        "quantize", out, "--out", small, "--scheme", "w8a8-static-linear", "--simulate", *shape
+    )
+    assert code == 0
+    ids = torch.arange(5, 12)[None]
+    want = load_model(small)[0](ids).logits
+    with quiet():
+        loaded = AutoModelForCausalLM.from_pretrained(small)
+        tokens = prefix_of(AutoModelForCausalLM.from_pretrained(out)).tokens
+    assert prefix_of(loaded).tokens == tokens
+    assert torch.equal(loaded(ids).logits, want)
+    card = (small / "README.md").read_text()
+    assert "opt, w8a8-static-linear, with a prefix" in card
+    assert "| `perplexity.windowed` after |" in card
 
 
 @pytest.mark.parametrize(

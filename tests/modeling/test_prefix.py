@@ -249,11 +249,13 @@ def test_it_can_be_trained_and_saved_again(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
     validate_quantization_for_training(loaded)
     loaded.lm_head.weight.mul_(2)
-    loaded.half().float().save_pretrained(tmp_path / "2", max_shard_size="20KB")
+    loaded.half().float()
+    given = {name: tensor + 1 for name, tensor in loaded.state_dict().items()}
+    loaded.save_pretrained(tmp_path / "2", state_dict=given, max_shard_size="20KB")
     again, ids_BT = AutoModelForCausalLM.from_pretrained(tmp_path / "2"), text(2, 7)
     assert len(list((tmp_path / "2").glob("model-*.safetensors"))) > 1
-    for mine, theirs in zip(loaded.parameters(), again.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    for name, theirs in again.named_parameters():
+        assert torch.equal(given[name], theirs)
     assert torch.equal(prefix_of(again).keys_LGPd, prefix_of(loaded).keys_LGPd)
     assert torch.equal(prefix_of(again).values_LGPd, prefix_of(loaded).values_LGPd)
     assert again(ids_BT).logits.isfinite().all()

@@ -18,6 +18,7 @@ from oasis_attn.modeling.loading import quiet
 from oasis_attn.modeling.prefix import compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import Grid, Scheme, quantize, quantized_sites, schemes
 from oasis_attn.quantization.quantizers import StaticQuantizer
+from oasis_attn.quantization.saved import SimulatedConfig
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 TABLE = schemes()
@@ -211,6 +212,7 @@ def switch_a_quantiser_off(model):
         (wrap_in_an_adapter, "q_proj was replaced after quantising"),
         (lambda m: m.resize_token_embeddings(99), "lm_head was replaced after quantising"),
         (switch_a_quantiser_off, "is switched off"),
+        (lambda m: m.model.layers[0].mlp.half(), "is torch.float16 in a model of torch.float32"),
         (lambda m: m.model.norm.to("meta"), "model: it is offloaded"),
     ],
 )
@@ -307,3 +309,37 @@ assert "oasis_attn" not in sys.modules
         [sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True
     )
     assert done.stdout == ""
+
+
+FIELDS = {"scheme": TABLE["w4a4"].to_dict(), "sites": ["lm_head"], "transforms": {}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheme": 5},
+        {"scheme": {}},
+        {"sites": 3},
+        {"sites": [3]},
+        {"transforms": ["a"]},
+        {"extra": 1},
+        {"arithmetic": "decimal"},
+        {"prefix": {}},
+        {"prefix": {"tokens": [1, 2], "shape": [3, 2, 1, 8]}},
+        {"prefix": {"tokens": ["a"], "shape": [3, 2, 1, 8]}},
+        {"prefix": {"tokens": [1], "shape": [3, 2, 1]}},
+    ],
+)
+def test_configs_of_another_form_are_told(changes):
+    assert SimulatedConfig.from_dict(FIELDS).sites == ["lm_head"]
+    with pytest.raises(UserError, match=r"quantization_config: "):
+        SimulatedConfig.from_dict(FIELDS | changes)
+
+
+def test_a_site_that_the_model_lacks_is_told(tmp_path):
+    with quiet():
+        quantized(make("llama"), SCHEMES["dynamic"]).save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace("layers.3.mlp.up", "layers.4.mlp.up"))
+    with pytest.raises(UserError, match=r"layers.4.mlp.up_proj' is not in LlamaForCausalLM"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -37,11 +37,35 @@ class PrefixConfig(QuantizationConfigMixin):
     Args:
         prefix: `tokens`, a list of ids, and `shape`, that of the keys and of the values
             `[L, G, P, d]`; None if there is no prefix.
+
+    Raises:
+        UserError: by `from_dict`, on any other form.
     """
 
     def __init__(self, prefix: Mapping[str, Any] | None = None, quant_method: str = METHOD) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.prefix = None if prefix is None else dict(prefix)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            config = super().from_dict(config_dict, *args, **kwargs)
+            config.check()
+        except UserError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"quantization_config: {reason}") from error
+        return config
+
+    def check(self) -> None:
+        """Raise an error if a field has not the form that it should have."""
+        if self.prefix is None:
+            return
+        tokens, shape = self.prefix["tokens"], self.prefix["shape"]
+        whole = all(type(number) is int and number >= 0 for number in [*tokens, *shape])
+        if not whole or len(shape) != 4 or shape[2] != len(tokens):
+            raise UserError(f"quantization_config: {self.prefix} is not tokens and keys' shape")
 
 
 @register_quantizer(METHOD)
@@ -51,6 +75,8 @@ class PrefixQuantizer(HfQuantizer):
     requires_calibration = True  # it loads what was saved; it quantises nothing
     is_trainable = True
     quantization_config: PrefixConfig
+    given: Mapping[str, Tensor] | None = None
+    """The state that `save_pretrained` was called with, while it runs."""
 
     def is_serializable(self) -> bool:
         return True
@@ -63,7 +89,7 @@ class PrefixQuantizer(HfQuantizer):
 
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # an adapter alone is saved
-        state = model.state_dict()
+        state = dict(model.state_dict() if self.given is None else self.given)
         if any(tensor.is_meta for tensor in state.values()):
             raise UserError("model: it is offloaded; load it without offloading to save it")
         prefix = prefix_of(model)
@@ -75,7 +101,7 @@ class PrefixQuantizer(HfQuantizer):
             state[f"{place}kv_prefix.values"] = prefix.values_LGPd
         embedding = model.get_input_embeddings().weight
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter is embedding:
+            if parameter is embedding and name in state:
                 state[name] = state[name].unsqueeze(-1)
         return state, {}
 
@@ -150,13 +176,19 @@ def _save_pretrained(
     model: PreTrainedModel,
     save_directory: str | os.PathLike,
     is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> None:
     from oasis_attn.modeling.card import write_card
     from oasis_attn.modeling.prefix import copy_prefix
 
-    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+    quantizer = prefix_quantizer(model)
+    quantizer.given = state_dict
+    try:
+        type(model).save_pretrained(model, save_directory, is_main_process, None, *args, **kwargs)
+    finally:
+        quantizer.given = None
     if is_main_process and not getattr(model, "_hf_peft_config_loaded", False):
         write_card(model, save_directory)
         copy_prefix(model, save_directory)

@@ -52,6 +52,16 @@ class SimulatedConfig(PrefixConfig):
         self.scheme, self.sites, self.transforms = dict(scheme), list(sites), dict(transforms)
         self.arithmetic = arithmetic
 
+    def check(self) -> None:
+        """As `PrefixConfig`'s."""
+        from oasis_attn.quantization.schemes import Scheme
+
+        super().check()
+        Scheme.from_dict(self.scheme)
+        if not all(isinstance(name, str) for name in [*self.sites, *self.transforms]):
+            raise UserError("quantization_config: sites and transforms are not all names")
+        check_choice("quantization_config: arithmetic", self.arithmetic, ("simulated", "integer"))
+
 
 @register_quantizer(METHOD)
 class SimulatedQuantizer(PrefixQuantizer):
@@ -175,6 +185,7 @@ def _check_unchanged(
 ) -> None:
     """Raise `UserError` if `model` is no longer the one that `mark` was told of."""
     from oasis_attn.quantization.casts import changed_by_cast
+    from oasis_attn.quantization.linear import QuantizedLinear
     from oasis_attn.quantization.quantizers import StaticQuantizer
 
     different = sorted({*sites} ^ {*saved})
@@ -185,6 +196,11 @@ def _check_unchanged(
     for name, module in model.named_modules():
         if isinstance(module, StaticQuantizer) and not module.enabled:
             raise UserError(f"model: {name} is switched off; switch it on to save the model")
+        weight = getattr(module, "weight", None) if isinstance(module, QuantizedLinear) else None
+        if weight is not None and weight.dtype != model.dtype:
+            raise UserError(
+                f"model: {name} is {weight.dtype} in a model of {model.dtype}; cast it to that"
+            )
         if buffer := changed_by_cast(module):
             raise UserError(
                 f"model: a cast changed {name}.{buffer}, which is not saved; save the model before"
