@@ -72,8 +72,11 @@ def write_card(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     path = Path(folder) / "README.md"
     if path.exists() and _GENERATED not in path.read_text(encoding="utf-8"):
         return
+    # Of ours, the settings, which the base model's own `config` does not hold.
+    config: PreTrainedConfig = getattr(model, "oasis_config", model.config)
+    stored = getattr(model.config.get_text_config(decoder=True), "quantization_config", None)
     record, origin = None, ""
-    for place in (Path(folder), Path(model.config.name_or_path or folder)):
+    for place in (Path(folder), Path(config.name_or_path or folder)):
         if (place / "record.json").is_file():
             record = Record.load(place / "record.json")
             origin = "" if place == Path(folder) else f", on `{place.name}` as it was loaded"
@@ -86,13 +89,15 @@ def write_card(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         if isinstance(tensor, nn.Parameter) or tensor.dtype == torch.int8
     }
     added = sum(n for name, n in counts.items() if any(part in f".{name}" for part in _OURS))
-    write_text(path, model_card(model.config, sum(counts.values()), added, record, origin))
+    card = model_card(config, sum(counts.values()), added, stored, record, origin)
+    write_text(path, card)
 
 
 def model_card(
     config: PreTrainedConfig,
     parameters: int,
     added: int,
+    stored: Any,
     record: Record | None,
     origin: str = "",
 ) -> str:
@@ -100,6 +105,7 @@ def model_card(
 
     Args:
         parameters, added: how many there are, and how many of them the settings added.
+        stored: the `quantization_config` of the model, or None.
         record: what was measured; `origin` says on which checkpoint, if not on this one.
     """
     text = config.get_text_config(decoder=True)
@@ -122,7 +128,6 @@ def model_card(
                 settings=_table(("setting", "value"), rows),
             )
         ]
-    stored: Any = getattr(text, "quantization_config", None)
     if scheme := getattr(stored, "scheme", None):
         title = f"{title}, {scheme['name']}"
         facts.append(
