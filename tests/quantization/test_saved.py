@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,10 @@ def test_a_loaded_model_is_not_quantised_again(tmp_path):
     loaded = there_and_back(quantized(make("llama"), SCHEMES["dynamic"]), tmp_path)
     with pytest.raises(ValueError, match="model: it is quantised already"):
         quantize(loaded, "w4a4")
+    foreign = make("llama")
+    foreign.hf_quantizer = SimpleNamespace()
+    with pytest.raises(ValueError, match="model: it is quantised already"):
+        quantize(foreign, "w4a4")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_choice
+from oasis_attn.modeling.hf_quantizer import PrefixQuantizer
 from oasis_attn.quantization.gptq import gptq
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
 from oasis_attn.quantization.quantizers import StaticQuantizer
@@ -134,8 +135,9 @@ def _rounded(
 
 
 def check_unquantized(model: PreTrainedModel) -> None:
-    """Raise `UserError` if a linear layer or tensor of `model` is quantised."""
-    if quantized_sites(model):
+    """Raise `UserError` if we, or another library, have quantised something in `model`."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantized_sites(model) or type(quantizer) not in (type(None), PrefixQuantizer):
         raise UserError("model: it is quantised already; take the original instead")
 
 
