@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+import json
+import math
+from collections.abc import Collection, Hashable
 from itertools import islice
+from typing import Any
 
+MOST = 2**31 - 1
+"""The largest count (steps, tokens, windows) that is accepted."""
 _SHOWN = 40  # choices in a message
+_LETTERS = 160  # of a value in a message
 
 
 class UserError(ValueError):
@@ -17,24 +23,55 @@ class UserError(ValueError):
     """
 
 
+def shown(value: object) -> str:
+    """`repr(value)`, cut in the middle where it is long."""
+    text = repr(value)
+    half = _LETTERS // 2
+    return text if len(text) <= _LETTERS else f"{text[:half]} ... {text[-half:]}"
+
+
 def check_choice(argument: str, value: object, allowed: Collection[str]) -> None:
     """Raise `UserError` unless `value` is one of `allowed`, naming the nearest match."""
-    if value in allowed:
+    if isinstance(value, Hashable) and value in allowed:
         return
-    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value)[:_LETTERS], allowed, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    shown = ", ".join(str(each) for each in islice(allowed, _SHOWN))
+    names = ", ".join(str(each) for each in islice(allowed, _SHOWN))
     more = f", ... ({len(allowed)} in all)" if len(allowed) > _SHOWN else ""
-    raise UserError(f"{argument}: {value!r} is not one of {shown}{more}{hint}")
+    raise UserError(f"{argument}: {shown(value)} is not one of {names}{more}{hint}")
 
 
-def check_at_least(argument: str, value: float, lowest: float) -> None:
-    """Raise `UserError` unless `value` is a number of at least `lowest`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= lowest:
-        raise UserError(f"{argument}: {value!r} is not a number of at least {lowest}")
+def check_at_least(argument: str, value: object, lowest: float, highest: float = math.inf) -> None:
+    """Raise `UserError` unless `value` is a finite number from `lowest` to `highest`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and lowest <= value <= highest and value != math.inf):  # type: ignore[operator]
+        least, most = f"{lowest:g}", f"{highest:g}"
+        ends = f"of at least {least}" if highest == math.inf else f"from {least} to {most}"
+        raise UserError(f"{argument}: {shown(value)} is not a number {ends}")
 
 
-def check_seed(argument: str, value: int) -> None:
+def check_whole(argument: str, value: object, lowest: int, highest: int = MOST) -> None:
+    """Raise `UserError` unless `value` is an int from `lowest` to `highest`."""
+    if type(value) is not int or not lowest <= value <= highest:
+        raise UserError(
+            f"{argument}: {shown(value)} is not a whole number from {lowest} to {highest}"
+        )
+
+
+def check_seed(argument: str, value: object) -> None:
     """Raise `UserError` unless `value` can seed every generator that training uses."""
-    if type(value) is not int or not 0 <= value < 2**32:
-        raise UserError(f"{argument}: {value!r} is not a whole number from 0 to {2**32 - 1}")
+    check_whole(argument, value, 0, 2**32 - 1)
+
+
+def check_flag(argument: str, value: object) -> None:
+    """Raise `UserError` unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{argument}: {shown(value)} is neither true nor false")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, with a ValueError for text that is nested too deeply as well."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, parse_json, shown
 from oasis_attn.files import write_text
 
 FORMAT = 1
@@ -172,20 +172,53 @@ class Record:
     def from_json(cls, text: str, path: str | Path) -> Record:
         """The record that `to_json` wrote; `UserError` naming `path` if it is broken."""
         try:
-            fields = json.loads(text)
-            if fields.pop("format") != FORMAT:
-                raise UserError(f"record: {str(path)!r} is of another format than {FORMAT}")
-            metrics = tuple(Metric(**_numbers(m)) for m in fields.pop("metrics"))
-            return cls(**fields, metrics=metrics)
-        except UserError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            found = parse_json(text)
+            if isinstance(found, dict) and found.pop("format", None) != FORMAT:
+                raise ValueError(f"it is of another format than {FORMAT}")
+            _fields("record", found, _RECORD)
+            if not isinstance(found["environment"].get("versions", {}), dict):
+                raise ValueError("versions in environment of a record is no mapping")
+            metrics = tuple(
+                Metric(**_numbers(_fields("metric", each, _METRIC))) for each in found["metrics"]
+            )
+            return cls(**{**found, "metrics": metrics})
+        except ValueError as error:
             raise UserError(f"record: {str(path)!r} is not a readable record ({error})") from error
+
+
+_NUMBER: tuple[type, ...] = (int, float, str)  # text where it is not finite
+_RECORD: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "subject": (dict,),
+    "data": (dict,),
+    "seed": (int, type(None)),
+    "metrics": (list,),
+    "tables": (dict,),
+    "environment": (dict,),
+    "created": (str,),
+}
+_METRIC: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "value": _NUMBER,
+    "where": (str,),
+    "n": (int,),
+    "standard_error": (*_NUMBER, type(None)),
+}
+
+
+def _fields(what: str, found: Any, types: dict[str, tuple[type, ...]]) -> dict[str, Any]:
+    """`found`, if it is a mapping with these fields, each of its type, and no other."""
+    if not isinstance(found, dict) or found.keys() != types.keys():
+        raise ValueError(f"a {what} has the fields {', '.join(types)}")
+    for name, allowed in types.items():
+        if type(found[name]) not in allowed:
+            raise ValueError(f"{name} of a {what} is {shown(found[name])}")
+    return found
 
 
 def _numbers(metric: dict[str, Any]) -> dict[str, Any]:
     """A metric's fields as they were before `_plain`."""
-    given = {name: metric.get(name) for name in ("value", "standard_error")}
+    given = {name: metric[name] for name in ("value", "standard_error")}
     return metric | {name: float(x) for name, x in given.items() if x is not None}
 
 

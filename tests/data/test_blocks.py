@@ -116,7 +116,7 @@ def test_batches(corpus, tokenizer):
 def test_bad_input(corpus, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"block_length: 1000000 tokens is more than the whole"):
         token_blocks(corpus, tokenizer, 1_000_000)
-    with pytest.raises(UserError, match="block_length: 1 is not a number of at least 2"):
+    with pytest.raises(UserError, match="block_length: 1 is not a whole number from 2 to"):
         token_blocks(corpus, tokenizer, 1)
     with pytest.raises(UserError, match="outside the model's vocabulary of 260"):
         token_blocks(corpus, tokenizer, 16, vocab_size=260)

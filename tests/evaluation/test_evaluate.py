@@ -166,7 +166,7 @@ def test_another_model_or_subject_takes_nothing_from_the_log(build, tokenizer, t
         ({"stride": 0}, "stride: 0"),
         ({"stride": 600}, "stride: 600 is more than the window of 512"),
         ({"shots": -1}, "shots: -1"),
-        ({"k": (2,)}, "k: 2 is not a whole number up to repeats=1"),
+        ({"k": (2,)}, "k: 2 is more than repeats=1"),
         ({"k": (0,)}, "k: 0"),
         ({"repeats": 2}, "give a temperature"),
         ({"temperature": -1.0}, "temperature: -1.0"),

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from oasis_attn.data.tokens import prompt_ids
 from oasis_attn.errors import UserError
-from oasis_attn.evaluation.generate import encode_prompt, generate
+from oasis_attn.evaluation.generate import generate
 from oasis_attn.evaluation.samples import SampleLog
 from oasis_attn.quantization import quantize
 from oasis_attn.quantization.kv_cache import QuantizedCache
@@ -21,7 +22,7 @@ def run(model, tokenizer, prompts=PROMPTS, log=None, **options):
 
 def one_by_one(model, tokenizer, prompt, steps):
     """Greedy, without a cache or padding."""
-    ids = encode_prompt(tokenizer, prompt)
+    ids = prompt_ids(prompt, tokenizer)
     start = len(ids)
     for _ in range(steps):
         token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
@@ -94,7 +95,7 @@ def test_draws_follow_the_softmax_at_the_temperature(build, tokenizer):
     texts = run(model, tokenizer, [prompt], stops=[], max_new_tokens=1, repeats=count,
                 temperature=temperature, batch_size=200)[0]  # fmt: skip
     with torch.no_grad():
-        logits_V = model(torch.tensor([encode_prompt(tokenizer, prompt)])).logits[0, -1]
+        logits_V = model(torch.tensor([prompt_ids(prompt, tokenizer)])).logits[0, -1]
     likely = (logits_V / temperature).softmax(-1)
     token = int(likely.argmax())
     share = sum(text == tokenizer.decode([token]) for text in texts) / count

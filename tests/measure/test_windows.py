@@ -71,8 +71,8 @@ def test_rows_are_windows_as_they_stand(rows):
         ([[0.5, 1.5]], {"window": None}, "dtype torch.float32 is not an integer type"),
         ([[1, 10]], {"window": None}, "tokens: 10 is outside the model's vocabulary of 10"),
         ([[-1, 5]], {"window": None}, "tokens: -1 is outside"),
-        ("abcd", {"window": 1}, "window: 1 is not a number of at least 2"),
-        ("abcd", {"windows": 0}, "windows: 0 is not a number of at least 1"),
+        ("abcd", {"window": 1}, "window: 1 is not a whole number from 2 to"),
+        ("abcd", {"windows": 0}, "windows: 0 is not a whole number from 1 to"),
     ],
 )
 def test_bad_input_is_named(texts, settings, message):

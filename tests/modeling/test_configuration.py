@@ -101,7 +101,7 @@ def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
             {"null_signal": "off", "residual": "sum", "depth_block_size": 4},
             "depth_block_size: 4 has no effect with residual='sum'",
         ),
-        ({"depth_block_size": 0}, "depth_block_size: 0 is not a number of at least 1"),
+        ({"depth_block_size": 0}, "depth_block_size: 0 is not a whole number from 1 to"),
         ({"depth_block_size": 2.0}, "depth_block_size: 2.0 is not a whole number"),
         ({"depth_block_size": float("inf")}, "depth_block_size: inf is not a whole number"),
         ({"text_config": "llama"}, "text_config: 'llama' is no configuration"),

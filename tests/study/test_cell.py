@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from oasis_attn.errors import UserError
+from oasis_attn.files import is_locked, lock
 from oasis_attn.records import Metric, Record
 from oasis_attn.study import cell as module
-from oasis_attn.study.cell import TIMES, differences, held, is_held, run_cell
+from oasis_attn.study.cell import TIMES, differences, run_cell
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +109,12 @@ def test_leftovers_that_cannot_be_gone_on_with_are_wiped(record, cell, tmp_path)
 
 
 def test_a_locked_cell_is_left_alone(cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_PATIENCE", 0.0)
-    with held(tmp_path / "work.lock", "this"):
-        assert is_held(tmp_path / "work.lock")
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
+    with lock(tmp_path / "work.lock", "this"):
+        assert is_locked(tmp_path / "work.lock")
         with pytest.raises(UserError, match="another process"):
             run_cell(cell, tmp_path / "cell.json", tmp_path / "work", command="")
-    assert not is_held(tmp_path / "work.lock")
+    assert not is_locked(tmp_path / "work.lock")
     assert not (tmp_path / "work").exists()
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from oasis_attn.errors import UserError
+from oasis_attn.files import lock
 from oasis_attn.records import Record
-from oasis_attn.study import cell as cells
-from oasis_attn.study.cell import differences, held
+from oasis_attn.study import run as runs
+from oasis_attn.study.cell import differences
 from oasis_attn.study.folder import StudyFolder
 from oasis_attn.study.launch import Cluster
 from oasis_attn.study.page import write_report
@@ -152,10 +153,10 @@ def test_a_plan_half_written_is_written_again(tiny, tmp_path):
 
 
 def test_no_two_run_a_study_at_once(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "_PATIENCE", 0.0)
+    monkeypatch.setattr(runs, "PATIENCE", 0.0)
     StudyFolder.begin(tmp_path, tiny())
-    lock = tmp_path / "work" / "study.lock"
-    with held(lock, "it"), pytest.raises(UserError, match="another process"):
+    place = tmp_path / "work" / "study.lock"
+    with lock(place, "it"), pytest.raises(UserError, match="another process"):
         run_study(tiny(), tmp_path, launcher=Here())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -24,7 +25,8 @@ from oasis_attn.cli.quantize import quantize
 from oasis_attn.cli.study import study
 from oasis_attn.cli.train import train
 from oasis_attn.cli.variants import variants
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, shown
+from oasis_attn.files import refusal
 
 INTERRUPTED = 130
 
@@ -53,6 +55,12 @@ for verb in (demo, diagnose, convert, train, evaluate, prefix, quantize, variant
 app.add_typer(study)
 
 
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere, for standard output takes no more."""
+    with suppress(OSError, ValueError):  # no file: replaced by the caller
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> int:
     """Run one verb and return its exit code.
 
@@ -67,14 +75,22 @@ def main() -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = app(prog_name="oasis", standalone_mode=False) or 0
+        sys.stdout.flush()
     except (UserError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         if message:
             print(f"oasis: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:
+        if (reason := refusal(error)) is None:
+            raise
+        _drop_output()
+        where = "" if error.filename is None else f": {shown(error.filename)}"
+        print(f"oasis: {reason}{where}", file=sys.stderr)
+        return 2
     if code == INTERRUPTED:
         print("oasis: interrupted", file=sys.stderr)
     return code

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from rich.markup import escape
 from typer import Argument, Option
 
 from oasis_attn.cli.terminal import AsJson, pair, print_table, working
@@ -70,7 +71,7 @@ def prefix(
             evaluation_split=evaluation_split,
             window=window,
             windows=windows,
-            tell=lambda what: status.update(f"{model}: {what}"),
+            tell=lambda what: status.update(escape(f"{model}: {what}")),
         )
     if as_json:
         print(record.to_json())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from rich.markup import escape
 from typer import Argument, Option
 
 from oasis_attn.cli.terminal import AsJson, pair, print_table, working
@@ -83,7 +84,7 @@ def quantize(
             windows=windows,
             costs=costs,
             seed=seed,
-            tell=lambda what: status.update(f"{model}: {what}"),
+            tell=lambda what: status.update(escape(f"{model}: {what}")),
         )
     if as_json:
         print(record.to_json())

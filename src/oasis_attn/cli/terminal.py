@@ -6,8 +6,9 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, parse_json, shown
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -21,9 +22,9 @@ def pair(option: str, text: str) -> tuple[str, Any]:
     """`name=value`, the value read as JSON where it is JSON: numbers, true, null."""
     name, separator, value = text.partition("=")
     if not (name and separator):
-        raise UserError(f"{option}: {text!r} is not NAME=VALUE")
+        raise UserError(f"{option}: {shown(text)} is not NAME=VALUE")
     try:
-        return name, json.loads(value)
+        return name, parse_json(value)
     except ValueError:
         return name, value
 
@@ -46,11 +47,11 @@ def print_table(table: Table) -> None:
         grid.add_column(column, justify=justify, overflow="fold")
     for row in table.rows:
         grid.add_row(*row)
-    Console().print(grid)
+    Console(markup=False).print(grid)
 
 
 def working(what: str) -> Status:
     """While open, show on standard error that `what` is going on."""
     from rich.console import Console
 
-    return Console(stderr=True).status(what)
+    return Console(stderr=True).status(escape(what))

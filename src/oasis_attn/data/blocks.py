@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from oasis_attn.data.cache import cached_file
 from oasis_attn.data.corpora import Corpus
 from oasis_attn.data.tokenizer import tokenizer_sha256
-from oasis_attn.errors import UserError, check_at_least
+from oasis_attn.errors import UserError, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,7 +80,7 @@ def token_blocks(
     Raises:
         UserError: no BOS and EOS token, a token outside the vocabulary, less text than one block.
     """
-    check_at_least("block_length", block_length, 2)
+    check_whole("block_length", block_length, 2)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     bos = eos if bos is None else bos
     if eos is None:

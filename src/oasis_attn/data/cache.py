@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from oasis_attn.files import cache_folder
+from oasis_attn.files import cache_folder, replacing
 
 
 def cached_file(name: str, make: Callable[[BinaryIO], None]) -> Path:
@@ -20,15 +18,6 @@ def cached_file(name: str, make: Callable[[BinaryIO], None]) -> Path:
     path = cache_folder() / name
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            make(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path, "cache") as file:
+        make(file)
     return path

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from oasis_attn.data import readers
 from oasis_attn.data.arith import arith_rows
-from oasis_attn.errors import UserError, check_choice
+from oasis_attn.errors import UserError, check_choice, shown
 
 Reader = Callable[[], Iterator[str]]
 
@@ -78,10 +78,12 @@ def by_hash(reader: Reader) -> dict[str, Reader]:
 
 
 def _share(reader: Reader, share: range) -> Iterator[str]:
-    for text in reader():
-        digest = hashlib.sha256(text.encode()).digest()
-        if int.from_bytes(digest[:8], "little") % 100 in share:
-            yield text
+    return (text for text in reader() if _hundredth(text) in share)
+
+
+def _hundredth(text: str) -> int:
+    """Which hundredth of all documents this one is in."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % 100
 
 
 def _hub(path: str, config: str | None, split: str, **options: str) -> Iterator[str]:
@@ -185,11 +187,12 @@ def _splits(name: str) -> Mapping[str, Reader]:
     data = os.environ.get("OASIS_DATA")
     kept = Path(data, name) if data and name else None
     if name not in CORPORA:
-        folder = kept if kept and kept.is_dir() else Path(name)
-        if name and folder.is_dir():
+        folder = kept if kept and os.path.isdir(kept) else Path(name)
+        if name and os.path.isdir(folder):
             return _folder_splits(folder)
-        if Path(name).is_file() or name.endswith(readers.SUFFIXES):
-            return by_hash(partial(readers.file_documents, _text_file(name)))
+        if os.path.isfile(name) or name.endswith(readers.SUFFIXES):
+            path = _text_file(name)
+            return {split: partial(_file_share, path, share) for split, share in _SHARES.items()}
         check_choice("corpus (or a text file)", name, CORPORA)
     source = CORPORA[name]
     local = _folder_splits(kept, source.cut) if kept else {}
@@ -207,11 +210,33 @@ def _read(reader: Reader, hint: str) -> Iterator[str]:
         raise UserError(f"{error}; {hint}") from error
 
 
+def _file_share(path: Path, share: range) -> Iterator[str]:
+    """As `_share`, but a file that gives no document to this share is refused with the reason."""
+    count = kept = 0
+    for text in readers.file_documents(path):
+        if text.strip():
+            count += 1
+            if _hundredth(text) in share:
+                kept += 1
+                yield text
+    if count and not kept:
+        cut = (
+            "is cut at the first blank line after every 1,024 characters: put blank lines between"
+            " the documents, or use .jsonl with a document on each line"
+            if path.suffix == ".txt"
+            else "has a document on each line"
+        )
+        raise UserError(
+            f"corpus: {str(path)!r} became {count} document{'s' * (count > 1)}, and none falls in"
+            f" this split; a {path.suffix} file {cut}; or name a folder with a file for each split"
+        )
+
+
 def _text_file(name: str) -> Path:
     if not name.endswith(readers.SUFFIXES):
-        raise UserError(f"corpus: file {name!r} is not one of {', '.join(readers.SUFFIXES)}")
-    if not Path(name).is_file():
-        raise UserError(f"corpus: file {name!r} does not exist")
+        raise UserError(f"corpus: file {shown(name)} is not one of {', '.join(readers.SUFFIXES)}")
+    if not os.path.isfile(name):
+        raise UserError(f"corpus: file {shown(name)} does not exist")
     return Path(name)
 
 

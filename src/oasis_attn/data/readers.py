@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
-import json
 import re
 import sysconfig
 import zlib
@@ -11,10 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _PASSAGE_CHARACTERS = 1024
+_TO_UTF_8 = "convert it with: iconv -f UTF-16 -t UTF-8"
+_MARKS = {  # first bytes of files that are often taken for text
+    codecs.BOM_UTF16_LE: ("UTF-16", _TO_UTF_8),
+    codecs.BOM_UTF16_BE: ("UTF-16", _TO_UTF_8),
+    b"\x1f\x8b": ("compressed by gzip", "decompress it, or name it .jsonl.gz"),
+}
 _WIKITEXT_TITLE = re.compile(r" = [^=].* = ?\n?")
 
 
@@ -63,8 +69,10 @@ def file_documents(path: Path, cut=passages) -> Iterator[str]:
         yield from cut(_lines(path))
         return
     for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
         try:
-            yield document(json.loads(line))
+            yield document(parse_json(line))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"corpus: {str(path)!r} line {number} is not a JSON object with a string `text` in "
@@ -73,16 +81,38 @@ def file_documents(path: Path, cut=passages) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file in UTF-8, each closed by a newline however the file closes its lines.
+
+    A byte order mark at the start and the Ctrl-Z of DOS at the end are not part of the text.
+    """
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for line in file:
-                number += 1
-                yield line.decode("utf-8")
+            for raw in file:
+                if number == 0:
+                    _check_encoding(path, raw)
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
+                if not raw.endswith(b"\n"):
+                    raw = raw.rstrip(b"\x1a")
+                for line in raw.splitlines(keepends=True):
+                    number += 1
+                    if b"\0" in line:
+                        raise UserError(
+                            f"corpus: {str(path)!r} line {number} has a NUL byte, so it is binary"
+                            " or UTF-16; text must be UTF-8"
+                        )
+                    text = line.rstrip(b"\r\n")
+                    yield text.decode("utf-8") + ("\n" if text != line else "")
     except UnicodeDecodeError as error:
         raise UserError(f"corpus: {str(path)!r} line {number} is not valid UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"corpus: {str(path)!r} cannot be read ({error})") from error
+
+
+def _check_encoding(path: Path, start: bytes) -> None:
+    for mark, (kind, remedy) in _MARKS.items():
+        if start.startswith(mark):
+            raise UserError(f"corpus: {str(path)!r} is {kind}, not UTF-8; {remedy}")
 
 
 def stdlib() -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from oasis_attn.data.cache import cached_file
 from oasis_attn.data.corpora import Corpus
-from oasis_attn.errors import UserError, check_at_least
+from oasis_attn.errors import UserError, check_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -45,7 +45,7 @@ def corpus_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast
 
 
 def _learnt(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    check_at_least("vocab_size", vocab_size, 257)
+    check_whole("vocab_size", vocab_size, 257)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())

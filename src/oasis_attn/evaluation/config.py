@@ -10,7 +10,15 @@ from typing import Any
 from transformers import Cache, PreTrainedConfig
 
 from oasis_attn.data import load_corpus
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import (
+    UserError,
+    check_at_least,
+    check_choice,
+    check_flag,
+    check_seed,
+    check_whole,
+    shown,
+)
 
 TASKS = {
     "perplexity": "perplexity on windows of a corpus",
@@ -18,6 +26,8 @@ TASKS = {
     "gsm8k-loglik": "log-likelihood of GSM8K's solutions, without shots",
     "arith": "Pass@k on made word problems of one to three steps, without shots",
 }
+
+_HOTTEST = 1e4  # a temperature; float32 keeps logits apart that are divided by it, or multiplied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +43,7 @@ class EvaluationConfig:
         shots: worked examples in front of each problem of `gsm8k`, out of its split `train`.
         k: the ks of Pass@k.
         repeats: samples per problem, at least the largest k.
-        temperature: 0 is greedy, which allows one sample only.
+        temperature: 0 is greedy, which allows one sample only; any other from 1e-4 to 1e4.
         max_new_tokens: an answer is cut off after so many.
         seed: of the samples.
         limit: problems or windows per task, from the first; default, all.
@@ -70,8 +80,11 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("tasks", "k"):
             value = getattr(self, name)
-            if isinstance(value, str) or not value or len(set(value)) < len(value):
-                raise UserError(f"{name}: {value!r} is not a list of at least one, all different")
+            listed = isinstance(value, Sequence) and not isinstance(value, str)
+            if not listed or not value or any(each in value[:at] for at, each in enumerate(value)):
+                raise UserError(
+                    f"{name}: {shown(value)} is not a list of at least one, all different"
+                )
         for task in self.tasks:
             check_choice("tasks", task, TASKS)
         lowest = {
@@ -80,24 +93,26 @@ class EvaluationConfig:
             "shots": 0,
             "repeats": 1,
             "max_new_tokens": 1,
-            "seed": 0,
             "limit": 1,
             "batch_size": 1,
         }
-        whole = {name: getattr(self, name) for name in lowest}
-        for name, value in whole.items():
-            if value is None and name in ("stride", "limit"):
-                continue
-            check_at_least(name, value, lowest[name])
-            if not isinstance(value, int):
-                raise UserError(f"{name}: {value!r} is not a whole number")
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("stride", "limit"):
+                check_whole(name, value, least)
+        check_seed("seed", self.seed)
+        check_flag("resume", self.resume)
         if self.stride is not None and self.stride > self.window:
             raise UserError(f"stride: {self.stride} is more than the window of {self.window}")
         for k in self.k:
-            check_at_least("k", k, 1)
-            if not isinstance(k, int) or k > self.repeats:
-                raise UserError(f"k: {k!r} is not a whole number up to repeats={self.repeats}")
-        check_at_least("temperature", self.temperature, 0)
+            check_whole("k", k, 1)
+            if k > self.repeats:
+                raise UserError(f"k: {k!r} is more than repeats={self.repeats}")
+        check_at_least("temperature", self.temperature, 0, _HOTTEST)
+        if 0 < self.temperature < 1 / _HOTTEST:
+            raise UserError(
+                f"temperature: {self.temperature!r} is below {1 / _HOTTEST:g}; 0 is greedy"
+            )
         if self.repeats > 1 and not self.temperature:
             raise UserError(
                 f"repeats: {self.repeats} greedy samples would be the same one; give a temperature"

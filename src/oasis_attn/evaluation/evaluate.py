@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,9 +16,14 @@ from oasis_attn.data import load_corpus, tokenizer_sha256
 from oasis_attn.data.problems import Problem, read_problems
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation.config import EvaluationConfig
-from oasis_attn.evaluation.generate import check_prompts, generate
+from oasis_attn.evaluation.generate import ANSWERS, check_prompts, generate
 from oasis_attn.evaluation.harness import HarnessGsm8k, check_harness
-from oasis_attn.evaluation.likelihood import score_continuations, score_windows, strided_windows
+from oasis_attn.evaluation.likelihood import (
+    LOSSES,
+    score_continuations,
+    score_windows,
+    strided_windows,
+)
 from oasis_attn.evaluation.problems import Interval, by_steps, pass_metrics
 from oasis_attn.evaluation.samples import Sample, SampleLog, check_log
 from oasis_attn.evaluation.scoring import Z95, score_answer
@@ -40,10 +45,10 @@ class _Run:
     tables: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
-    def log(self, task: str, settings: dict[str, Any]) -> SampleLog:
+    def log(self, task: str, settings: dict[str, Any], says: Mapping[str, type]) -> SampleLog:
         path = log_path(self.config, task)
         whole = {"task": task} | self.identity | settings
-        return SampleLog(path, whole, resume=self.config.resume)
+        return SampleLog(path, whole, says=says, resume=self.config.resume)
 
 
 def evaluate(
@@ -133,7 +138,7 @@ def _perplexity(run: _Run) -> Measure:
     settings = {"corpus_sha256": corpus.sha256, "window": config.window, "stride": windows.stride}
 
     def measure() -> None:
-        log = run.log("perplexity", settings)
+        log = run.log("perplexity", settings, LOSSES)
         samples = score_windows(
             run.model, windows, log=log, batch_size=config.batch_size, cache=config.cache
         )
@@ -229,7 +234,7 @@ def _answers(
             run.model,
             run.tokenizer,
             prompts,
-            log=run.log(task, data | how),
+            log=run.log(task, data | how, ANSWERS),
             finish=finish,
             stops=stops,
             max_new_tokens=config.max_new_tokens,
@@ -258,7 +263,7 @@ def _gsm8k_loglik(run: _Run) -> Measure:
             run.model,
             run.tokenizer,
             [(_prompt(problem), " " + problem.answer) for problem in problems],
-            log=run.log(task, data),
+            log=run.log(task, data, LOSSES),
             batch_size=run.config.batch_size,
             cache=run.config.cache,
         )

@@ -25,14 +25,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from oasis_attn.data.tokens import prompt_ids
 from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.modeling.subject import check_lengths, eval_mode
 
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids, with what the tokenizer itself puts in front of a text, and no end of text."""
-    ids = tokenizer(prompt, verbose=False).input_ids
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+ANSWERS = {"prompt": str, "response": str}
+"""What a logged sample says."""
 
 
 def check_prompts(
@@ -42,7 +40,7 @@ def check_prompts(
     max_new_tokens: int,
 ) -> list[list[int]]:
     """Their token ids; `UserError` if one, with the new tokens, is too long for the model."""
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     check_lengths(model, [len(ids) + max_new_tokens for ids in rows], "prompt with max_new_tokens")
     return rows
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from oasis_attn.data.tokens import continuation_ids, joined_ids
 from oasis_attn.errors import UserError
-from oasis_attn.evaluation.generate import encode_prompt
 from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.modeling.subject import check_lengths, eval_mode
 from oasis_attn.ops.token_losses import token_losses
 
+LOSSES = {"tokens": int, "loss": float}
+"""What a logged sample says."""
 MakeCache = Callable[[PreTrainedConfig], Cache]
 _PIECE = 32  # tokens of a pass through a cache
 
@@ -68,12 +70,7 @@ def strided_windows(
     fresh = window - len(prefix)  # text tokens in a window
     step = min(stride, fresh)
     enough = math.inf if limit is None else fresh + (limit - 1) * step
-    ids: list[int] = []
-    for text in texts:
-        piece = "\n\n" + text if ids else text
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-        if len(ids) >= enough:
-            break
+    ids = joined_ids(texts, tokenizer, enough)
     count = 1 + (len(ids) - fresh) // step
     if count < 1:
         raise UserError(f"window: {window} tokens are more than the corpus gives ({len(ids)})")
@@ -119,13 +116,12 @@ def score_continuations(
 ) -> list[Sample]:
     """Per (prompt, continuation), `loss` (nats, summed) over the continuation's `tokens`.
 
+    The tokens are those of the two as one text, see `continuation_ids`.
+
     Raises:
-        UserError: a pair longer than the model's positions.
+        UserError: a pair longer than the model's positions, or without tokens to score.
     """
-    rows = [
-        (encode_prompt(tokenizer, prompt), tokenizer(text, add_special_tokens=False).input_ids)
-        for prompt, text in pairs
-    ]
+    rows = [continuation_ids(prompt, text, tokenizer) for prompt, text in pairs]
     check_lengths(model, [len(prompt) + len(text) for prompt, text in rows], "solution")
     with eval_mode(model), torch.no_grad():
         for start in range(0, len(rows), batch_size):

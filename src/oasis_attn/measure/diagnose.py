@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.errors import check_at_least
+from oasis_attn.errors import check_whole
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
 from oasis_attn.measure.joint import Joint
 from oasis_attn.measure.outliers import Outliers
@@ -70,7 +70,7 @@ def diagnose(
             `joint` of a family without adapter; `causal` of a model that does not route over depth,
             or of a source that it has not.
     """
-    check_at_least("batch_size", batch_size, 1)
+    check_whole("batch_size", batch_size, 1)
     taps, dropped = find_taps(model), causal_sources(model, causal)
     joint_measures = Joint(model) if joint else None
     embedding: Any = model.get_input_embeddings()

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import UserError, check_at_least
+from oasis_attn.errors import UserError, check_whole
 from oasis_attn.measure.parts import Tap
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.measure.updates import observe_updates
@@ -207,7 +207,7 @@ def compare_joint(
     Raises:
         UserError: a record without joint.*, records of other tokens, or of a single window.
     """
-    check_at_least("draws", draws, 1)
+    check_whole("draws", draws, 1)
     tables = []
     for argument, each in (("record", record), ("baseline", baseline)):
         if "joint.sequences" not in each.tables:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from oasis_attn.errors import UserError, check_at_least
+from oasis_attn.data.tokens import joined_ids
+from oasis_attn.errors import UserError, check_whole
 
 TEXT_WINDOW = 512
 
@@ -34,9 +35,9 @@ def cut_windows(
         UserError: no text, text shorter than a window, rows of unequal length or of another
             length than `window`, tokens that are no integers in [0, vocabulary).
     """
-    check_at_least("windows", windows, 1)
+    check_whole("windows", windows, 1)
     if window is not None:
-        check_at_least("window", window, 2)
+        check_whole("window", window, 2)
     items = iter([texts_or_tokens] if isinstance(texts_or_tokens, str) else texts_or_tokens)
     first = next(items, None)
     if first is None:
@@ -77,12 +78,7 @@ def _from_texts(
         raise UserError("tokenizer: None cannot read text; give the model's tokenizer, or tokens")
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     fresh = window - len(prefix)
-    ids: list[int] = []
-    for text in texts:
-        piece = "\n\n" + text if ids else text
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-        if len(ids) >= fresh * windows:
-            break
+    ids = joined_ids(texts, tokenizer, fresh * windows)
     count = min(windows, len(ids) // fresh)
     if count == 0:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import os
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -12,12 +13,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
 from oasis_attn.ops.normalizers import NORMALIZERS, WITH_NULL
 
 ATTENTION = "oasis"
 """The name of our function in transformers' attention and mask registries."""
 
+_LARGEST = 1e6  # of numbers that are set
 _CHOICES = {
     "token_normalizer": tuple(name for name in NORMALIZERS if name != "sigmoid"),
     "output_gate": ("none", "head", "elementwise"),
@@ -188,13 +190,11 @@ class OasisConfig(PreTrainedConfig):
         """
         for name, allowed in _CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
-        check_at_least("depth_block_size", self.depth_block_size, 1)
-        if type(self.depth_block_size) is not int:
-            raise UserError(f"depth_block_size: {self.depth_block_size!r} is not a whole number")
+        check_whole("depth_block_size", self.depth_block_size, 1)
         for name in ("null_logit", "clip_gamma", "coupling_init", "recency_init"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-                raise UserError(f"{name}: {value!r} is not a number")
+            if name != "null_logit" or value != -math.inf:  # minus infinity: no null
+                check_at_least(name, value, -_LARGEST, _LARGEST)
         self._belongs("null_logit", "token_normalizer", ("softmax1",))
         self._belongs("clip_gamma", "token_normalizer", ("clipped_softmax",))
         if self.token_normalizer == "clipped_softmax" and not self.clip_gamma < 0:

@@ -7,13 +7,16 @@ be most of the parameters.  Counts are of the vanilla model with the size's own 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_choice, check_whole
 from oasis_attn.modeling.configuration import BROKEN
+
+_MOST_WORDS = 2**24  # of a vocabulary
 
 
 def _llama(*, width: int, layers: int, heads: int, vocab_size: int, length: int) -> dict[str, Any]:
@@ -51,13 +54,13 @@ def text_config(size_or_path: str | Path, vocab_size: int | None = None) -> PreT
         UserError: an unknown size (with the nearest one), or a file that is not a configuration.
     """
     name = str(size_or_path)
-    if name not in SIZES and Path(name).exists():
+    if name not in SIZES and os.path.exists(name):
         config = _read(name)
     else:
         check_choice("size (or a configuration file)", name, SIZES)
         config = LlamaConfig(**SIZES[name])
     if vocab_size is not None:
-        check_at_least("vocab_size", vocab_size, 1)
+        check_whole("vocab_size", vocab_size, 1, _MOST_WORDS)
         config.vocab_size = vocab_size
     return config
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.data import load_corpus, spread_windows, token_blocks
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_choice, check_seed, check_whole
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.loading import load_model
@@ -79,8 +79,9 @@ def quantize_checkpoint(
         scheme = schemes()[scheme]
     if costs is not None:
         check_choice("costs", costs, GROUPINGS)
-    check_at_least("window", window, 2)
-    check_at_least("windows", windows, 1)
+    check_whole("window", window, 2)
+    check_whole("windows", windows, 1)
+    check_seed("seed", seed)
     check_free(out)
     if not simulate:
         check_kernels(scheme, torch.device("cpu"))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.data import load_corpus, spread_windows, token_blocks
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_choice, check_whole
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.loading import load_model
@@ -83,7 +83,7 @@ def rescue(
         ("window", window, 2),
         ("windows", windows, 1),
     ):
-        check_at_least(name, value, lowest)
+        check_whole(name, value, lowest)
     check_free(out)
     corpora = [
         load_corpus(calibration, calibration_split),

@@ -147,4 +147,5 @@ def _over_heads(table: Sequence[Sequence[float]]) -> list[float]:
 
 def label(record: Record) -> str:
     """How tables and figures call the model of a record: by its variant, or the end of its name."""
-    return str(record.subject.get("variant") or Path(record.subject["name"]).name)
+    subject = record.subject
+    return str(subject.get("variant") or Path(str(subject.get("name", ""))).name)

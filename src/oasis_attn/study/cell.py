@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation import evaluate
-from oasis_attn.files import write_bytes
+from oasis_attn.files import lock, write_bytes
 from oasis_attn.measure import diagnose
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.quantization import quantize, quantized_sites, schemes
@@ -31,7 +29,8 @@ TOLERANCE = 1e-6
 """Relative: what a rerun on the same processor, versions and threads may differ by."""
 TIMES = ("cell.seconds", "cell.processor_seconds")
 """Metrics that tell how long a cell took; no rerun has the same."""
-_PATIENCE = 5.0  # seconds, that a worker whose parent was killed has to end
+PATIENCE = 5.0
+"""Seconds that a worker whose parent was killed has to end."""
 _CHECKPOINTS = 4  # per training
 
 
@@ -100,7 +99,7 @@ def run_cell(cell: Cell, path: Path, work: Path, *, command: str) -> Record:
     Raises:
         UserError: another process is at work on this cell; what its steps find wrong.
     """
-    with held(work.with_name(f"{work.name}.lock"), f"cell {cell.id!r}"):
+    with lock(work.with_name(f"{work.name}.lock"), f"cell {cell.id!r}", patience=PATIENCE):
         if path.is_file():
             return Record.load(path)
         started, processor = time.monotonic(), time.process_time()
@@ -114,35 +113,6 @@ def run_cell(cell: Cell, path: Path, work: Path, *, command: str) -> Record:
         record.save(path)
         shutil.rmtree(work)
     return record
-
-
-@contextmanager
-def held(lock: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `lock`; the system frees it when the process ends, however it ends."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + _PATIENCE
-    with lock.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    raise UserError(f"{what}: another process is at work on it") from None
-                time.sleep(0.1)
-        yield
-
-
-def is_held(lock: Path) -> bool:
-    """Whether some process holds the lock file `lock`."""
-    if not lock.is_file():
-        return False
-    with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 def _start(cell: Cell, work: Path) -> Work:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import check_at_least
+from oasis_attn.errors import check_whole
 from oasis_attn.files import staged_folder
 from oasis_attn.measure import diagnose
 from oasis_attn.modeling.loading import load_model
@@ -100,8 +101,8 @@ def run_demo(
     Raises:
         UserError: `out` is taken, or what the called functions find wrong with a value.
     """
-    check_at_least("window", window, 2)
-    check_at_least("windows", windows, 1)
+    check_whole("window", window, 2)
+    check_whole("windows", windows, 1)
     stages = _Stages(total=3 * (1 + len(VARIANTS)))
     records: dict[str, list[Record]] = {}
     name = Path(pretrained).name
@@ -159,14 +160,14 @@ class _Stages:
         self._number += 1
         minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
         self._console.print(
-            f"[dim]{minutes:2}:{seconds:02}  {self._number:2}/{self._total}[/dim]  {what}",
+            f"[dim]{minutes:2}:{seconds:02}  {self._number:2}/{self._total}[/dim]  {escape(what)}",
             highlight=False,
         )
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
         self.next(what)
-        with self._console.status(what):
+        with self._console.status(escape(what)):
             yield
 
 

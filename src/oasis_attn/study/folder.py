@@ -10,15 +10,16 @@ OUT/work/              of cells that are not finished; may be removed while none
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 
-from oasis_attn.errors import UserError
-from oasis_attn.files import check_free, write_text
+from oasis_attn.errors import UserError, shown
+from oasis_attn.files import check_free, is_locked, write_text
 from oasis_attn.records import Record
-from oasis_attn.study.cell import TIMES, is_held, run_cell
+from oasis_attn.study.cell import TIMES, run_cell
 from oasis_attn.study.plan import Cell, Plan
 from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text, shipped_plans
 
@@ -64,8 +65,10 @@ class StudyFolder:
     def open(cls, path: str | Path) -> StudyFolder:
         """A folder that a study was begun in; `UserError` if it holds none."""
         path = Path(path)
-        if not (path / "plan.yaml").is_file():
-            raise UserError(f"study: {str(path)!r} holds no plan.yaml; begin with oasis study run")
+        if not os.path.isfile(path / "plan.yaml"):
+            raise UserError(
+                f"study: {shown(str(path))} holds no plan.yaml; begin with oasis study run"
+            )
         return cls(path, load_plan(path / "plan.yaml"))
 
     @classmethod
@@ -76,10 +79,11 @@ class StudyFolder:
             UserError: the folder holds something else, or another plan.
         """
         path = Path(path)
-        if not (path / "plan.yaml").is_file():
+        if not os.path.isfile(path / "plan.yaml"):
             # A kill in the middle of writing the plan leaves a hidden file.
             if not (
-                path.is_dir() and all(p.name.startswith(".plan.yaml.") for p in path.iterdir())
+                os.path.isdir(path)
+                and all(p.name.startswith(".plan.yaml.") for p in path.iterdir())
             ):
                 check_free(path)
             write_text(path / "plan.yaml", plan_text(plan))
@@ -139,6 +143,11 @@ class StudyFolder:
                 continue
             if record.subject.get("cell") != cell.to_dict():
                 raise UserError(f"record: {str(path)!r} is of another cell")
+            settings = record.subject.get("settings")
+            if not isinstance(settings, dict) or not all(
+                isinstance(settings.get(name), str) for name in ("residual", "depth_normalizer")
+            ):
+                raise UserError(f"record: {str(path)!r} has no settings")
             found[cell] = record
         return found
 
@@ -148,9 +157,12 @@ class StudyFolder:
         path = self.path / TRIALS
         if not path.is_file():
             return {}
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"record: {str(path)!r} cannot be read ({error})") from error
         records = [Record.from_json(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
-        return {str(record.subject["name"]): record for record in records}
+        return {str(record.subject.get("name")): record for record in records}
 
     def publish(self, path: str | Path) -> None:
         """Write plan and records to the folder `path` in compact form: what tables and docs read.
@@ -168,7 +180,7 @@ class StudyFolder:
         return Status(
             done=tuple(cell.id for cell in done),
             failed={c.id: self.reason(c) for c in left if self.failure_path(c).is_file()},
-            running=tuple(c.id for c in left if is_held(self.path / "work" / f"{c.id}.lock")),
+            running=tuple(c.id for c in left if is_locked(self.path / "work" / f"{c.id}.lock")),
             total=len(self.plan.cells),
             seconds_per_cell=median(seconds) if seconds else None,
         )

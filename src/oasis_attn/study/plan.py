@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from oasis_attn.data import load_corpus
-from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed
+from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
 from oasis_attn.evaluation import EvaluationConfig
 from oasis_attn.modeling.configuration import SETTINGS, OasisConfig, refuse_unknown
 from oasis_attn.modeling.sizes import text_config
@@ -24,7 +24,10 @@ _OF_THE_GRID = {"out", "from_model", "variant", "settings", "corpus", "size", "s
 _BUDGET = tuple(f.name for f in fields(TrainingConfig) if f.name not in _OF_THE_GRID)
 _OF_A_ROW = ("learning_rate", "learning_rates", "outlier_penalty")  # the data stay those of others
 _TASK_SETTINGS = ("limit", "shots", "max_new_tokens", "batch_size")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+_LONGEST_NAME = 64
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.+-]{{0,{_LONGEST_NAME - 1}}}")
+_MOST_THREADS = 1024
+_LONGEST_ID = 200  # bytes; names of files, which hold it and more, have at most 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,10 @@ class Plan:
     def __post_init__(self) -> None:
         for named in (self.name, *self.variants):
             if not _NAME.fullmatch(named):
-                raise UserError(f"name: {named!r} is not letters, digits, _ . + - (a file name)")
+                raise UserError(
+                    f"name: {shown(named)} is not up to {_LONGEST_NAME} letters, digits, _ . + -"
+                    " (a file name)"
+                )
         for argument in ("variants", "corpora", "seeds", "sizes"):
             if not getattr(self, argument):
                 raise UserError(f"{argument}: a study needs at least one")
@@ -143,8 +149,8 @@ class Plan:
         for seed in self.noise_seeds:
             if seed in self.seeds:
                 raise UserError(f"noise_seeds: {seed} is among seeds {list(self.seeds)} already")
-        for argument, least in (("windows", 2), ("threads", 1)):
-            check_at_least(argument, getattr(self, argument), least)
+        check_whole("windows", self.windows, 2)
+        check_whole("threads", self.threads, 1, _MOST_THREADS)
         if self.noise_seeds or self.reference != "vanilla":
             check_choice("reference", self.reference, self.variants)
         for subject, baselines in self.compare.items():
@@ -160,6 +166,7 @@ class Plan:
             check_choice("training", setting, _BUDGET)
         for setting in self.evaluation:
             check_choice("evaluation", setting, _TASK_SETTINGS)
+        EvaluationConfig(tasks=("arith",), **self.evaluation)
         for corpus, tasks in self.corpora.items():
             for split in ("train", self.eval_split):
                 load_corpus(corpus, split)
@@ -171,6 +178,9 @@ class Plan:
                 EvaluationConfig(tasks=tasks, **self.evaluation)
         for row in self.variants:
             self._check_row(row)
+        for cell in self.cells:
+            if len(cell.id.encode()) > _LONGEST_ID:
+                raise UserError(f"name: {shown(cell.id)}, of a cell, is too long for a file")
 
     @property
     def eval_split(self) -> str:
@@ -249,14 +259,11 @@ class Plan:
         plain = dict(given)
         for name in ("name", "about", "reference"):
             if not isinstance(plain.get(name, ""), str):
-                raise UserError(f"{name}: {plain[name]!r} is not text")
+                raise UserError(f"{name}: {shown(plain[name])} is not text")
         kinds = {"seeds": int, "noise_seeds": int, "bar": str, "sizes": str, "schemes": str}
         for name, kind in kinds.items():
             if name in plain:
                 plain[name] = _sequence(name, plain[name], kind)
-        for name in ("windows", "threads"):
-            if name in plain and type(plain[name]) is not int:
-                raise UserError(f"{name}: {plain[name]!r} is not a whole number")
         plain["variants"] = {
             row: _row(row, chosen) for row, chosen in _mapping("variants", plain["variants"])
         }
@@ -289,15 +296,15 @@ def _mapping(argument: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = dict.fromkeys(_sequence(argument, value, str))
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{argument}: {value!r} is not a mapping of names to values")
+        raise UserError(f"{argument}: {shown(value)} is not a mapping of names to values")
     return iter(value.items())
 
 
 def _sequence(argument: str, value: Any, kind: type) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise UserError(f"{argument}: {value!r} is not a list")
+        raise UserError(f"{argument}: {shown(value)} is not a list")
     for item in value:
         if not isinstance(item, kind) or isinstance(item, bool):
             kinds = {int: "a whole number", str: "text"}
-            raise UserError(f"{argument}: {item!r} is not {kinds[kind]}")
+            raise UserError(f"{argument}: {shown(item)} is not {kinds[kind]}")
     return tuple(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable
 from importlib.resources import files
@@ -10,8 +11,11 @@ from typing import Any
 
 import yaml
 
-from oasis_attn.errors import UserError, check_choice
+from oasis_attn.errors import UserError, check_choice, shown
 from oasis_attn.study.plan import Plan
+
+_DEEPEST = 8  # a plan's lists and mappings within each other
+_MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,11 +75,11 @@ def load_plan(name_or_path: str | Path) -> Plan:
         UserError: neither; a file that is not YAML; a plan that could not be run.
     """
     name, path = str(name_or_path), Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.suffix in (".yaml", ".yml") or os.path.isfile(path):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise UserError(f"plan: {name!r} cannot be read ({error})") from error
+            raise UserError(f"plan: {shown(name)} cannot be read ({error})") from error
     else:
         check_choice("plan (or a .yaml file)", name, shipped_plans())
         text = shipped_plans()[name]
@@ -85,11 +89,38 @@ def load_plan(name_or_path: str | Path) -> Plan:
 def parse_plan(text: str, name: str) -> Plan:
     """The plan that `text` holds; errors call it `name`."""
     try:
-        return Plan.from_dict(yaml.load(text, _Loader))
-    except yaml.YAMLError as error:
-        raise UserError(f"plan: {name!r} is not YAML: {' '.join(str(error).split())}") from error
+        given = yaml.load(text, _Loader)
+    except RecursionError:
+        raise UserError(f"plan: {shown(name)} is nested too deeply") from None
+    # The constructors of YAML's types raise what Python does on a value such as `!!bool maybe`.
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"plan: {shown(name)} is not YAML: {reason}") from error
+    try:
+        _check_size(given)
+        return Plan.from_dict(given)
     except UserError as error:
-        raise UserError(f"plan {name!r}: {error}") from error
+        raise UserError(f"plan {shown(name)}: {error}") from error
+
+
+def _check_size(given: Any) -> None:
+    """Refuse nesting that no plan needs, and aliases that make little text a huge plan."""
+    level, count = [given], 0
+    for _ in range(_DEEPEST):
+        count += len(level)
+        if count > _MOST_VALUES:
+            raise UserError(f"it has more than {_MOST_VALUES:,} values")
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            if len(inner) > _MOST_VALUES:
+                break
+        level = inner
+    if level:
+        raise UserError(f"it is nested more than {_DEEPEST} deep")
 
 
 def plan_text(plan: Plan) -> str:

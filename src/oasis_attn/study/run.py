@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oasis_attn.data import corpus_tokenizer, load_corpus, token_blocks
-from oasis_attn.errors import check_at_least
+from oasis_attn.errors import check_whole
+from oasis_attn.files import lock
 from oasis_attn.modeling.sizes import text_config
-from oasis_attn.study.cell import held
+from oasis_attn.study.cell import PATIENCE
 from oasis_attn.study.folder import Status, StudyFolder
 from oasis_attn.study.launch import Job, Launcher, Processes
 from oasis_attn.study.plan import Cell, Plan
@@ -50,11 +51,12 @@ def run_study(
         UserError: `out` holds something else, another process runs this study; a folder of `reuse`
             that holds none; a corpus that cannot be read.
     """
-    check_at_least("workers", workers, 1)
+    check_whole("workers", workers, 1)
     others = [StudyFolder.open(path) for path in reuse]
     folder = StudyFolder.begin(out, plan)
     launcher = launcher or Processes()
-    with held(folder.path / "work" / "study.lock", f"study {str(out)!r}"):
+    held = lock(folder.path / "work" / "study.lock", f"study {str(out)!r}", patience=PATIENCE)
+    with held:
         launcher.begin(folder)
         for other in others:
             folder.take_over(other)

@@ -45,7 +45,7 @@ def run_alone(
     """
     before = None if check is None else _record(check, cell_id)
     if out is None:
-        if not Path(where).is_dir():
+        if not os.path.isdir(where):
             raise UserError(
                 f"out: {where!r} is a plan, which has no place for the record; give one"
             )
@@ -55,11 +55,10 @@ def run_alone(
         record = folder.run(cell_id)
     else:
         check_free(out)
-        plan = StudyFolder.open(where).plan if Path(where).is_dir() else load_plan(where)
+        plan = StudyFolder.open(where).plan if os.path.isdir(where) else load_plan(where)
         cell = plan.cell(cell_id)
         work = out.with_name(f".{out.name}.work")
         record = run_cell(cell, out, work, command=reproduce(plan, cell))
-        work.with_name(f"{work.name}.lock").unlink(missing_ok=True)
     return record, [] if before is None else differences(before, record)
 
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, parse_json, shown
 from oasis_attn.files import write_text
 
 STAGING = ".staged"
@@ -42,7 +42,7 @@ def last_checkpoint(folder: Path, run: dict[str, Any]) -> Path | None:
         return None
     path = found[-1]
     try:
-        seal = json.loads((path / _SEAL).read_text(encoding="utf-8"))
+        seal = parse_json((path / _SEAL).read_text(encoding="utf-8"))
         sizes, sealed_run = dict(seal["files"]), dict(seal["run"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, _SEAL) from error
@@ -58,7 +58,8 @@ def check_same_run(path: Path, found: dict[str, Any], asked: dict[str, Any]) -> 
     for name, value in json.loads(json.dumps(asked)).items():
         if name not in found or found[name] != value:
             raise UserError(
-                f"resume: {str(path)!r} has {name} {found.get(name)!r}, and this run {value!r}"
+                f"resume: {str(path)!r} has {name} {shown(found.get(name))}, and this run"
+                f" {shown(value)}"
             )
 
 

@@ -7,10 +7,19 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed
+from oasis_attn.errors import (
+    UserError,
+    check_at_least,
+    check_choice,
+    check_flag,
+    check_seed,
+    check_whole,
+)
 from oasis_attn.training.parameters import GROUPS
 
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
+_LARGEST = 1e6
+"""Of rates and weights: beyond, a step is not finite in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +113,19 @@ class TrainingConfig:
             "anneal_null": 0,
         }
         for name, least in lowest.items():
-            value = getattr(self, name)
-            check_at_least(name, value, least)
-            if not isinstance(value, int):
-                raise UserError(f"{name}: {value!r} is not a whole number")
+            check_whole(name, getattr(self, name), least)
         check_seed("seed", self.seed)
         for name in ("bf16", "activation_checkpointing", "resume"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}: {getattr(self, name)!r} is neither true nor false")
-        for name in ("warmup", "weight_decay", "clip", "outlier_penalty"):
-            check_at_least(name, getattr(self, name), 0)
+            check_flag(name, getattr(self, name))
+        check_at_least("warmup", self.warmup, 0, 1)
+        for name in ("weight_decay", "clip", "outlier_penalty"):
+            check_at_least(name, getattr(self, name), 0, _LARGEST)
         if not isinstance(self.learning_rates, Mapping):
             raise UserError(f"learning_rates: {self.learning_rates!r} does not map groups to rates")
         for group, rate in self.learning_rates.items():
             check_choice("learning_rates", group, GROUPS)
-            check_at_least(f"learning_rates[{group!r}]", rate, 0)
-        check_at_least("learning_rate", self._rate, 0)
+            check_at_least(f"learning_rates[{group!r}]", rate, 0, _LARGEST)
+        check_at_least("learning_rate", self._rate, 0, _LARGEST)
         if self.anneal_null > self.steps:
             raise UserError(
                 f"anneal_null: {self.anneal_null!r} is more than the run's {self.steps} steps"
@@ -129,8 +135,6 @@ class TrainingConfig:
             isinstance(patterns, Sequence) and all(isinstance(name, str) for name in patterns)
         ):
             raise UserError(f"trainable: {self.trainable!r} is not a list of patterns")
-        if self.warmup > 1:
-            raise UserError(f"warmup: {self.warmup!r} is a share of the steps, at most 1")
         if not self.clip:
             raise UserError(f"clip: {self.clip!r} is not above 0")
         if self.save_every % self.log_every:

@@ -28,13 +28,13 @@ class Meter(TrainerCallback):
         self.tokens = 0
         self.seconds = 0.0
         self._started = 0.0
-        console = Console(stderr=True)
+        console = Console(stderr=True, markup=False)
         self._print = console.print if show and not console.is_terminal else None
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             disable=not (show and console.is_terminal),

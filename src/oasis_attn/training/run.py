@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from oasis_attn.data import collate
-from oasis_attn.errors import UserError
-from oasis_attn.files import check_free, write_text
+from oasis_attn.errors import UserError, parse_json, shown
+from oasis_attn.files import check_free, lock, write_text, writing
 from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 from oasis_attn.records import Record
@@ -55,15 +55,19 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
 
     Raises:
         UserError: bad input, before anything is written; `out` not free, or with `resume` not of
-            this run; a loss or gradient that is not finite.
+            this run; another process that trains into `out`; a loss or gradient that is not
+            finite; a full disk, from which `resume` goes on when there is room.
     """
     out = Path(config.out)
-    begun = _begun(out) if config.resume else None
-    if begun is None and not config.resume:
-        check_free(out)
-    with _quiet_transformers():
+    _begun(out, resume=config.resume)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet_transformers())
         arguments = _arguments(config, out)  # here the processes of a distributed run meet
         processes = arguments.distributed_state
+        if processes.is_main_process:
+            place = out.resolve()
+            stack.enter_context(lock(place.with_name(f".{place.name}.lock"), f"out: {str(out)!r}"))
+        begun = _begun(out, resume=config.resume)  # again: another may have ended meanwhile
         prepared = prepare(config, processes.num_processes)
         checkpoint = None
         if begun is not None:
@@ -100,7 +104,8 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
             weights = trainer.gathered_weights()
         if processes.is_main_process:
             model = whole_model(config, prepared, weights)
-            save_model(model, prepared.tokenizer, out)
+            with writing(out):
+                save_model(model, prepared.tokenizer, out)
             history = trainer.state.log_history
             record = training_record(config, prepared, model, history, meter.tokens_per_second)
             record.save(out / "record.json")
@@ -110,14 +115,21 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
     return Record.load(out / "record.json")
 
 
-def _begun(out: Path) -> dict[str, Any] | None:
-    """What the run in `out` was asked to do; None if it was killed before it had said so."""
-    if out.is_dir() and all(path.name.startswith(".run.json.") for path in out.iterdir()):
+def _begun(out: Path, *, resume: bool) -> dict[str, Any] | None:
+    """What the run in `out` was asked to do; None if it is to begin, or was killed before it had
+    said so."""
+    if not resume:
+        check_free(out)
         return None
     try:
-        return dict(json.loads((out / "run.json").read_text(encoding="utf-8")))
+        if out.is_dir() and all(path.name.startswith(".run.json.") for path in out.iterdir()):
+            return None
+        return dict(parse_json((out / "run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"resume: {str(out)!r} holds no run to go on with ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"resume: {shown(str(out))} holds no run to go on with ({reason})"
+        ) from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from oasis_attn.errors import UserError
+from oasis_attn.files import writing
 from oasis_attn.modeling.residual import DepthRouter
 from oasis_attn.training.checkpoints import publish
 from oasis_attn.training.outliers import OutlierPenalty
@@ -151,8 +152,12 @@ class StagedTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self.state.max_steps:
             return  # the finished model is saved instead
-        super()._save_checkpoint(model, trial)
         staging = Path(str(self.args.output_dir))
+        with writing(staging.parent):
+            self._stage_and_publish(model, trial, staging)
+
+    def _stage_and_publish(self, model: nn.Module, trial: Any, staging: Path) -> None:
+        super()._save_checkpoint(model, trial)
         staged = staging / f"checkpoint-{self.state.global_step}"
         if self.is_fsdp_enabled:  # beside the shards, so that one process can load it too
             self._save(str(staged), state_dict=self.gathered_weights())
