@@ -17,10 +17,10 @@ def tokenizer():
 def build(tokenizer):
     """A tiny model that writes varied text."""
 
-    def make(variant="oasis", family="llama", width=8, **settings):
+    def make(variant="oasis", family="llama", width=8, reader=tokenizer, **settings):
         text = tiny_config(
             family,
-            vocab_size=len(tokenizer),
+            vocab_size=len(reader),
             max_position_embeddings=LENGTH,
             head_dim=width,
             initializer_range=0.5,

@@ -8,7 +8,9 @@ from oasis_attn.errors import UserError
 from oasis_attn.evaluation.likelihood import score_continuations, score_windows, strided_windows
 from oasis_attn.evaluation.samples import SampleLog
 from oasis_attn.measure import diagnose
+from oasis_attn.measure.windows import cut_windows
 from oasis_attn.ops.token_losses import CHUNK, token_losses
+from tokenizers_made import byte_level, spaced
 
 TEXTS = ["Question: 1 2 3 apples. " * 4, "Answer: 3 2 1\n" * 6]
 
@@ -90,3 +92,30 @@ def test_continuations_are_scored_as_if_alone(build, tokenizer):
             logp_TV = model(torch.tensor([front + back])).logits[0].log_softmax(-1)
         expected = -sum(float(logp_TV[len(front) - 1 + i, t]) for i, t in enumerate(back))
         assert (row["tokens"], row["loss"]) == (len(back), pytest.approx(expected, rel=1e-12))
+
+
+@pytest.mark.parametrize("kind", ["prepend", "first", "always", "byte_level"])
+def test_likelihoods_are_of_the_text_s_own_tokens(build, kind):
+    """A tokenizer that puts a space before every text does not put one before a continuation."""
+    reader = byte_level() if kind == "byte_level" else spaced(kind)
+    model = build(dtype=torch.float64, reader=reader)
+    pairs = [("Question: 5\nAnswer:", " Ann now has 12 pens."), ("The", " quick fox")]
+    rows = score_continuations(model, reader, pairs, log=log(), batch_size=2)
+    for row, (prompt, text) in zip(rows, pairs, strict=True):
+        whole = reader(prompt + text).input_ids
+        given = len(reader(prompt).input_ids)
+        with torch.no_grad():
+            logp_TV = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        expected = -sum(float(logp_TV[at - 1, whole[at]]) for at in range(given, len(whole)))
+        assert (row["tokens"], row["loss"]) == (
+            len(whole) - given,
+            pytest.approx(expected, rel=1e-12),
+        )
+    texts = ["Ann has 12 pens.", "She buys 5 more.", "The quick fox."]
+    text = reader("\n\n".join(texts), add_special_tokens=False).input_ids
+    windows = strided_windows(texts, reader, window=5)
+    assert windows.ids_NT[:, 1:].flatten().tolist() == text[: 4 * len(windows.scored)]
+    assert torch.equal(
+        cut_windows(texts, tokenizer=reader, window=5, windows=99, vocabulary=len(reader)),
+        windows.ids_NT,
+    )
