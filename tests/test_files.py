@@ -1,11 +1,27 @@
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import multiprocessing
 import os
+import resource
+import signal
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from oasis_attn.errors import UserError
-from oasis_attn.files import check_free, check_writable, staged_folder
+from oasis_attn.files import (
+    check_free,
+    check_writable,
+    is_locked,
+    lock,
+    staged_folder,
+    write_text,
+    writing,
+)
 from oasis_attn.records import Metric, Record
 
 
@@ -33,9 +49,20 @@ def test_a_file_can_be_written_or_not(tmp_path):
         check_writable(tmp_path, "record")
     with pytest.raises(UserError, match=r"cannot be written, .*file' is a file"):
         check_writable(tmp_path / "file" / "a" / "b.json")
+    os.mkfifo(tmp_path / "pipe")
+    for special in ("/dev/null", tmp_path / "pipe"):
+        with pytest.raises(UserError, match="is no regular file"):
+            check_writable(special)
+    for check in (check_writable, check_free):
+        with pytest.raises(UserError, match=r"out: '/proc/x/y' cannot be written: .* in '/proc'"):
+            check("/proc/x/y")
+        with pytest.raises(UserError, match="File name too long") as caught:
+            check(tmp_path / ("a" * 5000))
+        assert len(str(caught.value)) < 400
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
     if os.geteuid():  # root may write anywhere
         tmp_path.chmod(0o500)
-        with pytest.raises(UserError, match="is protected"):
+        with pytest.raises(UserError, match="cannot be written: Permission denied in"):
             check_writable(tmp_path / "b.json")
         tmp_path.chmod(0o700)
 
@@ -46,3 +73,134 @@ def test_what_is_not_finite_is_read_back_as_it_was(tmp_path):
     record = Record(kind="evaluation", subject={}, metrics=metrics)
     again = Record.load(record.save(tmp_path / "record.json"))
     assert repr(again.metrics) == repr(metrics)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """As on a full disk: what is written beyond `size` bytes of a file is refused."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_write_that_is_refused_leaves_the_old_file(tmp_path):
+    path = write_text(tmp_path / "a.txt", "old")
+    with files_of_at_most(1000):
+        with pytest.raises(UserError, match=r"out: .*a\.txt' cannot be written: File too large"):
+            write_text(path, "new" * 1000)
+        with (
+            pytest.raises(UserError, match=r"model' cannot be written: File too large"),
+            staged_folder(tmp_path / "model") as stage,
+        ):
+            (stage / "big").write_text("x" * 2000)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_refusals_told_by_other_libraries_are_understood(tmp_path, save):
+    tensors = {"a": torch.zeros(10_000)}
+    with (
+        files_of_at_most(1000),
+        pytest.raises(UserError, match=r"x' cannot be written: .*(too large|disk may be full)"),
+        writing(tmp_path / "x"),
+    ):
+        save(tensors, tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG]
+)
+def test_refusals_of_the_system_name_path_and_reason(number):
+    expected = rf"samples: 'a' cannot be written: {os.strerror(number)} \('b'\)$"
+    with pytest.raises(UserError, match=expected), writing("a", "samples"):
+        raise OSError(number, os.strerror(number), "b")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("x"), OSError("x"), ConnectionResetError(errno.ECONNRESET, "x"), ValueError()],
+)
+def test_what_is_no_refusal_stays_what_it_was(error):
+    with pytest.raises(type(error)) as caught, writing("a"):
+        raise error
+    assert caught.value is error
+
+
+def hold(path, pipe):
+    with lock(path, "it"):
+        pipe.send("held")
+        pipe.recv()
+
+
+def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
+    path = tmp_path / "new" / ".run.lock"
+    assert not is_locked(path)
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    for end in ("leave", "kill"):
+        process = context.Process(target=hold, args=(path, theirs))
+        process.start()
+        assert ours.recv() == "held"
+        assert is_locked(path)
+        busy = pytest.raises(UserError, match=r"^out: another process is at work on it$")
+        with busy, lock(path, "out"):
+            raise AssertionError
+        if end == "leave":
+            ours.send("leave")
+        else:
+            process.kill()
+        process.join()
+        assert path.exists() == (end == "kill")
+        assert not is_locked(path)
+        with lock(path, "out"):
+            assert is_locked(path)
+        assert not path.exists()
+
+
+def test_a_lock_waits_for_one_that_ends(tmp_path):
+    path = tmp_path / "lock"
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(path, theirs))
+    process.start()
+    ours.recv()
+    ours.send("leave")
+    with lock(path, "it", patience=60.0):
+        assert is_locked(path)
+    process.join()
+
+
+def test_records_are_checked_field_by_field(tmp_path):
+    good = json.loads(
+        Record(kind="a", subject={}, metrics=(Metric(name="b", value=1.0),)).to_json()
+    )
+    path = tmp_path / "record.json"
+
+    def load(value):
+        path.write_text(json.dumps(value))
+        return Record.load(path)
+
+    assert load(good).metrics == (Metric(name="b", value=1.0),)
+    wrong = [None, [], 3, {}, {**good, "format": 2}, {**good, "more": 1}]
+    for name in good:
+        wrong.append({key: value for key, value in good.items() if key != name})
+        values = {"seed": (3.5, True), "format": (None, 3.5)}.get(name, (None, 3.5, True))
+        wrong += [{**good, name: value} for value in values]
+    for name in good["metrics"][0]:
+        for value in (None, [], "x", True):
+            if (name, value) not in [("name", "x"), ("where", "x"), ("standard_error", None)]:
+                wrong.append({**good, "metrics": [good["metrics"][0] | {name: value}]})
+    wrong += [{**good, "metrics": [None]}, {**good, "environment": {"versions": None}}]
+    for value in wrong:
+        with pytest.raises(UserError, match=r"record: .* is not a readable record \(.+\)$"):
+            load(value)
+    for text in (b"", b"[" * 10_000, b"\xff", b"9" * 5000):
+        path.write_bytes(text)
+        with pytest.raises(UserError, match="is not a readable record"):
+            Record.load(path)

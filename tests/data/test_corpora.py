@@ -172,6 +172,14 @@ def test_unfit_files(tmp_path):
         ("train.jsonl", b'{"txt": "a"}\n', "line 1 is not a JSON object with a string"),
         ("train.jsonl", b'{"text": 3}\n', "line 1"),
         ("train.jsonl", b"[1]\n", "line 1"),
+        ("train.jsonl", b"[" * 100_000, "line 1"),
+        ("train.txt", "text".encode("utf-16"), "is UTF-16, not UTF-8; convert it"),
+        ("train.jsonl", "text".encode("utf-16"), "is UTF-16, not UTF-8"),
+        ("train.txt", b"\xfe\xff\x00a", "is UTF-16, not UTF-8"),
+        ("train.txt", "text".encode("utf-16-le"), "line 1 has a NUL byte"),
+        ("train.txt", b"fine\n\0\n", "line 2 has a NUL byte"),
+        ("train.txt", b"fine\rb\xe4d\r", "line 2 is not valid UTF-8"),
+        ("train.jsonl", gzip.compress(b"{}"), "is compressed by gzip, not UTF-8; decompress it"),
         ("train.jsonl.gz", b"not gzip", "cannot be read"),
         ("train.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-20], "cannot be read"),
     ],
@@ -181,6 +189,71 @@ def test_unreadable_text(tmp_path, file, content, message):
     with pytest.raises(UserError, match=message) as caught:
         list(load_corpus(tmp_path).texts())
     assert "\n" not in str(caught.value)
+
+
+FORMS = {
+    "CR LF": lambda data: data.replace(b"\n", b"\r\n"),
+    "CR": lambda data: data.replace(b"\n", b"\r"),
+    "BOM": lambda data: b"\xef\xbb\xbf" + data,
+    "BOM, CR LF and Ctrl-Z": lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n") + b"\x1a",
+    "CR and Ctrl-Z": lambda data: data.replace(b"\n", b"\r") + b"\x1a\x1a",
+    "mixed": lambda data: data.replace(b"\n", b"\r\n", 5),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("end", [b"\n", b""])
+@pytest.mark.parametrize("name", ["mine", "wikitext-2"])
+def test_line_ends_and_marks_do_not_change_the_documents(tmp_path, monkeypatch, form, end, name):
+    passage = "\n".join(f"é line {i} of words" for i in range(60))
+    texts = {
+        "mine": "\n \n".join(f"{i}: {passage}" for i in range(3)),
+        "wikitext-2": " = One = \n \n a \n = = Part = = \n b \n \n = Two = \n \n c ",
+    }
+    monkeypatch.setenv("OASIS_DATA", str(tmp_path))
+    folder = tmp_path / name
+    rows = "".join(json.dumps({"text": f"{i}\r\n{i}"}) + "\n" for i in range(3))
+    found = []
+    for change in (lambda data: data, FORMS[form]):
+        data = texts[name].encode() + end
+        folder.mkdir(exist_ok=True)
+        (folder / "train.txt").write_bytes(change(data))
+        (folder / "test.jsonl").write_bytes(change(rows.encode()))
+        (folder / "validation.jsonl.gz").write_bytes(gzip.compress(change(rows.encode())))
+        found.append([list(load_corpus(name, split).texts()) for split in SPLITS])
+        found.append([load_corpus(name, split).sha256 for split in SPLITS])
+    assert found[:2] == found[2:]
+    assert [len(documents) for documents in found[0]] == [3 if name == "mine" else 2, 3, 3]
+
+
+def test_blank_lines_between_rows_are_nothing(tmp_path):
+    (tmp_path / "train.jsonl").write_text('\n{"text": "a"}\n  \n{"text": "b"}\n\n')
+    assert list(load_corpus(tmp_path).texts()) == ["a", "b"]
+
+
+def refusals(path: Path) -> list[str]:
+    """What is told of the splits of a file that have no document."""
+    found = []
+    for split in SPLITS:
+        try:
+            list(load_corpus(path, split).texts())
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_documents_that_became_one_are_told_how_to_be_kept_apart(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"document {i} {'word ' * 40}\n" for i in range(50)))
+    told = refusals(path)
+    assert len(told) == 2
+    for message in told:
+        assert "became 1 document, and none falls in this split" in message
+        assert "put blank lines between the documents" in message
+        assert "\n" not in message
+    told = refusals(write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}]))
+    assert "became 2 documents" in told[0]
+    assert "has a document on each line" in told[0]
 
 
 @pytest.mark.skipif(not DATA, reason="$OASIS_DATA is not set")

@@ -129,7 +129,8 @@ def test_special_tokens_are_put_once(tokenizer):
             single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
         )
         assert prompt_ids("Ann has", tokenizer) == ids
-        assert eos not in sum(continuation_ids("Ann", " has", tokenizer), [])
+        given, predicted = continuation_ids("Ann", " has", tokenizer)
+        assert eos not in given + predicted
 
 
 def test_blocks_hold_each_document_as_the_tokenizer_encodes_it(tokenizer, tmp_path):
