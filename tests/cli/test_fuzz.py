@@ -1,0 +1,126 @@
+"""Command lines of every verb with every kind of nonsense: success, or one line and code 2.
+
+Work stops where a model would be loaded or trained, so that all that is checked before is real.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.main import get_command
+
+from oasis_attn.cli import app, main
+from oasis_attn.data.corpora import Corpus
+from oasis_attn.errors import UserError
+
+STOPS = {
+    "evaluation.evaluate": "load_model",
+    "modeling.convert": "load_model",
+    "modeling.loading": "load_model",
+    "quantization.checkpoint": "load_model",
+    "quantization.rescue": "load_model",
+    "study.demo": "load_model",
+    "study.run": "run_study",
+    "study.worker": "run_cell",
+    "training.run": "prepare",
+}
+NUMBERS = ["0", "1", "2", "-1", "1.5", "1e38", "inf", "-inf", "nan", "9" * 23, "1e-320", "", "x"]
+NAMES = ["oasis", "vanilla", "nano", "stdlib", "smollm2", "arith,perplexity", "w4a4", "smoke"]
+PLACES = [".", "/", "new", "file", "file/x", "/proc/x/y", "/dev/null", "a" * 5000, "folder", "[/x]"]
+PAIRS = ["x", "=", "null_logit=Infinity", "weight.bits=2.5", "router=1e38", "null=NaN", "router=x",
+         "rotation=hadamard", "x=" + "[" * 5000, "depth_block_size=" + "9" * 5000]  # fmt: skip
+VALUES = st.one_of(
+    st.sampled_from([*NUMBERS, *NAMES, *PLACES, *PAIRS]),
+    st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), max_size=6),
+    st.integers().map(str),
+    st.floats().map(str),
+)
+TYPED = {
+    int: st.one_of(st.integers(0, 64), st.integers()).map(str),
+    float: st.one_of(st.floats(0, 2), st.floats()).map(str),
+}
+
+
+def values(parameter):
+    """Mostly what the parameter takes, so that more than the first check is reached."""
+    typed = TYPED.get(parameter.type_descriptor.annotation, VALUES)
+    return st.one_of(typed, typed, typed, VALUES)
+
+
+def verbs():
+    """Every verb: the words that name it, and its parameters."""
+    found = {}
+    for name, command in get_command(app).commands.items():
+        if hasattr(command, "commands"):
+            found |= {(name, part): each.params for part, each in command.commands.items()}
+        else:
+            found[(name,)] = command.params
+    return found
+
+
+VERBS = verbs()
+
+
+@st.composite
+def command_lines(draw):
+    verb = draw(st.sampled_from(sorted(VERBS)))
+    words = list(verb)
+    for parameter in VERBS[verb]:
+        if parameter.param_type_name == "argument":
+            if draw(st.integers(0, 9)):
+                value = draw(VALUES)
+                words.append(f"./{value}" if value.startswith("-") else value)
+        elif parameter.name != "tied" and draw(st.integers(0, 9)) < (
+            9 if parameter.required else 2
+        ):
+            option = draw(st.sampled_from(parameter.opts))
+            words.append(option if parameter.is_flag else f"{option}={draw(values(parameter))}")
+    return words
+
+
+def stop(*_args, **_options):
+    raise UserError("stopped: here the work begins")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder to work in, with a file and a folder in it."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "file").write_text("x\n")
+    (folder / "folder").mkdir()
+    (folder / "folder" / "train.txt").write_text("text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OASIS_CACHE", str(folder / "cache"))
+        patch.setattr(Corpus, "sha256", "0")
+        for module, name in STOPS.items():
+            patch.setattr(import_module(f"oasis_attn.{module}"), name, stop)
+        yield folder
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(words=command_lines())
+def test_a_command_line_ends_well_or_in_one_line(place, words):
+    before = {path.name for path in place.iterdir()}
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["oasis", *words])
+        code = main()
+    assert code in (0, 2)
+    if code:
+        last = err.getvalue().splitlines()[-1]
+        assert last.startswith("oasis: ")
+        assert len(last) < 4000
+        assert out.getvalue() == ""
+    assert {path.name for path in place.iterdir()} == before
