@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import multiprocessing
 import os
-import resource
-import signal
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from full_disk import files_of_at_most
 from oasis_attn.errors import UserError
 from oasis_attn.files import (
     check_free,
@@ -73,19 +71,6 @@ def test_what_is_not_finite_is_read_back_as_it_was(tmp_path):
     record = Record(kind="evaluation", subject={}, metrics=metrics)
     again = Record.load(record.save(tmp_path / "record.json"))
     assert repr(again.metrics) == repr(metrics)
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int):
-    """As on a full disk: what is written beyond `size` bytes of a file is refused."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_write_that_is_refused_leaves_the_old_file(tmp_path):

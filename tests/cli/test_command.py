@@ -51,6 +51,37 @@ def test_version(oasis) -> None:
         (["diagnose", "smollm2", "--text", "absent.txt"], "absent.txt"),
         (["demo", "--windows", "0"], "windows: 0"),
         (["metrics", "sink.rat@0.3"], "did you mean 'sink.rate@<eps>'"),
+        (["demo", "--seed", "9" * 23], "seed: 9"),
+        (["train", "--out", "x", "--learning-rate", "1e38"], "learning_rate: 1e+38"),
+        (["train", "--out", "x", "--learning-rate", "inf"], "learning_rate: inf"),
+        (["train", "--out", "x", "--learning-rate", "nan"], "learning_rate: nan"),
+        (["train", "--out", "x", "--rate", "router=1e38"], "learning_rates['router']: 1e+38"),
+        (["train", "--out", "x", "--weight-decay", "inf"], "weight_decay: inf"),
+        (["train", "--out", "x", "--seed", "-1"], "seed: -1"),
+        (["train", "--out", "x", "--seed", "9" * 23], "seed: 9"),
+        (["train", "--out", "x", "--steps", "9" * 23], "steps: 9"),
+        (["train", "--out", "x", "--vocab-size", "9" * 23], "vocab_size: 9"),
+        (["train", "--out", "/proc/x/y"], "out: '/proc/x/y' cannot be written"),
+        (["evaluate", "smollm2", "--tasks", "arith", "--temperature", "inf"], "temperature: inf"),
+        (
+            ["evaluate", "smollm2", "--tasks", "arith", "--temperature", "1e-9"],
+            "temperature: 1e-09",
+        ),
+        (["evaluate", "smollm2", "--tasks", "arith", "--seed", "9" * 23], "seed: 9"),
+        (["evaluate", "smollm2", "--tasks", "arith", "--out", "/proc/x"], "out: '/proc/x'"),
+        (["evaluate", "smollm2", "--tasks", "arith", "--samples", "/proc/x"], "samples: '/proc/x"),
+        (["diagnose", "smollm2", "--corpus", "pydoc", "--out", "/proc/x/y"], "out: '/proc/x/y'"),
+        (["diagnose", "smollm2", "--corpus", "pydoc", "--out", "/dev/null"], "no regular file"),
+        (["diagnose", "smollm2", "--corpus", "pydoc", "--figures", "/proc/x"], "figures: '/proc/x"),
+        (["diagnose", "smollm2", "--corpus", "a" * 5000], "is not one of"),
+        (["quantize", "smollm2", "--out", "/proc/x"], "out: '/proc/x'"),
+        (["quantize", "smollm2", "--out", "x", "--seed", "-1"], "seed: -1"),
+        (["quantize", "smollm2", "--out", "a" * 5000], "File name too long"),
+        (["convert", "smollm2", "/proc/x"], "out: '/proc/x'"),
+        (["prefix", "smollm2", "/proc/x"], "out: '/proc/x'"),
+        (["demo", "--out", "/proc/x"], "out: '/proc/x'"),
+        (["study", "run", "smoke", "--out", "/proc/x"], "out: '/proc/x'"),
+        (["study", "status", "[/x]"], "'[/x]' holds no plan.yaml"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
@@ -78,11 +109,19 @@ def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
     [
         (UserError("x: 1\nis not 2"), 2, "oasis: x: 1 is not 2\n"),
         (KeyboardInterrupt(), 130, "oasis: interrupted\n"),
+        (PermissionError(13, "", "x"), 2, "oasis: Permission denied: 'x'\n"),
     ],
 )
 def test_what_ends_a_verb_early(oasis, monkeypatch, error, code, line) -> None:
     monkeypatch.setattr(cli, "app", _app(error))
     assert oasis("verb") == (code, ("", line))
+
+
+def test_a_full_disk_is_told_in_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "oasis_attn", "variants", "--json"]
+        ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "oasis: No space left on device\n")
 
 
 def _app(error: BaseException) -> Typer:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from full_disk import files_of_at_most
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation.samples import SampleLog
 
@@ -73,3 +74,40 @@ def test_without_a_path_samples_stay_in_memory(tmp_path, monkeypatch):
     log.add([sample(3)])
     assert log[3, 0] == sample(3)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"response": None}, {"response": 3}, {"tokens": 0}, {"tokens": 1.0}, {"loss": None},
+        {"id": "0"}, {"id": True}, {"repeat": None},
+    ],
+)  # fmt: skip
+def test_samples_say_what_they_are_for_in_the_right_types(tmp_path, change):
+    path = tmp_path / "t.jsonl"
+    says = {"response": str, "tokens": int, "loss": float}
+    good = sample(0) | {"tokens": 3, "loss": float("nan")}
+    log = SampleLog(path, SETTINGS, says=says, resume=False)
+    log.add([good])
+    assert (0, 0) in SampleLog(path, SETTINGS, says=says, resume=True)
+    with path.open("a") as file:
+        file.write(json.dumps(good | {"settings": log.settings} | change) + "\n")
+    with pytest.raises(UserError, match=r"samples: .* line 3 is not a logged sample"):
+        SampleLog(path, SETTINGS, says=says, resume=True)
+
+
+def test_a_full_disk_is_told_and_the_log_goes_on(tmp_path):
+    path = tmp_path / "t.jsonl"
+    log = SampleLog(path, SETTINGS, resume=False)
+    rows = [sample(index, response="x" * 99) for index in range(20)]
+    with (
+        files_of_at_most(1000),
+        pytest.raises(UserError, match=r"samples: .*t\.jsonl' cannot be written: File too large"),
+    ):
+        log.add(rows)
+    assert (0, 0) not in log
+    again = SampleLog(path, SETTINGS, resume=True)
+    assert (0, 0) in again
+    assert (19, 0) not in again
+    again.add(rows)
+    assert [(19, 0) in SampleLog(path, SETTINGS, resume=True)] == [True]

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
+from full_disk import files_of_at_most
 from oasis_attn.errors import UserError
 from oasis_attn.files import is_locked, lock
 from oasis_attn.records import Record
 from oasis_attn.training import run as run_module
 from oasis_attn.training import train
-from test_files import files_of_at_most
 from training import processes
 
 

@@ -29,6 +29,7 @@ from oasis_attn.errors import UserError, shown
 from oasis_attn.files import refusal
 
 INTERRUPTED = 130
+_LONGEST = 3000  # letters of a message
 
 app = typer.Typer(
     name="oasis",
@@ -55,6 +56,13 @@ for verb in (demo, diagnose, convert, train, evaluate, prefix, quantize, variant
 app.add_typer(study)
 
 
+def _one_line(message: str) -> str:
+    """`message` on one line, cut in the middle where what the user gave makes it long."""
+    line = " ".join(message.split())
+    half = _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
+
+
 def _drop_output() -> None:
     """Let what is still to be printed go nowhere, for standard output takes no more."""
     with suppress(OSError, ValueError):  # no file: replaced by the caller
@@ -79,7 +87,7 @@ def main() -> int:
     except (UserError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         if message:
-            print(f"oasis: {' '.join(message.split())}", file=sys.stderr)
+            print(f"oasis: {_one_line(message)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         _drop_output()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from oasis_attn.cli.terminal import AsJson, print_table, working
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, shown
 
 if TYPE_CHECKING:
     from oasis_attn.records import Record
@@ -104,7 +104,9 @@ def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"{option}: {text!r} is not whole numbers with commas between") from error
+        raise UserError(
+            f"{option}: {shown(text)} is not whole numbers with commas between"
+        ) from error
 
 
 def _table(record: Record) -> Table:

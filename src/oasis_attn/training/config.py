@@ -14,6 +14,7 @@ from oasis_attn.errors import (
     check_flag,
     check_seed,
     check_whole,
+    shown,
 )
 from oasis_attn.training.parameters import GROUPS
 
@@ -121,7 +122,9 @@ class TrainingConfig:
         for name in ("weight_decay", "clip", "outlier_penalty"):
             check_at_least(name, getattr(self, name), 0, _LARGEST)
         if not isinstance(self.learning_rates, Mapping):
-            raise UserError(f"learning_rates: {self.learning_rates!r} does not map groups to rates")
+            raise UserError(
+                f"learning_rates: {shown(self.learning_rates)} does not map groups to rates"
+            )
         for group, rate in self.learning_rates.items():
             check_choice("learning_rates", group, GROUPS)
             check_at_least(f"learning_rates[{group!r}]", rate, 0, _LARGEST)
@@ -134,7 +137,7 @@ class TrainingConfig:
         if isinstance(patterns, str) or not (
             isinstance(patterns, Sequence) and all(isinstance(name, str) for name in patterns)
         ):
-            raise UserError(f"trainable: {self.trainable!r} is not a list of patterns")
+            raise UserError(f"trainable: {shown(self.trainable)} is not a list of patterns")
         if not self.clip:
             raise UserError(f"clip: {self.clip!r} is not above 0")
         if self.save_every % self.log_every:
