@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from oasis_attn.errors import UserError, check_at_least
+from oasis_attn.errors import UserError, check_whole
 from oasis_attn.quantization.grids import Grid, Levels, place, snap
 from oasis_attn.quantization.ranges import finite_range
 
@@ -57,8 +57,8 @@ class QuantizedCache(Cache):
         recent: int = RECENT,
     ) -> None:
         check_bits(bits)
-        check_at_least("first", first, 0)
-        check_at_least("recent", recent, 0)
+        check_whole("first", first, 0)
+        check_whole("recent", recent, 0)
         text: Any = config.get_text_config(decoder=True)
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:

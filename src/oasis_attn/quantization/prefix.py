@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
 from oasis_attn.modeling.prefix import Prefix, prefix_of, prefix_replaced, with_prefix
 from oasis_attn.quantization.branches import decoder_layers
 from oasis_attn.quantization.sites import linear_sites
@@ -57,7 +57,7 @@ def find_prefix(
         UserError: unusable arguments, or no prefix halves the noise: the model has no use for one.
     """
     check_choice("method", method, METHODS)
-    check_at_least("length", length, 1)
+    check_whole("length", length, 1)
     if prefix_of(model) is not None:
         raise UserError("model: it has a prefix already; give the model without it")
     if method == "frequency" and candidates is not None:
@@ -195,7 +195,7 @@ def tune_prefix(
     Raises:
         UserError: unusable arguments; a loss that is not finite.
     """
-    check_at_least("steps", steps, 1)
+    check_whole("steps", steps, 1)
     check_at_least("noise_weight", noise_weight, 0)
     if not learning_rate > 0:
         raise UserError(f"learning_rate: {learning_rate!r} is not above 0")
