@@ -43,7 +43,7 @@ class InferenceStream:
     """
 
     def __init__(self, embedding_BTD: Tensor, routing: Routing):
-        settings = self.settings = routing.router.settings
+        settings = routing.router.settings
         size = self.size = settings.depth_block_size
         self.group = size if size > 1 else GROUP
         self.softmax1 = settings.depth_normalizer == "softmax1"
@@ -90,7 +90,7 @@ class InferenceStream:
         """See `DepthStream.add`."""
         if self.signal:
             if null_BHT is None or null_BHT is not self.null_BHT:  # an MLP has its attention's
-                self.psi_BT1 = evidence(null_BHT, branch_BTD, self.settings).unsqueeze(-1)
+                self.psi_BT1 = evidence(null_BHT, branch_BTD).unsqueeze(-1)
                 self.null_BHT = null_BHT
             since_BT1 = self.psi_since_BT1 + self.psi_BT1 if self.recent else self.psi_BT1
             self.psi_since_BT1 = since_BT1

@@ -39,6 +39,7 @@ from oasis_attn.modeling.configuration import OasisConfig, refuse_unknown
 from oasis_attn.modeling.families import Family, check_fits
 from oasis_attn.modeling.inference import InferenceStream, depth_stream
 from oasis_attn.modeling.native import NativeStream
+from oasis_attn.modeling.packing import with_packed_masks
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 from oasis_attn.modeling.residual import (
     BRANCH_EPS,
@@ -77,6 +78,7 @@ class LayerSettings(NamedTuple):
     evidence: str
     mlp_evidence: str
     branch_scale: str
+    null_signal: str
     routing: Routing | None
 
 
@@ -143,7 +145,8 @@ class RoutedLayer(Routed):
         routing = settings.routing
         heads_LH = None if routing is None else routing.head_couplings_LH
         weights_H = None if heads_LH is None else heads_LH[self.index]
-        evidence_BHT = head_evidence(null_BHT, settings.evidence, weights_H)
+        shuffled = settings.null_signal == "shuffled"
+        evidence_BHT = head_evidence(null_BHT, settings.evidence, weights_H, shuffled=shuffled)
         branch = self._finish(branch, family.post_attention, family.attention_dropout)
         stream.add(scaled(branch), evidence_BHT)
 
@@ -191,6 +194,14 @@ class RoutedModel(Routed):
         self._no_split_modules = [layer_class.__name__]
 
     def forward(self, *args, output_attentions: bool = False, **kwargs):
+        kwargs = with_packed_masks(self, args, kwargs)  # type: ignore[arg-type]
+        if self.training and getattr(self.layers[0], "gradient_checkpointing", False):
+            if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+                raise UserError(
+                    "use_cache: activation checkpointing keeps no cache in training; call"
+                    " model.eval() to generate, or pass use_cache=False"
+                )
+            kwargs["use_cache"] = False
         config = cast(RoutedLayer, self.layers[0]).settings
         kwargs["settings"] = LayerSettings(
             config.residual,
@@ -200,6 +211,7 @@ class RoutedModel(Routed):
             config.evidence,
             config.mlp_evidence,
             config.branch_scale,
+            config.null_signal,
             None if self.depth is None else self.depth(),
         )
         if not output_attentions:
@@ -300,10 +312,10 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
         """Next-token logits `[B, T, V]`, and the loss in nats with `labels` (-100: ignored).
 
         Arguments are those of any transformers causal model; padding by `attention_mask`, packing
-        by `position_ids` that restart at 0, with `use_cache=False`.  With `output_attentions=True`,
-        `attentions` are the maps `[B, H, T, S]`, whose rows sum to 1 - null (attention then stores
-        them); with `output_null_mass=True`, `null_mass` is what each head left unspent,
-        `[B, H, T]`.
+        by `position_ids` that restart within a row (no cache is returned then).  With
+        `output_attentions=True`, `attentions` are the maps `[B, H, T, S]`, whose rows sum to
+        1 - null (attention then stores them); with `output_null_mass=True`, `null_mass` is what
+        each head left unspent, `[B, H, T]`.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if given is None:

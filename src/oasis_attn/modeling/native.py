@@ -30,7 +30,6 @@ def suits_native(embedding_BTD: Tensor, routing: Routing) -> bool:
         embedding_BTD.dtype == torch.float32
         and embedding_BTD.shape[-1] % native.LANES == 0
         and embedding_BTD.device.type == "cpu"
-        and routing.router.settings.null_signal != "shuffled"
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and native.library() is not None
     )
@@ -40,7 +39,7 @@ class NativeStream:
     """Does what `DepthStream` does; layers hand on this object itself, beside the hidden state."""
 
     def __init__(self, embedding_BTD: Tensor, routing: Routing):
-        settings = self._settings = routing.router.settings
+        settings = routing.router.settings
         library = native.library()
         assert library is not None
         self._step = library.depth_step
@@ -79,7 +78,7 @@ class NativeStream:
         else:
             if null_BHT is not self._null_BHT:  # an MLP has its attention's
                 self._null_BHT = null_BHT
-                self._psi_BT = evidence(null_BHT, branch_BTD, self._settings)
+                self._psi_BT = evidence(null_BHT, branch_BTD)
             self._mix(branch_BTD, self._psi_BT, 1)
 
     def packed(self) -> Tensor | tuple[Tensor, NativeStream]:

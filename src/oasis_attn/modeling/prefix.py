@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from transformers.utils import ModelOutput, cached_file
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_bytes, write_text
 from oasis_attn.modeling.hf_quantizer import prefix_quantizer
+from oasis_attn.modeling.packing import input_of, is_one_sequence
 
 FOLDER = "prefix"
 _CONFIG, _WEIGHTS, _TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
@@ -238,6 +240,13 @@ class _Store(nn.Module):
         for layer, pair in enumerate(zip(self.keys, self.values, strict=True)):  # type: ignore[arg-type]
             cache.update(*(x_GPd.expand(batch, -1, -1, -1) for x_GPd in pair), layer)
         cache.kv_prefix = self.tokens  # type: ignore[attr-defined]
+        cache.get_seq_length = MethodType(_length, cache)  # type: ignore[method-assign]
+
+
+def _length(cache: Any, layer_idx: int = 0) -> int:
+    """Tokens in `cache`: to the decoder all, to a caller its own, without the prefix."""
+    length: int = type(cache).get_seq_length(cache, layer_idx)
+    return length if cache.in_decoder or not length else length - len(cache.kv_prefix)
 
 
 # Module-level functions that find the prefix on the module: a copied model uses its own.
@@ -252,18 +261,25 @@ def _put_in_front(
         raise UserError("arguments: behind a prefix, all but input_ids must be given by name")
     if module.training and getattr(module, "is_activation_checkpointing", False):
         raise UserError("activation_checkpointing: it drops the prefix; switch it off")
-    batch, fresh = _given(args, kwargs).shape[:2]
+    batch, fresh = input_of(args, kwargs).shape[:2]
     cache = kwargs.get("past_key_values")
     if cache is None:
         cache = DynamicCache(config=module.config.get_text_config(decoder=True))
     elif getattr(cache, "is_compileable", False):
         raise UserError(f"past_key_values: {type(cache).__name__} has no room left for the prefix")
+    cache.in_decoder = True
     if cache.get_seq_length() == 0:
         store.fill(cache, batch)
     elif getattr(cache, "kv_prefix", None) != store.tokens:
         raise UserError("past_key_values: it was filled without this model's prefix")
     length = len(store.tokens)
-    own = cache.get_seq_length() - length + fresh
+    past = cache.get_seq_length() - length
+    if past < 0:
+        raise UserError(f"past_key_values: {-past} tokens of the prefix were cropped from it")
+    filled = len(cache.layers[0].keys)
+    if filled != batch:
+        raise UserError(f"past_key_values: holds {filled} sequences, the input {batch}")
+    own = past + fresh
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     kwargs = kwargs | {"past_key_values": cache}
     if mask is not None:
@@ -272,27 +288,25 @@ def _put_in_front(
             raise UserError(f"attention_mask: {found} is not [{batch}, {own}], the prefix left out")
         kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, length), mask], 1)
     if positions is not None:
-        counted = torch.arange(own - fresh, own, device=positions.device)
+        counted = torch.arange(past, own, device=positions.device)
         if mask is None and not bool((positions == counted).all()):
             raise UserError(
-                f"position_ids: without a mask they must be {own - fresh} .. {own - 1}, the prefix"
+                f"position_ids: without a mask they must be {past} .. {own - 1}, the prefix"
                 " left out; packed sequences cannot all stand behind it"
+            )
+        if mask is not None and fresh > 1 and not is_one_sequence(positions, mask):
+            raise UserError(
+                "position_ids: they restart; packed sequences cannot all stand behind a prefix"
             )
         kwargs["position_ids"] = positions + length
     return args, kwargs
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    for value in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
-        if value is not None:
-            return value
-    raise UserError("input_ids: neither they nor inputs_embeds are given")
-
-
 def _withdraw_cache(
     module: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    """Without `use_cache`, none is handed back."""
+    """Without `use_cache`, none is handed back; otherwise its length is the caller's again."""
+    kwargs["past_key_values"].in_decoder = False
     wanted = kwargs.get("use_cache")
     if wanted is None:
         wanted = module.config.use_cache

@@ -177,7 +177,7 @@ class DepthStream:
 
     def add(self, branch_BTD: Tensor, null_BHT: Tensor | None) -> None:
         """Append a sublayer's output v, with psi the mean of null over heads; mix anew."""
-        evidence_BT = evidence(null_BHT, branch_BTD, self.settings)
+        evidence_BT = evidence(null_BHT, branch_BTD)
         if self.running:
             branch_BTD = self.running[0] + branch_BTD
             evidence_BT = self.running[1] + evidence_BT
@@ -308,7 +308,7 @@ class AuthorsStream:
         """Mix the states so far and those within the layer, each with its layer's psi."""
         after_mlp = bool(self.within)
         if not after_mlp:
-            psi_BT = evidence(null_BHT, branch_BTD, self.settings)
+            psi_BT = evidence(null_BHT, branch_BTD)
             self.evidence_BTS = _append(self.evidence_BTS, psi_BT.to(self.evidence_BTS.dtype))
         self.within = [*self.within, self.hidden + branch_BTD]
         evidence_BTS = self.evidence_BTS
@@ -328,24 +328,32 @@ class AuthorsStream:
         return self.hidden, self.evidence_BTS, *self.states[:-1]
 
 
-def head_evidence(null_BHT: Tensor | None, kind: str, weights_H: Tensor | None) -> Tensor | None:
-    """What psi is the mean over heads of: see `evidence` and `coupling` of `OasisConfig`."""
-    if null_BHT is not None and kind == "log":
+def head_evidence(
+    null_BHT: Tensor | None, kind: str, weights_H: Tensor | None, *, shuffled: bool
+) -> Tensor | None:
+    """What psi is the mean over heads of: see `evidence` and `coupling` of `OasisConfig`.
+
+    `shuffled` permutes the tokens.  It is done once a layer, so that the attention and the MLP of
+    a layer share psi as they do without it: only which token it belongs to is lost.
+    """
+    if null_BHT is None:
+        return None
+    if kind == "log":
         null_BHT = torch.log1p(null_BHT / EVIDENCE_FLOOR)
-    if null_BHT is not None and weights_H is not None:
+    if weights_H is not None:
         null_BHT = null_BHT * weights_H.unsqueeze(-1)
+    if shuffled:
+        B, _, T = null_BHT.shape
+        order = torch.randperm(B * T, device=null_BHT.device)
+        null_BHT = null_BHT.transpose(1, 2).flatten(0, 1)[order].unflatten(0, (B, T)).mT
     return null_BHT
 
 
-def evidence(null_BHT: Tensor | None, branch_BTD: Tensor, settings: OasisConfig) -> Tensor:
+def evidence(null_BHT: Tensor | None, branch_BTD: Tensor) -> Tensor:
     """psi `[B, T]` of a branch, the mean over heads; 0 where attention has no null."""
     if null_BHT is None:
         return branch_BTD.new_zeros(branch_BTD.shape[:-1], dtype=torch.float32)
-    psi_BT = null_BHT.mean(1)
-    if settings.null_signal == "shuffled":
-        order = torch.randperm(psi_BT.numel(), device=psi_BT.device)
-        psi_BT = psi_BT.flatten()[order].view_as(psi_BT)
-    return psi_BT
+    return null_BHT.mean(1)
 
 
 def unit_scale(x_BTD: Tensor, eps: float = UNIT_EPS) -> Tensor:

@@ -1,0 +1,112 @@
+"""Packed rows: several sequences in one row, told apart by `position_ids` that start again.
+
+transformers keeps such sequences apart only where there is neither a cache nor a mask, and only in
+families that hand their positions to the mask.  Our models always keep them apart, or refuse them.
+
+Axes: B batch, T tokens, S tokens that the mask is for: those in a cache, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import is_tracing
+
+from oasis_attn.errors import UserError
+
+_NOT_WITH_A_CACHE = (
+    "position_ids: they restart, and a cache continues one sequence per row; for packed sequences"
+    " pass use_cache=False and no past_key_values"
+)
+
+
+def with_packed_masks(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """`kwargs` of a base model's forward pass, with masks that keep packed sequences apart.
+
+    A mask that is not `[B, S]` is left to the caller, who decides by it what attends to what.
+
+    Raises:
+        UserError: packed sequences with a cache or with padding; positions that jump ahead;
+            sequence boundaries without `position_ids`.
+    """
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is None:
+        for name in ("cu_seq_lens_q", "seq_idx"):
+            if kwargs.get(name) is not None:
+                raise UserError(f"{name}: packed sequences need position_ids that restart at 0")
+        return kwargs
+    two_axes = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    if positions.ndim != 2 or positions.shape[1] == 1 or not two_axes:
+        return kwargs
+    cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+    single = is_one_sequence(positions, mask, 0 if cache is None else cache.get_seq_length())
+    if is_tracing(positions):  # no branch on values
+        if use_cache is None:
+            use_cache = model.config.use_cache
+        if mask is None and cache is None and not use_cache:
+            return kwargs | _separate(model, input_of(args, kwargs), positions)
+        # transformers' torch_compilable_check waits for the device, and an export drops it.
+        torch._assert_async(single, _NOT_WITH_A_CACHE)
+        return kwargs
+    if single:
+        return kwargs
+
+    if cache is not None or use_cache:
+        raise UserError(_NOT_WITH_A_CACHE)
+    if mask is not None and not mask.all():
+        raise UserError(
+            "attention_mask: it has zeros beside position_ids that restart within a row; leave"
+            " padding out of packed rows, or give a mask [B, 1, T, T]"
+        )
+    if (positions.diff(dim=-1) > 1).any():
+        raise UserError(
+            "position_ids: they skip positions within a row, which may or may not begin another"
+            " sequence; give an attention_mask [B, 1, T, T]"
+        )
+    return kwargs | _separate(model, input_of(args, kwargs), positions)
+
+
+def is_one_sequence(
+    position_ids_BT: Tensor, attention_mask_BS: Tensor | None, past: int = 0
+) -> Tensor:
+    """Whether each row is one sequence, and continues the `past` tokens of a cache.
+
+    Its positions rise by one, and over padding by any number.
+    """
+    steps_BT = position_ids_BT.diff(dim=-1, prepend=position_ids_BT[:, :1] - 1)
+    if attention_mask_BS is None:
+        return (steps_BT == 1).all() & (position_ids_BT[:, 0] >= past).all()
+    seen_BS, T = attention_mask_BS.bool(), position_ids_BT.shape[1]
+    earlier_B1, seen_BT = seen_BS[:, :-T].sum(-1, keepdim=True), seen_BS[:, -T:]
+    highest_BT = torch.cat([earlier_B1 - 1, position_ids_BT.where(seen_BT, -1)], 1).cummax(1)[0]
+    after_seen_BT = F.pad(seen_BT, (1, -1))
+    rises_BT = torch.where(after_seen_BT, steps_BT == 1, position_ids_BT > highest_BT[:, :-1])
+    return (rises_BT | ~seen_BT).all()
+
+
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`input_ids` or `inputs_embeds`, whichever a forward pass is given."""
+    for value in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+        if value is not None:
+            return value
+    raise UserError("input_ids: neither they nor inputs_embeds are given")
+
+
+def _separate(model: PreTrainedModel, given: Tensor, positions: Tensor) -> dict[str, Any]:
+    """What a forward pass needs so that sequences packed in `given` do not see each other."""
+    batch, length = given.shape[:2]
+    masks = create_masks_for_generate(
+        model.config,
+        inputs_embeds=torch.empty(batch, length, 0, device=given.device),  # for its shape only
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+    )
+    return {"attention_mask": masks, "use_cache": False}
