@@ -116,6 +116,60 @@ def test_generate_with_guesses_that_are_taken_back(llama):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("make", [native, lambda: native("gemma2"), lambda: tiny_model().double()])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 2}, {"num_beams": 2}])
+def test_the_next_turn_goes_on_from_the_cache_of_the_last(make, padding, how):
+    """Given the whole text, or its new tokens only beside a mask of the whole."""
+    model = make()
+    twin = with_prefix(model, compute_prefix(model, TOKENS))
+    first = torch.cat([torch.zeros(2, padding, dtype=torch.int64), text(2, 6)], 1)
+    second, greedy = text(2, 4), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    turn = twin.generate(
+        first, attention_mask=(first > 0).long(), return_dict_in_generate=True, **greedy
+    )
+    whole = torch.cat([turn.sequences, second], 1)
+    mask = torch.ones_like(whole).index_fill(1, torch.arange(padding), 0)
+    cache = turn.past_key_values
+    assert cache.get_seq_length() == turn.sequences.shape[1] - 1
+    want = twin.generate(whole, attention_mask=mask, **greedy | how)
+    if "num_beams" in how:
+        cache.batch_repeat_interleave(2)
+    copied = copy.deepcopy(cache)
+    got = twin.generate(whole, attention_mask=mask, past_key_values=cache, **greedy | how)
+    assert torch.equal(got, want)
+    if not how:
+        new = whole[:, copied.get_seq_length() :]
+        got = twin.generate(new, attention_mask=mask, past_key_values=copied, **greedy)
+        assert torch.equal(got[:, new.shape[1] :], want[:, whole.shape[1] :])
+
+
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_and_a_reset_one_starts_anew(llama):
+    _, twin = llama
+    ids_BT = text(2, 9)
+    want = twin(ids_BT).logits
+    cache = twin(ids_BT, use_cache=True).past_key_values
+    cache.crop(-4)
+    got = twin(ids_BT[:, 5:], past_key_values=cache).logits
+    torch.testing.assert_close(got, want[:, 5:], atol=1e-10, rtol=0)
+    cache.crop(-9)
+    torch.testing.assert_close(twin(ids_BT, past_key_values=cache).logits, want, atol=1e-10, rtol=0)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(twin(ids_BT, past_key_values=cache).logits, want, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_an_assistant_with_a_prefix_helps(llama):
+    model, twin = llama
+    ids_1T, greedy = text(1, 6), {"max_new_tokens": 8, "do_sample": False}
+    for main in (model, twin):
+        want = main.generate(ids_1T, **greedy)
+        assert torch.equal(main.generate(ids_1T, assistant_model=twin, **greedy), want)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_left_padding_changes_nothing(family):
     model = native(family)
@@ -159,7 +213,9 @@ def test_any_pieces_with_a_cache_are_the_whole(llama, cuts, masked, placed):
 def test_no_cache_is_handed_back_that_was_not_asked_for(llama):
     _, twin = llama
     assert twin(text(1, 4), use_cache=False).past_key_values is None
-    assert twin(text(1, 4), use_cache=True).past_key_values.get_seq_length() == 4 + len(TOKENS)
+    cache = twin(text(1, 4), use_cache=True).past_key_values
+    assert cache.get_seq_length() == 4  # of the caller's tokens
+    assert cache.layers[0].get_seq_length() == 4 + len(TOKENS)
 
 
 @torch.no_grad()
@@ -310,6 +366,13 @@ def test_broken_files_are_told(tmp_path, llama):
         ({"attention_mask": torch.ones(2, 9)}, r"is not \[2, 6\]"),
         ({"attention_mask": {"full_attention": None}}, "attention_mask: dict"),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, "packed sequences cannot"),
+        (
+            {
+                "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
+                "attention_mask": torch.ones(2, 6),
+            },
+            "packed sequences cannot",
+        ),
     ],
 )
 def test_inputs_that_cannot_stand_behind_it_are_refused(llama, keywords, message):
@@ -326,9 +389,21 @@ def test_caches_without_it_are_refused(llama):
     filled = model(ids_BT, use_cache=True).past_key_values
     with pytest.raises(UserError, match="filled without this model's prefix"):
         twin(ids_BT, past_key_values=filled)
-    own = twin.generate(ids_BT, max_new_tokens=2, return_dict_in_generate=True, do_sample=False)
-    with pytest.raises(UserError, match="position_ids"):  # generate counts the prefix as theirs
-        twin.generate(torch.cat([own.sequences, ids_BT], 1), past_key_values=own.past_key_values)
+    own = twin(ids_BT, use_cache=True).past_key_values
+    with pytest.raises(UserError, match="holds a prefix, and this model has none"):
+        model(ids_BT, past_key_values=own)
+    with pytest.raises(UserError, match="holds 2 sequences, the input 1"):
+        twin(ids_BT[:1], past_key_values=own)
+    with pytest.raises(UserError, match="holds 2 sequences, the input 6"):
+        twin.generate(text(2, 9), past_key_values=own, num_beams=3, max_new_tokens=2)
+    with pytest.raises(UserError, match="StaticCache has no room"):
+        twin.generate(ids_BT, cache_implementation="static", max_new_tokens=2)
+    one = twin(text(1, 6), use_cache=True).past_key_values
+    with pytest.raises(UserError, match="attention_mask: "):  # generate does not slice these
+        twin.generate(text(1, 9), past_key_values=one, prompt_lookup_num_tokens=2, max_new_tokens=2)
+    own.crop(-7)
+    with pytest.raises(UserError, match="1 tokens of the prefix were cropped"):
+        twin(ids_BT, past_key_values=own)
 
 
 def test_models_and_prefixes_that_do_not_fit_are_refused(llama):

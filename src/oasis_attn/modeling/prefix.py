@@ -176,13 +176,15 @@ def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
 
     Logits are those of the tokens standing before the input, in forward passes of the model, its
     base and in `generate` with caches that grow; with left padding and labels as without a prefix.
-    A layer with a sliding window forgets the prefix as it forgets tokens (padding counts).
+    A cache's `get_seq_length` leaves the prefix out for the caller, so that the next turn can go on
+    from it.  A layer with a sliding window forgets the prefix as it forgets tokens (padding
+    counts).
 
     Raises:
         UserError: a prefix of another model, or a model that has one or that another library
-            quantised.  In forward passes: a cache of fixed size or one filled without the prefix, a
-            mask that is not [B, T so far], packed sequences, and activation checkpointing, which
-            drops all that is cached.
+            quantised.  In forward passes: a cache of fixed size, of another batch size or filled
+            without the prefix, a mask that is not [B, T so far], packed sequences, and activation
+            checkpointing, which drops all that is cached.
     """
     _check_none(model)
     text = model.config.get_text_config(decoder=True)
@@ -241,12 +243,23 @@ class _Store(nn.Module):
             cache.update(*(x_GPd.expand(batch, -1, -1, -1) for x_GPd in pair), layer)
         cache.kv_prefix = self.tokens  # type: ignore[attr-defined]
         cache.get_seq_length = MethodType(_length, cache)  # type: ignore[method-assign]
+        cache.get_query_offset = MethodType(_query_offset, cache)  # type: ignore[method-assign]
+
+
+# Methods of a cache that holds a prefix; bound, so that a copied cache uses its own.
 
 
 def _length(cache: Any, layer_idx: int = 0) -> int:
-    """Tokens in `cache`: to the decoder all, to a caller its own, without the prefix."""
+    """Tokens in the cache: for the decoder all of them, for its caller all but the prefix."""
     length: int = type(cache).get_seq_length(cache, layer_idx)
     return length if cache.in_decoder or not length else length - len(cache.kv_prefix)
+
+
+def _query_offset(cache: Any, layer_idx: int = 0) -> int:
+    """As transformers', which asks for it within a decoder only."""
+    if not cache.in_decoder:
+        raise UserError("past_key_values: it holds a prefix, and this model has none")
+    return _length(cache, layer_idx)
 
 
 # Module-level functions that find the prefix on the module: a copied model uses its own.
@@ -267,16 +280,15 @@ def _put_in_front(
         cache = DynamicCache(config=module.config.get_text_config(decoder=True))
     elif getattr(cache, "is_compileable", False):
         raise UserError(f"past_key_values: {type(cache).__name__} has no room left for the prefix")
-    cache.in_decoder = True
-    if cache.get_seq_length() == 0:
+    length, held = len(store.tokens), type(cache).get_seq_length(cache)
+    if held == 0:
         store.fill(cache, batch)
+        held = length
     elif getattr(cache, "kv_prefix", None) != store.tokens:
         raise UserError("past_key_values: it was filled without this model's prefix")
-    length = len(store.tokens)
-    past = cache.get_seq_length() - length
+    past, filled = held - length, len(cache.layers[0].keys)
     if past < 0:
         raise UserError(f"past_key_values: {-past} tokens of the prefix were cropped from it")
-    filled = len(cache.layers[0].keys)
     if filled != batch:
         raise UserError(f"past_key_values: holds {filled} sequences, the input {batch}")
     own = past + fresh
@@ -299,6 +311,7 @@ def _put_in_front(
                 "position_ids: they restart; packed sequences cannot all stand behind a prefix"
             )
         kwargs["position_ids"] = positions + length
+    cache.in_decoder = True
     return args, kwargs
 
 
