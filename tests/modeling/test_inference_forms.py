@@ -7,6 +7,7 @@ import torch
 
 from oasis_attn.modeling import inference
 from oasis_attn.modeling.native import NativeStream
+from oasis_attn.modeling.residual import observe_depth
 from oasis_attn.ops import native
 from oasis_attn.ops.null_attention import attend_one, null_attention
 from tiny import tiny_config, tiny_model
@@ -96,6 +97,48 @@ def test_other_evidence(compiler, steps, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(decoded(model, ids), whole, rtol=0, atol=1e-4)
     assert len(steps) == 7 * 10
+
+
+@pytest.mark.parametrize("settings", [{}, {"depth_block_size": 3}, EVIDENCE])
+@pytest.mark.parametrize("compiler", [pytest.param(True, marks=compiled), False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_shuffled_signal_is_drawn_alike_in_all_forms(
+    settings, compiler, batch, steps, monkeypatch
+):
+    """One permutation a layer, whatever the form."""
+    if not compiler:
+        monkeypatch.setattr(native, "library", lambda: None)
+    model, draws, randperm = build("oasis_signal_shuffled", **settings), [], torch.randperm
+
+    def counted(n, **keywords):
+        draws.append(n)
+        return randperm(n, **keywords)
+
+    monkeypatch.setattr(torch, "randperm", counted)
+    ids = torch.randint(3, 90, (batch, 9))
+    torch.manual_seed(4)
+    whole = differentiable(model, ids)
+    assert draws == [9 * batch] * 5
+    with torch.no_grad():
+        torch.manual_seed(4)
+        torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-4)
+        assert len(steps) == 10
+        assert draws == [9 * batch] * 10
+        model(ids[:, :1])
+    assert steps == ["NativeStream" if compiler else "InferenceStream"] * 20
+
+
+def test_the_shuffled_signal_is_one_for_the_attention_and_the_mlp_of_a_layer(monkeypatch):
+    model, seen, ids = build("oasis_signal_shuffled"), [], torch.randint(3, 90, (2, 9))
+    with observe_depth(model, lambda call: seen.append(call.signal_BTS)):
+        model(ids)
+    sources = seen[-1].unbind(-1)  # the embedding, then an attention and an MLP a layer
+    for attention, mlp in zip(sources[1::2], sources[2::2], strict=True):
+        assert torch.equal(attention, mlp)
+        assert attention.std() > 0
+    monkeypatch.setattr(torch, "randperm", lambda n, device=None: torch.arange(n, device=device))
+    on = tiny_model("oasis", text=model.config.text_config)
+    torch.testing.assert_close(model(ids).logits, on(ids).logits)
 
 
 @compiled

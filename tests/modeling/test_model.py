@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from oasis_attn import UserError, variants
 from oasis_attn.modeling import attention
@@ -187,6 +187,21 @@ def test_an_elementwise_gate_is_as_wide_as_the_values(ids):
     model = tiny_model("gated_elementwise", text=text)
     assert model.model.layers[0].output_gate.out_features == 4 * text.v_head_dim
     assert model(ids).logits.isfinite().all()
+
+
+def test_activation_checkpointing_keeps_no_cache(ids):
+    """Its layers drop what they are given: without a refusal, `generate` would see one token."""
+    model = tiny_model()
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    want = model.generate(ids, **greedy)
+    model.train().activation_checkpointing_enable()
+    with pytest.raises(UserError, match=r"use_cache: .*call model.eval\(\) to generate, or pass"):
+        model.generate(ids, **greedy)
+    with pytest.raises(UserError, match="use_cache: activation checkpointing keeps no cache"):
+        model(ids, past_key_values=DynamicCache())
+    assert torch.equal(model.generate(ids, use_cache=False, **greedy), want)
+    assert model(ids).past_key_values is None
+    assert torch.equal(model.eval().generate(ids, **greedy), want)
 
 
 def test_reentrant_checkpointing_is_refused():

@@ -77,7 +77,9 @@ def test_each_row_is_packed_in_its_own_way():
     positions = torch.tensor([[*range(4), *range(8)], [*range(12)]])
     logits = model(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits
     alone = torch.cat([model(ids[:1, :4]).logits, model(ids[:1, 4:]).logits], 1)
-    torch.testing.assert_close(logits, torch.cat([alone, model(ids[1:]).logits]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        logits, torch.cat([alone, model(ids[1:]).logits]), rtol=0, atol=1e-10
+    )
 
 
 @torch.no_grad()

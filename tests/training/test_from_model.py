@@ -12,6 +12,7 @@ from oasis_attn import convert
 from oasis_attn.data import load_corpus, train_tokenizer
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.prefix import attach_prefix, compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import quantize
 from oasis_attn.records import Record
 from oasis_attn.training import TrainingConfig, train
@@ -167,6 +168,54 @@ def test_lora_is_merged_and_resumes_exactly(onward, models, monkeypatch):
     resumed = quiet(onward("stopped", lora_rank=4, anneal_null=5, resume=True))
     assert resumed.tables == whole.tables
     assert resumed["loss.windowed"] == whole["loss.windowed"]
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "trainable"),
+    [("llama", "oasis", ["*embed_tokens*"]), ("mixtral", None, [])],
+)
+def test_lora_resumes_exactly_with_a_tied_head_experts_and_a_prefix(
+    family, variant, trainable, onward, models, tmp_path, monkeypatch
+):
+    pytest.importorskip("peft")
+    torch.manual_seed(0)
+    names = {"vocab_size": 270, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    text = tiny_config(family, tie_word_embeddings=True, **names)
+    model = AutoModelForCausalLM.from_config(text)
+    model = convert(model, variant) if variant else model
+    attach_prefix(model, compute_prefix(model, (5, 6)))
+    model.save_pretrained(tmp_path / "tied")
+    load_model(models / "native")[1].save_pretrained(tmp_path / "tied")
+    common = {"lora_rank": 2, "steps": 6, "from_model": tmp_path / "tied", "trainable": trainable}
+    whole = quiet(onward("whole", **common))
+    original = StagedTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(onward("stopped", **common))
+    resumed = quiet(onward("stopped", **common, resume=True))
+    assert resumed.tables == whole.tables
+    assert resumed["loss.windowed"] == whole["loss.windowed"]
+    trained, original = (load_model(tmp_path / name)[0] for name in ("stopped", "tied"))
+    assert trained.lm_head.weight is trained.get_input_embeddings().weight
+    assert torch.equal(prefix_of(trained).keys_LGPd, prefix_of(original).keys_LGPd)
+
+
+def test_another_prefix_is_another_run(onward, models, tmp_path):
+    model, tokenizer = load_model(models / "native")
+    source = tmp_path / "source"
+    tokenizer.save_pretrained(source)
+    with_prefix(model, compute_prefix(model, (5, 6))).save_pretrained(source)
+    quiet(onward(from_model=source, steps=1))
+    with_prefix(model, compute_prefix(model, (6, 5))).save_pretrained(source)
+    with pytest.raises(UserError, match="resume: .* has weights_sha256"):
+        quiet(onward(from_model=source, steps=1, resume=True))
 
 
 def test_penalty_is_logged_apart_and_lowers_what_it_measures(onward):

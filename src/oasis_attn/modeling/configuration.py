@@ -79,8 +79,9 @@ class OasisConfig(PreTrainedConfig):
             0.1): none becomes larger than 1, but what is small stays small, so that a null can
             still silence a branch.  `mlp` is `unit` for MLPs alone: how large attention's output is
             stays the null's affair.
-        null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch
-            keeps its distribution and destroys its information (a control; not causal).
+        null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch,
+            one permutation a layer, keeps its distribution and destroys its information (a control;
+            not causal).
         evidence: what psi is the mean over heads of: the null `mass` (OASIS), or its `log`,
             log(1 + null / 0.001), to which a null of a hundredth says nearly as much as one of a
             half.

@@ -20,6 +20,7 @@ from oasis_attn.data import (
 )
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.prefix import prefix_of
 from oasis_attn.modeling.sizes import text_config
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.anneal import NullAnneal
@@ -152,8 +153,11 @@ def _adapted(config: TrainingConfig, model: PreTrainedModel) -> LoraModel | None
 
 
 def _sha256(model: PreTrainedModel) -> str:
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    digest, prefix = hashlib.sha256(), prefix_of(model)
+    kept = model.state_dict()
+    if prefix is not None:
+        kept |= {"prefix.keys": prefix.keys_LGPd, "prefix.values": prefix.values_LGPd}
+    for name, weight in sorted(kept.items()):
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
-from safetensors.torch import load_file
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import writing
@@ -45,6 +46,7 @@ class StagedTrainer(Trainer):
     ):
         super().__init__(model=model, **kwargs)
         self._whole = model
+        self._adapted = any(group_of(name) == "lora" for name, _ in model.named_parameters())
         # Not Trainer's processing_class, which would write its pad token, here also BOS, into the
         # model's config: embeddings neither initialise nor train the row of a pad token.
         self._tokenizer = tokenizer
@@ -141,13 +143,27 @@ class StagedTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        if self._adapted:
+            load_model(self._whole, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+            return
         # Trainer's own way leaves weights whose names on disk differ (experts) as they were.
-        if any(group_of(name) == "lora" for name, _ in self._whole.named_parameters()):
-            state = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        else:
-            found = type(self._whole).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-            state = found.state_dict()
-        self._whole.load_state_dict(state)
+        found = type(self._whole).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        self._whole.load_state_dict(found.state_dict())
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        if not self._adapted:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            # Only to resume from: in one file, under the names that the adapted model has in
+            # memory.  The family's names on disk (of experts) have no place for adapters.
+            self._whole.save_pretrained(
+                output_dir or str(self.args.output_dir),
+                state_dict=state_dict,
+                save_original_format=False,
+                max_shard_size="100TB",
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self.state.max_steps:
