@@ -91,7 +91,7 @@ def test_compiled():
     torch.testing.assert_close(logits, alone, rtol=0, atol=1e-10)
     whole = torch.arange(sum(LENGTHS))[None]
     compiled(**packed(position_ids=whole))
-    with pytest.raises(RuntimeError, match="position_ids: they restart.*pass use_cache=False"):
+    with pytest.raises(RuntimeError, match=r"position_ids: they restart.*pass use_cache=False"):
         compiled(**packed())
 
 

@@ -399,7 +399,7 @@ def test_caches_without_it_are_refused(llama):
     with pytest.raises(UserError, match="StaticCache has no room"):
         twin.generate(ids_BT, cache_implementation="static", max_new_tokens=2)
     one = twin(text(1, 6), use_cache=True).past_key_values
-    with pytest.raises(UserError, match="must be 6 .. 14"):  # generate does not slice these
+    with pytest.raises(UserError, match=r"must be 6 \.\. 14"):  # generate does not slice these
         twin.generate(text(1, 9), past_key_values=one, prompt_lookup_num_tokens=2, max_new_tokens=2)
     own.crop(-7)
     with pytest.raises(UserError, match="1 tokens of the prefix were cropped"):

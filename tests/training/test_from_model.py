@@ -214,7 +214,7 @@ def test_another_prefix_is_another_run(onward, models, tmp_path):
     with_prefix(model, compute_prefix(model, (5, 6))).save_pretrained(source)
     quiet(onward(from_model=source, steps=1))
     with_prefix(model, compute_prefix(model, (6, 5))).save_pretrained(source)
-    with pytest.raises(UserError, match="resume: .* has weights_sha256"):
+    with pytest.raises(UserError, match=r"resume: .* has weights_sha256"):
         quiet(onward(from_model=source, steps=1, resume=True))
 
 

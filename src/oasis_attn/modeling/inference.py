@@ -187,5 +187,5 @@ def depth_stream(
         return state[1].resume(state[0])
     mergeable = routing.router.settings.depth_normalizer != "sigmoid"
     if isinstance(state, Tensor) and mergeable and not torch.is_grad_enabled() and not observers:
-        return (NativeStream if suits_native(state, routing) else InferenceStream)(state, routing)
+        return (NativeStream if suits_native(state) else InferenceStream)(state, routing)
     return DepthStream(state, sublayer, routing)

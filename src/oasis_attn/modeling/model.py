@@ -180,6 +180,7 @@ class RoutedModel(Routed):
     """Mixed into a family's base model: layers that route, and the routers they share."""
 
     layers: nn.ModuleList
+    training: bool
     _keep_in_fp32_modules_strict: set[str]
 
     def __init__(self, config: OasisConfig):

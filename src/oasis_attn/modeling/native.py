@@ -24,7 +24,7 @@ _SPARE_BYTES = 256 << 20
 _spare: list[Tensor] = []  # one at most
 
 
-def suits_native(embedding_BTD: Tensor, routing: Routing) -> bool:
+def suits_native(embedding_BTD: Tensor) -> bool:
     """Whether `NativeStream` can go through this state: float32 on the CPU, in whole vectors."""
     return (
         embedding_BTD.dtype == torch.float32

@@ -275,7 +275,7 @@ def _put_in_front(
     if module.training and getattr(module, "is_activation_checkpointing", False):
         raise UserError("activation_checkpointing: it drops the prefix; switch it off")
     batch, fresh = input_of(args, kwargs).shape[:2]
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if cache is None:
         cache = DynamicCache(config=module.config.get_text_config(decoder=True))
     elif getattr(cache, "is_compileable", False):
