@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -302,7 +303,8 @@ def test_lora(ids, tmp_path):
     torch.testing.assert_close(merged(ids).logits, logits, rtol=0, atol=1e-4)
 
 
-def test_sft_trainer(reader, tokenizer, tmp_path):
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_trainer(packing, reader, tokenizer, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     before = copy.deepcopy(reader.state_dict())
@@ -310,11 +312,20 @@ def test_sft_trainer(reader, tokenizer, tmp_path):
         model=reader,
         args=trl.SFTConfig(
             str(tmp_path), max_steps=2, per_device_train_batch_size=2, max_length=16, report_to=[],
-            use_cpu=True, bf16=False, disable_tqdm=True, learning_rate=1e-2,
+            use_cpu=True, bf16=False, disable_tqdm=True, learning_rate=1e-2, packing=packing,
         ),
         train_dataset=datasets.Dataset.from_list([{"text": text} for text in TEXTS * 2]),
         processing_class=tokenizer,
     )  # fmt: skip
+    if packing:  # as TRL hands it over, a row computes what its sequences do alone
+        batch = next(iter(trainer.get_train_dataloader()))
+        starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+        assert len(starts) > 1
+        exact, ids = copy.deepcopy(reader).double(), batch["input_ids"]
+        spans = pairwise([*starts, ids.shape[1]])
+        with torch.no_grad():
+            alone = torch.cat([exact(ids[:, start:stop]).logits for start, stop in spans], 1)
+            torch.testing.assert_close(exact(**batch).logits, alone, rtol=0, atol=1e-10)
     trainer.train()
     assert len([row for row in trainer.state.log_history if "train_loss" in row]) == 1
     for name in ("model.depth.queries", "model.depth.coupling", "lm_head.weight"):
