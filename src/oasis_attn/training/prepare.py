@@ -76,7 +76,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "weights_sha256": _sha256(model) if config.from_model else None,
     }
-    if getattr(model, "hf_quantizer", None) is not None:
+    if getattr(model, "is_quantized", False):
         raise UserError(
             f"from_model: {str(config.from_model)!r} is quantised; train the original instead"
         )

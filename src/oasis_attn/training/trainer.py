@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import parse_flag_from_env
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -155,15 +155,12 @@ class StagedTrainer(Trainer):
     ) -> None:
         if not self._adapted:
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            # Only to resume from: in one file, under the names that the adapted model has in
-            # memory.  The family's names on disk (of experts) have no place for adapters.
-            self._whole.save_pretrained(
-                output_dir or str(self.args.output_dir),
-                state_dict=state_dict,
-                save_original_format=False,
-                max_shard_size="100TB",
-            )
+        elif self.args.should_save and state_dict is None:  # FSDP2 resumes from its shards
+            # Under the names that the adapted model has in memory: the family's names on disk (of
+            # experts) have no place for adapters.
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self._whole, str(folder / SAFE_WEIGHTS_NAME))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self.state.max_steps:
