@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,33 +90,6 @@ def test_a_broken_gguf_leaves_no_cache_behind(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model\.gguf' is not a GGUF file we can read"):
         load_model(tmp_path / "model.gguf")
     assert not (tmp_path / "cache").exists()
-
-
-def test_of_two_that_convert_a_gguf_at_once_both_get_it(tmp_path, monkeypatch):
-    """The second finds the first one's folder in its place when it is done."""
-    monkeypatch.setenv("OASIS_CACHE", str(tmp_path / "cache"))
-    gguf = tmp_path / "model.gguf"
-    gguf.write_bytes(b"stands for one")
-    turns, folders = [], []
-
-    def from_pretrained(*_, **__):
-        turns.append(1)
-        if len(turns) == 1:
-            folders.append(loading._converted(gguf))
-        model = LlamaForCausalLM(TEXT)
-        model.hf_quantizer = SimpleNamespace(
-            remove_quantization_config=lambda model: delattr(model, "hf_quantizer")
-        )
-        return model
-
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_, **__: _tokenizer())
-    folders.append(loading._converted(gguf))
-    assert len(turns) == 2
-    assert folders[0] == folders[1]
-    assert sorted(path.name for path in folders[0].parent.iterdir()) == [folders[0].name]
-    monkeypatch.undo()
-    load_model(folders[0])
 
 
 def test_pickled_weights_are_refused(folder):

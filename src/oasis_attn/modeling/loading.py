@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
-import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,8 +23,13 @@ from transformers.utils import logging
 
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import cache_folder, staged_folder
-from oasis_attn.modeling.configuration import BROKEN, OasisConfig
+from oasis_attn.modeling.checkpoint import Checkpoint, parameter_limit
+from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.gguf_file import check_loading_info, read_gguf
 from oasis_attn.modeling.prefix import load_prefix, prefix_of
+
+_GGUF_FORMAT = 2
+"""Of converted GGUF files in the cache: raised whenever `read_gguf` computes something else."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
@@ -38,6 +39,7 @@ def load_model(
     *,
     dtype: str = "float32",
     settings: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode on the CPU, and its tokenizer; a stored prefix is put before it.
 
@@ -47,64 +49,56 @@ def load_model(
             to float32, and kept under `$OASIS_CACHE` (default `~/.cache/oasis-attn`).
         dtype: of the weights: float32, bfloat16, float16 or float64; `auto` is the checkpoint's.
         settings: of `OasisConfig`, for weights of ours in a checkpoint that does not record them.
+        trust_remote_code: run Python code that comes with the checkpoint, where it needs that.
+            Without it such a checkpoint is refused, and nobody is asked.
 
     Raises:
-        UserError: nothing there; weights absent, pickled, half-written, not finite, or not those
-            that the config asks for; a tokenizer with more tokens than the model has embeddings; a
-            model that is not a causal decoder.
+        UserError: nothing there; files that are not what they should be, or that nothing reads;
+            weights absent, pickled, half-written, not finite, or not those that the config asks
+            for; a tokenizer with more tokens than the model has embeddings; a model that is not a
+            causal decoder; code of its own that is not trusted.
     """
     check_choice("dtype", dtype, DTYPES)
-    source = _resolve(str(name_or_path))
-    try:
-        config = _config(source, settings)
-        _check_causal(config, name_or_path)
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # told apart below, in one line
-                output_loading_info=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            adapter = load_prefix(source)
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        where = "" if Path(source).exists() else "is not here, and from the hub "
-        raise UserError(
-            f"model: {str(name_or_path)!r} {where}cannot be loaded: {reason}"
-        ) from error
+    name = str(name_or_path)
+    checkpoint = Checkpoint(name, _resolve(name), trust_remote_code)
+    source = checkpoint.source
+    quantized = checkpoint.check_json()
+    too_large = f"model: {name!r}: config.json asks for a larger model than its weights can hold"
+    with checkpoint.foreign("config.json"):
+        config: Any
+        if settings is None:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        else:
+            config = OasisConfig.from_pretrained(source, **settings)
+        _check_causal(config, name, trust_remote_code)
+    # A parameter takes a byte at least; quantised, a bit.
+    limit = checkpoint.weight_bytes() * (8 if quantized else 1)
+    with checkpoint.foreign("model"), quiet(), parameter_limit(limit, too_large):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told apart below, in one line
+            output_loading_info=True,
+        )
     model, info = loaded
-    for problem in ("missing", "unexpected", "mismatched"):
-        # A mismatch comes with both shapes.
-        keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{problem}_keys"])
-        if keys:
-            raise UserError(
-                f"model: {str(name_or_path)!r} has {len(keys)} {problem} weights, first {keys[0]}"
-            )
-    _check_finite(model, name_or_path)
-    _check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), name_or_path)
-    model.config.name_or_path = str(name_or_path)  # not the cache folder: records quote it
+    check_loading_info(info, name)
+    _check_finite(model, name)
+    with checkpoint.foreign("tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer("text")
+        _check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), name)
+    with checkpoint.foreign("prefix"):
+        adapter = load_prefix(source)
+    model.config.name_or_path = name  # not the cache folder: records quote it
     if adapter is not None and prefix_of(model) is None:
         raise UserError(
-            f"model: {str(name_or_path)!r} has a subfolder 'prefix' that its weights were saved"
-            " without; remove it, or save the model with its prefix again"
+            f"model: {name!r} has a subfolder 'prefix' that its weights were saved without;"
+            " remove it, or save the model with its prefix again"
         )
     return model.eval(), tokenizer
-
-
-def _config(source: str, settings: Mapping[str, Any] | None) -> PreTrainedConfig:
-    try:
-        if settings is None:
-            return AutoConfig.from_pretrained(source)
-        return OasisConfig.from_pretrained(source, **settings)
-    except (UserError, OSError):
-        raise
-    except BROKEN as error:  # a field of another kind than transformers reckons with
-        raise ValueError(f"config.json: {type(error).__name__}: {error}") from error
 
 
 def _resolve(name: str) -> str:
@@ -145,21 +139,11 @@ def _converted(gguf: Path) -> Path:
     """The folder that holds the file's weights in float32 and its tokenizer, made if need be."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / f"{gguf.stem}-{digest[:16]}"
+    folder = cache_folder() / "gguf" / f"{gguf.stem}-{digest[:16]}-{_GGUF_FORMAT}"
     if (folder / "config.json").is_file():
         return folder
-    try:
-        # Its bar, for one, asks nobody: it goes where the rest of standard error goes for a while.
-        with quiet(), redirect_stderr(io.StringIO()):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model: {str(gguf)!r} is not a GGUF file we can read: {reason}") from error
-    # Its weights are plain floats by now; the mark it keeps would forbid saving them.
-    model.hf_quantizer.remove_quantization_config(model)
+    with quiet():
+        model, tokenizer = read_gguf(gguf)
     try:
         with quiet(), staged_folder(folder) as stage:
             model.save_pretrained(stage)
@@ -183,30 +167,32 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_causal(config: object, name: object) -> None:
+def _check_causal(config: Any, name: str, trust_remote_code: bool) -> None:
     kind = getattr(config, "model_type", type(config).__name__)
-    decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (
+        trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", ())
+    )
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
         config, "is_decoder", False
     )
     if not decoder or encoder or getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"model: {str(name)!r} is of family {kind!r}, which is no causal decoder")
+        raise UserError(f"model: {name!r} is of family {kind!r}, which is no causal decoder")
 
 
-def _check_finite(model: PreTrainedModel, name: object) -> None:
+def _check_finite(model: PreTrainedModel, name: str) -> None:
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
             low, high = tensor.aminmax()  # NaN wins both, and no mask of the tensor's size is made
             if not (low.isfinite() and high.isfinite()):
-                raise UserError(f"model: {str(name)!r} has weights that are not finite, in {key}")
+                raise UserError(f"model: {name!r} has weights that are not finite, in {key}")
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, size: int, name: object) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, size: int, name: str) -> None:
     # Tokens added beyond the vocabulary may be for another modality: Gemma 3's text models have
     # one for images, and no embedding for it.
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     needed = max([tokenizer.vocab_size, *(1 + token for token in special if token is not None)])
     if needed > size:
         raise UserError(
-            f"model: the tokenizer of {str(name)!r} has {needed} tokens, its embedding {size}"
+            f"model: the tokenizer of {name!r} has {needed} tokens, its embedding {size}"
         )
