@@ -30,6 +30,12 @@ def shown(value: object) -> str:
     return text if len(text) <= _LETTERS else f"{text[:half]} ... {text[-half:]}"
 
 
+def one_line(error: Exception) -> str:
+    """What a foreign exception says, in one line, without a C++ stack trace."""
+    said = str(error).partition("Exception raised from ")[0]
+    return " ".join(said.split()) or type(error).__name__
+
+
 def check_choice(argument: str, value: object, allowed: Collection[str]) -> None:
     """Raise `UserError` unless `value` is one of `allowed`, naming the nearest match."""
     if isinstance(value, Hashable) and value in allowed:

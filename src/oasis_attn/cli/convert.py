@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, pair, print_json, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_json, print_table, working
 
 
 def convert(
@@ -32,6 +32,7 @@ def convert(
     to_vanilla: Annotated[
         bool, Option("--to-vanilla", help="Back to a checkpoint of the model's own family.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a pretrained model; it computes the same function until it is trained.
@@ -49,6 +50,7 @@ def convert(
             settings=dict(pair("--set", text) for text in settings or ()),
             dtype=dtype,
             back=to_vanilla,
+            trust_remote_code=trust_remote_code,
         )
     facts = {
         "folder": str(out),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, print_table, working
 
 
 def diagnose(
@@ -36,6 +36,7 @@ def diagnose(
     causal: Annotated[
         bool, Option("--causal", help="The loss without each depth source, too: a pass for each.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, attention sinks and activation outliers, per layer and head.
@@ -61,7 +62,7 @@ def diagnose(
     # Reads the text, so that what is wrong with it is told before a model is loaded.
     data = {"corpus": source.name, "split": source.split, "sha256": source.sha256}
     with working(f"diagnosing {model}"):
-        loaded, tokenizer = load_model(model)
+        loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
         record = measure(
             loaded,
             source.texts(),

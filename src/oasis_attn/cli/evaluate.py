@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, print_table, working
 from oasis_attn.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def evaluate(
     out: Annotated[
         Path | None, Option(help="Write the record to this JSON file.", show_default=False)
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well a model predicts text and solves problems.

@@ -8,7 +8,7 @@ from typing import Annotated
 from rich.markup import escape
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, pair, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_table, working
 
 
 def prefix(
@@ -44,6 +44,7 @@ def prefix(
     evaluation_split: Annotated[str, Option(help="Which split of it to read.")] = "test",
     window: Annotated[int, Option(help="Tokens per window.")] = 512,
     windows: Annotated[int, Option(help="Windows to calibrate on, and to measure on.")] = 16,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Find a prefix that takes the sinks out of a model's static ranges, and store it with it.
@@ -71,6 +72,7 @@ def prefix(
             evaluation_split=evaluation_split,
             window=window,
             windows=windows,
+            trust_remote_code=trust_remote_code,
             tell=lambda what: status.update(escape(f"{model}: {what}")),
         )
     if as_json:

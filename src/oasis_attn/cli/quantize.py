@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.markup import escape
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, pair, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_table, working
 
 if TYPE_CHECKING:
     from oasis_attn.records import Record
@@ -57,6 +57,7 @@ def quantize(
         Option(help="Perplexity without and with only each kind, layer or site.", metavar="BY"),
     ] = None,
     seed: Annotated[int, Option(help="Of a rotation.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Quantise a model, measure perplexity, size and speed, and save it for from_pretrained.
@@ -84,6 +85,7 @@ def quantize(
             windows=windows,
             costs=costs,
             seed=seed,
+            trust_remote_code=trust_remote_code,
             tell=lambda what: status.update(escape(f"{model}: {what}")),
         )
     if as_json:

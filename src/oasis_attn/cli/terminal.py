@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model. Without it, a model that needs its own"
+        " code is refused.",
+    ),
+]
+
 
 def pair(option: str, text: str) -> tuple[str, Any]:
     """`name=value`, the value read as JSON where it is JSON: numbers, true, null."""

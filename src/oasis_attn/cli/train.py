@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, pair, print_table
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_table
 
 
 def train(
@@ -86,6 +86,7 @@ def train(
     resume: Annotated[
         bool, Option("--resume", help="Go on from the last checkpoint in --out.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model, from scratch or on; --out then holds it in Hugging Face form.

@@ -54,6 +54,8 @@ class _Run:
 def evaluate(
     model: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Record:
     """Perplexity on text, and Pass@k on word problems.
@@ -62,6 +64,7 @@ def evaluate(
         model: a causal decoder in memory (native, ours, quantised), run as it stands, in eval mode
             and left as it was; or a name for `load_model`, which brings its tokenizer.
         tokenizer: the model's.  It needs no padding token, and its padding side does not matter.
+        trust_remote_code: of `load_model`, for a name.
         options: the fields of `EvaluationConfig`: `tasks`, `corpus`, `limit`, `samples`, ...
 
     Returns:
@@ -88,7 +91,7 @@ def evaluate(
     if isinstance(model, str | Path):
         if tokenizer is not None:
             raise UserError("tokenizer: a model given by name brings its own")
-        model, tokenizer = load_model(model)
+        model, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise UserError("tokenizer: None; a model in memory needs its tokenizer given")
     run = _Run(

@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, one_line
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OBJECTS = (  # files that must hold a JSON object where they are present
@@ -58,7 +58,6 @@ class Checkpoint:
 
     def error(self, reason: str) -> UserError:
         where = "" if Path(self.source).exists() else "is not found locally, and from the Hub "
-        reason = " ".join(reason.split())
         return UserError(f"model: {self.name!r} {where}cannot be loaded: {reason}")
 
     @contextmanager
@@ -72,7 +71,7 @@ class Checkpoint:
         except UserError:
             raise
         except Exception as error:  # a foreign library on a foreign file: no list would be complete
-            reason = str(error)
+            reason = one_line(error)
             if not self.trust_remote_code and "trust_remote_code" in reason:
                 raise self.error(
                     f"{part} needs Python code that comes with the checkpoint, which is not run;"

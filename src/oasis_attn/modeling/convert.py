@@ -38,7 +38,11 @@ _WITH_OFF = ("softmax", "softmax1", "learned_sink")  # softmax itself at a null 
 
 
 def convert(
-    model_or_path: PreTrainedModel | str | Path, variant: str = "oasis", **overrides: Any
+    model_or_path: PreTrainedModel | str | Path,
+    variant: str = "oasis",
+    *,
+    trust_remote_code: bool = False,
+    **overrides: Any,
 ) -> OasisForCausalLM:
     """A model of ours that computes what the given one computes.
 
@@ -49,6 +53,7 @@ def convert(
             the null: its normalizer is then `learned_sink` in place of `softmax` or `softmax1`.
             `authors` reads a checkpoint in the OASIS authors' own form, which does not record its
             normalizers: `token_normalizer` and `depth_normalizer` must be given.
+        trust_remote_code: of `load_model`, for a path.
         overrides: settings of `OasisConfig`, over the variant's.
 
     Raises:
@@ -56,10 +61,10 @@ def convert(
             function, or the weights are not those that the family's own model has.
     """
     if variant == "authors":
-        return _authors(model_or_path, "auto", overrides)[0]
+        return _authors(model_or_path, "auto", overrides, trust_remote_code)[0]
     native = model_or_path
     if not isinstance(native, PreTrainedModel):
-        native, _ = load_model(native, dtype="auto")
+        native, _ = load_model(native, dtype="auto", trust_remote_code=trust_remote_code)
     if isinstance(native.config, OasisConfig):
         raise UserError("model: it is of our family already; convert its vanilla checkpoint")
     if prefix_of(native) is not None:
@@ -114,6 +119,7 @@ def convert_checkpoint(
     settings: dict[str, Any] | None = None,
     dtype: str = "auto",
     back: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Convert the model `source` into the new folder `out`, its tokenizer beside it.
 
@@ -123,6 +129,7 @@ def convert_checkpoint(
         variant, settings: as for `convert`; default `oasis`.
         dtype: of the saved weights; `auto` is the checkpoint's own.
         back: make the family's own checkpoint of one of ours: `to_vanilla`.
+        trust_remote_code: of `load_model`.
 
     Raises:
         UserError: as `load_model`, `convert` and `to_vanilla` do; nothing is written then.
@@ -132,9 +139,9 @@ def convert_checkpoint(
         raise UserError("to_vanilla: it takes no variant and no settings")
     model: PreTrainedModel
     if variant == "authors":
-        model, tokenizer = _authors(source, dtype, settings or {})
+        model, tokenizer = _authors(source, dtype, settings or {}, trust_remote_code)
     else:
-        model, tokenizer = load_model(source, dtype=dtype)
+        model, tokenizer = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
         if not back:
             model = convert(model, variant or "oasis", **settings or {})
         elif isinstance(model, OasisForCausalLM):
@@ -147,14 +154,21 @@ def convert_checkpoint(
     return model
 
 
-def _authors(source: Any, dtype: str, overrides: dict[str, Any]) -> tuple[Any, Any]:
+def _authors(
+    source: Any, dtype: str, overrides: dict[str, Any], trust_remote_code: bool
+) -> tuple[Any, Any]:
     """A checkpoint with `attn_res_sa` and `attn_res_mlp` in its layers, as it stands."""
     for name in ("token_normalizer", "depth_normalizer"):
         if name not in overrides:
             raise UserError(f"{name}: the authors' checkpoints do not record it; it must be given")
     if isinstance(source, PreTrainedModel):
         raise UserError("model: the variant 'authors' reads a checkpoint; give its name or folder")
-    return load_model(source, dtype=dtype, settings=settings_of("authors") | overrides)
+    return load_model(
+        source,
+        dtype=dtype,
+        settings=settings_of("authors") | overrides,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _starting_settings(

@@ -34,7 +34,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, one_line
 from oasis_attn.modeling.checkpoint import MOST_COUNTED, parameter_limit
 
 _FAMILIES = {  # an architecture's name in transformers' mapping, where it is another
@@ -103,11 +103,10 @@ def _foreign(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # foreign libraries on a foreign file: no list would be complete
-        raise _error(path, str(error) or type(error).__name__) from error
+        raise _error(path, one_line(error)) from error
 
 
 def _error(path: Path, reason: str) -> UserError:
-    reason = " ".join(reason.split())
     return UserError(f"model: {str(path)!r} is not a GGUF file we can read: {reason}")
 
 
@@ -172,7 +171,7 @@ class _File:
 
 def _mapped_keys(path: Path, architecture: str) -> set[str]:
     if architecture not in GGUF_CONFIG_ARCHS:
-        mapping = GGUF_CONFIG_MAPPING.get(_FAMILIES.get(architecture, architecture), {})
+        mapping: Any = GGUF_CONFIG_MAPPING.get(_FAMILIES.get(architecture, architecture), {})
         return {key for key, field in mapping.items() if field is not None}
     metadata, names = read_gguf_metadata(str(path))
     noted = _Noted(metadata)

@@ -98,7 +98,11 @@ def load_model(
             f"model: {name!r} has a subfolder 'prefix' that its weights were saved without;"
             " remove it, or save the model with its prefix again"
         )
-    return model.eval(), tokenizer
+    model.eval()
+    if model.dtype != torch.float64:  # in which transformers' experts cannot compute
+        with checkpoint.foreign("a trial on 3 tokens"):
+            _check_runs(model)
+    return model, tokenizer
 
 
 def _resolve(name: str) -> str:
@@ -177,6 +181,14 @@ def _check_causal(config: Any, name: str, trust_remote_code: bool) -> None:
     )
     if not decoder or encoder or getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model: {name!r} is of family {kind!r}, which is no causal decoder")
+
+
+@torch.no_grad()
+def _check_runs(model: PreTrainedModel) -> None:
+    """Raise whatever settings that no model computes with raise, and `ValueError` on NaN."""
+    ids_BT = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    if model(input_ids=ids_BT).logits.isnan().any():
+        raise ValueError(f"it computes NaN in {model.dtype}")
 
 
 def _check_finite(model: PreTrainedModel, name: str) -> None:

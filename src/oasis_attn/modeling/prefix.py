@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, one_line
 from oasis_attn.files import write_bytes, write_text
 from oasis_attn.modeling.hf_quantizer import prefix_quantizer
 from oasis_attn.modeling.packing import input_of, is_one_sequence
 
 FOLDER = "prefix"
+_BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _CONFIG, _WEIGHTS, _TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
 
@@ -90,9 +91,9 @@ class Prefix:
                 tokens = tuple(json.loads(file.metadata()["tokens"]))
                 flat = file.get_tensor(_TENSOR)
             packed_PLKGd = flat.view(len(tokens), layers, 2, heads, about["token_dim"] // heads)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, *_BROKEN) as error:
             raise UserError(
-                f"prefix: {str(weights)!r} is not a prefix of ours ({error})"
+                f"prefix: {str(weights)!r} is not a prefix of ours ({one_line(error)})"
             ) from error
         if not flat.isfinite().all():
             raise UserError(f"prefix: {str(weights)!r} has numbers that are not finite")

@@ -7,14 +7,16 @@ be most of the parameters.  Counts are of the vanilla model with the size's own 
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from oasis_attn.errors import UserError, check_choice, check_whole
-from oasis_attn.modeling.configuration import BROKEN
+from oasis_attn.errors import UserError, check_choice, check_whole, one_line
+from oasis_attn.modeling.checkpoint import check_config, parameter_limit, read_object
 
 _MOST_WORDS = 2**24  # of a vocabulary
 
@@ -66,8 +68,18 @@ def text_config(size_or_path: str | Path, vocab_size: int | None = None) -> PreT
 
 
 def _read(path: str) -> PreTrainedConfig:
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    too_large = f"size: {path!r} asks for more parameters than this machine's memory holds"
     try:
-        return AutoConfig.from_pretrained(path)
-    except BROKEN as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"size: {path!r} is not a Hugging Face configuration ({reason})") from error
+        check_config(read_object(file), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"), parameter_limit(memory // 4, too_large):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # a foreign library on a foreign file: no list would be complete
+        raise UserError(
+            f"size: {path!r} is not a Hugging Face configuration ({one_line(error)})"
+        ) from error
+    return config

@@ -43,6 +43,7 @@ def quantize_checkpoint(
     windows: int = 16,
     costs: str | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Record:
     """Quantise a model, measure what that did, and write model, tokenizer and record to `out`.
@@ -62,6 +63,7 @@ def quantize_checkpoint(
         costs: measure the perplexity with all but one group of tensors quantised, and with only
             that one; groups are by `kind`, `layer` or `site`.  Each is a pass over the windows.
         seed: of a rotation.
+        trust_remote_code: of `load_model`.
         tell: is told what is going on.
 
     Returns:
@@ -91,7 +93,7 @@ def quantize_checkpoint(
     ]
 
     tell("loading the model")
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     check_lengths(loaded, [window], "window")
     seen_NT, held_out_NT = (
         spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora

@@ -44,6 +44,7 @@ def rescue(
     evaluation_split: str = "test",
     window: int = 512,
     windows: int = 16,
+    trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Record:
     """Find a prefix for `model`, tune it where asked, and write both, and the record, to `out`.
@@ -61,6 +62,7 @@ def rescue(
         evaluation, evaluation_split: the same to measure on; default, that corpus.
         window: tokens per window.
         windows: how many to calibrate on, and how many to measure on, at most.
+        trust_remote_code: of `load_model`.
         tell: is told what is going on.
 
     Returns:
@@ -91,7 +93,7 @@ def rescue(
     ]
 
     tell("loading the model")
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     check_unquantized(loaded)
     check_lengths(loaded, [window + length], "window with the prefix")
     seen_NT, held_out_NT = (

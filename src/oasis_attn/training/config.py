@@ -18,6 +18,7 @@ from oasis_attn.errors import (
 )
 from oasis_attn.training.parameters import GROUPS
 
+_NOT_DECIDING = ("out", "resume", "trust_remote_code")
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
 _LARGEST = 1e6
 """Of rates and weights: beyond, a step is not finite in float32."""
@@ -31,6 +32,7 @@ class TrainingConfig:
         out: the folder the model, its tokenizer, `record.json` and `checkpoints/` are written to.
         from_model: train this model on, as `load_model` takes it: ours or a native one, with its
             own tokenizer.  It brings its variant, size, settings and vocabulary.
+        trust_remote_code: let Python code that comes with `from_model` run, see `load_model`.
         variant: a name in `variants()`.
         size: a name in `SIZES`, or a Hugging Face configuration file.
         corpus: a name in `CORPORA`, or a text file or folder.
@@ -67,6 +69,7 @@ class TrainingConfig:
 
     out: str | Path
     from_model: str | Path | None = None
+    trust_remote_code: bool = False
     variant: str = "oasis"
     size: str = "nano"
     corpus: str = "stdlib"
@@ -116,7 +119,7 @@ class TrainingConfig:
         for name, least in lowest.items():
             check_whole(name, getattr(self, name), least)
         check_seed("seed", self.seed)
-        for name in ("bf16", "activation_checkpointing", "resume"):
+        for name in ("bf16", "activation_checkpointing", "resume", "trust_remote_code"):
             check_flag(name, getattr(self, name))
         check_at_least("warmup", self.warmup, 0, 1)
         for name in ("weight_decay", "clip", "outlier_penalty"):
@@ -158,7 +161,7 @@ class TrainingConfig:
         return _FROM_SCRATCH if self.from_model is None else _FROM_MODEL
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result: all but `out` and `resume`, as JSON takes it."""
+        """What decides the result, as JSON takes it."""
         plain = asdict(self) | {
             "from_model": None if self.from_model is None else str(self.from_model),
             "size": str(self.size),
@@ -166,7 +169,7 @@ class TrainingConfig:
             "learning_rate": self._rate,
             "trainable": list(self.trainable or ()),
         }
-        return {name: value for name, value in plain.items() if name not in ("out", "resume")}
+        return {name: value for name, value in plain.items() if name not in _NOT_DECIDING}
 
     def _check_unused(self, *names: str) -> None:
         """Refuse settings that `from_model` leaves without effect."""

@@ -25,7 +25,9 @@ def build_model(
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        native = AutoModelForCausalLM.from_config(backbone, dtype=torch.float32)
+        native = AutoModelForCausalLM.from_config(
+            backbone, dtype=torch.float32, trust_remote_code=False
+        )
         torch.manual_seed(seed)
         model = OasisForCausalLM(OasisConfig(text_config=backbone, **settings))
     _, foreign = model.load_state_dict(native.state_dict(), strict=False)

@@ -136,7 +136,7 @@ def _start(
     config: TrainingConfig, corpus: Corpus
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if config.from_model is not None:
-        return load_model(config.from_model)
+        return load_model(config.from_model, trust_remote_code=config.trust_remote_code)
     backbone = text_config(config.size, config.vocab_size)
     tokenizer = corpus_tokenizer(corpus, backbone.vocab_size)
     backbone.bos_token_id, backbone.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
