@@ -3,7 +3,8 @@
 import dataclasses
 
 import torch
-from transformers import CONFIG_MAPPING
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
@@ -51,3 +52,10 @@ def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, tex
             elif ".depth." in name or "null_logit" in name or "sinks" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.to(dtype).eval()
+
+
+def word_tokenizer():
+    """Words w0, w1, ... are the tokens 0, 1, ...; w1 begins a text, w2 ends it."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from oasis_attn.cli import main
-from tiny import VOCABULARY
+from tiny import VOCABULARY, word_tokenizer
 
 
 @pytest.fixture
@@ -25,10 +24,7 @@ def oasis(monkeypatch, capsys):
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... are the tokens 0, 1, ...; w1 begins a text, w2 ends it."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")
+    return word_tokenizer()
 
 
 @pytest.fixture

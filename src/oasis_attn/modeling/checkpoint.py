@@ -141,6 +141,8 @@ class Checkpoint:
             path = self._file(name)
             if path is None:
                 raise self.error(f"{_INDEX}: {name} is absent")
+            shards[name] = path
+        for name, path in shards.items():
             with self.foreign(name), safe_open(path, "pt") as file:
                 held = set(file.keys())
             listed = {key for key, where in placed.items() if where == name}
@@ -148,7 +150,6 @@ class Checkpoint:
                 different = min(held ^ listed)
                 only = "the file" if different in held else "the index"
                 raise self.error(f"{_INDEX}: {different} of {name} is only in {only}")
-            shards[name] = path
         return shards
 
     def _file(self, name: str) -> str | None:
@@ -180,7 +181,9 @@ def check_config(config: dict[str, Any], *, trust_remote_code: bool) -> bool:
         if _COUNT.search(key) and isinstance(value, int) and abs(value) > MOST_COUNTED:
             raise ValueError(f"{key}: {value!r} is more than {MOST_COUNTED}")
         if key in _KERNEL_SETTINGS and "/" in str(value) and not trust_remote_code:
-            raise ValueError(f"{key}: {value!r} is code from the Hub; trust_remote_code allows it")
+            raise ValueError(
+                f"{key}: {value!r} is code from the Hub; allow it with --trust-remote-code"
+            )
         if key == "transformers_weights" and value is not None:
             raise ValueError(f"{key}: only {_WEIGHTS} and the files of its index are read")
         if key == "quantization_config" and value is not None:

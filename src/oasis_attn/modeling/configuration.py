@@ -179,6 +179,17 @@ class OasisConfig(PreTrainedConfig):
             found = {"text_config": found, "model_type": cls.model_type}
         return found, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As transformers', but a checkpoint must say of which family it is: none is the default.
+
+        Raises:
+            UserError: no `text_config`.
+        """
+        if config_dict.get("text_config") is None:
+            raise UserError("text_config: None is not a family's configuration or its mapping")
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def settings(self) -> dict[str, Any]:
         """The method's settings, as the constructor takes them."""
