@@ -85,11 +85,12 @@ class Checkpoint:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object in one of the files; None if the file is absent."""
         with self.foreign(name):
+            needed = name == "config.json"
             path = cached_file(
                 self.source,
                 name,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=name == "config.json",
+                _raise_exceptions_for_missing_entries=needed,
+                _raise_exceptions_for_connection_errors=needed,
             )
             return None if path is None else read_object(path)
 
@@ -100,8 +101,7 @@ class Checkpoint:
             Whether the config says that the weights are quantised.
         """
         config = self.read_json("config.json")
-        if config is None:
-            raise self.error("it holds no config.json")
+        assert config is not None  # needed, so that its absence has raised
         if self.read_json("adapter_config.json") is not None:
             raise self.error(
                 "adapter_config.json: it is a PEFT adapter; merge it into its base model"
