@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from oasis_attn import quantize
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.prefix import compute_prefix
+from oasis_attn.modeling.prefix import compute_prefix, with_prefix
 from oasis_attn.modeling.sizes import text_config
 from tiny import tiny_config, tiny_model, word_tokenizer
 
@@ -44,8 +44,9 @@ VALUES = st.recursive(
 )
 
 
-def _quantised():
-    return quantize(tiny_model(), "w8a8-dynamic")
+def _with_prefix():
+    model = tiny_model()
+    return with_prefix(model, compute_prefix(model, [3, 4]))
 
 
 MODELS = {
@@ -53,7 +54,8 @@ MODELS = {
     "gpt2": lambda: AutoModelForCausalLM.from_config(tiny_config("gpt2")),
     "qwen3_moe": lambda: AutoModelForCausalLM.from_config(tiny_config("qwen3_moe")),
     "oasis": tiny_model,
-    "quantised": _quantised,
+    "prefix": _with_prefix,
+    "quantised": lambda: quantize(tiny_model(), "w8a8-dynamic"),
 }
 
 
@@ -67,8 +69,6 @@ def folders(tmp_path_factory):
         model.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         word_tokenizer().save_pretrained(folder)
-        if name == "oasis":
-            compute_prefix(model, [3, 4]).save(folder / "prefix")
         load_model(folder)
         made[name] = folder
     return made
@@ -129,7 +129,7 @@ def _bounded(examples):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", MODELS)
-@_bounded(100)
+@_bounded(80)
 @given(data=st.data())
 def test_any_folder_loads_or_is_refused(folders, name, data):
     folder = folders[name]
