@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
-from oasis_attn.errors import UserError, one_line
+from oasis_attn.errors import UserError, one_line, parse_json
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OBJECTS = (  # files that must hold a JSON object where they are present
@@ -159,10 +159,7 @@ class Checkpoint:
 
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file; `ValueError` if it holds anything else."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
+    found = parse_json(Path(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise ValueError(f"it holds {json.dumps(found)[:40]}, not an object")
     return found
