@@ -85,6 +85,11 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise UserError(f"model: family {model.config.model_type!r} has no list of {depth} layers")
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the decoder layers, which `get_decoder` does not find in Llama 4."""
+    return model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
+
+
 def _branch(layer: nn.Module, path: str, family: Family, part: str, heads: int) -> Branch:
     attention = part == "self_attn"
     linears = {

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import check_choice
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear
+from oasis_attn.quantization.linearize import expert_of
 from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
 from oasis_attn.quantization.simulate import quantize, quantized_sites, transformed
@@ -35,8 +36,9 @@ def site_metrics(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[Met
 
     Returns:
         By site: of weights `quantization.weight_error`, of what is computed
-        `quantization.activation_error` (|x^ - x|^2 / |x|^2, over all batches), and, where ranges
-        are static, `quantization.low`, `.high` and `.scale`.
+        `quantization.activation_error` (|x^ - x|^2 / |x|^2, over all batches; none for an expert
+        that no token of them reached), and, where ranges are static, `quantization.low`, `.high`
+        and `.scale`.
     """
     metrics: list[Metric] = []
     errors: dict[str, Tensor] = {}
@@ -55,8 +57,7 @@ def site_metrics(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[Met
                     for key, value in values.items()
                 ]
             if isinstance(quantizer, StaticQuantizer | DynamicQuantizer):
-                errors[name] = torch.zeros(2, dtype=torch.float64)
-                handle = quantizer.register_forward_hook(_adder(errors[name]))
+                handle = quantizer.register_forward_hook(_adder(errors, name))
                 stack.callback(handle.remove)
         count = 0
         for ids_BT in batches:
@@ -70,11 +71,13 @@ def site_metrics(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[Met
     return tuple(metrics)
 
 
-def _adder(sums: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+def _adder(
+    sums: dict[str, Tensor], name: str
+) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
     def add(_module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         (x,) = args
         moved, power = (output - x).double().square().sum(), x.double().square().sum()
-        sums.add_(torch.stack([moved, power]).cpu())
+        sums[name] = sums.get(name, 0) + torch.stack([moved, power]).cpu()
 
     return add
 
@@ -96,7 +99,8 @@ def sensitivity(
     Args:
         model, scheme, calibration, sites, seed: see `quantize`; what is to be quantised.
         score: of a model, such as its perplexity on held-out windows.
-        by: groups are the tensors of one `kind` over all layers, of one `layer`, or single `site`s.
+        by: groups are the tensors of one `kind` over all layers and experts, of one `layer`, or
+            single `site`s.
 
     Returns:
         by group, the two scores; `all` and `none` come first, (score, score) each.
@@ -104,11 +108,11 @@ def sensitivity(
     check_choice("by", by, GROUPINGS)
     batches = None if calibration is None else list(calibration)
     twin = quantize(model, scheme, calibration=batches, sites=sites, seed=seed)
-    plain = transformed(model, scheme, batches, seed)
     found = quantized_sites(twin)
+    plain = transformed(model, scheme, batches, found, seed)
     groups: dict[str, set[str]] = {}
     for name in found:
-        groups.setdefault(_group(name, by), set()).add(name)
+        groups.setdefault(_group(twin, name, by), set()).add(name)
     everything = score(twin)
     with _left_exact(twin, plain, found):
         nothing = score(twin)
@@ -121,8 +125,10 @@ def sensitivity(
     return scores
 
 
-def _group(name: str, by: str) -> str:
+def _group(model: PreTrainedModel, name: str, by: str) -> str:
     """`model.layers.3.mlp.down_proj` is of kind `mlp.down_proj`, and of layer `model.layers.3`."""
+    experts = expert_of(model, name) if by == "kind" else None
+    name = ".".join(experts) if experts else name
     layer = re.match(r"(.*?\.\d+)(?:\.(.+)|(:.+))$", name)
     if by == "site" or layer is None:
         return name

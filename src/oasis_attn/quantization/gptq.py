@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.grids import Grid, Levels, snap, to_blocks
+from oasis_attn.quantization.linearize import expert_of
 from oasis_attn.quantization.quantizers import find_levels
 
 DAMPENING = 0.01
@@ -45,6 +46,7 @@ def gptq(
     All tokens go through the model once, together: each layer's weight is rounded when its input
     arrives, and passes on what it computes with rounded weights, so that later layers make good
     what earlier ones lost.  The grid lies where `find_levels` puts it over the unrounded weight.
+    An expert's input is the tokens routed to it; one that gets none is left out of the result.
 
     Args:
         model: a decoder whose linears may have input transforms, as forward pre-hooks.
@@ -53,8 +55,8 @@ def gptq(
         estimator: see `find_levels`.
 
     Raises:
-        UserError: batches of several lengths, a linear that no token reached, or inputs that are
-            not finite.
+        UserError: batches of several lengths, a linear that no token reached though it is no
+            expert's, or inputs that are not finite.
     """
     lengths = {tokens_BT.shape[1] for tokens_BT in batches}
     if len(lengths) != 1:
@@ -70,9 +72,9 @@ def gptq(
         run = model if any(layer is head for layer in layers.values()) else model.base_model
         run(input_ids=tokens_BT, use_cache=False)
     for name in layers:
-        if name not in rounder.weights:
+        if name not in rounder.weights and expert_of(model, name) is None:
             raise UserError(f"{name}: no calibration token reached it")
-    return {name: rounder.weights[name] for name in layers}
+    return rounder.weights
 
 
 class _Done(Exception):

@@ -30,6 +30,7 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
     Attributes:
         weight_scale, weight_lowest: the weight's grid, one entry per block (see `grids.Levels`).
         input_transform: runs on the input before its quantiser; None where nothing does.
+        rounding: of the weight, as in `Scheme`; `nearest` too where GPTQ had no tokens to go by.
         weight_error: |w^ - w|^2 / |w|^2 of the rounding; NaN in a model that was loaded.
         input_quantizer: the input's, `nn.Identity` where it is left as it is.
     """
@@ -40,7 +41,7 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
 
     def __init__(self, linear: nn.Linear, scheme: Scheme, *, site: str) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.scheme, self.weight_error = scheme, math.nan
+        self.scheme, self.rounding, self.weight_error = scheme, scheme.rounding, math.nan
         self.bias = linear.bias
         self.register_parameter("weight", None)
         self.input_transform: nn.Module | None = getattr(linear, "input_transform", None)
@@ -58,9 +59,10 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
     ) -> QuantizedLinear:
         """With the linear layer's weight, or another on its grid, moved to the nearest levels."""
         self, own, name = cls(linear, scheme, site=site), linear.weight.detach(), f"{site}.weight"
+        self.rounding = "nearest" if weight is None else scheme.rounding
         levels = find_levels(own, scheme.weight, estimator=scheme.estimator, site=name)
         blocks = to_blocks(own if weight is None else weight, scheme.weight, name)
-        rounded = snap(blocks, levels).view(own.shape)
+        rounded = snap(blocks, levels).reshape(own.shape).contiguous()
         moved, size = (
             torch.linalg.vector_norm(x, dtype=torch.float64) for x in (rounded - own, own)
         )
@@ -77,6 +79,9 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
 
     def lay_out(self) -> None:
         """Make room for the codes and the grids that a file holds."""
+        # Until there are codes to decode: some families' `_init_weights` reads it before that.
+        del self.weight
+        self.register_buffer("weight", torch.empty(0), persistent=False)
         blocks = to_blocks(torch.empty(self.shape, device="meta"), self.scheme.weight)
         for name in self.kept:
             self.register_buffer(name, torch.empty_like(blocks[..., :1]))

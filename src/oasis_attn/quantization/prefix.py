@@ -248,10 +248,11 @@ def _watched(
             see(kind, x.reshape(*ids_BT.shape, -1))
 
     with ExitStack() as stack:
-        for name in linear_sites(model):
-            module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(lambda _module, args: take("linear", args[0]))
-            stack.callback(handle.remove)
+        sites = set(linear_sites(model))
+        for name, module in model.named_modules():
+            if name in sites:
+                handle = module.register_forward_pre_hook(lambda _, args: take("linear", args[0]))
+                stack.callback(handle.remove)
         for layer in decoder_layers(model)[1]:
             handle = layer.register_forward_hook(lambda _module, _args, out: take("hidden", out))
             stack.callback(handle.remove)

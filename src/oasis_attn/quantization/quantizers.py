@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.quantization.casts import KeepsPrecision
 from oasis_attn.quantization.grids import Grid, Levels, place, snap, to_blocks
-from oasis_attn.quantization.ranges import ESTIMATORS, Estimator
+from oasis_attn.quantization.ranges import ESTIMATORS, Estimator, Range
 
 
 def fake_quantize(x: Tensor, grid: Grid, *, estimator: str = "minmax", site: str = "x") -> Tensor:
@@ -26,7 +27,7 @@ def fake_quantize(x: Tensor, grid: Grid, *, estimator: str = "minmax", site: str
     if x.numel() == 0:
         return x
     levels = find_levels(x, grid, estimator=estimator, site=site)
-    return snap(to_blocks(x, grid, site), levels).view(x.shape)
+    return snap(to_blocks(x, grid, site), levels).reshape(x.shape)
 
 
 def find_levels(x: Tensor, grid: Grid, *, estimator: str = "minmax", site: str = "x") -> Levels:
@@ -72,7 +73,7 @@ class StaticQuantizer(KeepsPrecision):
             )
         check_choice("estimator", estimator, ESTIMATORS)
         self.grid, self.site, self.estimator = grid, site, estimator
-        self._observer: Estimator | None = None
+        self._observer: Estimator | Pool | None = None
         self.enabled = True
         for name in Levels._fields:
             self.register_buffer(name, torch.full((1,), torch.nan, dtype=torch.float32))
@@ -86,8 +87,11 @@ class StaticQuantizer(KeepsPrecision):
             levels = place(*self._observer.range(), self.grid)
         finally:
             self._observer = None
+        self._fix(levels)
+
+    def _fix(self, levels: Levels) -> None:
         for name, value in levels._asdict().items():
-            setattr(self, name, value)
+            setattr(self, name, value.clone())
 
     @property
     def range(self) -> tuple[float, float]:
@@ -104,3 +108,40 @@ class StaticQuantizer(KeepsPrecision):
 
     def extra_repr(self) -> str:
         return f"{self.grid}, estimator={self.estimator!r}"
+
+
+class Pool:
+    """An estimator for several quantisers: one batch is all that they see between two flushes."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        self._estimator = estimator
+        self._seen: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        self._seen.append(x.flatten())
+
+    def flush(self, *_hook_arguments: Any) -> None:
+        """End the batch; fit to be a forward hook."""
+        if self._seen:
+            self._estimator.update(torch.cat(self._seen))
+            self._seen.clear()
+
+    def range(self) -> Range:
+        return self._estimator.range()
+
+
+@contextmanager
+def observing_together(quantizers: Sequence[StaticQuantizer], site: str) -> Iterator[Pool]:
+    """As `StaticQuantizer.observing`, with one range for all of `quantizers`, which are alike."""
+    first = quantizers[0]
+    pool = Pool(ESTIMATORS[first.estimator](first.grid, site))
+    for quantizer in quantizers:
+        quantizer._observer = pool
+    try:
+        yield pool
+        levels = place(*pool.range(), first.grid)
+    finally:
+        for quantizer in quantizers:
+            quantizer._observer = None
+    for quantizer in quantizers:
+        quantizer._fix(levels)

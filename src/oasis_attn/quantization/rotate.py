@@ -19,8 +19,15 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.residual import AuthorsRouter, DepthRouter
-from oasis_attn.quantization.branches import Branch, branches, decoder_layers, gain_of, like
-from oasis_attn.quantization.sites import linear_sites
+from oasis_attn.quantization.branches import (
+    Branch,
+    branches,
+    decoder_layers,
+    decoder_of,
+    gain_of,
+    like,
+)
+from oasis_attn.quantization.sites import linear_layers
 from oasis_attn.quantization.transforms import Rotation
 
 _ROWS = 8192  # of a weight, turned at a time: a vocabulary in float64 would be large
@@ -73,13 +80,12 @@ def rotate(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def rotate_inputs(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
-    """Rotate the inputs of `linear_sites(model)` in place; parameters are replaced.
+    """Rotate the inputs of `linear_layers(model)` in place; parameters are replaced.
 
     Returns:
         by linear, the rotation that must run on its input; its inverse is in the weight.
     """
-    linears = {name: _linear(model.get_submodule(name)) for name in linear_sites(model)}
-    return _turn_inputs(linears, torch.Generator().manual_seed(seed))
+    return _turn_inputs(linear_layers(model), torch.Generator().manual_seed(seed))
 
 
 def _turn_inputs(linears: dict[str, nn.Linear], generator: torch.Generator) -> dict[str, nn.Module]:
@@ -93,8 +99,7 @@ def _turn_inputs(linears: dict[str, nn.Linear], generator: torch.Generator) -> d
 
 def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Module, nn.Linear]:
     """Embedding, final norm and head."""
-    decoder = model.get_submodule(decoder_layers(model)[0].rpartition(".")[0])
-    embedding, norm = model.get_input_embeddings(), getattr(decoder, "norm", None)
+    embedding, norm = model.get_input_embeddings(), getattr(decoder_of(model), "norm", None)
     head = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or norm is None:
         raise _refusal(model, "it has no embedding, final norm and linear head that are known")
@@ -156,11 +161,6 @@ def _turn_router(module: nn.Module, rotation: Rotation) -> None:
     elif isinstance(module, AuthorsRouter):
         _turn(module.q_proj, rotation)
         _turn(module.k_proj, rotation)
-
-
-def _linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
 
 
 def _untie(model: PreTrainedModel) -> None:

@@ -107,6 +107,7 @@ class SimulatedQuantizer(PrefixQuantizer):
         """Lay out every module that the file has tensors for."""
         from oasis_attn.quantization.casts import KeepsPrecision
         from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
+        from oasis_attn.quantization.linearize import linearize
         from oasis_attn.quantization.schemes import Scheme
         from oasis_attn.quantization.sites import add_quantizer
         from oasis_attn.quantization.transforms import Rotation, Scale
@@ -118,6 +119,7 @@ class SimulatedQuantizer(PrefixQuantizer):
         config.transforms = {
             found[name]: kind for name, kind in config.transforms.items() if name in found
         }
+        linearize(model, found.values())
         scheme = Scheme.from_dict(config.scheme)
         for name, kind in config.transforms.items():
             linear: Any = model.get_submodule(name)
@@ -166,7 +168,10 @@ def _places(model: PreTrainedModel, sites: Iterable[str]) -> dict[str, str]:
     Raises:
         UserError: it has no such module, and it is no output head that a model does without.
     """
-    modules, base = dict(model.named_modules()), f"{model.base_model_prefix}."
+    from oasis_attn.quantization.linearize import linear_names
+
+    modules = {name for name, _ in model.named_modules()}.union(linear_names(model))
+    base = f"{model.base_model_prefix}."
     places: dict[str, str] = {}
     for site in sites:
         name, colon, tensor = site.partition(":")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from itertools import chain
@@ -16,11 +17,12 @@ from oasis_attn.errors import UserError, check_choice
 from oasis_attn.modeling.hf_quantizer import PrefixQuantizer
 from oasis_attn.quantization.gptq import gptq
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
-from oasis_attn.quantization.quantizers import StaticQuantizer
+from oasis_attn.quantization.linearize import expert_of, linear_names, linearize
+from oasis_attn.quantization.quantizers import StaticQuantizer, observing_together
 from oasis_attn.quantization.rotate import rotate, rotate_inputs
 from oasis_attn.quantization.saved import mark
 from oasis_attn.quantization.schemes import Scheme, schemes
-from oasis_attn.quantization.sites import add_quantizer, linear_sites, linears, tensor_sites
+from oasis_attn.quantization.sites import add_quantizer, linear_sites, tensor_sites
 from oasis_attn.quantization.smooth import smooth
 
 
@@ -82,7 +84,7 @@ def quantize(
     names = _checked_sites(model, scheme, sites)
     batches = None if calibration is None else _checked_batches(model, calibration)
 
-    twin = transformed(model, scheme, batches, seed)
+    twin = transformed(model, scheme, batches, names, seed)
     for name, layer in _rounded(twin, scheme, batches, names).items():
         replace_linear(twin, name, layer)
     for name in names:
@@ -100,14 +102,20 @@ def quantize(
 
 
 def transformed(
-    model: PreTrainedModel, scheme: Scheme, batches: list[Tensor] | None, seed: int
+    model: PreTrainedModel,
+    scheme: Scheme,
+    batches: list[Tensor] | None,
+    names: Collection[str],
+    seed: int,
 ) -> PreTrainedModel:
     """A copy of `model` in eval mode, rotated or smoothed where `scheme` says so, nothing rounded.
 
-    It shares all tensors with `model` that this leaves as they are.
+    All of `names` that are linear layers are `nn.Linear` modules in it.  It shares all tensors with
+    `model` that this leaves as they are.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     twin = copy.deepcopy(model, shared).eval()
+    linearize(twin, names)
     transforms: dict[str, nn.Module] = {}
     if scheme.rotation == "hadamard":
         transforms = rotate(twin, seed=seed)
@@ -128,6 +136,13 @@ def _rounded(
     weights: dict[str, Tensor] = {}
     if scheme.rounding == "gptq" and batches is not None:
         weights = gptq(model, batches, layers, scheme.weight, estimator=scheme.estimator)
+        missed = [name for name in layers if name not in weights]
+        if missed:
+            warnings.warn(
+                f"calibration: no token reached {len(missed)} of {len(layers)} layers, as"
+                f" {missed[0]}; GPTQ rounds the weights of these experts to nearest",
+                stacklevel=3,
+            )
     return {
         name: QuantizedLinear.rounded(layer, scheme, site=name, weight=weights.get(name))
         for name, layer in layers.items()
@@ -148,10 +163,12 @@ def _checked_sites(
     if sites is None:
         names = scheme_sites(model, scheme)
     else:
-        known = [*linears(model), *(tensor_sites(model) if scheme.sites == "full" else ())]
+        tensors = tensor_sites(model) if scheme.sites == "full" else ()
+        known = dict.fromkeys([*linear_names(model), *tensors])
+        chosen = set(sites)
         for name in sites:
             check_choice("sites", name, known)
-        names = tuple(name for name in known if name in set(sites))
+        names = tuple(name for name in known if name in chosen)
     if not names:
         raise UserError(f"sites: they name no linear layer of {type(model).__name__}")
     return names
@@ -169,13 +186,26 @@ def _checked_batches(model: PreTrainedModel, calibration: Iterable[Tensor]) -> l
 
 @torch.no_grad()
 def _calibrate(model: PreTrainedModel, batches: list[Tensor]) -> None:
-    """Run the batches through `model` and fix the range of every static quantiser in it."""
-    quantizers = [m for m in model.modules() if isinstance(m, StaticQuantizer)]
+    """Run the batches through `model` and fix the range of every static quantiser in it.
+
+    The experts of a layer share one range: they read parts of one tensor, and few tokens, or none,
+    may reach any single one.
+    """
+    alone: list[StaticQuantizer] = []
+    together: dict[tuple[str, str], list[StaticQuantizer]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, StaticQuantizer):
+            expert = expert_of(model, name.rpartition(".")[0])
+            (together.setdefault(expert, []) if expert else alone).append(module)
     head = isinstance(model.get_output_embeddings(), QuantizedLinear)
     run = model if head else model.base_model
     with ExitStack() as stack:
-        for quantizer in quantizers:
+        for quantizer in alone:
             stack.enter_context(quantizer.observing())
+        for (path, layer), quantizers in together.items():
+            pool = stack.enter_context(observing_together(quantizers, f"{path}.{layer}.input"))
+            experts = model.get_submodule(path)
+            stack.callback(experts.register_forward_hook(pool.flush).remove)
         for tokens_BT in batches:
             run(input_ids=tokens_BT.to(model.device), use_cache=False)
 

@@ -1,13 +1,15 @@
 """Which tensors of a model are quantised, by exact name, and the hooks that do it.
 
-A linear layer is named as it is in the model: its weight and its input are quantised.  Any other
-tensor is `module:tensor`, with tensor one of `input`, `output`, and, of an attention module,
-`probabilities` and `context` (its mix of values, before any gate).
+A linear layer is named as it is in the model, or, of an expert, as it is after `linearize`: its
+weight and its input are quantised.  Any other tensor is `module:tensor`, with tensor one of
+`input`, `output`, and, of an attention module, `probabilities` and `context` (its mix of values,
+before any gate).
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,31 +22,37 @@ from oasis_attn.modeling.attention import oasis_attention, observed
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
 from oasis_attn.modeling.families import family_of
 from oasis_attn.ops.null_attention import naive_mix
-from oasis_attn.quantization.branches import decoder_layers
+from oasis_attn.quantization.branches import decoder_layers, decoder_of
+from oasis_attn.quantization.linearize import linear_names
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
 
 QUANTIZED_ATTENTION = "oasis-quantized"
+# Routers and gates: small, and what they compute decides more than it adds.
+_KEPT = re.compile(r"\.(output_gate|shared_expert_gate|gate(\.wg)?|router(\.\w+)?)$|\.attn_res_")
 
 
 def linear_sites(model: PreTrainedModel, *, head: bool = False) -> tuple[str, ...]:
     """Names of the layers that a scheme quantises unless told otherwise, in the model's order.
 
-    Every `nn.Linear` but the gates on attention outputs (as in the literature), the projections of
-    depth routers, and the output head; with `head`, that too.  Embeddings, norms, null logits, and
-    expert weights that are no `nn.Linear` are never among them.
+    Every linear layer, those of experts and `Conv1D` included, except gates on attention outputs
+    and on shared experts, routers of experts and of depth, and the output head; with `head`, that
+    too.  Embeddings, norms and null logits are never among them, nor are weights that no module
+    known to `linearize` holds: see `coverage`.
     """
     output = None if head else model.get_output_embeddings()
-    return tuple(
-        name
-        for name, module in linears(model).items()
-        if module is not output and not name.endswith(".output_gate") and ".attn_res_" not in name
-    )
+    heads = {name for name, module in model.named_modules() if module is output}
+    return tuple(n for n in linear_names(model) if n not in heads and not _KEPT.search(n))
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every plain linear layer by name."""
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Those of `linear_sites` that are `nn.Linear` modules: all of them, after `linearize`."""
+    sites = set(linear_sites(model))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name in sites and isinstance(module, nn.Linear)
+    }
 
 
 def tensor_sites(model: PreTrainedModel) -> tuple[str, ...]:
@@ -64,7 +72,7 @@ def tensor_sites(model: PreTrainedModel) -> tuple[str, ...]:
         UserError: a family without a row in `modeling.families`, which tells where its norms are.
     """
     config = model.config.get_text_config(decoder=True)
-    family, decoder = family_of(config), model.get_decoder()
+    family = family_of(config)
     routed = getattr(model.config, "residual", "sum") != "sum"
     names = {id(module): name for name, module in model.named_modules()}
     found: list[str] = []
@@ -82,7 +90,7 @@ def tensor_sites(model: PreTrainedModel) -> tuple[str, ...]:
         found += branch("self_attn", family.post_attention)
         found += [f"{here}.{family.pre_mlp or family.mlp}:input", *norm(family.pre_mlp)]
         found += branch(family.mlp, family.post_mlp)
-    last = [child for child in decoder.children() if "Norm" in type(child).__name__][-1]
+    last = [child for child in decoder_of(model).children() if "Norm" in type(child).__name__][-1]
     return *found, f"{names[id(last)]}:input", f"{names[id(last)]}:output"
 
 
@@ -111,7 +119,7 @@ def add_quantizer(model: PreTrainedModel, site: str, scheme: Scheme) -> StaticQu
 
 
 def _is_last(model: PreTrainedModel, module: nn.Module) -> bool:
-    return any(child is module for child in model.get_decoder().children())
+    return any(child is module for child in decoder_of(model).children())
 
 
 # Module-level functions that find their quantiser on the module: a copied model runs its own.
@@ -163,9 +171,10 @@ def quantized_attention(
         call.value_BGSd,
         kwargs.get("dropout", 0.0),
     )
-    context_BTHd = _site(module, "context")(context_BHTd.to(query.dtype)).transpose(1, 2)
+    context_BHTd = _site(module, "context")(context_BHTd.to(query.dtype))
+    context_BTHd = context_BHTd.transpose(1, 2).contiguous()
     if output_gate is not None:
-        gate = torch.sigmoid(output_gate).view(*context_BTHd.shape[:3], -1)
+        gate = torch.sigmoid(output_gate).reshape(*context_BTHd.shape[:3], -1)
         context_BTHd = context_BTHd * gate
     return context_BTHd, null_BHT
 

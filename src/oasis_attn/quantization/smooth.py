@@ -10,9 +10,8 @@ Axes: D in.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.quantization.branches import Branch, Source, branches, gain_of, like
-from oasis_attn.quantization.sites import linear_sites
+from oasis_attn.quantization.sites import linear_layers
 from oasis_attn.quantization.transforms import Scale
 
 _LEAST = 1e-5  # of s, as in the authors' code
@@ -31,11 +30,12 @@ _LEAST = 1e-5  # of s, as in the authors' code
 def smooth(
     model: PreTrainedModel, batches: Iterable[Tensor], *, alpha: float
 ) -> dict[str, nn.Module]:
-    """Smooth the inputs of `linear_sites(model)` in place, without a change of the function.
+    """Smooth the inputs of `linear_layers(model)` in place, without a change of the function.
 
     Parameters are replaced, never written into: whoever shares them keeps his.  Linears that read
-    one norm share one s, and so do the query heads of one value head.  A channel that is 0 on all
-    calibration tokens, or in all weights, has s = 1.
+    one norm share one s, and so do the query heads of one value head.  Each expert has its own s,
+    from the tokens routed to it.  A channel that is 0 on all calibration tokens, or in all weights,
+    has s = 1.
 
     Args:
         model: a decoder of ours or any other.
@@ -50,8 +50,8 @@ def smooth(
     """
     if isinstance(alpha, bool) or not 0 <= alpha <= 1:
         raise UserError(f"smooth_alpha: {alpha!r} is not a number from 0 to 1")
-    names = linear_sites(model)
-    largest = _largest_inputs(model, batches, names)
+    linears = linear_layers(model)
+    largest = _largest_inputs(model, batches, linears)
     folded: set[str] = set()
     for sublayer in _foldable(model):
         # The writer first: the rows that it changes are what the readers' s should see.
@@ -62,9 +62,8 @@ def smooth(
             folded.update(sublayer.readers)
 
     transforms: dict[str, nn.Module] = {}
-    for name in names:
+    for name, linear in linears.items():
         if name not in folded:
-            linear = cast(nn.Linear, model.get_submodule(name))
             scale_D = _scale(largest[name], _columns([linear]), alpha)
             if not scale_D.eq(1).all():
                 _multiply(linear, scale_D)
@@ -73,7 +72,7 @@ def smooth(
 
 
 def _largest_inputs(
-    model: PreTrainedModel, batches: Iterable[Tensor], names: Collection[str]
+    model: PreTrainedModel, batches: Iterable[Tensor], linears: dict[str, nn.Linear]
 ) -> dict[str, Tensor]:
     """max|x| per channel of each linear's input, `[D]` float64; 0 where no token came."""
     largest: dict[str, Tensor] = {}
@@ -89,8 +88,8 @@ def _largest_inputs(
         stack.callback(linear.register_forward_pre_hook(hook).remove)
 
     with ExitStack() as stack:
-        for name in names:
-            listen(name, cast(nn.Linear, model.get_submodule(name)))
+        for name, linear in linears.items():
+            listen(name, linear)
         for tokens_BT in batches:
             model.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
     for name, largest_D in largest.items():
