@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_table, 
 
 if TYPE_CHECKING:
     from oasis_attn.records import Record
+    from oasis_attn.report import Table
 
 
 def quantize(
@@ -94,6 +96,22 @@ def quantize(
         _show(record)
 
 
+def _left(sizes: dict[str, int]) -> Table:
+    """Weights that stay in floating point: those of all layers in one row."""
+    from oasis_attn.report import Table
+
+    rows: dict[str, tuple[int, int]] = {}
+    for name, size in sizes.items():
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        count, total = rows.get(kind, (0, 0))
+        rows[kind] = count + 1, total + size
+    return Table(
+        title="Weights left in floating point (embeddings and head aside)",
+        columns=("weight", "how many", "entries"),
+        rows=tuple((kind, str(count), f"{total:,}") for kind, (count, total) in rows.items()),
+    )
+
+
 def _show(record: Record) -> None:
     from oasis_attn.report import Table
 
@@ -102,9 +120,15 @@ def _show(record: Record) -> None:
         for name in ("perplexity.windowed", "size.bytes")
     ]
     rows.append(("speed.over_unquantized", "1", f"{record['speed.over_unquantized']:.3f}"))
+    rows.append(("size.quantized_share", "0", f"{record['size.quantized_share']:.4f}"))
+    missed = record.subject["quantization"]["rounded_to_nearest"]
+    if missed:
+        rows.append(("layers that GPTQ had no tokens for", "", str(len(missed))))
     title = f"{record.subject['name']}: {record.subject['quantization']['scheme']['name']}"
     print_table(Table(title=title, columns=("", "before", "after"), rows=tuple(rows)))
 
+    if record.subject["quantization"]["float_weights"]:
+        print_table(_left(record.subject["quantization"]["float_weights"]))
     worst = sorted(
         record.each("quantization.activation_error"), key=lambda m: m.value, reverse=True
     )

@@ -21,6 +21,11 @@ from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.subject import check_lengths, describe_model
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.quantization.costs import GROUPINGS, perplexity, sensitivity, site_metrics
+from oasis_attn.quantization.coverage import (
+    float_weights,
+    quantized_share,
+    rounded_to_nearest,
+)
 from oasis_attn.quantization.integers import check_kernels, to_integers
 from oasis_attn.quantization.saved import quantization_of
 from oasis_attn.quantization.schemes import Scheme, schemes
@@ -67,7 +72,9 @@ def quantize_checkpoint(
         tell: is told what is going on.
 
     Returns:
-        A record of kind `quantization`: `perplexity.windowed` and `size.bytes` at `before` and
+        A record of kind `quantization`: `size.quantized_share` (see `coverage`; the weights that
+        stay are `subject.quantization.float_weights`, and those of experts that GPTQ had no token
+        for are `.rounded_to_nearest`), `perplexity.windowed` and `size.bytes` at `before` and
         `after`, `speed.over_unquantized` (tokens per second of the two, window by window in turn,
         the median of the ratios), and `site_metrics` of the simulated model; with `costs`, the
         table `sensitivity`.
@@ -113,7 +120,8 @@ def quantize_checkpoint(
     if not simulate:
         to_integers(twin)
     tell("measuring perplexity and speed")
-    metrics = *_compared(loaded, twin, held_out_NT), *metrics
+    share = Metric(name="size.quantized_share", value=quantized_share(twin))
+    metrics = share, *_compared(loaded, twin, held_out_NT), *metrics
     tell("writing")
     with staged_folder(out) as stage:
         twin.save_pretrained(stage)
@@ -123,7 +131,11 @@ def quantize_checkpoint(
             "after": sum(path.stat().st_size for path in stage.glob("*.safetensors")),
         }
         metrics = *(Metric(name="size.bytes", value=v, where=k) for k, v in sizes.items()), *metrics
-        quantization = vars(quantization_of(twin)) | {"seed": seed}
+        quantization = vars(quantization_of(twin)) | {
+            "seed": seed,
+            "float_weights": float_weights(twin),
+            "rounded_to_nearest": rounded_to_nearest(twin),
+        }
         record = Record(
             kind="quantization",
             subject=describe_model(loaded) | {"quantization": quantization},

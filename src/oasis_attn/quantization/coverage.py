@@ -31,3 +31,12 @@ def float_weights(model: PreTrainedModel) -> dict[str, int]:
         for own, parameter in module.named_parameters(recurse=False)
         if parameter.ndim >= 2 and not own.endswith("bias")
     }
+
+
+def rounded_to_nearest(model: PreTrainedModel) -> list[str]:
+    """The layers of a GPTQ scheme that no calibration token reached: experts; see `gptq`."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and module.rounding != module.scheme.rounding
+    ]

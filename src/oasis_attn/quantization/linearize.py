@@ -1,4 +1,4 @@
-"""Experts and `Conv1D` layers as `nn.Linear` layers, so that every scheme applies to them.
+"""Experts and other layers of transformers as `nn.Linear`, so that every scheme applies to them.
 
 transformers stores the weights of all experts of a mixture in one parameter, and GPT-2's layers as
 `Conv1D`, [in, out].  In a quantised model linear layers stand in their place: `<experts>.<index>`
@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 
 class Expert(nn.Module):
@@ -44,12 +43,15 @@ def linearize(model: PreTrainedModel, names: Iterable[str]) -> None:
     for name, module in list(model.named_modules()):
         if wanted.isdisjoint(f"{name}{part}" for part in _parts(module)):
             continue
-        if isinstance(module, Conv1D):
-            model.set_submodule(name, _linear(module.weight, module.weight.detach().T, module.bias))
-        elif _is_llama4(module):
-            model.set_submodule(name, SortedExperts(module))
+        layer: Any = module
+        if _is(layer, "Conv1D"):
+            model.set_submodule(name, _linear(layer.weight, layer.weight.detach().T, layer.bias))
+        elif _is(layer, "FalconLinear"):
+            model.set_submodule(name, _linear(layer.weight, layer.weight.detach(), layer.bias))
+        elif _is(layer, "Llama4TextExperts"):
+            model.set_submodule(name, SortedExperts(layer))
         else:
-            model.set_submodule(name, LinearExperts(module))
+            model.set_submodule(name, LinearExperts(layer))
 
 
 def expert_of(model: nn.Module, name: str) -> tuple[str, str] | None:
@@ -122,7 +124,7 @@ class SortedExperts(nn.Module):
 
 def _parts(module: nn.Module) -> list[str]:
     """What follows the module's name in the names of the linear layers that it holds."""
-    if isinstance(module, Conv1D):
+    if _is(module, "Conv1D") or _is(module, "FalconLinear"):
         return [""]
     names = _projections(module)
     count = len(getattr(module, names[0])) if names else 0
@@ -132,14 +134,17 @@ def _parts(module: nn.Module) -> list[str]:
 def _projections(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters that hold all experts' weights, in the order of their use."""
     # What `use_experts_implementation` writes on the experts modules that the interface runs.
-    known = _is_llama4(module) or (hasattr(module, "is_transposed") and hasattr(module, "has_gate"))
+    known = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+    known = known or _is(module, "Llama4TextExperts")
     if not known or not isinstance(getattr(module, "down_proj", None), nn.Parameter):
         return ()
     return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
 
 
-def _is_llama4(module: nn.Module) -> bool:
-    return type(module).__name__ == "Llama4TextExperts"
+def _is(module: nn.Module, name: str) -> bool:
+    """Whether a module is of a class of transformers, by name: importing them all takes long."""
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.startswith("transformers.")
 
 
 def _unpack(packed: Any, target: nn.Module) -> None:
