@@ -49,6 +49,30 @@ def test_simulated(oasis, model, shape, tmp_path):
     assert len(columns["group"]) == len(columns["only"])
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
+def test_says_which_share_of_the_weights_is_quantised(oasis, kind, shape, tokenizer, tmp_path):
+    with quiet():
+        AutoModelForCausalLM.from_config(tiny_config(kind)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    code, shown = oasis(
+        *("quantize", tmp_path / "model", "--out", tmp_path / "out", "--simulate", *shape),
+        *("--skip", "*.0.*c_attn") if kind == "gpt2" else (),
+    )
+    assert code == 0
+    record = Record.load(tmp_path / "out" / "record.json")
+    left = record.subject["quantization"]["float_weights"]
+    total = record["size.quantized_share"]
+    if kind == "gpt2":
+        assert left == {"transformer.h.0.attn.c_attn.weight": 32 * 96}
+        assert total == 1 - 32 * 96 / (4 * 12 * 32 * 32)
+    else:
+        assert left == {f"model.layers.{i}.mlp.gate.weight": 4 * 32 for i in range(4)}
+        experts, attention = 4 * 3 * 32 * 48, 2 * 32 * 32 + 2 * 16 * 32
+        assert total == pytest.approx(1 - 4 * 32 / (experts + attention + 4 * 32))
+    assert f"{total:.4f}" in shown.out
+    assert ("mlp.gate.weight" if kind == "mixtral" else "c_attn.weight") in shown.out
+
+
 def test_in_integers(oasis, model, shape, tmp_path):
     utils = pytest.importorskip("torchao.utils", reason="torchao is not installed")
     if utils.should_reduce_range(torch.device("cpu")):

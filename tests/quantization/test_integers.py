@@ -37,7 +37,7 @@ def make(kind):
     if kind == "oasis":
         return tiny_model()
     torch.manual_seed(0)
-    config = tiny_config(kind, attention_bias=True)
+    config = tiny_config(kind) if kind == "gpt2" else tiny_config(kind, attention_bias=True)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -53,8 +53,17 @@ def logits(model, ids):
     return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("kind", ["llama", "oasis"])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, name) for kind in ("llama", "oasis") for name in SCHEMES),
+        *(
+            (kind, name)
+            for kind in ("mixtral", "gpt_oss", "gpt2")
+            for name in ("dynamic", "static")
+        ),
+    ],
+)
 def test_computes_what_the_simulation_computes_and_is_saved(kind, name, ids, tmp_path):
     twin = simulated(kind, SCHEMES[name])
     expected, exact = logits(twin, ids), logits(make(kind), ids)

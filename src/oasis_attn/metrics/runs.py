@@ -150,6 +150,14 @@ QUANTIZATION = (
         protocol="`quantize`: `where` is `before` or `after`",
     ),
     Definition(
+        name="size.quantized_share",
+        definition="entries of quantised weights / entries of all weights; weights are parameters "
+        "of two or more dimensions, less embeddings and an output head that is not quantised",
+        unit="share",
+        better="higher",
+        protocol="`quantize`; the other weights are listed in `subject.quantization.float_weights`",
+    ),
+    Definition(
         name="speed.over_unquantized",
         definition="seconds of a forward pass before quantising / seconds after",
         unit="1",

@@ -136,7 +136,9 @@ def _checked_gains(
 
 def _refusal(model: PreTrainedModel, reason: str) -> UserError:
     kind = model.config.get_text_config().model_type
-    return UserError(f"rotation: family {kind!r} cannot be rotated: {reason}")
+    return UserError(
+        f"rotation: family {kind!r} cannot be rotated: {reason}; 'inputs' fits any family"
+    )
 
 
 def _rotation(weight: Tensor, generator: torch.Generator) -> Rotation:

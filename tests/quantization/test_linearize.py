@@ -1,0 +1,127 @@
+"""Layers of other classes that are linear: quantised exactly like the `nn.Linear` they equal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, FalconConfig
+
+from oasis_attn.errors import UserError
+from oasis_attn.modeling.loading import quiet
+from oasis_attn.quantization import linear_sites, quantize, quantized_sites, schemes
+from oasis_attn.quantization.coverage import float_weights, quantized_share
+from oasis_attn.quantization.linearize import linear_names, linearize
+from tiny import VOCABULARY, tiny_config
+
+TABLE = schemes()
+SCHEMES = {
+    "dynamic": TABLE["w8a8-dynamic"],
+    "static": TABLE["w8a8-static-linear"],
+    "w4a16": TABLE["w4a16"],
+    "gptq": replace(TABLE["w4a8"], rounding="gptq"),
+    "smoothed": replace(TABLE["w8a8-static-linear"], smooth_alpha=0.5),
+    "rotated": replace(TABLE["w4a4"], rotation="inputs"),
+}
+SITES = {
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "openai-gpt": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "falcon": (
+        *("self_attention.query_key_value", "self_attention.dense"),
+        *("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ),
+}
+
+
+def make(kind):
+    torch.manual_seed(0)
+    if kind == "falcon":
+        config = FalconConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            bias=True, initializer_range=0.2,
+        )  # fmt: skip
+    else:
+        config = tiny_config(kind, num_hidden_layers=2, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def batches():
+    return [torch.randint(3, VOCABULARY, (2, 12), generator=torch.manual_seed(i)) for i in range(3)]
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def with_linears(model):
+    """The same model, its layers written as `nn.Linear` here."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ in ("Conv1D", "FalconLinear"):
+            weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+            linear = nn.Linear(*reversed(weight.shape))
+            linear.load_state_dict({"weight": weight, "bias": module.bias})
+            model.set_submodule(name, linear)
+    return model
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_every_layer_is_found(kind):
+    model = make(kind)
+    expected = [f"transformer.h.{i}.{site}" for i in range(2) for site in SITES[kind]]
+    assert list(linear_sites(model)) == expected
+    twin = quantize(model, "w8a8-dynamic")
+    assert list(quantized_sites(twin)) == expected
+    assert (quantized_share(twin), float_weights(twin)) == (1.0, {})
+
+
+@pytest.mark.parametrize("kind", SITES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_is_quantised_like_the_linear_layers_it_equals(kind, name, ids, tmp_path):
+    model, scheme = make(kind), SCHEMES[name]
+    calibration = batches() if scheme.needs_calibration else None
+    twin = quantize(model, scheme, calibration=calibration)
+    equal = quantize(with_linears(make(kind)), scheme, calibration=calibration)
+    found = logits(twin, ids)
+    torch.testing.assert_close(found, logits(equal, ids))
+    for site, layer in quantized_sites(equal).items():
+        torch.testing.assert_close(twin.get_submodule(site).weight, layer.weight)
+    assert (found - logits(model, ids)).norm() > 1e-4 * found.norm()
+    with quiet():
+        twin.save_pretrained(tmp_path)
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(loaded, ids), found)
+
+
+def test_layers_left_out_stay_as_they_are(ids):
+    model = make("gpt2")
+    sites = [site for site in linear_sites(model) if "c_attn" not in site]
+    twin = quantize(model, SCHEMES["smoothed"], calibration=batches(), sites=sites)
+    assert type(twin.transformer.h[0].attn.c_attn) is type(model.transformer.h[0].attn.c_attn)
+    left = [f"transformer.h.{i}.attn.c_attn.weight" for i in range(2)]
+    assert list(float_weights(twin)) == left
+    assert logits(twin, ids).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "falcon"])
+def test_training_goes_on_in_what_was_trained_before(kind):
+    model = make(kind)
+    names = list(linear_names(model))
+    model.get_submodule(names[0]).weight.requires_grad_(False)
+    linearize(model, names)
+    model(input_ids=batches()[0], labels=batches()[0]).loss.backward()
+    assert model.get_submodule(names[0]).weight.grad is None
+    assert model.get_submodule(names[1]).weight.grad.abs().sum() > 0
+
+
+def test_what_stands_between_the_layers_is_refused_by_the_family():
+    with pytest.raises(UserError, match="'gpt2' has no adapter"):
+        quantize(make("gpt2"), "w8a8-static", calibration=batches())
