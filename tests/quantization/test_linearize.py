@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, FalconConfig
+from transformers import AutoModelForCausalLM, FalconConfig, FalconMambaConfig
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import quiet
 from oasis_attn.quantization import linear_sites, quantize, quantized_sites, schemes
 from oasis_attn.quantization.coverage import float_weights, quantized_share
 from oasis_attn.quantization.linearize import linear_names, linearize
+from oasis_attn.quantization.simulate import transformed
 from tiny import VOCABULARY, tiny_config
 
 TABLE = schemes()
@@ -120,6 +121,27 @@ def test_training_goes_on_in_what_was_trained_before(kind):
     model(input_ids=batches()[0], labels=batches()[0]).loss.backward()
     assert model.get_submodule(names[0]).weight.grad is None
     assert model.get_submodule(names[1]).weight.grad.abs().sum() > 0
+
+
+def test_a_weight_that_is_read_without_its_layer_stays(ids, tmp_path):
+    """Rotating it alone would change the function."""
+    torch.manual_seed(0)
+    config = FalconMambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=4
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    scheme = SCHEMES["rotated"]
+    sites = linear_sites(model)
+    twin = transformed(model, scheme, None, sites, 0)
+    torch.testing.assert_close(logits(twin, ids), logits(model, ids), rtol=0, atol=1e-5)
+    twin = quantize(model, scheme)
+    assert "backbone.layers.1.mixer.dt_proj.weight" in float_weights(twin)
+    with pytest.raises(UserError, match=r"sites: .*dt_proj' is not one of"):
+        quantize(model, scheme, sites=[*sites, "backbone.layers.1.mixer.dt_proj"])
+    with quiet():
+        twin.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(twin, ids))
 
 
 def test_what_stands_between_the_layers_is_refused_by_the_family():

@@ -81,7 +81,7 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
         """Make room for the codes and the grids that a file holds."""
         # Until there are codes to decode: some families' `_init_weights` reads it before that.
         del self.weight
-        self.register_buffer("weight", torch.empty(0), persistent=False)
+        self.register_buffer("weight", torch.empty(1, 1), persistent=False)
         blocks = to_blocks(torch.empty(self.shape, device="meta"), self.scheme.weight)
         for name in self.kept:
             self.register_buffer(name, torch.empty_like(blocks[..., :1]))

@@ -26,10 +26,15 @@ class Expert(nn.Module):
 
 
 def linear_names(model: nn.Module) -> Iterator[str]:
-    """Every linear layer of a model, under the name that it has after `linearize`."""
+    """Every linear layer of a model, under the name that it has after `linearize`.
+
+    Mamba's `dt_proj` is not among them: its weight is read without a call of the layer, so that
+    nothing could quantise its input.
+    """
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
-            yield name
+            if not name.endswith(".dt_proj"):
+                yield name
         else:
             yield from (f"{name}{part}" for part in _parts(module))
 

@@ -36,9 +36,9 @@ def linear_sites(model: PreTrainedModel, *, head: bool = False) -> tuple[str, ..
     """Names of the layers that a scheme quantises unless told otherwise, in the model's order.
 
     Every linear layer, those of experts and `Conv1D` included, except gates on attention outputs
-    and on shared experts, routers of experts and of depth, and the output head; with `head`, that
-    too.  Embeddings, norms and null logits are never among them, nor are weights that no module
-    known to `linearize` holds: see `coverage`.
+    and on shared experts, routers of experts and of depth, Mamba's `dt_proj`, and the output head;
+    with `head`, that too.  Embeddings, norms and null logits are never among them, nor are weights
+    of module classes that `linearize` does not know: see `coverage`.
     """
     output = None if head else model.get_output_embeddings()
     heads = {name for name, module in model.named_modules() if module is output}
