@@ -35,7 +35,7 @@ from oasis_attn.quantization.gptq import inverse_factor, round_weight
 from oasis_attn.quantization.linearize import linearize
 from oasis_attn.quantization.quantizers import find_levels
 from oasis_attn.quantization.simulate import transformed
-from tiny import VOCABULARY, tiny_config
+from tiny import VOCABULARY, tiny_config, tiny_model
 
 COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 EAGER = ("llama4_text",)  # which has no other implementation
@@ -333,6 +333,13 @@ def test_a_batch_of_a_running_range_is_what_all_experts_read():
 def test_the_tensors_between_linear_layers_too(family, tmp_path):
     twin = quantized(make(family), TABLE["w8a8-static"])
     assert "model.layers.1.self_attn:context" in quantized_sites(twin)
+    assert torch.equal(logits(there_and_back(twin, tmp_path), tokens()), logits(twin, tokens()))
+
+
+@pytest.mark.parametrize("name", ["dynamic", "static"])
+def test_of_a_model_with_depth_routing(name, tmp_path):
+    twin = quantized(tiny_model("oasis", "mixtral"), SCHEMES[name])
+    assert "model.layers.3.mlp.experts.3.down_proj" in quantized_sites(twin)
     assert torch.equal(logits(there_and_back(twin, tmp_path), tokens()), logits(twin, tokens()))
 
 
