@@ -14,16 +14,19 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _REGISTERS = {
-    "transformers.models.auto.configuration_auto": "oasis_attn.modeling.configuration",
-    "transformers.models.auto.modeling_auto": "oasis_attn.modeling.model",
-    "transformers.quantizers.auto": "oasis_attn.quantization.saved",
+    "transformers.models.auto.configuration_auto": ("oasis_attn.modeling.configuration",),
+    "transformers.models.auto.modeling_auto": (
+        "oasis_attn.modeling.model",
+        "oasis_attn.modeling.task_heads",
+    ),
+    "transformers.quantizers.auto": ("oasis_attn.quantization.saved",),
 }
 
 
 class _Registrar(MetaPathFinder, Loader):
     """Finds one module by the usual means, and imports ours once it has been executed."""
 
-    def __init__(self, theirs: str, ours: str):
+    def __init__(self, theirs: str, ours: tuple[str, ...]):
         self.theirs, self.ours = theirs, ours
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:  # noqa: ARG002
@@ -40,13 +43,18 @@ class _Registrar(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        import_module(self.ours)
+        _import(self.ours)
 
 
 def register() -> None:
     """Register now what transformers has already imported, and the rest when it is."""
     for theirs, ours in _REGISTERS.items():
         if theirs in sys.modules:
-            import_module(ours)
+            _import(ours)
         else:
             sys.meta_path.insert(0, _Registrar(theirs, ours))
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    for name in modules:
+        import_module(name)

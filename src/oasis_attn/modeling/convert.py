@@ -25,6 +25,7 @@ from oasis_attn.modeling.model import OasisForCausalLM
 from oasis_attn.modeling.prefix import prefix_of
 from oasis_attn.modeling.residual import DepthRouter
 from oasis_attn.modeling.variants import settings_of
+from oasis_attn.modeling.weight_names import is_ours
 
 NULL_OFF = -1e4
 """A null logit at which the null is switched off: exp(NULL_OFF) is 0 beside any real logit."""
@@ -234,8 +235,8 @@ def _share(target: PreTrainedModel, source: PreTrainedModel) -> None:
     if isinstance(target, OasisForCausalLM):
         _add_ours(target, source)
     found = target.load_state_dict(source.state_dict(), strict=False, assign=True)
-    strangers = [name for name in found.unexpected_keys if not _is_ours(name)]
-    absent = [name for name in found.missing_keys if not _is_ours(name)]
+    strangers = [name for name in found.unexpected_keys if not is_ours(name)]
+    absent = [name for name in found.missing_keys if not is_ours(name)]
     if strangers or absent:
         name = (strangers + absent)[0]
         raise UserError(f"model: {name} is not where the family's own model has it")
@@ -257,7 +258,3 @@ def _add_ours(model: OasisForCausalLM, native: PreTrainedModel) -> None:
     if model.model.depth is not None:
         precise = torch.promote_types(native.dtype, torch.float32)  # kept so by from_pretrained too
         model.model.depth = DepthRouter(model.config).to(native.device, precise)
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith("model.depth.") or name.endswith(".null_logit")

@@ -9,7 +9,7 @@
 
 The decoder loop, the rotary embeddings, the masks, the cache, the norms, the attention projections
 and the MLPs are the family's own.  `RoutedLayer` replaces only what a layer does between its
-branches; `RoutedModel` only hands the routers' parameters down.  Names on disk are the family's
+branches; `OasisModel` only hands the routers' parameters down.  Names on disk are the family's
 names, plus `model.depth.*` and, per layer, `output_gate`, `null_logit` and `attn_res_*`, each where
 a setting asks for it.
 """
@@ -23,12 +23,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
-from transformers import initialization as init
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
+from transformers import (
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
 )
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
@@ -39,7 +41,7 @@ from oasis_attn.modeling.configuration import OasisConfig, refuse_unknown
 from oasis_attn.modeling.families import Family, check_fits
 from oasis_attn.modeling.inference import InferenceStream, depth_stream
 from oasis_attn.modeling.native import NativeStream
-from oasis_attn.modeling.packing import with_packed_masks
+from oasis_attn.modeling.packing import input_of, with_packed_masks
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 from oasis_attn.modeling.residual import (
     BRANCH_EPS,
@@ -52,6 +54,7 @@ from oasis_attn.modeling.residual import (
     head_evidence,
     unit_scale,
 )
+from oasis_attn.modeling.weight_names import register_conversions
 
 
 class Routed:
@@ -176,15 +179,23 @@ def _same(x_BTD: Tensor) -> Tensor:
     return x_BTD
 
 
-class RoutedModel(Routed):
-    """Mixed into a family's base model: layers that route, and the routers they share."""
+class OasisModel(Routed, OasisPreTrainedModel):
+    """A family's base model, without a head: layers that route, and the routers they share.
+
+    `OasisModel(config)` makes one of the subclass that is mixed into `config`'s family.  Its
+    `config` is the family's; `oasis_config` holds the settings.
+    """
 
     layers: nn.ModuleList
-    training: bool
     _keep_in_fp32_modules_strict: set[str]
 
+    def __new__(cls, config: OasisConfig | None = None):
+        if cls is OasisModel:
+            cls = _routed_model(type(checked(config).text_config))
+        return super().__new__(cls)
+
     def __init__(self, config: OasisConfig):
-        super().__init__(config.text_config)  # type: ignore[call-arg]
+        super().__init__(config.text_config)
         layer_class = _routed_layer(type(self.layers[0]))  # type: ignore[arg-type]
         for index, layer in enumerate(self.layers):
             layer.__class__ = layer_class
@@ -194,8 +205,27 @@ class RoutedModel(Routed):
             self._keep_in_fp32_modules_strict.add("depth")
         self._no_split_modules = [layer_class.__name__]
 
-    def forward(self, *args, output_attentions: bool = False, **kwargs):
-        kwargs = with_packed_masks(self, args, kwargs)  # type: ignore[arg-type]
+    @property
+    def oasis_config(self) -> OasisConfig:
+        """The settings of all layers."""
+        return cast(RoutedLayer, self.layers[0]).settings
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        model = super()._from_config(config, **kwargs)
+        model.init_weights()  # of what the family's own constructor did not see
+        return model
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, *, output_attentions: bool | None = None, **kwargs
+    ):
+        """As the family's; see `OasisForCausalLM.forward` for what it takes besides."""
+        config = self.oasis_config
+        given = input_of((input_ids,), kwargs)
+        if kwargs.get("past_key_values") is not None:
+            check_cache(kwargs["past_key_values"], self.layers, len(given))
+        kwargs = with_packed_masks(self, (input_ids,), kwargs)
         if self.training and getattr(self.layers[0], "gradient_checkpointing", False):
             if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
                 raise UserError(
@@ -203,7 +233,10 @@ class RoutedModel(Routed):
                     " model.eval() to generate, or pass use_cache=False"
                 )
             kwargs["use_cache"] = False
-        config = cast(RoutedLayer, self.layers[0]).settings
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if kwargs.get("output_hidden_states") is None:
+            kwargs["output_hidden_states"] = config.output_hidden_states
         kwargs["settings"] = LayerSettings(
             config.residual,
             config.token_normalizer,
@@ -216,24 +249,35 @@ class RoutedModel(Routed):
             None if self.depth is None else self.depth(),
         )
         if not output_attentions:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(input_ids, **kwargs)
         maps: list[Tensor | None] = []
-        with observe_attention(self, lambda call: maps.append(call.weights_BHTS)):  # type: ignore[arg-type]
-            outputs = super().forward(*args, output_attentions=True, **kwargs)  # type: ignore[misc]
+        with observe_attention(self, lambda call: maps.append(call.weights_BHTS)):
+            outputs = super().forward(input_ids, output_attentions=True, **kwargs)
         outputs["attentions"] = tuple(maps)
         return outputs
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As transformers', with the settings in `config.json`, not the family's config alone."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        cast(RoutedLayer, self.layers[0]).settings.save_pretrained(save_directory)
+        text_config, self.config = self.config, self.oasis_config
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config = text_config
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)
         if isinstance(module, DepthRouter | AuthorsRouter):
             module.reset_parameters()
         elif isinstance(module, RoutedLayer) and module.null_logit is not None:
             init.zeros_(module.null_logit)
+
+
+def checked(config: OasisConfig | None) -> OasisConfig:
+    """`config`, whose settings are found to be in order; `UserError` otherwise."""
+    if not isinstance(config, OasisConfig):
+        raise UserError(f"config: {type(config).__name__} is not OasisConfig; wrap it in one")
+    config.check()
+    return config
 
 
 @cache
@@ -252,13 +296,9 @@ def _routed_model(text_config_class: type[PreTrainedConfig]) -> type:
         target = attention.target_class if isinstance(attention, OutputRecorder) else attention
         recorded["null_mass"] = OutputRecorder(target, index=1)
     name = f"Routed{native.__name__}"
-    for key in (native.__name__, text_config_class.model_type):  # as transformers looks them up
-        conversions = get_checkpoint_conversion_mapping(key)
-        if conversions is not None:  # how weights on disk become the family's, and back
-            register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
-            break
+    register_conversions(name, native, text_config_class.model_type)
     origin = (_routed_model, text_config_class)
-    routed = type(name, (RoutedModel, native), {"origin": origin, "_can_record_outputs": recorded})
+    routed = type(name, (OasisModel, native), {"origin": origin, "_can_record_outputs": recorded})
     _CAN_RECORD_REGISTRY.update({str(routed): recorded})  # __init__ does, which unpickling skips
     return routed
 
@@ -285,11 +325,8 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: OasisConfig, **unknown):
         refuse_unknown(unknown)  # what from_pretrained found no place for
-        if not isinstance(config, OasisConfig):
-            raise UserError(f"config: {type(config).__name__} is not OasisConfig; wrap it in one")
-        config.check()
+        check_fits(checked(config))
         super().__init__(config)
-        check_fits(config)
         self.model = _routed_model(type(config.text_config))(config)  # type: ignore[arg-type]
         self.vocab_size = config.vocab_size
         bias = getattr(config.text_config, "lm_head_bias", False)  # phimoe
@@ -318,14 +355,6 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
         1 - null (attention then stores them); with `output_null_mass=True`, `null_mass` is what
         each head left unspent, `[B, H, T]`.
         """
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None:
-            raise UserError("input_ids: there are none, and no inputs_embeds either")
-        if past_key_values is not None:
-            check_cache(past_key_values, self.model.layers, len(given))
-        for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name) is None:
-                kwargs[name] = getattr(self.config, name)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -362,4 +391,5 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
         return logits
 
 
+AutoModel.register(OasisConfig, OasisModel)
 AutoModelForCausalLM.register(OasisConfig, OasisForCausalLM)

@@ -25,6 +25,11 @@ class OasisPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @property
+    def oasis_config(self) -> OasisConfig:
+        """The settings, which `config` holds in a model with a head."""
+        return self.config
+
     @classmethod
     def from_pretrained(cls, *args, tp_plan=None, **kwargs):
         """As transformers', less tensor parallelism: psi is a mean over all heads of a layer."""
@@ -41,6 +46,20 @@ class OasisPreTrainedModel(PreTrainedModel):
         _refuse_attention(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """True: experts are the family's own.  transformers would look for them in our source."""
+        return True
+
+    def _grouped_mm_can_dispatch(self) -> bool:
+        """As the family's own model; experts are "eager" in a family that cannot, by default."""
+        from transformers import MODEL_MAPPING  # which is there once our models are registered
+
+        family = MODEL_MAPPING[type(self.config.get_text_config())]
+        if not family._can_set_experts_implementation():
+            raise UserError(f"experts_implementation: 'grouped_mm' is not for {family.__name__}")
+        return True
+
     def recompute_mixes(self, enabled: bool = True) -> None:
         """Recompute each depth mix and the norm after it in backward instead of keeping them.
 
@@ -56,7 +75,7 @@ class OasisPreTrainedModel(PreTrainedModel):
     ):
         """As transformers', less the reentrant form, which loses the depth sources' gradients."""
         reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant")
-        if reentrant and self.config.residual != "sum":
+        if reentrant and self.oasis_config.residual != "sum":
             raise UserError("use_reentrant: True drops the depth sources' gradients; set it False")
         super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
