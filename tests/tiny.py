@@ -18,7 +18,6 @@ _OPTIONAL = {  # for the families that have them
     "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 12, "sliding_window": 6, "attention_chunk_size": 6,
 }  # fmt: skip
-_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 
 
 def tiny_config(family="llama", **changes):
@@ -31,8 +30,6 @@ def tiny_config(family="llama", **changes):
     kind = CONFIG_MAPPING[family]
     known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     keywords |= {name: value for name, value in _OPTIONAL.items() if name in known}
-    if known & _EXPERTS:
-        keywords["experts_implementation"] = "eager"  # the grouped kernel has no float64 form
     if "kv_lora_rank" in known:
         keywords["num_key_value_heads"] = 4
     if family == "gpt_oss":
@@ -51,7 +48,13 @@ def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, tex
                 parameter.fill_(1.0)
             elif ".depth." in name or "null_logit" in name or "sinks" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model.to(dtype).eval()
+    return (double(model) if dtype == torch.float64 else model.to(dtype)).eval()
+
+
+def double(model):
+    """`model` in float64, its experts in their plain form: the default kernel has no float64."""
+    model.set_experts_implementation("eager")
+    return model.double()
 
 
 def word_tokenizer():

@@ -6,9 +6,21 @@ Public names are imported on first use, so that `import oasis_attn` stays cheap.
 from __future__ import annotations
 
 from importlib import import_module, metadata
-from typing import Any
+from typing import TYPE_CHECKING
 
 from oasis_attn._registration import register
+
+if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
+    from oasis_attn import ops
+    from oasis_attn.errors import UserError
+    from oasis_attn.evaluation import evaluate
+    from oasis_attn.measure import diagnose
+    from oasis_attn.modeling.configuration import OasisConfig
+    from oasis_attn.modeling.convert import convert
+    from oasis_attn.modeling.model import OasisForCausalLM
+    from oasis_attn.modeling.variants import variants
+    from oasis_attn.quantization import quantize
+    from oasis_attn.records import Record
 
 __version__ = metadata.version("oasis-attn")
 
@@ -24,15 +36,28 @@ _HOMES = {
     "variants": "oasis_attn.modeling.variants",
 }
 
-__all__ = ["__version__", "ops", *_HOMES]
+__all__ = [
+    "OasisConfig",
+    "OasisForCausalLM",
+    "Record",
+    "UserError",
+    "__version__",
+    "convert",
+    "diagnose",
+    "evaluate",
+    "ops",
+    "quantize",
+    "variants",
+]
 
+if not TYPE_CHECKING:  # to type checkers it would say that every name exists
 
-def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return import_module("oasis_attn.ops")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str):
+        if name == "ops":
+            return import_module("oasis_attn.ops")
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

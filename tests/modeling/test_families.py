@@ -8,7 +8,7 @@ from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.residual import observe_depth
-from tiny import tiny_config, tiny_model
+from tiny import double, tiny_config, tiny_model
 
 SINKS = [name for name, family in FAMILIES.items() if family.sinks]
 # Their native softcap or sinks are not in SDPA, and their eager softmax runs in float32.
@@ -18,11 +18,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
 
 
 def native_model(family, dtype=torch.float32, **changes):
-    """Each weight off its start, norms and sinks too."""
+    """As transformers makes it by default, but each weight off its start, norms and sinks too."""
     torch.manual_seed(0)
-    kind = "eager" if family in EAGER_ONLY else "sdpa"
     text = tiny_config(family, initializer_range=0.2, **changes)
-    native = AutoModelForCausalLM.from_config(text, attn_implementation=kind).to(dtype).eval()
+    native = AutoModelForCausalLM.from_config(text).eval()
+    if dtype == torch.float64:
+        double(native)
     with torch.no_grad():
         for parameter in native.parameters():
             if parameter.dim() == 1:

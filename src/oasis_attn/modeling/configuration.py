@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -36,6 +37,7 @@ _FORWARDED = {  # what transformers reads off a model's top config
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
     *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "sliding_window"),
+    *("classifier_dropout", "hidden_dropout"),
 }
 BROKEN = (
     *(StrictDataclassError, OSError, ValueError, TypeError, AttributeError, LookupError),
@@ -45,6 +47,7 @@ BROKEN = (
 _BASE_EXTRAS = {  # what transformers itself may hand to any config
     *("torch_dtype", "attn_implementation", "experts_implementation", "output_attentions"),
     *("name_or_path", "num_labels", "trust_remote_code", "model_type"),
+    *("quantization_config", "auto_map", "tokenizer_class"),
 }
 
 
@@ -143,6 +146,9 @@ class OasisConfig(PreTrainedConfig):
             raise UserError(f"text_config: {' '.join(str(error).split())}") from error
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        text: Any = self.text_config
+        if text.output_attentions:  # which it could not be saved with beside our function
+            self.output_attentions, text.output_attentions = True, False
         self.check()
         self._attn_implementation = ATTENTION
 
@@ -170,6 +176,25 @@ class OasisConfig(PreTrainedConfig):
 
     def validate_output_attentions(self) -> None:
         """Nothing to refuse: see `output_attentions`."""
+
+    def validate(self) -> None:
+        """Raise `UserError` on what could not be loaded again; `save_pretrained` asks first."""
+        self.check()
+        try:
+            self.text_config.validate()
+            for validator in self.__class_validators__:  # by name: one of them is overridden here
+                getattr(self, validator.__name__)()
+        except BROKEN as error:
+            raise UserError(f"config: {' '.join(str(error).split())}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', less attributes of other libraries, which loading would refuse."""
+        known = {field.name for field in fields(self)} | _BASE_EXTRAS
+        return {
+            name: value
+            for name, value in super().to_dict().items()
+            if name in known or name[0] == "_"
+        }
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
@@ -259,6 +284,11 @@ SETTINGS = (
     "coupling_init",
     "recency_init",
 )
+
+
+def check_settings(names: Iterable[str]) -> None:
+    """Raise `UserError` on the first of `names` that is none of `SETTINGS`."""
+    refuse_unknown(name for name in names if name not in SETTINGS)
 
 
 def refuse_unknown(names: Iterable[str]) -> None:

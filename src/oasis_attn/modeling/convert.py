@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration import OasisConfig, check_settings
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.loading import load_model, quiet
 from oasis_attn.modeling.model import OasisForCausalLM
@@ -159,6 +159,7 @@ def _authors(
     source: Any, dtype: str, overrides: dict[str, Any], trust_remote_code: bool
 ) -> tuple[Any, Any]:
     """A checkpoint with `attn_res_sa` and `attn_res_mlp` in its layers, as it stands."""
+    check_settings(overrides)
     for name in ("token_normalizer", "depth_normalizer"):
         if name not in overrides:
             raise UserError(f"{name}: the authors' checkpoints do not record it; it must be given")
@@ -176,6 +177,7 @@ def _starting_settings(
     text_config: PreTrainedConfig, variant: str, overrides: dict[str, Any]
 ) -> dict[str, Any]:
     """The variant's settings, its parts switched off; overrides win, and are judged later."""
+    check_settings(overrides)
     settings = settings_of(variant)
     sinks = family_of(text_config).sinks
     if sinks and settings["token_normalizer"] in ("softmax", "softmax1"):

@@ -191,7 +191,7 @@ class OasisModel(Routed, OasisPreTrainedModel):
 
     def __new__(cls, config: OasisConfig | None = None):
         if cls is OasisModel:
-            cls = _routed_model(type(checked(config).text_config))
+            cls = _routed_model(type(checked(config).text_config))  # type: ignore[arg-type]
         return super().__new__(cls)
 
     def __init__(self, config: OasisConfig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, Self
 
 from torch import nn
 from transformers import Cache, PreTrainedModel
@@ -31,7 +32,7 @@ class OasisPreTrainedModel(PreTrainedModel):
         return self.config
 
     @classmethod
-    def from_pretrained(cls, *args, tp_plan=None, **kwargs):
+    def from_pretrained(cls, *args: Any, tp_plan: Any = None, **kwargs: Any) -> Self:
         """As transformers', less tensor parallelism: psi is a mean over all heads of a layer."""
         if tp_plan is not None:
             raise UserError(f"tp_plan: {tp_plan!r} would split the heads the null signal averages")
@@ -55,7 +56,7 @@ class OasisPreTrainedModel(PreTrainedModel):
         """As the family's own model; experts are "eager" in a family that cannot, by default."""
         from transformers import MODEL_MAPPING  # which is there once our models are registered
 
-        family = MODEL_MAPPING[type(self.config.get_text_config())]
+        family: Any = MODEL_MAPPING[type(self.config.get_text_config())]
         if not family._can_set_experts_implementation():
             raise UserError(f"experts_implementation: 'grouped_mm' is not for {family.__name__}")
         return True

@@ -1,10 +1,11 @@
-"""A model as the subject of a record: what it is, which one exactly, and held still."""
+"""A model as the subject of a record: what it is, which one exactly, what fits it, held still."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration import BROKEN, OasisConfig
 from oasis_attn.modeling.prefix import prefix_of
 
 
@@ -68,6 +69,18 @@ def check_lengths(model: PreTrainedModel, lengths: Sequence[int], what: str) -> 
         raise UserError(
             f"{what}: {max(lengths)} tokens are more than the model's {most} positions{besides}"
         )
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Raise `UserError` if transformers would not write the configuration beside the weights."""
+    with TemporaryDirectory() as folder:
+        try:
+            model.config.save_pretrained(folder)
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+        except BROKEN as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model: its configuration cannot be saved: {reason}") from error
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def register_conversions(routed: str, native: type, model_type: str) -> None:
         conversions = get_checkpoint_conversion_mapping(key)
         if conversions is not None:
             for conversion in conversions:
-                conversion.__class__ = _sparing(type(conversion))
+                conversion.__class__ = _sparing(type(conversion))  # type: ignore[arg-type]
             register_checkpoint_conversion_mapping(routed, conversions, overwrite=True)
             return
 
@@ -47,7 +47,7 @@ class _Sparing:
 
     def reverse_transform(self) -> Any:
         reverse = super().reverse_transform()  # type: ignore[misc]
-        reverse.__class__ = _sparing(getattr(reverse, "native", type(reverse)))
+        reverse.__class__ = _sparing(self.native)
         return reverse
 
     def __reduce__(self) -> tuple[Any, ...]:  # the class is made on demand, by unpickling too
@@ -56,7 +56,8 @@ class _Sparing:
 
 @cache
 def _sparing(native: type) -> Any:
-    return type(f"Sparing{native.__name__}", (_Sparing, native), {"native": native, "__slots__": ()})
+    body = {"native": native, "__slots__": ()}
+    return type(f"Sparing{native.__name__}", (_Sparing, native), body)
 
 
 def _unpickled(native: type) -> Any:

@@ -6,10 +6,15 @@ What needs transformers is imported on first use, for `saved` is imported while 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 from oasis_attn.quantization.grids import Grid
 from oasis_attn.quantization.schemes import Scheme, schemes
+
+if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
+    from oasis_attn.quantization.kv_cache import QuantizedCache
+    from oasis_attn.quantization.simulate import quantize, quantized_sites, scheme_sites
+    from oasis_attn.quantization.sites import linear_sites, tensor_sites
 
 _HOMES = {
     "QuantizedCache": "oasis_attn.quantization.kv_cache",
@@ -20,10 +25,21 @@ _HOMES = {
     "tensor_sites": "oasis_attn.quantization.sites",
 }
 
-__all__ = ["Grid", "Scheme", "schemes", *_HOMES]
+__all__ = [
+    "Grid",
+    "QuantizedCache",
+    "Scheme",
+    "linear_sites",
+    "quantize",
+    "quantized_sites",
+    "scheme_sites",
+    "schemes",
+    "tensor_sites",
+]
 
+if not TYPE_CHECKING:  # to type checkers it would say that every name exists
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str):
+        if name in _HOMES:
+            return getattr(import_module(_HOMES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from typing import Any
 from oasis_attn.data import load_corpus
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
 from oasis_attn.evaluation import EvaluationConfig
-from oasis_attn.modeling.configuration import SETTINGS, OasisConfig, refuse_unknown
+from oasis_attn.modeling.configuration import OasisConfig, check_settings
 from oasis_attn.modeling.sizes import text_config
 from oasis_attn.modeling.variants import settings_of, variants
 from oasis_attn.quantization.schemes import schemes
@@ -194,7 +194,7 @@ class Plan:
             check_choice(f"training of {row!r}", name, _OF_A_ROW)
         if row in variants() and (variant != row or settings or "training" in given):
             raise UserError(f"variants: {row!r} is the name of a variant; name this one otherwise")
-        refuse_unknown(name for name in settings if name not in SETTINGS)
+        check_settings(settings)
         chosen = settings_of(variant) | dict(settings)
         for size in self.sizes:
             OasisConfig(text_config=text_config(size), **chosen)

@@ -98,11 +98,14 @@ class TrainingConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        from oasis_attn.modeling.configuration import OasisConfig, check_settings
+        from oasis_attn.modeling.families import check_fits
         from oasis_attn.modeling.sizes import text_config
         from oasis_attn.modeling.variants import settings_of
 
-        settings_of(self.variant)
-        text_config(self.size, self.vocab_size)
+        check_settings(self.settings)
+        settings = settings_of(self.variant) | dict(self.settings)
+        check_fits(OasisConfig(text_config=text_config(self.size, self.vocab_size), **settings))
         if self.from_model is not None:
             self._check_unused("variant", "size", "settings", "vocab_size")
         lowest = {

@@ -22,6 +22,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.prefix import prefix_of
 from oasis_attn.modeling.sizes import text_config
+from oasis_attn.modeling.subject import check_savable
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.anneal import NullAnneal
 from oasis_attn.training.config import TrainingConfig
@@ -64,6 +65,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
     corpus = load_corpus(config.corpus)
     held_out = load_corpus(config.corpus, config.eval_split)
     model, tokenizer = _start(config, corpus)
+    check_savable(model)
     most = model.config.max_position_embeddings
     if config.block_length > most:
         raise UserError(
