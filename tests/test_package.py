@@ -1,7 +1,10 @@
 """Importing is cheap, and the Auto classes know our checkpoints whoever is imported first."""
 
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,11 +31,17 @@ def test_auto_classes_know_a_checkpoint(checkpoint, first):
     second = {"oasis_attn": "transformers", "transformers": "oasis_attn"}[first]
     code = f"""
 import sys, {first}, {second}
-from transformers import AutoConfig, AutoModelForCausalLM
-print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)
-print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification
+for auto in AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification:
+    print(type(auto.from_pretrained(sys.argv[1])).__name__)
 """
-    assert python(code, checkpoint).splitlines()[-2:] == ["OasisConfig", "OasisForCausalLM"]
+    assert python(code, checkpoint).splitlines()[-4:] == [
+        "OasisConfig",
+        "RoutedLlamaModel",
+        "OasisForCausalLM",
+        "OasisForSequenceClassification",
+    ]
 
 
 def test_importing_pulls_in_nothing_heavy():
@@ -43,9 +52,46 @@ print([m for m in ("torch", "transformers", "datasets", "matplotlib") if m in sy
     assert python(code) == "[]"
 
 
+def test_public_names_have_types(tmp_path):
+    """Of none is the type Any, and a name that does not exist is an error, below the top too."""
+    pytest.importorskip("mypy")
+    import oasis_attn
+
+    names = [name for name in oasis_attn.__all__ if name != "ops"]
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(
+        f"from oasis_attn import ops, {', '.join(names)}\n"
+        + "".join(f"reveal_type({name})\n" for name in [*names, "ops.null_attention"])
+        + "reveal_type(OasisForCausalLM.from_pretrained('folder'))\n"
+        + "from oasis_attn import nothing_here\n"
+        + "from oasis_attn.quantization import nor_here\n"
+    )
+    options = (  # without the libraries beneath, it takes seconds
+        *("--no-site-packages", "--ignore-missing-imports", "--follow-imports=silent"),
+        *("--config-file=", f"--cache-dir={tmp_path}"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, str(snippet)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MYPYPATH": str(Path(oasis_attn.__file__).parent.parent)},
+    )
+    revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
+    assert len(revealed) == len(names) + 2, done.stdout + done.stderr
+    assert "Any" not in revealed
+    assert revealed[-1].endswith("OasisForCausalLM")
+    errors = re.findall(r"error: (.*)  \[", done.stdout)
+    assert errors == [
+        'Module "oasis_attn" has no attribute "nothing_here"',
+        'Module "oasis_attn.quantization" has no attribute "nor_here"',
+    ]
+
+
 def test_public_names():
     import oasis_attn
 
+    assert {*oasis_attn._HOMES, "ops", "__version__"} == {*oasis_attn.__all__}
     for name in oasis_attn.__all__:
         assert getattr(oasis_attn, name) is not None
     with pytest.raises(AttributeError, match="nothing_here"):

@@ -5,10 +5,15 @@ import unittest
 import pytest
 import torch
 from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.modeling.configuration import ATTENTION
+from oasis_attn.modeling.task_heads import (
+    OasisForQuestionAnswering,
+    OasisForSequenceClassification,
+    OasisForTokenClassification,
+)
 from oasis_attn.modeling.variants import settings_of
 from tiny import VOCABULARY, tiny_config
 from transformers_common import UNPACKED, import_common
@@ -20,6 +25,12 @@ if not UNPACKED:
 ModelTesterMixin = import_common("test_modeling_common").ModelTesterMixin
 ConfigTester = import_common("test_configuration_common").ConfigTester
 
+TAKES_LABELS = {
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": OasisForCausalLM,
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": OasisForSequenceClassification,
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": OasisForTokenClassification,
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": OasisForQuestionAnswering,
+}
 CANNOT_APPLY = {  # the test's exact name: why
     "test_can_set_attention_dynamically": "no attention function but ours has a null option",
     "test_config_attn_implementation_setter": "no attention function but ours has a null option",
@@ -33,9 +44,9 @@ CANNOT_APPLY = {  # the test's exact name: why
 
 @pytest.fixture(autouse=True)
 def fitted(monkeypatch):
-    """Listed as a class that takes labels; `eager`, by which the tests ask for maps, is ours."""
-    name = OasisForCausalLM.__name__
-    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, OasisConfig.model_type, name)
+    """Listed as classes that take labels; `eager`, by which the tests ask for maps, is ours."""
+    for names, kind in TAKES_LABELS.items():
+        monkeypatch.setitem(getattr(modeling_auto, names), OasisConfig.model_type, kind.__name__)
     native = PreTrainedConfig._attn_implementation
     ours = property(native.fget, lambda config, _: native.fset(config, ATTENTION))
     monkeypatch.setattr(OasisConfig, "_attn_implementation", ours)
@@ -85,6 +96,11 @@ class Common(ModelTesterMixin):
 
 class TestLlama(Common, unittest.TestCase):
     model_tester = Family("llama", "oasis")
+
+
+class TestTaskHeads(Common, unittest.TestCase):
+    model_tester = Family("llama", "oasis")
+    all_model_classes = tuple(TAKES_LABELS.values())[1:]
 
 
 class TestQwen3(Common, unittest.TestCase):

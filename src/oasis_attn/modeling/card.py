@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 _GENERATED = "automatically generated"  # transformers' own template says so too
 _ALWAYS = ("token_normalizer", "residual", "null_signal")
 _OURS = (".depth.", ".null_logit", ".output_gate.", ".attn_res_")
+_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
 _CARD = """\
 ---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [{tags}]
 ---
 
@@ -34,9 +39,9 @@ tags: [{tags}]
 
 ```python
 import oasis_attn  # without it, transformers cannot load this checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = AutoModelForCausalLM.from_pretrained(path_or_name)
+model = {auto_class}.from_pretrained(path_or_name)
 ```
 {measured}
 *This card was {generated}; without this line it is kept as it is.*
@@ -138,13 +143,27 @@ def model_card(
     if prefix := getattr(stored, "prefix", None):
         title = f"{title}, with a prefix"
         facts.append(_PREFIX.format(tokens=len(prefix["tokens"])))
+    task, auto_class = _task(config)
     return _CARD.format(
+        task=task,
+        auto_class=auto_class,
         tags=", ".join(tags),
         title=title,
         facts="\n\n".join(facts),
         measured="" if record is None else _measured(record, origin),
         generated=_GENERATED,
     )
+
+
+def _task(config: PreTrainedConfig) -> tuple[str, str]:
+    """The hub's name of the task, and the Auto class, of the class that `config` was saved with."""
+    name = (config.architectures or ["OasisForCausalLM"])[0]
+    for head, task in _TASKS.items():
+        if name.endswith(head):
+            return task, f"AutoModel{head}"
+    if name.startswith("Routed"):  # a base model of ours
+        return "feature-extraction", "AutoModel"
+    return "text-generation", "AutoModelForCausalLM"
 
 
 def variant_of(config: OasisConfig) -> str:

@@ -138,6 +138,7 @@ class OasisConfig(PreTrainedConfig):
             self.text_config = copy.deepcopy(self.text_config)
             # The top config hands its own down, and would forget the family's.
             kwargs.setdefault("experts_implementation", self.text_config._experts_implementation)
+        labelled = self.id2label is not None or "num_labels" in kwargs
         try:
             super().__post_init__(**kwargs)
         except UserError:
@@ -147,6 +148,10 @@ class OasisConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         text: Any = self.text_config
+        if not labelled:  # a classifier's are in the family's config
+            self.id2label, self.label2id = text.id2label, text.label2id
+        if self.problem_type is None:
+            self.problem_type = text.problem_type
         if text.output_attentions:  # which it could not be saved with beside our function
             self.output_attentions, text.output_attentions = True, False
         self.check()
