@@ -2,17 +2,32 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, T5Config
+from safetensors.torch import load_file
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    T5Config,
+)
 
 from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.residual import observe_depth
+from oasis_attn.modeling.weight_names import is_ours
 from tiny import double, tiny_config, tiny_model
 
 SINKS = [name for name, family in FAMILIES.items() if family.sinks]
 # Their native softcap or sinks are not in SDPA, and their eager softmax runs in float32.
 EAGER_ONLY = ("gemma2", "vaultgemma", *SINKS)
+GROUPED = [
+    name
+    for name in FAMILIES
+    if MODEL_MAPPING[CONFIG_MAPPING[name]]._can_set_experts_implementation()
+]
+EXPERTS = [*GROUPED, "llama4_text"]  # the last one has a single form of its own
 # Values narrower than keys, or a softcap: not for the fused kernel on the CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
 
@@ -112,8 +127,41 @@ def test_own_sinks_take_no_other_normalizer():
         OasisForCausalLM(OasisConfig(text_config=tiny_config("gpt_oss")))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe"])
-def test_checkpoints_of_experts_load_and_come_back(family, tmp_path):
+def test_families_of_experts():
+    assert len(GROUPED) == 27
+    for family in FAMILIES:
+        known = vars(tiny_config(family))
+        assert (family in EXPERTS) is any("experts_per_tok" in n or "moe" in n for n in known), (
+            family
+        )
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_train_as_in_the_native_model(family, ids):
+    """With transformers' default kernel: the same logits, and every gradient."""
+    native = native_model(family).train()
+    ours = convert(native, "oasis")
+    kernel = "grouped_mm" if family in GROUPED else "eager"
+    for config in (native.config, ours.config, ours.model.config):
+        assert config._experts_implementation == kernel
+    found = []
+    for model in (native, ours):
+        torch.manual_seed(0)  # phimoe draws noise for its router
+        outputs = model(ids, labels=ids)
+        native.zero_grad()
+        outputs.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((outputs.logits, gradients))
+    (logits, gradients), (our_logits, our_gradients) = found
+    torch.testing.assert_close(our_logits, logits, rtol=0, atol=2e-5)
+    for name, gradient in gradients.items():
+        bound = 2e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=0, atol=bound, msg=name)
+    assert all(is_ours(name) for name in our_gradients.keys() - gradients.keys())
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_checkpoints_of_experts_load_train_and_come_back(family, tmp_path, ids):
     """Names and shapes on disk are the family's own, which differ from those in memory."""
     native = native_model(family)
     native.save_pretrained(tmp_path / "native")
@@ -121,16 +169,105 @@ def test_checkpoints_of_experts_load_and_come_back(family, tmp_path):
     model, info = OasisForCausalLM.from_pretrained(
         tmp_path / "native", depth_scale="sources", output_loading_info=True, **settings
     )
-    assert all(name.startswith("model.depth.") for name in info["missing_keys"])
+    assert all(is_ours(name) for name in info["missing_keys"])
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
-    model.save_pretrained(tmp_path / "ours")
-    again, info = OasisForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(info.values()), info
     weights = native.state_dict()
-    for name, tensor in again.state_dict().items():
-        if not name.startswith("model.depth."):
+    for name, tensor in model.state_dict().items():
+        if not is_ours(name):
             assert torch.equal(tensor, weights[name]), name
+    before = model(ids, labels=ids).loss
+    before.backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    assert model.eval()(ids, labels=ids).loss < before
+    model.save_pretrained(tmp_path / "ours")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    theirs = load_file(tmp_path / "native" / "model.safetensors").keys()
+    on_disk = load_file(tmp_path / "ours" / "model.safetensors").keys()
+    assert {name for name in on_disk if not is_ours(name)} == theirs
+
+
+ADDED = {
+    "authors": {"output_gate": "elementwise"},
+    "oasis": {
+        "output_gate": "head",
+        "coupling": "head",
+        "depth_scale": "sources",
+        "token_normalizer": "learned_sink",
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", ADDED)
+def test_no_conversion_touches_a_parameter_of_ours(variant, family, tmp_path, ids):
+    """Saved under their own names, and loaded from them, with every setting that adds some."""
+    settings = ADDED[variant] | ({"token_normalizer": "learned_sink"} if family in SINKS else {})
+    model = tiny_model(variant, family, **settings)
+    ours = {name for name in model.state_dict() if is_ours(name)}
+    assert len(ours) >= 12
+    model.save_pretrained(tmp_path)
+    assert {n for n in load_file(tmp_path / "model.safetensors") if is_ours(n)} == ours
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    loaded.save_pretrained(tmp_path)  # with the conversions that loading has used
+    assert {n for n in load_file(tmp_path / "model.safetensors") if is_ours(n)} == ours
+
+
+def test_no_family_has_a_name_of_ours():
+    for family in FAMILIES:
+        with torch.device("meta"):
+            native = AutoModelForCausalLM.from_config(tiny_config(family))
+        assert not any(map(is_ours, native.state_dict())), family
+
+
+def test_a_loaded_model_with_conversions_is_pickled(tmp_path, ids):
+    tiny_model("authors", "mixtral").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.save(model, tmp_path / "whole")
+    again = torch.load(tmp_path / "whole", weights_only=False)
+    again.save_pretrained(tmp_path / "again")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_the_experts_implementation_can_be_set(tmp_path, ids):
+    model = tiny_model(family="mixtral")
+    whole = model(ids).logits
+    assert model.get_experts_implementation() == {"": "grouped_mm", "text_config": "grouped_mm"}
+    for name in ("eager", "batched_mm", "grouped_mm"):
+        model.set_experts_implementation(name)
+        assert set(model.get_experts_implementation().values()) == {name}
+        assert model.model.layers[0].mlp.experts.config._experts_implementation == name
+        torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=2e-5)
+    model.save_pretrained(tmp_path)
+    for given in (None, "eager", "grouped_mm"):
+        keywords = {} if given is None else {"experts_implementation": given}
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **keywords)
+        assert set(loaded.get_experts_implementation().values()) == {given or "grouped_mm"}
+    with pytest.raises(ValueError, match=r'experts_implementation="grouped".* not supported'):
+        model.set_experts_implementation("grouped")
+    dense = tiny_model()
+    assert set(dense.get_experts_implementation().values()) == {"eager"}
+    with pytest.raises(UserError, match="experts_implementation: 'grouped_mm' is not for Llama"):
+        dense.set_experts_implementation("grouped_mm")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_generation_with_default_experts(family, ids):
+    native = native_model(family)
+    texts = [
+        model.generate(ids, max_new_tokens=6, do_sample=False)
+        for model in (native, convert(native))
+    ]
+    assert torch.equal(*texts)
 
 
 def test_a_post_norm_family_needs_the_scaled_mix():
