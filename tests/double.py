@@ -6,7 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from tiny import VOCABULARY, double, tiny_config
+from tiny import VOCABULARY, cast, tiny_config
 
 IDS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -31,7 +31,7 @@ def native_model(family, **changes):
     """A family's own model in float64, every weight off its start, norms and biases too."""
     torch.manual_seed(0)
     text = tiny_config(family, initializer_range=0.2, **changes)
-    return shaken(double(AutoModelForCausalLM.from_config(text)).eval())
+    return shaken(cast(AutoModelForCausalLM.from_config(text), torch.float64).eval())
 
 
 @torch.no_grad()

@@ -48,13 +48,14 @@ def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, tex
                 parameter.fill_(1.0)
             elif ".depth." in name or "null_logit" in name or "sinks" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    return (double(model) if dtype == torch.float64 else model.to(dtype)).eval()
+    return cast(model, dtype).eval()
 
 
-def double(model):
-    """`model` in float64, its experts in their plain form: the default kernel has no float64."""
-    model.set_experts_implementation("eager")
-    return model.double()
+def cast(model, dtype):
+    """`model` in `dtype`, in float64 with experts in their plain form: the default has none."""
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    return model.to(dtype)
 
 
 def word_tokenizer():

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert, variants
 from oasis_attn.modeling.configuration import SETTINGS
+from oasis_attn.modeling.subject import check_savable
 from oasis_attn.modeling.variants import settings_of
 from tiny import tiny_config, tiny_model
 
@@ -133,6 +134,83 @@ def test_a_balancing_loss_that_would_be_lost_is_refused():
     native = AutoModelForCausalLM.from_config(tiny_config("mixtral", output_router_logits=True))
     with pytest.raises(UserError, match="output_router_logits: True"):
         convert(native)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_attention_maps_that_the_config_asks_for_are_saved_with_it(family, tmp_path, ids):
+    """Set on ours, before and after construction, or in the family's config."""
+    model = tiny_model(family=family)
+    model.config.output_attentions = True
+    model.save_pretrained(tmp_path)
+    given = tiny_config(family, output_attentions=True)
+    for config in (
+        AutoConfig.from_pretrained(tmp_path),
+        OasisConfig(text_config=tiny_config(family), output_attentions=True),
+        OasisConfig(text_config=given),
+        OasisConfig(text_config=given.to_dict()),
+    ):
+        assert config.output_attentions
+        config.save_pretrained(tmp_path / "again")
+        assert AutoConfig.from_pretrained(tmp_path / "again").output_attentions
+    assert given.output_attentions
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(loaded(ids).attentions) == 4
+    assert len(loaded.model(ids).attentions) == 4
+    assert loaded(ids, output_attentions=False).attentions is None
+
+
+def _set(path, value):
+    def change(config):
+        *parents, name = path.split(".")
+        for parent in parents:
+            config = getattr(config, parent)
+        setattr(config, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("null_signal", "of"), "null_signal: 'of' is not one of"),
+        (_set("null_logit", float("nan")), "null_logit: nan is not a number"),
+        (_set("residual", "sum"), "null_signal: 'on' needs residual 'depth'"),
+        (_set("text_config.num_attention_heads", 5), "config: .*not a multiple"),
+    ],
+)
+def test_a_config_that_could_not_be_loaded_is_not_saved(change, message, tmp_path):
+    model = tiny_model()
+    change(model.config)
+    with pytest.raises(UserError, match=message) as raised:
+        model.save_pretrained(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        check_savable(model)
+
+
+def test_what_transformers_would_not_save_is_found_before():
+    native = AutoModelForCausalLM.from_config(tiny_config())
+    check_savable(native)
+    for attribute, place in (("temperature", native.config), ("top_p", native.generation_config)):
+        setattr(place, attribute, 0.5)
+        with pytest.raises(UserError, match=f"cannot be saved: .*{attribute}") as raised:
+            check_savable(native)
+        assert "\n" not in str(raised.value)
+        setattr(place, attribute, None)
+
+
+def test_attributes_of_other_libraries_do_not_keep_a_checkpoint_from_loading(tmp_path):
+    model = tiny_model()
+    model.config.my_note = "mine"
+    model.config.tokenizer_class = "PreTrainedTokenizerFast"
+    model.config.text_config.pretraining_tp = 1
+    model.save_pretrained(tmp_path)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    assert not hasattr(config, "my_note")
+    assert config.tokenizer_class == "PreTrainedTokenizerFast"
+    assert config.text_config.pretraining_tp == 1
+    assert model.config.my_note == "mine"
 
 
 def test_the_callers_config_is_left_alone():

@@ -74,6 +74,9 @@ def test_each_variant_keeps_the_function_or_is_refused(variant, ids):
         ("gpt_oss", {"coupling_init": -5.0}, "coupling: -5 hears the family's own sinks"),
         ("gpt_oss", {"token_normalizer": "softmax1"}, "has learned sinks of its own"),
         ("llama", {"depth_blocks": 2}, "did you mean 'depth_block_size'"),
+        ("llama", {"tie_word_embeddings": True}, "settings: 'tie_word_embeddings' is none of"),
+        ("llama", {"output_attentions": True}, "settings: 'output_attentions' is none of"),
+        ("llama", {"hidden_size": 64}, "settings: 'hidden_size' is none of"),
     ],
 )
 def test_settings_that_change_the_function_are_refused(family, overrides, message):
@@ -204,6 +207,15 @@ def test_checkpoints_there_and_back(checkpoint, tmp_path, capfd):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "%|" not in capfd.readouterr().err
+
+
+def test_checkpoints_of_experts_there_and_back(checkpoint, tmp_path):
+    native_model("mixtral").save_pretrained(checkpoint)
+    convert_checkpoint(checkpoint, tmp_path / "ours")
+    convert_checkpoint(tmp_path / "ours", tmp_path / "back", back=True)
+    before, after = (load_file(f / "model.safetensors") for f in (checkpoint, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_dtype_is_the_checkpoints_unless_asked_for(checkpoint, tmp_path):

@@ -17,7 +17,7 @@ from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.residual import observe_depth
 from oasis_attn.modeling.weight_names import is_ours
-from tiny import double, tiny_config, tiny_model
+from tiny import cast, tiny_config, tiny_model
 
 SINKS = [name for name, family in FAMILIES.items() if family.sinks]
 # Their native softcap or sinks are not in SDPA, and their eager softmax runs in float32.
@@ -36,9 +36,7 @@ def native_model(family, dtype=torch.float32, **changes):
     """As transformers makes it by default, but each weight off its start, norms and sinks too."""
     torch.manual_seed(0)
     text = tiny_config(family, initializer_range=0.2, **changes)
-    native = AutoModelForCausalLM.from_config(text).eval()
-    if dtype == torch.float64:
-        double(native)
+    native = cast(AutoModelForCausalLM.from_config(text), dtype).eval()
     with torch.no_grad():
         for parameter in native.parameters():
             if parameter.dim() == 1:

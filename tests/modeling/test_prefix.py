@@ -33,7 +33,7 @@ from oasis_attn.modeling.prefix import (
 )
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 from oasis_attn.modeling.subject import fingerprint
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny import VOCABULARY, cast, tiny_config, tiny_model
 
 TOKENS = (5, 6, 7)
 FAMILIES = ("llama", "gpt2", "opt", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "granite")
@@ -43,7 +43,7 @@ VARIANTS = ("oasis", "attn_residual", "softpick", "clipped_softmax", "learned_si
 def native(family="llama", dtype=torch.float64, **changes):
     torch.manual_seed(0)
     config = tiny_config(family, initializer_range=0.2, **changes)
-    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    return cast(AutoModelForCausalLM.from_config(config), dtype).eval()
 
 
 def text(*shape):

@@ -12,6 +12,7 @@ from oasis_attn.records import Record
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training import run as run_module
 from oasis_attn.training.trainer import StagedTrainer
+from tiny import tiny_config
 
 # Loss at steps 1, 5, 9, 13, 17.
 GOLDEN = {
@@ -183,10 +184,13 @@ def test_folder_and_record(configure):
     assert not (config.out / ".staged").exists()
 
 
-def test_final_loss_is_that_of_the_saved_model(configure, corpus):
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
+def test_final_loss_is_that_of_the_saved_model(family, configure, corpus, tmp_path):
     from oasis_attn.data import load_corpus, token_blocks
 
-    config = configure(steps=3)
+    tiny_config(family, pad_token_id=None).save_pretrained(tmp_path / "size")
+    normalizer = {"token_normalizer": "learned_sink"} if family == "gpt_oss" else {}
+    config = configure(steps=3, size=str(tmp_path / "size"), settings=normalizer)
     record = quiet(config)
     model = AutoModelForCausalLM.from_pretrained(config.out).eval()
     tokenizer = AutoTokenizer.from_pretrained(config.out)
