@@ -21,7 +21,7 @@ def test_defaults_are_valid_and_json():
         ({"settings": {"output_attentions": True}}, "settings: 'output_attentions' is none of"),
         ({"settings": {"hidden_size": 64}}, "settings: 'hidden_size' is none of"),
         ({"settings": {"null_signal": "of"}}, "null_signal: 'of' is not one of off, on"),
-        ({"settings": {"null_logitt": 1}}, "did you mean 'null_logit'"),
+        ({"settings": {"depth_blok_size": 2}}, "did you mean 'depth_block_size'"),
         ({"size": "nono"}, "did you mean 'nano'"),
         ({"steps": 0}, "steps: 0 is not a whole number from 1 to"),
         ({"steps": 1.5}, "steps: 1.5 is not a whole number"),

@@ -245,7 +245,6 @@ def test_bf16_and_accumulation_learn(configure):
         ({"block_length": 257}, "block_length: 257 is more than the 256 positions"),
         ({"batch_size": 100_000}, "batch_size: a step takes 100000 sequences"),
         ({"vocab_size": 100}, "vocab_size: 100"),
-        ({"settings": {"depth_blok_size": 2}}, "did you mean 'depth_block_size'"),
         ({"resume": True}, "holds no run to go on with"),
         ({"variant": "vanilla", "learning_rates": {"coupling": 0.1}}, "no parameter of 'coupling'"),
     ],
