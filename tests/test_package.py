@@ -26,11 +26,18 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("first", ["oasis_attn", "transformers"])
-def test_auto_classes_know_a_checkpoint(checkpoint, first):
-    second = {"oasis_attn": "transformers", "transformers": "oasis_attn"}[first]
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import oasis_attn",
+        "from transformers import AutoModel; import oasis_attn",
+        "import oasis_attn; from transformers import LlamaForCausalLM",
+    ],
+)
+def test_auto_classes_know_a_checkpoint(checkpoint, imports):
     code = f"""
-import sys, {first}, {second}
+import sys
+{imports}
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import AutoModelForSequenceClassification
 for auto in AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification:

@@ -17,8 +17,9 @@ _REGISTERS = {
     "transformers.models.auto.configuration_auto": ("oasis_attn.modeling.configuration",),
     "transformers.models.auto.modeling_auto": (
         "oasis_attn.modeling.model",
-        "oasis_attn.modeling.task_heads",
+        "transformers.modeling_layers",  # which may be what imports this, and be half there
     ),
+    "transformers.modeling_layers": ("oasis_attn.modeling.task_heads",),
     "transformers.quantizers.auto": ("oasis_attn.quantization.saved",),
 }
 

@@ -13,6 +13,7 @@ from torch import nn
 from oasis_attn.files import write_text
 from oasis_attn.modeling.configuration import SETTINGS, OasisConfig
 from oasis_attn.modeling.variants import variants
+from oasis_attn.modeling.weight_names import is_ours
 from oasis_attn.records import Record
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _GENERATED = "automatically generated"  # transformers' own template says so too
 _ALWAYS = ("token_normalizer", "residual", "null_signal")
-_OURS = (".depth.", ".null_logit", ".output_gate.", ".attn_res_")
 _TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -93,7 +93,7 @@ def write_card(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         for name, tensor in tensors
         if isinstance(tensor, nn.Parameter) or tensor.dtype == torch.int8
     }
-    added = sum(n for name, n in counts.items() if any(part in f".{name}" for part in _OURS))
+    added = sum(n for name, n in counts.items() if is_ours(name))
     card = model_card(config, sum(counts.values()), added, stored, record, origin)
     write_text(path, card)
 

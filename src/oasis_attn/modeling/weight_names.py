@@ -15,11 +15,13 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-_OURS = frozenset({"depth", "null_logit", "output_gate", "attn_res_sa", "attn_res_mlp"})
+_OURS = frozenset(
+    {"depth", "null_logit", "output_gate", "attn_res_sa", "attn_res_mlp", "kv_prefix"}
+)
 
 
 def is_ours(name: str) -> bool:
-    """Whether a parameter of a model of ours is one that its family does not have."""
+    """Whether a tensor of a model of ours is one that its family does not have."""
     return not _OURS.isdisjoint(name.split("."))
 
 
