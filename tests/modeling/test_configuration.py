@@ -126,7 +126,7 @@ def test_bad_settings_are_one_clear_line(settings, message):
 def test_a_model_needs_a_config_of_ours_and_an_input():
     with pytest.raises(UserError, match="config: LlamaConfig is not OasisConfig"):
         OasisForCausalLM(LlamaConfig())
-    with pytest.raises(UserError, match="input_ids: there are none"):
+    with pytest.raises(UserError, match="input_ids: neither they nor inputs_embeds"):
         tiny_model()()
 
 

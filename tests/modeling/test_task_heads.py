@@ -96,7 +96,7 @@ def test_the_base_model_refuses_what_the_causal_model_does(ids):
     cache = base(ids[:1], use_cache=True).past_key_values
     with pytest.raises(UserError, match="past_key_values: holds 1 sequences, the input 2"):
         base(ids, past_key_values=cache)
-    with pytest.raises(UserError, match="input_ids: there are none"):
+    with pytest.raises(UserError, match="input_ids: neither they nor inputs_embeds"):
         base()
     with pytest.raises(UserError, match="config: LlamaConfig is not OasisConfig"):
         OasisModel(tiny_config())
