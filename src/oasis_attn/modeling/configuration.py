@@ -47,7 +47,7 @@ BROKEN = (
 _BASE_EXTRAS = {  # what transformers itself may hand to any config
     *("torch_dtype", "attn_implementation", "experts_implementation", "output_attentions"),
     *("name_or_path", "num_labels", "trust_remote_code", "model_type"),
-    *("quantization_config", "auto_map", "tokenizer_class"),
+    *("quantization_config", "tokenizer_class"),
 }
 
 
