@@ -20,12 +20,13 @@ Axes: B batch, T tokens, D width, S sources, R routers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from oasis_attn.errors import UserError, check_choice
+from oasis_attn.ops.autograd import HandWritten, first_order
 from oasis_attn.ops.normalizers import normalize, null_softmax
 
 BACKENDS = ("auto", "naive", "fused")
@@ -80,7 +81,9 @@ def depth_scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _naive_scores(source_BTD, queries_RD, eps)
-    return _Scores.apply(source_BTD, queries_RD, eps)
+    if _differentiable(source_BTD, queries_RD):
+        return _Scores.apply(source_BTD, queries_RD, eps)[0]
+    return _Scores.forward(source_BTD, queries_RD, eps)[0]
 
 
 def depth_weights(
@@ -183,73 +186,99 @@ def _naive_sum(sources: Sequence[Tensor], weights_BTS: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- fused
 
 
-class _Scores(torch.autograd.Function):
-    """(v @ W^T) * r with r = (mean v^2 + eps)^-1/2; keeps v itself, r and the small result."""
+class _Scores(HandWritten):
+    """(v @ W^T) * r with r = (mean v^2 + eps)^-1/2, and r; keeps v itself, r and the result."""
 
     @staticmethod
-    def forward(ctx, source, queries, eps):
+    def forward(source, queries, eps):
         value = _precise(source)
-        queries = queries.to(value.dtype)
         square = torch.linalg.vector_norm(value, dim=-1, keepdim=True).square_()
         inverse_rms = (square / value.shape[-1] + eps).rsqrt_()
         with torch.autocast(source.device.type, enabled=False):
-            scores = (value @ queries.T).mul_(inverse_rms)
-        ctx.save_for_backward(source, queries, inverse_rms, scores)
-        return scores
+            scores = (value @ queries.to(value.dtype).T).mul_(inverse_rms)
+        return scores, inverse_rms
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        source, queries, inverse_rms, scores = ctx.saved_tensors
-        raw = grad * inverse_rms  # gradient of v @ W^T
-        grad_source = grad_queries = None
-        if ctx.needs_input_grad[0]:
-            # d r / d v = -r^3 v / D, and scores = raw product * r
-            radial = (grad * scores).sum(-1, keepdim=True) * inverse_rms.square() / source.shape[-1]
-            grad_source = (raw @ queries).addcmul_(source, radial, value=-1).to(source.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_queries = raw.flatten(0, -2).T @ _precise(source).flatten(0, -2)
-        return grad_source, grad_queries, None
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, _grad_inverse_rms):
+        if grad is None:
+            return None, None, None
+        gradients = partial(_score_gradients, ctx.needs_input_grad)
+        return *first_order(gradients, grad, *ctx.saved_tensors), None
 
 
-class _WeightedSum(torch.autograd.Function):
+def _score_gradients(needed, grad, source, queries, scores, inverse_rms):
+    raw = grad * inverse_rms  # gradient of v @ W^T
+    grad_source = grad_queries = None
+    if needed[0]:
+        # d r / d v = -r^3 v / D, and scores = raw product * r
+        radial = (grad * scores).sum(-1, keepdim=True) * inverse_rms.square() / source.shape[-1]
+        grad_source = (raw @ queries.to(raw.dtype)).addcmul_(source, radial, value=-1)
+        grad_source = grad_source.to(source.dtype)
+    if needed[1]:
+        grad_queries = raw.flatten(0, -2).T @ _precise(source).flatten(0, -2)
+        grad_queries = grad_queries.to(queries.dtype)
+    return grad_source, grad_queries
+
+
+class _WeightedSum(HandWritten):
     """One pass over the sources each way, in blocks of tokens small enough to stay in cache."""
 
     @staticmethod
-    def forward(ctx, weights, carried, *sources):
-        ctx.save_for_backward(weights, *sources)
-        ctx.set_materialize_grads(False)
-        return _sum(sources, weights).to(sources[0].dtype), *sources[:carried]
+    def forward(weights, carried, *sources):
+        handed_on = [source.view_as(source) for source in sources[:carried]]
+        return _sum(sources, weights).to(sources[0].dtype), *handed_on
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):  # noqa: ARG004
+        weights, _carried, *sources = inputs
+        ctx.save_for_backward(weights, *sources)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
     def backward(ctx, grad, *carried):
         weights, *sources = ctx.saved_tensors
-        later = [*carried, *[None] * (len(sources) - len(carried))]
+        onto = [*carried, *[None] * (len(sources) - len(carried))]
         if grad is None:
-            return None, None, *later
-        grad = grad.to(weights.dtype)
-        grad_weights = None
-        if ctx.needs_input_grad[0]:
-            grad_weights = _row_products(sources, grad).to(weights.dtype)
-        needed = ctx.needs_input_grad[2:]
-        return grad_weights, None, *_scaled(grad, weights, sources, needed, later)
+            return None, None, *onto
+        gradients = partial(_sum_gradients, ctx.needs_input_grad, not torch.is_grad_enabled())
+        grad_weights, *grads = first_order(gradients, grad, weights, *sources, *onto)
+        return grad_weights, None, *grads
 
 
-class _RowProducts(torch.autograd.Function):
+def _sum_gradients(needed, in_place, grad, weights, *sources_and_onto):
+    half = len(sources_and_onto) // 2
+    sources, onto = sources_and_onto[:half], sources_and_onto[half:]
+    grad = grad.to(weights.dtype)
+    grad_weights = _row_products(sources, grad).to(weights.dtype) if needed[0] else None
+    return grad_weights, *_scaled(grad, weights, sources, needed[2:], onto, in_place)
+
+
+class _RowProducts(HandWritten):
     """The transpose of `_WeightedSum`: what one does forward, the other does backward."""
 
     @staticmethod
-    def forward(ctx, query, *sources):
-        ctx.save_for_backward(query, *sources)
+    def forward(query, *sources):
         return _row_products(sources, query)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx, grad):
-        query, *sources = ctx.saved_tensors
-        grad_query = _sum(sources, grad).to(query.dtype) if ctx.needs_input_grad[0] else None
-        return grad_query, *_scaled(query, grad, sources, ctx.needs_input_grad[1:])
+        gradients = partial(_product_gradients, ctx.needs_input_grad)
+        return first_order(gradients, grad, *ctx.saved_tensors)
+
+
+def _product_gradients(needed, grad, query, *sources):
+    grad_query = _sum(sources, grad).to(query.dtype) if needed[0] else None
+    return grad_query, *_scaled(query, grad, sources, needed[1:])
 
 
 def _differentiable(*tensors: Tensor) -> bool:
@@ -265,8 +294,10 @@ def _sum(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
-def _scaled(tensor: Tensor, weights: Tensor, sources, needed, onto=None) -> list[Tensor | None]:
-    """`weights_i * tensor` for each source that needs it, added to `onto_i` in place if given."""
+def _scaled(
+    tensor: Tensor, weights: Tensor, sources, needed, onto=None, in_place: bool = False
+) -> list[Tensor | None]:
+    """`weights_i * tensor` for each source that needs it, added to `onto_i` if given."""
     results: list[Tensor | None] = []
     for index, (source, need) in enumerate(zip(sources, needed, strict=True)):
         weight = weights[..., index : index + 1]
@@ -274,8 +305,10 @@ def _scaled(tensor: Tensor, weights: Tensor, sources, needed, onto=None) -> list
             results.append(None)
         elif onto is None or onto[index] is None:
             results.append((tensor * weight).to(source.dtype))
-        else:
+        elif in_place:
             results.append(onto[index].addcmul_(tensor, weight))
+        else:
+            results.append(torch.addcmul(onto[index], tensor, weight).to(source.dtype))
     return results
 
 
@@ -285,7 +318,7 @@ def _row_products(sources: Sequence[Tensor], other: Tensor) -> Tensor:
         return torch.stack([(source * other).sum(-1) for source in sources], -1)
     width = other.shape[-1]
     flat = other.reshape(-1, width)
-    rows = flat.shape[0] if flat.is_cuda else max(1, 2**17 // width)
+    rows = max(1, flat.shape[0] if flat.is_cuda else 2**17 // width)
     products = flat.new_empty(len(sources), flat.shape[0])
     scratch = flat.new_empty(min(rows, flat.shape[0]), width)
     flat_sources = [source.reshape(-1, width) for source in sources]

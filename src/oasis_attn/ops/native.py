@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from oasis_attn.files import cache_folder, write_bytes
 from oasis_attn.records import processor
 
+_logger = logging.getLogger(__name__)
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 
 
@@ -46,20 +48,29 @@ def library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CC") or shutil.which("cc")
     if compiler is None:
         return None
+    try:
+        return _load(compiler)
+    except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        # No home folder, a command that cannot be parsed or run, a library without the functions.
+        _logger.warning(
+            "the compiled inference functions are not used, PyTorch's take their place: %s",
+            " ".join(str(error).split()),
+        )
+        return None
+
+
+def _load(compiler: str) -> ctypes.CDLL:
     source = files("oasis_attn.ops").joinpath("native.c").read_bytes()
     key = hashlib.sha256(repr((source, _FLAGS, compiler, processor())).encode()).hexdigest()
     built = cache_folder() / f"native-{key[:16]}.so"
-    try:
-        if not built.exists():
-            with tempfile.TemporaryDirectory() as folder:
-                path, out = Path(folder, "native.c"), Path(folder, "native.so")
-                path.write_bytes(source)
-                command = [*shlex.split(compiler), *_FLAGS, str(path), "-o", str(out), "-lm"]
-                subprocess.run(command, check=True, capture_output=True)
-                write_bytes(built, out.read_bytes())
-        loaded = ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    if not built.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            path, out = Path(folder, "native.c"), Path(folder, "native.so")
+            path.write_bytes(source)
+            command = [*shlex.split(compiler), *_FLAGS, str(path), "-o", str(out), "-lm"]
+            subprocess.run(command, check=True, capture_output=True)
+            write_bytes(built, out.read_bytes())
+    loaded = ctypes.CDLL(str(built))
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     loaded.depth_step.argtypes = [
         *(pointer, integer, pointer, pointer, integer, pointer, integer, integer)

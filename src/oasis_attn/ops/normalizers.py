@@ -61,7 +61,7 @@ def normalize(
     check_choice("normalizer", name, NORMALIZERS)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    blind = scores.amax(-1) == -torch.inf  # rows that may see nothing
+    blind = (scores == -torch.inf).all(-1)  # rows that may see nothing
     if name in ("softmax", "softmax1", "learned_sink", "clipped_softmax"):
         c = null_logit if name in ("softmax1", "learned_sink") else -torch.inf
         c = torch.as_tensor(c, dtype=scores.dtype, device=scores.device).expand(blind.shape)
@@ -71,6 +71,8 @@ def normalize(
         weights = ((1 - clip_gamma) * weights + clip_gamma).clamp(0, 1)
         weights = weights.masked_fill(scores == -torch.inf, 0)
         return weights, (1 - weights.sum(-1)).clamp(min=0)
+    if scores.shape[-1] == 0:
+        return scores, 1 + scores.sum(-1)
     if name == "softpick":
         return _softpick(scores)
     if name == "sigmoid":
@@ -86,10 +88,12 @@ def null_softmax(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Te
     The joint softmax shifts by max(c, max scores); a shift by max(scores) alone would overflow
     exp(c) on very negative rows, and give NaN where all scores are -inf.
     """
+    largest = torch.finfo(scores.dtype).max  # as good as inf, from which nothing can be subtracted
     if not isinstance(null_logit, Tensor):
-        joint = F.pad(scores, (0, 1), value=null_logit).softmax(-1)
+        joint = F.pad(scores, (0, 1), value=min(null_logit, largest)).softmax(-1)
     else:
-        column = null_logit.to(scores.dtype).expand(scores.shape[:-1]).unsqueeze(-1)
+        column = null_logit.to(scores.dtype).clamp(max=largest)
+        column = column.expand(scores.shape[:-1]).unsqueeze(-1)
         joint = torch.cat([scores, column], -1).softmax(-1)
     return joint[..., :-1], joint[..., -1]
 

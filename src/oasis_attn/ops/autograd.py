@@ -1,0 +1,57 @@
+"""What hand-written gradients share: a second derivative raises, vmap runs entry by entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from oasis_attn.errors import UserError
+
+
+class HandWritten(torch.autograd.Function):
+    """Base class of the functions whose gradient is written by hand.
+
+    A subclass defines `forward` without a context, and `setup_context`, so that the transforms of
+    `torch.func` can run it.  Its `backward` computes through `first_order`.
+    """
+
+    @classmethod
+    def vmap(cls, info, in_dims, *inputs):
+        """One call for each entry of the mapped axis: the kernels have no axis to spare."""
+        entries = []
+        for index in range(info.batch_size):
+            picked = zip(inputs, in_dims, strict=True)
+            entries.append(cls.apply(*(x if d is None else x.select(d, index) for x, d in picked)))
+        if isinstance(entries[0], Tensor):
+            return torch.stack(entries), 0
+        outputs = [None if x[0] is None else torch.stack(x) for x in zip(*entries, strict=True)]
+        return tuple(outputs), tuple(None if x is None else 0 for x in outputs)
+
+
+def first_order(gradients: Callable, *tensors: Tensor | None):
+    """`gradients(*tensors)`; differentiating the result raises `UserError`.
+
+    PyTorch's `once_differentiable` does not suffice: where no incoming gradient requires a gradient
+    it returns constants, and a second derivative silently lacks a term.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        return _FirstOrder.apply(gradients, *tensors)
+    return gradients(*tensors)
+
+
+class _FirstOrder(HandWritten):
+    @staticmethod
+    def forward(gradients, *tensors):
+        return gradients(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):  # noqa: ARG004
+        raise UserError(
+            "second derivative: the fused kernels have none; use backend='naive', which has"
+        )

@@ -1,0 +1,89 @@
+"""Attention with a null option by PyTorch's `flex_attention` (CUDA; forward only on the CPU).
+
+Axes: B batch, H query heads, T queries, S keys.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from oasis_attn.ops.naive_attention import log_denominator
+
+BLOCK = 128  # queries and keys of one tile of the kernel
+
+
+def flex(
+    query, key, value, null_logit_H, mask, is_causal, scale, softcap
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, null and log-denominator; `mask` has four axes."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    T, S = query.shape[2], key.shape[2]
+    block_mask = causal_blocks(T, S, query.device) if is_causal and T > 1 else None
+    if mask is not None:
+        mask = mask.expand(query.shape[0], query.shape[1], T, S)
+
+    def score_mod(score, b, h, t, s):
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if mask is None:
+            return score
+        allowed = mask[b, h, t, s]
+        return (
+            torch.where(allowed, score, -math.inf) if mask.dtype == torch.bool else score + allowed
+        )
+
+    out, aux = _compiled_flex(query.is_cuda)(
+        query, key, value,
+        score_mod=None if softcap is None and mask is None else score_mod,
+        block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    c = null_logit_H[:, None]
+    lse = aux.lse.to(c.dtype)
+    blind = lse.detach() == -math.inf
+    keep = torch.sigmoid(lse - c).masked_fill(blind, 0)
+    null = torch.sigmoid(c - lse).masked_fill(blind, 1)
+    out = (out * keep.unsqueeze(-1)).to(query.dtype)
+    return out, null, log_denominator(lse, c).detach()
+
+
+def causal_blocks(T: int, S: int, device: torch.device):
+    """The `BlockMask` of query t and the keys up to t + S - T, made from block edges alone.
+
+    `create_block_mask` computes the same from a mask of T x S entries.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    offset = S - T
+    first_query = torch.arange(0, T, BLOCK, device=device)[:, None]
+    first_key = torch.arange(0, S, BLOCK, device=device)
+    whole = (first_query + BLOCK <= T) & (first_key + BLOCK <= S)
+    full = whole & (first_key + BLOCK - 1 <= first_query + offset)
+    last_query = (first_query + BLOCK - 1).clamp(max=T - 1)
+    partial = (first_key <= last_query + offset) & ~full
+    return BlockMask.from_kv_blocks(
+        *_counts_and_indices(partial),
+        *_counts_and_indices(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda _b, _h, t, s: s <= t + offset,
+        seq_lengths=(T, S),
+    )
+
+
+def _counts_and_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block reads, and all of them, those read first."""
+    blocks = blocks.to(torch.int32)[None, None]
+    order = blocks.argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+@cache
+def _compiled_flex(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
