@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -96,13 +95,14 @@ def _gradients(
 def _shifted_backward(
     grad_out, query, key, value, out, total, shift, is_causal, mask, scale
 ) -> tuple[Tensor, ...]:
-    """The kernel's gradients with delta + shift for delta, a part of the batch at a time.
+    """The kernel's gradients with delta + shift for delta, half of the batch at a time.
 
-    It has no argument for delta, so `_delta_shifted` copies `out`: only a part of it at a time,
-    while the parts' gradients are gathered in memory that is not used before its part is written.
+    The kernel has no argument for delta, so `_delta_shifted` copies `out`.  By halves this needs
+    no more memory than the kernel itself, for the system backs the gathered gradients with memory
+    only once they are written.
     """
 
-    def gradients(part: slice) -> tuple[Tensor, ...]:
+    def gradients(part: slice = slice(None)) -> tuple[Tensor, ...]:
         grad_out_part, out_part = _delta_shifted(grad_out[part], out[part], shift[part])
         mask_part = mask if mask is None or mask.shape[0] == 1 else mask[part]
         return _flash_backward(
@@ -112,15 +112,17 @@ def _shifted_backward(
             scale=scale,
         )
 
-    parts = _parts(query)
-    if parts <= 1:
-        return gradients(slice(None))
+    def gather(part: slice) -> None:
+        halves = list(gradients(part))
+        for whole in reversed(grads):
+            whole[part].copy_(halves.pop())  # and free it
+
+    if not _worth_halving(query):
+        return gradients()
     grads = tuple(_empty_like(x) for x in (query, key, value))
-    bounds = [query.shape[0] * i // parts for i in range(parts + 1)]
-    for start, stop in pairwise(bounds):
-        part = slice(start, stop)
-        for whole, own in zip(grads, gradients(part), strict=True):
-            whole[part].copy_(own)
+    middle = query.shape[0] // 2
+    gather(slice(None, middle))
+    gather(slice(middle, None))
     return grads
 
 
@@ -130,12 +132,15 @@ def _empty_like(x_BHTd: Tensor) -> Tensor:
     return x_BHTd.new_empty(B, T, H, d).transpose(1, 2)
 
 
-def _parts(query: Tensor) -> int:
-    """At most four, of 2^16 numbers or more each, with a head for each thread."""
-    if torch.compiler.is_compiling():
-        return 1
+def _worth_halving(query: Tensor) -> bool:
+    """Whether each half of the batch is a megabyte or more, and has a head for each thread."""
     batch, heads = query.shape[:2]
-    return min(4, batch, batch * heads // torch.get_num_threads(), query.numel() >> 16)
+    return (
+        not torch.compiler.is_compiling()
+        and batch > 1
+        and query.numel() >= 2**19
+        and batch // 2 * heads >= torch.get_num_threads()
+    )
 
 
 def _delta_shifted(grad_out: Tensor, out: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,14 +149,14 @@ def _delta_shifted(grad_out: Tensor, out: Tensor, shift: Tensor) -> tuple[Tensor
     The kernel reads `out` for that sum alone: sign(dOut) * x, added to Out, adds x * |dOut|_1.  A
     row of `grad_out` too small for a finite x gets one entry 2^-100 times the shift, in a copy too.
     """
-    size = torch.linalg.vector_norm(grad_out, 1, -1, dtype=shift.dtype)
+    size = grad_out.abs().sum(-1, dtype=shift.dtype)
     least = (shift.abs() * 2.0**-100).clamp(min=torch.finfo(shift.dtype).tiny)
     small = (size < least) & (shift != 0)
     if torch.compiler.is_compiling() or small.any():
         grad_out = grad_out.clone()
         first = grad_out[..., 0]
         first.copy_(torch.where(small, least, first))
-        size = torch.linalg.vector_norm(grad_out, 1, -1, dtype=shift.dtype)
+        size = grad_out.abs().sum(-1, dtype=shift.dtype)
     rise = torch.where(shift == 0, 0, shift / size).to(out.dtype)
     return grad_out, torch.addcmul(out, grad_out.sign(), rise.unsqueeze(-1))
 
