@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from oasis_attn import UserError
 from oasis_attn.ops import null_attention
+from oasis_attn.ops.flex import causal_blocks
 from oasis_attn.ops.null_attention import attend
 
 BACKENDS = ("naive", "cpu_flash")
@@ -177,6 +179,80 @@ def test_a_query_that_sees_nothing(backend, null_logit):
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "naive", "cpu_flash", "flex"])
+@pytest.mark.parametrize("null_logit", [0.0, -math.inf])
+def test_without_keys_all_is_on_the_null(backend, null_logit):
+    query, key, value, _ = (x.detach() for x in tensors(3, 0))
+    keywords = {"null_logit": null_logit, "is_causal": True, "backend": backend}
+    out, null = null_attention(query, key, value, **keywords)
+    assert out.shape == query.shape
+    assert out.eq(0).all()
+    assert null.eq(1).all()
+    query.requires_grad_()
+    out, null = null_attention(query, key, value, **keywords)
+    assert torch.autograd.grad(out.sum() + null.sum(), query)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_null_logit_of_infinity_takes_all(backend):
+    query, key, value, c = tensors(3, 4)
+    for infinite in (math.inf, torch.full_like(c, math.inf).requires_grad_()):
+        out, null = null_attention(query, key, value, null_logit=infinite, backend=backend)
+        assert out.eq(0).all()
+        assert null.eq(1).all()
+        for gradient in torch.autograd.grad(out.sum() + null.sum(), (query, key, value)):
+            assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_only_floating_point(dtype):
+    wrong = [x.detach().to(dtype) for x in tensors(3, 3)[:3]]
+    with pytest.raises(UserError, match=f"query: dtype {dtype} is not floating point"):
+        null_attention(*wrong)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_are_not_positive(backend, scale):
+    query, key, value, c = inputs = tensors(5, 5)
+    visible = torch.ones(5, 5, dtype=torch.bool).tril()
+    expected = concatenated(query * scale * math.sqrt(8), key, value, visible, c)
+    actual = null_attention(
+        query, key, value, is_causal=True, scale=scale, null_logit=c, backend=backend
+    )
+    gradients = [
+        torch.autograd.grad(out.sum() + null.sum(), inputs) for out, null in (actual, expected)
+    ]
+    for got, wanted in [*zip(actual, expected, strict=True), *zip(*gradients, strict=True)]:
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (5,), (4, 1), (4, 5), (4, 4, 5), (1, 4, 5)])
+def test_masks_broadcast_as_those_of_scaled_dot_product_attention(backend, shape):
+    query, key, value, _ = tensors(4, 5)
+    key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    mask = torch.randn(shape, dtype=torch.float64)
+    out, _ = null_attention(
+        query, key, value, attn_mask=mask, null_logit=-math.inf, backend=backend
+    )
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask.expand(4, 5)[None, None] if mask.dim() < 3 else mask
+    )
+    torch.testing.assert_close(out, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("T", [2, 100, 128, 129, 513])
+@pytest.mark.parametrize("S", [1, 100, 128, 256, 640])
+def test_causal_blocks_are_those_of_the_whole_mask(T, S):
+    blocks = causal_blocks(T, S, torch.device("cpu"))
+    whole = create_block_mask(lambda _b, _h, t, s: s <= t + S - T, None, None, T, S, device="cpu")
+    assert blocks.seq_lengths == whole.seq_lengths
+    for name in ("kv", "q", "full_kv", "full_q"):
+        for part in ("num_blocks", "indices"):
+            assert torch.equal(*(getattr(x, f"{name}_{part}") for x in (blocks, whole)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_minus_infinity_is_plain_softmax(backend):
     query, key, value, _ = tensors(9, 9, G=4)
@@ -256,10 +332,23 @@ def test_cpu_flash_keeps_no_map():
         ({"softcap": 30.0, "backend": "cpu_flash"}, "softcap 30.0 is not in the kernel"),
         ({"backend": "flex"}, "on the CPU it has no backward"),
         ({"attn_mask": torch.ones(3, 3, dtype=torch.bool)}, r"attn_mask: shape \[3, 3\]"),
+        (
+            {"attn_mask": torch.ones(2, 5, 5) > 0},
+            r"\[2, 5, 5\] does not broadcast to \[2, 4, 5, 5\]",
+        ),
         ({"attn_mask": torch.ones(2, 1, 5, 5, dtype=torch.int64)}, "attn_mask: dtype torch.int64"),
         ({"null_logit": torch.zeros(3)}, r"null_logit: shape \[3\]"),
         ({"key": torch.zeros(2, 3, 5, 8, dtype=torch.float64)}, "query heads be a multiple"),
         ({"key": torch.zeros(5, 8)}, "four axes"),
+        ({"query": torch.zeros(2, 0, 5, 8)}, "at least one head"),
+        ({"null_logit": None}, "null_logit: None is neither a number nor"),
+        ({"null_logit": "a"}, "null_logit: 'a' is neither a number nor"),
+        ({"null_logit": [0.0, 1.0]}, r"null_logit: shape \[2\] is neither \[\] nor \[4\]"),
+        ({"null_logit": math.nan}, "null_logit: nan is not a number"),
+        ({"null_logit": torch.zeros(4, dtype=torch.complex64)}, "complex64 is not real"),
+        ({"scale": math.nan}, "scale: nan is not a finite number"),
+        ({"softcap": 0.0}, "softcap: 0.0 is not a finite number above 0"),
+        ({"dropout": 1.5}, "dropout: 1.5 is not a probability"),
     ],
 )
 def test_bad_input_is_one_clear_line(change, message):

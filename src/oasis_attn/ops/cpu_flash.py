@@ -73,7 +73,8 @@ def _gradients(
         if coarse.any():
             inputs = query, key, value, null_logit_H
             return _naive_gradients(is_causal, scale, grad_out, grad_null, inputs, mask)
-    if grad_out is None:
+    null_alone = grad_out is None
+    if null_alone:
         grad_out = torch.zeros_like(out)
     grad_c = None
     if with_c:
@@ -89,7 +90,8 @@ def _gradients(
         )
     else:
         grads = _shifted_backward(*arguments, null * grad_null, is_causal, mask, scale)
-    return *grads, grad_c
+    grad_query, grad_key, grad_value = grads
+    return grad_query, grad_key, None if null_alone else grad_value, grad_c
 
 
 def _shifted_backward(

@@ -19,6 +19,7 @@ Axes: B batch, T tokens, D width, S sources, R routers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -60,14 +61,20 @@ def depth_mix(
         float64 sources).
 
     Raises:
-        UserError: on no sources, on shapes that do not fit, on an unknown name.
+        UserError: on no sources, on shapes or numbers that do not fit, on an unknown name; and when
+            a second derivative of `fused` is asked for, which only `naive` has.
     """
     check_choice("backend", backend, BACKENDS)
     _check_shapes(sources, query_D, key_norm_weight, null_evidence)
+    _check_numbers(eps, coupling)
     query_1D = (query_D if key_norm_weight is None else query_D * key_norm_weight).unsqueeze(0)
     score = _naive_scores if backend == "naive" else depth_scores
     scores_BTS = torch.cat([score(source, query_1D, eps) for source in sources], -1)
-    evidence_BTS = None if null_evidence is None else torch.stack(tuple(null_evidence), -1)
+    evidence_BTS = None
+    if null_evidence is not None:
+        evidence_BTS = torch.stack(tuple(null_evidence), -1).to(scores_BTS.dtype)
+    if isinstance(coupling, Tensor):
+        coupling = coupling.to(scores_BTS.dtype)
     weights_BTS, _ = depth_weights(scores_BTS, evidence_BTS, coupling, normalizer)
     mix = _naive_sum if backend == "naive" else weighted_sum
     return mix(sources, weights_BTS), weights_BTS
@@ -337,12 +344,16 @@ def _check_shapes(sources, query_D, key_norm_weight, null_evidence) -> None:
     if not sources:
         raise UserError("sources: none given; at least one tensor [batch, tokens, width] is needed")
     first = sources[0]
+    if not first.is_floating_point():
+        raise UserError(f"sources: dtype {first.dtype} is not floating point")
     for index, source in enumerate(sources):
         if source.dim() != 3 or source.shape != first.shape or source.dtype != first.dtype:
             raise UserError(
                 f"sources: number {index} is {list(source.shape)} {source.dtype}; all must be"
                 f" [batch, tokens, width] like number 0, {list(first.shape)} {first.dtype}"
             )
+    if first.shape[-1] == 0:
+        raise UserError("sources: width 0; it must be at least 1")
     for name, vector in (("query_D", query_D), ("key_norm_weight", key_norm_weight)):
         if vector is not None and vector.shape != first.shape[-1:]:
             raise UserError(f"{name}: shape {list(vector.shape)} is not [{first.shape[-1]}]")
@@ -353,3 +364,16 @@ def _check_shapes(sources, query_D, key_norm_weight, null_evidence) -> None:
                 f"null_evidence: {len(null_evidence)} tensors of shapes {sorted(shapes)};"
                 f" {len(sources)} of shape {list(first.shape[:-1])} are needed, one per source"
             )
+
+
+def _check_numbers(eps: float, coupling: float | Tensor) -> None:
+    if not (isinstance(eps, int | float) and 0 < eps < math.inf):
+        raise UserError(f"eps: {eps!r} is not a finite number above 0")
+    if isinstance(coupling, Tensor):
+        if coupling.numel() != 1 or not coupling.is_floating_point():
+            raise UserError(
+                f"coupling: shape {list(coupling.shape)}, {coupling.dtype}; one floating-point"
+                " number is needed"
+            )
+    elif not (isinstance(coupling, int | float) and 0 <= coupling < math.inf):
+        raise UserError(f"coupling: {coupling!r} is not a finite number of at least 0")
