@@ -218,7 +218,8 @@ def _check_numbers(scale: float | None, softcap: float | None, dropout: float) -
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    # Compared, for torch.compile cannot trace math.isfinite of a number that it keeps symbolic.
+    return isinstance(value, (int, float)) and -math.inf < value < math.inf
 
 
 def _null_logits(null_logit: float | Tensor, query: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ def _null_logits(null_logit: float | Tensor, query: Tensor) -> Tensor:
                 f"null_logit: {null_logit!r} is neither a number nor a tensor of {heads}, one per"
                 " head"
             ) from None
-        if isinstance(null_logit, float) and math.isnan(null_logit):
+        if isinstance(null_logit, float) and null_logit != null_logit:
             raise UserError("null_logit: nan is not a number; -inf switches the null off")
     elif null_logit.is_complex():
         raise UserError(f"null_logit: dtype {null_logit.dtype} is not real")
