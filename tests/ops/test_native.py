@@ -25,6 +25,24 @@ def test_a_command_that_does_not_work(compiler, monkeypatch, tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
+def test_it_can_be_switched_off(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("OASIS_NATIVE", "0")
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path))
+    assert native.library.__wrapped__() is None
+    assert not caplog.records
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_line_says_that_it_was_built(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("OASIS_CACHE", str(tmp_path))
+    with caplog.at_level("INFO", native.__name__):
+        if native.library.__wrapped__() is None:
+            pytest.skip("there is no C compiler")
+        native.library.__wrapped__()  # from the cache: nothing is said
+    (record,) = caplog.records
+    assert str(tmp_path) in record.getMessage()
+
+
 def test_a_cached_library_without_the_functions(monkeypatch, tmp_path):
     (tmp_path / "empty.c").write_text("int nothing;")
     compiler = os.environ.get("CC", "cc")

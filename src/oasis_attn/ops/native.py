@@ -44,9 +44,13 @@ class DepthState(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled functions; None where there is no C compiler (`CC`, or `cc`), or it fails."""
+    """The compiled functions, or None.
+
+    None where there is no C compiler (`CC`, or `cc`), where it fails, and where the environment
+    variable `OASIS_NATIVE` is 0: PyTorch's operations then compute the same.
+    """
     compiler = os.environ.get("CC") or shutil.which("cc")
-    if compiler is None:
+    if compiler is None or os.environ.get("OASIS_NATIVE") == "0":
         return None
     try:
         return _load(compiler)
@@ -70,6 +74,7 @@ def _load(compiler: str) -> ctypes.CDLL:
             command = [*shlex.split(compiler), *_FLAGS, str(path), "-o", str(out), "-lm"]
             subprocess.run(command, check=True, capture_output=True)
             write_bytes(built, out.read_bytes())
+        _logger.info("the inference functions were compiled by %s: %s", compiler, built)
     loaded = ctypes.CDLL(str(built))
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     loaded.depth_step.argtypes = [
