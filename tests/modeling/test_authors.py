@@ -73,3 +73,42 @@ def test_a_checkpoint_of_theirs_loads_by_key_names(tmp_path, ids):
     assert torch.equal(again(ids).logits, ours(ids).logits)
     with pytest.raises(UserError, match="has 8 unexpected weights"):  # no beta without the signal
         convert(theirs, "authors", null_signal="off", **normalizers)
+
+
+@pytest.fixture
+def learned():
+    """A model whose routers matter."""
+    model = tiny_model("authors")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attn_res_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def test_offloaded_layers_give_the_same_logits(learned, ids, tmp_path):
+    learned.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    places |= {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(4)}
+    offloaded = OasisForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert torch.equal(offloaded.eval()(ids).logits, learned(ids).logits)
+
+
+def test_every_adapter_learns_and_can_be_merged(learned, ids):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear")
+    adapted = peft.get_peft_model(learned, config).double().eval()
+    adapted(ids, labels=ids).loss.backward()
+    adapters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert any("attn_res_" in name for name in adapters)
+    assert all(parameter.grad is not None for parameter in adapters.values())
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.normal_(std=0.1)
+        before = adapted(ids).logits
+        after = adapted.merge_and_unload()(ids).logits
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)  # norms run in float32

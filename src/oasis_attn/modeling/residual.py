@@ -233,6 +233,22 @@ class DepthStream:
         self.weights_BTS, self._hidden = weights_BTS, None
 
 
+class KeyProjection(nn.Module):
+    """The authors' `k_proj`, `[A, D]`, applied to the query: q . (K y) = (K^T q) . y.
+
+    So the query is projected once, not every state.  It is no `nn.Linear`, for what wraps those
+    (adapters, quantisers) would compute K y.
+    """
+
+    def __init__(self, width: int, rank: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rank, width))
+
+    def forward(self, query_BTA: Tensor) -> Tensor:
+        """K^T q, `[B, T, D]`."""
+        return query_BTA @ self.weight
+
+
 class AuthorsRouter(nn.Module):
     """A router of OASIS's own form: low-rank queries and keys over states, the last one asking.
 
@@ -247,7 +263,7 @@ class AuthorsRouter(nn.Module):
         width = config.hidden_size
         self.rank = max(width // 4, 64)
         self.q_proj = nn.Linear(width, self.rank, bias=False)
-        self.k_proj = nn.Linear(width, self.rank, bias=False)
+        self.k_proj = KeyProjection(width, self.rank)
         self.recency_bias = nn.Parameter(torch.empty(1))
         signal = config.null_signal != "off"
         self.oasis_beta_raw = nn.Parameter(torch.empty(1)) if signal else None
@@ -268,8 +284,7 @@ class AuthorsRouter(nn.Module):
 
     def forward(self, states: list[Tensor], evidence_BTS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The mixed state `[B, T, D]`, its weights `[B, T, S]` and the depth null `[B, T]`."""
-        # q . (K y) = (K^T q) . y: one projection of the query in place of one of every state.
-        query_BTD = (self.q_proj(states[-1]) @ self.k_proj.weight).to(evidence_BTS.dtype)
+        query_BTD = self.k_proj(self.q_proj(states[-1])).to(evidence_BTS.dtype)
         scores = row_products(states, query_BTD) * self.rank**-0.5
         recency = torch.linspace(0, 1, len(states), device=scores.device, dtype=scores.dtype)
         scores = scores + self.recency_bias * recency

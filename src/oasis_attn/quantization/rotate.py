@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.families import family_of
-from oasis_attn.modeling.residual import AuthorsRouter, DepthRouter
+from oasis_attn.modeling.residual import AuthorsRouter, DepthRouter, KeyProjection
 from oasis_attn.quantization.branches import (
     Branch,
     branches,
@@ -147,7 +147,9 @@ def _rotation(weight: Tensor, generator: torch.Generator) -> Rotation:
 
 
 def _turn(
-    layer: nn.Linear | nn.Embedding, rotation: Rotation, gain_D: Tensor | None = None
+    layer: nn.Linear | nn.Embedding | KeyProjection,
+    rotation: Rotation,
+    gain_D: Tensor | None = None,
 ) -> None:
     """Make a weight's rows what they must be when their input, less the gain, is rotated."""
     gain = 1.0 if gain_D is None else gain_D.double()
