@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,12 @@ class HandWritten(torch.autograd.Function):
     A subclass defines `forward` without a context, and `setup_context`, so that the transforms of
     `torch.func` can run it.  Its `backward` computes through `first_order`.
     """
+
+    def __init_subclass__(cls) -> None:
+        # PyTorch asks for the signature at each call, and finding it takes longer than the call.
+        super().__init_subclass__()
+        signature = inspect.signature(cls.forward)
+        cls.forward.__signature__ = signature  # type: ignore[attr-defined]
 
     @classmethod
     def vmap(cls, info, in_dims, *inputs):
