@@ -37,6 +37,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputReco
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.modeling.authors import AuthorsRouter, AuthorsStream
 from oasis_attn.modeling.configuration import OasisConfig, refuse_unknown
 from oasis_attn.modeling.families import Family, check_fits
 from oasis_attn.modeling.inference import InferenceStream, depth_stream
@@ -45,8 +46,6 @@ from oasis_attn.modeling.packing import input_of, with_packed_masks
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 from oasis_attn.modeling.residual import (
     BRANCH_EPS,
-    AuthorsRouter,
-    AuthorsStream,
     DepthRouter,
     DepthStream,
     Routing,

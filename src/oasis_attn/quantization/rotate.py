@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.authors import AuthorsRouter, KeyProjection
 from oasis_attn.modeling.families import family_of
-from oasis_attn.modeling.residual import AuthorsRouter, DepthRouter, KeyProjection
+from oasis_attn.modeling.residual import DepthRouter
 from oasis_attn.quantization.branches import (
     Branch,
     branches,
