@@ -13,15 +13,18 @@ import argparse
 import math
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from statistics import NormalDist
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
 from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.model import OasisForCausalLM
 from oasis_attn.modeling.sizes import text_config
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.report.markdown import markdown
@@ -40,6 +43,7 @@ from oasis_attn.study.verdict import NOT_TESTED, judge
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "study.md"
 STUDIES = ("paper", "isolate", "signal", "beyond", "confirm")
+VOCABULARY = 2048  # of the studies' models
 BATCH = 262_144  # tokens a step
 TOKENS = 20  # a parameter, after Hoffmann et al. (arXiv 2203.15556)
 ROUTING = 1.2  # what depth routing adds to a step
@@ -68,7 +72,7 @@ def main() -> None:
 
 def page(text: str) -> str:
     """docs/study.md with each table made anew."""
-    made = verdicts, twins, silent, bar, scaling
+    made = verdicts, start, twins, silent, bar, scaling
     blocks = {make.__name__: make() for make in made}
     for name, table in blocks.items():
         begin, end = f"<!-- benchmarks/publish.py: {name} -->\n", "<!-- end -->\n"
@@ -124,6 +128,39 @@ def twins() -> str:
     columns = (*head, f"pairs that show a change of {CHANGE:.0%}")
     table = markdown(Table(title="", columns=columns, rows=tuple(rows), words=1))
     return "Twins here: " + "; ".join(" and ".join(pair) for pair in pairs) + ".\n\n" + table
+
+
+@cache
+def start() -> str:
+    """How far rows that are one function but for the norms' eps are apart before any training."""
+    rows = []
+    for pair in ("oasis", "oasis_depth_softmax"), ("oasis", "oasis_unit"):
+        for eps in (1e-6, 1e-12):
+            (logits, gradient), (other, other_gradient) = (_at_start(row, eps) for row in pair)
+            apart = (
+                (logits - other).abs().max() / logits.std(),
+                (gradient - other_gradient).norm() / gradient.norm(),
+            )
+            shown = (f"{100 * x:.1f} %" if x > 1e-5 else "below 0.001 %" for x in apart)
+            rows.append((" and ".join(pair), f"{eps:.0e}", *shown))
+    head = "rows", "eps of the norms", "largest difference of logits, over their deviation"
+    columns = (*head, "difference of the gradient, over its norm")
+    return markdown(Table(title="", columns=columns, rows=tuple(rows), words=1))
+
+
+def _at_start(variant: str, eps: float) -> tuple[Tensor, Tensor]:
+    """Logits and gradient of a new model of the studies' size, in float64."""
+    backbone = text_config("nano", VOCABULARY)
+    backbone.rms_norm_eps = eps
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = settings_of(variant)
+        model = OasisForCausalLM(OasisConfig(text_config=backbone, **settings)).double()
+    ids = torch.randint(VOCABULARY, (1, 256), generator=torch.Generator().manual_seed(0))
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    gradients = [p.grad.flatten() for name, p in model.named_parameters() if "depth" not in name]
+    return output.logits.detach(), torch.cat(gradients)
 
 
 def pairs_to_see(floor: float, scale: str) -> int:

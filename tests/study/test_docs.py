@@ -26,6 +26,7 @@ def test_committed_tables_are_those_of_the_committed_records(path: Path) -> None
 def test_the_page_holds_what_is_on_record() -> None:
     text = publish.PAGE.read_text(encoding="utf-8")
     assert publish.verdicts() in text
+    assert publish.start() in text
     assert publish.twins() in text
     assert publish.silent() in text
     assert publish.bar() in text

@@ -69,13 +69,14 @@ class OasisConfig(PreTrainedConfig):
         depth_block_size: sublayers per depth source; 1 is the full form.
         depth_normalizer: over the sources.  In this form a common factor on the weights cancels in
             the next RMSNorm, so that in a family with pre-norms `softmax1` does what `softmax`
-            does, up to the norms' eps, with the null signal and without: it changes the scale of
-            the mixes alone.
+            does, with the null signal and without, up to the norms' eps: it changes the scale of
+            the mixes alone.  That eps is not small beside the mixes of a new model: see
+            docs/study.md.
         depth_scale: `sources` multiplies the mix by the number of sources (plus one for `softmax1`,
             2 for `sigmoid`), so that zero queries give the exact residual sum.  `unit` brings each
-            token's mix to a root mean square of 1, which changes nothing for the next RMSNorm, but
-            much for a quantiser: without it, tokens whose mixes are small share a range with large
-            ones.
+            token's mix to a root mean square of 1.  The next RMSNorm removes that, up to its eps,
+            but a quantiser needs it: without it, tokens whose mixes are small share a range with
+            large ones.
         branch_scale: `unit` brings the embedding and each branch's output to a root mean square of
             1 at each token before they join the residual, as Peri-LN (arXiv 2502.02732) without its
             gain: none counts for more by being large.  `bounded` divides by sqrt(mean square +
