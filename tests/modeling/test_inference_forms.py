@@ -18,6 +18,7 @@ SETTINGS = [
     {"depth_scale": "sources"},
     {"depth_scale": "unit", "branch_scale": "unit"},
     {"depth_block_size": 3},
+    {"depth_block_size": 100_000},
 ]
 EVIDENCE = {"evidence": "log", "mlp_evidence": "none", "coupling": "head"}
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
@@ -192,3 +193,21 @@ def test_a_branch_of_another_shape_is_refused():
     layer.register_forward_hook(lambda _module, _inputs, output: output[:, :-1])
     with torch.no_grad(), pytest.raises(ValueError, match=r"sublayer 4 of 10 gave \[1, 4, "):
         model(torch.randint(3, 90, (1, 5)))
+
+
+@compiled
+def test_a_block_larger_than_the_model_takes_no_more_memory_than_one_as_large(ids, monkeypatch):
+    sizes = []
+
+    def allocate(size):
+        sizes.append(size)
+        return torch.empty(size)
+
+    monkeypatch.setattr("oasis_attn.modeling.native._allocate", allocate)
+    large = build("oasis", depth_block_size=100_000)
+    fitting = build("oasis", depth_block_size=11)  # all routers
+    with torch.no_grad():
+        logits = [model(ids).logits for model in (large, fitting)]
+    assert sizes[0] == sizes[1]
+    assert torch.equal(*logits)
+    torch.testing.assert_close(logits[0], differentiable(large, ids), rtol=0, atol=1e-4)

@@ -45,7 +45,7 @@ class NativeStream:
         self._step = library.depth_step
         D, N = embedding_BTD.shape[-1], embedding_BTD.shape[:-1].numel()
         R, block = len(routing.queries_RD), settings.depth_block_size
-        S, group = 1 + (R + block - 2) // block, block if block > 1 else GROUP
+        S, group = 1 + (R + block - 2) // block, min(block if block > 1 else GROUP, R)
         G = -(-group // native.TILE) * native.TILE
         self._queries_RD = F.pad(routing.queries_RD, (0, 0, 0, native.TILE)).float()
         couplings_R = routing.couplings_R
