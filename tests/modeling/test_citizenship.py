@@ -175,6 +175,23 @@ def test_device_maps(kind, ids, tmp_path):
     assert torch.equal(greedy(loaded, ids), greedy(model, ids))
 
 
+@pytest.mark.parametrize("variant", ["oasis", "oasis_block", "oasis_unit", "authors", "softmax1"])
+def test_a_model_that_does_not_fit_is_offloaded(variant, ids, tmp_path):
+    model = tiny_model(variant)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": 60_000},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    for inference in (True, False):
+        with torch.inference_mode(inference):
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(greedy(loaded, ids), greedy(model, ids))
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:null_attention falls back")
 @pytest.mark.parametrize(

@@ -126,8 +126,11 @@ class RoutedLayer(Routed):
         if self.index == 0:  # the embedding
             hidden_states = scaled(cast(Tensor, hidden_states))
         stream: SumStream | DepthStream | InferenceStream | NativeStream | AuthorsStream
-        if settings.residual == "depth":
-            stream = depth_stream(hidden_states, 2 * self.index, cast(Routing, settings.routing))
+        routing = settings.routing
+        if routing is not None:
+            hidden = hidden_states if isinstance(hidden_states, Tensor) else hidden_states[0]
+            routing = routing.on(hidden.device)
+            stream = depth_stream(hidden_states, 2 * self.index, routing)
         elif settings.residual == "authors":
             routers = (self.attn_res_sa, self.attn_res_mlp)
             stream = AuthorsStream(hidden_states, 2 * self.index, routers)
@@ -144,7 +147,6 @@ class RoutedLayer(Routed):
             output_gate=None if self.output_gate is None else self.output_gate(normed),
             **kwargs,
         )
-        routing = settings.routing
         heads_LH = None if routing is None else routing.head_couplings_LH
         weights_H = None if heads_LH is None else heads_LH[self.index]
         shuffled = settings.null_signal == "shuffled"
@@ -245,7 +247,7 @@ class OasisModel(Routed, OasisPreTrainedModel):
             config.mlp_evidence,
             config.branch_scale,
             config.null_signal,
-            None if self.depth is None else self.depth(),
+            None if self.depth is None else Routing.of(self.depth),
         )
         if not output_attentions:
             return super().forward(input_ids, **kwargs)

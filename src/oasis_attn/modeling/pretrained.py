@@ -22,7 +22,7 @@ class OasisPreTrainedModel(PreTrainedModel):
     config: OasisConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "settings"]  # noqa: RUF012
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 

@@ -68,6 +68,22 @@ class Routing(NamedTuple):
     head_couplings_LH: Tensor | None
     router: DepthRouter
 
+    @classmethod
+    def of(cls, router: DepthRouter) -> Routing:
+        queries_RD, couplings_R, head_couplings_LH = router()
+        return cls(queries_RD, couplings_R, head_couplings_LH, router)
+
+    def on(self, device: torch.device) -> Routing:
+        """With its tensors on `device`: layers may be on other devices than the routers."""
+        if self.queries_RD.device == device:
+            return self
+        couplings_R, heads_LH = self.couplings_R, self.head_couplings_LH
+        return self._replace(
+            queries_RD=self.queries_RD.to(device),
+            couplings_R=None if couplings_R is None else couplings_R.to(device),
+            head_couplings_LH=None if heads_LH is None else heads_LH.to(device),
+        )
+
 
 class DepthRouter(nn.Module):
     """All routers of a model: router r reads the state before sublayer r, the last one the output.
@@ -108,9 +124,10 @@ class DepthRouter(nn.Module):
         if self.head_coupling is not None:
             init.ones_(self.head_coupling)
 
-    def forward(self) -> Routing:
+    def forward(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The tensors of a `Routing`; alone, so that hooks for device placement can pass them."""
         couplings = None if self.coupling is None else coupling(self.coupling)
-        return Routing(self.queries * self.key_norm, couplings, self.head_coupling, self)
+        return self.queries * self.key_norm, couplings, self.head_coupling
 
 
 class SumStream:
