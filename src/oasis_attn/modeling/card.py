@@ -57,7 +57,7 @@ _QUANTIZED = """\
 Quantised with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {sites}
 layers and tensors."""
 _PREFIX = """\
-Every input is read behind a stored prefix of {tokens} tokens, whose keys and values are among the
+Every input is read behind a stored prefix (tokens: {tokens}), whose keys and values are among the
 weights. The folder `prefix` holds a copy as a PEFT adapter for the model without it."""
 _MEASURED = """
 ## Measured{origin}
