@@ -100,4 +100,4 @@ def test_a_familys_own_model_says_what_it_needs(tmp_path):
     assert "import oasis_attn  #" in card
     assert f"A `llama` decoder of {native.num_parameters():,} parameters." in card
     assert "28\nlayers and tensors" in card
-    assert "prefix of 2 tokens" in card
+    assert "prefix (tokens: 2)" in card
