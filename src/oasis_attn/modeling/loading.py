@@ -85,11 +85,11 @@ def load_model(
         )
     model, info = loaded
     check_loading_info(info, name)
-    _check_finite(model, name)
     with checkpoint.foreign("tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         tokenizer("text")
         _check_tokenizer(tokenizer, len(model.get_input_embeddings().weight), name)
+    _check_finite(model, name)  # last: it reads the weights into memory
     with checkpoint.foreign("prefix"):
         adapter = load_prefix(source)
     model.config.name_or_path = name  # not the cache folder: records quote it
