@@ -43,7 +43,10 @@ def prefix(
     ] = None,
     evaluation_split: Annotated[str, Option(help="Which split of it to read.")] = "test",
     window: Annotated[int, Option(help="Tokens per window.")] = 512,
-    windows: Annotated[int, Option(help="Windows to calibrate on, and to measure on.")] = 16,
+    windows: Annotated[
+        int,
+        Option(help="Windows to calibrate on, and to measure on, spread over each split."),
+    ] = 16,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:

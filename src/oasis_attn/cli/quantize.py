@@ -53,7 +53,10 @@ def quantize(
     ] = None,
     evaluation_split: Annotated[str, Option(help="Which split of it to read.")] = "test",
     window: Annotated[int, Option(help="Tokens per window.")] = 512,
-    windows: Annotated[int, Option(help="Windows to calibrate on, and to measure on.")] = 16,
+    windows: Annotated[
+        int,
+        Option(help="Windows to calibrate on, and to measure on, spread over each split."),
+    ] = 16,
     costs: Annotated[
         str | None,
         Option(help="Perplexity without and with only each kind, layer or site.", metavar="BY"),

@@ -113,6 +113,9 @@ def status(out: Out, as_json: AsJson = False) -> None:
 def table(out: Out, as_json: AsJson = False) -> None:
     """Print the verdict, the comparisons and the means of the cells there are.
 
+    Tables of a large plan are wider than a terminal: `oasis study report` writes the same ones in
+    Markdown.
+
     Example: [bold]oasis study table studies/smoke[/bold]
     """
     from dataclasses import asdict

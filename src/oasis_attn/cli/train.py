@@ -79,7 +79,9 @@ def train(
     vocab_size: Annotated[
         int | None, Option(help="Of the tokenizer; default, the size's.", show_default=False)
     ] = None,
-    save_every: Annotated[int, Option(help="Steps between checkpoints.")] = 500,
+    save_every: Annotated[
+        int, Option(help="Steps between checkpoints, a multiple of --log-every.")
+    ] = 500,
     log_every: Annotated[int, Option(help="Steps per row of the loss table.")] = 10,
     eval_split: Annotated[str, Option(help="Split the final loss is measured on.")] = "validation",
     eval_windows: Annotated[int, Option(help="Blocks of it, at most.")] = 64,

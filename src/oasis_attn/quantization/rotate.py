@@ -118,13 +118,13 @@ def _checked_gains(
         raise _refusal(model, "its norms stand between branches and residual")
     for sublayer in sublayers:
         if sublayer.stranger is not None:
-            raise _refusal(model, f"nothing tells how {sublayer.stranger} reads the residual")
+            raise _refusal(model, f"it is not known how {sublayer.stranger} reads the residual")
     embedding, final, head = _ends(model)
     known = {id(p) for part in (embedding, final, head) for p in part.parameters()}
     known.update(id(p) for p in decoder_layers(model)[1].parameters())
     for name, parameter in model.named_parameters():
         if id(parameter) not in known and ".depth." not in name:
-            raise _refusal(model, f"nothing tells how {name} reads the residual")
+            raise _refusal(model, f"it is not known how {name} reads the residual")
     gains = []
     for norm, _ in norms:
         assert norm is not None
