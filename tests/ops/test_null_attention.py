@@ -357,3 +357,20 @@ def test_bad_input_is_one_clear_line(change, message):
     with pytest.raises(UserError, match=message) as raised:
         null_attention(**keywords)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ["naive", "cpu_flash"])
+def test_a_whole_number_of_any_size_is_a_scale_or_refused(backend):
+    query = torch.randn(1, 2, 5, 4, dtype=torch.float64)
+    for scale in (1, 10**20):
+        as_int, as_float = (
+            null_attention(query, query, query, scale=each, backend=backend)[0]
+            for each in (scale, float(scale))
+        )
+        assert torch.equal(as_int, as_float)
+    with pytest.raises(UserError, match="scale: 1000"):
+        null_attention(query, query, query, scale=10**400, backend=backend)
+    with pytest.raises(UserError, match="null_logit: 1000"):
+        null_attention(query, query, query, null_logit=10**400, backend=backend)
+    with pytest.raises(UserError, match="attn_mask: 'x' is not a tensor"):
+        null_attention(query, query, query, attn_mask="x", backend=backend)

@@ -80,6 +80,8 @@ def four_axes(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """`mask` with leading axes of size 1, so that it has four; `UserError` if it does not fit."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise UserError(f"attn_mask: {mask!r} is not a tensor")
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     try:
         fits = torch.broadcast_shapes(mask.shape, full) == full

@@ -15,7 +15,7 @@ Axes: B batch, H query heads, G key heads (H a multiple of G), T queries, S keys
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 from typing import NamedTuple
 
@@ -122,6 +122,8 @@ def attend(
     null_logit_H = _null_logits(null_logit, query)
     backend = _choose(backend, query, key, value, attn_mask, softcap, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if isinstance(scale, int):  # which the kernels take up to 64 bits only
+        scale = float(scale)
     T, S = query.shape[2], key.shape[2]
     if is_causal and backend != "flex":
         if T == 1:
@@ -210,7 +212,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_numbers(scale: float | None, softcap: float | None, dropout: float) -> None:
     if scale is not None and not _is_finite(scale):
-        raise UserError(f"scale: {scale!r} is not a finite number")
+        raise UserError(f"scale: {scale!r} is not a finite number (int or float)")
     if softcap is not None and not (_is_finite(softcap) and softcap > 0):
         raise UserError(f"softcap: {softcap!r} is not a finite number above 0")
     if not (_is_finite(dropout) and 0 <= dropout <= 1):
@@ -219,7 +221,8 @@ def _check_numbers(scale: float | None, softcap: float | None, dropout: float) -
 
 def _is_finite(value: object) -> bool:
     # Compared, for torch.compile cannot trace math.isfinite of a number that it keeps symbolic.
-    return isinstance(value, (int, float)) and -math.inf < value < math.inf
+    largest = sys.float_info.max
+    return isinstance(value, (int, float)) and -largest <= value <= largest
 
 
 def _null_logits(null_logit: float | Tensor, query: Tensor) -> Tensor:
@@ -229,7 +232,7 @@ def _null_logits(null_logit: float | Tensor, query: Tensor) -> Tensor:
     if not isinstance(null_logit, Tensor):
         try:
             logits = torch.as_tensor(null_logit, dtype=precise, device=query.device)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise UserError(
                 f"null_logit: {null_logit!r} is neither a number nor a tensor of {heads}, one per"
                 " head"
