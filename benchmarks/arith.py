@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from oasis_attn.files import write_text
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import BenchmarkRecord, EvaluationRecord, Metric
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table
 
@@ -53,12 +53,11 @@ def main() -> None:
             if not done.exists():
                 words = words.format(runs=runs, name=name).split()
                 subprocess.run([sys.executable, "-m", "oasis_attn", *words], check=True)
-        found = Record.load(runs / f"{name}.json")
+        found = EvaluationRecord.load(runs / f"{name}.json")
         metrics.append(Metric(name=NAME, value=found[NAME], where=name, n=found.metric(NAME).n))
-        intervals[name] = found.tables["interval95"][NAME]
-    record = Record(
-        kind="benchmark",
-        subject={"name": "arith"},
+        intervals[name] = found.intervals[NAME]
+    record = BenchmarkRecord(
+        name="arith",
         data={"commands": [*COMMANDS.values(), EVALUATE]},
         seed=11,
         metrics=tuple(metrics),
@@ -69,7 +68,7 @@ def main() -> None:
     print(markdown(table(record)))
 
 
-def table(record: Record) -> Table:
+def table(record: BenchmarkRecord) -> Table:
     """A row a scheme."""
     rows = []
     for metric in record.metrics:

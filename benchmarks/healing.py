@@ -23,7 +23,7 @@ from oasis_attn.data import load_corpus
 from oasis_attn.files import write_text
 from oasis_attn.measure.windows import cut_windows
 from oasis_attn.modeling.loading import load_model
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import BenchmarkRecord, Metric
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "healing"
 BUDGET = "--corpus imdb --steps 240 --batch-size 2 --block-length 256 --eval-windows 16"
@@ -94,9 +94,9 @@ def main() -> None:
     metrics = []
     for where, name in ROWS.items():
         metrics += measured(name if name == "smollm2" else str(runs / name), where)
-    record = Record(
-        kind="benchmark",
-        subject={"name": "healing", "scheme": SCHEME},
+    record = BenchmarkRecord(
+        name="healing",
+        settings={"scheme": SCHEME},
         data={
             "commands": [command.format(runs="runs") for command in COMMANDS.values()],
             "evaluation": "wikitext-2 test, 16 x 512 tokens; calibration: validation, 16 x 512",
@@ -111,7 +111,7 @@ def main() -> None:
     print(table(record))
 
 
-def table(record: Record) -> str:
+def table(record: BenchmarkRecord) -> str:
     """The record as Markdown: a row a model, a column a measure."""
     names = list(dict.fromkeys(metric.name for metric in record.metrics))
     lines = ["| SmolLM2-135M | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]

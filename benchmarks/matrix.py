@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from oasis_attn.modeling.prefix import prefix_of
 from oasis_attn.modeling.subject import describe_model
 from oasis_attn.quantization import quantize, schemes
 from oasis_attn.quantization.costs import perplexity
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import BenchmarkRecord, Metric
 from oasis_attn.report.figures import save_png
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table, number
@@ -76,10 +76,14 @@ def main() -> None:
         name: {"command": f"oasis {command.format(out='OUT')}", "tokens": prefix_of(twin).tokens}
         for (name, command), twin in zip(PREFIXES.items(), prefixed.values(), strict=True)
     }
-    record = Record(
-        kind="benchmark",
-        subject=describe_model(model)
-        | {"smooth_alpha": ALPHA, "prefixes": prefixes, "refused": {}},
+    record = BenchmarkRecord(
+        name="quantization",
+        settings={
+            "model": asdict(describe_model(model)),
+            "smooth_alpha": ALPHA,
+            "prefixes": prefixes,
+            "refused": {},
+        },
         data={s: {"sha256": c.sha256, "windows": WINDOWS} for s, c in corpora.items()}
         | {"corpus": "wikitext-2", "window": WINDOW},
         seed=0,
@@ -87,11 +91,11 @@ def main() -> None:
     )
     path = RESULTS / "record.json"
     if path.exists():
-        earlier = Record.load(path)
+        earlier = BenchmarkRecord.load(path)
         if earlier.data != record.data:
             raise UserError(f"record: {path} is of other data; remove it to start again")
         record = earlier
-    done = {metric.where for metric in record.metrics} | set(record.subject["refused"])
+    done = {metric.where for metric in record.metrics} | set(record.settings["refused"])
     for row in (FLOAT, *ROWS):
         for column in COLUMNS:
             where = f"{row} / {column}"
@@ -101,7 +105,7 @@ def main() -> None:
             try:
                 value = perplexity(made(subject, row, column, seen_NT), test_NT)
             except UserError as error:
-                record.subject["refused"][where] = str(error)
+                record.settings["refused"][where] = str(error)
                 print(f"{where}: {error}", flush=True)
             else:
                 metric = Metric(name="perplexity.windowed", value=value, where=where, n=WINDOWS)
@@ -128,7 +132,7 @@ def made(model: PreTrainedModel, row: str, column: str, seen_NT: Tensor) -> PreT
     )
 
 
-def values(record: Record) -> dict[tuple[str, str], float]:
+def values(record: BenchmarkRecord) -> dict[tuple[str, str], float]:
     """Perplexity by row and column."""
     found = {}
     for metric in record.each("perplexity.windowed"):
@@ -137,7 +141,7 @@ def values(record: Record) -> dict[tuple[str, str], float]:
     return found
 
 
-def table(record: Record) -> Table:
+def table(record: BenchmarkRecord) -> Table:
     """Perplexity and how many times that of fp32 it is, a row a scheme."""
     found = values(record)
     base = found[FLOAT, "plain"]
@@ -153,7 +157,7 @@ def table(record: Record) -> Table:
     )
 
 
-def figure(record: Record) -> Figure:
+def figure(record: BenchmarkRecord) -> Figure:
     """The table as dots, perplexity on a logarithmic scale."""
     found = values(record)
     rows = [FLOAT, *ROWS]

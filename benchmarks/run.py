@@ -20,7 +20,7 @@ import decoding
 import integer
 import loading
 import training_step
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import BenchmarkRecord, Metric
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "benchmarks.json"
 BOUNDS = {
@@ -101,9 +101,8 @@ def main() -> int:
     Console().print(table)
     if set(suites) == set(SUITES):
         metrics = tuple(Metric(name=k, value=v, n=arguments.rounds) for k, v in numbers.items())
-        Record(kind="benchmark", subject={"rounds": arguments.rounds}, metrics=metrics).save(
-            RESULTS
-        )
+        settings = {"rounds": arguments.rounds}
+        BenchmarkRecord(name="bounds", settings=settings, metrics=metrics).save(RESULTS)
     return int(failed)
 
 

@@ -10,7 +10,7 @@ from typer.main import get_command
 from oasis_attn.cli import app
 from oasis_attn.data import train_tokenizer
 from oasis_attn.evaluation import EvaluationConfig
-from oasis_attn.records import Record
+from oasis_attn.records import EvaluationRecord
 from tiny import tiny_config, tiny_model
 
 
@@ -38,7 +38,7 @@ def test_the_tasks_as_a_table_and_as_json(oasis, folder, tmp_path) -> None:
     }
     code, (shown, _) = oasis(*words, "--resume", "--json")
     assert code == 0
-    again, record = json.loads(shown), Record.load(out)
+    again, record = json.loads(shown), EvaluationRecord.load(out)
     assert again["kind"] == record.kind == "evaluation"
     assert again["metrics"] == json.loads(record.to_json())["metrics"]
     code, (_, err) = oasis(*words)
@@ -59,7 +59,7 @@ def test_the_cache_in_few_bits(oasis, tmp_path) -> None:
         assert code == 0
         record = json.loads(shown)
         losses[bits] = next(m["value"] for m in record["metrics"] if m["name"] == "loss.windowed")
-        assert record["subject"].get("kv_cache", {}).get("bits") == (
+        assert record["model_notes"].get("kv_cache", {}).get("bits") == (
             None if bits == "none" else int(bits)
         )
     assert 0 < abs(losses["8"] - losses["none"]) < abs(losses["2"] - losses["none"])

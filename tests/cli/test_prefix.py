@@ -30,10 +30,10 @@ def test_the_folder_holds_the_model_with_its_prefix(oasis, places, text):
     shape += ("--set", "weight.granularity=channel")
     code, shown = oasis("prefix", model, out, *shape, "--tune-steps", 2, "--json")
     record = json.loads(shown.out)
-    assert (code, record["subject"]["tune_steps"], record["kind"]) == (0, 2, "quantization")
-    assert record["subject"]["scheme"]["weight"]["granularity"] == "channel"
+    assert (code, record["tune_steps"], record["kind"]) == (0, 2, "prefix")
+    assert record["scheme"]["weight"]["granularity"] == "channel"
     loaded, _ = load_model(out)
-    assert list(prefix_of(loaded).tokens) == record["subject"]["prefix"]
+    assert list(prefix_of(loaded).tokens) == record["tokens"]
     card = (out / "README.md").read_text()
     assert "import oasis_attn" in card
     assert "| `perplexity.quantized` after |" in card

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from oasis_attn.modeling.loading import load_model, quiet
 from oasis_attn.quantization import linear_sites, quantized_sites, tensor_sites
-from oasis_attn.records import Record
+from oasis_attn.records import QuantizationRecord
 from tiny import tiny_config
 
 
@@ -34,15 +34,15 @@ def test_simulated(oasis, model, shape, tmp_path):
         *("--set", "weight.bits=6", "--skip", "*.1.mlp.*", "--costs", "kind", "--json"),
     )
     assert code == 0
-    record = Record.load(out / "record.json")
+    record = QuantizationRecord.load(out / "record.json")
     assert json.loads(shown.out)["kind"] == record.kind == "quantization"
     loaded, _ = load_model(out)
     original, _ = load_model(model)
     every = {*linear_sites(original), *tensor_sites(original)}
     sites = {site for site in every if ".1.mlp." not in site}
-    assert set(quantized_sites(loaded)) == set(record.subject["quantization"]["sites"]) == sites
-    assert record.subject["quantization"]["scheme"]["weight"]["bits"] == 6
-    assert record.data["calibration"]["split"] == "train"
+    assert set(quantized_sites(loaded)) == set(record.targets) == sites
+    assert record.scheme["weight"]["bits"] == 6
+    assert record.calibration.split == "train"
     assert record.metric("size.bytes", "after").value > 0
     columns = record.tables["sensitivity"]
     assert columns["all_but"][0] == columns["only"][0]
@@ -59,8 +59,8 @@ def test_says_which_share_of_the_weights_is_quantised(oasis, kind, shape, tokeni
         *("--skip", "*.0.*c_attn") if kind == "gpt2" else (),
     )
     assert code == 0
-    record = Record.load(tmp_path / "out" / "record.json")
-    left = record.subject["quantization"]["float_weights"]
+    record = QuantizationRecord.load(tmp_path / "out" / "record.json")
+    left = record.float_weights
     total = record["size.quantized_share"]
     if kind == "gpt2":
         assert left == {"transformer.h.0.attn.c_attn.weight": 32 * 96}
@@ -82,8 +82,8 @@ def test_in_integers(oasis, model, shape, tmp_path):
     assert code == 0
     for word in ("perplexity.windowed", "size.bytes", "speed.over_unquantized", "down_proj"):
         assert word in shown.out
-    record = Record.load(out / "record.json")
-    assert record.subject["quantization"]["arithmetic"] == "integer"
+    record = QuantizationRecord.load(out / "record.json")
+    assert record.arithmetic == "integer"
     before, after = (record.metric("perplexity.windowed", w).value for w in ("before", "after"))
     assert after == pytest.approx(before, rel=0.01)
     loaded, tokenizer = load_model(out)

@@ -40,7 +40,7 @@ def test_every_task_gives_its_numbers(build, tokenizer, tmp_path):
         "arith.pass@1.strict": 5,
         "arith.pass@1.flexible": 5,
     }
-    intervals = record.tables["interval95"]
+    intervals = record.intervals
     for metric in record.metrics:
         if ".lm_eval." not in metric.name:
             low, high = intervals[metric.name]
@@ -136,7 +136,7 @@ evaluate({str(folder)!r}, samples={str(tmp_path / "cut")!r}, **{options!r})
     assert logs["cut"].read_bytes() == logs["whole"].read_bytes()
 
 
-def test_another_model_or_subject_takes_nothing_from_the_log(build, tokenizer, tmp_path):
+def test_another_model_or_other_notes_take_nothing_from_the_log(build, tokenizer, tmp_path):
     options = {"tasks": ["arith"], "limit": 2, "max_new_tokens": 6, "samples": tmp_path}
     model = build("vanilla")
     evaluate(model, tokenizer, **options)
@@ -145,11 +145,11 @@ def test_another_model_or_subject_takes_nothing_from_the_log(build, tokenizer, t
     again = evaluate(model, tokenizer, resume=True, **options)
     assert len(log.read_text().splitlines()) == count
     for other, more in ((build("oasis"), {}), (quantize(model, "w4a4"), {}), (model, {"x": 1})):
-        record = evaluate(other, tokenizer, resume=True, subject=more, **options)
+        record = evaluate(other, tokenizer, resume=True, model_notes=more, **options)
         count += 3
         assert len(log.read_text().splitlines()) == count
-        assert (record.subject["sha256"] == again.subject["sha256"]) == (other is model)
-        assert record.subject.items() >= more.items()
+        assert (record.sha256 == again.sha256) == (other is model)
+        assert record.model_notes == more
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_without_overlap_it_is_the_diagnosis_s_perplexity(build, tokenizer):
     record = diagnose(model, TEXTS, tokenizer=tokenizer, window=16, windows=5)
     loss = sum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows)
     assert loss == pytest.approx(record["loss.windowed"], rel=1e-6)
-    assert windows.sha256 == record.data["tokens_sha256"]
+    assert windows.sha256 == record.data.tokens_sha256
 
 
 def test_through_a_cache_it_is_the_same(build, tokenizer):

@@ -11,14 +11,14 @@ import torch
 from oasis_attn import variants
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
-from oasis_attn.records import Record
+from oasis_attn.records import DiagnosisRecord
 
 from .models import CONFIGS, VOCABULARY, native, ours, tokens
 
 FAMILIES = list(CONFIGS)
 
 
-def numbers(record: Record) -> dict[tuple[str, str], float]:
+def numbers(record: DiagnosisRecord) -> dict[tuple[str, str], float]:
     return {(metric.name, metric.where): metric.value for metric in record.metrics}
 
 
@@ -89,7 +89,7 @@ def test_every_variant_is_measured(variant):
     model = ours(variant)
     record = diagnose(model, tokens(2, 20))
     assert all(math.isfinite(metric.value) for metric in record.metrics)
-    assert record.subject["settings"] == model.config.settings
+    assert record.model.config == model.config.settings
     has_null = model.config.token_normalizer in (
         "softmax1", "learned_sink", "clipped_softmax", "softpick"
     )  # fmt: skip
@@ -153,11 +153,11 @@ def test_the_record_says_what_was_read(tmp_path):
     record = diagnose(native("llama"), ids, windows=2, data={"corpus": "made up"}, seed=7)
     assert record.kind == "diagnosis"
     assert record.seed == 7
-    assert record.data["corpus"] == "made up"
-    assert (record.data["windows"], record.data["window"], record.data["bos"]) == (2, 20, 1)
-    assert record.data["tokens_scored"] == 38
-    assert record.subject["family"] == "llama"
-    assert Record.load(record.save(tmp_path / "record.json")) == record
+    assert record.data.corpus == "made up"
+    assert (record.data.windows, record.data.window, record.data.bos) == (2, 20, 1)
+    assert record.data.tokens_scored == 38
+    assert record.model.family == "llama"
+    assert DiagnosisRecord.load(record.save(tmp_path / "record.json")) == record
 
 
 @pytest.mark.parametrize("bad", [VOCABULARY, -1])
@@ -201,7 +201,7 @@ def test_a_real_model_shows_its_massive_activations():
     model, tokenizer = load_model("smollm2")
     texts = pydoc_data.topics.topics.values()
     record = diagnose(model, texts, tokenizer=tokenizer, window=256, windows=1)
-    assert record.data["bos"] == tokenizer.bos_token_id
+    assert record.data.bos == tokenizer.bos_token_id
     assert record["outlier.max_inf_norm"] > 10_000
     assert record["outlier.massive"] > 0
     assert {row["first_position"] for row in record.tables["outlier.massive"]} == {0}

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from example_records import TEXT, diagnosis
 from oasis_attn import convert
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose, joint
@@ -20,7 +21,7 @@ from oasis_attn.measure.updates import observe_updates
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.residual import observe_depth
-from oasis_attn.records import Record
+from oasis_attn.records import DiagnosisRecord
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 from .models import native, ours
@@ -276,11 +277,9 @@ def test_routes(form, sublayer, sources, layers):
     assert routes(*form, sublayer) == (sources, layers)
 
 
-def record_of(values: list[float | str], sha: str = "same") -> Record:
-    return Record(
-        kind="diagnosis",
-        subject={},
-        data={"tokens_sha256": sha},
+def record_of(values: list[float | str], sha: str = "same") -> DiagnosisRecord:
+    return diagnosis(
+        data=replace(TEXT, tokens_sha256=sha),
         tables={"joint.sequences": {"joint.leakage": values, "joint.mass": [1.0] * len(values)}},
     )
 
@@ -316,7 +315,7 @@ def test_the_interval_is_that_of_paired_windows():
 def test_records_of_two_models_are_compared(tmp_path):
     ids = tokens()
     records = [diagnose(ours(name), ids % 50, joint=True) for name in ("oasis", "vanilla")]
-    again = [Record.load(r.save(tmp_path / f"{n}.json")) for n, r in enumerate(records)]
+    again = [DiagnosisRecord.load(r.save(tmp_path / f"{n}.json")) for n, r in enumerate(records)]
     rows = compare_joint(*again)
     assert rows == compare_joint(*records)
     for row in rows:

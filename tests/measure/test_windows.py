@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from oasis_attn.errors import UserError
-from oasis_attn.measure.windows import cut_windows, describe_windows
+from oasis_attn.measure.windows import cut_windows
+from oasis_attn.records import TextInfo
 
 
 def tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -25,16 +26,20 @@ def cut(texts, window=4, windows=16, reader=None, vocabulary=10):
 def test_bos_begins_every_window_and_takes_a_place():
     ids_NT = cut("abcdefgh", reader=tokenizer(bos_token="^"))
     assert ids_NT.tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
-    assert describe_windows(ids_NT) | {"tokens_sha256": ""} == {
-        "window": 4, "windows": 2, "windowing": "disjoint", "bos": 0, "tokens_scored": 6,
-        "tokens_sha256": "",
-    }  # fmt: skip
+    found = TextInfo.of(ids_NT, {"corpus": "letters"})
+    assert found == TextInfo(
+        corpus="letters", split=None, sha256=None, window=4, windows=2, windowing="disjoint", bos=0,
+        tokens_scored=6, tokens_sha256=found.tokens_sha256,
+    )  # fmt: skip
+    for wrong in ({"corpora": "letters"}, {"split": 3}):
+        with pytest.raises(UserError, match=r"^data: .*(corpora|split)"):
+            TextInfo.of(ids_NT, wrong)
 
 
 def test_without_bos_a_window_is_text_alone():
     ids_NT = cut("abcdefgh", reader=tokenizer())
     assert ids_NT.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert describe_windows(ids_NT)["bos"] is None
+    assert TextInfo.of(ids_NT, {}).bos is None
 
 
 def test_documents_are_joined_by_a_blank_line():

@@ -6,17 +6,15 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from oasis_attn import OasisForCausalLM, Record, variants
+from example_records import diagnosis
+from oasis_attn import OasisForCausalLM, variants
 from oasis_attn.modeling.card import variant_of, write_card
 from oasis_attn.modeling.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
 from oasis_attn.records import Metric
 from tiny import tiny_config, tiny_model
 
-RECORD = Record(
-    kind="diagnosis",
-    subject={"name": "m"},
-    data={"corpus": "pydoc", "blocks": {"n": 3}},
+RECORD = diagnosis(
     metrics=(
         Metric(name="perplexity.windowed", value=12.345678, n=7, standard_error=0.25),
         Metric(name="sink.mass", value=0.5, where="layer 0"),
@@ -52,7 +50,7 @@ def test_the_record_is_quoted_as_it_was_measured(tmp_path):
     card = (tmp_path / "model" / "README.md").read_text()
     assert "## Measured\n" in card
     assert "| `perplexity.windowed` | 12.3457 | 7 | 0.25 |" in card
-    assert "| corpus | `pydoc` |" in card
+    assert "| corpus | `made up` |" in card
     assert "sink.mass" not in card  # whole-model numbers only
     # A copy saved elsewhere says which checkpoint was measured.
     OasisForCausalLM.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "copy")

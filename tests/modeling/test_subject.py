@@ -37,10 +37,10 @@ def test_a_wrapped_tensor_counts_by_what_it_holds():
 def test_description_and_mode():
     model = tiny_model()
     facts = describe_model(model)
-    assert facts["family"] == "llama"
-    assert facts["settings"] == model.config.settings
-    assert facts["dtype"] == "float32"
-    assert "settings" not in describe_model(LlamaForCausalLM(tiny_config()))
+    assert facts.family == "llama"
+    assert facts.config == model.config.settings
+    assert facts.dtype == "float32"
+    assert describe_model(LlamaForCausalLM(tiny_config())).config is None
     model.train()
     with eval_mode(model):
         assert not model.training

@@ -22,7 +22,7 @@ from oasis_attn.quantization.prefix import (
     tune_prefix,
 )
 from oasis_attn.quantization.rescue import rescue
-from oasis_attn.records import Record
+from oasis_attn.records import PrefixRecord
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 BOS = 1
@@ -262,10 +262,10 @@ def test_rescue(stored, method):
         for where in ("before", "after")
     }
     assert abs(rise["after"]) < 0.2 * abs(rise["before"])
-    assert record.subject["prefix_text"] == " ".join(f"w{t}" for t in record.subject["prefix"])
-    assert Record.load(stored / "out" / "record.json").metrics == record.metrics
+    assert record.text == " ".join(f"w{t}" for t in record.tokens)
+    assert PrefixRecord.load(stored / "out" / "record.json").metrics == record.metrics
     loaded, _ = load_model(stored / "out")
-    assert list(prefix_of(loaded).tokens) == record.subject["prefix"]
+    assert tuple(prefix_of(loaded).tokens) == record.tokens
     json.loads(record.to_json())
 
 

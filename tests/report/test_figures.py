@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 
+from example_records import diagnosis as made
 from oasis_attn.errors import UserError
-from oasis_attn.records import Record
+from oasis_attn.records import DiagnosisRecord
 from oasis_attn.report import figures
 
 
-def diagnosis(name: str = "tiny", **tables: Any) -> Record:
+def diagnosis(name: str = "tiny", **tables: Any) -> DiagnosisRecord:
     own = {
         "sink.mass": [[0.1, 0.9], [0.5, 0.0]],
         "outlier.inf_norm_layer": [1.0, 100.0],
         "outlier.kurtosis_layer": [3.0, "nan"],
     }
-    return Record(kind="diagnosis", subject={"name": name}, tables=own | tables, environment={})
+    return made(name, tables=own | tables)
 
 
 def test_a_map_shows_every_value_where_it_belongs_on_a_fixed_scale() -> None:

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from oasis_attn.records import Metric, Record
+from example_records import diagnosis, quantization
+from oasis_attn.records import DiagnosisRecord, Metric
 from oasis_attn.report import comparison, layer_table, number, summary_table, variants_table
 
 
-def record(**values: float) -> Record:
+def record(**values: float) -> DiagnosisRecord:
     metrics = tuple(Metric(name=name, value=value) for name, value in values.items())
     elsewhere = Metric(name="loss", value=99.0, where="layers.0")
-    return Record(kind="diagnosis", subject={}, metrics=(*metrics, elsewhere), environment={})
+    return diagnosis("folder/model", metrics=(*metrics, elsewhere))
 
 
 @pytest.mark.parametrize(
@@ -34,15 +35,17 @@ def test_number(value: float, text: str) -> None:
 def test_one_seed_is_shown_as_it_is_and_several_as_mean_and_range() -> None:
     table = comparison(
         {"one": [record(loss=2.0)], "three": [record(loss=x) for x in (1.0, 2.0, 6.0)]},
-        {"loss (nats)": ("diagnosis", "loss")},
+        {"loss (nats)": ("diagnosis", "loss", "")},
     )
     assert table.columns == ("model", "loss (nats)")
     assert table.rows == (("one", "2"), ("three", "3 [1, 6]"))
 
 
 def test_each_column_reads_one_kind_of_record() -> None:
-    records = [record(loss=1.0), replace(record(loss=2.0), kind="quantization")]
-    columns = {kind: (kind, "loss") for kind in ("quantization", "diagnosis", "training")}
+    quantized = tuple(Metric(name="loss", value=n, where=w) for n, w in ((2, "after"), (3, "")))
+    records = [record(loss=1.0), quantization(metrics=quantized)]
+    columns = {kind: (kind, "loss", "") for kind in ("diagnosis", "training")}
+    columns = {"quantization": ("quantization", "loss", "after")} | columns
     assert comparison({"m": records}, columns).rows == (("m", "2", "1", "-"),)
 
 
@@ -59,8 +62,8 @@ def test_tables_of_a_record_have_a_row_per_measure_and_per_layer() -> None:
         "outlier.kurtosis_layer": [3.0, 4.0],
         "sink.mass": [[0.0, 1.0], [0.25, 0.25]],
     }
-    diagnosis = replace(record(loss=2.0), subject={"name": "folder/model"}, tables=tables)
-    whole, layers = summary_table(diagnosis), layer_table(diagnosis)
+    found = replace(record(loss=2.0), tables=tables)
+    whole, layers = summary_table(found), layer_table(found)
     assert whole.title == "model"
     assert whole.rows == (("loss", "2", "-"),)
     assert layers.columns == ("layer", "max |h|", "kurtosis", "first-token mass")
@@ -68,7 +71,7 @@ def test_tables_of_a_record_have_a_row_per_measure_and_per_layer() -> None:
 
 
 def test_the_literature_s_kurtosis_stands_beside_the_tensors_that_lower_it() -> None:
-    def counted(silent: float, understated: float) -> Record:
+    def counted(silent: float, understated: float) -> DiagnosisRecord:
         return record(
             **{
                 "outlier.avg_kurtosis": 2.0,
@@ -78,8 +81,8 @@ def test_the_literature_s_kurtosis_stands_beside_the_tensors_that_lower_it() -> 
             }
         )
 
-    columns = {"avg": ("diagnosis", "outlier.avg_kurtosis")}
-    columns |= {"ours": ("diagnosis", "outlier.mean_pearson_kurtosis")}
+    columns = {"avg": ("diagnosis", "outlier.avg_kurtosis", "")}
+    columns |= {"ours": ("diagnosis", "outlier.mean_pearson_kurtosis", "")}
     groups = {"none": [counted(0, 0)], "some": [counted(1, 2), counted(0, 3)], "old": [record()]}
     groups["older"] = [record(**{"outlier.avg_kurtosis": 2.0})]
     assert comparison(groups, columns).rows == (
@@ -88,9 +91,7 @@ def test_the_literature_s_kurtosis_stands_beside_the_tensors_that_lower_it() -> 
         ("old", "-", "-"),
         ("older", "2", "-"),
     )
-    shown = {
-        row[0]: row[1] for row in summary_table(replace(counted(0, 2), subject={"name": "m"})).rows
-    }
+    shown = {row[0]: row[1] for row in summary_table(counted(0, 2)).rows}
     assert shown["outlier.avg_kurtosis"] == "2 (2 understated)"
     assert shown["outlier.mean_pearson_kurtosis"] == "4"
 
@@ -102,7 +103,7 @@ def test_layers_show_the_kurtosis_without_a_scale_too() -> None:
         "outlier.pearson_kurtosis_layer": ["nan"],
         "sink.mass": [[0.5]],
     }
-    layers = layer_table(replace(record(loss=2.0), subject={"name": "m"}, tables=tables))
+    layers = layer_table(replace(record(loss=2.0), tables=tables))
     assert layers.columns == (
         "layer",
         "max |h|",

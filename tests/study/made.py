@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from example_records import ENVIRONMENT, TEXT, model_info
 from oasis_attn.modeling.variants import settings_of
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import BlocksInfo, Metric, TrialRecord
 from oasis_attn.study.cell import TIMES
 from oasis_attn.study.plan import Cell, Plan
 from oasis_attn.study.results import Results
@@ -25,20 +26,25 @@ def plan(**changes) -> Plan:
     return Plan.from_dict(fields | changes)
 
 
-def record(cell: Cell, values: dict[str, float]) -> Record:
+def record(cell: Cell, values: dict[str, float]) -> TrialRecord:
     settings = {"depth_normalizer": "softmax1"} | settings_of(cell.variant)
-    return Record(
-        kind="cell",
-        subject={
-            "name": cell.id, "variant": cell.row, "cell": cell.to_dict(),
-            "settings": settings,
-        },
+    return TrialRecord(
+        model=model_info(cell.id, variant=cell.row, config=settings),
+        trial=cell.to_dict(),
+        command="again",
+        trained_parameters=1,
+        targets={},
+        tokenizer_sha256="0",
+        train=BlocksInfo(split="train", blocks=1, sha256="0"),
+        train_corpus_sha256="0",
+        data=TEXT,
+        calibration_windows=2,
         seed=cell.seed,
         metrics=tuple(
             Metric(name=name, value=value)
             for name, value in (values | dict.fromkeys(TIMES, 10.0)).items()
         ),
-        environment={"device": "none", "versions": {}},
+        environment=ENVIRONMENT,
         created="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from example_records import ENVIRONMENT
 from oasis_attn.errors import UserError
 from oasis_attn.files import is_locked, lock
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import Metric, TrialRecord
 from oasis_attn.study import cell as module
 from oasis_attn.study.cell import TIMES, differences, run_cell
+from study import made
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def cell(tiny):
 
 
 @pytest.fixture
-def record(finished, cell) -> Record:
+def record(finished, cell) -> TrialRecord:
     """Of one cell, run once for all tests here."""
     return run_cell(cell, finished / "cell.json", finished / "work", command="again")
 
@@ -36,9 +38,9 @@ def test_a_record_has_all_measures_quantised_and_evaluated(record, cell, finishe
     assert {"joint.leakage", "null.mass", *TIMES} <= names
     assert record.kind == "cell"
     assert record.seed == cell.seed
-    assert record.subject["cell"] == cell.to_dict()
-    assert record.subject["command"] == "again"
-    assert record.data["windows"] == record.data["calibration_windows"] == 3
+    assert record.trial == cell.to_dict()
+    assert record.command == "again"
+    assert record.data.windows == record.calibration_windows == 3
     assert str(finished) not in (finished / "cell.json").read_text()
     assert not (finished / "work").exists()
 
@@ -118,13 +120,12 @@ def test_a_locked_cell_is_left_alone(cell, tmp_path, monkeypatch):
     assert not (tmp_path / "work").exists()
 
 
-def test_differences_names_what_differs_and_forgives_times():
+def test_differences_names_what_differs_and_forgives_times(cell):
+    other = replace(ENVIRONMENT, commit="a")
     nan = Metric(name="c", value=float("nan"))
-    one = Record(
-        kind="cell",
-        subject={},
+    one = replace(
+        made.record(cell, {}),
         metrics=(Metric(name="a", value=1.0), Metric(name="b", value=2.0, where="x"), nan),
-        environment={},
     )
     slow = Metric(name=TIMES[0], value=3.0)
     assert differences(one, replace(one, metrics=(*one.metrics, slow))) == []
@@ -135,6 +136,6 @@ def test_differences_names_what_differs_and_forgives_times():
     far = replace(one.metrics[1], value=2.1)
     found = differences(one, replace(one, metrics=(far,)))
     assert found == ["a: 1.0 and None", "b x: 2.0 and 2.1", "c: nan and None"]
-    old = replace(one, metrics=(far,), environment={"commit": "a"})
+    old = replace(one, metrics=(far,), environment=other)
     assert differences(old, one)[-1] == "commit of the records: a and None"
-    assert differences(replace(one, environment={"commit": "a"}), one) == []
+    assert differences(replace(one, environment=other), one) == []

@@ -68,22 +68,24 @@ def test_every_model_has_every_number_of_the_table(demo: Demo) -> None:
 
 
 def test_models_are_measured_alike_and_never_on_what_calibrated_them(demo: Demo) -> None:
-    small = [demo.records[variant] for variant in VARIANTS]
-    assert len({records[1].data["tokens_sha256"] for records in small}) == 1
-    for records in demo.records.values():
-        plain, low = records[-2:]
+    small = [demo.models[variant] for variant in VARIANTS]
+    assert len({model.diagnosis.data.tokens_sha256 for model in small}) == 1
+    for model in demo.models.values():
+        plain, low = model.diagnosis, model.quantization
         assert plain.data == low.data
-        assert plain.data["windows"] == low.subject["calibration_windows"] == 20
-        assert low.subject["sites"]
-        assert not any(site.endswith("lm_head") for site in low.subject["sites"])
+        assert plain.data.windows == low.calibration.windows == 20
+        assert plain.data.tokens_sha256 != low.calibration.tokens_sha256
+        assert plain["sink.mass"] == low.metric("sink.mass", "before").value
+        assert low.targets
+        assert not any(target.endswith("lm_head") for target in low.targets)
 
 
 def test_the_folder_holds_page_records_and_figures(demo: Demo, folder: Path) -> None:
     out = folder / "out"
     assert (out / "index.html").stat().st_size > 10_000
     assert (out / "overview.png").is_file()
-    for name, records in demo.records.items():
-        for record in records:
+    for name, model in demo.models.items():
+        for record in model.records:
             path = out / "records" / f"{name}-{record.kind}.json"
             assert Record.load(path).to_json() == record.to_json()
     assert (out / "figures" / "oasis" / "null-mass.png").is_file()
@@ -119,8 +121,8 @@ def test_a_pretrained_model_called_like_a_variant_keeps_its_row(folder, tmp_path
         tmp_path / "out", pretrained=str(tmp_path / "oasis"), prose=text, corpus=text, window=32,
         windows=2, size=str(folder / "size"), block_length=32, batch_size=2, steps=1,
     )  # fmt: skip
-    assert list(made.records) == ["pretrained-oasis", *VARIANTS]
-    names = {record.subject["name"] for record in made.records["oasis"]}
+    assert list(made.models) == ["pretrained-oasis", *VARIANTS]
+    names = {record.model.name for record in made.models["oasis"].records}
     assert all(name.endswith(" oasis") for name in names)
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from example_records import diagnosis
 from oasis_attn.errors import UserError
 from oasis_attn.records import Metric, Record
 from oasis_attn.study.folder import StudyFolder
@@ -112,7 +113,7 @@ MARKS = [
     "!!omap ", "!!python/name:os.system ", "1e9", "0777", "09", "9" * 5000, "'", '"', "|\n",
     "%YAML 1.1\n", "---\n", "#", "\t", "\ufeff", "\x00", "2001-99-99",
 ]  # fmt: skip
-GOOD = Record(kind="a", subject={}, metrics=(Metric(name="b", value=1.0),), environment={})
+GOOD = diagnosis(metrics=(Metric(name="b", value=1.0),))
 TEXT = st.lists(
     st.one_of(
         st.sampled_from(MARKS),
@@ -148,7 +149,7 @@ def test_depth_and_aliases_are_bounded(text):
 def test_any_json_is_a_record_or_refused(tmp_path, value):
     path = tmp_path / "record.json"
     good = json.loads(GOOD.to_json())
-    for each in (value, good | {"metrics": value}, good | {"subject": value}):
+    for each in (value, good | {"metrics": value}, good | {"model": value}):
         path.write_text(json.dumps(each))
         record = accepted(Record.load, path)
         if record is not None:
@@ -168,7 +169,7 @@ def test_a_study_of_any_records_is_reported_or_refused(tmp_path_factory, data):
         row = data.draw(st.sampled_from(record["metrics"]))
         row["value"] = data.draw(st.sampled_from([0.0, -1.0, 1e300, 1e-320, "nan", "inf", "-inf"]))
         if data.draw(st.booleans()):
-            part = data.draw(st.sampled_from(["metrics", "subject", "environment", "created"]))
+            part = data.draw(st.sampled_from(["metrics", "model", "environment", "created"]))
             record[part] = data.draw(changed(record[part]))
         folder.record_path(cell).parent.mkdir(exist_ok=True)
         folder.record_path(cell).write_text(json.dumps(record))

@@ -42,7 +42,7 @@ def test_whole_model_metrics_tables_and_verdicts_are_kept(whole, published):
         before = one.records[cell]
         assert record.metrics == before.metrics[:-1]
         assert record.tables == {"null.mass": [[0.1, 0.2]]}
-        assert (record.subject, record.environment) == (before.subject, before.environment)
+        assert replace(record, metrics=(), tables={}) == replace(before, metrics=(), tables={})
     assert published.status() == whole.status()
 
 
@@ -65,7 +65,9 @@ def test_a_rerun_is_compared_with_the_folders_record_or_told_there_is_none(publi
         run_alone(str(published.path), absent, out=tmp_path / "r.json", check=published.path)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"format": 1}', '{"format": 9}'])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"kind": "trial", "version": 1}', '{"kind": "trial", "version": 9}']
+)
 def test_a_broken_line_is_named(published, line):
     path = published.path / "trials.jsonl"
     path.write_text(path.read_text() + line + "\n")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from oasis_attn.records import Record
+from oasis_attn.records import TrainingRecord
 from oasis_attn.training import train
 from oasis_attn.training.checkpoints import last_checkpoint
 from training import processes
@@ -18,16 +18,16 @@ from training import processes
 STEPS = {"steps": 6, "save_every": 2}
 
 
-def losses(record: Record) -> list[float]:
+def losses(record: TrainingRecord) -> list[float]:
     return [row["loss"] for row in record.tables["loss"]]
 
 
 @pytest.fixture(scope="module")
 def alone():
     """Records of one process, by settings."""
-    found: dict[str, Record] = {}
+    found: dict[str, TrainingRecord] = {}
 
-    def of(configure, **settings) -> Record:
+    def of(configure, **settings) -> TrainingRecord:
         key = repr(settings)
         if key not in found:
             found[key] = train(configure("alone", **STEPS, settings=settings), progress=False)
@@ -50,11 +50,11 @@ def test_two_processes_are_one(configure, alone, engine, settings, options):
     expected = alone(configure, **settings)
     config = configure("two", **STEPS, settings=settings, batch_size=2, **options)
     processes.launch(config, engine)
-    record = Record.load(config.out / "record.json")
+    record = TrainingRecord.load(config.out / "record.json")
     assert losses(record) == pytest.approx(losses(expected), abs=2e-5)
     assert record["loss.windowed"] == pytest.approx(expected["loss.windowed"], abs=2e-5)
-    assert record.subject["training"]["processes"] == 2
-    assert record.subject["parameters"] == expected.subject["parameters"]
+    assert record.processes == 2
+    assert record.model.parameters == expected.model.parameters
 
     model, info = AutoModelForCausalLM.from_pretrained(config.out, output_loading_info=True)
     assert not info["missing_keys"]
@@ -73,12 +73,12 @@ def test_two_processes_are_one(configure, alone, engine, settings, options):
 def test_two_processes_resume(configure, engine):
     config = configure("two", **STEPS, batch_size=2)
     processes.launch(config, engine)
-    whole = Record.load(config.out / "record.json")
+    whole = TrainingRecord.load(config.out / "record.json")
     # As if killed after the last checkpoint.
     (config.out / "record.json").unlink()
     (config.out / "config.json").unlink()
     processes.launch(configure("two", **STEPS, batch_size=2, resume=True), engine)
-    resumed = Record.load(config.out / "record.json")
+    resumed = TrainingRecord.load(config.out / "record.json")
     assert resumed.created >= whole.created
     assert losses(resumed) == losses(whole)
     assert resumed["loss.windowed"] == whole["loss.windowed"]
@@ -98,4 +98,4 @@ def test_accelerate_launch(corpus, size, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("perplexity") == 1, done.stdout
     assert done.stderr.count("step 3 of 3") == 1, done.stderr
-    assert Record.load(out / "record.json").subject["training"]["processes"] == 2
+    assert TrainingRecord.load(out / "record.json").processes == 2

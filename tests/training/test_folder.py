@@ -9,17 +9,17 @@ import pytest
 from full_disk import files_of_at_most
 from oasis_attn.errors import UserError
 from oasis_attn.files import is_locked, lock
-from oasis_attn.records import Record
+from oasis_attn.records import TrainingRecord
 from oasis_attn.training import run as run_module
 from oasis_attn.training import train
 from training import processes
 
 
-def quiet(config) -> Record:
+def quiet(config) -> TrainingRecord:
     return train(config, progress=False)
 
 
-def losses(record: Record) -> list[float]:
+def losses(record: TrainingRecord) -> list[float]:
     return [row["loss"] for row in record.tables["loss"]]
 
 

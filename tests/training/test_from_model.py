@@ -14,18 +14,18 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.prefix import attach_prefix, compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import quantize
-from oasis_attn.records import Record
+from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training.anneal import HARMLESS, NullAnneal
 from oasis_attn.training.trainer import StagedTrainer
 from tiny import tiny_config, tiny_model
 
 
-def quiet(config: TrainingConfig) -> Record:
+def quiet(config: TrainingConfig) -> TrainingRecord:
     return train(config, progress=False)
 
 
-def column(record: Record, name: str) -> list[float]:
+def column(record: TrainingRecord, name: str) -> list[float]:
     return [row[name] for row in record.tables["loss"]]
 
 
@@ -62,10 +62,10 @@ def test_converted_starts_where_the_native_model_does(onward):
     frozen = {"learning_rate": 0.0, "steps": 1, "save_every": 1}
     converted, native = (quiet(onward(name, name, **frozen)) for name in ("converted", "native"))
     assert column(converted, "loss") == pytest.approx(column(native, "loss"), abs=1e-5)
-    assert converted.subject["settings"]["null_logit"] < -1000
-    assert native.subject["settings"] == {}
-    assert native.subject["from"].endswith("native")
-    assert native.subject["weights_sha256"] != converted.subject["weights_sha256"]
+    assert converted.model.config["null_logit"] < -1000
+    assert native.model.config is None
+    assert native.training["from_model"].endswith("native")
+    assert native.weights_sha256 != converted.weights_sha256
 
 
 def test_anneal(onward):
@@ -73,7 +73,7 @@ def test_anneal(onward):
     found = column(record, "null_logit")
     assert found == pytest.approx([-9.6, -7.2, -4.8, -2.4, 0, 0, 0, 0, 0, 0])
     assert found[0] > HARMLESS
-    assert record.subject["settings"]["null_logit"] == 0
+    assert record.model.config["null_logit"] == 0
     out = onward().out
     assert AutoModelForCausalLM.from_pretrained(out).config.null_logit == 0
 
@@ -144,7 +144,7 @@ def test_frozen_parts_keep_their_bits(onward, models):
         "model.depth.queries", "model.depth.key_norm",
         *(f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
     }  # fmt: skip
-    assert record.subject["trained_parameters"] < record.subject["parameters"]
+    assert record.trained_parameters < record.model.parameters
 
 
 def test_lora_is_merged_and_resumes_exactly(onward, models, monkeypatch):
@@ -155,7 +155,7 @@ def test_lora_is_merged_and_resumes_exactly(onward, models, monkeypatch):
         load_model(path)[0].state_dict() for path in (models / "converted", onward("whole").out)
     )
     assert before.keys() == after.keys()
-    assert whole.subject["parameters"] == sum(x.numel() for x in after.values())
+    assert whole.model.parameters == sum(x.numel() for x in after.values())
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) == 4
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from oasis_attn.records import Record
+from oasis_attn.records import TrainingRecord
 from oasis_attn.training import train
 from oasis_attn.training.checkpoints import last_checkpoint
 from training import processes
@@ -16,7 +16,7 @@ from training import processes
 LONG = {"steps": 60, "save_every": 2}
 
 
-def losses(record: Record) -> list[float]:
+def losses(record: TrainingRecord) -> list[float]:
     return [row["loss"] for row in record.tables["loss"]]
 
 

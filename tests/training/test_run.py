@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oasis_attn
 from oasis_attn.errors import UserError
-from oasis_attn.records import Record
+from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training import run as run_module
 from oasis_attn.training.trainer import StagedTrainer
@@ -21,11 +21,11 @@ GOLDEN = {
 }
 
 
-def losses(record: Record) -> list[float]:
+def losses(record: TrainingRecord) -> list[float]:
     return [row["loss"] for row in record.tables["loss"]]
 
 
-def quiet(config) -> Record:
+def quiet(config) -> TrainingRecord:
     return train(config, progress=False)
 
 
@@ -97,7 +97,7 @@ def test_resume_across_epochs_and_accumulation(configure, monkeypatch):
             quiet(configure("stopped", **many))
     resumed = quiet(configure("stopped", **many, resume=True))
     assert losses(resumed) == losses(whole)
-    assert whole.data["train"]["blocks"] < 64 * 3 * 6
+    assert whole.data.train.blocks < 64 * 3 * 6
 
 
 def test_stopped_while_saving(configure, reference, monkeypatch):
@@ -163,11 +163,11 @@ def test_variants_see_the_same_batches(configure, monkeypatch):
 def test_folder_and_record(configure):
     config = configure(settings={"depth_block_size": 2}, steps=5, log_every=2, seed=3)
     record = quiet(config)
-    loaded = Record.load(config.out / "record.json")
+    loaded = TrainingRecord.load(config.out / "record.json")
     assert loaded.metrics == record.metrics
     assert record.kind == "training"
     assert record.seed == 3
-    assert record.subject["settings"]["depth_block_size"] == 2
+    assert record.model.config["depth_block_size"] == 2
     assert record["perplexity.windowed"] == pytest.approx(math.exp(record["loss.windowed"]))
     assert record["training.tokens_per_second"] > 0
     assert [row["step"] for row in record.tables["loss"]] == [2, 4, 5]
@@ -176,8 +176,8 @@ def test_folder_and_record(configure):
     model = AutoModelForCausalLM.from_pretrained(config.out)
     tokenizer = AutoTokenizer.from_pretrained(config.out)
     assert isinstance(model, oasis_attn.OasisForCausalLM)
-    assert model.config.settings == record.subject["settings"]
-    assert model.num_parameters() == record.subject["parameters"]
+    assert model.config.settings == record.model.config
+    assert model.num_parameters() == record.model.parameters
     assert tokenizer.bos_token_id == 0
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.config.use_cache

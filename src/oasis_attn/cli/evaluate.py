@@ -12,7 +12,7 @@ from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, print_table, workin
 from oasis_attn.errors import UserError, shown
 
 if TYPE_CHECKING:
-    from oasis_attn.records import Record
+    from oasis_attn.records import EvaluationRecord
     from oasis_attn.report import Table
 
 
@@ -87,7 +87,7 @@ def evaluate(
         if "perplexity" in given["tasks"]:
             check_reached(window)
         given["cache"] = partial(QuantizedCache, bits=kv_bits)
-        given["subject"] = {"kv_cache": {"bits": kv_bits, "first": FIRST, "recent": RECENT}}
+        given["model_notes"] = {"kv_cache": {"bits": kv_bits, "first": FIRST, "recent": RECENT}}
     with working(f"evaluating {model}"):
         record = run(model, **given)
     if out is not None:
@@ -110,10 +110,10 @@ def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _table(record: Record) -> Table:
+def _table(record: EvaluationRecord) -> Table:
     from oasis_attn.report import Table, label, number
 
-    intervals = record.tables["interval95"]
+    intervals = record.intervals
     rows = tuple(
         (
             metric.name,

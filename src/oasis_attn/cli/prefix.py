@@ -82,9 +82,6 @@ def prefix(
         print(record.to_json())
         return
     names = dict.fromkeys(metric.name for metric in record.metrics)
-    rows = tuple(
-        (name, *(f"{record.metric(name, where).value:.4g}" for where in ("before", "after")))
-        for name in names
-    )
-    title = f"Prefix {record.subject['prefix_text']!r}, tokens {record.subject['prefix']}"
+    rows = tuple((name, *(f"{value:.4g}" for value in record.before_after(name))) for name in names)
+    title = f"Prefix {record.text!r}, tokens {list(record.tokens)}"
     print_table(Table(title=title, columns=("", "before", "after"), rows=rows))

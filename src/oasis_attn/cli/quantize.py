@@ -12,7 +12,7 @@ from typer import Argument, Option
 from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_table, working
 
 if TYPE_CHECKING:
-    from oasis_attn.records import Record
+    from oasis_attn.records import QuantizationRecord
     from oasis_attn.report import Table
 
 
@@ -115,23 +115,23 @@ def _left(sizes: dict[str, int]) -> Table:
     )
 
 
-def _show(record: Record) -> None:
+def _show(record: QuantizationRecord) -> None:
     from oasis_attn.report import Table
 
     rows = [
-        (name, *(f"{record.metric(name, where).value:.6g}" for where in ("before", "after")))
+        (name, *(f"{value:.6g}" for value in record.before_after(name)))
         for name in ("perplexity.windowed", "size.bytes")
     ]
     rows.append(("speed.over_unquantized", "1", f"{record['speed.over_unquantized']:.3f}"))
     rows.append(("size.quantized_share", "0", f"{record['size.quantized_share']:.4f}"))
-    missed = record.subject["quantization"]["rounded_to_nearest"]
+    missed = record.rounded_to_nearest
     if missed:
         rows.append(("layers that GPTQ had no tokens for", "", str(len(missed))))
-    title = f"{record.subject['name']}: {record.subject['quantization']['scheme']['name']}"
+    title = f"{record.model.name}: {record.scheme['name']}"
     print_table(Table(title=title, columns=("", "before", "after"), rows=tuple(rows)))
 
-    if record.subject["quantization"]["float_weights"]:
-        print_table(_left(record.subject["quantization"]["float_weights"]))
+    if record.float_weights:
+        print_table(_left(record.float_weights))
     worst = sorted(
         record.each("quantization.activation_error"), key=lambda m: m.value, reverse=True
     )

@@ -1,4 +1,4 @@
-"""How well a model predicts text and solves problems: `evaluate(model, tokenizer) -> Record`."""
+"""How well a model predicts text and solves problems: `evaluate(model, tokenizer)`."""
 
 from __future__ import annotations
 

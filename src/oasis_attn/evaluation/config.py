@@ -49,11 +49,12 @@ class EvaluationConfig:
         limit: problems or windows per task, from the first; default, all.
         batch_size: windows or samples in one forward pass.
         cache: makes, from the model's config, a cache for each batch; likelihood is then computed
-            through it, 32 tokens at a time.  Name it in `subject`.  Default: none for likelihood,
-            transformers' own for answers.
+            through it, 32 tokens at a time.  Name it in `model_notes`.  Default: none for
+            likelihood, transformers' own for answers.
         samples: a folder for the logs, `<task>.jsonl`; default, none is written.
         resume: go on from the logs in `samples`.
-        subject: more about the model, for the record; samples logged under another are not its.
+        model_notes: more about the model, for the record; logged samples are reused only if it is
+            the same.
 
     Raises:
         UserError: at construction, for any value outside what is said above.
@@ -75,7 +76,7 @@ class EvaluationConfig:
     cache: Callable[[PreTrainedConfig], Cache] | None = None
     samples: str | Path | None = None
     resume: bool = False
-    subject: Mapping[str, Any] = field(default_factory=dict)
+    model_notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("tasks", "k"):

@@ -29,7 +29,7 @@ from oasis_attn.evaluation.samples import Sample, SampleLog, check_log
 from oasis_attn.evaluation.scoring import Z95, score_answer
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.subject import check_lengths, describe_model, fingerprint
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import EvaluationRecord, Metric
 
 
 @dataclass
@@ -57,7 +57,7 @@ def evaluate(
     *,
     trust_remote_code: bool = False,
     **options: Any,
-) -> Record:
+) -> EvaluationRecord:
     """Perplexity on text, and Pass@k on word problems.
 
     Args:
@@ -68,14 +68,14 @@ def evaluate(
         options: the fields of `EvaluationConfig`: `tasks`, `corpus`, `limit`, `samples`, ...
 
     Returns:
-        A record of kind `evaluation`.  Metrics by task:
+        Metrics by task:
         perplexity: `perplexity.windowed`, the exponential of `loss.windowed` (nats per token), or
             `.strided` where a stride is below the window;
         gsm8k, arith: `<task>.pass@<k>.strict` and `.flexible` (see `score_answer`), and
             `gsm8k.lm_eval.<filter>`, lm-eval's own score of each problem's first sample;
         gsm8k-loglik: `gsm8k.answer_loglik`, the mean over problems of the solution's mean
             log-probability per token, in nats.
-        The table `interval95` has the 95 % interval of each: Wilson's for Pass@k, else normal.
+        `intervals` has the 95 % interval of each: Wilson's for Pass@k, else normal.
 
     Raises:
         UserError: before anything is run, for a bad option, a log that would be mixed with
@@ -101,20 +101,21 @@ def evaluate(
         identity={
             "model": fingerprint(model),
             "tokenizer": tokenizer_sha256(tokenizer),
-            "subject": dict(config.subject),
+            "model_notes": dict(config.model_notes),
         },
     )
     # Every task is made ready, and found wanting, before the first is run.
     for measure in [_TASKS[task](run) for task in config.tasks]:
         measure()
-    return Record(
-        kind="evaluation",
-        subject=describe_model(model) | {"sha256": run.identity["model"]} | dict(config.subject),
+    return EvaluationRecord(
+        model=describe_model(model),
+        sha256=run.identity["model"],
+        model_notes=dict(config.model_notes),
         data=run.data,
+        intervals=run.intervals,
         seed=config.seed if config.temperature else None,
         metrics=tuple(run.metrics),
-        tables={"interval95": {name: list(pair) for name, pair in run.intervals.items()}}
-        | run.tables,
+        tables=run.tables,
     )
 
 

@@ -1,4 +1,4 @@
-"""Measuring a model's sinks and outliers: `diagnose(model, text) -> Record`."""
+"""Measuring a model's sinks and outliers: `diagnose(model, text)`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,12 +18,12 @@ from oasis_attn.measure.parts import Tap, check_output, find_taps
 from oasis_attn.measure.secondary_sinks import SecondarySinks
 from oasis_attn.measure.sinks import Sinks
 from oasis_attn.measure.statistics import mean_metric
-from oasis_attn.measure.windows import cut_windows, describe_windows
+from oasis_attn.measure.windows import cut_windows
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.residual import observe_depth
 from oasis_attn.modeling.subject import check_lengths, describe_model, eval_mode
 from oasis_attn.ops.token_losses import token_losses
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import DiagnosisRecord, Metric, TextInfo
 
 
 def diagnose(
@@ -34,11 +34,11 @@ def diagnose(
     window: int | None = None,
     windows: int = 16,
     batch_size: int = 1,
-    data: dict[str, Any] | None = None,
+    data: Mapping[str, str | None] | None = None,
     seed: int | None = None,
     joint: bool = False,
     causal: bool | Sequence[int] = False,
-) -> Record:
+) -> DiagnosisRecord:
     """Perplexity, outliers, attention sinks, null mass and depth routing of a causal decoder.
 
     Args:
@@ -50,7 +50,7 @@ def diagnose(
         window: tokens in a window; 512 for texts, the rows' own length for tokens.
         windows: how many are read at most, from the start.
         batch_size: windows in one forward pass; it changes the speed and not the numbers.
-        data: where the text comes from, for the record.
+        data: where the text comes from, for the record: `corpus`, `split`, `sha256`.
         seed: what the text was drawn with, for the record.
         joint: measure joint.* too, the joint distribution over depth and positions; it computes
             each attention map once more, some queries at a time.
@@ -58,7 +58,7 @@ def diagnose(
             or of those named.  Each is one more pass over the windows.
 
     Returns:
-        A record of kind `diagnosis`.  Metrics: `perplexity.windowed`, the exponential of
+        Metrics: `perplexity.windowed`, the exponential of
         `loss.windowed` (nats per token, disjoint windows), `outlier.*`, `sink.*`, `null.mass`
         where attention has a null option, `depth.*` where there is depth routing, and `joint.*`.
         Tables per layer and head: see `Outliers.tables`, `Sinks.tables`, `SecondarySinks.tables`,
@@ -115,10 +115,9 @@ def diagnose(
     joint_metrics = joint_measures.metrics() if joint_measures else []
     joint_tables = joint_measures.tables() if joint_measures else {}
 
-    return Record(
-        kind="diagnosis",
-        subject=describe_model(model),
-        data=(data or {}) | describe_windows(ids_NT),
+    return DiagnosisRecord(
+        model=describe_model(model),
+        data=TextInfo.of(ids_NT, data or {}),
         seed=seed,
         metrics=(
             *_perplexity(torch.cat(losses_N)),

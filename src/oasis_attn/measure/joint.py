@@ -48,7 +48,7 @@ from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.residual import RouterCall, observe_depth
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import DiagnosisRecord, Metric
 
 NO_OP = 0.1  # the share of a window's tokens, those of smallest update, that are near-no-op
 _IDLE = 1e-6  # a mass below this has no renormalised form: it counts as spread over nothing
@@ -193,7 +193,7 @@ class Joint:
 
 
 def compare_joint(
-    record: Record, baseline: Record, *, seed: int = 0, draws: int = 10_000
+    record: DiagnosisRecord, baseline: DiagnosisRecord, *, seed: int = 0, draws: int = 10_000
 ) -> list[dict[str, Any]]:
     """Both models' joint.* on the same windows, paired window by window.
 
@@ -213,7 +213,7 @@ def compare_joint(
         if "joint.sequences" not in each.tables:
             raise UserError(f"{argument}: it has no joint.*; diagnose the model with joint=True")
         tables.append(each.tables["joint.sequences"])
-    if record.data.get("tokens_sha256") != baseline.data.get("tokens_sha256"):
+    if record.data.tokens_sha256 != baseline.data.tokens_sha256:
         raise UserError("baseline: it was measured on other tokens than record, so no window pairs")
     windows = len(next(iter(tables[0].values())))
     if windows < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -53,19 +52,6 @@ def cut_windows(
             f"tokens: {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}"
         )
     return ids_NT
-
-
-def describe_windows(ids_NT: Tensor) -> dict[str, Any]:
-    """How the windows were cut, for the record; `bos` is the token that all of them begin with."""
-    first = ids_NT[0, 0].item()
-    return {
-        "window": ids_NT.shape[1],
-        "windows": ids_NT.shape[0],
-        "windowing": "disjoint",
-        "bos": first if bool((ids_NT[:, 0] == first).all()) else None,
-        "tokens_scored": ids_NT[:, 1:].numel(),
-        "tokens_sha256": hashlib.sha256(ids_NT.contiguous().numpy().tobytes()).hexdigest(),
-    }
 
 
 def _from_texts(

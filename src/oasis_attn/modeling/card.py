@@ -181,9 +181,9 @@ def _measured(record: Record, origin: str) -> str:
         for m in record.metrics
         if m.where in ("", "before", "after")
     ]
-    facts = {**record.data, "seed": record.seed, "date": record.created}
-    facts |= {name: record.environment.get(name) for name in ("device", "commit")}
-    facts |= record.environment.get("versions", {})
+    environment = record.environment
+    facts = record.to_dict()["data"] | {"seed": record.seed, "date": record.created}
+    facts |= {"device": environment.device, "commit": environment.commit} | environment.versions
     known = {name: fact for name, fact in facts.items() if isinstance(fact, str | int | float)}
     return _MEASURED.format(
         origin=origin,

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +14,19 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import BROKEN, OasisConfig
 from oasis_attn.modeling.prefix import prefix_of
+from oasis_attn.records import ModelInfo
 
 
-def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Name, family, architecture, parameter count, dtype; of ours, the settings too."""
-    settings = {"settings": model.config.settings} if isinstance(model.config, OasisConfig) else {}
-    return settings | {
-        "name": model.config.name_or_path,
-        "family": model.config.get_text_config(decoder=True).model_type,
-        "architecture": type(model).__name__,
-        "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+def describe_model(model: PreTrainedModel) -> ModelInfo:
+    """The model as records describe it."""
+    return ModelInfo(
+        name=model.config.name_or_path or "",
+        family=model.config.get_text_config(decoder=True).model_type,
+        architecture=type(model).__name__,
+        parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        config=model.config.settings if isinstance(model.config, OasisConfig) else None,
+    )
 
 
 def fingerprint(model: PreTrainedModel) -> str:

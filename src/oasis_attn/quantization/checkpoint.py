@@ -18,19 +18,15 @@ from oasis_attn.errors import UserError, check_choice, check_seed, check_whole
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.subject import check_lengths, describe_model
+from oasis_attn.modeling.subject import check_lengths
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.quantization.costs import GROUPINGS, perplexity, sensitivity, site_metrics
-from oasis_attn.quantization.coverage import (
-    float_weights,
-    quantized_share,
-    rounded_to_nearest,
-)
+from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.integers import check_kernels, to_integers
-from oasis_attn.quantization.saved import quantization_of
+from oasis_attn.quantization.record import quantization_record
 from oasis_attn.quantization.schemes import Scheme, schemes
 from oasis_attn.quantization.simulate import quantize, scheme_sites
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import Metric, QuantizationRecord, TextInfo
 
 
 def quantize_checkpoint(
@@ -50,7 +46,7 @@ def quantize_checkpoint(
     seed: int = 0,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda _: None,
-) -> Record:
+) -> QuantizationRecord:
     """Quantise a model, measure what that did, and write model, tokenizer and record to `out`.
 
     Args:
@@ -72,12 +68,10 @@ def quantize_checkpoint(
         tell: is told what is going on.
 
     Returns:
-        A record of kind `quantization`: `size.quantized_share` (see `coverage`; the weights that
-        stay are `subject.quantization.float_weights`, and those of experts that GPTQ had no token
-        for are `.rounded_to_nearest`), `perplexity.windowed` and `size.bytes` at `before` and
-        `after`, `speed.over_unquantized` (tokens per second of the two, window by window in turn,
-        the median of the ratios), and `site_metrics` of the simulated model; with `costs`, the
-        table `sensitivity`.
+        Metrics: `size.quantized_share` (see `coverage`), `perplexity.windowed` and `size.bytes` at
+        `before` and `after`, `speed.over_unquantized` (tokens per second of the two, window by
+        window in turn, the median of the ratios), and `site_metrics` of the simulated model; with
+        `costs`, the table `sensitivity`.
 
     Raises:
         UserError: unusable arguments, a scheme without integer kernels, or what `quantize` finds;
@@ -131,21 +125,15 @@ def quantize_checkpoint(
             "after": sum(path.stat().st_size for path in stage.glob("*.safetensors")),
         }
         metrics = *(Metric(name="size.bytes", value=v, where=k) for k, v in sizes.items()), *metrics
-        quantization = vars(quantization_of(twin)) | {
-            "seed": seed,
-            "float_weights": float_weights(twin),
-            "rounded_to_nearest": rounded_to_nearest(twin),
-        }
-        record = Record(
-            kind="quantization",
-            subject=describe_model(loaded) | {"quantization": quantization},
-            data={
-                part: {"corpus": c.name, "split": c.split, "sha256": c.sha256, "windows": len(ids)}
-                for part, c, ids in zip(
-                    ("calibration", "evaluation"), corpora, (seen_NT, held_out_NT), strict=True
-                )
-            }
-            | {"window": window},
+        calibration_text, evaluation_text = (
+            TextInfo.of(ids_NT, {"corpus": c.name, "split": c.split, "sha256": c.sha256})
+            for c, ids_NT in zip(corpora, (seen_NT, held_out_NT), strict=True)
+        )
+        record = quantization_record(
+            loaded,
+            twin,
+            data=evaluation_text,
+            calibration=calibration_text,
             seed=seed,
             metrics=metrics,
             tables=tables,

@@ -25,7 +25,7 @@ from oasis_attn.quantization.prefix import (
 )
 from oasis_attn.quantization.schemes import Scheme, schemes
 from oasis_attn.quantization.simulate import check_unquantized, quantize
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import Metric, PrefixRecord, TextInfo
 
 SEARCH_WINDOWS, SEARCH_TOKENS = 4, 48
 
@@ -46,7 +46,7 @@ def rescue(
     windows: int = 16,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda _: None,
-) -> Record:
+) -> PrefixRecord:
     """Find a prefix for `model`, tune it where asked, and write both, and the record, to `out`.
 
     Args:
@@ -66,7 +66,7 @@ def rescue(
         tell: is told what is going on.
 
     Returns:
-        A record of kind `quantization`; each metric is there at `before` and at `after`:
+        Each metric is there at `before` and at `after`:
         `perplexity.windowed`, `perplexity.quantized` (of the model quantised by `scheme`),
         `prefix.noise` (see `range_noise`), `prefix.max_linear` and `prefix.max_hidden` (`peaks`).
 
@@ -114,23 +114,19 @@ def rescue(
         metrics.append(Metric(name="prefix.noise", value=noise, where=where, n=len(search_BT)))
         metrics += _measure(twin, seen_NT, held_out_NT, scheme, where)
 
-    record = Record(
-        kind="quantization",
-        subject=describe_model(loaded)
-        | {
-            "scheme": scheme.to_dict(),
-            "prefix": list(tokens),
-            "prefix_text": tokenizer.decode(list(tokens)),
-            "method": method,
-            "tune_steps": tune_steps,
-        },
-        data={
-            part: {"corpus": c.name, "split": c.split, "sha256": c.sha256, "windows": len(ids)}
-            for part, c, ids in zip(
-                ("calibration", "evaluation"), corpora, (seen_NT, held_out_NT), strict=True
-            )
-        }
-        | {"window": window},
+    calibration_text, evaluation_text = (
+        TextInfo.of(ids_NT, {"corpus": c.name, "split": c.split, "sha256": c.sha256})
+        for c, ids_NT in zip(corpora, (seen_NT, held_out_NT), strict=True)
+    )
+    record = PrefixRecord(
+        model=describe_model(loaded),
+        tokens=tuple(tokens),
+        text=str(tokenizer.decode(list(tokens))),
+        method=method,
+        tune_steps=tune_steps,
+        scheme=scheme.to_dict(),
+        data=evaluation_text,
+        calibration=calibration_text,
         metrics=tuple(metrics),
     )
     tell("writing")

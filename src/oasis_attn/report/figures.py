@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_bytes
-from oasis_attn.records import Record
+from oasis_attn.records import DiagnosisRecord, ModelRecord, QuantizationRecord, TrainingRecord
 from oasis_attn.report.tables import label, number
 
 INK, MUTED, RULE = "#24292f", "#68717b", "#d5dae0"
@@ -56,7 +56,7 @@ _INF_NORM, _KURTOSIS = "outlier.inf_norm_layer", "outlier.kurtosis_layer"
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
-def sink_map(record: Record) -> Figure:
+def sink_map(record: DiagnosisRecord) -> Figure:
     """First-token attention mass of every layer and head: table `sink.mass` [L][H]."""
     return _map(
         record,
@@ -68,7 +68,7 @@ def sink_map(record: Record) -> Figure:
     )
 
 
-def null_map(record: Record) -> Figure:
+def null_map(record: DiagnosisRecord) -> Figure:
     """Null mass of every layer and head: table `null.mass` [L][H]."""
     return _map(
         record,
@@ -80,7 +80,7 @@ def null_map(record: Record) -> Figure:
     )
 
 
-def depth_map(record: Record) -> Figure:
+def depth_map(record: DiagnosisRecord) -> Figure:
     """Mean weight each depth router gives to each source: table `depth.weights`, [router][source].
 
     Rows may differ in length: a router sees only what was computed before it.
@@ -95,7 +95,7 @@ def depth_map(record: Record) -> Figure:
     )
 
 
-def outlier_lines(records: Sequence[Record]) -> Figure:
+def outlier_lines(records: Sequence[DiagnosisRecord]) -> Figure:
     """Largest value and kurtosis of the state leaving each layer, one line per record, log scale.
 
     Tables `outlier.inf_norm_layer` [L] and `outlier.kurtosis_layer` [L].
@@ -124,7 +124,7 @@ def outlier_lines(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def loss_lines(records: Sequence[Record]) -> Figure:
+def loss_lines(records: Sequence[TrainingRecord]) -> Figure:
     """Training loss over steps, one line per training record: table `loss` [{step, loss, ...}]."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.2, 3.5), layout="constrained")
@@ -140,14 +140,14 @@ def loss_lines(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def overview(models: Sequence[Sequence[Record]]) -> Figure:
+def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Figure:
     """One picture: the first model's sinks, and every model's outliers and 8-bit perplexity.
 
     Args:
-        models: the records of each model, one of kind `diagnosis` and one of kind `quantization`.
+        models: the records of each model; one of quantisation has `perplexity.windowed` at
+            `before` and `after`.
     """
-    kinds = [{record.kind: record for record in records} for records in models]
-    diagnoses = [kind["diagnosis"] for kind in kinds]
+    diagnoses = [diagnosis for diagnosis, _ in models]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(12.5, 3.9), layout="constrained")
         sinks, largest, damage = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.15))
@@ -159,11 +159,12 @@ def overview(models: Sequence[Sequence[Record]]) -> Figure:
         )
         sinks.set(xlabel="head", ylabel="layer")
         _head(sinks, f"Attention on the first token: {label(diagnoses[0])}", "sink.mass")
-        for row, (kind, colour) in enumerate(zip(kinds, _colours(diagnoses), strict=True)):
-            peaks = np.array(_table(kind["diagnosis"], _INF_NORM), dtype=float)
+        for row, (records, colour) in enumerate(zip(models, _colours(diagnoses), strict=True)):
+            diagnosis, quantization = records
+            peaks = np.array(_table(diagnosis, _INF_NORM), dtype=float)
             place = (np.arange(len(peaks)) + 1) / len(peaks)
             largest.plot(place, peaks, color=colour, marker="o", markersize=3)
-            before, after = (kind[k]["perplexity.windowed"] for k in ("diagnosis", "quantization"))
+            before, after = quantization.before_after("perplexity.windowed")
             damage.plot([1, after / before], [row, row], color=colour)
             damage.plot([after / before], [row], color=colour, marker="o", markersize=8)
             damage.annotate(
@@ -176,17 +177,17 @@ def overview(models: Sequence[Sequence[Record]]) -> Figure:
         _head(
             damage,
             "Perplexity after rounding to 8 bits",
-            kinds[0]["quantization"].subject["scheme"],
+            models[0][1].scheme["name"],
         )
-        damage.set(xlabel="times the float32 perplexity", ylim=(len(kinds) - 0.5, -0.7))
-        damage.set_yticks(range(len(kinds)), labels=[label(record) for record in diagnoses])
+        damage.set(xlabel="times the float32 perplexity", ylim=(len(models) - 0.5, -0.7))
+        damage.set_yticks(range(len(models)), labels=[label(record) for record in diagnoses])
         damage.grid(axis="y", visible=False)
         for text, colour in zip(damage.get_yticklabels(), _colours(diagnoses), strict=True):
             text.set(color=colour, fontweight="bold")
     return figure
 
 
-def diagnosis_figures(record: Record) -> dict[str, Figure]:
+def diagnosis_figures(record: DiagnosisRecord) -> dict[str, Figure]:
     """Every figure this diagnosis has tables for, by file name."""
     figures = {"first-token-mass": sink_map(record), "outliers": outlier_lines([record])}
     if "null.mass" in record.tables:
@@ -196,7 +197,7 @@ def diagnosis_figures(record: Record) -> dict[str, Figure]:
     return figures
 
 
-def save_figures(record: Record, folder: str | Path) -> list[Path]:
+def save_figures(record: DiagnosisRecord, folder: str | Path) -> list[Path]:
     """Write every figure of a diagnosis to `folder` as PNG; the paths written."""
     figures = diagnosis_figures(record)
     return [save_png(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
@@ -226,7 +227,7 @@ def svg(figure: Figure) -> str:
 
 
 def _map(
-    record: Record, table: str, *, title: str, colour_label: str, across: str, down: str
+    record: DiagnosisRecord, table: str, *, title: str, colour_label: str, across: str, down: str
 ) -> Figure:
     values = _rectangle(_table(record, table))
     rows, columns = values.shape
@@ -268,7 +269,7 @@ def _head(axes: Axes, title: str, subtitle: str) -> None:
     )  # fmt: skip
 
 
-def _table(record: Record, name: str) -> Any:
+def _table(record: ModelRecord, name: str) -> Any:
     if name not in record.tables:
         raise UserError(f"record: it has no table {name!r}; it has {sorted(record.tables)}")
     return record.tables[name]
@@ -282,7 +283,7 @@ def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:
     return values
 
 
-def _colours(records: Sequence[Record]) -> list[str]:
+def _colours(records: Sequence[ModelRecord]) -> list[str]:
     """One per record; the variants that every study holds look the same in every figure."""
     others = cycle(COLOURS)
     return [OWN_COLOURS.get(label(record)) or next(others) for record in records]

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from oasis_attn.records import Record
+from oasis_attn.records import DiagnosisRecord, ModelRecord, Record
 
 ABSENT = "-"
 _LITERATURE_KURTOSIS = ("outlier.avg_kurtosis", "outlier.max_kurtosis")
@@ -51,7 +51,7 @@ def mean_and_range(values: Sequence[float]) -> str:
 
 def comparison(
     groups: Mapping[str, Sequence[Record]],
-    columns: Mapping[str, tuple[str, str]],
+    columns: Mapping[str, tuple[str, str, str]],
     *,
     title: str = "",
 ) -> Table:
@@ -59,20 +59,20 @@ def comparison(
 
     Args:
         groups: row name -> the model's records, of every kind, one of each kind per seed.
-        columns: column head -> (kind of record, name of the metric in it).  A model without it
-            shows a dash.
+        columns: column head -> (kind of record, name of the metric in it, its `where`).  A model
+            without it shows a dash.
         title: of the table.
     """
     rows = tuple(
-        (name, *(_cell(records, kind, metric) for kind, metric in columns.values()))
+        (name, *(_cell(records, *column) for column in columns.values()))
         for name, records in groups.items()
     )
     return Table(title=title, columns=("model", *columns), rows=rows)
 
 
-def _cell(records: Sequence[Record], kind: str, metric: str) -> str:
+def _cell(records: Sequence[Record], kind: str, metric: str, where: str) -> str:
     chosen = [record for record in records if record.kind == kind]
-    values = [found.value for record in chosen for found in record.each(metric) if not found.where]
+    values = [m.value for record in chosen for m in record.each(metric) if m.where == where]
     return mean_and_range(values) + caveat(metric, chosen) if values else ABSENT
 
 
@@ -107,7 +107,7 @@ def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
     )
 
 
-def summary_table(record: Record) -> Table:
+def summary_table(record: ModelRecord) -> Table:
     """The whole-model numbers of a record."""
     rows = tuple(
         (
@@ -121,7 +121,7 @@ def summary_table(record: Record) -> Table:
     return Table(title=label(record), columns=("measure", "value", "standard error"), rows=rows)
 
 
-def layer_table(record: Record) -> Table:
+def layer_table(record: DiagnosisRecord) -> Table:
     """The layers of a diagnosis one by one, means over heads."""
     columns = {
         "max |h|": record.tables["outlier.inf_norm_layer"],
@@ -145,7 +145,6 @@ def _over_heads(table: Sequence[Sequence[float]]) -> list[float]:
     return [fmean(map(float, heads)) for heads in table]
 
 
-def label(record: Record) -> str:
+def label(record: ModelRecord) -> str:
     """How tables and figures call the model of a record: by its variant, or the end of its name."""
-    subject = record.subject
-    return str(subject.get("variant") or Path(str(subject.get("name", ""))).name)
+    return record.model.variant or Path(record.model.name).name

@@ -19,8 +19,9 @@ from oasis_attn.evaluation import evaluate
 from oasis_attn.files import lock, write_bytes
 from oasis_attn.measure import diagnose
 from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.subject import describe_model
 from oasis_attn.quantization import quantize, quantized_sites, schemes
-from oasis_attn.records import Metric, Record
+from oasis_attn.records import Metric, TextInfo, TrainingRecord, TrialRecord
 from oasis_attn.study.plan import Cell
 from oasis_attn.study.text import HeldOut
 from oasis_attn.training import train
@@ -39,14 +40,13 @@ class Work:
     """A trained model, what it is measured on, and the numbers so far."""
 
     cell: Cell
-    trained: Record
+    trained: TrainingRecord
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     text: HeldOut
     metrics: list[Metric] = field(default_factory=list)
     tables: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    subject: dict[str, Any] = field(default_factory=dict)
+    targets: dict[str, int] = field(default_factory=dict)
 
 
 def measured(work: Work) -> None:
@@ -61,8 +61,6 @@ def measured(work: Work) -> None:
     )
     work.metrics += record.metrics
     work.tables |= record.tables
-    work.data |= record.data
-    work.subject |= record.subject
 
 
 def evaluated(work: Work) -> None:
@@ -79,13 +77,13 @@ def quantized(work: Work) -> None:
         kept = [record.metric(name) for name in ("perplexity.windowed", "loss.windowed")]
         kept += _tasks(work.cell, twin, work.tokenizer)
         work.metrics += [replace(metric, name=f"{metric.name}@{scheme}") for metric in kept]
-        work.subject.setdefault("sites", {})[scheme] = len(quantized_sites(twin))
+        work.targets[scheme] = len(quantized_sites(twin))
 
 
 STEPS: tuple[Callable[[Work], None], ...] = (measured, evaluated, quantized)
 
 
-def run_cell(cell: Cell, path: Path, work: Path, *, command: str) -> Record:
+def run_cell(cell: Cell, path: Path, work: Path, *, command: str) -> TrialRecord:
     """The record of `cell`, made if `path` does not hold it yet.
 
     Killed at any moment, it leaves no record; started again, it trains on from its last checkpoint
@@ -101,7 +99,7 @@ def run_cell(cell: Cell, path: Path, work: Path, *, command: str) -> Record:
     """
     with lock(work.with_name(f"{work.name}.lock"), f"cell {cell.id!r}", patience=PATIENCE):
         if path.is_file():
-            return Record.load(path)
+            return TrialRecord.load(path)
         started, processor = time.monotonic(), time.process_time()
         torch.set_num_threads(cell.threads)
         state = _start(cell, work)
@@ -167,31 +165,26 @@ def _tasks(cell: Cell, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     return [metric for metric in record.metrics if not metric.where]
 
 
-def _record(work: Work, command: str) -> Record:
+def _record(work: Work, command: str) -> TrialRecord:
     cell, trained = work.cell, work.trained
-    return Record(
-        kind="cell",
-        subject=work.subject
-        | {
-            "name": cell.id,
-            "variant": cell.row,
-            "trained_parameters": trained.subject["trained_parameters"],
-            "cell": cell.to_dict(),
-            "command": command,
-        },
-        data=work.data
-        | {
-            "calibration_windows": len(work.text.calibration_NT),
-            "tokenizer_sha256": trained.data["tokenizer_sha256"],
-            "train": trained.data["train"] | {"corpus_sha256": trained.data["corpus_sha256"]},
-        },
+    return TrialRecord(
+        model=replace(describe_model(work.model), name=cell.id, variant=cell.row),
+        trial=cell.to_dict(),
+        command=command,
+        trained_parameters=trained.trained_parameters,
+        targets=work.targets,
+        tokenizer_sha256=trained.data.tokenizer_sha256,
+        train=trained.data.train,
+        train_corpus_sha256=trained.data.corpus_sha256,
+        data=TextInfo.of(work.text.measured_NT, work.text.data),
+        calibration_windows=len(work.text.calibration_NT),
         seed=cell.seed,
         metrics=(trained.metric("training.loss"), *work.metrics),
         tables={"loss": trained.tables["loss"]} | work.tables,
     )
 
 
-def differences(record: Record, again: Record, tolerance: float = TOLERANCE) -> list[str]:
+def differences(record: TrialRecord, again: TrialRecord, tolerance: float = TOLERANCE) -> list[str]:
     """Metrics of a record that a rerun lacks, or has otherwise by more than `tolerance`, relative.
 
     How long a cell took is no part of it, nor what the rerun alone measures.  What else the
@@ -210,7 +203,8 @@ def differences(record: Record, again: Record, tolerance: float = TOLERANCE) -> 
             same = abs(a - b) <= tolerance * max(abs(a), abs(b))
         if not same:
             found.append(f"{name} {where}".strip() + f": {a!r} and {b!r}")
-    for name, value in record.environment.items() if found else ():
-        if again.environment.get(name) != value:
-            found.append(f"{name} of the records: {value} and {again.environment.get(name)}")
+    for name, value in vars(record.environment).items() if found else ():
+        other = getattr(again.environment, name)
+        if other != value:
+            found.append(f"{name} of the records: {value} and {other}")
     return found

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,23 +19,24 @@ from oasis_attn.errors import check_whole
 from oasis_attn.files import staged_folder
 from oasis_attn.measure import diagnose
 from oasis_attn.modeling.loading import load_model
-from oasis_attn.quantization import quantize, quantized_sites
-from oasis_attn.records import Record
+from oasis_attn.quantization import quantize
+from oasis_attn.quantization.record import quantization_record
+from oasis_attn.records import TextInfo
 from oasis_attn.report import Table, comparison
 from oasis_attn.report.figures import overview, save_figures, save_png
-from oasis_attn.study.demo_page import write_demo_page
+from oasis_attn.study.demo_page import ModelResults, write_demo_page
 from oasis_attn.study.text import HeldOut
 from oasis_attn.training import TrainingConfig, train
 
 VARIANTS = ("vanilla", "attn_residual", "oasis")
 SCHEME = "w8a8-static-linear"
 COLUMNS = {
-    "loss (nats)": ("diagnosis", "loss.windowed"),
-    "perplexity": ("diagnosis", "perplexity.windowed"),
-    "max inf-norm": ("diagnosis", "outlier.max_inf_norm"),
-    "avg kurtosis": ("diagnosis", "outlier.avg_kurtosis"),
-    "sink mass": ("diagnosis", "sink.mass"),
-    "W8A8 perplexity": ("quantization", "perplexity.windowed"),
+    "loss (nats)": ("diagnosis", "loss.windowed", ""),
+    "perplexity": ("diagnosis", "perplexity.windowed", ""),
+    "max inf-norm": ("diagnosis", "outlier.max_inf_norm", ""),
+    "avg kurtosis": ("diagnosis", "outlier.avg_kurtosis", ""),
+    "sink mass": ("diagnosis", "sink.mass", ""),
+    "W8A8 perplexity": ("quantization", "perplexity.windowed", "after"),
 }
 
 
@@ -45,27 +45,26 @@ class Demo:
     """What a demo measured.
 
     Attributes:
-        records: by model, in the order of the table: kinds `training` (of the small models),
-            `diagnosis` and `quantization` (a diagnosis of the quantised model).
+        models: the records of each model, in the order of the table.
     """
 
-    records: dict[str, list[Record]]
+    models: dict[str, ModelResults]
 
     @property
     def table(self) -> Table:
         """One row per model."""
-        return comparison(self.records, COLUMNS)
+        return comparison({name: each.records for name, each in self.models.items()}, COLUMNS)
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """The table's numbers: model -> column -> value."""
         return {
             name: {
-                head: record[metric]
-                for head, (kind, metric) in COLUMNS.items()
-                for record in records
+                head: record.metric(metric, where).value
+                for head, (kind, metric, where) in COLUMNS.items()
+                for record in each.records
                 if record.kind == kind
             }
-            for name, records in self.records.items()
+            for name, each in self.models.items()
         }
 
 
@@ -104,7 +103,7 @@ def run_demo(
     check_whole("window", window, 2)
     check_whole("windows", windows, 1)
     stages = _Stages(total=3 * (1 + len(VARIANTS)))
-    records: dict[str, list[Record]] = {}
+    models: dict[str, ModelResults] = {}
     name = Path(pretrained).name
     if name in VARIANTS:
         name = f"pretrained-{name}"
@@ -126,7 +125,7 @@ def run_demo(
         with stages.working(f"{name}: loading (a GGUF file is converted the first time)"):
             model, tokenizer = load_model(pretrained)
             text = HeldOut(prose, "train", tokenizer=tokenizer, length=window, windows=windows)
-        records[name] = _measure({"name": name}, model, text, stages)
+        models[name] = _measure(name, None, model, text, stages)
         del model
 
         for training in trainings:
@@ -138,11 +137,12 @@ def run_demo(
             text = HeldOut(
                 corpus, "validation", tokenizer=tokenizer, length=block_length, windows=reach
             )
-            subject = {"name": f"{size} {training.variant}", "variant": training.variant}
-            named = replace(trained, subject=trained.subject | subject)
-            records[training.variant] = [named, *_measure(subject, model, text, stages)]
+            title = f"{size} {training.variant}"
+            measured = _measure(title, training.variant, model, text, stages)
+            trained = replace(trained, model=measured.diagnosis.model)
+            models[training.variant] = replace(measured, training=trained)
 
-        demo = Demo(records=records)
+        demo = Demo(models=models)
         _write(demo, stage)
     return demo
 
@@ -172,32 +172,38 @@ class _Stages:
 
 
 def _measure(
-    subject: dict[str, Any], model: PreTrainedModel, text: HeldOut, stages: _Stages
-) -> list[Record]:
-    """The model's diagnosis, and that of its quantised twin (kind `quantization`)."""
-    name = subject.get("variant", subject["name"])
-    with stages.working(f"{name}: diagnosing on {len(text.measured_NT)} windows of text"):
-        windows = len(text.measured_NT)
-        plain = diagnose(model, text.measured_NT, windows=windows, data=text.data)
-    with stages.working(f"{name}: quantising to {SCHEME} and measuring again"):
-        twin = quantize(model, SCHEME, calibration=text.calibration_NT.split(1))
-        low = diagnose(twin, text.measured_NT, windows=windows, data=text.data)
-    quantized = {
-        "scheme": SCHEME,
-        "sites": list(quantized_sites(twin)),
-        "calibration_windows": len(text.calibration_NT),
-    }
-    return [
-        replace(plain, subject=plain.subject | subject),
-        replace(low, kind="quantization", subject=low.subject | subject | quantized),
-    ]
+    name: str, variant: str | None, model: PreTrainedModel, text: HeldOut, stages: _Stages
+) -> ModelResults:
+    """Diagnose the model and its quantised copy; records call the model `name`."""
+    measured_NT, calibration_NT = text.measured_NT, text.calibration_NT
+    with stages.working(f"{variant or name}: diagnosing on {len(measured_NT)} windows of text"):
+        before = diagnose(model, measured_NT, windows=len(measured_NT), data=text.data)
+    with stages.working(f"{variant or name}: quantising to {SCHEME} and measuring again"):
+        quantized = quantize(model, SCHEME, calibration=calibration_NT.split(1))
+        after = diagnose(quantized, measured_NT, windows=len(measured_NT), data=text.data)
+    quantization = quantization_record(
+        model,
+        quantized,
+        data=before.data,
+        calibration=TextInfo.of(calibration_NT, text.data),
+        metrics=tuple(
+            replace(metric, where=where)
+            for where, record in (("before", before), ("after", after))
+            for metric in record.metrics
+            if not metric.where
+        ),
+    )
+    named = replace(before.model, name=name, variant=variant)
+    return ModelResults(
+        diagnosis=replace(before, model=named), quantization=replace(quantization, model=named)
+    )
 
 
 def _write(demo: Demo, folder: Path) -> None:
-    for name, records in demo.records.items():
-        for record in records:
+    for name, each in demo.models.items():
+        for record in each.records:
             record.save(folder / "records" / f"{name}-{record.kind}.json")
-            if record.kind == "diagnosis":
-                save_figures(record, folder / "figures" / name)
-    save_png(overview(list(demo.records.values())), folder / "overview.png")
-    write_demo_page(folder / "index.html", demo.table, demo.records)
+        save_figures(each.diagnosis, folder / "figures" / name)
+    pairs = [(each.diagnosis, each.quantization) for each in demo.models.values()]
+    save_png(overview(pairs), folder / "overview.png")
+    write_demo_page(folder / "index.html", demo.table, list(demo.models.values()))

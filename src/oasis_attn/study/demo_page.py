@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from oasis_attn.records import Record
+from oasis_attn.records import DiagnosisRecord, ModelRecord, QuantizationRecord, TrainingRecord
 from oasis_attn.report import Table, label, number
 from oasis_attn.report.figures import (
     depth_map,
@@ -19,16 +20,36 @@ from oasis_attn.report.html import Block, figure_block, paragraph, table_block, 
 _MAP = "One cell per layer and head, averaged over the windows; the scale runs from 0 to 1."
 
 
-def write_demo_page(path: Path, table: Table, records: Mapping[str, Sequence[Record]]) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class ModelResults:
+    """The records of one model.
+
+    Attributes:
+        diagnosis: of the model in floating point.
+        quantization: every whole-model measure of it, at `before` and `after` quantisation.
+        training: of a model that the demo trained.
+    """
+
+    diagnosis: DiagnosisRecord
+    quantization: QuantizationRecord
+    training: TrainingRecord | None = None
+
+    @property
+    def records(self) -> list[ModelRecord]:
+        """All that there are."""
+        found = (self.training, self.diagnosis, self.quantization)
+        return [record for record in found if record is not None]
+
+
+def write_demo_page(path: Path, table: Table, models: Sequence[ModelResults]) -> Path:
     """Write the page.
 
     Args:
         path: of the file.
         table: one row per model.
-        records: by model, the pretrained one first; kinds as in `oasis_attn.study.demo.Demo`.
+        models: the pretrained one first, then those that were trained.
     """
-    by_kind = [{record.kind: record for record in each} for each in records.values()]
-    pretrained, *small = by_kind
+    pretrained, *small = models
     return write_page(
         path,
         title="Attention sinks, outliers, and a null option",
@@ -44,19 +65,16 @@ def write_demo_page(path: Path, table: Table, records: Mapping[str, Sequence[Rec
             ("The null option and depth routing", _oasis(small)),
             ("What the measures are", _measures()),
         ],
-        footer=_footer(pretrained["diagnosis"]),
+        footer=_footer(pretrained.diagnosis),
     )
 
 
-def _numbers(
-    table: Table, pretrained: Mapping[str, Record], small: Sequence[Mapping[str, Record]]
-) -> list[Block]:
-    seen = small[0]["diagnosis"].data
+def _numbers(table: Table, pretrained: ModelResults, small: Sequence[ModelResults]) -> list[Block]:
     return [
         table_block(table),
         paragraph(
-            f"`{label(pretrained['diagnosis'])}` is measured on {_text(pretrained['diagnosis'])}; "
-            f"the small models on {_text(small[0]['diagnosis'])}. Loss and perplexity compare "
+            f"`{label(pretrained.diagnosis)}` is measured on {_text(pretrained.diagnosis)}; "
+            f"the small models on {_text(small[0].diagnosis)}. Loss and perplexity compare "
             "only within the same text and tokenizer: among the small models, or before and after "
             "quantisation. Max inf-norms compare within one residual form only: with depth routing "
             "the state is a weighted mean of sublayer outputs, in a vanilla model their sum."
@@ -64,17 +82,17 @@ def _numbers(
         paragraph(
             "The small models share seed, data and budget. One seed each says nothing about "
             "chance: a difference between two rows is an observation, not a finding "
-            f"({seen['tokens_scored']:,} tokens scored)."
+            f"({small[0].diagnosis.data.tokens_scored:,} tokens scored)."
         ),
     ]
 
 
-def _pretrained(kinds: Mapping[str, Record]) -> list[Block]:
-    record = kinds["diagnosis"]
+def _pretrained(model: ModelResults) -> list[Block]:
+    record, quantization = model.diagnosis, model.quantization
     heads = [float(mass) for layer in record.tables["sink.mass"] for mass in layer]
     held = sum(mass > 0.5 for mass in heads)
     peaks = [float(peak) for peak in record.tables["outlier.inf_norm_layer"]]
-    before, after = (kinds[k]["perplexity.windowed"] for k in ("diagnosis", "quantization"))
+    before, after = quantization.before_after("perplexity.windowed")
     return [
         paragraph(
             f"In {held} of {len(heads)} heads the first token takes more than half of the "
@@ -93,22 +111,21 @@ def _pretrained(kinds: Mapping[str, Record]) -> list[Block]:
             "the more of the tensor's energy sits in few entries.",
         ),
         paragraph(
-            f"Rounded by `{kinds['quantization'].subject['scheme']}` (weights and inputs of the "
-            f"{len(kinds['quantization'].subject['sites'])} linear layers, one range per tensor, "
-            f"calibrated on {kinds['quantization'].subject['calibration_windows']} windows of "
+            f"Rounded by `{quantization.scheme['name']}` (weights and inputs of the "
+            f"{len(quantization.targets)} linear layers, one range per tensor, "
+            f"calibrated on {quantization.calibration.windows} windows of "
             f"other text), the perplexity goes from {number(before)} to {number(after)}: "
             f"{number(after / before)} times."
         ),
     ]
 
 
-def _small(small: Sequence[Mapping[str, Record]]) -> list[Block]:
-    diagnoses = [kinds["diagnosis"] for kinds in small]
+def _small(small: Sequence[ModelResults]) -> list[Block]:
+    diagnoses = [model.diagnosis for model in small]
     changes = "; ".join(
-        f"`{label(kinds['diagnosis'])}` "
-        f"{number(kinds['diagnosis']['perplexity.windowed'])} to "
-        f"{number(kinds['quantization']['perplexity.windowed'])}"
-        for kinds in small
+        f"`{label(model.diagnosis)}` "
+        + " to ".join(map(number, model.quantization.before_after("perplexity.windowed")))
+        for model in small
     )
     return [
         paragraph(
@@ -118,7 +135,7 @@ def _small(small: Sequence[Mapping[str, Record]]) -> list[Block]:
             "which outputs came from attention that had nothing to say."
         ),
         figure_block(
-            loss_lines([kinds["training"] for kinds in small]),
+            loss_lines([model.training for model in small if model.training]),
             "Loss on the training text. Same order of data for all.",
         ),
         figure_block(
@@ -131,8 +148,8 @@ def _small(small: Sequence[Mapping[str, Record]]) -> list[Block]:
     ]
 
 
-def _oasis(small: Sequence[Mapping[str, Record]]) -> list[Block]:
-    diagnoses = [kinds["diagnosis"] for kinds in small]
+def _oasis(small: Sequence[ModelResults]) -> list[Block]:
+    diagnoses = [model.diagnosis for model in small]
     return [
         paragraph(
             "The null option is one more entry in the softmax, with the logit 0 and no value: "
@@ -184,13 +201,12 @@ def _measures() -> list[Block]:
     ]
 
 
-def _text(record: Record) -> str:
+def _text(record: DiagnosisRecord) -> str:
     data = record.data
-    return f"{data['windows']} windows of {data['window']} tokens of `{data['corpus']}`"
+    return f"{data.windows} windows of {data.window} tokens of `{data.corpus}`"
 
 
-def _footer(record: Record) -> str:
-    environment = record.environment
-    versions = environment.get("versions", {})
-    named = ", ".join(f"{package} {versions[package]}" for package in versions)
-    return f"{record.created} · {environment.get('device', '')} · {named}"
+def _footer(record: DiagnosisRecord) -> str:
+    versions = record.environment.versions.items()
+    named = ", ".join(f"{package} {version}" for package, version in versions)
+    return f"{record.created} · {record.environment.device} · {named}"

@@ -18,7 +18,7 @@ from statistics import median
 
 from oasis_attn.errors import UserError, shown
 from oasis_attn.files import check_free, is_locked, write_text
-from oasis_attn.records import Record
+from oasis_attn.records import TrialRecord
 from oasis_attn.study.cell import TIMES, run_cell
 from oasis_attn.study.plan import Cell, Plan
 from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text, shipped_plans
@@ -109,7 +109,7 @@ class StudyFolder:
         """Where `cell` keeps what it needs on the way."""
         return self.path / "work" / cell.id
 
-    def run(self, cell_id: str) -> Record:
+    def run(self, cell_id: str) -> TrialRecord:
         """Run one cell in this process."""
         cell = self.plan.cell(cell_id)
         command = reproduce(self.plan, cell)
@@ -130,29 +130,28 @@ class StudyFolder:
             if cell in theirs:
                 theirs[cell].save(self.record_path(cell))
 
-    def records(self) -> dict[Cell, Record]:
+    def records(self) -> dict[Cell, TrialRecord]:
         """The finished cells; `UserError` if a record is not of its cell."""
         found = {}
         for cell in self.plan.cells:
             path = self.record_path(cell)
             if path.is_file():
-                record = Record.load(path)
+                record = TrialRecord.load(path)
             elif cell.id in self._published:
                 path, record = self.path / TRIALS, self._published[cell.id]
             else:
                 continue
-            if record.subject.get("cell") != cell.to_dict():
+            if record.trial != cell.to_dict():
                 raise UserError(f"record: {str(path)!r} is of another cell")
-            settings = record.subject.get("settings")
-            if not isinstance(settings, dict) or not all(
-                isinstance(settings.get(name), str) for name in ("residual", "depth_normalizer")
-            ):
-                raise UserError(f"record: {str(path)!r} has no settings")
+            config = record.model.config or {}
+            for name in ("residual", "depth_normalizer"):
+                if not isinstance(config.get(name), str):
+                    raise UserError(f"record: {str(path)!r} has no {name} in model.config")
             found[cell] = record
         return found
 
     @cached_property
-    def _published(self) -> dict[str, Record]:
+    def _published(self) -> dict[str, TrialRecord]:
         """The compact records of `trials.jsonl`, by cell."""
         path = self.path / TRIALS
         if not path.is_file():
@@ -161,8 +160,9 @@ class StudyFolder:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"record: {str(path)!r} cannot be read ({error})") from error
-        records = [Record.from_json(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)]
-        return {str(record.subject.get("name")): record for record in records}
+        numbered = enumerate(lines, start=1)
+        records = (TrialRecord.from_json(line, f"{path}:{n}") for n, line in numbered)
+        return {record.model.name: record for record in records}
 
     def publish(self, path: str | Path) -> None:
         """Write plan and records to the folder `path` in compact form: what tables and docs read.
@@ -193,7 +193,7 @@ class StudyFolder:
         return path.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
 
 
-def _compact(record: Record) -> Record:
+def _compact(record: TrialRecord) -> TrialRecord:
     return replace(
         record,
         metrics=tuple(metric for metric in record.metrics if not metric.where),

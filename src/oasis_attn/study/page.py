@@ -86,14 +86,14 @@ def write_report(folder: StudyFolder, page: str | Path) -> list[Path]:
     sections.append(("Every variant", means))
     record = next(iter(results.records.values()))
     environment = record.environment
-    versions = ", ".join(f"{name} {v}" for name, v in environment.get("versions", {}).items())
+    versions = ", ".join(f"{name} {v}" for name, v in environment.versions.items())
     written.append(
         write_page(
             page,
             title=f"Study: {folder.plan.name}",
             lead=folder.plan.about,
             sections=sections,
-            footer=f"{record.created} · {environment.get('device', '')} · {versions}",
+            footer=f"{record.created} · {environment.device} · {versions}",
         )
     )
     return written
@@ -121,7 +121,7 @@ def notes(results: Results) -> list[str]:
     """What must be known of the numbers of just these variants."""
     kinds: dict[str, list[str]] = {}
     for cell, record in results.records.items():
-        kind = record.subject["settings"]["residual"]
+        kind = (record.model.config or {})["residual"]
         if cell.row not in kinds.setdefault(kind, []):
             kinds[kind].append(cell.row)
     found = []
@@ -132,7 +132,7 @@ def notes(results: Results) -> list[str]:
             "by construction, a weighted mean of sources does not, and neither scale means "
             f"anything to the next norm. Residual forms here: {named}. Kurtosis has no scale."
         )
-    settings = [record.subject["settings"] for record in results.records.values()]
+    settings = [record.model.config or {} for record in results.records.values()]
     if any(
         each["residual"] != "sum" and each["depth_normalizer"] == "sigmoid" for each in settings
     ):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 
-from oasis_attn.records import Record
+from oasis_attn.records import TrialRecord
 from oasis_attn.study.measures import Measure, measures
 from oasis_attn.study.plan import Cell, Plan
 from oasis_attn.study.statistics import Comparison, compare, holm, noise_floor
@@ -48,7 +48,7 @@ class Results:
     """
 
     plan: Plan
-    records: Mapping[Cell, Record]
+    records: Mapping[Cell, TrialRecord]
 
     @cached_property
     def _values(self) -> dict[tuple[str, str], dict[Unit, float]]:

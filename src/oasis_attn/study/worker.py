@@ -9,7 +9,7 @@ from pathlib import Path
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import check_free
-from oasis_attn.records import Record
+from oasis_attn.records import TrialRecord
 from oasis_attn.study.cell import differences, run_cell
 from oasis_attn.study.folder import StudyFolder, reproduce
 from oasis_attn.study.plan_file import load_plan
@@ -30,7 +30,7 @@ def tie() -> None:
 
 def run_alone(
     where: str, cell_id: str, *, out: Path | None = None, check: Path | None = None
-) -> tuple[Record, list[str]]:
+) -> tuple[TrialRecord, list[str]]:
     """Run one cell here; its record, and what in it differs from the record `check`.
 
     Args:
@@ -62,9 +62,9 @@ def run_alone(
     return record, [] if before is None else differences(before, record)
 
 
-def _record(check: Path, cell_id: str) -> Record:
+def _record(check: Path, cell_id: str) -> TrialRecord:
     if not check.is_dir():
-        return Record.load(check)
+        return TrialRecord.load(check)
     folder = StudyFolder.open(check)
     cell = folder.plan.cell(cell_id)
     if not folder.has(cell):

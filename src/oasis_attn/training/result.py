@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import TokenBlocks, collate
-from oasis_attn.records import Metric, Record
+from oasis_attn.modeling.subject import describe_model
+from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord
 from oasis_attn.training.checkpoints import STAGING
 from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.prepare import Prepared
@@ -46,7 +48,7 @@ def training_record(
     model: PreTrainedModel,
     history: list[dict[str, Any]],
     tokens_per_second: float,
-) -> Record:
+) -> TrainingRecord:
     """The record of a finished run; `history` is Trainer's log."""
     table = [
         {name: row[key] for key, name in _COLUMNS.items() if key in row}
@@ -54,33 +56,29 @@ def training_record(
         if "loss" in row
     ]
     blocks, windows = prepared.blocks, prepared.windows
-    start = (
-        {"variant": config.variant, "size": str(config.size)}
-        if config.from_model is None
-        else {"from": str(config.from_model), "weights_sha256": prepared.identity["weights_sha256"]}
-    )
     losses = _window_losses(model, windows, config.eval_windows)
     count, loss = len(losses), statistics.fmean(losses)
     error = statistics.stdev(losses) / math.sqrt(count) if count > 1 else None
     perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
-    return Record(
-        kind="training",
-        subject={
-            "name": str(config.out),
-            **start,
-            "settings": getattr(model.config, "settings", {}),
-            "parameters": model.num_parameters(),
-            "trained_parameters": prepared.trained_parameters,
-            "training": config.to_dict() | {"processes": prepared.identity["processes"]},
-        },
-        data={
-            "corpus": prepared.corpus.name,
-            "corpus_sha256": prepared.identity["corpus_sha256"],
-            "tokenizer_sha256": prepared.identity["tokenizer_sha256"],
-            "block_length": config.block_length,
-            "train": {"split": "train", "blocks": len(blocks), "sha256": blocks.sha256},
-            "eval": {"split": config.eval_split, "blocks": count, "sha256": windows.sha256},
-        },
+    identity = prepared.identity
+    return TrainingRecord(
+        model=replace(
+            describe_model(model),
+            name=str(config.out),
+            variant=config.variant if config.from_model is None else None,
+        ),
+        trained_parameters=prepared.trained_parameters,
+        weights_sha256=identity["weights_sha256"],
+        training=config.to_dict(),
+        processes=identity["processes"],
+        data=TrainingData(
+            corpus=prepared.corpus.name,
+            corpus_sha256=identity["corpus_sha256"],
+            tokenizer_sha256=identity["tokenizer_sha256"],
+            block_length=config.block_length,
+            train=BlocksInfo(split="train", blocks=len(blocks), sha256=blocks.sha256),
+            eval=BlocksInfo(split=config.eval_split, blocks=count, sha256=windows.sha256),
+        ),
         seed=config.seed,
         metrics=(
             Metric(name="loss.windowed", value=loss, n=count, standard_error=error),

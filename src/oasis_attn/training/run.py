@@ -20,7 +20,7 @@ from oasis_attn.errors import UserError, parse_json, shown
 from oasis_attn.files import check_free, lock, write_text, writing
 from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
-from oasis_attn.records import Record
+from oasis_attn.records import TrainingRecord
 from oasis_attn.training.checkpoints import STAGING, check_same_run, last_checkpoint
 from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.prepare import prepare, whole_model
@@ -31,7 +31,7 @@ from oasis_attn.training.trainer import StagedTrainer
 _BETAS = (0.9, 0.95)
 
 
-def train(config: TrainingConfig, *, progress: bool = True) -> Record:
+def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
     """Train, save the model with its tokenizer, measure the final loss, and record all of it.
 
     The same config gives the same losses, bit for bit, on the same machine and thread count,
@@ -46,7 +46,7 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
         progress: show it on standard error.
 
     Returns:
-        Record of kind `training`: `loss.windowed` (nats per token) and `perplexity.windowed` on
+        `loss.windowed` (nats per token) and `perplexity.windowed` on
         disjoint windows of `eval_split`, `training.loss` (the last row of the loss table),
         `training.tokens_per_second`; table `loss`, rows of {step, loss, learning_rate,
         gradient_norm} and, where there are such, {outlier_penalty, null_logit}: loss and penalty
@@ -73,7 +73,7 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
         if begun is not None:
             check_same_run(out, begun, prepared.identity)
             if (out / "record.json").is_file():
-                return Record.load(out / "record.json")
+                return TrainingRecord.load(out / "record.json")
             checkpoint = last_checkpoint(out / "checkpoints", prepared.identity)
         processes.wait_for_everyone()  # all have looked before one writes
         if processes.is_main_process:
@@ -112,7 +112,7 @@ def train(config: TrainingConfig, *, progress: bool = True) -> Record:
             if isinstance(model, OasisPreTrainedModel):  # a native one has no settings
                 write_card(model, out)  # again, now with what was measured
         processes.wait_for_everyone()
-    return Record.load(out / "record.json")
+    return TrainingRecord.load(out / "record.json")
 
 
 def _begun(out: Path, *, resume: bool) -> dict[str, Any] | None:

@@ -1,0 +1,45 @@
+"""The record of a quantised model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from oasis_attn.modeling.prefix import prefix_of
+from oasis_attn.modeling.subject import describe_model
+from oasis_attn.quantization.coverage import float_weights, rounded_to_nearest
+from oasis_attn.quantization.saved import quantization_of
+from oasis_attn.records import QuantizationRecord, TextInfo
+
+
+def quantization_record(
+    before: PreTrainedModel,
+    after: PreTrainedModel,
+    *,
+    data: TextInfo,
+    calibration: TextInfo,
+    **measured: Any,
+) -> QuantizationRecord:
+    """Describe a quantised model.
+
+    Args:
+        before, after: the model in floating point, and what `quantize` made of it.
+        data: what both were measured on.
+        calibration: what `after` was calibrated on.
+        measured: `seed`, `metrics` and `tables` of the record.
+    """
+    stored, prefix = quantization_of(after), prefix_of(after)
+    return QuantizationRecord(
+        model=describe_model(before),
+        scheme=stored.scheme,
+        arithmetic=stored.arithmetic,
+        targets=tuple(stored.sites),
+        transforms=stored.transforms,
+        prefix=() if prefix is None else tuple(prefix.tokens),
+        float_weights=float_weights(after),
+        rounded_to_nearest=tuple(rounded_to_nearest(after)),
+        data=data,
+        calibration=calibration,
+        **measured,
+    )
