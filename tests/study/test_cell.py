@@ -36,7 +36,7 @@ def test_a_record_has_all_measures_quantised_and_evaluated(record, cell, finishe
     assert tasks | {f"{name}@{scheme}" for name in tasks for scheme in cell.schemes} <= names
     assert {"outlier.max_inf_norm", "sink.mass", "depth.entropy", "depth.causal"} <= names
     assert {"joint.leakage", "null.mass", *TIMES} <= names
-    assert record.kind == "cell"
+    assert record.kind == "trial"
     assert record.seed == cell.seed
     assert record.trial == cell.to_dict()
     assert record.command == "again"

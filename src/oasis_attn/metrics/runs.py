@@ -155,7 +155,7 @@ QUANTIZATION = (
         "of two or more dimensions, less embeddings and an output head that is not quantised",
         unit="share",
         better="higher",
-        protocol="`quantize`; the other weights are listed in `subject.quantization.float_weights`",
+        protocol="`quantize`; the other weights are listed in `float_weights`",
     ),
     Definition(
         name="speed.over_unquantized",
