@@ -69,6 +69,8 @@ def test_public_names_have_types(tmp_path):
     snippet.write_text(
         f"from oasis_attn import ops, {', '.join(names)}\n"
         + "".join(f"reveal_type({name})\n" for name in [*names, "ops.null_attention"])
+        + "reveal_type(diagnose(OasisForCausalLM(OasisConfig()), 'text').data.window)\n"
+        + "reveal_type(convert('folder'))\n"
         + "reveal_type(OasisForCausalLM.from_pretrained('folder'))\n"
         + "from oasis_attn import nothing_here\n"
         + "from oasis_attn.quantization import nor_here\n"
@@ -85,9 +87,11 @@ def test_public_names_have_types(tmp_path):
         env={**os.environ, "MYPYPATH": str(Path(oasis_attn.__file__).parent.parent)},
     )
     revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
-    assert len(revealed) == len(names) + 2, done.stdout + done.stderr
+    assert len(revealed) == len(names) + 4, done.stdout + done.stderr
     assert "Any" not in revealed
-    assert revealed[-1].endswith("OasisForCausalLM")
+    assert revealed[-3:] == ["int", *["oasis_attn.modeling.model.OasisForCausalLM"] * 2]
+    # Without this file, type checkers take an installed package for untyped.
+    assert Path(oasis_attn.__file__).with_name("py.typed").is_file()
     errors = re.findall(r"error: (.*)  \[", done.stdout)
     assert errors == [
         'Module "oasis_attn" has no attribute "nothing_here"',

@@ -48,7 +48,7 @@ def oasis_attention(
     output_gate: Tensor | None = None,
     output_attentions: bool = False,
     position_bias: Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend; returns `out_BTHd` and the null mass `[B, H, T]`, None where softmax has none.
 

@@ -68,7 +68,7 @@ _MEASURED = """
 """
 
 
-def write_card(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+def write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """Write `folder`/README.md, unless a card stands there that a person has made theirs.
 
     The measurements are those of `folder`/record.json; without one, of the record beside the

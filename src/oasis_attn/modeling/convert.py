@@ -62,7 +62,8 @@ def convert(
             function, or the weights are not those that the family's own model has.
     """
     if variant == "authors":
-        return _authors(model_or_path, "auto", overrides, trust_remote_code)[0]
+        loaded: OasisForCausalLM = _authors(model_or_path, "auto", overrides, trust_remote_code)[0]
+        return loaded
     native = model_or_path
     if not isinstance(native, PreTrainedModel):
         native, _ = load_model(native, dtype="auto", trust_remote_code=trust_remote_code)
@@ -107,7 +108,7 @@ def to_vanilla(model: OasisForCausalLM) -> PreTrainedModel:
     config = type(text).from_dict(text.to_dict())  # less our attention function,
     config._experts_implementation = text._experts_implementation  # and not less this one
     with torch.device("meta"):
-        native = _native_class(config)(config)
+        native: PreTrainedModel = _native_class(config)(config)
     _share(native, model)
     return native
 

@@ -179,7 +179,7 @@ def _mapped_keys(path: Path, architecture: str) -> set[str]:
     return {key.removeprefix(f"{architecture}.") for key in noted.read}
 
 
-class _Noted(dict):
+class _Noted(dict[str, Any]):
     """Notes which keys are read."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -236,7 +236,8 @@ def _apply_heads(file: _File, config: Any, left: dict[str, Any]) -> None:
 
 
 def _head_width(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width: int | None = getattr(config, "head_dim", None)
+    return width or int(config.hidden_size // config.num_attention_heads)
 
 
 def _apply_biases(file: _File, config: Any) -> None:
@@ -322,7 +323,8 @@ def _llama3_factors(base: float, count: int, llama3: dict[str, Any]) -> np.ndarr
     )
     turns = length / (2 * math.pi * base ** (np.arange(count) / count))
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / llama3["factor"] + smooth)
+    factors: np.ndarray = 1 / ((1 - smooth) / llama3["factor"] + smooth)
+    return factors
 
 
 def _without_zero_biases(model: nn.Module, missing: set[str]) -> set[str]:
@@ -352,7 +354,8 @@ def _check_tensors(file: _File, model: Any) -> None:
             raise file.unread("output.weight", "other numbers than those of token_embd.weight")
     if file.architecture in GGUF_CONFIG_ARCHS:
         return  # transformers itself reports unexpected tensors then
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
+    make_processor: Any = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
+    processor = make_processor(config=config.to_dict())
     read = set(get_gguf_hf_weights_map(model, processor)) | {_ROPE_FACTORS}
     for name, tensor in file.tensors.items():
         if name not in read and name.removesuffix(".weight") not in read:

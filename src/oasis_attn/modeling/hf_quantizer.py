@@ -49,7 +49,7 @@ class PrefixConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            config = super().from_dict(config_dict, *args, **kwargs)
+            config: Any = super().from_dict(config_dict, *args, **kwargs)  # type: ignore[no-untyped-call]
             config.check()
         except UserError:
             raise
@@ -162,7 +162,7 @@ def prefix_quantizer(model: PreTrainedModel) -> PrefixQuantizer:
     Raises:
         UserError: the model is quantised by another library, whose checkpoints hold no prefix.
     """
-    found: Any = getattr(model, "hf_quantizer", None)
+    found: HfQuantizer | None = getattr(model, "hf_quantizer", None)
     if found is None:
         found = PrefixQuantizer(PrefixConfig())
         set_hf_quantizer(model, found)
@@ -174,7 +174,7 @@ def prefix_quantizer(model: PreTrainedModel) -> PrefixQuantizer:
 
 def _save_pretrained(
     model: PreTrainedModel,
-    save_directory: str | os.PathLike,
+    save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     *args: Any,
@@ -195,7 +195,7 @@ def _save_pretrained(
 
 
 def _upload_modified_files(
-    model: PreTrainedModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any
+    model: PreTrainedModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> Any:
     from oasis_attn.modeling.card import write_card
 

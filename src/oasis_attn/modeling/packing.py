@@ -93,6 +93,7 @@ def is_one_sequence(
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """`input_ids` or `inputs_embeds`, whichever a forward pass is given."""
+    value: Tensor | None
     for value in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
         if value is not None:
             return value

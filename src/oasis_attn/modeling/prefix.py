@@ -61,7 +61,7 @@ class Prefix:
         """Its tokens, and the shape of its keys and of its values, as JSON has them."""
         return {"tokens": list(self.tokens), "shape": list(self.keys_LGPd.shape)}
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a PEFT adapter: its config, and `[P, L * 2 * G * d]` numbers."""
         L, G, P, d = self.keys_LGPd.shape
         packed_LKGPd = torch.stack([self.keys_LGPd, self.values_LGPd], 1)
@@ -101,7 +101,7 @@ class Prefix:
         return cls(tokens=tokens, keys_LGPd=keys, values_LGPd=values)
 
 
-def load_prefix(source: str | os.PathLike) -> Prefix | None:
+def load_prefix(source: str | os.PathLike[str]) -> Prefix | None:
     """The adapter in the subfolder `prefix` of `source` (a folder or hub id); None without one."""
     config, weights = (
         cached_file(
@@ -120,7 +120,7 @@ def load_prefix(source: str | os.PathLike) -> Prefix | None:
     return Prefix.load(config, weights)
 
 
-def copy_prefix(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+def copy_prefix(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """Write the prefix of `model` to `folder`/prefix as an adapter; remove one that it lacks."""
     prefix = prefix_of(model)
     if prefix is not None:
@@ -216,7 +216,9 @@ def prefix_of(model: PreTrainedModel) -> Prefix | None:
 
 
 @contextmanager
-def prefix_replaced(model: PreTrainedModel, keys_LGPd: Tensor, values_LGPd: Tensor) -> Iterator:
+def prefix_replaced(
+    model: PreTrainedModel, keys_LGPd: Tensor, values_LGPd: Tensor
+) -> Iterator[None]:
     """While open, `model` reads behind these, which may need gradients."""
     store: Any = model.get_decoder().kv_prefix
     before, store.keys, store.values = (store.keys, store.values), keys_LGPd, values_LGPd

@@ -38,11 +38,17 @@ class OasisPreTrainedModel(PreTrainedModel):
             raise UserError(f"tp_plan: {tp_plan!r} would split the heads the null signal averages")
         return super().from_pretrained(*args, **kwargs)
 
-    def set_attn_implementation(self, attn_implementation, allow_all_kernels=False) -> None:  # noqa: ARG002
+    def set_attn_implementation(
+        self,
+        attn_implementation: str | dict[Any, Any],
+        allow_all_kernels: bool = False,  # noqa: ARG002
+    ) -> None:
         """Refused unless it is ours: no other function has a null option."""
         _refuse_attention(attn_implementation)
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
         """As transformers', at construction: `from_config` writes its argument into the config."""
         _refuse_attention(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
@@ -72,8 +78,11 @@ class OasisPreTrainedModel(PreTrainedModel):
                 module.recompute = enabled
 
     def _activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs=None, *args, **kwargs
-    ):
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """As transformers', less the reentrant form, which loses the depth sources' gradients."""
         reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant")
         if reentrant and self.oasis_config.residual != "sum":
@@ -81,7 +90,11 @@ class OasisPreTrainedModel(PreTrainedModel):
         super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """As transformers', and a model card beside the weights (see `card.write_card`)."""
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
@@ -89,12 +102,14 @@ class OasisPreTrainedModel(PreTrainedModel):
             write_card(self, save_directory)
             copy_prefix(self, save_directory)
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
         write_card(self, working_dir)  # transformers has just put its own template there
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
-def _refuse_attention(asked: str | None) -> None:
+def _refuse_attention(asked: str | dict[Any, Any] | None) -> None:
     if asked != ATTENTION:
         raise UserError(
             f"attn_implementation: {asked!r} has no null option; only {ATTENTION!r} has"

@@ -73,7 +73,7 @@ def _read(path: str) -> PreTrainedConfig:
     too_large = f"size: {path!r} asks for more parameters than this machine's memory holds"
     try:
         check_config(read_object(file), trust_remote_code=False)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"), parameter_limit(memory // 4, too_large):
             AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except UserError:

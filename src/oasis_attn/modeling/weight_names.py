@@ -45,7 +45,8 @@ class _Sparing:
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         if is_ours(source_key):
             return source_key, None
-        return super().rename_source_key(source_key)  # type: ignore[misc]
+        renamed: tuple[str, str | None] = super().rename_source_key(source_key)  # type: ignore[misc]
+        return renamed
 
     def reverse_transform(self) -> Any:
         reverse = super().reverse_transform()  # type: ignore[misc]

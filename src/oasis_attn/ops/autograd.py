@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,40 +26,41 @@ class HandWritten(torch.autograd.Function):
         cls.forward.__signature__ = signature  # type: ignore[attr-defined]
 
     @classmethod
-    def vmap(cls, info, in_dims, *inputs):
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         """One call for each entry of the mapped axis: the kernels have no axis to spare."""
         entries = []
         for index in range(info.batch_size):
             picked = zip(inputs, in_dims, strict=True)
-            entries.append(cls.apply(*(x if d is None else x.select(d, index) for x, d in picked)))
+            one = (x if d is None else x.select(d, index) for x, d in picked)
+            entries.append(cls.apply(*one))  # type: ignore[no-untyped-call]
         if isinstance(entries[0], Tensor):
             return torch.stack(entries), 0
         outputs = [None if x[0] is None else torch.stack(x) for x in zip(*entries, strict=True)]
         return tuple(outputs), tuple(None if x is None else 0 for x in outputs)
 
 
-def first_order(gradients: Callable, *tensors: Tensor | None):
+def first_order(gradients: Callable[..., Any], *tensors: Tensor | None) -> Any:
     """`gradients(*tensors)`; differentiating the result raises `UserError`.
 
     PyTorch's `once_differentiable` does not suffice: where no incoming gradient requires a gradient
     it returns constants, and a second derivative silently lacks a term.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        return _FirstOrder.apply(gradients, *tensors)
+        return _FirstOrder.apply(gradients, *tensors)  # type: ignore[no-untyped-call]
     return gradients(*tensors)
 
 
 class _FirstOrder(HandWritten):
     @staticmethod
-    def forward(gradients, *tensors):
+    def forward(gradients: Callable[..., Any], *tensors: Tensor | None) -> Any:
         return gradients(*tensors)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *grads):  # noqa: ARG004
+    def backward(ctx: Any, *grads: Any) -> Any:  # noqa: ARG004
         raise UserError(
             "second derivative: the fused kernels have none; use backend='naive', which has"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,15 @@ class CpuFlash(HandWritten):
     """
 
     @staticmethod
-    def forward(query, key, value, null_logit_H, mask, is_causal, scale):
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        null_logit_H: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         c = null_logit_H[:, None]
         additive = _additive(mask, query)
         out, lse = flash(query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale)
@@ -44,14 +53,16 @@ class CpuFlash(HandWritten):
         return out.mul_(keep.unsqueeze(-1)), null, log_denominator(lse, c)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         query, key, value, null_logit_H, mask, ctx.is_causal, ctx.scale = inputs
         ctx.save_for_backward(query, key, value, null_logit_H, mask, *output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx, grad_out, grad_null, _grad_total):
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_null: Tensor | None, _grad_total: None
+    ) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_null is None:
             return (None,) * 7
         gradients = partial(_gradients, ctx.is_causal, ctx.scale, ctx.needs_input_grad[3])
@@ -59,8 +70,18 @@ class CpuFlash(HandWritten):
 
 
 def _gradients(
-    is_causal, scale, with_c, grad_out, grad_null, query, key, value, null_logit_H, mask, *output
-):
+    is_causal: bool,
+    scale: float,
+    with_c: bool,
+    grad_out: Tensor | None,
+    grad_null: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_logit_H: Tensor,
+    mask: Tensor | None,
+    *output: Tensor,
+) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and null_logit_H.
 
     Flash backward: dS = P * (dP - delta), P = exp(s - lse), delta = rowsum(dOut * Out).  With lse'
@@ -74,7 +95,7 @@ def _gradients(
             inputs = query, key, value, null_logit_H
             return _naive_gradients(is_causal, scale, grad_out, grad_null, inputs, mask)
     null_alone = grad_out is None
-    if null_alone:
+    if grad_out is None:
         grad_out = torch.zeros_like(out)
     grad_c = None
     if with_c:
@@ -95,7 +116,16 @@ def _gradients(
 
 
 def _shifted_backward(
-    grad_out, query, key, value, out, total, shift, is_causal, mask, scale
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    shift: Tensor,
+    is_causal: bool,
+    mask: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, ...]:
     """The kernel's gradients with delta + shift for delta, half of the batch at a time.
 
@@ -107,12 +137,13 @@ def _shifted_backward(
     def gradients(part: slice = slice(None)) -> tuple[Tensor, ...]:
         grad_out_part, out_part = _delta_shifted(grad_out[part], out[part], shift[part])
         mask_part = mask if mask is None or mask.shape[0] == 1 else mask[part]
-        return _flash_backward(
+        results: tuple[Tensor, ...] = _flash_backward(
             *(grad_out_part, query[part], key[part], value[part], out_part, total[part]),
             *(0.0, is_causal),
             attn_mask=_additive(mask_part, query),
             scale=scale,
         )
+        return results
 
     def gather(part: slice) -> None:
         halves = list(gradients(part))
@@ -163,7 +194,14 @@ def _delta_shifted(grad_out: Tensor, out: Tensor, shift: Tensor) -> tuple[Tensor
     return grad_out, torch.addcmul(out, grad_out.sign(), rise.unsqueeze(-1))
 
 
-def _naive_gradients(is_causal, scale, grad_out, grad_null, inputs, mask):
+def _naive_gradients(
+    is_causal: bool,
+    scale: float,
+    grad_out: Tensor | None,
+    grad_null: Tensor | None,
+    inputs: tuple[Tensor, ...],
+    mask: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """The same by the plain form, which needs no log-sum-exp."""
     warnings.warn(
         f"null_attention computes this gradient by 'naive', which stores the map: logits beyond"

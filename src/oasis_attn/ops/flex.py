@@ -6,18 +6,30 @@ Axes: B batch, H query heads, T queries, S keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from oasis_attn.ops.naive_attention import log_denominator
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 BLOCK = 128  # queries and keys of one tile of the kernel
 
 
 def flex(
-    query, key, value, null_logit_H, mask, is_causal, scale, softcap
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null_logit_H: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, null and log-denominator; `mask` has four axes."""
     from torch.nn.attention.flex_attention import AuxRequest
@@ -27,7 +39,7 @@ def flex(
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], T, S)
 
-    def score_mod(score, b, h, t, s):
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
         if mask is None:
@@ -52,7 +64,7 @@ def flex(
     return out, null, log_denominator(lse, c).detach()
 
 
-def causal_blocks(T: int, S: int, device: torch.device):
+def causal_blocks(T: int, S: int, device: torch.device) -> BlockMask:
     """The `BlockMask` of query t and the keys up to t + S - T, made from block edges alone.
 
     `create_block_mask` computes the same from a mask of T x S entries.
@@ -83,7 +95,8 @@ def _counts_and_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _compiled_flex(compiled: bool):
+def _compiled_flex(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    function: Any = flex_attention
+    return torch.compile(function) if compiled else function

@@ -114,4 +114,5 @@ def _entmax(scores: Tensor, name: str) -> Tensor:
     import entmax
 
     finite = scores.clamp(min=torch.finfo(scores.dtype).min / 4)
-    return getattr(entmax, name)(finite, dim=-1)
+    weights: Tensor = getattr(entmax, name)(finite, dim=-1)
+    return weights

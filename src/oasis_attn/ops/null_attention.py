@@ -135,7 +135,7 @@ def attend(
         width, own = max(query.shape[-1], value.shape[-1]), value.shape[-1]
         query, key, value = (rows(x, width) for x in (query, key, value))
         arguments = (query, key, value, null_logit_H, attn_mask, is_causal, scale)
-        out_BHTd, null_BHT, total_BHT = CpuFlash.apply(*arguments)
+        out_BHTd, null_BHT, total_BHT = CpuFlash.apply(*arguments)  # type: ignore[no-untyped-call]
         return Attended(out_BHTd[..., :own] if own < width else out_BHTd, null_BHT, total_BHT)
     if backend == "flex":
         return Attended(
@@ -250,7 +250,15 @@ def _null_logits(null_logit: float | Tensor, query: Tensor) -> Tensor:
     return logits.reshape(-1)
 
 
-def _choose(backend, query, key, value, mask, softcap, dropout) -> str:
+def _choose(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    dropout: float,
+) -> str:
     check_choice("backend", backend, BACKENDS)
     if 0 in (query.shape[0], query.shape[2], key.shape[2]):
         return "naive"  # there is no map to store, and the kernels want tokens
@@ -267,7 +275,15 @@ def _choose(backend, query, key, value, mask, softcap, dropout) -> str:
     raise UserError(f"backend: {backend!r} cannot serve this call: {reason}; use 'naive' or 'auto'")
 
 
-def _refusal(backend, query, key, value, mask, softcap, dropout) -> str | None:
+def _refusal(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    dropout: float,
+) -> str | None:
     """Why this backend cannot serve the call, or None."""
     if backend == "naive":
         return None
