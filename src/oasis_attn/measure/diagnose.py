@@ -81,6 +81,7 @@ def diagnose(
         windows=windows,
         vocabulary=embedding.weight.shape[0],
     )
+    text = TextInfo.of(ids_NT, data or {})
     check_lengths(model, ids_NT.shape[1:], "window")
     layers = sum(tap.kind == "layer" for tap in taps)
     outliers, depth = Outliers(taps), Depth()
@@ -117,7 +118,7 @@ def diagnose(
 
     return DiagnosisRecord(
         model=describe_model(model),
-        data=TextInfo.of(ids_NT, data or {}),
+        data=text,
         seed=seed,
         metrics=(
             *_perplexity(torch.cat(losses_N)),

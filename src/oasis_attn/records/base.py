@@ -52,15 +52,15 @@ class Record:
     kind: ClassVar[str]
     version: ClassVar[int] = 1
 
-    def __init_subclass__(cls) -> None:
-        if "kind" in vars(cls):
-            _KINDS[cls.kind] = cls
-
     seed: int | None = None
     metrics: tuple[Metric, ...] = ()
     tables: dict[str, Any] = field(default_factory=dict)
     environment: Environment = field(default_factory=current_environment)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            _KINDS[cls.kind] = cls
 
     def metric(self, name: str, where: str = "") -> Metric:
         """The metric of this name and place.
