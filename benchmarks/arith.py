@@ -31,7 +31,7 @@ SCHEMES = {
     "w8a8-dynamic": "w8a8-dynamic",
     "w8a8-static": "w8a8-static",
     "w4a4": "w4a4",
-    "w4a4-hadamard": "w4a4 --set rotation=hadamard",
+    "w4a4-hadamard": "w4a4 --scheme-option rotation=hadamard",
 }
 COMMANDS = {"fp32": TRAIN} | {name: QUANTIZE + scheme for name, scheme in SCHEMES.items()}
 EVALUATE = (

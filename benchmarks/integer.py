@@ -12,8 +12,8 @@ import torch
 from harness import medians
 from oasis_attn import quantize
 from oasis_attn.modeling.loading import load_model, quiet
-from oasis_attn.quantization import quantized_sites, schemes
-from oasis_attn.quantization.integers import to_integers
+from oasis_attn.quantization import quantized_modules, schemes
+from oasis_attn.quantization.int8 import to_int8
 
 MODEL = "smollm2"
 SIMULATED = ("w8a8-static-linear", "w8a8-static", "w8a8-dynamic", "w4a4")
@@ -36,9 +36,9 @@ def measure(rounds: int) -> dict[str, float]:
         print("integer: kernels skipped, for they need torchao")
     else:
         for name in INTEGER:
-            twin = models[f"simulated_{name}"]
-            models[f"int8_{name}"] = integers = to_integers(copy.deepcopy(twin))
-            check(copy.deepcopy(twin), integers, ids[:1, :64])
+            quantized_model = models[f"simulated_{name}"]
+            models[f"int8_{name}"] = int8_model = to_int8(copy.deepcopy(quantized_model))
+            check(copy.deepcopy(quantized_model), int8_model, ids[:1, :64])
 
     def prefill(model):
         with torch.no_grad():  # the head stays in floating point, and is the same in all
@@ -56,17 +56,17 @@ def measure(rounds: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def check(simulated, integers, ids) -> None:
+def check(simulated, int8_model, ids) -> None:
     """No speed without correctness: on the same inputs, each layer computes the same.
 
     Up to the rounding of floats, which decides where an input falls half way between two levels.
     """
 
     def compare(name, inputs, output):
-        moved = integers.get_submodule(name)(*inputs) - output
+        moved = int8_model.get_submodule(name)(*inputs) - output
         assert moved.norm() < 5e-3 * output.norm(), name
 
-    for name, layer in quantized_sites(simulated).items():
+    for name, layer in quantized_modules(simulated).items():
         layer.register_forward_hook(
             lambda _, inputs, output, name=name: compare(name, inputs, output)
         )

@@ -30,7 +30,7 @@ from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.prefix import prefix_of
 from oasis_attn.modeling.subject import describe_model
 from oasis_attn.quantization import quantize, schemes
-from oasis_attn.quantization.costs import perplexity
+from oasis_attn.quantization.sensitivity import perplexity
 from oasis_attn.records import BenchmarkRecord, Metric
 from oasis_attn.report.figures import save_png
 from oasis_attn.report.markdown import markdown
@@ -39,7 +39,7 @@ from oasis_attn.report.tables import Table, number
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "quantization"
 WINDOWS, WINDOW, ALPHA = 16, 512, 0.5
 FLOAT = "fp32"
-CHANNELS = {"weight.granularity": "channel", "estimator": "percentile"}
+CHANNELS = {"weight.granularity": "channel", "observer": "percentile"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static": ("w8a8-static", {}),
     "w8a8-static-linear": ("w8a8-static-linear", {}),
@@ -73,8 +73,11 @@ def main() -> None:
         for corpus in corpora.values()
     )
     prefixes = {
-        name: {"command": f"oasis {command.format(out='OUT')}", "tokens": prefix_of(twin).tokens}
-        for (name, command), twin in zip(PREFIXES.items(), prefixed.values(), strict=True)
+        name: {
+            "command": f"oasis {command.format(out='OUT')}",
+            "tokens": prefix_of(prefixed_model).tokens,
+        }
+        for (name, command), prefixed_model in zip(PREFIXES.items(), prefixed.values(), strict=True)
     }
     record = BenchmarkRecord(
         name="quantization",
@@ -126,7 +129,7 @@ def made(model: PreTrainedModel, row: str, column: str, seen_NT: Tensor) -> PreT
         return model
     name, changes = ROWS[row]
     smooth = {"smooth_alpha": ALPHA} if column == "SmoothQuant" else {}
-    scheme = schemes()[name].vary(changes | smooth)
+    scheme = schemes()[name].with_options(changes | smooth)
     return quantize(
         model, scheme, calibration=seen_NT.split(1) if scheme.needs_calibration else None
     )

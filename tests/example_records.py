@@ -42,7 +42,7 @@ def quantization(name: str = "m", **changes: Any) -> QuantizationRecord:
     fields = {
         "model": model_info(name),
         "scheme": {"name": "w8a8"},
-        "arithmetic": "integer",
+        "arithmetic": "int8",
         "targets": ("layers.0",),
         "transforms": {"layers.0": "Scale"},
         "prefix": (3,),

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from oasis_attn import diagnose
 from oasis_attn.evaluation import evaluate
 from oasis_attn.metrics import GLOSSARY, definitions
-from oasis_attn.quantization.checkpoint import quantize_checkpoint
-from oasis_attn.quantization.rescue import rescue
+from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
+from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.records import Record
 from oasis_attn.report.glossary import glossary_page
 from oasis_attn.study.folder import StudyFolder
@@ -87,7 +87,7 @@ def fresh(tmp_path_factory, corpus, size) -> set[str]:
                 for stride in (8, 16)
             ),
             quantize_checkpoint(run, folder / "q", scheme="w8a8-static", simulate=True, **shape),
-            rescue(with_a_sink(folder / "sink", run), folder / "p", **shape),
+            prefix_checkpoint(with_a_sink(folder / "sink", run), folder / "p", **shape),
         ]  # fmt: skip
     return set().union(*map(names, records))
 

@@ -20,7 +20,7 @@ _REGISTERS = {
         "transformers.modeling_layers",  # which may be what imports this, and be half there
     ),
     "transformers.modeling_layers": ("oasis_attn.modeling.task_heads",),
-    "transformers.quantizers.auto": ("oasis_attn.quantization.saved",),
+    "transformers.quantizers.auto": ("oasis_attn.quantization.hf_quantizer",),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 MOST = 2**31 - 1
 """The largest count (steps, tokens, windows) that is accepted."""
 _SHOWN = 40  # choices in a message
+_SUGGESTED = 3  # of them, as "did you mean"
 _LETTERS = 160  # of a value in a message
 
 
@@ -37,11 +38,16 @@ def one_line(error: Exception) -> str:
 
 
 def check_choice(argument: str, value: object, allowed: Collection[str]) -> None:
-    """Raise `UserError` unless `value` is one of `allowed`, naming the nearest match."""
+    """Raise `UserError` unless `value` is one of `allowed`, with the nearest matches.
+
+    These are the names that begin with `value`, or else the most similar name.
+    """
     if isinstance(value, Hashable) and value in allowed:
         return
-    near = difflib.get_close_matches(str(value)[:_LETTERS], allowed, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    text = str(value)[:_LETTERS]
+    near = [name for name in allowed if text and name.startswith(text)][:_SUGGESTED]
+    near = near or difflib.get_close_matches(text, allowed, n=1, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     names = ", ".join(str(each) for each in islice(allowed, _SHOWN))
     more = f", ... ({len(allowed)} in all)" if len(allowed) > _SHOWN else ""
     raise UserError(f"{argument}: {shown(value)} is not one of {names}{more}{hint}")

@@ -79,7 +79,7 @@ def test_help_has_an_example(oasis) -> None:
         (["--k", "one"], "--k: 'one'"),
         (["--k", "2"], "k: 2"),
         (["--kv-bits", "3"], "bits: 3 is not one of 2, 4, 8"),
-        (["--kv-bits", "4", "--window", "159"], "window: 159 tokens stay as they are"),
+        (["--kv-bits", "4", "--window", "159"], "window: 159 tokens are too few"),
         (["--out", "."], "out: '.' is a folder"),
         (["--out", f"{__file__}/x.json"], "is a file"),
         (["--samples", __file__], "is a file"),

@@ -23,8 +23,8 @@ STOPS = {
     "evaluation.evaluate": "load_model",
     "modeling.convert": "load_model",
     "modeling.loading": "load_model",
-    "quantization.checkpoint": "load_model",
-    "quantization.rescue": "load_model",
+    "quantization.quantize_checkpoint": "load_model",
+    "quantization.prefix_checkpoint": "load_model",
     "study.demo": "load_model",
     "study.run": "run_study",
     "study.worker": "run_cell",
@@ -95,12 +95,14 @@ def place(tmp_path_factory):
     (folder / "file").write_text("x\n")
     (folder / "folder").mkdir()
     (folder / "folder" / "train.txt").write_text("text")
+    # Import all modules before any is patched: they import these functions from each other.
+    modules = {module: import_module(f"oasis_attn.{module}") for module in STOPS}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("OASIS_CACHE", str(folder / "cache"))
         patch.setattr(Corpus, "sha256", "0")
         for module, name in STOPS.items():
-            patch.setattr(import_module(f"oasis_attn.{module}"), name, stop)
+            patch.setattr(modules[module], name, stop)
         yield folder
 
 

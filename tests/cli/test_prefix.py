@@ -1,4 +1,4 @@
-"""`oasis prefix`, as a user types it."""
+"""The command `oasis prefix`."""
 
 import json
 
@@ -13,7 +13,7 @@ from tiny import tiny_config
 
 @pytest.fixture
 def places(tmp_path, tokenizer):
-    """A model whose first position is a sink, and where to put what becomes of it."""
+    """A model whose first position is a sink, and the output folder."""
     torch.manual_seed(0)
     config = tiny_config("opt", ffn_dim=48, word_embed_proj_dim=32, num_hidden_layers=2)
     model = AutoModelForCausalLM.from_config(config)
@@ -27,7 +27,7 @@ def places(tmp_path, tokenizer):
 def test_the_folder_holds_the_model_with_its_prefix(oasis, places, text):
     model, out = places
     shape = ("--calibration", text, "--window", 16, "--windows", 3)
-    shape += ("--set", "weight.granularity=channel")
+    shape += ("--scheme-option", "weight.granularity=channel")
     code, shown = oasis("prefix", model, out, *shape, "--tune-steps", 2, "--json")
     record = json.loads(shown.out)
     assert (code, record["tune_steps"], record["kind"]) == (0, 2, "prefix")
@@ -43,10 +43,12 @@ def test_the_folder_holds_the_model_with_its_prefix(oasis, places, text):
     assert "perplexity.quantized" in shown.out
 
 
-def test_quantising_the_folder_keeps_the_prefix(oasis, places, text):
+def test_quantising_a_model_with_a_prefix_keeps_it(oasis, places, text):
     model, out = places
     shape = ("--calibration", text, "--window", 16, "--windows", 3)
-    assert oasis("prefix", model, out, *shape, "--set", "weight.granularity=channel")[0] == 0
+    assert (
+        oasis("prefix", model, out, *shape, "--scheme-option", "weight.granularity=channel")[0] == 0
+    )
     small = out.parent / "small"
     code, _ = oasis(
         "quantize", out, "--out", small, "--scheme", "w8a8-static-linear", "--simulate", *shape
@@ -71,7 +73,7 @@ def test_quantising_the_folder_keeps_the_prefix(oasis, places, text):
         (("--scheme", "w4a16"), "'w4a16' is not static"),
         (("--length", "0"), "length: 0"),
         (("--calibration", "absent.txt"), "absent.txt"),
-        (("--set", "bits=3"), "bits"),
+        (("--scheme-option", "bits=3"), "bits"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(oasis, places, text, arguments, message):

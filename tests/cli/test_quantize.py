@@ -1,4 +1,4 @@
-"""`oasis quantize`, as a user types it."""
+"""The command `oasis quantize`."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oasis_attn.modeling.loading import load_model, quiet
-from oasis_attn.quantization import linear_sites, quantized_sites, tensor_sites
+from oasis_attn.quantization import linear_sites, quantized_modules, tensor_sites
 from oasis_attn.records import QuantizationRecord
 from tiny import tiny_config
 
@@ -31,7 +31,15 @@ def test_simulated(oasis, model, shape, tmp_path):
     out = tmp_path / "out"
     code, shown = oasis(
         *("quantize", model, "--out", out, "--scheme", "w8a8-static", "--simulate", *shape),
-        *("--set", "weight.bits=6", "--skip", "*.1.mlp.*", "--costs", "kind", "--json"),
+        *(
+            "--scheme-option",
+            "weight.bits=6",
+            "--ignore",
+            "*.1.mlp.*",
+            "--sensitivity",
+            "kind",
+            "--json",
+        ),
     )
     assert code == 0
     record = QuantizationRecord.load(out / "record.json")
@@ -39,8 +47,8 @@ def test_simulated(oasis, model, shape, tmp_path):
     loaded, _ = load_model(out)
     original, _ = load_model(model)
     every = {*linear_sites(original), *tensor_sites(original)}
-    sites = {site for site in every if ".1.mlp." not in site}
-    assert set(quantized_sites(loaded)) == set(record.targets) == sites
+    targets = {name for name in every if ".1.mlp." not in name}
+    assert set(quantized_modules(loaded)) == set(record.targets) == targets
     assert record.scheme["weight"]["bits"] == 6
     assert record.calibration.split == "train"
     assert record.metric("size.bytes", "after").value > 0
@@ -50,13 +58,13 @@ def test_simulated(oasis, model, shape, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
-def test_says_which_share_of_the_weights_is_quantised(oasis, kind, shape, tokenizer, tmp_path):
+def test_reports_the_share_of_quantised_weights(oasis, kind, shape, tokenizer, tmp_path):
     with quiet():
         AutoModelForCausalLM.from_config(tiny_config(kind)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     code, shown = oasis(
         *("quantize", tmp_path / "model", "--out", tmp_path / "out", "--simulate", *shape),
-        *("--skip", "*.0.*c_attn") if kind == "gpt2" else (),
+        *("--ignore", "*.0.*c_attn") if kind == "gpt2" else (),
     )
     assert code == 0
     record = QuantizationRecord.load(tmp_path / "out" / "record.json")
@@ -73,7 +81,7 @@ def test_says_which_share_of_the_weights_is_quantised(oasis, kind, shape, tokeni
     assert ("mlp.gate.weight" if kind == "mixtral" else "c_attn.weight") in shown.out
 
 
-def test_in_integers(oasis, model, shape, tmp_path):
+def test_in_int8(oasis, model, shape, tmp_path):
     utils = pytest.importorskip("torchao.utils", reason="torchao is not installed")
     if utils.should_reduce_range(torch.device("cpu")):
         pytest.skip("this processor has no VNNI instructions")
@@ -83,7 +91,7 @@ def test_in_integers(oasis, model, shape, tmp_path):
     for word in ("perplexity.windowed", "size.bytes", "speed.over_unquantized", "down_proj"):
         assert word in shown.out
     record = QuantizationRecord.load(out / "record.json")
-    assert record.arithmetic == "integer"
+    assert record.arithmetic == "int8"
     before, after = (record.metric("perplexity.windowed", w).value for w in ("before", "after"))
     assert after == pytest.approx(before, rel=0.01)
     loaded, tokenizer = load_model(out)
@@ -95,16 +103,23 @@ def test_in_integers(oasis, model, shape, tmp_path):
     ("arguments", "message"),
     [
         (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),
+        (("--scheme", "w8a8"), "did you mean 'w8a8-static' or "),
         (("--scheme", "w4a4"), "'w4a4' can only be simulated"),
-        (("--simulate", "--set", "weight.bit=3"), "did you mean 'bits'"),
-        (("--simulate", "--set", "weight.bits=9"), "bits: 9 is not"),
-        (("--simulate", "--set", "rotation"), "--set: 'rotation' is not NAME=VALUE"),
-        (("--simulate", "--skip", "*.absent"), "skip: '*.absent' matches none"),
-        (("--simulate", "--costs", "kinds"), "did you mean 'kind'"),
-        (("--simulate", "--set", "weight.symmetric=False"), "symmetric: 'False' is neither"),
+        (("--simulate", "--scheme-option", "weight.bit=3"), "did you mean 'bits'"),
+        (("--simulate", "--scheme-option", "weight.bits=9"), "bits: 9 is not"),
+        (
+            ("--simulate", "--scheme-option", "rotation"),
+            "--scheme-option: 'rotation' is not NAME=VALUE",
+        ),
+        (("--simulate", "--ignore", "*.absent"), "ignore: '*.absent' matches none"),
+        (("--simulate", "--sensitivity", "kinds"), "did you mean 'kind'"),
+        (
+            ("--simulate", "--scheme-option", "weight.symmetric=False"),
+            "symmetric: 'False' is neither",
+        ),
         (("--simulate", "--window", "65"), "window: 65 tokens are more than the model's 64"),
         (("--simulate", "--windows", "0"), "windows: 0"),
-        (("--simulate", "--set", "smooth_alpha=2"), "smooth_alpha: 2"),
+        (("--simulate", "--scheme-option", "smooth_alpha=2"), "smooth_alpha: 2"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

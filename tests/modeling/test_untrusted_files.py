@@ -17,8 +17,8 @@ from oasis_attn.evaluation import evaluate
 from oasis_attn.modeling import convert as converting
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.sizes import text_config
-from oasis_attn.quantization.checkpoint import quantize_checkpoint
-from oasis_attn.quantization.rescue import rescue
+from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
+from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.training import TrainingConfig, train
 from tiny import tiny_config, tiny_model, word_tokenizer
 
@@ -93,7 +93,7 @@ def _code_of(folder, part):
         converting.convert,
         lambda folder: converting.convert_checkpoint(folder, folder.parent / "out"),
         lambda folder: quantize_checkpoint(folder, folder.parent / "out"),
-        lambda folder: rescue(folder, folder.parent / "out"),
+        lambda folder: prefix_checkpoint(folder, folder.parent / "out"),
         evaluate,
         lambda folder: train(TrainingConfig(from_model=folder, out=folder.parent / "out")),
         text_config,
@@ -202,9 +202,10 @@ def test_settings_that_no_model_can_have(folder, changes, message):
 @pytest.mark.parametrize(
     "value",
     [{}, [], 3, True, "int8", {"a": 1}, {"quant_method": None}, {"quant_method": "none"},
-     {"quant_method": ["oasis"]}, {"quant_method": "oasis"}, {"quant_method": "oasis", "sites": 3},
-     {"quant_method": "gptq"}, {"quant_method": "bitsandbytes"}, {"quant_method": "torchao"},
-     {"quant_method": "oasis", "scheme": {}, "sites": [1], "transforms": {}}],
+     {"quant_method": ["oasis"]}, {"quant_method": "oasis"},
+     {"quant_method": "oasis", "targets": 3}, {"quant_method": "gptq"},
+     {"quant_method": "bitsandbytes"}, {"quant_method": "torchao"},
+     {"quant_method": "oasis", "scheme": {}, "targets": [1], "transforms": {}}],
 )  # fmt: skip
 @pytest.mark.parametrize("nested", [False, True])
 def test_quantisation_that_is_none(folder, tmp_path, value, nested):

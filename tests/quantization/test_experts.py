@@ -1,8 +1,8 @@
-"""Experts are quantised as any linear layer is, in every family that has them.
+"""Experts are quantised like any linear layer, in every family that has experts.
 
-The reference is the family's own model: its weights are rounded here, its activations by hooks.
-It is in float64, where a rounding never tips: so its experts run as `batched_mm`, for the default
-implementation has no float64.
+The reference is the family's own model: the test rounds its weights, and hooks round its
+activations.  It uses float64, so that both forms round every value in the same direction.  Its
+experts run as `batched_mm`, because the default implementation does not support float64.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.loading import quiet
 from oasis_attn.quantization import (
-    Grid,
+    QuantSpec,
     linear_sites,
     quantize,
-    quantized_sites,
+    quantized_modules,
     schemes,
 )
-from oasis_attn.quantization.costs import sensitivity, site_metrics
 from oasis_attn.quantization.coverage import float_weights, quantized_share, rounded_to_nearest
 from oasis_attn.quantization.gptq import inverse_factor, round_weight
 from oasis_attn.quantization.linearize import linearize
-from oasis_attn.quantization.quantizers import find_levels
-from oasis_attn.quantization.simulate import transformed
+from oasis_attn.quantization.quantizers import observe_qparams
+from oasis_attn.quantization.sensitivity import measure_sensitivity, target_metrics
+from oasis_attn.quantization.simulate import transformed_copy
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
-EAGER = ("llama4_text",)  # which has no other implementation
-DENSE = ("hunyuan_v1_dense",)  # whose config has the number all the same
+EAGER = ("llama4_text",)  # has no other implementation
+DENSE = ("hunyuan_v1_dense",)  # its config has the field, but it has no experts
 TABLE = schemes()
-GROUPED = Grid(bits=4, symmetric=True, granularity="group", group_size=16)
+GROUPED = QuantSpec(bits=4, symmetric=True, granularity="group", group_size=16)
 SCHEMES = {
     "dynamic": TABLE["w8a8-dynamic"],
     "static": TABLE["w8a8-static-linear"],
@@ -61,9 +61,9 @@ EXPERTS = [family for family in FAMILIES if _has_experts(family)]
 
 @functools.cache
 def make(family):
-    layers = 4 if family == "flint" else 2  # of which the last is sparse
+    layers = 4 if family == "flint" else 2  # the last layer is sparse
     config = tiny_config(family, num_hidden_layers=layers, initializer_range=0.2)
-    config._experts_implementation = None  # the library's default
+    config._experts_implementation = None  # the default of transformers
     if family == "llama4_text":
         config.intermediate_size_mlp = 48
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def make(family):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1 or (parameter.dim() == 2 and not parameter.any()):
-                parameter.add_(torch.randn_like(parameter) * 0.1)  # biases of experts too
+                parameter.add_(torch.randn_like(parameter) * 0.1)  # including biases of experts
     return model
 
 
@@ -101,16 +101,16 @@ def experts_of(model):
     }
 
 
-def rounded(weight_OI, grid):
-    """A weight on a symmetric grid."""
-    size = {"tensor": weight_OI.numel(), "channel": weight_OI.shape[1], "group": grid.group_size}
-    blocks = weight_OI.reshape(-1, size[grid.granularity])
-    step = blocks.abs().amax(1, keepdim=True) / (2 ** (grid.bits - 1) - 1)
+def rounded(weight_OI, spec):
+    """A weight rounded to a symmetric grid."""
+    size = {"tensor": weight_OI.numel(), "channel": weight_OI.shape[1], "group": spec.group_size}
+    blocks = weight_OI.reshape(-1, size[spec.granularity])
+    step = blocks.abs().amax(1, keepdim=True) / (2 ** (spec.bits - 1) - 1)
     return ((blocks / step).round() * step).reshape(weight_OI.shape)
 
 
 def on_grid(x, bits, low, high):
-    """Activations on an asymmetric grid over `low` .. `high`."""
+    """Activations rounded to an asymmetric grid over `low` .. `high`."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(x.dtype).tiny)
     zero = (-low / step).round()
@@ -118,27 +118,27 @@ def on_grid(x, bits, low, high):
 
 
 def transposed(experts):
-    return getattr(experts, "is_transposed", True)  # Llama 4's are
+    return getattr(experts, "is_transposed", True)  # Llama 4 has no such attribute
 
 
 @torch.no_grad()
-def weights_rounded(model, grid):
-    twin = copy.deepcopy(model)
-    for name in linear_sites(twin):
+def weights_rounded(model, spec):
+    quantized_model = copy.deepcopy(model)
+    for name in linear_sites(quantized_model):
         if ".experts." not in name or ".shared_experts." in name:
-            weight = twin.get_submodule(name).weight
-            weight.copy_(rounded(weight, grid))
-    for experts in experts_of(twin).values():
+            weight = quantized_model.get_submodule(name).weight
+            weight.copy_(rounded(weight, spec))
+    for experts in experts_of(quantized_model).values():
         for packed in (experts.gate_up_proj, experts.down_proj):
             for weight in packed:
                 weight = weight.T if transposed(experts) else weight
-                weight.copy_(rounded(weight.contiguous(), grid))
-    return twin
+                weight.copy_(rounded(weight.contiguous(), spec))
+    return quantized_model
 
 
 @contextmanager
 def inputs_through(model, function):
-    """While open, what each quantised layer reads is `function(name, x)`."""
+    """Inside the context, each quantised layer gets `function(name, x)` as its input."""
     undo = []
     for name in linear_sites(model):
         if ".experts." not in name or ".shared_experts." in name:
@@ -171,11 +171,13 @@ def inputs_through(model, function):
 
 
 def reference(model, ids, scheme):
-    twin, grid = weights_rounded(model, scheme.weight), scheme.activation
-    if hasattr(next(iter(experts_of(twin).values())), "is_transposed"):  # not Llama 4's
-        twin.set_experts_implementation("batched_mm")
-    if grid is None:
-        return logits(twin, ids)
+    quantized_model, spec = weights_rounded(model, scheme.weight), scheme.activation
+    if hasattr(
+        next(iter(experts_of(quantized_model).values())), "is_transposed"
+    ):  # false for Llama 4
+        quantized_model.set_experts_implementation("batched_mm")
+    if spec is None:
+        return logits(quantized_model, ids)
     ranges = {}
 
     def watch(name, x):
@@ -185,17 +187,17 @@ def reference(model, ids, scheme):
 
     def move(name, x):
         low, high = ranges[name] if scheme.static else x.aminmax(dim=-1, keepdim=True)
-        return on_grid(x, grid.bits, low, high)
+        return on_grid(x, spec.bits, low, high)
 
     if scheme.static:
-        with inputs_through(twin, watch):
+        with inputs_through(quantized_model, watch):
             for batch in batches():
-                logits(twin, batch)
-    with inputs_through(twin, move):
-        return logits(twin, ids)
+                logits(quantized_model, batch)
+    with inputs_through(quantized_model, move):
+        return logits(quantized_model, ids)
 
 
-def there_and_back(model, folder):
+def save_and_load(model, folder):
     with quiet():
         model.save_pretrained(folder)
         loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -205,47 +207,50 @@ def there_and_back(model, folder):
 
 @pytest.mark.parametrize("family", EXPERTS)
 @pytest.mark.parametrize("name", SCHEMES)
-def test_computes_what_hooks_on_the_familys_own_model_compute(family, name):
+def test_equals_hooks_on_the_model_of_the_family(family, name):
     model, scheme, ids = copy.deepcopy(make(family)).double(), SCHEMES[name], tokens()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    twin = quantized(model, scheme)
+    quantized_model = quantized(model, scheme)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     expected = reference(model, ids, scheme)
-    found = logits(twin, ids)
+    found = logits(quantized_model, ids)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert (found - logits(make(family), ids)).norm() > 1e-3 * found.norm()
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 @pytest.mark.parametrize("name", ["dynamic", "static"])
-def test_comes_back_from_disk_bit_for_bit(family, name, tmp_path):
-    twin = quantized(make(family), SCHEMES[name])
-    assert torch.equal(logits(there_and_back(twin, tmp_path), tokens()), logits(twin, tokens()))
+def test_loading_is_bit_exact(family, name, tmp_path):
+    quantized_model = quantized(make(family), SCHEMES[name])
+    assert torch.equal(
+        logits(save_and_load(quantized_model, tmp_path), tokens()),
+        logits(quantized_model, tokens()),
+    )
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_linear_layers_compute_what_the_default_experts_implementation_computes(family):
+def test_linear_layers_equal_the_default_experts_implementation(family):
     model, ids = make(family), tokens()
     assert experts_of(model)
     assert model.config._experts_implementation == ("eager" if family in EAGER else "grouped_mm")
-    twin = copy.deepcopy(model)
-    linearize(twin, linear_sites(twin))
-    assert not experts_of(twin)
-    torch.testing.assert_close(logits(twin, ids), logits(model, ids), rtol=0, atol=1e-5)
+    quantized_model = copy.deepcopy(model)
+    linearize(quantized_model, linear_sites(quantized_model))
+    assert not experts_of(quantized_model)
+    torch.testing.assert_close(logits(quantized_model, ids), logits(model, ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_all_weights_but_routers_and_gates_are_quantised(family):
     model = make(family)
-    twin = quantized(model, SCHEMES["dynamic"])
+    quantized_model = quantized(model, SCHEMES["dynamic"])
     for name, experts in experts_of(model).items():
         for index in range(len(experts.down_proj)):
             for part in ("gate_up_proj", "down_proj"):
                 own = getattr(experts, part)[index]
                 own = own.T.contiguous() if transposed(experts) else own
-                weight = twin.get_submodule(f"{name}.{index}.{part}").weight
+                weight = quantized_model.get_submodule(f"{name}.{index}.{part}").weight
                 torch.testing.assert_close(weight, rounded(own, TABLE["w8a8-dynamic"].weight))
-    left = float_weights(twin)
+    left = float_weights(quantized_model)
     assert all(".gate" in n or "router" in n or n.endswith("_gate.weight") for n in left), left
     total = sum(
         parameter.numel()
@@ -253,23 +258,26 @@ def test_all_weights_but_routers_and_gates_are_quantised(family):
         if parameter.dim() >= 2 and not name.endswith("bias")
         if "embed_tokens" not in name and "lm_head" not in name
     )
-    assert quantized_share(twin) == pytest.approx(1 - sum(left.values()) / total)
-    assert quantized_share(twin) > 0.95
+    assert quantized_share(quantized_model) == pytest.approx(1 - sum(left.values()) / total)
+    assert quantized_share(quantized_model) > 0.95
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 @pytest.mark.filterwarnings("ignore:calibration. no token reached")
 def test_gptq_rounds_each_expert_by_the_tokens_routed_to_it(family, tmp_path):
     model = make(family)
-    twin = quantized(model, GPTQ)
-    assert torch.equal(logits(there_and_back(twin, tmp_path), tokens()), logits(twin, tokens()))
-    # Earlier layers are rounded in both: an input now is the input that the rounding saw.
-    seen, missed = {}, set(rounded_to_nearest(twin))
-    names = [name for name in quantized_sites(twin) if ".experts." in name]
+    quantized_model = quantized(model, GPTQ)
+    assert torch.equal(
+        logits(save_and_load(quantized_model, tmp_path), tokens()),
+        logits(quantized_model, tokens()),
+    )
+    # The inputs are those that GPTQ used, because the earlier layers are rounded in both cases.
+    seen, missed = {}, set(rounded_to_nearest(quantized_model))
+    names = [name for name in quantized_modules(quantized_model) if ".experts." in name]
     for name in names:
-        layer = twin.get_submodule(name)
+        layer = quantized_model.get_submodule(name)
         layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
-    logits(twin, torch.cat(batches()))
+    logits(quantized_model, torch.cat(batches()))
     assert seen
     for name in (name for name in names if ".shared_experts." not in name):
         path, index, part = name.rsplit(".", 2)
@@ -279,9 +287,9 @@ def test_gptq_rounds_each_expert_by_the_tokens_routed_to_it(family, tmp_path):
         expected = rounded(own, GROUPED)
         assert (name in missed) == (name not in seen)
         if name in seen:
-            levels = find_levels(own, GROUPED)
-            expected = round_weight(own, inverse_factor(seen[name]), levels, GROUPED)
-        torch.testing.assert_close(twin.get_submodule(name).weight.data, expected)
+            qparams = observe_qparams(own, GROUPED)
+            expected = round_weight(own, inverse_factor(seen[name]), qparams, GROUPED)
+        torch.testing.assert_close(quantized_model.get_submodule(name).weight.data, expected)
 
 
 @torch.no_grad()
@@ -295,29 +303,32 @@ def unreached():
     return model
 
 
-def test_gptq_says_which_experts_got_no_token():
-    with pytest.warns(UserWarning, match=r"no token reached 2 of 24 layers, as model.layers.0.mlp"):
-        twin = quantized(unreached(), GPTQ)
+def test_gptq_warns_about_experts_without_tokens():
+    with pytest.warns(UserWarning, match=r"reached 2 of 24 layers, for example model.layers.0.mlp"):
+        quantized_model = quantized(unreached(), GPTQ)
     names = [f"model.layers.0.mlp.experts.0.{part}" for part in ("gate_up_proj", "down_proj")]
-    assert rounded_to_nearest(twin) == names
+    assert rounded_to_nearest(quantized_model) == names
 
 
-def test_a_static_range_is_that_of_all_experts():
-    twin = quantized(unreached(), SCHEMES["static"])
+def test_all_experts_share_one_static_range():
+    quantized_model = quantized(unreached(), SCHEMES["static"])
     for part in ("gate_up_proj", "down_proj"):
         path = "model.layers.0.mlp.experts"
-        ranges = {twin.get_submodule(f"{path}.{i}.{part}").input_quantizer.range for i in range(4)}
+        ranges = {
+            quantized_model.get_submodule(f"{path}.{i}.{part}").input_quantizer.range
+            for i in range(4)
+        }
         assert len(ranges) == 1
         assert all(torch.tensor(bound).isfinite().all() for bound in ranges)
 
 
-def test_a_batch_of_a_running_range_is_what_all_experts_read():
-    """Not what one of them does: the mean over batches would follow the last expert."""
+def test_a_running_range_is_updated_once_per_batch_for_all_experts():
+    """Otherwise the moving average would follow the last expert."""
     model = make("mixtral")
-    scheme = replace(SCHEMES["static"], estimator="running_minmax")
-    twin = quantized(model, scheme)
+    scheme = replace(SCHEMES["static"], observer="running_minmax")
+    quantized_model = quantized(model, scheme)
     plain = quantized(model, replace(SCHEMES["static"], activation=None, static=False,
-                                     estimator="running_minmax"))  # fmt: skip
+                                     observer="running_minmax"))  # fmt: skip
     lows = []
     plain.model.layers[0].mlp.experts.register_forward_pre_hook(
         lambda _, args: lows.append(args[0].min())
@@ -325,61 +336,78 @@ def test_a_batch_of_a_running_range_is_what_all_experts_read():
     for batch in batches():
         logits(plain, batch)
     expected = 0.9 * (0.9 * lows[0] + 0.1 * lows[1]) + 0.1 * lows[2]
-    quantizer = twin.model.layers[0].mlp.experts.get_submodule("0.gate_up_proj").input_quantizer
+    quantizer = (
+        quantized_model.model.layers[0].mlp.experts.get_submodule("0.gate_up_proj").input_quantizer
+    )
     assert quantizer.range[0] == pytest.approx(float(expected), abs=0.51 * float(quantizer.scale))
 
 
 @pytest.mark.parametrize("family", ["afmoe", "gpt_oss", "llama4_text"])
-def test_the_tensors_between_linear_layers_too(family, tmp_path):
-    twin = quantized(make(family), TABLE["w8a8-static"])
-    assert "model.layers.1.self_attn:context" in quantized_sites(twin)
-    assert torch.equal(logits(there_and_back(twin, tmp_path), tokens()), logits(twin, tokens()))
+def test_full_targets(family, tmp_path):
+    quantized_model = quantized(make(family), TABLE["w8a8-static"])
+    assert "model.layers.1.self_attn:context" in quantized_modules(quantized_model)
+    assert torch.equal(
+        logits(save_and_load(quantized_model, tmp_path), tokens()),
+        logits(quantized_model, tokens()),
+    )
 
 
 @pytest.mark.parametrize("name", ["dynamic", "static"])
-def test_of_a_model_with_depth_routing(name, tmp_path):
-    twin = quantized(tiny_model("oasis", "mixtral"), SCHEMES[name])
-    assert "model.layers.3.mlp.experts.3.down_proj" in quantized_sites(twin)
-    assert torch.equal(logits(there_and_back(twin, tmp_path), tokens()), logits(twin, tokens()))
+def test_a_model_with_depth_routing(name, tmp_path):
+    quantized_model = quantized(tiny_model("oasis", "mixtral"), SCHEMES[name])
+    assert "model.layers.3.mlp.experts.3.down_proj" in quantized_modules(quantized_model)
+    assert torch.equal(
+        logits(save_and_load(quantized_model, tmp_path), tokens()),
+        logits(quantized_model, tokens()),
+    )
 
 
-def test_experts_left_out_stay_as_they_are(tmp_path):
+def test_experts_that_are_no_targets_do_not_change(tmp_path):
     model, ids = make("mixtral"), tokens()
-    sites = [name for name in linear_sites(model) if ".layers.0.mlp.experts." not in name]
-    twin = quantize(model, SCHEMES["dynamic"], sites=sites)
-    assert list(quantized_sites(twin)) == sites
+    targets = [name for name in linear_sites(model) if ".layers.0.mlp.experts." not in name]
+    quantized_model = quantize(model, SCHEMES["dynamic"], targets=targets)
+    assert list(quantized_modules(quantized_model)) == targets
     own = model.model.layers[0].mlp.experts
-    assert type(twin.model.layers[0].mlp.experts) is type(own)
-    assert twin.model.layers[0].mlp.experts.down_proj is own.down_proj
-    assert float_weights(twin)["model.layers.0.mlp.experts.down_proj"] == own.down_proj.numel()
-    assert quantized_share(twin) < 0.7
-    assert torch.equal(logits(there_and_back(twin, tmp_path), ids), logits(twin, ids))
+    assert type(quantized_model.model.layers[0].mlp.experts) is type(own)
+    assert quantized_model.model.layers[0].mlp.experts.down_proj is own.down_proj
+    assert (
+        float_weights(quantized_model)["model.layers.0.mlp.experts.down_proj"]
+        == own.down_proj.numel()
+    )
+    assert quantized_share(quantized_model) < 0.7
+    assert torch.equal(
+        logits(save_and_load(quantized_model, tmp_path), ids), logits(quantized_model, ids)
+    )
 
 
 @pytest.mark.parametrize("changes", [{"rotation": "inputs"}, {"smooth_alpha": 0.5}])
-def test_transforms_keep_the_function(changes):
+def test_transforms_do_not_change_the_function(changes):
     model = copy.deepcopy(make("mixtral")).double()
-    model.set_experts_implementation("eager")  # the default kernel has no float64
+    model.set_experts_implementation("eager")  # the default kernel does not support float64
     scheme = replace(SCHEMES["w4a16"], **changes)
-    twin = transformed(model, scheme, batches(), linear_sites(model), 0)
-    torch.testing.assert_close(logits(twin, tokens()), logits(model, tokens()), rtol=0, atol=1e-6)
-    names = {name for name, _ in twin.named_modules() if name.endswith(".input_transform")}
+    quantized_model = transformed_copy(model, scheme, batches(), linear_sites(model), 0)
+    torch.testing.assert_close(
+        logits(quantized_model, tokens()), logits(model, tokens()), rtol=0, atol=1e-6
+    )
+    names = {
+        name for name, _ in quantized_model.named_modules() if name.endswith(".input_transform")
+    }
     assert {f"model.layers.1.mlp.experts.{i}.down_proj.input_transform" for i in range(4)} <= names
 
 
-def test_the_residual_stream_of_experts_is_not_rotated():
-    with pytest.raises(UserError, match=r"cannot be rotated: .*mlp.gate.weight .* 'inputs' fits"):
+def test_the_residual_stream_of_a_mixture_cannot_be_rotated():
+    with pytest.raises(UserError, match=r"cannot be rotated: .*mlp.gate.weight .* use 'inputs'"):
         quantized(make("mixtral"), replace(TABLE["w4a4"], rotation="hadamard"))
 
 
-def test_costs_are_by_kind_over_all_experts():
+def test_sensitivity_groups_all_experts_of_one_kind():
     model, scheme = make("mixtral"), TABLE["w4a4"]
-    scores = sensitivity(model, scheme, lambda m: float(logits(m, tokens()).norm()))
+    scores = measure_sensitivity(model, scheme, lambda m: float(logits(m, tokens()).norm()))
     assert "mlp.experts.gate_up_proj" in scores
     assert "mlp.experts.down_proj" in scores
-    assert len(scores) == 8  # with all, none, and four of attention
-    twin = quantized(unreached(), scheme)
-    named = {metric.where for metric in site_metrics(twin, batches())
+    assert len(scores) == 8  # with `all`, `none` and four of attention
+    quantized_model = quantized(unreached(), scheme)
+    named = {metric.where for metric in target_metrics(quantized_model, batches())
              if metric.name == "quantization.activation_error"}  # fmt: skip
     assert "model.layers.0.mlp.experts.0.down_proj" not in named
     assert "model.layers.0.mlp.experts.1.down_proj" in named

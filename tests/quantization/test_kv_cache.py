@@ -1,4 +1,4 @@
-"""The quantised cache: exact where it must be, near where it may, and all that generate does."""
+"""The quantised cache: exact tokens, quantisation error, and use in `generate`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model():
     shift=st.floats(-5, 5),
     size=st.floats(0, 1e3),
 )
-def test_a_group_moves_by_half_a_step_of_the_better_grid_at_most(bits, seed, shift, size):
+def test_values_move_by_at_most_half_a_step(bits, seed, shift, size):
     x = torch.randn(3, 5, GROUP, generator=torch.Generator().manual_seed(seed)).double()
     x = size * (x + shift)
     again = unpack(pack(x, bits), bits)
@@ -57,7 +57,7 @@ def _independent(x, scale, steps):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_constants_and_zeros_come_back_without_nan(bits):
+def test_constants_and_zeros_are_exact(bits):
     x = torch.tensor([0.0, 1e-30, -3.0, 7.0])[:, None].expand(4, GROUP)
     assert torch.allclose(unpack(pack(x, bits), bits), x, rtol=1e-6)
     assert pack(x, bits).codes.nbytes == 4 * GROUP * bits // 8
@@ -78,7 +78,7 @@ def test_short_text_is_exact(model):
 
 
 @torch.no_grad()
-def test_ends_are_exact_and_what_lies_between_is_near(model):
+def test_first_and_recent_tokens_are_exact_and_others_are_close(model):
     ids = text(2, 300)
     exact, cache = DynamicCache(config=model.config), QuantizedCache(model.config, bits=8)
     for part in ids.split(50, 1):
@@ -93,22 +93,22 @@ def test_ends_are_exact_and_what_lies_between_is_near(model):
     assert layer.packed[0].codes.shape[2] == 300 - held
     assert torch.equal(layer.values[:, :, :32], whole.values[:, :, :32])
     assert torch.equal(layer.values[:, :, 32:], whole.values[:, :, 32 - held :])
-    keys, values = layer._old()
+    keys, values = layer._dequantized()
     between = slice(32, 332 - held)
     torch.testing.assert_close(keys, whole.keys[:, :, between], atol=0.02, rtol=0.02)
     torch.testing.assert_close(values, whole.values[:, :, between], atol=0.02, rtol=0.02)
 
 
 @torch.no_grad()
-def test_pieces_do_not_matter_to_what_is_kept(model):
-    """Values are grouped from token 32 on, however they come; keys' norms are of the first call."""
+def test_the_cache_does_not_depend_on_how_text_is_split(model):
+    """Values are always grouped from token 32 on; the norms of keys are those of the first call."""
     ids = text(1, 260)
     caches = [QuantizedCache(model.config, bits=8, recent=32) for _ in range(2)]
     model(input_ids=ids, past_key_values=caches[0])
     model(input_ids=ids[:, :200], past_key_values=caches[1])
     for part in ids[:, 200:].split(7, 1):
         model(input_ids=part, past_key_values=caches[1])
-    first, second = (cache.layers[0]._old()[1] for cache in caches)
+    first, second = (cache.layers[0]._dequantized()[1] for cache in caches)
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 
@@ -125,29 +125,29 @@ def test_generate(model, how):
 
 
 @torch.no_grad()
-def test_tokens_are_taken_back_only_where_they_are_exact(model):
+def test_only_exact_tokens_can_be_removed(model):
     cache = QuantizedCache(model.config)
     model(input_ids=text(1, 200), past_key_values=cache)
     cache.crop(-5)
     assert cache.get_seq_length() == 195
-    with pytest.raises(UserError, match="past_key_values: 150 tokens are to be taken back"):
+    with pytest.raises(UserError, match="past_key_values: cannot remove 150 tokens"):
         cache.crop(-150)
 
 
 @torch.no_grad()
-def test_it_is_small(model):
+def test_size_in_bytes(model):
     exact, cache = DynamicCache(config=model.config), QuantizedCache(model.config, bits=4)
     for each in (exact, cache):
         model(input_ids=text(1, 2000), past_key_values=each)
     whole = sum(layer.keys.nbytes + layer.values.nbytes for layer in exact.layers)
-    # 4 bits of 32, a scale and an offset of 6 bytes for 32 numbers; and the exact ends.
+    # 4 bits instead of 32, a scale and an offset of 6 bytes per 32 numbers, and the exact tokens.
     assert cache.nbytes() < whole * (4 / 32 + 6 / 128) + 160 / 2000 * whole
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"head_dim": 24}, {}, "config: 32 does not divide its head width of 24"),
+        ({"head_dim": 24}, {}, "config: its head width of 24 is not a multiple of 32"),
         ({}, {"bits": 3}, "bits: 3 is not one of 2, 4, 8"),
         ({}, {"bits": True}, "bits: True"),
         ({}, {"recent": -1}, "recent: -1"),

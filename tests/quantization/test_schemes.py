@@ -1,4 +1,4 @@
-"""The table of schemes, and what a scheme refuses."""
+"""The table of schemes, and combinations that are refused."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization import Grid, Scheme, schemes
+from oasis_attn.quantization import QuantSpec, Scheme, schemes
 
 
-def test_names_say_the_bits():
+def test_names_contain_the_bits():
     for name, scheme in schemes().items():
         assert scheme.name == name
         activation = 16 if scheme.activation is None else scheme.activation.bits
@@ -27,22 +27,22 @@ def test_table_is_not_shared():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"estimator": "max"}, "estimator: 'max' is not one of minmax"),
+        ({"observer": "max"}, "observer: 'max' is not one of minmax"),
         ({"activation": None}, "static: granularity None has no static range"),
         (
-            {"activation": Grid(bits=8, symmetric=True, granularity="token")},
+            {"activation": QuantSpec(bits=8, symmetric=True, granularity="token")},
             "static: granularity 'token' has no static range",
         ),
         (
-            {"activation": Grid(bits=8, symmetric=True, granularity="channel")},
+            {"activation": QuantSpec(bits=8, symmetric=True, granularity="channel")},
             "activation: granularity 'channel' is for weights",
         ),
         (
-            {"weight": Grid(bits=8, symmetric=True, granularity="token")},
+            {"weight": QuantSpec(bits=8, symmetric=True, granularity="token")},
             "weight: granularity 'token' is for activations",
         ),
-        ({"sites": "all"}, "sites: 'all' is not one of linear, full"),
-        ({"sites": "full", "static": False}, "sites: 'full' needs static=True"),
+        ({"targets": "all"}, "targets: 'all' is not one of linear, full"),
+        ({"targets": "full", "static": False}, "targets: 'full' needs static=True"),
         ({"head": "no"}, "head: 'no' is neither true nor false"),
         ({"rotation": "hadamar"}, "did you mean 'hadamard'"),
         ({"rounding": "up"}, "rounding: 'up' is not one of nearest, gptq"),
@@ -54,17 +54,17 @@ def test_table_is_not_shared():
         ),
     ],
 )
-def test_refuses_what_does_not_go_together(change, message):
+def test_inconsistent_values_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         replace(schemes()["w8a8-static-linear"], **change)
 
 
-def test_a_scheme_of_ones_own():
-    scheme = Scheme(name="mine", weight=Grid(bits=3, symmetric=True), activation=None)
+def test_a_custom_scheme():
+    scheme = Scheme(name="mine", weight=QuantSpec(bits=3, symmetric=True), activation=None)
     assert not scheme.static
 
 
-def test_what_needs_calibration():
+def test_which_schemes_need_calibration():
     for scheme in schemes().values():
         assert scheme.needs_calibration == scheme.static
     assert replace(schemes()["w4a4"], rounding="gptq").needs_calibration
@@ -72,30 +72,30 @@ def test_what_needs_calibration():
 
 
 @pytest.mark.parametrize("scheme", schemes().values(), ids=schemes())
-def test_plain_values_say_it_all(scheme):
+def test_to_dict_and_from_dict_are_inverse(scheme):
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
 
 
-def test_vary_reaches_into_grids():
+def test_options_of_weight_and_activation():
     scheme = schemes()["w4a4"]
-    varied = scheme.vary({"weight.bits": 3, "activation": None, "rounding": "gptq"})
+    varied = scheme.with_options({"weight.bits": 3, "activation": None, "rounding": "gptq"})
     weight = replace(scheme.weight, bits=3)
     assert varied == replace(scheme, weight=weight, activation=None, rounding="gptq")
-    assert scheme.vary({}) == scheme == schemes()["w4a4"]
+    assert scheme.with_options({}) == scheme == schemes()["w4a4"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight.bit": 3}, "scheme field: 'bit' .*did you mean 'bits'"),
-        ({"weigth.bits": 3}, "scheme field: 'weigth.bits' is not one of name, weight"),
-        ({"static.head": True}, "scheme field: 'static.head' is not one of"),
-        ({"activation.bits": 3}, "activation.bits: 'w4a16' has no such grid"),
+        ({"weight.bit": 3}, "scheme option: 'bit' .*did you mean 'bits'"),
+        ({"weigth.bits": 3}, "scheme option: 'weigth.bits' is not one of name, weight"),
+        ({"static.head": True}, "scheme option: 'static.head' is not one of"),
+        ({"activation.bits": 3}, "activation.bits: scheme 'w4a16' does not quantise activations"),
         ({"weight": 3}, "scheme: {'weight': 3} does not fit"),
         ({"smooth_alpha": "much"}, "scheme: .* does not fit"),
         ({"weight.bits": 1}, "bits: 1 is not an integer from 2 to 8"),
     ],
 )
-def test_vary_refuses(changes, message):
+def test_unknown_options_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        schemes()["w4a16"].vary(changes)
+        schemes()["w4a16"].with_options(changes)

@@ -1,4 +1,4 @@
-"""Quantised models: which modules are touched, what they compute, and what is refused."""
+"""Quantised models: which modules change, what they compute, and which input is refused."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.model import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
-from oasis_attn.quantization import Grid, linear_sites, quantize, quantized_sites, schemes
+from oasis_attn.quantization import QuantSpec, linear_sites, quantize, quantized_modules, schemes
 from oasis_attn.quantization.linear import QuantizedLinear
-from oasis_attn.quantization.quantizers import fake_quantize
+from oasis_attn.quantization.quantizers import fake_quantize_dynamic
 
 VOCABULARY = 61
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-SITES = {
+TARGETS = {
     "llama": (*ATTENTION, *MLP),
     "qwen3": (*ATTENTION, *MLP),
     "phi3": ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"),
@@ -69,43 +69,45 @@ def logits(model, token_ids):
     return model(input_ids=token_ids).logits
 
 
-@pytest.mark.parametrize("kind", SITES)
-def test_touches_exactly_the_named_modules(kind):
+@pytest.mark.parametrize("kind", TARGETS)
+def test_changes_exactly_the_targets(kind):
     model = make_model(kind)
-    expected = {f"model.layers.{layer}.{site}" for layer in (0, 1) for site in SITES[kind]}
-    twin = quantize(model, STATIC, calibration=batches())
-    before, after = dict(model.named_modules()), dict(twin.named_modules())
+    expected = {f"model.layers.{layer}.{name}" for layer in (0, 1) for name in TARGETS[kind]}
+    quantized_model = quantize(model, STATIC, calibration=batches())
+    before, after = dict(model.named_modules()), dict(quantized_model.named_modules())
     changed = {name for name in before if type(before[name]) is not type(after[name])}
-    assert set(linear_sites(model)) == set(quantized_sites(twin)) == changed == expected
+    assert (
+        set(linear_sites(model)) == set(quantized_modules(quantized_model)) == changed == expected
+    )
     assert set(after) - set(before) == {f"{name}.input_quantizer" for name in expected}
-    assert logits(twin, tokens(9)).isfinite().all()
+    assert logits(quantized_model, tokens(9)).isfinite().all()
 
 
 @pytest.mark.parametrize("scheme", schemes())
-def test_leaves_the_original_alone_and_shares_the_rest(scheme):
+def test_the_original_does_not_change_and_shares_other_tensors(scheme):
     model = make_model()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     calibration = batches() if schemes()[scheme].static else None
-    twin = quantize(model, scheme, calibration=calibration)
-    assert not quantized_sites(model)
+    quantized_model = quantize(model, scheme, calibration=calibration)
+    assert not quantized_modules(model)
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    own = {f"{name}.weight" for name in quantized_sites(twin)}
+    own = {f"{name}.weight" for name in quantized_modules(quantized_model)}
     originals = dict(model.named_parameters())
-    for name, parameter in twin.named_parameters():
+    for name, parameter in quantized_model.named_parameters():
         assert (parameter is originals[name]) == (name not in own)
 
 
 def reference_logits(model, token_ids, scheme, ranges=None):
-    """Fake quantisation written with hooks on the unquantised model."""
+    """Fake quantisation by hooks on the unquantised model."""
     hooks, saved = [], {}
     for name in linear_sites(model):
         linear = model.get_submodule(name)
         saved[name] = linear.weight.data
-        linear.weight.data = fake_quantize(linear.weight.data, scheme.weight)
+        linear.weight.data = fake_quantize_dynamic(linear.weight.data, scheme.weight)
 
         def quantize_input(_, args, name=name):
             if ranges is None:
-                return fake_quantize(args[0], scheme.activation)
+                return fake_quantize_dynamic(args[0], scheme.activation)
             low, high = min(ranges[name][0], 0), max(ranges[name][1], 0)
             step = (high - low) / 255
             zero = round(-low / step)
@@ -121,8 +123,8 @@ def reference_logits(model, token_ids, scheme, ranges=None):
             model.get_submodule(name).weight.data = weight
 
 
-def seen_ranges(model, scheme):
-    """Least and greatest input of each site, of a model with quantised weights only."""
+def observed_ranges(model, scheme):
+    """Minimum and maximum input of each target in a model with quantised weights only."""
     model = quantize(model, replace(scheme, activation=None, static=False))
     ranges = {}
 
@@ -130,7 +132,7 @@ def seen_ranges(model, scheme):
         low, high = ranges.get(name, (torch.inf, -torch.inf))
         ranges[name] = min(low, x.min().item()), max(high, x.max().item())
 
-    for name, module in quantized_sites(model).items():
+    for name, module in quantized_modules(model).items():
         module.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))
     for batch in batches():
         logits(model, batch)
@@ -138,30 +140,32 @@ def seen_ranges(model, scheme):
 
 
 @pytest.mark.parametrize("kind", ["llama", "oasis"])
-def test_static_computes_what_hooks_compute(kind):
+def test_static_equals_hooks(kind):
     model, scheme = make_model(kind), schemes()[STATIC]
-    twin = quantize(model, STATIC, calibration=iter(batches()))
-    ranges = seen_ranges(model, scheme)
-    for name, module in quantized_sites(twin).items():
+    quantized_model = quantize(model, STATIC, calibration=iter(batches()))
+    ranges = observed_ranges(model, scheme)
+    for name, module in quantized_modules(quantized_model).items():
         low, high = ranges[name]
         step = (high - low) / 255
         assert module.input_quantizer.range == pytest.approx((low, high), abs=step)
     expected = reference_logits(model, tokens(7), scheme, ranges)
-    torch.testing.assert_close(logits(twin, tokens(7)), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(quantized_model, tokens(7)), expected, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(expected, logits(model, tokens(7)), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", [DYNAMIC, "w4a8", "w4a4"])
-def test_dynamic_computes_what_hooks_compute(scheme):
+def test_dynamic_equals_hooks(scheme):
     model = make_model()
-    twin = quantize(model, scheme)
+    quantized_model = quantize(model, scheme)
     expected = reference_logits(model, tokens(7), schemes()[scheme])
-    torch.testing.assert_close(logits(twin, tokens(7)), expected)
+    torch.testing.assert_close(logits(quantized_model, tokens(7)), expected)
 
 
-def test_per_token_ranges_do_not_see_other_tokens():
-    twin = quantize(make_model(), DYNAMIC)
-    torch.testing.assert_close(logits(twin, tokens(7))[:1, :5], logits(twin, tokens(7)[:1, :5]))
+def test_per_token_ranges_do_not_depend_on_other_tokens():
+    quantized_model = quantize(make_model(), DYNAMIC)
+    torch.testing.assert_close(
+        logits(quantized_model, tokens(7))[:1, :5], logits(quantized_model, tokens(7)[:1, :5])
+    )
 
 
 def test_error_falls_with_bits():
@@ -174,13 +178,13 @@ def test_error_falls_with_bits():
     assert errors[-1] < 0.05 * exact.norm()
 
 
-def test_bias_stays():
+def test_the_bias_is_not_quantised():
     model = make_model(attention_bias=True)
     nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias)
-    twin = quantize(model, DYNAMIC)
-    layer = quantized_sites(twin)["model.layers.0.self_attn.q_proj"]
+    quantized_model = quantize(model, DYNAMIC)
+    layer = quantized_modules(quantized_model)["model.layers.0.self_attn.q_proj"]
     x = torch.randn(3, 32)
-    expected = F.linear(fake_quantize(x, schemes()[DYNAMIC].activation), layer.weight)
+    expected = F.linear(fake_quantize_dynamic(x, schemes()[DYNAMIC].activation), layer.weight)
     expected = expected + model.model.layers[0].self_attn.q_proj.bias
     torch.testing.assert_close(layer(x), expected)
 
@@ -188,47 +192,49 @@ def test_bias_stays():
 @pytest.mark.parametrize("kind", ["llama", "oasis"])
 def test_a_quantised_head_stays_quantised(kind):
     model = make_model(kind)
-    sites = linear_sites(model, head=True)
-    assert set(sites) - set(linear_sites(model)) == {"lm_head"}
-    twin = quantize(model, STATIC, calibration=batches(), sites=sites)
-    weight = twin.lm_head.weight
-    twin.tie_weights()
-    assert isinstance(twin.lm_head, QuantizedLinear)
-    assert twin.lm_head.weight is weight
+    targets = linear_sites(model, head=True)
+    assert set(targets) - set(linear_sites(model)) == {"lm_head"}
+    quantized_model = quantize(model, STATIC, calibration=batches(), targets=targets)
+    weight = quantized_model.lm_head.weight
+    quantized_model.tie_weights()
+    assert isinstance(quantized_model.lm_head, QuantizedLinear)
+    assert quantized_model.lm_head.weight is weight
     assert len(weight.unique()) <= 256
-    assert twin.get_input_embeddings().weight is model.get_input_embeddings().weight
+    assert quantized_model.get_input_embeddings().weight is model.get_input_embeddings().weight
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert logits(twin, tokens(7)).isfinite().all()
+    assert logits(quantized_model, tokens(7)).isfinite().all()
 
 
-def test_named_sites_only():
+def test_explicit_targets():
     model = make_model()
-    twin = quantize(model, DYNAMIC, sites=["model.layers.1.mlp.down_proj"])
-    assert list(quantized_sites(twin)) == ["model.layers.1.mlp.down_proj"]
+    quantized_model = quantize(model, DYNAMIC, targets=["model.layers.1.mlp.down_proj"])
+    assert list(quantized_modules(quantized_model)) == ["model.layers.1.mlp.down_proj"]
 
 
 def test_gradients_pass_through_to_the_embedding():
-    twin = quantize(make_model(), STATIC, calibration=batches())
-    twin(input_ids=tokens(), labels=tokens()).loss.backward()
-    assert twin.model.embed_tokens.weight.grad.abs().sum() > 0
+    quantized_model = quantize(make_model(), STATIC, calibration=batches())
+    quantized_model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert quantized_model.model.embed_tokens.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "oasis"])
 def test_cached_generation_equals_the_full_forward(kind):
-    twin = quantize(make_model(kind), STATIC, calibration=batches())
+    quantized_model = quantize(make_model(kind), STATIC, calibration=batches())
     prompt = tokens(5, batch=1, length=4)
-    greedy = twin.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=VOCABULARY)
+    greedy = quantized_model.generate(
+        prompt, max_new_tokens=6, do_sample=False, eos_token_id=VOCABULARY
+    )
     for length in range(4, greedy.shape[1]):
-        assert logits(twin, greedy[:, :length])[0, -1].argmax() == greedy[0, length]
+        assert logits(quantized_model, greedy[:, :length])[0, -1].argmax() == greedy[0, length]
 
 
 def test_after_hidden_states_were_recorded():
     model = make_model()
     model(input_ids=tokens(), output_hidden_states=True)
-    twin = quantize(model, DYNAMIC)
-    states = twin(input_ids=tokens(), output_hidden_states=True).hidden_states
+    quantized_model = quantize(model, DYNAMIC)
+    states = quantized_model(input_ids=tokens(), output_hidden_states=True).hidden_states
     assert len(states) == 3
-    assert torch.equal(twin.lm_head(states[-1]), logits(twin, tokens()))
+    assert torch.equal(quantized_model.lm_head(states[-1]), logits(quantized_model, tokens()))
 
 
 @pytest.mark.parametrize(
@@ -238,17 +244,26 @@ def test_after_hidden_states_were_recorded():
             {"scheme": "w8a8-statik"},
             "scheme: 'w8a8-statik' is not one of .*did you mean 'w8a8-stat",
         ),
+        (
+            {"scheme": "w8a8"},
+            "did you mean 'w8a8-static' or 'w8a8-static-linear' or 'w8a8-dynamic'",
+        ),
+        ({"scheme": DYNAMIC, "seed": -1}, "seed: -1 is not a whole number"),
+        ({"scheme": DYNAMIC, "seed": 1.5}, "seed: 1.5 is not a whole number"),
         ({"scheme": STATIC}, "calibration: None given, but 'w8a8-static-linear' needs"),
         ({"scheme": DYNAMIC, "calibration": [tokens()]}, "calibration: given, but 'w8a8-dynamic'"),
-        ({"scheme": STATIC, "calibration": []}, "calibration: it holds no batch"),
+        ({"scheme": STATIC, "calibration": []}, "calibration: it has no batches"),
         ({"scheme": STATIC, "calibration": [torch.ones(4)]}, r"a batch is torch.float32 \(4,\)"),
         ({"scheme": STATIC, "calibration": [tokens()[:0]]}, r"a batch is torch.int64 \(0, 12\)"),
         ({"scheme": STATIC, "calibration": [tokens() + 50]}, r"are not all in 0 \.\. 60"),
         (
-            {"scheme": DYNAMIC, "sites": ["model.layers.0.mlp.down"]},
+            {"scheme": DYNAMIC, "targets": ["model.layers.0.mlp.down"]},
             "did you mean 'model.layers.0.mlp",
         ),
-        ({"scheme": DYNAMIC, "sites": []}, "sites: they name no linear layer of LlamaForCausalLM"),
+        (
+            {"scheme": DYNAMIC, "targets": []},
+            "targets: they name no linear layer of LlamaForCausalLM",
+        ),
     ],
 )
 def test_refuses_bad_input(arguments, message):
@@ -257,7 +272,7 @@ def test_refuses_bad_input(arguments, message):
 
 
 def test_refuses_a_quantised_model():
-    with pytest.raises(UserError, match="model: it is quantised already"):
+    with pytest.raises(UserError, match="model: it is already quantised"):
         quantize(quantize(make_model(), DYNAMIC), DYNAMIC)
 
 
@@ -278,7 +293,8 @@ def test_refuses_weights_and_activations_that_are_not_finite():
 
 def test_refuses_groups_that_do_not_divide_naming_the_layer():
     scheme = replace(
-        schemes()["w4a16"], weight=Grid(bits=4, symmetric=True, granularity="group", group_size=24)
+        schemes()["w4a16"],
+        weight=QuantSpec(bits=4, symmetric=True, granularity="group", group_size=24),
     )
     with pytest.raises(UserError, match=r"24 does not divide the 32 entries of model\.layers\.0"):
         quantize(make_model(), scheme)

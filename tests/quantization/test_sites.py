@@ -15,8 +15,8 @@ from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.quantization import (
     linear_sites,
     quantize,
-    quantized_sites,
-    scheme_sites,
+    quantized_modules,
+    scheme_targets,
     schemes,
     tensor_sites,
 )
@@ -30,7 +30,7 @@ PRE_NORM = (
     *("{}.post_attention_layernorm:input", "{}.post_attention_layernorm:output"),
 )
 ROUTED = (*PRE_NORM[:4], "{}.self_attn:output", *PRE_NORM[4:], "{}.mlp:output")
-SITES = {
+TARGETS = {
     "llama": PRE_NORM,
     "gpt_oss": PRE_NORM,
     "granite": PRE_NORM,
@@ -72,29 +72,29 @@ def logits(model, ids):
     return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("kind", SITES)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_the_sites_are_exactly_these_and_all_of_them_act(kind, ids):
     model = make(kind)
     layers = model.config.get_text_config().num_hidden_layers
-    named = [site.format(f"model.layers.{i}") for i in range(layers) for site in SITES[kind]]
+    named = [site.format(f"model.layers.{i}") for i in range(layers) for site in TARGETS[kind]]
     expected = (*named, "model.norm:input", "model.norm:output")
     assert tensor_sites(model) == expected
-    assert scheme_sites(model, SCHEME) == (*linear_sites(model), *expected)
-    twin = quantize(model, SCHEME, calibration=batches(), sites=expected)
-    quantizers, exact = quantized_sites(twin), logits(model, ids)
+    assert scheme_targets(model, SCHEME) == (*linear_sites(model), *expected)
+    quantized_model = quantize(model, SCHEME, calibration=batches(), targets=expected)
+    quantizers, exact = quantized_modules(quantized_model), logits(model, ids)
     assert set(quantizers) == set(expected)
     for quantizer in quantizers.values():
         quantizer.enabled = False
     close = {"rtol": 1e-3, "atol": 1e-4}
-    torch.testing.assert_close(logits(twin, ids), exact, **close)
+    torch.testing.assert_close(logits(quantized_model, ids), exact, **close)
     for site, quantizer in quantizers.items():
         quantizer.enabled = True
-        assert not torch.allclose(logits(twin, ids), exact, **close), site
+        assert not torch.allclose(logits(quantized_model, ids), exact, **close), site
         quantizer.enabled = False
 
 
 def reference(model, ids, ranges):
-    """Llama, written out, with the tensors named in `ranges` on the grids of these ranges."""
+    """Llama, written out, with the tensors named in `ranges` on the specs of these ranges."""
 
     def q(site, x):
         low, high = ranges[site]
@@ -143,12 +143,12 @@ def reference(model, ids, ranges):
 @torch.no_grad()
 def test_computes_what_the_model_written_out_computes(ids):
     model = make("llama").double()
-    twin = quantize(model, SCHEME, calibration=batches())
+    quantized_model = quantize(model, SCHEME, calibration=batches())
     ranges = {
         name: getattr(site, "input_quantizer", site).range
-        for name, site in quantized_sites(twin).items()
+        for name, site in quantized_modules(quantized_model).items()
     }
-    torch.testing.assert_close(logits(twin, ids), reference(model, ids, ranges))
+    torch.testing.assert_close(logits(quantized_model, ids), reference(model, ids, ranges))
     assert len(ranges) == 2 * (7 + 6) + 2
 
 
@@ -157,75 +157,75 @@ def test_what_is_read_is_what_is_carried_on(ids):
     """The layer's output is a quantised sum plus a branch, not the sum before it was quantised."""
     model = make("llama")
     middle = "model.layers.0.post_attention_layernorm:input"
-    twin = quantize(model, SCHEME, calibration=batches(), sites=[middle])
+    quantized_model = quantize(model, SCHEME, calibration=batches(), targets=[middle])
     seen = {}
-    layer = twin.model.layers[0]
+    layer = quantized_model.model.layers[0]
     layer.post_attention_layernorm.register_forward_pre_hook(
         lambda _, args: seen.update(sum=args[0].clone())
     )
     layer.mlp.register_forward_hook(lambda _, _args, out: seen.update(mlp=out))
     layer.register_forward_hook(lambda _, _args, out: seen.update(out=out))
-    twin(input_ids=ids)
+    quantized_model(input_ids=ids)
     assert torch.equal(seen["out"], seen["sum"] + seen["mlp"])
     assert len(seen["sum"].unique()) <= 256
 
 
 @pytest.mark.parametrize("kind", ["llama", "oasis"])
 def test_the_caller_s_embeddings_are_left_alone(kind, ids):
-    twin = quantize(make(kind), SCHEME, calibration=batches())
-    embedded = twin.get_input_embeddings()(ids).detach()
+    quantized_model = quantize(make(kind), SCHEME, calibration=batches())
+    embedded = quantized_model.get_input_embeddings()(ids).detach()
     before = embedded.clone()
     with torch.no_grad():
-        given = twin(inputs_embeds=embedded).logits
+        given = quantized_model(inputs_embeds=embedded).logits
     assert torch.equal(embedded, before)
-    assert torch.equal(given, logits(twin, ids))
+    assert torch.equal(given, logits(quantized_model, ids))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "gated_attention", "oasis"])
 def test_whoever_observes_or_switches_attention_changes_nothing(kind, ids):
-    twin = quantize(make(kind), SCHEME, calibration=batches())
-    before, calls = logits(twin, ids), []
-    with observe_attention(twin, calls.append):
-        assert torch.equal(logits(twin, ids), before)
-    assert len(calls) == twin.config.get_text_config().num_hidden_layers
+    quantized_model = quantize(make(kind), SCHEME, calibration=batches())
+    before, calls = logits(quantized_model, ids), []
+    with observe_attention(quantized_model, calls.append):
+        assert torch.equal(logits(quantized_model, ids), before)
+    assert len(calls) == quantized_model.config.get_text_config().num_hidden_layers
     if kind == "llama":
-        twin.set_attn_implementation("sdpa")
-        assert torch.equal(logits(twin, ids), before)
+        quantized_model.set_attn_implementation("sdpa")
+        assert torch.equal(logits(quantized_model, ids), before)
 
 
 @pytest.mark.parametrize("kind", ["llama", "oasis"])
 def test_cached_decoding_equals_the_full_forward(kind):
-    twin = quantize(make(kind), SCHEME, calibration=batches())
+    quantized_model = quantize(make(kind), SCHEME, calibration=batches())
     prompt = batches()[0][:1, :4]
-    greedy = twin.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    greedy = quantized_model.generate(prompt, max_new_tokens=5, do_sample=False, eos_token_id=-1)
     for length in range(4, greedy.shape[1]):
-        assert logits(twin, greedy[:, :length])[0, -1].argmax() == greedy[0, length]
+        assert logits(quantized_model, greedy[:, :length])[0, -1].argmax() == greedy[0, length]
 
 
 @pytest.mark.parametrize("kind", ["llama", "oasis", "authors"])
 def test_gradients_reach_the_embedding(kind, ids):
-    twin = quantize(make(kind), SCHEME, calibration=batches())
-    twin(input_ids=ids, labels=ids).loss.backward()
-    gradient = twin.get_input_embeddings().weight.grad
+    quantized_model = quantize(make(kind), SCHEME, calibration=batches())
+    quantized_model(input_ids=ids, labels=ids).loss.backward()
+    gradient = quantized_model.get_input_embeddings().weight.grad
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
 
 
 def test_padding_changes_nothing(ids):
-    twin = quantize(make("llama"), SCHEME, calibration=batches())
+    quantized_model = quantize(make("llama"), SCHEME, calibration=batches())
     padded = F.pad(ids, (3, 0))
     mask = F.pad(torch.ones_like(ids), (3, 0))
     with torch.no_grad():
-        shown = twin(input_ids=padded, attention_mask=mask).logits[:, 3:]
-    torch.testing.assert_close(shown, logits(twin, ids), rtol=1e-2, atol=1e-2)
+        shown = quantized_model(input_ids=padded, attention_mask=mask).logits[:, 3:]
+    torch.testing.assert_close(shown, logits(quantized_model, ids), rtol=1e-2, atol=1e-2)
 
 
 def test_names_that_are_no_sites():
     model = make("llama")
     with pytest.raises(UserError, match=r"did you mean 'model\.norm:output'"):
-        quantize(model, SCHEME, calibration=batches(), sites=["model.norm:outputs"])
-    with pytest.raises(UserError, match=r"sites: 'model\.norm:output' is not one of"):
-        quantize(model, "w8a8-dynamic", sites=["model.norm:output"])
+        quantize(model, SCHEME, calibration=batches(), targets=["model.norm:outputs"])
+    with pytest.raises(UserError, match=r"targets: 'model\.norm:output' is not one of"):
+        quantize(model, "w8a8-dynamic", targets=["model.norm:output"])
 
 
 def test_a_family_without_adapter_is_refused():
@@ -237,10 +237,10 @@ def test_a_family_without_adapter_is_refused():
 
 
 def test_a_copy_runs_its_own_quantisers(ids):
-    twin = quantize(make("oasis"), SCHEME, calibration=batches())
-    other, before = copy.deepcopy(twin), logits(twin, ids)
+    quantized_model = quantize(make("oasis"), SCHEME, calibration=batches())
+    other, before = copy.deepcopy(quantized_model), logits(quantized_model, ids)
     for module in other.modules():
         if isinstance(module, StaticQuantizer):
             module.scale.mul_(8)
-    assert torch.equal(logits(twin, ids), before)
+    assert torch.equal(logits(quantized_model, ids), before)
     assert not torch.equal(logits(other, ids), before)

@@ -75,7 +75,7 @@ def evaluate(
         RECENT,
         QuantizedCache,
         check_bits,
-        check_reached,
+        check_window,
     )
 
     if out is not None:
@@ -85,7 +85,7 @@ def evaluate(
     if kv_bits is not None:
         check_bits(kv_bits)
         if "perplexity" in given["tasks"]:
-            check_reached(window)
+            check_window(window)
         given["cache"] = partial(QuantizedCache, bits=kv_bits)
         given["model_notes"] = {"kv_cache": {"bits": kv_bits, "first": FIRST, "recent": RECENT}}
     with working(f"evaluating {model}"):

@@ -1,4 +1,4 @@
-"""`oasis prefix`: a few tokens in front, so that a model can be quantised as it is."""
+"""`oasis prefix`: find prefix tokens that make a model easier to quantise, without training it."""
 
 from __future__ import annotations
 
@@ -19,56 +19,63 @@ def prefix(
     method: Annotated[str, Option(help="greedy (CushionCache) or frequency (PrefixQuant).")] = (
         "greedy"
     ),
-    length: Annotated[int, Option(help="Tokens in the prefix, at most.")] = 4,
-    tune_steps: Annotated[int, Option(help="Steps to train its keys and values for.")] = 0,
+    length: Annotated[int, Option(help="Maximum number of prefix tokens.")] = 4,
+    tune_steps: Annotated[
+        int, Option(help="Steps of training for the keys and values of the prefix.")
+    ] = 0,
     scheme: Annotated[
-        str, Option(help="It is judged by: w8a8-static-linear or w8a8-static.")
+        str,
+        Option(help="Static scheme to measure the effect with: w8a8-static-linear or w8a8-static."),
     ] = "w8a8-static-linear",
-    settings: Annotated[
+    scheme_option: Annotated[
         list[str] | None,
         Option(
-            "--set",
             metavar="NAME=VALUE",
-            help="Change the scheme, as weight.granularity=channel; repeatable.",
+            help="Change an option of the scheme, such as weight.granularity=channel; repeatable.",
         ),
     ] = None,
     calibration: Annotated[
         str,
-        Option(help="A corpus by name, or a local text file, to search, tune and calibrate on."),
+        Option(help="Corpus for search, tuning and calibration: a name, or a local text file."),
     ] = "stdlib",
-    calibration_split: Annotated[str, Option(help="Which split of it to read.")] = "train",
+    calibration_split: Annotated[str, Option(help="Split of the calibration corpus.")] = "train",
     evaluation: Annotated[
         str | None,
-        Option(help="The same to measure on; default, that corpus.", show_default=False),
+        Option(
+            help="Corpus for the measurements. Default: the calibration corpus.",
+            show_default=False,
+        ),
     ] = None,
-    evaluation_split: Annotated[str, Option(help="Which split of it to read.")] = "test",
+    evaluation_split: Annotated[str, Option(help="Split of the evaluation corpus.")] = "test",
     window: Annotated[int, Option(help="Tokens per window.")] = 512,
     windows: Annotated[
         int,
-        Option(help="Windows to calibrate on, and to measure on, spread over each split."),
+        Option(
+            help="Maximum number of windows for calibration, and for the measurements. They are"
+            " spread over the split."
+        ),
     ] = 16,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find a prefix that takes the sinks out of a model's static ranges, and store it with it.
+    """Find prefix tokens that absorb the attention sinks of a model, and save the model with them.
 
-    Example: [bold]oasis prefix smollm2 rescued --tune-steps 32[/bold]
+    Example: [bold]oasis prefix smollm2 prefixed --tune-steps 32[/bold]
     """
-    from oasis_attn.errors import check_choice
-    from oasis_attn.quantization import schemes
-    from oasis_attn.quantization.rescue import rescue
+    from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
+    from oasis_attn.quantization.schemes import get_scheme
     from oasis_attn.report import Table
 
-    check_choice("scheme", scheme, schemes())
-    changes = dict(pair("--set", text) for text in settings or ())
-    with working(f"looking for a prefix of {model}") as status:
-        record = rescue(
+    options = dict(pair("--scheme-option", text) for text in scheme_option or ())
+    varied = get_scheme(scheme).with_options(options)
+    with working(f"searching for a prefix of {model}") as status:
+        record = prefix_checkpoint(
             model,
             out,
             method=method,
             length=length,
             tune_steps=tune_steps,
-            scheme=schemes()[scheme].vary(changes),
+            scheme=varied,
             calibration=calibration,
             calibration_split=calibration_split,
             evaluation=evaluation,
@@ -76,7 +83,7 @@ def prefix(
             window=window,
             windows=windows,
             trust_remote_code=trust_remote_code,
-            tell=lambda what: status.update(escape(f"{model}: {what}")),
+            progress=lambda what: status.update(escape(f"{model}: {what}")),
         )
     if as_json:
         print(record.to_json())

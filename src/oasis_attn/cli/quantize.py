@@ -1,4 +1,4 @@
-"""`oasis quantize`: a model in fewer bits, and what that cost."""
+"""`oasis quantize`: quantise a model, and measure the effect."""
 
 from __future__ import annotations
 
@@ -24,44 +24,54 @@ def quantize(
     scheme: Annotated[
         str, Option(help="w8a8-static, w8a8-static-linear, w8a8-dynamic, w4a8, w4a4 or w4a16.")
     ] = "w8a8-dynamic",
-    settings: Annotated[
+    scheme_option: Annotated[
         list[str] | None,
         Option(
-            "--set",
             metavar="NAME=VALUE",
-            help="Change the scheme: weight.bits=3, rotation=hadamard, ...; repeatable.",
+            help="Change an option of the scheme, such as weight.bits=3 or rotation=hadamard;"
+            " repeatable.",
         ),
     ] = None,
     simulate: Annotated[
         bool,
         Option(
             "--simulate",
-            help="Compute in floating point on the scheme's grids; without it, in integers.",
+            help="Simulate the quantisation in floating point; without it, use int8 kernels.",
         ),
     ] = False,
-    skip: Annotated[
+    ignore: Annotated[
         list[str] | None,
-        Option(metavar="PATTERN", help="Leave tensors out, as '*.down_proj'; repeatable."),
+        Option(
+            metavar="PATTERN",
+            help="Do not quantise targets that match PATTERN, such as '*.down_proj'; repeatable.",
+        ),
     ] = None,
     calibration: Annotated[
-        str, Option(help="A corpus by name, or a local text file, to calibrate on.")
+        str, Option(help="Corpus for calibration: a name, or a local text file.")
     ] = "stdlib",
-    calibration_split: Annotated[str, Option(help="Which split of it to read.")] = "train",
+    calibration_split: Annotated[str, Option(help="Split of the calibration corpus.")] = "train",
     evaluation: Annotated[
         str | None,
-        Option(help="The same to measure perplexity on; default, that corpus."),
+        Option(help="Corpus for perplexity. Default: the calibration corpus.", show_default=False),
     ] = None,
-    evaluation_split: Annotated[str, Option(help="Which split of it to read.")] = "test",
+    evaluation_split: Annotated[str, Option(help="Split of the evaluation corpus.")] = "test",
     window: Annotated[int, Option(help="Tokens per window.")] = 512,
     windows: Annotated[
         int,
-        Option(help="Windows to calibrate on, and to measure on, spread over each split."),
+        Option(
+            help="Maximum number of windows for calibration, and for perplexity. They are spread"
+            " over the split."
+        ),
     ] = 16,
-    costs: Annotated[
+    sensitivity: Annotated[
         str | None,
-        Option(help="Perplexity without and with only each kind, layer or site.", metavar="BY"),
+        Option(
+            help="Measure the perplexity with everything quantised except one group of tensors,"
+            " and with only that group. BY is kind, layer or target.",
+            metavar="BY",
+        ),
     ] = None,
-    seed: Annotated[int, Option(help="Of a rotation.")] = 0,
+    seed: Annotated[int, Option(help="Random seed of the rotation.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -69,29 +79,28 @@ def quantize(
 
     Example: [bold]oasis quantize smollm2 --scheme w4a4 --simulate --out small[/bold]
     """
-    from oasis_attn.errors import check_choice
-    from oasis_attn.quantization import schemes
-    from oasis_attn.quantization.checkpoint import quantize_checkpoint
+    from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
+    from oasis_attn.quantization.schemes import get_scheme
 
-    check_choice("scheme", scheme, schemes())
-    changes = dict(pair("--set", text) for text in settings or ())
+    options = dict(pair("--scheme-option", text) for text in scheme_option or ())
+    varied = get_scheme(scheme).with_options(options)
     with working(f"quantising {model}") as status:
         record = quantize_checkpoint(
             model,
             out,
-            scheme=schemes()[scheme].vary(changes),
+            scheme=varied,
             simulate=simulate,
-            skip=skip or (),
+            ignore=ignore or (),
             calibration=calibration,
             calibration_split=calibration_split,
             evaluation=evaluation,
             evaluation_split=evaluation_split,
             window=window,
             windows=windows,
-            costs=costs,
+            sensitivity=sensitivity,
             seed=seed,
             trust_remote_code=trust_remote_code,
-            tell=lambda what: status.update(escape(f"{model}: {what}")),
+            progress=lambda what: status.update(escape(f"{model}: {what}")),
         )
     if as_json:
         print(record.to_json())
@@ -99,8 +108,8 @@ def quantize(
         _show(record)
 
 
-def _left(sizes: dict[str, int]) -> Table:
-    """Weights that stay in floating point: those of all layers in one row."""
+def _float_weights(sizes: dict[str, int]) -> Table:
+    """The weights in floating point; the same weight of all layers is one row."""
     from oasis_attn.report import Table
 
     rows: dict[str, tuple[int, int]] = {}
@@ -109,8 +118,8 @@ def _left(sizes: dict[str, int]) -> Table:
         count, total = rows.get(kind, (0, 0))
         rows[kind] = count + 1, total + size
     return Table(
-        title="Weights left in floating point (embeddings and head aside)",
-        columns=("weight", "how many", "entries"),
+        title="Weights in floating point (without embeddings and head)",
+        columns=("weight", "count", "entries"),
         rows=tuple((kind, str(count), f"{total:,}") for kind, (count, total) in rows.items()),
     )
 
@@ -126,23 +135,23 @@ def _show(record: QuantizationRecord) -> None:
     rows.append(("size.quantized_share", "0", f"{record['size.quantized_share']:.4f}"))
     missed = record.rounded_to_nearest
     if missed:
-        rows.append(("layers that GPTQ had no tokens for", "", str(len(missed))))
+        rows.append(("layers without tokens for GPTQ", "", str(len(missed))))
     title = f"{record.model.name}: {record.scheme['name']}"
     print_table(Table(title=title, columns=("", "before", "after"), rows=tuple(rows)))
 
     if record.float_weights:
-        print_table(_left(record.float_weights))
+        print_table(_float_weights(record.float_weights))
     worst = sorted(
         record.each("quantization.activation_error"), key=lambda m: m.value, reverse=True
     )
     rows = [(m.where, f"{m.value:.3g}") for m in worst[:10]]
-    title = "Largest errors of activations, of their power"
+    title = "Layers with the largest activation quantisation error (relative MSE)"
     print_table(Table(title=title, columns=("tensor", "error"), rows=tuple(rows)))
     if "sensitivity" in record.tables:
-        columns = record.tables["sensitivity"]
         rows = [
             (group, f"{without:.5g}", f"{only:.5g}")
-            for group, without, only in zip(*columns.values(), strict=True)
+            for group, without, only in zip(*record.tables["sensitivity"].values(), strict=True)
         ]
-        title = "Perplexity by what is quantised"
-        print_table(Table(title=title, columns=("", "all but it", "it alone"), rows=tuple(rows)))
+        title = "Perplexity with all groups quantised but one, and with only that group"
+        columns = ("group", "all but this group", "only this group")
+        print_table(Table(title=title, columns=columns, rows=tuple(rows)))

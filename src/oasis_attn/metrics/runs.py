@@ -5,7 +5,7 @@ from __future__ import annotations
 from oasis_attn.metrics.definition import Definition
 
 _PROBLEMS = "`evaluate`: one prompt a problem; mean over problems, n problems"
-_SITES = "`quantize`: at each quantised site (`where`)"
+_TARGETS = "`quantize`: for each quantised target (`where`)"
 _PREFIX = "`prefix`: `where` is `before` or `after`: without the prefix, and with it"
 _STUDY = "`study`: the same model quantised by <scheme>; otherwise as the name before the @"
 
@@ -115,32 +115,32 @@ QUANTIZATION = (
         definition="|w^ - w|^2 / |w|^2 of a weight and its quantised form",
         unit="1",
         better="lower",
-        protocol=_SITES,
+        protocol=_TARGETS,
     ),
     Definition(
         name="quantization.activation_error",
         definition="|x^ - x|^2 / |x|^2 of activations and their quantised form",
         unit="1",
         better="lower",
-        protocol=f"{_SITES}; over all calibration windows, n windows",
+        protocol=f"{_TARGETS}; over all calibration windows, n windows",
     ),
     Definition(
         name="quantization.low",
         definition="lower end of a static range",
         unit="activation",
-        protocol=_SITES,
+        protocol=_TARGETS,
     ),
     Definition(
         name="quantization.high",
         definition="upper end of a static range",
         unit="activation",
-        protocol=_SITES,
+        protocol=_TARGETS,
     ),
     Definition(
         name="quantization.scale",
         definition="step of a static range's grid",
         unit="activation",
-        protocol=_SITES,
+        protocol=_TARGETS,
     ),
     Definition(
         name="size.bytes",

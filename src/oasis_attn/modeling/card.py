@@ -54,7 +54,7 @@ not listed are at their defaults.
 {settings}"""
 _NATIVE = "A `{family}` decoder of {parameters:,} parameters."
 _QUANTIZED = """\
-Quantised with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {sites}
+Quantised with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {targets}
 layers and tensors."""
 _PREFIX = """\
 Every input is read behind a stored prefix (tokens: {tokens}), whose keys and values are among the
@@ -137,7 +137,7 @@ def model_card(
         title = f"{title}, {scheme['name']}"
         facts.append(
             _QUANTIZED.format(
-                scheme=scheme["name"], arithmetic=stored.arithmetic, sites=len(stored.sites)
+                scheme=scheme["name"], arithmetic=stored.arithmetic, targets=len(stored.targets)
             )
         )
     if prefix := getattr(stored, "prefix", None):

@@ -1,11 +1,13 @@
-"""A prefix: the keys and values of a few tokens, in front of whatever a model reads.
+"""A prefix: stored keys and values of a few tokens before every sequence that a model reads.
 
-Every sequence attends to them as if the tokens stood before it, and they are computed no more: what
-is massive about a sink happened once, inside (CushionCache 2406.12016, PrefixQuant 2410.05265).
+Every sequence attends to them as if it started with these tokens, but the model does not compute
+the tokens again.  The massive activations of a sink occurred when the prefix was computed, and do
+not occur at inference time (CushionCache 2406.12016, PrefixQuant 2410.05265).
 
-Callers do not see it: masks, positions and logits are of their own tokens.  `save_pretrained`
-stores it with the weights (see `hf_quantizer`), and `from_pretrained` puts it back.  A copy in the
-subfolder `prefix` is a PEFT adapter of type `CARTRIDGE`, for the model without it.
+The prefix is invisible to callers: masks, positions and logits refer to their own tokens.
+`save_pretrained` stores it with the weights (see `prefix_storage`), and `from_pretrained` restores
+it.  The subfolder `prefix` has a copy as a PEFT adapter of type `CARTRIDGE`, for the model without
+prefix.
 
 Axes: L layers, G key heads, P prefix tokens, d head width; B batch, T tokens.
 """
@@ -33,8 +35,8 @@ from transformers.utils import ModelOutput, cached_file
 
 from oasis_attn.errors import UserError, one_line
 from oasis_attn.files import write_bytes, write_text
-from oasis_attn.modeling.hf_quantizer import prefix_quantizer
 from oasis_attn.modeling.packing import input_of, is_one_sequence
+from oasis_attn.modeling.prefix_storage import prefix_hf_quantizer
 
 FOLDER = "prefix"
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -43,11 +45,11 @@ _CONFIG, _WEIGHTS, _TENSOR = "adapter_config.json", "adapter_model.safetensors",
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefix:
-    """What every sequence finds before it.
+    """The keys and values of the prefix tokens.
 
     Attributes:
-        tokens: the P token ids that it was made from.
-        keys_LGPd, values_LGPd: rotated keys, and values, as a cache holds them.
+        tokens: the P token ids.
+        keys_LGPd, values_LGPd: keys (after the rotary embedding) and values, as in a cache.
     """
 
     tokens: tuple[int, ...]
@@ -58,11 +60,11 @@ class Prefix:
         return len(self.tokens)
 
     def describe(self) -> dict[str, Any]:
-        """Its tokens, and the shape of its keys and of its values, as JSON has them."""
+        """The tokens, and the shape of the keys and of the values, as JSON values."""
         return {"tokens": list(self.tokens), "shape": list(self.keys_LGPd.shape)}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a PEFT adapter: its config, and `[P, L * 2 * G * d]` numbers."""
+        """Write a PEFT adapter to `folder`: its config and a tensor `[P, L * 2 * G * d]`."""
         L, G, P, d = self.keys_LGPd.shape
         packed_LKGPd = torch.stack([self.keys_LGPd, self.values_LGPd], 1)
         flat = packed_LKGPd.permute(3, 0, 1, 2, 4).reshape(P, -1).detach().cpu().contiguous()
@@ -83,7 +85,7 @@ class Prefix:
 
     @classmethod
     def load(cls, config: str, weights: str) -> Prefix:
-        """Read the two files of `save`; `UserError` if they are broken or do not fit together."""
+        """Read the two files of `save`; `UserError` if they are broken or inconsistent."""
         try:
             about = json.loads(Path(config).read_text(encoding="utf-8"))
             heads, layers = about["num_attention_heads"], about["num_layers"]
@@ -93,16 +95,16 @@ class Prefix:
             packed_PLKGd = flat.view(len(tokens), layers, 2, heads, about["token_dim"] // heads)
         except (OSError, RuntimeError, SafetensorError, *_BROKEN) as error:
             raise UserError(
-                f"prefix: {str(weights)!r} is not a prefix of ours ({one_line(error)})"
+                f"prefix: {str(weights)!r} is not a prefix of oasis-attn ({one_line(error)})"
             ) from error
         if not flat.isfinite().all():
-            raise UserError(f"prefix: {str(weights)!r} has numbers that are not finite")
+            raise UserError(f"prefix: {str(weights)!r} holds NaN or infinity")
         keys, values = packed_PLKGd.permute(2, 1, 3, 0, 4).contiguous()
         return cls(tokens=tokens, keys_LGPd=keys, values_LGPd=values)
 
 
 def load_prefix(source: str | os.PathLike[str]) -> Prefix | None:
-    """The adapter in the subfolder `prefix` of `source` (a folder or hub id); None without one."""
+    """Load the adapter in the subfolder `prefix` of `source` (folder or Hub id), or None."""
     config, weights = (
         cached_file(
             source,
@@ -121,7 +123,10 @@ def load_prefix(source: str | os.PathLike[str]) -> Prefix | None:
 
 
 def copy_prefix(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """Write the prefix of `model` to `folder`/prefix as an adapter; remove one that it lacks."""
+    """Write the prefix of `model` to `folder`/prefix as an adapter.
+
+    If the model has no prefix, an adapter that is already there is removed.
+    """
     prefix = prefix_of(model)
     if prefix is not None:
         prefix.save(Path(folder) / FOLDER)
@@ -132,16 +137,18 @@ def copy_prefix(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
 
 @torch.no_grad()
 def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> Prefix:
-    """The keys and values of `tokens` as `model` computes them at the start of a sequence.
+    """Compute the keys and values of `tokens` at the start of a sequence.
 
     Raises:
-        UserError: no tokens, or some outside the vocabulary; a model that has a prefix already, or
-            one that does not keep the same keys and values `[G, P, d]` in every layer.
+        UserError: there are no tokens, or some are outside the vocabulary; the model already has a
+            prefix, or the keys and values do not have the same shape `[G, P, d]` in every layer.
     """
-    _check_none(model)
+    _check_no_prefix(model)
     size = model.config.get_text_config(decoder=True).vocab_size
     if not tokens or not all(0 <= token < size for token in tokens):
-        raise UserError(f"tokens: {list(tokens)} is not one or more ids in 0 .. {size - 1}")
+        raise UserError(
+            f"tokens: {list(tokens)} is not a list of one or more ids in 0 .. {size - 1}"
+        )
     decoder: Any = model.get_decoder()
     training = model.training
     cache = DynamicCache(config=decoder.config.get_text_config(decoder=True))
@@ -156,59 +163,59 @@ def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> Prefix:
     shape = (shapes.pop() if len(shapes) == 1 else None) or ()
     if len(shape) != 4 or shape[2] != len(tokens):
         raise UserError(
-            f"model: family {model.config.model_type!r} does not keep keys and values of one shape"
-            f" for all {len(tokens)} tokens in every layer; it can have no such prefix"
+            f"model: family {model.config.model_type!r} cannot have a prefix, because its layers do"
+            f" not all cache keys and values of the same shape for all {len(tokens)} tokens"
         )
     keys, values = (torch.cat(part) for part in zip(*pairs, strict=True))
     return Prefix(tokens=tuple(tokens), keys_LGPd=keys, values_LGPd=values)
 
 
 def with_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
-    """A copy of `model` that reads everything behind `prefix`; see `attach_prefix`.
+    """Return a copy of `model` with `prefix`; see `attach_prefix`.
 
-    It shares all tensors with `model`: train one, and the other changes.
+    The copy shares all tensors with `model`, so that training one changes the other.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return attach_prefix(copy.deepcopy(model, shared), prefix)
 
 
 def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
-    """Let `model` read everything behind `prefix` from now on, and save it along; returns `model`.
+    """Attach `prefix` to `model` in place, so that every sequence attends to it; returns `model`.
 
-    Logits are those of the tokens standing before the input, in forward passes of the model, its
-    base and in `generate` with caches that grow; with left padding and labels as without a prefix.
-    A cache's `get_seq_length` leaves the prefix out for the caller, so that the next turn can go on
-    from it.  A layer with a sliding window forgets the prefix as it forgets tokens (padding
-    counts).
+    Forward passes of the model and of its base model, and `generate` with growing caches, give the
+    logits that the model computes if the prefix tokens precede the input.  Left padding and labels
+    work as without a prefix.  For the caller, `get_seq_length` of a cache does not count the
+    prefix, so that generation can continue from a returned cache.  In layers with a sliding window,
+    the prefix leaves the window as tokens do (padding counts).  `save_pretrained` saves the prefix.
 
     Raises:
-        UserError: a prefix of another model, or a model that has one or that another library
-            quantised.  In forward passes: a cache of fixed size, of another batch size or filled
-            without the prefix, a mask that is not [B, T so far], packed sequences, and activation
-            checkpointing, which drops all that is cached.
+        UserError: the prefix belongs to another model, or the model already has a prefix or was
+            quantised by another library.  In forward passes: a cache of fixed size, of another
+            batch size or filled without the prefix, a mask that is not [B, tokens so far], packed
+            sequences, and activation checkpointing, which does not support caches.
     """
-    _check_none(model)
+    _check_no_prefix(model)
     text = model.config.get_text_config(decoder=True)
     heads = {getattr(text, "num_key_value_heads", None), text.num_attention_heads}
     L, G, P, _ = prefix.keys_LGPd.shape
     if text.num_hidden_layers < L or G not in heads:
         raise UserError(
-            f"prefix: is for {L} layers of {G} key heads, this model has {text.num_hidden_layers}"
-            " layers or other heads; it is another model's"
+            f"prefix: it has {L} layers of {G} key heads, but the model has"
+            f" {text.num_hidden_layers} layers or other heads; it belongs to another model"
         )
-    reach = getattr(text, "max_position_embeddings", None)
-    if reach is not None and reach <= P:
-        raise UserError(f"prefix: its {P} tokens leave no room in the model's {reach} positions")
-    prefix_quantizer(model).quantization_config.prefix = prefix.describe()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and positions <= P:
+        raise UserError(f"prefix: it has {P} tokens, but the model has only {positions} positions")
+    prefix_hf_quantizer(model).quantization_config.prefix = prefix.describe()
     decoder: Any = model.get_decoder()
     decoder.add_module("kv_prefix", _Store(prefix, model))
-    decoder.register_forward_pre_hook(_put_in_front, with_kwargs=True)
-    decoder.register_forward_hook(_withdraw_cache, with_kwargs=True)
+    decoder.register_forward_pre_hook(_prepend_prefix, with_kwargs=True)
+    decoder.register_forward_hook(_restore_cache, with_kwargs=True)
     return model
 
 
 def prefix_of(model: PreTrainedModel) -> Prefix | None:
-    """The prefix that `model` reads everything behind; None if there is none."""
+    """The prefix of `model`; None if there is none."""
     store: Any = getattr(model.get_decoder(), "kv_prefix", None)
     if store is not None:
         return Prefix(tokens=store.tokens, keys_LGPd=store.keys, values_LGPd=store.values)
@@ -219,7 +226,7 @@ def prefix_of(model: PreTrainedModel) -> Prefix | None:
 def prefix_replaced(
     model: PreTrainedModel, keys_LGPd: Tensor, values_LGPd: Tensor
 ) -> Iterator[None]:
-    """While open, `model` reads behind these, which may need gradients."""
+    """Inside the context, `model` uses these keys and values, which may require gradients."""
     store: Any = model.get_decoder().kv_prefix
     before, store.keys, store.values = (store.keys, store.values), keys_LGPd, values_LGPd
     try:
@@ -229,7 +236,7 @@ def prefix_replaced(
 
 
 class _Store(nn.Module):
-    """The prefix as part of a model: it goes with it to devices and dtypes, not to its state."""
+    """The prefix as a module: it moves to the model's device and dtype, but is not in its state."""
 
     def __init__(self, prefix: Prefix, model: PreTrainedModel) -> None:
         super().__init__()
@@ -237,7 +244,7 @@ class _Store(nn.Module):
         for name, x in (("keys", prefix.keys_LGPd), ("values", prefix.values_LGPd)):
             self.register_buffer(name, x.to(model.device, model.dtype), persistent=False)
 
-    def extra_repr(self) -> str:  # which tells models apart that state_dict() does not
+    def extra_repr(self) -> str:  # a hash, because `state_dict()` does not contain the prefix
         numbers = torch.stack([*self.buffers()]).float().cpu().numpy()
         return f"tokens={self.tokens}, sha256={hashlib.sha256(numbers.tobytes()).hexdigest()}"
 
@@ -249,40 +256,46 @@ class _Store(nn.Module):
         cache.get_query_offset = MethodType(_query_offset, cache)  # type: ignore[method-assign]
 
 
-# Methods of a cache that holds a prefix; bound, so that a copied cache uses its own.
+# Methods of a cache with a prefix.  They are bound to it, so that a copied cache uses its own.
 
 
 def _length(cache: Any, layer_idx: int = 0) -> int:
-    """Tokens in the cache: for the decoder all of them, for its caller all but the prefix."""
+    """The number of tokens in the cache; outside the decoder, prefix tokens do not count."""
     length: int = type(cache).get_seq_length(cache, layer_idx)
     return length if cache.in_decoder or not length else length - len(cache.kv_prefix)
 
 
 def _query_offset(cache: Any, layer_idx: int = 0) -> int:
-    """As transformers', which asks for it within a decoder only."""
+    """The method of transformers, which calls it inside a decoder only."""
     if not cache.in_decoder:
-        raise UserError("past_key_values: it holds a prefix, and this model has none")
+        raise UserError(
+            "past_key_values: it was filled by a model with a prefix, but this model has none"
+        )
     return _length(cache, layer_idx)
 
 
-# Module-level functions that find the prefix on the module: a copied model uses its own.
+# Module-level functions that find the prefix on the module, so that a copied model uses its own.
 
 
-def _put_in_front(
+def _prepend_prefix(
     module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the decoder is to be given instead, so that the prefix stands before it."""
+    """Change the arguments of the decoder so that the prefix precedes the input."""
     store: Any = module.kv_prefix
     if len(args) > 1:
-        raise UserError("arguments: behind a prefix, all but input_ids must be given by name")
+        raise UserError(
+            "arguments: in a model with a prefix, all except input_ids must be given by name"
+        )
     if module.training and getattr(module, "is_activation_checkpointing", False):
-        raise UserError("activation_checkpointing: it drops the prefix; switch it off")
+        raise UserError("activation_checkpointing: it does not work with a prefix; disable it")
     batch, fresh = input_of(args, kwargs).shape[:2]
     cache: Any = kwargs.get("past_key_values")
     if cache is None:
         cache = DynamicCache(config=module.config.get_text_config(decoder=True))
     elif getattr(cache, "is_compileable", False):
-        raise UserError(f"past_key_values: {type(cache).__name__} has no room left for the prefix")
+        raise UserError(
+            f"past_key_values: {type(cache).__name__} has a fixed size and cannot hold a prefix"
+        )
     length, held = len(store.tokens), type(cache).get_seq_length(cache)
     if held == 0:
         store.fill(cache, batch)
@@ -291,37 +304,35 @@ def _put_in_front(
         raise UserError("past_key_values: it was filled without this model's prefix")
     past, filled = held - length, len(cache.layers[0].keys)
     if past < 0:
-        raise UserError(f"past_key_values: {-past} tokens of the prefix were cropped from it")
+        raise UserError(f"past_key_values: {-past} tokens of the prefix were removed from it")
     if filled != batch:
-        raise UserError(f"past_key_values: holds {filled} sequences, the input {batch}")
+        raise UserError(f"past_key_values: it has {filled} sequences, but the input has {batch}")
     own = past + fresh
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     kwargs = kwargs | {"past_key_values": cache}
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.shape != (batch, own):
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UserError(f"attention_mask: {found} is not [{batch}, {own}], the prefix left out")
+            raise UserError(f"attention_mask: {found} is not [{batch}, {own}] (without prefix)")
         kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, length), mask], 1)
     if positions is not None:
         counted = torch.arange(past, own, device=positions.device)
         if mask is None and not bool((positions == counted).all()):
             raise UserError(
-                f"position_ids: without a mask they must be {past} .. {own - 1}, the prefix"
-                " left out; packed sequences cannot all stand behind it"
+                f"position_ids: without a mask they must be {past} .. {own - 1} (without prefix);"
+                " packed sequences cannot have a prefix"
             )
         if mask is not None and fresh > 1 and not is_one_sequence(positions, mask):
-            raise UserError(
-                "position_ids: they restart; packed sequences cannot all stand behind a prefix"
-            )
+            raise UserError("position_ids: they restart, but packed sequences cannot have a prefix")
         kwargs["position_ids"] = positions + length
     cache.in_decoder = True
     return args, kwargs
 
 
-def _withdraw_cache(
+def _restore_cache(
     module: PreTrainedModel, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
-    """Without `use_cache`, none is handed back; otherwise its length is the caller's again."""
+    """Hide the prefix from the caller again; return no cache if the caller asked for none."""
     kwargs["past_key_values"].in_decoder = False
     wanted = kwargs.get("use_cache")
     if wanted is None:
@@ -331,6 +342,6 @@ def _withdraw_cache(
     return output
 
 
-def _check_none(model: PreTrainedModel) -> None:
+def _check_no_prefix(model: PreTrainedModel) -> None:
     if prefix_of(model) is not None:
-        raise UserError("model: it has a prefix already; give the model without it")
+        raise UserError("model: it already has a prefix; use the model without it")

@@ -1,6 +1,7 @@
-"""Quantise a model: schemes as data, simulated at any width, or in integers through torchao.
+"""Quantise a model with a scheme: simulated at 2 to 8 bits, or in int8 through torchao.
 
-What needs transformers is imported on first use, for `saved` is imported while transformers is.
+Modules that need transformers are imported on first use, because `hf_quantizer` is imported while
+transformers itself is being imported.
 """
 
 from __future__ import annotations
@@ -8,36 +9,36 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from oasis_attn.quantization.grids import Grid
+from oasis_attn.quantization.primitives import QuantSpec
 from oasis_attn.quantization.schemes import Scheme, schemes
 
-if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
+if TYPE_CHECKING:  # for type checkers: the names that `__getattr__` imports
     from oasis_attn.quantization.kv_cache import QuantizedCache
-    from oasis_attn.quantization.simulate import quantize, quantized_sites, scheme_sites
+    from oasis_attn.quantization.simulate import quantize, quantized_modules, scheme_targets
     from oasis_attn.quantization.sites import linear_sites, tensor_sites
 
 _HOMES = {
     "QuantizedCache": "oasis_attn.quantization.kv_cache",
     "linear_sites": "oasis_attn.quantization.sites",
     "quantize": "oasis_attn.quantization.simulate",
-    "quantized_sites": "oasis_attn.quantization.simulate",
-    "scheme_sites": "oasis_attn.quantization.simulate",
+    "quantized_modules": "oasis_attn.quantization.simulate",
+    "scheme_targets": "oasis_attn.quantization.simulate",
     "tensor_sites": "oasis_attn.quantization.sites",
 }
 
 __all__ = [
-    "Grid",
+    "QuantSpec",
     "QuantizedCache",
     "Scheme",
     "linear_sites",
     "quantize",
-    "quantized_sites",
-    "scheme_sites",
+    "quantized_modules",
+    "scheme_targets",
     "schemes",
     "tensor_sites",
 ]
 
-if not TYPE_CHECKING:  # to type checkers it would say that every name exists
+if not TYPE_CHECKING:  # type checkers would conclude that every name exists
 
     def __getattr__(name: str):
         if name in _HOMES:

@@ -1,4 +1,4 @@
-"""What a cast of a model leaves in its own precision."""
+"""Buffers whose dtype does not change when a model is cast."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 
-class KeepsPrecision(nn.Module):
-    """Its buffers `kept` define the grid of what is quantised; no cast changes their dtype."""
+class FixedPrecisionModule(nn.Module):
+    """A module whose `fixed_buffers` hold quantisation parameters; casts keep their dtype."""
 
-    kept: ClassVar[tuple[str, ...]]
+    fixed_buffers: ClassVar[tuple[str, ...]]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        return apply_keeping(self, self.kept, fn, recurse)
+        return apply_keeping_dtype(self, self.fixed_buffers, fn, recurse)
 
 
-def apply_keeping(
+def apply_keeping_dtype(
     module: nn.Module,
     names: Iterable[str],
     function: Callable[[Tensor], Tensor],
     recurse: bool = True,
 ) -> nn.Module:
-    """`nn.Module._apply`, which casts and moves, but the buffers `names` keep their dtype."""
+    """`nn.Module._apply`, which casts and moves a module, but the buffers `names` keep their dtype.
+
+    They are moved to the new device.
+    """
     before = {name: getattr(module, name) for name in names}
     nn.Module._apply(module, function, recurse)
     for name, buffer in before.items():
@@ -35,9 +38,10 @@ def apply_keeping(
 
 
 def guard_computed_buffers(model: nn.Module) -> None:
-    """Let casts of `model` leave the buffers that loading computes anew as loading makes them.
+    """Make casts of `model` treat buffers that are not saved as loading treats them.
 
-    Rotary frequencies keep their precision.  Casts of others are noted: see `changed_by_cast`.
+    Loading computes these buffers again.  Rotary frequencies therefore keep their dtype in a cast.
+    A cast of any other such buffer is recorded, see `changed_by_cast`.
     """
     stored = model.state_dict().keys()
     for path, module in model.named_modules():
@@ -47,25 +51,25 @@ def guard_computed_buffers(model: nn.Module) -> None:
             if buffer.is_floating_point() and name not in stored
         }
         names = {name.removeprefix(f"{path}.") for name in computed}
-        if names and not path.endswith("kv_prefix"):  # which is stored, see `hf_quantizer`
+        if names and not path.endswith("kv_prefix"):  # `prefix_storage` saves the prefix
             rotary = {name for name in names if "inv_freq" in name}
-            vars(module)["_apply"] = partial(_apply_noting, module, rotary, names - rotary)
+            vars(module)["_apply"] = partial(_apply_recording, module, rotary, names - rotary)
 
 
 def changed_by_cast(module: nn.Module) -> str | None:
-    """The name of a buffer of `module` that loading would compute anew and that a cast changed."""
+    """The name of an unsaved buffer of `module` whose dtype a cast changed; None without one."""
     return getattr(module, "_changed_by_cast", None)
 
 
-def _apply_noting(
+def _apply_recording(
     module: nn.Module,
-    kept: set[str],
-    noted: set[str],
+    fixed: set[str],
+    recorded: set[str],
     function: Callable[[Tensor], Tensor],
     recurse: bool = True,
 ) -> nn.Module:
-    before = {name: getattr(module, name).dtype for name in noted}
-    apply_keeping(module, kept, function, recurse)
+    before = {name: getattr(module, name).dtype for name in recorded}
+    apply_keeping_dtype(module, fixed, function, recurse)
     for name, dtype in before.items():
         if getattr(module, name).dtype != dtype:
             vars(module)["_changed_by_cast"] = name

@@ -1,7 +1,7 @@
-"""How much of a model is quantised: which share of its weights, and which weights are not.
+"""How much of a model is quantised: the share of quantised weights, and the weights in float.
 
-Weights are parameters of two or more dimensions.  By convention embeddings are left out, and so is
-an output head that is not quantised.
+Weights are parameters of two or more dimensions.  Embeddings do not count, nor does an output head
+that is not quantised.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from oasis_attn.quantization.linear import QuantizedLinear
 
 
 def quantized_share(model: PreTrainedModel) -> float:
-    """Entries of quantised weights over entries of all weights."""
+    """The number of entries of quantised weights divided by that of all weights."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     quantized = sum(math.prod(layer.shape) for layer in layers)
     return quantized / (quantized + sum(float_weights(model).values()))
 
 
 def float_weights(model: PreTrainedModel) -> dict[str, int]:
-    """Entries of each weight that stays in floating point, by the parameter's name."""
+    """The number of entries of each weight in floating point, by parameter name."""
     output = model.get_output_embeddings()
     return {
         f"{name}.{own}": parameter.numel()
@@ -34,7 +34,7 @@ def float_weights(model: PreTrainedModel) -> dict[str, int]:
 
 
 def rounded_to_nearest(model: PreTrainedModel) -> list[str]:
-    """The layers of a GPTQ scheme that no calibration token reached: experts; see `gptq`."""
+    """The layers (experts) of a GPTQ scheme that no calibration token reached; see `gptq`."""
     return [
         name
         for name, module in model.named_modules()

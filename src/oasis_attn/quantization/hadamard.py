@@ -1,4 +1,4 @@
-"""Hadamard matrices: entries +-1, rows orthogonal.  Orders by Paley (1933) and Sylvester (1867)."""
+"""Hadamard matrices: entries +-1 and orthogonal rows (constructions of Paley and Sylvester)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_order(n: int) -> bool:
-    """Whether `hadamard(n)` knows a matrix: 1, 2, q + 1, 2 (q + 1) of a prime q, and doubles."""
+    """Whether `hadamard(n)` exists: n is 1, 2, q + 1 or 2 (q + 1) for a prime q, times 2^k."""
     return n in (1, 2) or _paley_prime(n) > 0 or (n % 2 == 0 and is_order(n // 2))
 
 
@@ -17,7 +17,7 @@ def is_order(n: int) -> bool:
 def hadamard(n: int) -> Tensor:
     """A Hadamard matrix H, `[n, n]` float64: H H^T = n; `ValueError` unless `is_order(n)`.
 
-    It is on the CPU, in a context of another device too: it is made once for all.
+    It is always on the CPU, whatever the default device is, because it is cached.
     """
     with torch.device("cpu"):
         return _matrix(n)
@@ -40,7 +40,7 @@ def _matrix(n: int) -> Tensor:
 
 
 def _bordered(q: int, sign: int) -> Tensor:
-    """S `[q + 1, q + 1]`: Jacobsthal's matrix of quadratic characters, bordered by ones."""
+    """S `[q + 1, q + 1]`: the Jacobsthal matrix (quadratic characters) with a border of ones."""
     character = torch.full((q,), -1.0, dtype=torch.float64)
     character[torch.arange(1, q) ** 2 % q] = 1.0
     character[0] = 0.0
@@ -53,7 +53,7 @@ def _bordered(q: int, sign: int) -> Tensor:
 
 
 def _paley_prime(n: int) -> int:
-    """The prime q of a Paley construction of order n, 0 if there is none."""
+    """The prime q of the Paley construction of order n; 0 if there is none."""
     if n % 4 == 0 and _is_prime(n - 1):  # q = 3 mod 4
         return n - 1
     half = n // 2

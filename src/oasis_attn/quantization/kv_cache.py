@@ -1,9 +1,10 @@
-"""A key-value cache in few bits (InnerQ, 2602.23200): what is old is quantised, both ends are not.
+"""A quantised key-value cache (InnerQ, 2602.23200).
 
-The first tokens, where sinks are, and the last ones stay as they came.  What lies between is cut
-into groups of 32 numbers along the axis that attention sums over: keys along the width of a head,
-values along the tokens.  Every group takes the symmetric or the asymmetric grid, whichever moves it
-less (L1).  Keys are divided by sqrt(max_t |K|), channel by channel, before, and multiplied after.
+The first tokens, which contain the attention sinks, and the most recent tokens are not quantised.
+The tokens between them are quantised in groups of 32 numbers along the axis that attention sums
+over: keys along the width of a head, values along the tokens.  Each group uses symmetric or
+asymmetric quantisation, whichever has the smaller L1 error.  Before quantisation, each channel of
+the keys is divided by sqrt(max_t |K|); the division is undone when keys are read.
 
 Axes: B batch, G key heads, T tokens, d head width, N groups, n = 32 numbers of a group.
 """
@@ -19,8 +20,8 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from oasis_attn.errors import UserError, check_whole
-from oasis_attn.quantization.grids import Grid, Levels, place, snap
-from oasis_attn.quantization.ranges import finite_range
+from oasis_attn.quantization.observers import finite_range
+from oasis_attn.quantization.primitives import QParams, QuantSpec, compute_qparams, fake_quantize
 
 GROUP = 32
 FIRST, RECENT = 32, 96
@@ -28,24 +29,25 @@ BITS = (2, 4, 8)
 
 
 class QuantizedCache(Cache):
-    """A cache to be given to `generate` or a forward pass as `past_key_values`.
+    """A cache for `generate` or a forward pass, passed as `past_key_values`.
 
-    What a pass brings is attended to as it came in that very pass; from the next one on, what is
-    neither among the first tokens nor the last is read from its quantised form.  Codes are packed:
-    4 bits are half a byte.  No kernel reads them, and they are unpacked in every pass: the cache is
-    small, not fast.
+    A forward pass attends to the exact keys and values of its own tokens.  Later passes read the
+    quantised ones, except for the first and the most recent tokens.  Codes are packed: a 4-bit code
+    takes half a byte.  They are unpacked in every pass, because there is no kernel that reads
+    packed codes: the cache saves memory, not time.
 
-    Padding counts among the first tokens, so that rows are best not padded on the left.
+    Padding counts as tokens at the start; avoid left padding.
 
     Args:
-        config: of the model.
+        config: config of the model.
         bits: 2, 4 or 8.
-        first: tokens at the start that are kept as they are.
-        recent: the least number of last tokens that are; at most 31 more are.
+        first: number of tokens at the start that are not quantised.
+        recent: minimum number of most recent tokens that are not quantised; up to 31 more are not.
 
     Raises:
-        UserError: other bits, negative lengths, a head width that 32 does not divide, layers that
-            are not of full attention; in a pass: keys or values that are not finite.
+        UserError: another number of bits, negative lengths, a head width that is not a multiple of
+            32, or layers without full attention; in a forward pass: keys or values that are not
+            finite.
     """
 
     def __init__(
@@ -63,80 +65,87 @@ class QuantizedCache(Cache):
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             others = ", ".join(sorted(kinds - {"full_attention"}))
-            raise UserError(f"config: layers of {others} have no quantised cache")
+            raise UserError(
+                f"config: it has layers of type {others}; only full_attention can be quantised"
+            )
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if width % GROUP:
-            raise UserError(f"config: {GROUP} does not divide its head width of {width}")
+            raise UserError(f"config: its head width of {width} is not a multiple of {GROUP}")
         layers: list[Any] = [_Layer(bits, first, recent) for _ in range(text.num_hidden_layers)]
         super().__init__(layers=layers)
 
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
+        """The size of the cache in bytes."""
         return sum(layer.nbytes() for layer in self.layers if isinstance(layer, _Layer))
 
 
 def check_bits(bits: int) -> None:
-    """Raise `UserError` unless a cache can have so many."""
+    """Raise `UserError` unless `bits` is a supported number of bits."""
     if isinstance(bits, bool) or bits not in BITS:
         raise UserError(f"bits: {bits!r} is not one of {', '.join(map(str, BITS))}")
 
 
-def check_reached(window: int) -> None:
-    """Raise `UserError` if a window is too short for any of its tokens to be quantised."""
+def check_window(window: int) -> None:
+    """Raise `UserError` if a window is so short that none of its tokens would be quantised."""
     if window < (least := FIRST + RECENT + GROUP):
         raise UserError(
-            f"window: {window} tokens stay as they are in a quantised cache, which keeps the first"
-            f" {FIRST} and the last {RECENT}; take at least {least}"
+            f"window: {window} tokens are too few for a quantised cache, which does not quantise"
+            f" the first {FIRST} and the last {RECENT} tokens; use at least {least}"
         )
 
 
 class Packed(NamedTuple):
-    """Groups [..., N, n] in few bits: codes uint8 [..., N, n * bits / 8], two tensors [..., N, 1].
+    """Quantised groups [..., N, n].
 
-    A code c stands for scale * (c + lowest); scale has the data's dtype, lowest int16.
+    `codes` is uint8 [..., N, n * bits / 8]; `scale`, in the dtype of the data, and `quant_min`,
+    int16, are [..., N, 1].  A code c stands for scale * (c + quant_min).
     """
 
     codes: Tensor
     scale: Tensor
-    lowest: Tensor
+    quant_min: Tensor
 
 
 def pack(x: Tensor, bits: int) -> Packed:
-    """Quantise `x` [..., N, n], floating and finite, each group on the better of two grids."""
+    """Quantise `x` [..., N, n], finite, each group symmetrically or asymmetrically (see above)."""
     low, high = finite_range(x, "past_key_values")
-    choices = [place(low, high, Grid(bits=bits, symmetric=way)) for way in (True, False)]
-    errors = [(snap(x, levels) - x).abs().sum(-1, keepdim=True) for levels in choices]
-    worse = errors[1] < errors[0]
-    levels = Levels(*(torch.where(worse, b, a) for a, b in zip(*choices, strict=True)))
-    level = (x / levels.scale).round().clamp(levels.lowest, levels.highest)
-    codes = (level - levels.lowest).to(torch.uint8)
+    choices = [
+        compute_qparams(low, high, QuantSpec(bits=bits, symmetric=flag)) for flag in (True, False)
+    ]
+    errors = [(fake_quantize(x, qparams) - x).abs().sum(-1, keepdim=True) for qparams in choices]
+    asymmetric = errors[1] < errors[0]
+    qparams = QParams(*(torch.where(asymmetric, b, a) for a, b in zip(*choices, strict=True)))
+    signed = (x / qparams.scale).round().clamp(qparams.quant_min, qparams.quant_max)
+    codes = (signed - qparams.quant_min).to(torch.uint8)
     parts = codes.unflatten(-1, (-1, 8 // bits))
     packed = torch.zeros_like(parts[..., 0])
-    for place_in_byte, part in enumerate(parts.unbind(-1)):
-        packed |= part << place_in_byte * bits
-    return Packed(packed, levels.scale.to(x.dtype), levels.lowest.to(torch.int16))
+    for position, part in enumerate(parts.unbind(-1)):
+        packed |= part << position * bits
+    return Packed(packed, qparams.scale.to(x.dtype), qparams.quant_min.to(torch.int16))
 
 
 def unpack(packed: Packed, bits: int) -> Tensor:
-    """What `pack` made, [..., N, n] in the scale's dtype."""
+    """The values that `pack` quantised, [..., N, n] in the dtype of the scale."""
     shifts = range(0, 8, bits)
     codes = torch.stack([packed.codes >> shift & 2**bits - 1 for shift in shifts], -1).flatten(-2)
-    return (codes + packed.lowest).to(packed.scale.dtype) * packed.scale
+    return (codes + packed.quant_min).to(packed.scale.dtype) * packed.scale
 
 
 class _Layer(DynamicLayer):
-    """`keys` and `values` [B, G, t, d] hold what is exact: the first tokens, then the last ones."""
+    """`keys` and `values` [B, G, t, d] hold the exact tokens: the first, then the most recent."""
 
     def __init__(self, bits: int, first: int, recent: int) -> None:
         super().__init__()
         self.bits, self.first, self.recent = bits, first, recent
-        self.norm: Tensor | None = None  # [B, G, 1, d], sqrt(max_t |K|) of the first that went
-        self.packed: list[Packed] = []  # of keys [B, G, T, N, n], of values [B, G, T / n, d, n]
+        self.norm: Tensor | None = (
+            None  # [B, G, 1, d], sqrt(max_t |K|) of the first quantised tokens
+        )
+        self.packed: list[Packed] = []  # keys [B, G, T, N, n] and values [B, G, T / n, d, n]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        old = self._old()
+        old = self._dequantized()
         exact = super().update(key_states, value_states, *args, **kwargs)
         whole = exact
         if old is not None:
@@ -145,17 +154,17 @@ class _Layer(DynamicLayer):
                 torch.cat([x[..., : self.first, :], between, x[..., self.first :, :]], -2)
                 for x, between in parts
             )
-        self._retire()
+        self._quantize_old_tokens()
         return whole
 
-    def _old(self) -> tuple[Tensor, Tensor] | None:
+    def _dequantized(self) -> tuple[Tensor, Tensor] | None:
         if self.norm is None:
             return None
         keys, values = (unpack(part, self.bits) for part in self.packed)
         return keys.flatten(-2) * self.norm, values.mT.flatten(2, 3)
 
-    def _retire(self) -> None:
-        """Quantise whole groups of tokens that are no longer among the last."""
+    def _quantize_old_tokens(self) -> None:
+        """Quantise the complete groups of tokens that are no longer among the most recent."""
         assert self.keys is not None
         assert self.values is not None
         count = (self.keys.shape[-2] - self.first - self.recent) // GROUP * GROUP
@@ -189,12 +198,12 @@ class _Layer(DynamicLayer):
         self.norm, self.packed = None, []
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As transformers', of exact tokens only."""
+        """Remove tokens from the end; only exact tokens can be removed."""
         assert self.keys is not None
         if self.packed and -tokens_to_remove > (held := self.keys.shape[-2] - self.first):
             raise UserError(
-                f"past_key_values: {-tokens_to_remove} tokens are to be taken back, but only the"
-                f" last {held} are kept as they came"
+                f"past_key_values: cannot remove {-tokens_to_remove} tokens; only the last {held}"
+                " are not quantised"
             )
         super().crop(tokens_to_remove)
 
@@ -208,7 +217,7 @@ class _Layer(DynamicLayer):
         self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change every tensor that is kept, all [B, ...]."""
+        """Apply `change` to every stored tensor, all [B, ...]."""
         if not self.is_initialized:
             return
         assert self.keys is not None

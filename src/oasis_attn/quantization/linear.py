@@ -1,4 +1,4 @@
-"""A linear layer on a grid, and its form on disk: whole numbers and scales."""
+"""A quantised linear layer, and its form on disk: integer codes and scales."""
 
 from __future__ import annotations
 
@@ -12,34 +12,39 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.casts import KeepsPrecision
-from oasis_attn.quantization.grids import snap, to_blocks
-from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer, find_levels
-from oasis_attn.quantization.saved import CODES
+from oasis_attn.quantization.casts import FixedPrecisionModule
+from oasis_attn.quantization.hf_quantizer import CODES
+from oasis_attn.quantization.primitives import fake_quantize, to_blocks
+from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer, observe_qparams
 from oasis_attn.quantization.schemes import Scheme
 
 
-class QuantizedLinear(KeepsPrecision, nn.Linear):
-    """A linear layer whose weight lies on a grid and whose input is quantised on its way in.
+class QuantizedLinear(FixedPrecisionModule, nn.Linear):
+    """A linear layer with a quantised weight that quantises its input.
+
+    The constructor makes a layer without a weight; `from_linear` makes one with the quantised
+    weight of `linear`.
 
     Args:
-        linear: the layer it stands for; its bias is shared, its weight is read and left alone.
-        scheme: grids and estimator.
-        site: how error messages call the layer.
+        linear: the layer to replace.  Its bias is shared; its weight is only read.
+        scheme: formats and observer.
+        name: error messages call the layer by this name.
 
     Attributes:
-        weight_scale, weight_lowest: the weight's grid, one entry per block (see `grids.Levels`).
-        input_transform: runs on the input before its quantiser; None where nothing does.
-        rounding: of the weight, as in `Scheme`; `nearest` too where GPTQ had no tokens to go by.
-        weight_error: |w^ - w|^2 / |w|^2 of the rounding; NaN in a model that was loaded.
-        input_quantizer: the input's, `nn.Identity` where it is left as it is.
+        weight_scale, weight_quant_min: the weight's quantisation parameters, one entry per block
+            (see `primitives.QParams`).
+        input_transform: a module that is applied to the input before quantisation, or None.
+        rounding: how the weight was rounded, as in `Scheme`.  It is `nearest` in a GPTQ scheme if
+            no calibration token reached the layer.
+        weight_error: |w^ - w|^2 / |w|^2; NaN in a model that was loaded.
+        input_quantizer: the quantiser of the input; `nn.Identity` if the input is not quantised.
     """
 
-    kept = ("weight_scale", "weight_lowest")
+    fixed_buffers = ("weight_scale", "weight_quant_min")
     weight_scale: Tensor
-    weight_lowest: Tensor
+    weight_quant_min: Tensor
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme, *, site: str) -> None:
+    def __init__(self, linear: nn.Linear, scheme: Scheme, *, name: str) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.scheme, self.rounding, self.weight_error = scheme, scheme.rounding, math.nan
         self.bias = linear.bias
@@ -48,50 +53,56 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
         self.input_quantizer: nn.Module = nn.Identity()
         if scheme.activation is not None and scheme.static:
             self.input_quantizer = StaticQuantizer(
-                scheme.activation, estimator=scheme.estimator, site=f"{site}.input"
+                scheme.activation, observer=scheme.observer, name=f"{name}.input"
             )
         elif scheme.activation is not None:
-            self.input_quantizer = DynamicQuantizer(scheme.activation, site=f"{site}.input")
+            self.input_quantizer = DynamicQuantizer(scheme.activation, name=f"{name}.input")
 
     @classmethod
-    def rounded(
-        cls, linear: nn.Linear, scheme: Scheme, *, site: str, weight: Tensor | None = None
+    def from_linear(
+        cls, linear: nn.Linear, scheme: Scheme, *, name: str, gptq_weight: Tensor | None = None
     ) -> QuantizedLinear:
-        """With the linear layer's weight, or another on its grid, moved to the nearest levels."""
-        self, own, name = cls(linear, scheme, site=site), linear.weight.detach(), f"{site}.weight"
-        self.rounding = "nearest" if weight is None else scheme.rounding
-        levels = find_levels(own, scheme.weight, estimator=scheme.estimator, site=name)
-        blocks = to_blocks(own if weight is None else weight, scheme.weight, name)
-        rounded = snap(blocks, levels).reshape(own.shape).contiguous()
-        moved, size = (
-            torch.linalg.vector_norm(x, dtype=torch.float64) for x in (rounded - own, own)
+        """A layer with the quantised weight of `linear`, rounded to nearest.
+
+        With `gptq_weight`, that weight is used; it must be representable with the quantisation
+        parameters of the weight of `linear`.
+        """
+        self, weight = cls(linear, scheme, name=name), linear.weight.detach()
+        self.rounding = "nearest" if gptq_weight is None else scheme.rounding
+        name = f"{name}.weight"
+        qparams = observe_qparams(weight, scheme.weight, observer=scheme.observer, name=name)
+        blocks = to_blocks(weight if gptq_weight is None else gptq_weight, scheme.weight, name)
+        rounded = fake_quantize(blocks, qparams).reshape(weight.shape).contiguous()
+        error, norm = (
+            torch.linalg.vector_norm(x, dtype=torch.float64) for x in (rounded - weight, weight)
         )
-        self.weight_error = float(moved.square() / size.square()) if size else 0.0
+        self.weight_error = float(error.square() / norm.square()) if norm else 0.0
         self.weight = nn.Parameter(rounded, linear.weight.requires_grad)
-        self.register_buffer("weight_scale", levels.scale)
-        self.register_buffer("weight_lowest", levels.lowest)
+        self.register_buffer("weight_scale", qparams.scale)
+        self.register_buffer("weight_quant_min", qparams.quant_min)
         return self
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight: outputs, inputs."""
+        """The shape of the weight: outputs, inputs."""
         return self.out_features, self.in_features
 
-    def lay_out(self) -> None:
-        """Make room for the codes and the grids that a file holds."""
-        # Until there are codes to decode: some families' `_init_weights` reads it before that.
+    def allocate_codes(self) -> None:
+        """Create the buffers that a checkpoint is loaded into: codes, scales and smallest codes."""
+        # A placeholder weight: the `_init_weights` of some families reads it before loading.
         del self.weight
         self.register_buffer("weight", torch.empty(1, 1), persistent=False)
         blocks = to_blocks(torch.empty(self.shape, device="meta"), self.scheme.weight)
-        for name in self.kept:
+        for name in self.fixed_buffers:
             self.register_buffer(name, torch.empty_like(blocks[..., :1]))
         self.register_buffer(CODES, torch.empty(self.shape, dtype=torch.int8, device="meta"))
 
     def codes(self) -> Tensor:
-        """The weight as int8 of its shape: levels counted from the middle of the grid.
+        """The weight as int8 codes of the same shape, shifted so that they fit the signed range.
 
         Raises:
-            UserError: no codes give the weight bit for bit; it was changed after quantising.
+            UserError: no codes reproduce the weight exactly, because it was changed after
+                quantisation.
         """
         codes = self._encode(self.weight.detach())
         if codes is None:
@@ -99,19 +110,19 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
         return codes
 
     def _encode(self, weight: Tensor) -> Tensor | None:
-        """The codes of `weight`, which is rounded to its dtype; None if it is on no levels."""
+        """The codes of `weight`, which may be rounded to its dtype; None if it has no codes."""
         half = 2 ** (self.scheme.weight.bits - 1)
-        level = (to_blocks(weight, self.scheme.weight) / self.weight_scale).round_()
-        codes = (level - self._middle()).clamp_(-half, half - 1).to(torch.int8).view(weight.shape)
+        code = (to_blocks(weight, self.scheme.weight) / self.weight_scale).round_()
+        codes = (code - self._offset()).clamp_(-half, half - 1).to(torch.int8).view(weight.shape)
         return codes if torch.equal(self.decode(codes, weight.dtype), weight) else None
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight that `codes` came from, bit for bit, in `dtype`."""
+        """The weight that `codes` represent, in `dtype`."""
         blocks = to_blocks(codes.to(self.weight_scale.dtype), self.scheme.weight)
-        return ((blocks + self._middle()) * self.weight_scale).to(dtype).view(codes.shape)
+        return ((blocks + self._offset()) * self.weight_scale).to(dtype).view(codes.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """A cast rounds the weight that the codes stand for, whatever an earlier cast rounded."""
+        """Compute the weight from its codes after a cast, so that repeated casts lose nothing."""
         before = None if self.weight is None else self.weight.detach()
         super()._apply(fn, recurse)
         if before is not None and self.weight.dtype != before.dtype:
@@ -120,8 +131,9 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
                 self.weight.data = self.decode(codes, self.weight.dtype)
         return self
 
-    def _middle(self) -> Tensor:
-        return self.weight_lowest + 2 ** (self.scheme.weight.bits - 1)
+    def _offset(self) -> Tensor:
+        """The number that is subtracted from a code so that it fits int8."""
+        return self.weight_quant_min + 2 ** (self.scheme.weight.bits - 1)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.input_transform is not None:
@@ -130,7 +142,7 @@ class QuantizedLinear(KeepsPrecision, nn.Linear):
 
 
 def transform_input(linear: nn.Module, transform: nn.Module) -> None:
-    """Let a linear layer read its input through `transform`, its child `input_transform`."""
+    """Apply `transform` to the input of a linear layer; it becomes the child `input_transform`."""
     linear.add_module("input_transform", transform)
     linear.register_forward_pre_hook(_transform_input)
 
@@ -140,7 +152,7 @@ def _transform_input(linear: nn.Module, args: tuple[Tensor]) -> Tensor:
 
 
 def replace_linear(model: PreTrainedModel, name: str, layer: nn.Module) -> None:
-    """Put `layer` in the place of the linear layer `name`; a head is untied from the embedding."""
+    """Replace the linear layer `name` by `layer`; an output head is untied from the embedding."""
     if model.get_submodule(name) is model.get_output_embeddings():
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False

@@ -1,8 +1,9 @@
-"""Experts and other layers of transformers as `nn.Linear`, so that every scheme applies to them.
+"""Replace experts and other layers of transformers by `nn.Linear`, so that every scheme applies.
 
 transformers stores the weights of all experts of a mixture in one parameter, and GPT-2's layers as
-`Conv1D`, [in, out].  In a quantised model linear layers stand in their place: `<experts>.<index>`
-holds those of one expert, under the names that the parameters had.  They share the storage.
+`Conv1D`, [in, out].  A quantised model has linear layers instead: the module `<experts>.<index>`
+contains the layers of one expert, with the names of the original parameters.  The linear layers
+share the storage of the original weights.
 
 Axes: N tokens, K experts chosen per token, E experts, D width.
 """
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 
 class Expert(nn.Module):
-    """The linear layers of one expert, the one that reads its input first."""
+    """The linear layers of one expert, in the order in which they are applied."""
 
     def forward(self, x_ND: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         first, second = self.children()
@@ -26,10 +27,10 @@ class Expert(nn.Module):
 
 
 def linear_names(model: nn.Module) -> Iterator[str]:
-    """Every linear layer of a model, under the name that it has after `linearize`.
+    """The names of all linear layers of a model, as they are after `linearize`.
 
-    Mamba's `dt_proj` is not among them: its weight is read without a call of the layer, so that
-    nothing could quantise its input.
+    Mamba's `dt_proj` is not included: the model uses its weight without calling the layer, so its
+    input cannot be quantised.
     """
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
@@ -40,9 +41,9 @@ def linear_names(model: nn.Module) -> Iterator[str]:
 
 
 def linearize(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Put `nn.Linear` layers in the place of every module that holds one of `names`, in place.
+    """Replace every module that contains one of `names` by `nn.Linear` layers, in place.
 
-    The function stays the same.  Experts of a layer are replaced together.
+    The model computes the same function.  All experts of a layer are replaced together.
     """
     wanted = set(names)
     for name, module in list(model.named_modules()):
@@ -60,7 +61,10 @@ def linearize(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def expert_of(model: nn.Module, name: str) -> tuple[str, str] | None:
-    """Of a linear layer of an expert: the name of the experts, and the layer's own within one."""
+    """For the linear layer of an expert: the name of the experts module and of the layer in it.
+
+    None for any other layer.
+    """
     parent, _, layer = name.rpartition(".")
     if isinstance(model.get_submodule(parent), Expert):
         return parent.rpartition(".")[0], layer
@@ -68,10 +72,11 @@ def expert_of(model: nn.Module, name: str) -> tuple[str, str] | None:
 
 
 class LinearExperts(nn.Module):
-    """Experts that compute what transformers' implementations do, one `Expert` after another.
+    """Experts of a mixture as one `Expert` module each; computes the same as transformers.
 
     Args:
-        packed: a module that `use_experts_implementation` made; its weights are moved here.
+        packed: an experts module decorated with `use_experts_implementation`; its weights are moved
+            to this module.
     """
 
     num_experts: int
@@ -80,7 +85,7 @@ class LinearExperts(nn.Module):
 
     def __init__(self, packed: Any) -> None:
         super().__init__()
-        # With the numbers and the layers that the family's own activation and norm use.
+        # Copy the attributes and submodules that the family's activation and norm use.
         vars(self).update({k: v for k, v in vars(packed).items() if not k.startswith("_")})
         for name, child in packed.named_children():
             self.add_module(name, child)
@@ -88,7 +93,7 @@ class LinearExperts(nn.Module):
         _unpack(packed, self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Of `[N, D]`, `[N, K]` and `[N, K]`; an index of E or more stands for no expert."""
+        """Shapes `[N, D]`, `[N, K]` and `[N, K]`; an index of E or more means no expert."""
         dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
         out_NKD = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=dtype)
         for index in range(self.num_experts):
@@ -105,7 +110,7 @@ class LinearExperts(nn.Module):
 
 
 class SortedExperts(nn.Module):
-    """Llama 4's experts: each has its own rows of the input, zeros where a token is not its own."""
+    """Llama 4's experts.  Each one has its own rows of the input; rows of other tokens are zero."""
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
@@ -128,7 +133,7 @@ class SortedExperts(nn.Module):
 
 
 def _parts(module: nn.Module) -> list[str]:
-    """What follows the module's name in the names of the linear layers that it holds."""
+    """The suffixes that, with the module's name, form the names of the linear layers in it."""
     if _is(module, "Conv1D") or _is(module, "FalconLinear"):
         return [""]
     names = _projections(module)
@@ -137,8 +142,8 @@ def _parts(module: nn.Module) -> list[str]:
 
 
 def _projections(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters that hold all experts' weights, in the order of their use."""
-    # What `use_experts_implementation` writes on the experts modules that the interface runs.
+    """The names of the parameters with all experts' weights, in the order of their use."""
+    # `use_experts_implementation` sets these attributes on experts modules.
     known = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
     known = known or _is(module, "Llama4TextExperts")
     if not known or not isinstance(getattr(module, "down_proj", None), nn.Parameter):
@@ -147,7 +152,7 @@ def _projections(module: nn.Module) -> tuple[str, ...]:
 
 
 def _is(module: nn.Module, name: str) -> bool:
-    """Whether a module is of a class of transformers, by name: importing them all takes long."""
+    """Whether a module has a class of transformers; checked by name, because imports are slow."""
     kind = type(module)
     return kind.__name__ == name and kind.__module__.startswith("transformers.")
 
@@ -172,7 +177,7 @@ def _unpack(packed: Any, target: nn.Module) -> None:
 
 
 def _linear(source: nn.Parameter, weight_OI: Tensor, bias_O: nn.Parameter | None) -> nn.Linear:
-    """A linear layer of `weight_OI`, a part of the parameter `source`."""
+    """A linear layer with the weight `weight_OI`, which is a view of the parameter `source`."""
     linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
     linear.weight, linear.bias = nn.Parameter(weight_OI, source.requires_grad), bias_O  # type: ignore[assignment]
     return linear

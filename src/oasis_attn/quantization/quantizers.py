@@ -1,4 +1,4 @@
-"""Quantisation over a tensor's own range, and quantisers as modules: dynamic and static."""
+"""Fake quantisation of a tensor over its own range, and modules that quantise activations."""
 
 from __future__ import annotations
 
@@ -10,138 +10,158 @@ import torch
 from torch import Tensor, nn
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.quantization.casts import KeepsPrecision
-from oasis_attn.quantization.grids import Grid, Levels, place, snap, to_blocks
-from oasis_attn.quantization.ranges import ESTIMATORS, Estimator, Range
+from oasis_attn.quantization.casts import FixedPrecisionModule
+from oasis_attn.quantization.observers import OBSERVERS, Observer, Range
+from oasis_attn.quantization.primitives import (
+    QParams,
+    QuantSpec,
+    compute_qparams,
+    fake_quantize,
+    to_blocks,
+)
 
 
-def fake_quantize(x: Tensor, grid: Grid, *, estimator: str = "minmax", site: str = "x") -> Tensor:
+def fake_quantize_dynamic(
+    x: Tensor, spec: QuantSpec, *, observer: str = "minmax", name: str = "x"
+) -> Tensor:
     """Quantise `x` over its own range and return it in its own shape and dtype.
 
     Args:
-        x: floating point, finite (`UserError` otherwise), of any shape that `grid` can block.
-        grid: levels and blocks.
-        estimator: a name in `ESTIMATORS`; how the range of each block is chosen.
-        site: how error messages call `x`.
+        x: floating point, of any shape that `spec` can divide into blocks.
+        spec: bits, symmetry and granularity.
+        observer: a name in `OBSERVERS`; it chooses the range of each block.
+        name: error messages call `x` by this name.
+
+    Raises:
+        UserError: `x` is not finite, the group size does not divide its width, or the observer is
+            unknown.
     """
     if x.numel() == 0:
         return x
-    levels = find_levels(x, grid, estimator=estimator, site=site)
-    return snap(to_blocks(x, grid, site), levels).reshape(x.shape)
+    qparams = observe_qparams(x, spec, observer=observer, name=name)
+    return fake_quantize(to_blocks(x, spec, name), qparams).reshape(x.shape)
 
 
-def find_levels(x: Tensor, grid: Grid, *, estimator: str = "minmax", site: str = "x") -> Levels:
-    """Where `fake_quantize` puts the grid: one entry per block of `x`, which is not empty."""
-    check_choice("estimator", estimator, ESTIMATORS)
-    chosen = ESTIMATORS[estimator](grid, site)
+def observe_qparams(
+    x: Tensor, spec: QuantSpec, *, observer: str = "minmax", name: str = "x"
+) -> QParams:
+    """The parameters that `fake_quantize_dynamic` uses for `x`, which must not be empty."""
+    check_choice("observer", observer, OBSERVERS)
+    chosen = OBSERVERS[observer](spec, name)
     chosen.update(x.detach())
-    return place(*chosen.range(), grid)
+    return compute_qparams(*chosen.range(), spec)
 
 
 class DynamicQuantizer(nn.Module):
-    """Quantises each input over that input's own min-max range."""
+    """Quantises each input over its own min-max range."""
 
-    def __init__(self, grid: Grid, *, site: str = "x") -> None:
+    def __init__(self, spec: QuantSpec, *, name: str = "x") -> None:
         super().__init__()
-        self.grid, self.site = grid, site
+        self.spec, self.name = spec, name
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.grid, site=self.site)
+        return fake_quantize_dynamic(x, self.spec, name=self.name)
 
     def extra_repr(self) -> str:
-        return repr(self.grid)
+        return repr(self.spec)
 
 
-class StaticQuantizer(KeepsPrecision):
-    """Quantises every input over one range, fixed beforehand on calibration data.
+class StaticQuantizer(FixedPrecisionModule):
+    """Quantises every input over one range, which calibration fixes in advance.
 
-    Inside `observing` inputs pass unchanged and feed the estimator; afterwards the range is fixed.
-    The buffers `scale`, `lowest` and `highest` ([1], see `Levels`) are NaN until then, and no cast
-    of the module rounds them.  While `enabled` is false, inputs pass unchanged.
+    Inside `calibrating`, inputs pass unchanged and the observer records them; afterwards the range
+    is fixed.  Before that, the buffers `scale`, `quant_min` and `quant_max` ([1], see `QParams`)
+    are NaN.  Casts of the module do not change the dtype of these buffers.  While `enabled` is
+    false, inputs pass unchanged.
     """
 
-    kept = Levels._fields
+    fixed_buffers = QParams._fields
     scale: Tensor
-    lowest: Tensor
-    highest: Tensor
+    quant_min: Tensor
+    quant_max: Tensor
 
-    def __init__(self, grid: Grid, *, estimator: str = "minmax", site: str = "x") -> None:
+    def __init__(self, spec: QuantSpec, *, observer: str = "minmax", name: str = "x") -> None:
         super().__init__()
-        if grid.granularity != "tensor":
+        if spec.granularity != "tensor":
             raise UserError(
-                f"granularity: {grid.granularity!r} has no static range; it must be 'tensor'"
+                f"granularity: {spec.granularity!r} has no static range; it must be 'tensor'"
             )
-        check_choice("estimator", estimator, ESTIMATORS)
-        self.grid, self.site, self.estimator = grid, site, estimator
-        self._observer: Estimator | Pool | None = None
+        check_choice("observer", observer, OBSERVERS)
+        self.spec, self.name, self.observer = spec, name, observer
+        self._active_observer: Observer | SharedObserver | None = None
         self.enabled = True
-        for name in Levels._fields:
-            self.register_buffer(name, torch.full((1,), torch.nan, dtype=torch.float32))
+        for field in QParams._fields:
+            self.register_buffer(field, torch.full((1,), torch.nan, dtype=torch.float32))
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Collect the range of all inputs seen inside; `UserError` if there were none."""
-        self._observer = ESTIMATORS[self.estimator](self.grid, self.site)
+    def calibrating(self) -> Iterator[None]:
+        """Fix the range to that of all inputs inside the context; `UserError` without inputs."""
+        self._active_observer = OBSERVERS[self.observer](self.spec, self.name)
         try:
             yield
-            levels = place(*self._observer.range(), self.grid)
+            qparams = compute_qparams(*self._active_observer.range(), self.spec)
         finally:
-            self._observer = None
-        self._fix(levels)
+            self._active_observer = None
+        self._set_qparams(qparams)
 
-    def _fix(self, levels: Levels) -> None:
-        for name, value in levels._asdict().items():
-            setattr(self, name, value.clone())
+    def _set_qparams(self, qparams: QParams) -> None:
+        for field, value in qparams._asdict().items():
+            setattr(self, field, value.clone())
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the greatest value that inputs can take."""
-        return float(self.scale * self.lowest), float(self.scale * self.highest)
+        """The smallest and the largest value that a quantised input can have."""
+        return float(self.scale * self.quant_min), float(self.scale * self.quant_max)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
-        if self._observer is None:
-            return snap(x, Levels(self.scale, self.lowest, self.highest))
-        self._observer.update(x.detach())
+        if self._active_observer is None:
+            return fake_quantize(x, QParams(self.scale, self.quant_min, self.quant_max))
+        self._active_observer.update(x.detach())
         return x
 
     def extra_repr(self) -> str:
-        return f"{self.grid}, estimator={self.estimator!r}"
+        return f"{self.spec}, observer={self.observer!r}"
 
 
-class Pool:
-    """An estimator for several quantisers: one batch is all that they see between two flushes."""
+class SharedObserver:
+    """One observer for several quantisers: all inputs between two flushes form one batch."""
 
-    def __init__(self, estimator: Estimator) -> None:
-        self._estimator = estimator
-        self._seen: list[Tensor] = []
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._inputs: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
-        self._seen.append(x.flatten())
+        self._inputs.append(x.flatten())
 
     def flush(self, *_hook_arguments: Any) -> None:
-        """End the batch; fit to be a forward hook."""
-        if self._seen:
-            self._estimator.update(torch.cat(self._seen))
-            self._seen.clear()
+        """End the batch.  This method can be registered as a forward hook."""
+        if self._inputs:
+            self._observer.update(torch.cat(self._inputs))
+            self._inputs.clear()
 
     def range(self) -> Range:
-        return self._estimator.range()
+        return self._observer.range()
 
 
 @contextmanager
-def observing_together(quantizers: Sequence[StaticQuantizer], site: str) -> Iterator[Pool]:
-    """As `StaticQuantizer.observing`, with one range for all of `quantizers`, which are alike."""
+def calibrating_together(
+    quantizers: Sequence[StaticQuantizer], name: str
+) -> Iterator[SharedObserver]:
+    """As `StaticQuantizer.calibrating`, but with one range for all of `quantizers`.
+
+    All of them must have the same specification and observer.
+    """
     first = quantizers[0]
-    pool = Pool(ESTIMATORS[first.estimator](first.grid, site))
+    shared = SharedObserver(OBSERVERS[first.observer](first.spec, name))
     for quantizer in quantizers:
-        quantizer._observer = pool
+        quantizer._active_observer = shared
     try:
-        yield pool
-        levels = place(*pool.range(), first.grid)
+        yield shared
+        qparams = compute_qparams(*shared.range(), first.spec)
     finally:
         for quantizer in quantizers:
-            quantizer._observer = None
+            quantizer._active_observer = None
     for quantizer in quantizers:
-        quantizer._fix(levels)
+        quantizer._set_qparams(qparams)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from oasis_attn.modeling.prefix import prefix_of
 from oasis_attn.modeling.subject import describe_model
 from oasis_attn.quantization.coverage import float_weights, rounded_to_nearest
-from oasis_attn.quantization.saved import quantization_of
+from oasis_attn.quantization.hf_quantizer import get_quantization_config
 from oasis_attn.records import QuantizationRecord, TextInfo
 
 
@@ -24,17 +24,17 @@ def quantization_record(
     """Describe a quantised model.
 
     Args:
-        before, after: the model in floating point, and what `quantize` made of it.
-        data: what both were measured on.
-        calibration: what `after` was calibrated on.
-        measured: `seed`, `metrics` and `tables` of the record.
+        before, after: the model in floating point, and its quantised copy.
+        data: the text on which both were measured.
+        calibration: the text on which `after` was calibrated.
+        measured: the fields `seed`, `metrics` and `tables` of the record.
     """
-    stored, prefix = quantization_of(after), prefix_of(after)
+    stored, prefix = get_quantization_config(after), prefix_of(after)
     return QuantizationRecord(
         model=describe_model(before),
         scheme=stored.scheme,
         arithmetic=stored.arithmetic,
-        targets=tuple(stored.sites),
+        targets=tuple(stored.targets),
         transforms=stored.transforms,
         prefix=() if prefix is None else tuple(prefix.tokens),
         float_weights=float_weights(after),

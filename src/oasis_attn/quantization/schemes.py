@@ -1,4 +1,4 @@
-"""Quantisation schemes as data: one table of what is put on which grid, and by which means."""
+"""Quantisation schemes as data: what is quantised, with how many bits, and by which method."""
 
 from __future__ import annotations
 
@@ -7,136 +7,147 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.quantization.grids import Grid
-from oasis_attn.quantization.ranges import ESTIMATORS
+from oasis_attn.quantization.observers import OBSERVERS
+from oasis_attn.quantization.primitives import QuantSpec
 
-SITES = ("linear", "full")
+TARGETS = ("linear", "full")
 ROTATIONS = ("none", "hadamard", "inputs")
 ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """What is quantised how; vary a row of the table with `dataclasses.replace`.
+    """A quantisation scheme.  `dataclasses.replace` and `with_options` make variants of it.
 
     Attributes:
-        name: how records and error messages call it.
-        weight: the grid of linear layers' weights [out, in].
-        activation: the grid of activations [..., in]; None leaves them as they are.
-        static: True fixes one range per tensor on calibration data, False takes each input's own.
-        estimator: a name in `ESTIMATORS`, for weights and static ranges; dynamic ones are min-max.
-        sites: `linear` quantises the weights and inputs of linear layers; `full` also what stands
-            between them, see `sites.tensor_sites`.
-        head: the output head too.
-        smooth_alpha: moves outliers from activations to weights first (SmoothQuant, 2211.10438),
-            0 none of them, 1 all; None leaves it out.
-        rotation: `hadamard` rotates the residual stream and the MLP's inner width first (QuaRot,
-            2404.00456), so that no channel stands out; `inputs` rotates the input of every linear
-            layer as the model runs: slower, for any family, and closer to the function at 4 bits.
-        rounding: of weights, to the `nearest` level, or by `gptq` (2210.17323) to what moves the
-            layer's output least.
+        name: the name in records and error messages.
+        weight: the format of the weights [out, in] of linear layers.
+        activation: the format of activations [..., in]; None leaves activations unquantised.
+        static: true for one fixed range per tensor, found on calibration data; false for a range
+            that is computed from each input.
+        observer: a name in `OBSERVERS`, for weights and static ranges; dynamic ranges are min-max.
+        targets: `linear` quantises the weights and inputs of linear layers; `full` also quantises
+            the tensors between linear layers, see `tensor_sites`.
+        head: also quantise the output head.
+        smooth_alpha: migration strength of SmoothQuant (2211.10438), which moves outliers from
+            activations to weights before quantisation: 0 moves nothing, 1 everything; None
+            disables it.
+        rotation: `hadamard` rotates the residual stream and the MLP's inner activations before
+            quantisation, to spread outliers over all channels (QuaRot, 2404.00456).  `inputs`
+            rotates the input of every linear layer at run time: it is slower, works for any family,
+            and is more accurate at 4 bits.
+        rounding: of weights: `nearest`, or `gptq` (2210.17323), which minimises the change of each
+            layer's output.
+
+    Raises:
+        UserError: a value is not allowed, or two values exclude each other.
     """
 
     name: str
-    weight: Grid
-    activation: Grid | None
+    weight: QuantSpec
+    activation: QuantSpec | None
     static: bool = False
-    estimator: str = "minmax"
-    sites: str = "linear"
+    observer: str = "minmax"
+    targets: str = "linear"
     head: bool = False
     smooth_alpha: float | None = None
     rotation: str = "none"
     rounding: str = "nearest"
 
     def __post_init__(self) -> None:
-        check_choice("estimator", self.estimator, ESTIMATORS)
-        check_choice("sites", self.sites, SITES)
+        check_choice("observer", self.observer, OBSERVERS)
+        check_choice("targets", self.targets, TARGETS)
         check_choice("rotation", self.rotation, ROTATIONS)
         check_choice("rounding", self.rounding, ROUNDINGS)
         for name in ("static", "head"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}: {getattr(self, name)!r} is neither true nor false")
         if self.weight.granularity == "token":
-            raise UserError("weight: granularity 'token' is for activations; name 'channel'")
-        given = self.activation.granularity if self.activation else None
-        if given == "channel":
-            raise UserError("activation: granularity 'channel' is for weights; name 'token'")
-        if self.static and given != "tensor":
-            raise UserError(f"static: granularity {given!r} has no static range, only 'tensor' has")
-        if self.sites == "full" and not self.static:
-            raise UserError("sites: 'full' needs static=True; a dynamic scheme has only 'linear'")
+            raise UserError("weight: granularity 'token' is for activations; use 'channel'")
+        granularity = self.activation.granularity if self.activation else None
+        if granularity == "channel":
+            raise UserError("activation: granularity 'channel' is for weights; use 'token'")
+        if self.static and granularity != "tensor":
+            raise UserError(
+                f"static: granularity {granularity!r} has no static range; it must be 'tensor'"
+            )
+        if self.targets == "full" and not self.static:
+            raise UserError(
+                "targets: 'full' needs static=True; a dynamic scheme can only have 'linear'"
+            )
         alpha = self.smooth_alpha
         if alpha is not None and (isinstance(alpha, bool) or not 0 <= alpha <= 1):
             raise UserError(f"smooth_alpha: {alpha!r} is not a number from 0 to 1")
         if alpha is not None and self.rotation != "none":
             raise UserError(
-                f"smooth_alpha: {alpha} does not go with rotation {self.rotation!r}, which leaves"
-                " no channels to smooth; choose one"
+                f"smooth_alpha: {alpha} does not go with rotation {self.rotation!r}, which mixes"
+                " the channels that smoothing would scale; choose one of the two"
             )
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `quantize` must be given text to look at."""
+        """Whether `quantize` needs calibration data."""
         return self.static or self.smooth_alpha is not None or self.rounding == "gptq"
 
-    def vary(self, changes: Mapping[str, Any]) -> Scheme:
-        """With some fields changed; `weight.bits` names a field of a grid.
+    def with_options(self, options: Mapping[str, Any]) -> Scheme:
+        """A copy with some fields changed; `weight.bits` names a field of `weight`.
 
         Raises:
-            UserError: on an unknown field or value.
+            UserError: an unknown field or a value that is not allowed.
         """
         fields = self.to_dict()
-        for name, value in changes.items():
-            grid, _, last = name.rpartition(".")
-            if grid not in ("weight", "activation"):
+        for name, value in options.items():
+            parent, _, last = name.rpartition(".")
+            if parent not in ("weight", "activation"):
                 known, last = fields, name
-            elif fields[grid] is None:
-                raise UserError(f"{name}: {self.name!r} has no such grid to change")
+            elif fields[parent] is None:
+                raise UserError(f"{name}: scheme {self.name!r} does not quantise activations")
             else:
-                known = fields[grid]
-            check_choice("scheme field", last, known)
+                known = fields[parent]
+            check_choice("scheme option", last, known)
             known[last] = value
         try:
             return Scheme.from_dict(fields)
         except (TypeError, AttributeError) as error:
-            raise UserError(f"scheme: {dict(changes)} does not fit ({error})") from error
+            raise UserError(f"scheme: {dict(options)} does not fit ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
+        """All fields as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Scheme:
         """The scheme that `to_dict` described."""
-        grids = {
-            name: Grid(**fields[name]) if fields[name] else None
+        specs = {
+            name: QuantSpec(**fields[name]) if fields[name] else None
             for name in ("weight", "activation")
         }
-        return cls(**(fields | grids))
+        return cls(**(fields | specs))
 
 
-def _symmetric(bits: int, granularity: str, group_size: int | None = None) -> Grid:
-    return Grid(bits=bits, symmetric=True, granularity=granularity, group_size=group_size)
+def _symmetric(bits: int, granularity: str, group_size: int | None = None) -> QuantSpec:
+    return QuantSpec(bits=bits, symmetric=True, granularity=granularity, group_size=group_size)
 
 
-def _per_token(bits: int) -> Grid:
-    return Grid(bits=bits, symmetric=False, granularity="token")
+def _per_token(bits: int) -> QuantSpec:
+    return QuantSpec(bits=bits, symmetric=False, granularity="token")
 
 
 _LITERATURE: dict[str, Any] = {
     "weight": _symmetric(8, "tensor"),
-    "activation": Grid(bits=8, symmetric=False),
+    "activation": QuantSpec(bits=8, symmetric=False),
     "static": True,
 }
 _TABLE = (
-    # The outlier literature (Bondarenko et al. 2023, 2306.12929), and the same on linear layers.
-    Scheme(name="w8a8-static", sites="full", **_LITERATURE),
+    # The scheme of the outlier literature (Bondarenko et al. 2023, 2306.12929), and the same for
+    # linear layers only.
+    Scheme(name="w8a8-static", targets="full", **_LITERATURE),
     Scheme(name="w8a8-static-linear", **_LITERATURE),
     # Round to nearest, activations per token (Yao et al. 2022, 2206.01861).
     Scheme(name="w8a8-dynamic", weight=_symmetric(8, "channel"), activation=_per_token(8)),
     Scheme(name="w4a8", weight=_symmetric(4, "channel"), activation=_per_token(8)),
     Scheme(name="w4a4", weight=_symmetric(4, "channel"), activation=_per_token(4)),
-    # Groups of 32: they divide the width of small models too, where the usual 128 does not.
+    # Groups of 32 divide the width of small models; the usual group size of 128 does not.
     Scheme(name="w4a16", weight=_symmetric(4, "group", 32), activation=None),
 )
 
@@ -144,3 +155,15 @@ _TABLE = (
 def schemes() -> dict[str, Scheme]:
     """The schemes by name."""
     return {scheme.name: scheme for scheme in _TABLE}
+
+
+def get_scheme(scheme: str | Scheme) -> Scheme:
+    """The scheme of that name; a `Scheme` is returned unchanged.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    check_choice("scheme", scheme, schemes())
+    return schemes()[scheme]

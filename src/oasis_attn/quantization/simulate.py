@@ -1,4 +1,4 @@
-"""Quantise a model by simulation: values go to a grid's levels, arithmetic stays in floats."""
+"""Quantise a model by simulation: values are rounded, and arithmetic stays in floating point."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import UserError, check_choice
-from oasis_attn.modeling.hf_quantizer import PrefixQuantizer
+from oasis_attn.errors import UserError, check_choice, check_seed
+from oasis_attn.modeling.prefix_storage import PrefixHfQuantizer
 from oasis_attn.quantization.gptq import gptq
+from oasis_attn.quantization.hf_quantizer import set_quantization_config
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
 from oasis_attn.quantization.linearize import expert_of, linear_names, linearize
-from oasis_attn.quantization.quantizers import StaticQuantizer, observing_together
-from oasis_attn.quantization.rotate import rotate, rotate_inputs
-from oasis_attn.quantization.saved import mark
-from oasis_attn.quantization.schemes import Scheme, schemes
+from oasis_attn.quantization.quantizers import StaticQuantizer, calibrating_together
+from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual
+from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sites import add_quantizer, linear_sites, tensor_sites
-from oasis_attn.quantization.smooth import smooth
+from oasis_attn.quantization.smoothquant import smooth
 
 
-def scheme_sites(model: PreTrainedModel, scheme: Scheme) -> tuple[str, ...]:
-    """The names of all that `scheme` quantises in `model`."""
-    tensors = tensor_sites(model) if scheme.sites == "full" else ()
+def scheme_targets(model: PreTrainedModel, scheme: Scheme) -> tuple[str, ...]:
+    """The names of everything that `scheme` quantises in `model`."""
+    tensors = tensor_sites(model) if scheme.targets == "full" else ()
     return *linear_sites(model, head=scheme.head), *tensors
 
 
-def quantized_sites(model: nn.Module) -> dict[str, QuantizedLinear | StaticQuantizer]:
-    """What is quantised in `model`, by name: the linear layers, then the quantisers of tensors."""
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear | StaticQuantizer]:
+    """The quantising modules of `model` by target: linear layers, then quantisers of tensors."""
     found: dict[str, QuantizedLinear | StaticQuantizer] = {}
     tensors: dict[str, QuantizedLinear | StaticQuantizer] = {}
     for name, module in model.named_modules():
@@ -51,126 +51,126 @@ def quantize(
     scheme: str | Scheme = "w8a8-static-linear",
     *,
     calibration: Iterable[Tensor] | None = None,
-    sites: Collection[str] | None = None,
+    targets: Collection[str] | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A quantised copy of `model`, in eval mode; `model` itself is left as it is.
+    """Return a quantised copy of `model` in eval mode; `model` itself does not change.
 
-    The copy is rotated, then smoothed, where the scheme says so; its weights are rounded; then its
-    static ranges are found.  It holds its own quantised weights and shares with `model` all tensors
-    that are as they were: train one, and the other changes.  A quantised head is untied from the
-    embedding.
+    The steps are rotation or smoothing (if the scheme has one of them), rounding of the weights,
+    and calibration of static ranges.  Calibration runs the model with quantised weights and
+    unquantised activations.  The copy has its own quantised weights and shares all other tensors
+    with `model`, so that training one of them changes the other.  A quantised output head is untied
+    from the embedding.
 
     Args:
-        model: a transformers decoder, ours or any other.
+        model: a decoder of transformers or of this library.
         scheme: a name in `schemes()`, or a `Scheme`.
-        calibration: batches of token ids, int64 [B, T], without padding (the literature takes 16);
-            needed by a static scheme, SmoothQuant and GPTQ, refused by any other.  Ranges are those
-            of tensors met with quantised weights and unquantised activations.
-        sites: the exact names of what to quantise; default `scheme_sites(model, scheme)`.
-        seed: of a rotation.
+        calibration: batches of token ids, int64 [B, T], without padding; the literature uses 16.
+            Static schemes, SmoothQuant and GPTQ need it; other schemes do not accept it.
+        targets: the exact names of what to quantise; by default `scheme_targets(model, scheme)`.
+        seed: random seed of the rotation.
 
     Raises:
-        UserError: unknown scheme or site, missing, unusable or needless calibration, a site that no
-            calibration token reached, weights or activations that are not finite.
+        UserError: an unknown scheme or target, missing, unusable or unnecessary calibration data, a
+            target that no calibration token reached, or weights or activations that are not finite.
     """
-    if isinstance(scheme, str):
-        check_choice("scheme", scheme, schemes())
-        scheme = schemes()[scheme]
+    scheme = get_scheme(scheme)
+    check_seed("seed", seed)
     if scheme.needs_calibration and calibration is None:
         raise UserError(f"calibration: None given, but {scheme.name!r} needs batches of token ids")
     if not scheme.needs_calibration and calibration is not None:
-        raise UserError(f"calibration: given, but {scheme.name!r} takes each input's own range")
-    names = _checked_sites(model, scheme, sites)
+        raise UserError(f"calibration: given, but {scheme.name!r} does not need calibration data")
+    names = _checked_targets(model, scheme, targets)
     batches = None if calibration is None else _checked_batches(model, calibration)
 
-    twin = transformed(model, scheme, batches, names, seed)
-    for name, layer in _rounded(twin, scheme, batches, names).items():
-        replace_linear(twin, name, layer)
+    quantized = transformed_copy(model, scheme, batches, names, seed)
+    for name, layer in _quantized_layers(quantized, scheme, batches, names).items():
+        replace_linear(quantized, name, layer)
     for name in names:
         if ":" in name:
-            add_quantizer(twin, name, scheme)
+            add_quantizer(quantized, name, scheme)
     if scheme.static and batches is not None:
-        _calibrate(twin, batches)
-    kinds = {
+        _calibrate(quantized, batches)
+    transforms = {
         name.removesuffix(".input_transform"): type(module).__name__
-        for name, module in twin.named_modules()
+        for name, module in quantized.named_modules()
         if name.endswith(".input_transform")
     }
-    mark(twin, {"scheme": scheme.to_dict(), "sites": names, "transforms": kinds})
-    return twin
+    fields = {"scheme": scheme.to_dict(), "targets": names, "transforms": transforms}
+    set_quantization_config(quantized, fields)
+    return quantized
 
 
-def transformed(
+def transformed_copy(
     model: PreTrainedModel,
     scheme: Scheme,
     batches: list[Tensor] | None,
     names: Collection[str],
     seed: int,
 ) -> PreTrainedModel:
-    """A copy of `model` in eval mode, rotated or smoothed where `scheme` says so, nothing rounded.
+    """Return an unquantised copy of `model` in eval mode, rotated or smoothed as `scheme` says.
 
-    All of `names` that are linear layers are `nn.Linear` modules in it.  It shares all tensors with
-    `model` that this leaves as they are.
+    All linear layers in `names` are `nn.Linear` modules in the copy.  It shares all tensors that do
+    not change with `model`.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared).eval()
-    linearize(twin, names)
+    result = copy.deepcopy(model, shared).eval()
+    linearize(result, names)
     transforms: dict[str, nn.Module] = {}
     if scheme.rotation == "hadamard":
-        transforms = rotate(twin, seed=seed)
+        transforms = rotate_residual(result, seed=seed)
     elif scheme.rotation == "inputs":
-        transforms = rotate_inputs(twin, seed=seed)
+        transforms = rotate_inputs(result, seed=seed)
     elif scheme.smooth_alpha is not None and batches is not None:
-        transforms = smooth(twin, batches, alpha=scheme.smooth_alpha)
+        transforms = smooth(result, batches, alpha=scheme.smooth_alpha)
     for name, transform in transforms.items():
-        transform_input(twin.get_submodule(name), transform)
-    return twin
+        transform_input(result.get_submodule(name), transform)
+    return result
 
 
-def _rounded(
+def _quantized_layers(
     model: PreTrainedModel, scheme: Scheme, batches: list[Tensor] | None, names: tuple[str, ...]
 ) -> dict[str, QuantizedLinear]:
-    """The quantised layers, not yet in place."""
+    """The quantised layers by name; `model` does not contain them yet."""
     layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in names if ":" not in name}
     weights: dict[str, Tensor] = {}
     if scheme.rounding == "gptq" and batches is not None:
-        weights = gptq(model, batches, layers, scheme.weight, estimator=scheme.estimator)
+        weights = gptq(model, batches, layers, scheme.weight, observer=scheme.observer)
         missed = [name for name in layers if name not in weights]
         if missed:
             warnings.warn(
-                f"calibration: no token reached {len(missed)} of {len(layers)} layers, as"
-                f" {missed[0]}; GPTQ rounds the weights of these experts to nearest",
+                f"calibration: no token reached {len(missed)} of {len(layers)} layers, for example"
+                f" {missed[0]}; the weights of these experts are rounded to nearest",
                 stacklevel=3,
             )
     return {
-        name: QuantizedLinear.rounded(layer, scheme, site=name, weight=weights.get(name))
+        name: QuantizedLinear.from_linear(layer, scheme, name=name, gptq_weight=weights.get(name))
         for name, layer in layers.items()
     }
 
 
 def check_unquantized(model: PreTrainedModel) -> None:
-    """Raise `UserError` if we, or another library, have quantised something in `model`."""
+    """Raise `UserError` if `model` is quantised, by this library or another."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantized_sites(model) or type(quantizer) not in (type(None), PrefixQuantizer):
-        raise UserError("model: it is quantised already; take the original instead")
+    if quantized_modules(model) or type(quantizer) not in (type(None), PrefixHfQuantizer):
+        raise UserError("model: it is already quantised; use the original model")
 
 
-def _checked_sites(
-    model: PreTrainedModel, scheme: Scheme, sites: Collection[str] | None
+def _checked_targets(
+    model: PreTrainedModel, scheme: Scheme, targets: Collection[str] | None
 ) -> tuple[str, ...]:
     check_unquantized(model)
-    if sites is None:
-        names = scheme_sites(model, scheme)
+    if targets is None:
+        names = scheme_targets(model, scheme)
     else:
-        tensors = tensor_sites(model) if scheme.sites == "full" else ()
+        tensors = tensor_sites(model) if scheme.targets == "full" else ()
         known = dict.fromkeys([*linear_names(model), *tensors])
-        chosen = set(sites)
-        for name in sites:
-            check_choice("sites", name, known)
+        chosen = set(targets)
+        for name in targets:
+            check_choice("targets", name, known)
         names = tuple(name for name in known if name in chosen)
     if not names:
-        raise UserError(f"sites: they name no linear layer of {type(model).__name__}")
+        raise UserError(f"targets: they name no linear layer of {type(model).__name__}")
     return names
 
 
@@ -180,32 +180,34 @@ def _checked_batches(model: PreTrainedModel, calibration: Iterable[Tensor]) -> l
     for tokens_BT in batches:
         _check_tokens(tokens_BT, vocabulary)
     if not batches:
-        raise UserError("calibration: it holds no batch")
+        raise UserError("calibration: it has no batches")
     return batches
 
 
 @torch.no_grad()
 def _calibrate(model: PreTrainedModel, batches: list[Tensor]) -> None:
-    """Run the batches through `model` and fix the range of every static quantiser in it.
+    """Run the batches through `model` and fix the range of every static quantiser.
 
-    The experts of a layer share one range: they read parts of one tensor, and few tokens, or none,
-    may reach any single one.
+    The experts of a layer share one range, because they read parts of one tensor and a single
+    expert may get few tokens or none.
     """
-    alone: list[StaticQuantizer] = []
-    together: dict[tuple[str, str], list[StaticQuantizer]] = {}
+    single: list[StaticQuantizer] = []
+    shared: dict[tuple[str, str], list[StaticQuantizer]] = {}
     for name, module in model.named_modules():
         if isinstance(module, StaticQuantizer):
             expert = expert_of(model, name.rpartition(".")[0])
-            (together.setdefault(expert, []) if expert else alone).append(module)
+            (shared.setdefault(expert, []) if expert else single).append(module)
     head = isinstance(model.get_output_embeddings(), QuantizedLinear)
     run = model if head else model.base_model
     with ExitStack() as stack:
-        for quantizer in alone:
-            stack.enter_context(quantizer.observing())
-        for (path, layer), quantizers in together.items():
-            pool = stack.enter_context(observing_together(quantizers, f"{path}.{layer}.input"))
+        for quantizer in single:
+            stack.enter_context(quantizer.calibrating())
+        for (path, layer), quantizers in shared.items():
+            observer = stack.enter_context(
+                calibrating_together(quantizers, f"{path}.{layer}.input")
+            )
             experts = model.get_submodule(path)
-            stack.callback(experts.register_forward_hook(pool.flush).remove)
+            stack.callback(experts.register_forward_hook(observer.flush).remove)
         for tokens_BT in batches:
             run(input_ids=tokens_BT.to(model.device), use_cache=False)
 

@@ -99,7 +99,7 @@ def add_quantizer(model: PreTrainedModel, site: str, scheme: Scheme) -> StaticQu
     name, _, tensor = site.partition(":")
     module: Any = model.get_submodule(name)
     assert scheme.activation is not None
-    quantizer = StaticQuantizer(scheme.activation, estimator=scheme.estimator, site=site)
+    quantizer = StaticQuantizer(scheme.activation, observer=scheme.observer, name=site)
     module.add_module(f"{tensor}_quantizer", quantizer)
     if tensor == "output":
         module.register_forward_hook(_quantize_output)

@@ -1,4 +1,4 @@
-"""What runs on a linear layer's input before it is quantised, its inverse being in the weight."""
+"""Transforms of a linear layer's input before quantisation; the weight contains the inverse."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ _LARGEST = 512
 
 
 class Rotation(nn.Module):
-    """x -> x (A^T kron B), orthogonal: spreads every channel evenly over all of them.
+    """Orthogonal transform x -> x (A^T kron B) that spreads each channel evenly over all channels.
 
-    x [..., n] is seen as [a, b], n = a b, and becomes A x B.  A and B are randomly signed Hadamard
-    matrices, as nearly square as n allows, so that two small matrix products do what a fast
-    Walsh-Hadamard transform does, in a few passes over x.  Where n has no such pair, A is a random
-    orthogonal matrix of the size of its odd part, and the spread over that part only roughly even.
+    x [..., n] is reshaped to [a, b] with n = a b, and becomes A x B.  A and B are Hadamard matrices
+    with random signs whose sizes are as similar as n allows.  Two small matrix products then do the
+    same as a fast Walsh-Hadamard transform, in few passes over x.  If n is not a product of two
+    Hadamard orders, A is a random orthogonal matrix whose size is the odd part of n, and channels
+    are spread only approximately evenly over that part.
 
     Args:
         width: n.
-        generator: draws the signs; the default one of torch if None.
+        generator: random generator of the signs; torch's default generator if None.
 
     Attributes:
-        left, right: A `[a, a]` and B `[b, b]`, float64 until `to` says otherwise.
+        left, right: A `[a, a]` and B `[b, b]`, created in float64.
     """
 
     left: Tensor
@@ -49,7 +50,7 @@ class Rotation(nn.Module):
 
 
 def _factors(width: int) -> tuple[int, int]:
-    """a, b with a b = width: Hadamard orders, or else a the odd part."""
+    """a, b with a b = width: two Hadamard orders, or else the odd part and the power of two."""
     pairs = [(a, width // a) for a in range(1, width + 1) if width % a == 0]
     known = [(a, b) for a, b in pairs if max(a, b) <= _LARGEST and is_order(a) and is_order(b)]
     if known:
@@ -59,7 +60,7 @@ def _factors(width: int) -> tuple[int, int]:
 
 
 class Scale(nn.Module):
-    """x -> x / s, channel by channel; `inverse` is 1 / s, `[D]`."""
+    """x -> x / s for each channel; `inverse` is 1 / s, `[D]`."""
 
     inverse: Tensor
 

@@ -78,7 +78,7 @@ class QuantizationRecord(_BeforeAfter):
     Attributes:
         model: before quantisation.
         scheme: `Scheme.to_dict()`.
-        arithmetic: `simulated` in floating point, or `integer`.
+        arithmetic: `simulated` in floating point, or `int8`.
         targets: names of the tensors that are quantised.
         transforms: what is applied to the inputs of linear layers, by layer.
         prefix: tokens of the model's prefix; empty without one.

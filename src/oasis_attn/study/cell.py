@@ -20,7 +20,7 @@ from oasis_attn.files import lock, write_bytes
 from oasis_attn.measure import diagnose
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.subject import describe_model
-from oasis_attn.quantization import quantize, quantized_sites, schemes
+from oasis_attn.quantization import quantize, quantized_modules, schemes
 from oasis_attn.records import Metric, TextInfo, TrainingRecord, TrialRecord
 from oasis_attn.study.plan import Cell
 from oasis_attn.study.text import HeldOut
@@ -77,7 +77,7 @@ def quantized(work: Work) -> None:
         kept = [record.metric(name) for name in ("perplexity.windowed", "loss.windowed")]
         kept += _tasks(work.cell, twin, work.tokenizer)
         work.metrics += [replace(metric, name=f"{metric.name}@{scheme}") for metric in kept]
-        work.targets[scheme] = len(quantized_sites(twin))
+        work.targets[scheme] = len(quantized_modules(twin))
 
 
 STEPS: tuple[Callable[[Work], None], ...] = (measured, evaluated, quantized)

@@ -1,11 +1,11 @@
-"""SmoothQuant: hand the size of an activation's channels over to the weights (2211.10438).
+"""SmoothQuant: move the magnitude of activation channels into the weights (2211.10438).
 
     x W^T = (x / s) (W s)^T,        s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)        (equation 4)
 
-Division by s is folded into what makes x: a norm's gain, or the rows that x is linear in.  Where
-neither is known, it is done as the model runs.
+The division by s is folded into the module that produces x: the gain of a norm, or the rows of a
+linear layer.  If neither is known, the division runs at inference time.
 
-Axes: D in.
+Axes: D input channels.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from oasis_attn.quantization.branches import Branch, Source, branches, gain_of, 
 from oasis_attn.quantization.sites import linear_layers
 from oasis_attn.quantization.transforms import Scale
 
-_LEAST = 1e-5  # of s, as in the authors' code
+_MIN_SCALE = 1e-5  # as in the authors' code
 
 
 @torch.no_grad()
 def smooth(
     model: PreTrainedModel, batches: Iterable[Tensor], *, alpha: float
 ) -> dict[str, nn.Module]:
-    """Smooth the inputs of `linear_layers(model)` in place, without a change of the function.
+    """Smooth the inputs of `linear_layers(model)` in place; the model computes the same function.
 
-    Parameters are replaced, never written into: whoever shares them keeps his.  Linears that read
-    one norm share one s, and so do the query heads of one value head.  Each expert has its own s,
-    from the tokens routed to it.  A channel that is 0 on all calibration tokens, or in all weights,
-    has s = 1.
+    Parameters are replaced, not overwritten, so that models which share them do not change.  Linear
+    layers that read the same norm share one s, and so do the query heads of one value head.  Each
+    expert has its own s, from the tokens routed to it.  Channels that are 0 for all calibration
+    tokens, or in all weights, have s = 1.
 
     Args:
-        model: a decoder of ours or any other.
+        model: a decoder of transformers or of this library.
         batches: token ids, int64 [B, T].
-        alpha: 0 leaves activations uneven, 1 makes all their channels equally large.
+        alpha: migration strength; 0 leaves the activations unchanged, 1 makes all channels equally
+            large.
 
     Returns:
-        by linear, the division that must run on its input because it could not be folded.
+        The divisions that could not be folded, by linear layer; they must run on its input.
 
     Raises:
         UserError: alpha outside 0 .. 1, or activations that are not finite.
@@ -54,7 +55,7 @@ def smooth(
     largest = _largest_inputs(model, batches, linears)
     folded: set[str] = set()
     for sublayer in _foldable(model):
-        # The writer first: the rows that it changes are what the readers' s should see.
+        # The writer first: it changes rows of a reader, and the readers' s depends on them.
         if sublayer.source is not None:
             _smooth_writer(sublayer.writer, sublayer.source, largest, alpha)
             folded.update(sublayer.writer)
@@ -74,22 +75,22 @@ def smooth(
 def _largest_inputs(
     model: PreTrainedModel, batches: Iterable[Tensor], linears: dict[str, nn.Linear]
 ) -> dict[str, Tensor]:
-    """max|x| per channel of each linear's input, `[D]` float64; 0 where no token came."""
+    """max|x| per channel of each linear layer's input, `[D]` float64; 0 if no token reached it."""
     largest: dict[str, Tensor] = {}
 
-    def listen(name: str, linear: nn.Linear) -> None:
+    def observe(name: str, linear: nn.Linear) -> None:
         largest[name] = linear.weight.new_zeros(linear.in_features)
 
         def hook(_: nn.Module, inputs: tuple[Tensor]) -> None:
             if inputs[0].numel():
-                seen_D = inputs[0].abs().flatten(0, -2).amax(0)
-                largest[name] = torch.maximum(largest[name], seen_D)
+                batch_D = inputs[0].abs().flatten(0, -2).amax(0)
+                largest[name] = torch.maximum(largest[name], batch_D)
 
         stack.callback(linear.register_forward_pre_hook(hook).remove)
 
     with ExitStack() as stack:
         for name, linear in linears.items():
-            listen(name, linear)
+            observe(name, linear)
         for tokens_BT in batches:
             model.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
     for name, largest_D in largest.items():
@@ -125,17 +126,17 @@ def _smooth_writer(
 
 
 def _smooth_readers(sublayer: Branch, largest: dict[str, Tensor], alpha: float) -> bool:
-    """Whether the norm had a gain to take the division up."""
-    norm, sites = sublayer.norm, [name for name in sublayer.readers if name in largest]
+    """Fold the division into the norm; returns False if the norm has no gain."""
+    norm, targets = sublayer.norm, [name for name in sublayer.readers if name in largest]
     weight = getattr(norm, "weight", None)
-    if norm is None or weight is None or not sites:
+    if norm is None or weight is None or not targets:
         return False
     gain = gain_of(norm, len(weight))
     if gain is None:
         return False
     gain_D, neutral = gain
-    columns_D = _columns([sublayer.readers[name] for name in sites])
-    scale_D = _scale(largest[sites[0]], columns_D, alpha)
+    columns_D = _columns([sublayer.readers[name] for name in targets])
+    scale_D = _scale(largest[targets[0]], columns_D, alpha)
     for linear in sublayer.readers.values():
         _multiply(linear, scale_D)
     norm.weight = like(weight, gain_D.double() / scale_D - (1 - neutral))
@@ -143,13 +144,13 @@ def _smooth_readers(sublayer: Branch, largest: dict[str, Tensor], alpha: float) 
 
 
 def _scale(largest_D: Tensor, columns_D: Tensor, alpha: float) -> Tensor:
-    """s, float64."""
-    scale_D = (largest_D**alpha / columns_D ** (1 - alpha)).clamp(min=_LEAST)
+    """s of equation 4, float64."""
+    scale_D = (largest_D**alpha / columns_D ** (1 - alpha)).clamp(min=_MIN_SCALE)
     return torch.where((largest_D > 0) & (columns_D > 0), scale_D, 1.0)
 
 
 def _columns(linears: list[nn.Linear]) -> Tensor:
-    """max|W| per input channel, over all of `linears`: `[D]` float64."""
+    """max|W| per input channel over all of `linears`, `[D]` float64."""
     return torch.stack([linear.weight.abs().amax(0).double() for linear in linears]).amax(0)
 
 

@@ -1,11 +1,13 @@
-"""Rotate activations, so that no channel stands out, without a change of the function.
+"""Rotate activations so that outliers spread over all channels; the function stays the same.
 
-Two ways, by what is rotated.  `rotate` turns the residual stream itself (QuaRot, 2404.00456): an
-RMSNorm's output, but for its gain, turns with its input, so the gains move into the linears that
-read the norms, and then embedding, writers, readers and head take up a rotation and its inverse.
-Only the inputs of the writers (`o_proj`, `down_proj`) are rotated as the model runs.
-`rotate_inputs` rotates the input of every linear as the model runs: slower, for any family, and
-closer to the function at 4 bits, because channels that a norm's gain makes small stay small.
+`rotate_residual` rotates the residual stream (QuaRot, 2404.00456).  Without its gain, an RMSNorm
+commutes with a rotation.  The gains therefore move into the linear layers that read the norms; then
+the weights of the embedding, of the layers that read or write the residual stream and of the head
+are multiplied by the rotation or its inverse.  Only the inputs of the writers (`o_proj`,
+`down_proj`) are rotated at inference time.
+
+`rotate_inputs` rotates the input of every linear layer at inference time.  It is slower, works for
+any family, and is more accurate at 4 bits, because channels with a small gain stay small.
 
 Axes: D width, R routers.
 """
@@ -31,26 +33,28 @@ from oasis_attn.quantization.branches import (
 from oasis_attn.quantization.sites import linear_layers
 from oasis_attn.quantization.transforms import Rotation
 
-_ROWS = 8192  # of a weight, turned at a time: a vocabulary in float64 would be large
+_ROWS = 8192  # rows rotated at once: a float64 copy of a whole embedding would be large
 
 
 @torch.no_grad()
-def rotate(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
-    """Rotate the residual stream of `model` in place, and the inputs of its writers.
+def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
+    """Rotate the residual stream of `model`, and the inputs of its writers, in place.
 
-    Parameters are replaced, never written into: whoever shares them keeps his.  A tied head is
-    untied.  With depth routing all sources turn alike, and the routers' queries with them.
+    Parameters are replaced, not overwritten, so that models which share them do not change.  A tied
+    head is untied.  With depth routing, all sources and the queries of the routers are rotated by
+    the same matrix.
 
     Args:
-        model: a decoder with a head, of ours or of a family with an adapter.
-        seed: of the rotations' random signs.
+        model: a decoder with a head, of this library or of a family in `modeling.families`.
+        seed: random seed of the rotations' signs.
 
     Returns:
-        by writer, the rotation that must run on its input; its inverse is in the weight.
+        The rotations by writer; they must run on its input, and its weight contains the inverse.
 
     Raises:
-        UserError: a family that this cannot leave unchanged, and why: norms between branches and
-            residual, norms other than RMSNorm, experts, or parameters of unknown use.
+        UserError: the rotation would change what a model of this family computes: it has norms
+            between sublayers and residual stream, norms other than RMSNorm, experts, or unknown
+            parameters.
     """
     sublayers = branches(model)
     embedding, final, head = _ends(model)
@@ -60,10 +64,10 @@ def rotate(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
 
     generator = torch.Generator().manual_seed(seed)
     stream = _rotation(embedding.weight, generator)
-    _turn(embedding, stream)
+    _rotate_weight(embedding, stream)
     for (norm, readers), (gain_D, neutral) in zip(norms, gains, strict=True):
         for linear in readers.values():
-            _turn(linear, stream, gain_D)
+            _rotate_weight(linear, stream, gain_D)
         weight = getattr(norm, "weight", None)
         if norm is not None and weight is not None:
             norm.weight = like(weight, torch.full_like(gain_D, neutral))
@@ -73,37 +77,42 @@ def rotate(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
             if linear.bias is not None:
                 linear.bias = like(linear.bias, stream(linear.bias.double()))
     for module in model.modules():
-        _turn_router(module, stream)
+        _rotate_router(module, stream)
     _untie(model)
     writers = {name: linear for sublayer in sublayers for name, linear in sublayer.writer.items()}
-    return _turn_inputs(writers, generator)
+    return _rotate_inputs(writers, generator)
 
 
 @torch.no_grad()
 def rotate_inputs(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
-    """Rotate the inputs of `linear_layers(model)` in place; parameters are replaced.
+    """Rotate the inputs of `linear_layers(model)` in place.
+
+    Parameters are replaced, not overwritten.
 
     Returns:
-        by linear, the rotation that must run on its input; its inverse is in the weight.
+        The rotations by linear layer; they must run on its input, and its weight contains the
+        inverse.
     """
-    return _turn_inputs(linear_layers(model), torch.Generator().manual_seed(seed))
+    return _rotate_inputs(linear_layers(model), torch.Generator().manual_seed(seed))
 
 
-def _turn_inputs(linears: dict[str, nn.Linear], generator: torch.Generator) -> dict[str, nn.Module]:
+def _rotate_inputs(
+    linears: dict[str, nn.Linear], generator: torch.Generator
+) -> dict[str, nn.Module]:
     rotations: dict[str, nn.Module] = {}
     for name, linear in linears.items():
         rotation = _rotation(linear.weight, generator)
-        _turn(linear, rotation)
+        _rotate_weight(linear, rotation)
         rotations[name] = rotation.to(linear.weight.dtype)
     return rotations
 
 
 def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Module, nn.Linear]:
-    """Embedding, final norm and head."""
+    """The embedding, the final norm and the head."""
     embedding, norm = model.get_input_embeddings(), getattr(decoder_of(model), "norm", None)
     head = model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or norm is None:
-        raise _refusal(model, "it has no embedding, final norm and linear head that are known")
+        raise _refusal(model, "its embedding, its final norm or its linear head was not found")
     return embedding, norm, head
 
 
@@ -112,25 +121,25 @@ def _checked_gains(
     sublayers: list[Branch],
     norms: list[tuple[nn.Module | None, dict[str, nn.Linear]]],
 ) -> list[tuple[Tensor, float]]:
-    """Gain and neutral weight of each norm; `UserError` where something cannot be rotated."""
+    """The gain and the neutral weight of each norm; `UserError` if the model cannot be rotated."""
     family = family_of(model.config.get_text_config())
     if family.post_attention or family.post_mlp or not (family.pre_attention and family.pre_mlp):
-        raise _refusal(model, "its norms stand between branches and residual")
+        raise _refusal(model, "its norms stand between sublayers and residual stream")
     for sublayer in sublayers:
         if sublayer.stranger is not None:
-            raise _refusal(model, f"it is not known how {sublayer.stranger} reads the residual")
+            raise _refusal(model, f"it is unknown how {sublayer.stranger} uses the residual stream")
     embedding, final, head = _ends(model)
     known = {id(p) for part in (embedding, final, head) for p in part.parameters()}
     known.update(id(p) for p in decoder_layers(model)[1].parameters())
     for name, parameter in model.named_parameters():
         if id(parameter) not in known and ".depth." not in name:
-            raise _refusal(model, f"it is not known how {name} reads the residual")
+            raise _refusal(model, f"it is unknown how {name} uses the residual stream")
     gains = []
     for norm, _ in norms:
         assert norm is not None
         gain = gain_of(norm, embedding.embedding_dim)
         if gain is None:
-            raise _refusal(model, f"its {type(norm).__name__} is no RMSNorm")
+            raise _refusal(model, f"its {type(norm).__name__} is not an RMSNorm")
         gains.append(gain)
     return gains
 
@@ -138,38 +147,39 @@ def _checked_gains(
 def _refusal(model: PreTrainedModel, reason: str) -> UserError:
     kind = model.config.get_text_config().model_type
     return UserError(
-        f"rotation: family {kind!r} cannot be rotated: {reason}; 'inputs' fits any family"
+        f"rotation: family {kind!r} cannot be rotated: {reason}; use 'inputs', which works for any"
+        " family"
     )
 
 
 def _rotation(weight: Tensor, generator: torch.Generator) -> Rotation:
-    """One of the rows of `weight`, float64, where it stands."""
+    """A random rotation of the rows of `weight`, float64, on the same device."""
     return Rotation(weight.shape[1], generator=generator).to(weight.device)
 
 
-def _turn(
+def _rotate_weight(
     layer: nn.Linear | nn.Embedding | KeyProjection,
     rotation: Rotation,
     gain_D: Tensor | None = None,
 ) -> None:
-    """Make a weight's rows what they must be when their input, less the gain, is rotated."""
+    """Adapt a weight to an input that is rotated and no longer multiplied by the gain."""
     gain = 1.0 if gain_D is None else gain_D.double()
-    turned = [rotation(rows.double() * gain).to(rows.dtype) for rows in layer.weight.split(_ROWS)]
-    layer.weight = like(layer.weight, torch.cat(turned))
+    rotated = [rotation(rows.double() * gain).to(rows.dtype) for rows in layer.weight.split(_ROWS)]
+    layer.weight = like(layer.weight, torch.cat(rotated))
 
 
-def _turn_router(module: nn.Module, rotation: Rotation) -> None:
+def _rotate_router(module: nn.Module, rotation: Rotation) -> None:
     if isinstance(module, DepthRouter):
         queries_RD = module.queries.double() * module.key_norm.double()
         module.queries = like(module.queries, rotation(queries_RD))
         module.key_norm = like(module.key_norm, torch.ones_like(module.key_norm))
     elif isinstance(module, AuthorsRouter):
-        _turn(module.q_proj, rotation)
-        _turn(module.k_proj, rotation)
+        _rotate_weight(module.q_proj, rotation)
+        _rotate_weight(module.k_proj, rotation)
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """The head has a weight of its own by now."""
+    """Record in the configs that the head has its own weight."""
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

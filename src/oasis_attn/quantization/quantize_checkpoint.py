@@ -1,4 +1,4 @@
-"""A model from its name to a folder that holds it quantised, with a record of what that cost."""
+"""Load a model, quantise it, measure the effect, and save the quantised model with a record."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.subject import check_lengths
 from oasis_attn.ops.token_losses import token_losses
-from oasis_attn.quantization.costs import GROUPINGS, perplexity, sensitivity, site_metrics
 from oasis_attn.quantization.coverage import quantized_share
-from oasis_attn.quantization.integers import check_kernels, to_integers
+from oasis_attn.quantization.int8 import check_kernels, to_int8
 from oasis_attn.quantization.record import quantization_record
-from oasis_attn.quantization.schemes import Scheme, schemes
-from oasis_attn.quantization.simulate import quantize, scheme_sites
+from oasis_attn.quantization.schemes import Scheme, get_scheme
+from oasis_attn.quantization.sensitivity import (
+    GROUPINGS,
+    measure_sensitivity,
+    perplexity,
+    target_metrics,
+)
+from oasis_attn.quantization.simulate import quantize, scheme_targets
 from oasis_attn.records import Metric, QuantizationRecord, TextInfo
 
 
@@ -35,53 +40,54 @@ def quantize_checkpoint(
     *,
     scheme: str | Scheme = "w8a8-dynamic",
     simulate: bool = False,
-    skip: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     calibration: str = "stdlib",
     calibration_split: str = "train",
     evaluation: str | None = None,
     evaluation_split: str = "test",
     window: int = 512,
     windows: int = 16,
-    costs: str | None = None,
+    sensitivity: str | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> QuantizationRecord:
-    """Quantise a model, measure what that did, and write model, tokenizer and record to `out`.
+    """Quantise a model, measure the effect, and write model, tokenizer and record to `out`.
 
     Args:
-        model: as `load_model` takes it.
+        model: see `load_model`.
         out: a new folder; `from_pretrained` restores the quantised model from it.
         scheme: see `quantize`.
-        simulate: compute in floating point on the scheme's grids, at any width; otherwise in
-            integers, which only some schemes can.
-        skip: patterns of site names (`*.down_proj`) that are left as they are.
-        calibration, calibration_split: a corpus; windows are spread over its split.  The errors of
-            activations are measured on them whatever the scheme.
-        evaluation, evaluation_split: the same to measure perplexity on; default, that corpus.
+        simulate: if true, the quantised model computes in floating point, which works for every
+            scheme; if false, it uses int8 kernels, which exist for some schemes only.
+        ignore: patterns of target names (`*.down_proj`) that are not quantised.
+        calibration, calibration_split: corpus and split for calibration.  The errors of activations
+            are measured on the same windows, for every scheme.
+        evaluation, evaluation_split: corpus and split for perplexity; the default corpus is that of
+            `calibration`.
         window: tokens per window.
-        windows: how many to calibrate on, and how many to measure on, at most.
-        costs: measure the perplexity with all but one group of tensors quantised, and with only
-            that one; groups are by `kind`, `layer` or `site`.  Each is a pass over the windows.
-        seed: of a rotation.
-        trust_remote_code: of `load_model`.
-        tell: is told what is going on.
+        windows: maximum number of windows for calibration, and for perplexity; they are spread over
+            the split.
+        sensitivity: measure the perplexity with all but one group of tensors quantised, and with
+            only that group, for each `kind`, `layer` or `target`.  Each measurement is one pass
+            over the windows.
+        seed: random seed of the rotation.
+        trust_remote_code: see `load_model`.
+        progress: is called with a description of each step.
 
     Returns:
-        Metrics: `size.quantized_share` (see `coverage`), `perplexity.windowed` and `size.bytes` at
-        `before` and `after`, `speed.over_unquantized` (tokens per second of the two, window by
-        window in turn, the median of the ratios), and `site_metrics` of the simulated model; with
-        `costs`, the table `sensitivity`.
+        The record.  Its metrics are `size.quantized_share` (see `coverage`); `perplexity.windowed`
+        and `size.bytes`, `before` and `after`; `speed.over_unquantized`, the median over windows of
+        the ratio of tokens per second; and the `target_metrics` of the simulated model.  With
+        `sensitivity`, it has the table `sensitivity`.
 
     Raises:
-        UserError: unusable arguments, a scheme without integer kernels, or what `quantize` finds;
-            nothing is written then.
+        UserError: unusable arguments, a scheme without int8 kernels, or an error of `quantize`.
+            Nothing is written then.
     """
-    if isinstance(scheme, str):
-        check_choice("scheme", scheme, schemes())
-        scheme = schemes()[scheme]
-    if costs is not None:
-        check_choice("costs", costs, GROUPINGS)
+    scheme = get_scheme(scheme)
+    if sensitivity is not None:
+        check_choice("sensitivity", sensitivity, GROUPINGS)
     check_whole("window", window, 2)
     check_whole("windows", windows, 1)
     check_seed("seed", seed)
@@ -93,32 +99,36 @@ def quantize_checkpoint(
         load_corpus(evaluation or calibration, evaluation_split),
     ]
 
-    tell("loading the model")
+    progress("loading the model")
     loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     check_lengths(loaded, [window], "window")
     seen_NT, held_out_NT = (
         spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora
     )
-    sites = _kept(scheme_sites(loaded, scheme), skip)
+    targets = _not_ignored(scheme_targets(loaded, scheme), ignore)
     batches = list(seen_NT.split(1))
     given = batches if scheme.needs_calibration else None
-    tell("quantising")
-    twin = quantize(loaded, scheme, calibration=given, sites=sites, seed=seed)
-    tell("measuring the errors of each tensor")
-    metrics = site_metrics(twin, batches)
+    progress("quantising")
+    quantized = quantize(loaded, scheme, calibration=given, targets=targets, seed=seed)
+    progress("measuring the errors of each tensor")
+    metrics = target_metrics(quantized, batches)
     tables: dict[str, Any] = {}
-    if costs is not None:
-        tables["sensitivity"] = _sensitivity(
-            loaded, scheme, held_out_NT, given, sites=sites, by=costs, seed=seed, tell=tell
+    if sensitivity is not None:
+        tables["sensitivity"] = _sensitivity_table(
+            *(loaded, scheme, held_out_NT, given),
+            targets=targets,
+            by=sensitivity,
+            seed=seed,
+            progress=progress,
         )
     if not simulate:
-        to_integers(twin)
-    tell("measuring perplexity and speed")
-    share = Metric(name="size.quantized_share", value=quantized_share(twin))
-    metrics = share, *_compared(loaded, twin, held_out_NT), *metrics
-    tell("writing")
+        to_int8(quantized)
+    progress("measuring perplexity and speed")
+    share = Metric(name="size.quantized_share", value=quantized_share(quantized))
+    metrics = share, *_compare(loaded, quantized, held_out_NT), *metrics
+    progress("writing")
     with staged_folder(out) as stage:
-        twin.save_pretrained(stage)
+        quantized.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         sizes = {
             "before": sum(p.numel() * p.element_size() for p in loaded.parameters()),
@@ -131,7 +141,7 @@ def quantize_checkpoint(
         )
         record = quantization_record(
             loaded,
-            twin,
+            quantized,
             data=evaluation_text,
             calibration=calibration_text,
             seed=seed,
@@ -139,37 +149,37 @@ def quantize_checkpoint(
             tables=tables,
         )
         record.save(stage / "record.json")
-        write_card(twin, stage)  # again, now with what was measured
+        write_card(quantized, stage)  # again, because the card shows metrics of the record
     return record
 
 
-def _kept(sites: Sequence[str], skip: Sequence[str]) -> list[str]:
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in sites):
-            some = f", as {sites[0]!r}" if sites else "; it has none in this model"
-            raise UserError(f"skip: {pattern!r} matches none of the scheme's sites{some}")
-    return [name for name in sites if not any(fnmatchcase(name, p) for p in skip)]
+def _not_ignored(targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
+    for pattern in ignore:
+        if not any(fnmatchcase(name, pattern) for name in targets):
+            example = f", such as {targets[0]!r}" if targets else "; it has none in this model"
+            raise UserError(f"ignore: {pattern!r} matches none of the scheme's targets{example}")
+    return [name for name in targets if not any(fnmatchcase(name, p) for p in ignore)]
 
 
-def _sensitivity(
+def _sensitivity_table(
     model: PreTrainedModel,
     scheme: Scheme,
     ids_NT: Tensor,
     calibration: list[Tensor] | None,
     *,
-    tell: Callable[[str], None],
+    progress: Callable[[str], None],
     **options: Any,
 ) -> dict[str, list[Any]]:
-    """Columns: group, perplexity with all but it quantised, perplexity with it alone."""
+    """Columns: the group, and the perplexity with all but it and with only it quantised."""
     passes = 0
 
-    def score(twin: PreTrainedModel) -> float:
+    def score(partly_quantized: PreTrainedModel) -> float:
         nonlocal passes
         passes += 1
-        tell(f"measuring what each tensor costs: pass {passes}")
-        return perplexity(twin, ids_NT)
+        progress(f"measuring the sensitivity to each tensor: pass {passes}")
+        return perplexity(partly_quantized, ids_NT)
 
-    scores = sensitivity(model, scheme, score, calibration=calibration, **options)
+    scores = measure_sensitivity(model, scheme, score, calibration=calibration, **options)
     return {
         "group": list(scores),
         "all_but": [value for value, _ in scores.values()],
@@ -178,8 +188,8 @@ def _sensitivity(
 
 
 @torch.no_grad()
-def _compared(before: PreTrainedModel, after: PreTrainedModel, ids_NT: Tensor) -> list[Metric]:
-    """Perplexity of both, and the speed of one over that of the other."""
+def _compare(before: PreTrainedModel, after: PreTrainedModel, ids_NT: Tensor) -> list[Metric]:
+    """The perplexity of both models, and the median ratio of their speeds."""
     models = {"before": before, "after": after}
     losses: dict[str, list[Tensor]] = {where: [] for where in models}
     seconds: dict[str, list[float]] = {where: [] for where in models}

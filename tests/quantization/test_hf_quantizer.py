@@ -1,4 +1,4 @@
-"""A quantised model comes back from disk as it was, bit for bit."""
+"""Saving and loading a quantised model is bit-exact."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import quiet
 from oasis_attn.modeling.prefix import compute_prefix, prefix_of, with_prefix
-from oasis_attn.quantization import Grid, Scheme, quantize, quantized_sites, schemes
+from oasis_attn.quantization import QuantSpec, Scheme, quantize, quantized_modules, schemes
+from oasis_attn.quantization.hf_quantizer import OasisQuantizationConfig
 from oasis_attn.quantization.quantizers import StaticQuantizer
-from oasis_attn.quantization.saved import SimulatedConfig
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 TABLE = schemes()
-ODD = Grid(bits=3, symmetric=False, granularity="group", group_size=16)
+ODD = QuantSpec(bits=3, symmetric=False, granularity="group", group_size=16)
 SCHEMES = {
     "full": TABLE["w8a8-static"],
     "head": replace(TABLE["w8a8-static"], head=True),
@@ -40,7 +40,7 @@ def make(kind, dtype=torch.float32):
     if kind in ("oasis", "gated_attention"):
         return tiny_model(kind, dtype=dtype)
     torch.manual_seed(0)
-    # An inner width of 16 x 16: matrices of that order are made of smaller ones.
+    # The inner width is 16 x 16, so that Hadamard matrices are built from smaller ones.
     config = tiny_config(kind, tie_word_embeddings=True, attention_bias=True, intermediate_size=256)
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
 
@@ -58,7 +58,7 @@ def quantized(model, scheme: Scheme):
     return quantize(model, scheme, calibration=batches() if scheme.needs_calibration else None)
 
 
-def there_and_back(model, folder, **keywords):
+def save_and_load(model, folder, **keywords):
     with quiet():
         model.save_pretrained(folder)
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -73,42 +73,42 @@ def there_and_back(model, folder, **keywords):
 def test_logits_are_equal_bit_for_bit(kind, name, ids, tmp_path):
     model = make(kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    twin = quantized(model, SCHEMES[name])
+    quantized_model = quantized(model, SCHEMES[name])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    loaded = there_and_back(twin, tmp_path / "1")
+    loaded = save_and_load(quantized_model, tmp_path / "1")
     assert type(loaded) is type(model)
-    assert list(quantized_sites(loaded)) == list(quantized_sites(twin))
-    assert torch.equal(logits(loaded, ids), logits(twin, ids))
-    again = there_and_back(loaded, tmp_path / "2")
-    assert torch.equal(logits(again, ids), logits(twin, ids))
+    assert list(quantized_modules(loaded)) == list(quantized_modules(quantized_model))
+    assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
+    again = save_and_load(loaded, tmp_path / "2")
+    assert torch.equal(logits(again, ids), logits(quantized_model, ids))
     assert again.generate(ids[:1], max_new_tokens=2).shape == (1, ids.shape[1] + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["full", "head", "weights"])
 def test_in_other_precisions(dtype, name, ids, tmp_path):
-    # Through disk first: loading keeps the rotary frequencies in float32, `to` does not.
-    model = there_and_back(make("llama", dtype), tmp_path / "0")
+    # Save and load first: loading keeps the rotary frequencies in float32, `to` does not.
+    model = save_and_load(make("llama", dtype), tmp_path / "0")
     assert model.dtype == dtype
-    twin = quantized(model, SCHEMES[name])
-    loaded = there_and_back(twin, tmp_path / "1")
+    quantized_model = quantized(model, SCHEMES[name])
+    loaded = save_and_load(quantized_model, tmp_path / "1")
     assert loaded.dtype == dtype
-    assert torch.equal(logits(loaded, ids), logits(twin, ids))
+    assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
 
 
-def test_the_file_holds_whole_numbers_and_the_config_says_what_they_are(tmp_path):
-    twin = quantized(make("llama"), SCHEMES["head"])
-    there_and_back(twin, tmp_path)
+def test_the_file_has_integer_codes_and_the_config_describes_them(tmp_path):
+    quantized_model = quantized(make("llama"), SCHEMES["head"])
+    save_and_load(quantized_model, tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for name in quantized_sites(twin):
+    for name in quantized_modules(quantized_model):
         if ":" not in name:
             assert f"{name}.weight" not in tensors
             assert tensors[f"{name}.weight_codes"].dtype == torch.int8
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "oasis"
     assert config["arithmetic"] == "simulated"
-    assert set(config["sites"]) == set(quantized_sites(twin))
+    assert set(config["targets"]) == set(quantized_modules(quantized_model))
     assert Scheme.from_dict(config["scheme"]) == SCHEMES["head"]
 
 
@@ -119,10 +119,10 @@ def test_the_file_holds_whole_numbers_and_the_config_says_what_they_are(tmp_path
         "import oasis_attn; from transformers import LlamaForCausalLM as M",
     ],
 )
-def test_loads_whichever_library_comes_first(imports, ids, tmp_path):
-    twin = quantized(make("llama"), SCHEMES["full"])
+def test_loads_in_either_order_of_imports(imports, ids, tmp_path):
+    quantized_model = quantized(make("llama"), SCHEMES["full"])
     with quiet():
-        twin.save_pretrained(tmp_path)
+        quantized_model.save_pretrained(tmp_path)
     code = (
         f"{imports}; import sys, torch; m = M.from_pretrained(sys.argv[1]);"
         f"print(m(input_ids=torch.tensor({ids.tolist()})).logits.double().sum().item())"
@@ -130,56 +130,58 @@ def test_loads_whichever_library_comes_first(imports, ids, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) == logits(twin, ids).double().sum().item()
+    assert float(done.stdout) == logits(quantized_model, ids).double().sum().item()
 
 
 def test_a_loaded_model_is_not_quantised_again(tmp_path):
-    loaded = there_and_back(quantized(make("llama"), SCHEMES["dynamic"]), tmp_path)
-    with pytest.raises(ValueError, match="model: it is quantised already"):
+    loaded = save_and_load(quantized(make("llama"), SCHEMES["dynamic"]), tmp_path)
+    with pytest.raises(ValueError, match="model: it is already quantised"):
         quantize(loaded, "w4a4")
     foreign = make("llama")
     foreign.hf_quantizer = SimpleNamespace()
-    with pytest.raises(ValueError, match="model: it is quantised already"):
+    with pytest.raises(ValueError, match="model: it is already quantised"):
         quantize(foreign, "w4a4")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", TABLE)
-def test_after_casts_what_is_saved_is_what_is_computed(dtype, name, ids, tmp_path):
-    twin = quantized(make("llama"), TABLE[name])
-    want = logits(twin, ids)
-    twin.to(dtype)
-    loaded = there_and_back(twin, tmp_path / "1")
+def test_a_model_saved_after_casts_computes_the_same(dtype, name, ids, tmp_path):
+    quantized_model = quantized(make("llama"), TABLE[name])
+    want = logits(quantized_model, ids)
+    quantized_model.to(dtype)
+    loaded = save_and_load(quantized_model, tmp_path / "1")
     assert loaded.dtype == dtype
-    assert torch.equal(logits(loaded, ids), logits(twin, ids))
+    assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
     if dtype == torch.float64:
-        return  # what float32 rounded stays as it is
-    # Back in float32 only what is not quantised has been rounded.
-    twin.float()
-    again = there_and_back(twin, tmp_path / "2")
-    assert torch.equal(logits(again, ids), logits(twin, ids))
+        return  # values that were rounded to float32 stay rounded
+    # After a cast back to float32, only unquantised tensors have been rounded.
+    quantized_model.float()
+    again = save_and_load(quantized_model, tmp_path / "2")
+    assert torch.equal(logits(again, ids), logits(quantized_model, ids))
     torch.testing.assert_close(logits(again, ids), want, atol=0.1, rtol=0.1)
-    for name, layer in quantized_sites(again).items():
+    for name, layer in quantized_modules(again).items():
         if ":" not in name:
             assert torch.equal(layer.weight, layer.decode(layer.codes(), torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_cast_is_what_loading_in_that_dtype_gives(dtype, ids, tmp_path):
-    twin = quantized(make("llama"), SCHEMES["full"])
-    loaded = there_and_back(twin, tmp_path, dtype=dtype)
-    assert torch.equal(logits(twin.to(dtype), ids), logits(loaded, ids))
+def test_a_cast_equals_loading_in_that_dtype(dtype, ids, tmp_path):
+    quantized_model = quantized(make("llama"), SCHEMES["full"])
+    loaded = save_and_load(quantized_model, tmp_path, dtype=dtype)
+    assert torch.equal(logits(quantized_model.to(dtype), ids), logits(loaded, ids))
 
 
 def test_scales_of_float64_are_kept_in_any_dtype(ids, tmp_path):
-    twin = quantized(there_and_back(make("llama", torch.float64), tmp_path / "0"), SCHEMES["full"])
-    twin.float()
-    site = next(iter(quantized_sites(twin)))
-    loaded = there_and_back(twin, tmp_path / "1")
-    for model in (twin, loaded):
-        assert model.get_submodule(site).weight_scale.dtype == torch.float64
-        assert model.get_submodule(site).weight.dtype == torch.float32
-    assert torch.equal(logits(loaded, ids), logits(twin, ids))
+    quantized_model = quantized(
+        save_and_load(make("llama", torch.float64), tmp_path / "0"), SCHEMES["full"]
+    )
+    quantized_model.float()
+    name = next(iter(quantized_modules(quantized_model)))
+    loaded = save_and_load(quantized_model, tmp_path / "1")
+    for model in (quantized_model, loaded):
+        assert model.get_submodule(name).weight_scale.dtype == torch.float64
+        assert model.get_submodule(name).weight.dtype == torch.float32
+    assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
 
 
 def take_a_step(model, named):
@@ -189,11 +191,11 @@ def take_a_step(model, named):
 
 
 def test_what_is_not_quantised_may_be_trained_and_resized(ids, tmp_path):
-    twin = quantized(make("llama"), SCHEMES["dynamic"])
-    take_a_step(twin, "norm")
-    twin.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
-    loaded = there_and_back(twin, tmp_path)
-    assert torch.equal(logits(loaded, ids), logits(twin, ids))
+    quantized_model = quantized(make("llama"), SCHEMES["dynamic"])
+    take_a_step(quantized_model, "norm")
+    quantized_model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
+    loaded = save_and_load(quantized_model, tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
 
 
 def merge_an_adapter(model):
@@ -205,7 +207,7 @@ def wrap_in_an_adapter(model):
     get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
 
 
-def switch_a_quantiser_off(model):
+def disable_a_quantiser(model):
     next(m for m in model.modules() if isinstance(m, StaticQuantizer)).enabled = False
 
 
@@ -216,38 +218,38 @@ def switch_a_quantiser_off(model):
         (merge_an_adapter, "q_proj.weight: it was changed after quantising"),
         (wrap_in_an_adapter, "q_proj was replaced after quantising"),
         (lambda m: m.resize_token_embeddings(99), "lm_head was replaced after quantising"),
-        (switch_a_quantiser_off, "is switched off"),
+        (disable_a_quantiser, "is disabled"),
         (lambda m: m.model.layers[0].mlp.half(), "is torch.float16 in a model of torch.float32"),
         (lambda m: m.model.norm.to("meta"), "model: it is offloaded"),
     ],
 )
 def test_a_model_that_was_changed_is_not_saved(change, message, tmp_path):
-    twin = quantized(make("llama"), SCHEMES["head"])
-    change(twin)
+    quantized_model = quantized(make("llama"), SCHEMES["head"])
+    change(quantized_model)
     with pytest.raises(UserError, match=message):
-        twin.save_pretrained(tmp_path)
+        quantized_model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_adapter_on_it_is_saved_alone(tmp_path):
-    twin = quantized(make("llama"), SCHEMES["dynamic"])
-    twin.add_adapter(LoraConfig(target_modules=["q_proj"]))
+def test_an_adapter_is_saved_without_the_model(tmp_path):
+    quantized_model = quantized(make("llama"), SCHEMES["dynamic"])
+    quantized_model.add_adapter(LoraConfig(target_modules=["q_proj"]))
     with quiet():
-        twin.save_pretrained(tmp_path)
+        quantized_model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "config.json").exists()
 
 
-def test_casts_that_change_what_is_not_saved_are_told(tmp_path):
-    twin = quantized(make("gemma2"), SCHEMES["dynamic"])
+def test_casts_of_unsaved_buffers_are_refused(tmp_path):
+    quantized_model = quantized(make("gemma2"), SCHEMES["dynamic"])
     with pytest.raises(UserError, match=r"a cast changed model.embed_tokens.embed_scale"):
-        twin.to(torch.bfloat16).save_pretrained(tmp_path)
+        quantized_model.to(torch.bfloat16).save_pretrained(tmp_path)
     early = make("llama").to(torch.bfloat16)
     with pytest.raises(UserError, match=r"cast to torch.bfloat16 before it was quantised"):
         quantized(early, SCHEMES["dynamic"]).save_pretrained(tmp_path)
 
 
-def test_it_is_not_offloaded(tmp_path):
+def test_offloading_is_refused(tmp_path):
     with quiet():
         quantized(make("llama"), SCHEMES["dynamic"]).save_pretrained(tmp_path)
     places = dict.fromkeys(
@@ -259,29 +261,29 @@ def test_it_is_not_offloaded(tmp_path):
         )
     with quiet():
         whole = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
-    assert len(quantized_sites(whole)) == 28
+    assert len(quantized_modules(whole)) == 28
 
 
 @torch.no_grad()
 def test_shards_prefix_and_other_heads(ids, tmp_path):
     model = make("llama")
     rescued = with_prefix(model, compute_prefix(model, (5, 6)))
-    twin = quantized(rescued, SCHEMES["head"])
+    quantized_model = quantized(rescued, SCHEMES["head"])
     with quiet():
-        twin.save_pretrained(tmp_path, max_shard_size="20KB")
+        quantized_model.save_pretrained(tmp_path, max_shard_size="20KB")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         base = AutoModel.from_pretrained(tmp_path)
         scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path)
         base.save_pretrained(tmp_path / "base")
         again = AutoModel.from_pretrained(tmp_path / "base")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert torch.equal(logits(loaded, ids), logits(twin, ids))
+    assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
     for part in (base, scorer.model, again):
         assert prefix_of(part).tokens == (5, 6)
-        assert torch.equal(part(input_ids=ids)[0], twin.model(input_ids=ids)[0])
+        assert torch.equal(part(input_ids=ids)[0], quantized_model.model(input_ids=ids)[0])
 
 
-def test_without_our_import_it_is_not_misread(tmp_path):
+def test_plain_transformers_refuses_to_load_it(tmp_path):
     native, ours = make("llama"), make("oasis")
     static = quantized(native, SCHEMES["full"])
     models = {
@@ -289,7 +291,7 @@ def test_without_our_import_it_is_not_misread(tmp_path):
         "prefixed": with_prefix(native, compute_prefix(native, (5,))),
         "both": with_prefix(static, compute_prefix(native, (5,))),
         "one tensor": quantize(
-            native, TABLE["w8a8-static"], calibration=batches(), sites=["model.norm:output"]
+            native, TABLE["w8a8-static"], calibration=batches(), targets=["model.norm:output"]
         ),
         "ours": quantized(ours, SCHEMES["dynamic"]),
         "ours, prefixed": with_prefix(ours, compute_prefix(ours, (5,))),
@@ -316,7 +318,7 @@ assert "oasis_attn" not in sys.modules
     assert done.stdout == ""
 
 
-FIELDS = {"scheme": TABLE["w4a4"].to_dict(), "sites": ["lm_head"], "transforms": {}}
+FIELDS = {"scheme": TABLE["w4a4"].to_dict(), "targets": ["lm_head"], "transforms": {}}
 
 
 @pytest.mark.parametrize(
@@ -324,8 +326,8 @@ FIELDS = {"scheme": TABLE["w4a4"].to_dict(), "sites": ["lm_head"], "transforms":
     [
         {"scheme": 5},
         {"scheme": {}},
-        {"sites": 3},
-        {"sites": [3]},
+        {"targets": 3},
+        {"targets": [3]},
         {"transforms": ["a"]},
         {"extra": 1},
         {"arithmetic": "decimal"},
@@ -335,13 +337,13 @@ FIELDS = {"scheme": TABLE["w4a4"].to_dict(), "sites": ["lm_head"], "transforms":
         {"prefix": {"tokens": [1], "shape": [3, 2, 1]}},
     ],
 )
-def test_configs_of_another_form_are_told(changes):
-    assert SimulatedConfig.from_dict(FIELDS).sites == ["lm_head"]
+def test_malformed_configs_are_refused(changes):
+    assert OasisQuantizationConfig.from_dict(FIELDS).targets == ["lm_head"]
     with pytest.raises(UserError, match=r"quantization_config: "):
-        SimulatedConfig.from_dict(FIELDS | changes)
+        OasisQuantizationConfig.from_dict(FIELDS | changes)
 
 
-def test_a_site_that_the_model_lacks_is_told(tmp_path):
+def test_a_target_that_the_model_lacks_is_refused(tmp_path):
     with quiet():
         quantized(make("llama"), SCHEMES["dynamic"]).save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()

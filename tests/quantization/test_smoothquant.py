@@ -1,4 +1,4 @@
-"""The smoothed model is the model, and its channels are as equation 4 says."""
+"""Smoothed models compute the same function, and their channels follow equation 4."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from double import IDS, double_logits, native_model, shaken
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.quantization.linear import transform_input
-from oasis_attn.quantization.smooth import smooth
+from oasis_attn.quantization.smoothquant import smooth
 from tiny import tiny_model
 
 LAYER = "model.layers.1."
@@ -19,15 +19,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
 
 
 def smoothed(model, alpha=0.5, batches=(IDS,)):
-    twin = copy.deepcopy(model)
-    transforms = smooth(twin, batches, alpha=alpha)
+    smoothed_model = copy.deepcopy(model)
+    transforms = smooth(smoothed_model, batches, alpha=alpha)
     for name, transform in transforms.items():
-        transform_input(twin.get_submodule(name), transform)
-    return twin, set(transforms)
+        transform_input(smoothed_model.get_submodule(name), transform)
+    return smoothed_model, set(transforms)
 
 
 def largest_inputs(model, names):
-    """max|x| per channel of what the weights are multiplied with."""
+    """max|x| per input channel of each layer."""
     seen = {}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -44,17 +44,21 @@ def largest_inputs(model, names):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_unchanged(family):
     model = native_model(family)
-    twin, _ = smoothed(model)
-    torch.testing.assert_close(double_logits(twin), double_logits(model), rtol=0, atol=1e-10)
+    smoothed_model, _ = smoothed(model)
+    torch.testing.assert_close(
+        double_logits(smoothed_model), double_logits(model), rtol=0, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize(
     "variant", ["oasis", "gated_attention", "gated_elementwise", "authors", "attn_residual_block"]
 )
-def test_a_variant_is_unchanged_and_all_is_folded(variant):
+def test_a_variant_is_unchanged_and_everything_is_folded(variant):
     model = shaken(tiny_model(variant, dtype=torch.float64))
-    twin, online = smoothed(model)
-    torch.testing.assert_close(double_logits(twin), double_logits(model), rtol=0, atol=1e-10)
+    smoothed_model, online = smoothed(model)
+    torch.testing.assert_close(
+        double_logits(smoothed_model), double_logits(model), rtol=0, atol=1e-10
+    )
     assert not online
 
 
@@ -69,7 +73,7 @@ def test_a_variant_is_unchanged_and_all_is_folded(variant):
         ("olmo2", {*(f"self_attn.{x}_proj" for x in "qkv"), "mlp.gate_proj", "mlp.up_proj"}),
     ],
 )
-def test_what_is_not_folded(family, online):
+def test_which_divisions_are_not_folded(family, online):
     _, found = smoothed(native_model(family))
     found = {name.removeprefix(LAYER) for name in found if name.startswith(LAYER)}
     assert found == online
@@ -78,40 +82,40 @@ def test_what_is_not_folded(family, online):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_channels_are_as_equation_4_says(family, alpha):
-    """A linear of its own: max|x| becomes max|x|^(1 - alpha) max|W|^(1 - alpha)."""
+def test_channels_follow_equation_4(family, alpha):
+    """For a single linear layer, max|x| becomes max|x|^(1 - alpha) max|W|^(1 - alpha)."""
     model = native_model(family)
     name = "model.layers.0.mlp." + ("down_proj" if family == "llama" else "c_proj")
-    twin, _ = smoothed(model, alpha)
+    smoothed_model, _ = smoothed(model, alpha)
     inputs = largest_inputs(model, [name])[name]
     columns = model.get_submodule(name).weight.abs().amax(0)
     expected = (inputs * columns) ** (1 - alpha)
-    torch.testing.assert_close(largest_inputs(twin, [name])[name], expected)
+    torch.testing.assert_close(largest_inputs(smoothed_model, [name])[name], expected)
 
 
 def test_readers_of_a_norm_share_their_scale():
     model = native_model("llama")
-    names = [f"{LAYER}self_attn.{x}_proj" for x in "qk"]  # the rows of v take more up
-    twin, _ = smoothed(model, 1.0)
-    found = largest_inputs(twin, names)
+    names = [f"{LAYER}self_attn.{x}_proj" for x in "qk"]  # v also changes with the smoothing of o
+    smoothed_model, _ = smoothed(model, 1.0)
+    found = largest_inputs(smoothed_model, names)
     for name in names:
         torch.testing.assert_close(found[name], torch.ones_like(found[name]))
-        ratio = twin.get_submodule(name).weight / model.get_submodule(name).weight
+        ratio = smoothed_model.get_submodule(name).weight / model.get_submodule(name).weight
         torch.testing.assert_close(ratio, largest_inputs(model, names)[name].expand_as(ratio))
 
 
 @torch.no_grad()
-def test_silent_channels_keep_their_scale():
+def test_zero_channels_keep_their_scale():
     model = native_model("llama")
     model.model.layers[1].mlp.up_proj.weight[3] = 0
-    twin, _ = smoothed(model)
+    smoothed_model, _ = smoothed(model)
     name = f"{LAYER}mlp.down_proj"
-    before, after = (m.get_submodule(name).weight[:, 3] for m in (model, twin))
+    before, after = (m.get_submodule(name).weight[:, 3] for m in (model, smoothed_model))
     assert torch.equal(before, after)
-    assert all(p.isfinite().all() for p in twin.parameters())
+    assert all(p.isfinite().all() for p in smoothed_model.parameters())
 
 
-def test_parameters_are_replaced_not_written_into():
+def test_parameters_are_replaced_not_overwritten():
     model = native_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     shared = copy.deepcopy(model, {id(p): p for p in model.parameters()})

@@ -1,11 +1,14 @@
-"""How models that plain transformers cannot compute are saved and loaded: a guard, and the prefix.
+"""Saving and loading of models with a prefix through transformers' `HfQuantizer` interface.
 
-transformers lets a `HfQuantizer` take part in saving and loading any model whose config has a
-`quantization_config`.  Where the method in it is unknown, because `oasis_attn` was not imported, it
-only warns, and would load what it recognises.  So the input embedding is stored as `[V, D, 1]`:
-everywhere but here, its shape stops the loading with an error.
+transformers calls an `HfQuantizer` when it saves or loads a model whose config has a
+`quantization_config`.  If the method in it is unknown, because `oasis_attn` was not imported,
+transformers only warns and loads the weights that it recognises; the model would then compute
+something else.  Therefore the input embedding is stored with the shape `[V, D, 1]`, which makes
+plain transformers stop with an error.  Quantised models are stored in the same way, see
+`quantization.hf_quantizer`.
 
-This module is imported while transformers itself is; it imports what needs transformers on use.
+This module is imported while transformers itself is being imported, so it imports modules that need
+transformers only when they are used.
 """
 
 from __future__ import annotations
@@ -32,14 +35,14 @@ METHOD = "oasis_prefix"
 
 @register_quantization_config(METHOD)
 class PrefixConfig(QuantizationConfigMixin):
-    """What `config.json` says of a model with a prefix.
+    """The `quantization_config` of a model with a prefix.
 
     Args:
-        prefix: `tokens`, a list of ids, and `shape`, that of the keys and of the values
-            `[L, G, P, d]`; None if there is no prefix.
+        prefix: `tokens`, a list of ids, and `shape`, the shape `[L, G, P, d]` of the keys and of
+            the values; None if there is no prefix.
 
     Raises:
-        UserError: by `from_dict`, on any other form.
+        UserError: by `from_dict`, if a field has the wrong form.
     """
 
     def __init__(self, prefix: Mapping[str, Any] | None = None, quant_method: str = METHOD) -> None:
@@ -59,24 +62,26 @@ class PrefixConfig(QuantizationConfigMixin):
         return config
 
     def check(self) -> None:
-        """Raise an error if a field has not the form that it should have."""
+        """Raise an error if a field has the wrong form."""
         if self.prefix is None:
             return
         tokens, shape = self.prefix["tokens"], self.prefix["shape"]
         whole = all(type(number) is int and number >= 0 for number in [*tokens, *shape])
         if not whole or len(shape) != 4 or shape[2] != len(tokens):
-            raise UserError(f"quantization_config: {self.prefix} is not tokens and keys' shape")
+            raise UserError(
+                f"quantization_config: {self.prefix} is not a list of tokens and a shape"
+            )
 
 
 @register_quantizer(METHOD)
-class PrefixQuantizer(HfQuantizer):
-    """Stores the prefix beside the weights and the embedding in a shape of its own."""
+class PrefixHfQuantizer(HfQuantizer):
+    """Stores the prefix with the weights, and the embedding with a shape of its own."""
 
-    requires_calibration = True  # it loads what was saved; it quantises nothing
+    requires_calibration = True  # it only loads saved models; it does not quantise while loading
     is_trainable = True
     quantization_config: PrefixConfig
-    given: Mapping[str, Tensor] | None = None
-    """The state that `save_pretrained` was called with, while it runs."""
+    state_dict: Mapping[str, Tensor] | None = None
+    """The argument `state_dict` of `save_pretrained` while that runs."""
 
     def is_serializable(self) -> bool:
         return True
@@ -84,21 +89,21 @@ class PrefixQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The tensors as they are on disk."""
+        """The tensors to save."""
         from oasis_attn.modeling.prefix import prefix_of
 
         if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # an adapter alone is saved
-        state = dict(model.state_dict() if self.given is None else self.given)
+            return None, {}  # transformers saves only the adapter
+        state = dict(model.state_dict() if self.state_dict is None else self.state_dict)
         if any(tensor.is_meta for tensor in state.values()):
             raise UserError("model: it is offloaded; load it without offloading to save it")
         prefix = prefix_of(model)
         if prefix is not None:
             decoder = model.get_decoder()
-            place = next(name for name, module in model.named_modules() if module is decoder)
-            place = f"{place}." if place else ""
-            state[f"{place}kv_prefix.keys"] = prefix.keys_LGPd
-            state[f"{place}kv_prefix.values"] = prefix.values_LGPd
+            path = next(name for name, module in model.named_modules() if module is decoder)
+            path = f"{path}." if path else ""
+            state[f"{path}kv_prefix.keys"] = prefix.keys_LGPd
+            state[f"{path}kv_prefix.values"] = prefix.values_LGPd
         embedding = model.get_input_embeddings().weight
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter is embedding and name in state:
@@ -139,14 +144,14 @@ class PrefixQuantizer(HfQuantizer):
             attach_prefix(
                 model, Prefix(tokens=tokens, keys_LGPd=stored.keys, values_LGPd=stored.values)
             )
-        if type(self) is PrefixQuantizer:
-            vars(model)["is_quantized"] = False  # transformers marks all that comes through here
+        if type(self) is PrefixHfQuantizer:
+            vars(model)["is_quantized"] = False  # transformers sets it for every `HfQuantizer`
         return model
 
 
-def set_hf_quantizer(model: PreTrainedModel, quantizer: PrefixQuantizer) -> None:
-    """Let `save_pretrained` write `model` as `quantizer` does, with a card, and config say so."""
-    # `OasisConfig` knows its own settings and no others: the family's config holds it there.
+def set_hf_quantizer(model: PreTrainedModel, quantizer: PrefixHfQuantizer) -> None:
+    """Make `save_pretrained` save `model` through `quantizer`, with a model card and its config."""
+    # `OasisConfig` accepts only its own settings, so the family's config holds this one.
     text = model.config.get_text_config(decoder=True)
     if text is not model.config:
         vars(model.config).pop("quantization_config", None)
@@ -156,17 +161,17 @@ def set_hf_quantizer(model: PreTrainedModel, quantizer: PrefixQuantizer) -> None
     vars(model)["_upload_modified_files"] = partial(_upload_modified_files, model)
 
 
-def prefix_quantizer(model: PreTrainedModel) -> PrefixQuantizer:
-    """The one that `model` has, or a new one.
+def prefix_hf_quantizer(model: PreTrainedModel) -> PrefixHfQuantizer:
+    """Return the quantiser of `model`; create one if there is none.
 
     Raises:
-        UserError: the model is quantised by another library, whose checkpoints hold no prefix.
+        UserError: another library quantised the model; its checkpoints cannot store a prefix.
     """
     found: HfQuantizer | None = getattr(model, "hf_quantizer", None)
     if found is None:
-        found = PrefixQuantizer(PrefixConfig())
+        found = PrefixHfQuantizer(PrefixConfig())
         set_hf_quantizer(model, found)
-    elif not isinstance(found, PrefixQuantizer):
+    elif not isinstance(found, PrefixHfQuantizer):
         method = found.quantization_config.quant_method
         raise UserError(f"model: it is quantised by {method!s} and cannot be saved with a prefix")
     return found
@@ -183,12 +188,12 @@ def _save_pretrained(
     from oasis_attn.modeling.card import write_card
     from oasis_attn.modeling.prefix import copy_prefix
 
-    quantizer = prefix_quantizer(model)
-    quantizer.given = state_dict
+    quantizer = prefix_hf_quantizer(model)
+    quantizer.state_dict = state_dict
     try:
         type(model).save_pretrained(model, save_directory, is_main_process, None, *args, **kwargs)
     finally:
-        quantizer.given = None
+        quantizer.state_dict = None
     if is_main_process and not getattr(model, "_hf_peft_config_loaded", False):
         write_card(model, save_directory)
         copy_prefix(model, save_directory)
@@ -199,5 +204,5 @@ def _upload_modified_files(
 ) -> Any:
     from oasis_attn.modeling.card import write_card
 
-    write_card(model, working_dir)  # transformers has just put its own template there
+    write_card(model, working_dir)  # replaces the template that transformers has written
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)

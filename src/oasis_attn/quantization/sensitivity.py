@@ -1,4 +1,4 @@
-"""What quantisation costs, tensor by tensor: ranges and errors, and the loss of quality each makes.
+"""Quantisation errors of each tensor, and how sensitive a model's quality is to each of them.
 
 Axes: B windows, T tokens.
 """
@@ -20,30 +20,29 @@ from oasis_attn.quantization.linear import QuantizedLinear, replace_linear
 from oasis_attn.quantization.linearize import expert_of
 from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
-from oasis_attn.quantization.simulate import quantize, quantized_sites, transformed
+from oasis_attn.quantization.simulate import quantize, quantized_modules, transformed_copy
 from oasis_attn.records import Metric
 
-GROUPINGS = ("kind", "layer", "site")
+GROUPINGS = ("kind", "layer", "target")
 
 
 @torch.no_grad()
-def site_metrics(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[Metric, ...]:
-    """Where each grid of a simulated model lies, and how far values move to it.
+def target_metrics(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[Metric, ...]:
+    """Measure the ranges and the quantisation errors of a simulated model, target by target.
 
     Args:
-        model: from `quantize`.
-        batches: token ids, int64 [B, T], for the errors of activations.
+        model: a model that `quantize` returned.
+        batches: token ids, int64 [B, T], to measure the errors of activations on.
 
     Returns:
-        By site: of weights `quantization.weight_error`, of what is computed
-        `quantization.activation_error` (|x^ - x|^2 / |x|^2, over all batches; none for an expert
-        that no token of them reached), and, where ranges are static, `quantization.low`, `.high`
-        and `.scale`.
+        Per target: `quantization.weight_error` of weights; `quantization.activation_error` of
+        activations (|x^ - x|^2 / |x|^2 over all batches; missing for an expert that no token
+        reached); and `quantization.low`, `.high` and `.scale` of static ranges.
     """
     metrics: list[Metric] = []
     errors: dict[str, Tensor] = {}
     with ExitStack() as stack:
-        for name, module in quantized_sites(model).items():
+        for name, module in quantized_modules(model).items():
             quantizer: Any = module
             if isinstance(module, QuantizedLinear):
                 error = module.weight_error
@@ -57,7 +56,7 @@ def site_metrics(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[Met
                     for key, value in values.items()
                 ]
             if isinstance(quantizer, StaticQuantizer | DynamicQuantizer):
-                handle = quantizer.register_forward_hook(_adder(errors, name))
+                handle = quantizer.register_forward_hook(_error_hook(errors, name))
                 stack.callback(handle.remove)
         count = 0
         for ids_BT in batches:
@@ -71,57 +70,59 @@ def site_metrics(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[Met
     return tuple(metrics)
 
 
-def _adder(
+def _error_hook(
     sums: dict[str, Tensor], name: str
 ) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+    """A forward hook of a quantiser that adds |x^ - x|^2 and |x|^2 to `sums[name]`."""
+
     def add(_module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         (x,) = args
-        moved, power = (output - x).double().square().sum(), x.double().square().sum()
-        sums[name] = sums.get(name, 0) + torch.stack([moved, power]).cpu()
+        error, power = (output - x).double().square().sum(), x.double().square().sum()
+        sums[name] = sums.get(name, 0) + torch.stack([error, power]).cpu()
 
     return add
 
 
-def sensitivity(
+def measure_sensitivity(
     model: PreTrainedModel,
     scheme: Scheme,
     score: Callable[[PreTrainedModel], float],
     *,
     calibration: Collection[Tensor] | None = None,
-    sites: Collection[str] | None = None,
+    targets: Collection[str] | None = None,
     by: str = "kind",
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Which tensors cost what: the score with all quantised but a group, and with only that group.
+    """Score the model with all groups of tensors quantised but one, and with only that one.
 
-    Ranges are those found with everything quantised.
+    Static ranges are those of the model in which everything is quantised.
 
     Args:
-        model, scheme, calibration, sites, seed: see `quantize`; what is to be quantised.
-        score: of a model, such as its perplexity on held-out windows.
-        by: groups are the tensors of one `kind` over all layers and experts, of one `layer`, or
-            single `site`s.
+        model, scheme, calibration, targets, seed: see `quantize`.
+        score: computes the score of a model, such as its perplexity on held-out windows.
+        by: how tensors are grouped: one group per `kind` (the same tensor in all layers and
+            experts), per `layer` or per `target`.
 
     Returns:
-        by group, the two scores; `all` and `none` come first, (score, score) each.
+        The two scores by group.  The first groups are `all` and `none`, whose two scores are equal.
     """
     check_choice("by", by, GROUPINGS)
     batches = None if calibration is None else list(calibration)
-    twin = quantize(model, scheme, calibration=batches, sites=sites, seed=seed)
-    found = quantized_sites(twin)
-    plain = transformed(model, scheme, batches, found, seed)
+    quantized = quantize(model, scheme, calibration=batches, targets=targets, seed=seed)
+    modules = quantized_modules(quantized)
+    unquantized = transformed_copy(model, scheme, batches, modules, seed)
     groups: dict[str, set[str]] = {}
-    for name in found:
-        groups.setdefault(_group(twin, name, by), set()).add(name)
-    everything = score(twin)
-    with _left_exact(twin, plain, found):
-        nothing = score(twin)
+    for name in modules:
+        groups.setdefault(_group(quantized, name, by), set()).add(name)
+    everything = score(quantized)
+    with _quantization_disabled(quantized, unquantized, modules):
+        nothing = score(quantized)
     scores = {"all": (everything, everything), "none": (nothing, nothing)}
     for group, names in groups.items():
-        with _left_exact(twin, plain, names):
-            without = score(twin)
-        with _left_exact(twin, plain, found.keys() - names):
-            scores[group] = without, score(twin)
+        with _quantization_disabled(quantized, unquantized, names):
+            without = score(quantized)
+        with _quantization_disabled(quantized, unquantized, modules.keys() - names):
+            scores[group] = without, score(quantized)
     return scores
 
 
@@ -130,36 +131,36 @@ def _group(model: PreTrainedModel, name: str, by: str) -> str:
     experts = expert_of(model, name) if by == "kind" else None
     name = ".".join(experts) if experts else name
     layer = re.match(r"(.*?\.\d+)(?:\.(.+)|(:.+))$", name)
-    if by == "site" or layer is None:
+    if by == "target" or layer is None:
         return name
     return layer[1] if by == "layer" else layer[2] or f"layer{layer[3]}"
 
 
 @contextmanager
-def _left_exact(
-    twin: PreTrainedModel, plain: PreTrainedModel, names: Iterable[str]
+def _quantization_disabled(
+    quantized: PreTrainedModel, unquantized: PreTrainedModel, names: Iterable[str]
 ) -> Iterator[None]:
-    """While open, the sites `names` of `twin` compute as in `plain`, unquantised."""
-    found = quantized_sites(twin)
-    left = {name: found[name] for name in names}
+    """Inside the context, the targets `names` of `quantized` compute as in `unquantized`."""
+    found = quantized_modules(quantized)
+    disabled = {name: found[name] for name in names}
     try:
-        for name, module in left.items():
+        for name, module in disabled.items():
             if isinstance(module, StaticQuantizer):
                 module.enabled = False
             else:
-                replace_linear(twin, name, plain.get_submodule(name))
+                replace_linear(quantized, name, unquantized.get_submodule(name))
         yield
     finally:
-        for name, module in left.items():
+        for name, module in disabled.items():
             if isinstance(module, StaticQuantizer):
                 module.enabled = True
             else:
-                replace_linear(twin, name, module)
+                replace_linear(quantized, name, module)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, ids_NT: Tensor) -> float:
-    """exp of the mean next-token loss over windows, one at a time."""
+    """exp of the mean next-token loss over windows of token ids, int64 [N, T]."""
     losses = [
         token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).mean()
         for ids_BT in ids_NT.to(model.device).split(1)

@@ -1,4 +1,4 @@
-"""A model that cannot be retrained, from its name to a folder that holds it with a prefix."""
+"""Load a model, find a prefix that makes it easier to quantise, and save both with a record."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.prefix import compute_prefix, with_prefix
 from oasis_attn.modeling.subject import check_lengths, describe_model
-from oasis_attn.quantization.costs import perplexity
-from oasis_attn.quantization.prefix import (
+from oasis_attn.quantization.prefix_search import (
     METHODS,
     find_prefix,
-    peaks,
+    max_activations,
     range_noise,
     tune_prefix,
 )
-from oasis_attn.quantization.schemes import Scheme, schemes
+from oasis_attn.quantization.schemes import Scheme, get_scheme
+from oasis_attn.quantization.sensitivity import perplexity
 from oasis_attn.quantization.simulate import check_unquantized, quantize
 from oasis_attn.records import Metric, PrefixRecord, TextInfo
 
 SEARCH_WINDOWS, SEARCH_TOKENS = 4, 48
 
 
-def rescue(
+def prefix_checkpoint(
     model: str | Path,
     out: str | Path,
     *,
@@ -45,40 +45,43 @@ def rescue(
     window: int = 512,
     windows: int = 16,
     trust_remote_code: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> PrefixRecord:
-    """Find a prefix for `model`, tune it where asked, and write both, and the record, to `out`.
+    """Find a prefix for `model`, optionally tune it, and write model, prefix and record to `out`.
 
     Args:
-        model: as `load_model` takes it.
-        out: a new folder; `from_pretrained` restores the model with its prefix from there, and
-            raises in a process that has not imported `oasis_attn`.
+        model: see `load_model`.
+        out: a new folder.  `from_pretrained` restores the model with its prefix from it, and raises
+            an error if `oasis_attn` was not imported.
         method, length: see `find_prefix`.
-        tune_steps: of `tune_prefix`, a window each; 0 leaves keys and values as the model computed
-            them.
-        scheme: a static one, which the prefix is judged by; what is written is not quantised.
-        calibration, calibration_split: a corpus to search, tune and calibrate on; windows are
-            spread over its split.
-        evaluation, evaluation_split: the same to measure on; default, that corpus.
+        tune_steps: steps of `tune_prefix`, one window each; with 0, keys and values stay as the
+            model computed them.
+        scheme: a static scheme, to measure how much the prefix helps; the saved model is not
+            quantised.
+        calibration, calibration_split: corpus and split for search, tuning and calibration.
+        evaluation, evaluation_split: corpus and split for the measurements; the default corpus is
+            that of `calibration`.
         window: tokens per window.
-        windows: how many to calibrate on, and how many to measure on, at most.
-        trust_remote_code: of `load_model`.
-        tell: is told what is going on.
+        windows: maximum number of windows for calibration, and for the measurements; they are
+            spread over the split.
+        trust_remote_code: see `load_model`.
+        progress: is called with a description of each step.
 
     Returns:
-        Each metric is there at `before` and at `after`:
-        `perplexity.windowed`, `perplexity.quantized` (of the model quantised by `scheme`),
-        `prefix.noise` (see `range_noise`), `prefix.max_linear` and `prefix.max_hidden` (`peaks`).
+        The record.  It has each metric `before` (without prefix) and `after` (with prefix):
+        `perplexity.windowed`, `perplexity.quantized` (of the model quantised with `scheme`),
+        `prefix.noise` (see `range_noise`), and `prefix.max_linear` and `prefix.max_hidden` (see
+        `max_activations`).
 
     Raises:
-        UserError: unusable arguments, or a model that no prefix helps; nothing is written then.
+        UserError: unusable arguments, or no prefix helps this model.  Nothing is written then.
     """
     check_choice("method", method, METHODS)
-    if isinstance(scheme, str):
-        check_choice("scheme", scheme, [name for name, row in schemes().items() if row.static])
-        scheme = schemes()[scheme]
-    elif not scheme.static:
-        raise UserError(f"scheme: {scheme.name!r} is not static; no prefix is needed for it")
+    scheme = get_scheme(scheme)
+    if not scheme.static:
+        raise UserError(
+            f"scheme: {scheme.name!r} is not static; a prefix helps static schemes only"
+        )
     for name, value, lowest in (
         ("length", length, 1),
         ("tune_steps", tune_steps, 0),
@@ -92,7 +95,7 @@ def rescue(
         load_corpus(evaluation or calibration, evaluation_split),
     ]
 
-    tell("loading the model")
+    progress("loading the model")
     loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     check_unquantized(loaded)
     check_lengths(loaded, [window + length], "window with the prefix")
@@ -100,19 +103,19 @@ def rescue(
         spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora
     )
     search_BT = seen_NT[:SEARCH_WINDOWS, :SEARCH_TOKENS].contiguous()
-    tell("looking for a prefix")
+    progress("searching for a prefix")
     tokens = find_prefix(loaded, search_BT, method=method, length=length)
     prefix = compute_prefix(loaded, tokens)
     if tune_steps:
-        tell("tuning it")
+        progress("tuning the prefix")
         prefix = tune_prefix(loaded, prefix, seen_NT.split(1), steps=tune_steps)
-    rescued = with_prefix(loaded, prefix)
+    prefixed = with_prefix(loaded, prefix)
     metrics: list[Metric] = []
-    for where, twin in (("before", loaded), ("after", rescued)):
-        tell(f"measuring {where}")
-        noise = float(range_noise(twin, search_BT, [()]))
+    for where, measured in (("before", loaded), ("after", prefixed)):
+        progress(f"measuring {where}")
+        noise = float(range_noise(measured, search_BT, [()]))
         metrics.append(Metric(name="prefix.noise", value=noise, where=where, n=len(search_BT)))
-        metrics += _measure(twin, seen_NT, held_out_NT, scheme, where)
+        metrics += _measure(measured, seen_NT, held_out_NT, scheme, where)
 
     calibration_text, evaluation_text = (
         TextInfo.of(ids_NT, {"corpus": c.name, "split": c.split, "sha256": c.sha256})
@@ -129,25 +132,25 @@ def rescue(
         calibration=calibration_text,
         metrics=tuple(metrics),
     )
-    tell("writing")
+    progress("writing")
     with staged_folder(out) as stage:
-        rescued.save_pretrained(stage)
+        prefixed.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         record.save(stage / "record.json")
-        write_card(rescued, stage)  # again, now with what was measured
+        write_card(prefixed, stage)  # again, because the card shows metrics of the record
     return record
 
 
 def _measure(
     model: PreTrainedModel, seen_NT: Tensor, held_out_NT: Tensor, scheme: Scheme, where: str
 ) -> list[Metric]:
-    largest = peaks(model, held_out_NT.split(1))
+    maxima = max_activations(model, held_out_NT.split(1))
     quantized = quantize(model, scheme, calibration=seen_NT.split(1))
     values = {
         "perplexity.windowed": perplexity(model, held_out_NT),
         "perplexity.quantized": perplexity(quantized, held_out_NT),
-        "prefix.max_linear": largest["linear"],
-        "prefix.max_hidden": largest["hidden"],
+        "prefix.max_linear": maxima["linear"],
+        "prefix.max_hidden": maxima["hidden"],
     }
     count = len(held_out_NT)
     return [Metric(name=name, value=value, where=where, n=count) for name, value in values.items()]

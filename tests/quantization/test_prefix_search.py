@@ -1,4 +1,4 @@
-"""Prefixes are found where a sink is planted, and refused where there is none."""
+"""A prefix is found for a model with a planted sink, and refused for a model without sinks."""
 
 import copy
 import json
@@ -13,15 +13,15 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.prefix import Prefix, compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import quantize, schemes
-from oasis_attn.quantization.prefix import (
+from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
+from oasis_attn.quantization.prefix_search import (
     METHODS,
     find_prefix,
+    max_activations,
     outlier_tokens,
-    peaks,
     range_noise,
     tune_prefix,
 )
-from oasis_attn.quantization.rescue import rescue
 from oasis_attn.records import PrefixRecord
 from tiny import VOCABULARY, tiny_config, tiny_model
 
@@ -30,8 +30,8 @@ STATIC = schemes()["w8a8-static-linear"]
 CHANNELS = replace(STATIC, weight=replace(STATIC.weight, granularity="channel"))
 
 
-def sinking(positions=1, size=1e4):
-    """An OPT whose first positions carry a massive activation past layers and into MLPs."""
+def model_with_sink(positions=1, size=1e4):
+    """An OPT model with a massive activation at the first positions, in all layers and MLPs."""
     torch.manual_seed(0)
     config = tiny_config(
         "opt",
@@ -42,10 +42,10 @@ def sinking(positions=1, size=1e4):
         max_position_embeddings=64,
     )
     model = AutoModelForCausalLM.from_config(config).double().eval()
-    with torch.no_grad():  # rows 0 and 1 of OPT's table stand for no position
+    with torch.no_grad():  # rows 0 and 1 of OPT's table are not used for positions
         table = model.get_decoder().embed_positions.weight
         table[2 : 2 + positions, 3] = size
-        for layer in model.get_decoder().layers:  # normed, it is 5.6; others are below 4
+        for layer in model.get_decoder().layers:  # after the norm it is 5.6; others are below 4
             layer.fc1.weight[0], layer.fc1.weight[0, 3], layer.fc1.bias[0] = 0, 1000, -4000
             layer.fc2.weight[:, 0] = 0
     return model
@@ -56,21 +56,24 @@ def text(*shape):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_token_takes_the_part_of_the_sink(method):
-    model, ids_BT = sinking(), text(3, 12)
+def test_one_token_absorbs_the_sink(method):
+    model, ids_BT = model_with_sink(), text(3, 12)
     assert outlier_tokens(model, ids_BT).nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
     tokens = find_prefix(model, ids_BT, method=method)
     assert len(tokens) == 1
     if method == "frequency":
         assert tokens == (BOS,)
-    rescued = with_prefix(model, compute_prefix(model, tokens))
-    assert not outlier_tokens(rescued, ids_BT).any()
-    assert peaks(rescued, [ids_BT])["hidden"] < 1e-3 * peaks(model, [ids_BT])["hidden"]
+    prefixed = with_prefix(model, compute_prefix(model, tokens))
+    assert not outlier_tokens(prefixed, ids_BT).any()
+    assert (
+        max_activations(prefixed, [ids_BT])["hidden"]
+        < 1e-3 * max_activations(model, [ids_BT])["hidden"]
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_are_taken_where_one_gains_nothing(method):
-    model, ids_BT = sinking(positions=2), text(3, 12)
+def test_two_tokens_are_used_if_one_does_not_help(method):
+    model, ids_BT = model_with_sink(positions=2), text(3, 12)
     tokens = find_prefix(model, ids_BT, method=method, length=3)
     assert len(tokens) == 2
     with pytest.raises(UserError, match="no prefix of up to 1 tokens"):
@@ -78,29 +81,29 @@ def test_two_are_taken_where_one_gains_nothing(method):
 
 
 def test_greedy_chooses_the_best_candidate():
-    model, ids_BT = sinking(), text(2, 10)
+    model, ids_BT = model_with_sink(), text(2, 10)
     noise_C = range_noise(model, ids_BT, [[token] for token in range(3, 40)])
     assert find_prefix(model, ids_BT, candidates=range(3, 40)) == (3 + int(noise_C.argmin()),)
 
 
-def test_frequency_takes_the_tokens_that_stand_out():
+def test_outlier_tokens_are_found():
     model, ids_BT = tiny_model("vanilla", dtype=torch.float64), text(4, 12)
     ids_BT[:, 5], ids_BT[0, 8] = 40, 41
     with torch.no_grad():
         model.get_input_embeddings().weight[40:42, 3] = 1e4
     assert sorted(set(ids_BT[outlier_tokens(model, ids_BT)].tolist())) == [40, 41]
-    # Outliers by their own embedding, which no prefix changes: nothing to be had.
+    # These are outliers because of their own embedding, so no prefix helps.
     with pytest.raises(UserError, match="no prefix of up to 4 tokens found by 'frequency' halves"):
         find_prefix(model, ids_BT, method="frequency")
 
 
-def test_a_model_without_sinks_has_no_use_for_a_prefix():
+def test_a_model_without_sinks_needs_no_prefix():
     with pytest.raises(UserError, match="halves its range noise"):
         find_prefix(tiny_model("oasis"), text(2, 10), length=1)
 
 
-@pytest.mark.parametrize("model", [sinking(), tiny_model("oasis", dtype=torch.float64)])
-def test_noise_is_that_of_the_model_behind_the_prefix(model):
+@pytest.mark.parametrize("model", [model_with_sink(), tiny_model("oasis", dtype=torch.float64)])
+def test_noise_equals_that_of_the_model_with_the_prefix(model):
     ids_BT, prefixes = text(3, 9), [(5, 6), (7, 8), (BOS, 9)] * 3
     together = range_noise(model, ids_BT, prefixes)
     for prefix, noise in zip(prefixes, together, strict=True):
@@ -132,30 +135,30 @@ def test_noise_of_one_layer_against_its_definition():
         ((x.max() - x.min()) / 255) ** 2 / 12 / x.pow(2).mean(-1).flatten().median() for x in seen
     ]
     assert range_noise(model, ids_BT, [()]).item() == pytest.approx(float(sum(each) / len(each)))
-    largest = peaks(model, ids_BT.split(1))
+    largest = max_activations(model, ids_BT.split(1))
     assert largest["linear"] == max(float(x.abs().max()) for x in seen[:-1])
     assert largest["hidden"] == float(seen[-1].abs().max())
 
 
 @torch.no_grad()
-def test_static_ranges_hold_behind_it():
-    model, ids_BT, calibration = sinking(), text(4, 12), text(8, 12).split(1)
-    rescued = with_prefix(model, compute_prefix(model, (BOS,)))
+def test_static_quantisation_error_is_lower_with_the_prefix():
+    model, ids_BT, calibration = model_with_sink(), text(4, 12), text(8, 12).split(1)
+    prefixed = with_prefix(model, compute_prefix(model, (BOS,)))
 
     def error(of):
         quantized = quantize(of, CHANNELS, calibration=calibration)
         return float((quantized(ids_BT).logits - of(ids_BT).logits).std())
 
-    assert error(rescued) < 0.1 * error(model)
-    quantized = quantize(rescued, calibration=calibration)
-    assert torch.equal(prefix_of(quantized).keys_LGPd, prefix_of(rescued).keys_LGPd)
+    assert error(prefixed) < 0.1 * error(model)
+    quantized = quantize(prefixed, calibration=calibration)
+    assert torch.equal(prefix_of(quantized).keys_LGPd, prefix_of(prefixed).keys_LGPd)
 
 
 @torch.no_grad()
-def test_a_quantized_model_is_stored_with_it(stored):
+def test_a_quantized_model_is_saved_with_the_prefix(stored):
     loaded, tokenizer = load_model(stored / "model")
-    rescued = with_prefix(loaded, compute_prefix(loaded, (BOS, 5)))
-    quantized = quantize(rescued, CHANNELS, calibration=text(8, 12).split(1))
+    prefixed = with_prefix(loaded, compute_prefix(loaded, (BOS, 5)))
+    quantized = quantize(prefixed, CHANNELS, calibration=text(8, 12).split(1))
     quantized.save_pretrained(stored / "out")
     tokenizer.save_pretrained(stored / "out")
     again, _ = load_model(stored / "out")
@@ -164,18 +167,18 @@ def test_a_quantized_model_is_stored_with_it(stored):
 
 
 def test_tuning_trains_the_prefix_and_nothing_else():
-    model, batches = sinking(), list(text(8, 12).split(4))
+    model, batches = model_with_sink(), list(text(8, 12).split(4))
     before = copy.deepcopy(model.state_dict())
     prefix = compute_prefix(model, (BOS,))
 
     def objective(of, weight):
-        twin = with_prefix(model, of)
-        losses = [twin(ids, labels=ids).loss.item() for ids in batches]
-        noises = [range_noise(twin, ids, [()]).log().item() for ids in batches]
+        quantized_model = with_prefix(model, of)
+        losses = [quantized_model(ids, labels=ids).loss.item() for ids in batches]
+        noises = [range_noise(quantized_model, ids, [()]).log().item() for ids in batches]
         return sum(losses) / len(losses) + weight * sum(noises) / len(noises)
 
     kept = prefix.keys_LGPd.clone()
-    with torch.no_grad():  # tuning needs no leave
+    with torch.no_grad():  # tuning works even with gradients disabled
         tuned = tune_prefix(model, prefix, batches, steps=20, learning_rate=1e-2)
     assert objective(tuned, 0.1) < objective(prefix, 0.1) - 1e-3
     assert tuned.tokens == prefix.tokens
@@ -193,17 +196,17 @@ def test_tuning_trains_the_prefix_and_nothing_else():
     [
         ({"method": "greedily"}, "did you mean 'greedy'"),
         ({"length": 0}, "length: 0"),
-        ({"candidates": []}, "candidates: there is none"),
+        ({"candidates": []}, "candidates: it is empty"),
         ({"candidates": [VOCABULARY]}, "candidates: token ids"),
-        ({"candidates": [3], "method": "frequency"}, "finds its own"),
+        ({"candidates": [3], "method": "frequency"}, "does not use them"),
         ({"ids_BT": text(2, 9).float()}, "ids_BT: torch.float32"),
         ({"ids_BT": text(9)}, "is not int64"),
         ({"ids_BT": text(2, 9) - 50}, "token ids -"),
     ],
 )
-def test_bad_searches_are_told(keywords, message):
+def test_bad_searches_are_refused(keywords, message):
     with pytest.raises(UserError, match=message):
-        find_prefix(**{"model": sinking(), "ids_BT": text(2, 9)} | keywords)
+        find_prefix(**{"model": model_with_sink(), "ids_BT": text(2, 9)} | keywords)
 
 
 @pytest.mark.parametrize(
@@ -213,27 +216,27 @@ def test_bad_searches_are_told(keywords, message):
         ({"learning_rate": 0}, "learning_rate: 0"),
         ({"learning_rate": float("nan")}, "learning_rate: nan"),
         ({"noise_weight": -1}, "noise_weight: -1"),
-        ({"batches": []}, "batches: there is none"),
+        ({"batches": []}, "batches: it is empty"),
     ],
 )
-def test_bad_tuning_is_told(keywords, message):
-    model = sinking()
+def test_bad_tuning_is_refused(keywords, message):
+    model = model_with_sink()
     given = {"prefix": compute_prefix(model, (BOS,)), "batches": [text(2, 9)], "steps": 1}
     with pytest.raises(UserError, match=message):
         tune_prefix(model, **given | keywords)
 
 
 def test_a_second_prefix_is_refused():
-    model = sinking()
-    rescued = with_prefix(model, compute_prefix(model, (BOS,)))
-    with pytest.raises(UserError, match="has a prefix already"):
-        find_prefix(rescued, text(2, 9))
+    model = model_with_sink()
+    prefixed = with_prefix(model, compute_prefix(model, (BOS,)))
+    with pytest.raises(UserError, match="already has a prefix"):
+        find_prefix(prefixed, text(2, 9))
 
 
 @pytest.fixture
 def stored(tmp_path):
     """A model with a sink, its tokenizer, and a text."""
-    sinking().float().save_pretrained(tmp_path / "model")
+    model_with_sink().float().save_pretrained(tmp_path / "model")
     words = {f"w{i}": i for i in range(VOCABULARY)}
     inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -248,8 +251,8 @@ def stored(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_rescue(stored, method):
-    record = rescue(
+def test_prefix_checkpoint(stored, method):
+    record = prefix_checkpoint(
         stored / "model", stored / "out", method=method, length=2, tune_steps=2, scheme=CHANNELS,
         calibration=str(stored / "text"), calibration_split="seen", window=16, windows=4,
     )  # fmt: skip
@@ -282,15 +285,15 @@ def test_rescue(stored, method):
         ({"out": "."}, "out: '.' exists"),
     ],
 )
-def test_bad_rescues_are_told_and_write_nothing(stored, keywords, message):
+def test_bad_input_is_refused_and_writes_nothing(stored, keywords, message):
     given = {"model": stored / "model", "out": stored / "out", "calibration_split": "seen"}
     given["calibration"] = str(stored / "text")
     with pytest.raises(UserError, match=message):
-        rescue(**given | keywords)
+        prefix_checkpoint(**given | keywords)
     assert not (stored / "out").exists()
 
 
 def test_prefixes_have_a_length():
-    prefix = compute_prefix(sinking(), (BOS, 5))
+    prefix = compute_prefix(model_with_sink(), (BOS, 5))
     assert isinstance(prefix, Prefix)
     assert len(prefix) == 2

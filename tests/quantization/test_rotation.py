@@ -1,4 +1,4 @@
-"""The rotated model is the model; its weights show what rotates; what cannot be is refused."""
+"""Rotated models compute the same function; models that cannot be rotated are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.variants import variants
 from oasis_attn.quantization.hadamard import hadamard, is_order
 from oasis_attn.quantization.linear import transform_input
-from oasis_attn.quantization.rotate import rotate, rotate_inputs
+from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual
 from oasis_attn.quantization.transforms import Rotation
 from tiny import tiny_config, tiny_model
 
@@ -31,17 +31,19 @@ ROTATES = {
 pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
 
 
-def rotated(model, seed=1, way=rotate):
-    twin = copy.deepcopy(model)
-    for name, transform in way(twin, seed=seed).items():
-        transform_input(twin.get_submodule(name), transform)
-    return twin
+def rotated(model, seed=1, way=rotate_residual):
+    rotated_model = copy.deepcopy(model)
+    for name, transform in way(rotated_model, seed=seed).items():
+        transform_input(rotated_model.get_submodule(name), transform)
+    return rotated_model
 
 
-def check_same(model, way=rotate):
-    twin = rotated(model, way=way)
-    torch.testing.assert_close(double_logits(twin), double_logits(model), rtol=0, atol=1e-10)
-    return twin
+def check_same(model, way=rotate_residual):
+    rotated_model = rotated(model, way=way)
+    torch.testing.assert_close(
+        double_logits(rotated_model), double_logits(model), rtol=0, atol=1e-10
+    )
+    return rotated_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,7 +54,7 @@ def test_a_family_is_unchanged_or_refused(family):
         return
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=f"family '{family}' cannot be rotated: "):
-        rotate(model, seed=1)
+        rotate_residual(model, seed=1)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -61,13 +63,13 @@ def test_rotated_inputs_leave_every_family_unchanged(family):
     check_same(native_model(family), rotate_inputs)
 
 
-@pytest.mark.parametrize("way", [rotate, rotate_inputs])
-def test_what_is_rotated_as_the_model_runs(way):
+@pytest.mark.parametrize("way", [rotate_residual, rotate_inputs])
+def test_which_inputs_are_rotated_at_inference_time(way):
     model = tiny_model("oasis", output_gate="elementwise")
     names = set(way(model, seed=1))
     writers = ("self_attn.o_proj", "mlp.down_proj")
     readers = (*(f"self_attn.{x}_proj" for x in "qkv"), "mlp.gate_proj", "mlp.up_proj")
-    expected = writers if way is rotate else writers + readers
+    expected = writers if way is rotate_residual else writers + readers
     assert names == {f"model.layers.{layer}.{name}" for layer in range(4) for name in expected}
 
 
@@ -85,29 +87,32 @@ def test_blocks_of_sources_biases_and_odd_widths():
 def test_a_tied_head_is_untied_and_stays_so():
     model = native_model("llama", tie_word_embeddings=True)
     before = model.get_input_embeddings().weight.clone()
-    twin = check_same(model)
-    twin.tie_weights()
-    assert twin.get_output_embeddings().weight is not twin.get_input_embeddings().weight
-    assert not twin.config.tie_word_embeddings
-    # Parameters were replaced, not written into.
+    rotated_model = check_same(model)
+    rotated_model.tie_weights()
+    assert (
+        rotated_model.get_output_embeddings().weight
+        is not rotated_model.get_input_embeddings().weight
+    )
+    assert not rotated_model.config.tie_word_embeddings
+    # Parameters were replaced, not overwritten.
     shared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    rotate(shared, seed=1)
+    rotate_residual(shared, seed=1)
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
-def test_hidden_states_turn_and_outliers_spread():
+def test_hidden_states_are_rotated_and_outliers_spread():
     model = native_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 5] += 100
-    hidden, turned = (
+    hidden, rotated_hidden = (
         m.model(IDS, output_hidden_states=True).hidden_states[1] for m in (model, rotated(model))
     )
-    torch.testing.assert_close(turned.norm(dim=-1), hidden.norm(dim=-1))
+    torch.testing.assert_close(rotated_hidden.norm(dim=-1), hidden.norm(dim=-1))
     assert hidden.abs().max() > 90
-    assert turned.abs().max() < 3 * 100 / math.sqrt(32)
+    assert rotated_hidden.abs().max() < 3 * 100 / math.sqrt(32)
 
 
-def test_the_seed_decides():
+def test_the_seed_determines_the_rotation():
     model = native_model("llama")
     first, second, other = (rotated(model, seed).model.embed_tokens.weight for seed in (1, 1, 2))
     assert torch.equal(first, second)
@@ -122,8 +127,8 @@ def test_hadamard_matrices(n):
 
 
 @pytest.mark.parametrize("width", [256, 576, 1024, 1536])
-def test_a_model_without_memory_gets_its_rotations_later(width):
-    """As from_pretrained makes it, which may be the first to import the module."""
+def test_rotations_on_the_meta_device(width):
+    """from_pretrained creates them there, and may be the first to import the module."""
     with torch.device("meta"):
         module = importlib.reload(sys.modules[hadamard.__module__])
         assert not module.hadamard(16).is_meta

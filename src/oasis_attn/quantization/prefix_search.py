@@ -1,8 +1,8 @@
-"""Find the tokens of a prefix behind which static ranges are narrow, and tune what they became.
+"""Search for prefix tokens that absorb the attention sinks, and tune their keys and values.
 
-A sink token carries activations thousands of times those of its neighbours, and one static range
-must hold both.  With a few tokens in front that take the part of the sink, no later token becomes
-one, and ranges are those of ordinary tokens.
+The activations of a sink token are thousands of times larger than those of other tokens, and one
+static range must cover both.  If a few prefix tokens become the sinks, no later token does, and
+static ranges only need to cover ordinary tokens.
 
 Axes: C candidate prefixes, B windows, P prefix tokens, T tokens, D width, N = B * T.
 """
@@ -25,11 +25,11 @@ from oasis_attn.quantization.branches import decoder_layers
 from oasis_attn.quantization.sites import linear_sites
 
 METHODS = ("greedy", "frequency")
-OUTLIER = 64.0  # peak over the median token's peak (PrefixQuant, 4.1)
-GAIN = 0.5  # CushionCache's threshold: a longer prefix must at least halve the noise
+OUTLIER = 64.0  # max|x| of a token over that of the median token (PrefixQuant, section 4.1)
+GAIN = 0.5  # a longer prefix must at least halve the noise (threshold of CushionCache)
 CANDIDATES = 32
-_STEPS = 255  # of an 8-bit range
-_ROWS = 16  # sequences run at once
+_STEPS = 255  # steps of an 8-bit range
+_ROWS = 16  # sequences per forward pass
 
 
 def find_prefix(
@@ -40,30 +40,34 @@ def find_prefix(
     length: int = 4,
     candidates: Collection[int] | None = None,
 ) -> tuple[int, ...]:
-    """Token ids of a prefix, 1 to `length` of them.
+    """Search for a prefix of 1 to `length` tokens and return their ids.
 
-    `greedy` (CushionCache 2406.12016, section 4.1): append the candidate that leaves the least
-    range noise; return the shortest prefix on the way whose noise is at most twice the least.
-    `frequency` (PrefixQuant 2410.05265, section 4): run the model once; take as many of the most
-    frequent outlier tokens as a window has on average after its first token, then BOS.
+    The method `greedy` (CushionCache 2406.12016, section 4.1) repeatedly appends the candidate with
+    the lowest range noise; of the prefixes found on the way, it returns the shortest one whose
+    noise is at most twice the minimum.  The method `frequency` (PrefixQuant 2410.05265, section 4)
+    runs the model once; it takes the most frequent outlier tokens, as many as an average window has
+    after its first token, followed by BOS.
 
     Args:
-        model: a transformers decoder without a prefix.
-        ids_BT: windows of text, int64; a few short ones are enough, since sinks arise at the start.
-        candidates: for `greedy`; default, the outlier tokens, BOS, EOS and the most frequent tokens
-            of `ids_BT`, 32 in all.
+        model: a decoder of transformers or of this library, without a prefix.
+        ids_BT: windows of text, int64; a few short windows are enough, because sinks are near the
+            start.
+        method: `greedy` or `frequency`.
+        length: maximum number of tokens.
+        candidates: token ids for `greedy`; by default the outlier tokens, BOS, EOS and the most
+            frequent tokens of `ids_BT`, 32 in all.
 
     Raises:
-        UserError: unusable arguments, or no prefix halves the noise: the model has no use for one.
+        UserError: unusable arguments, or no prefix halves the noise.
     """
     check_choice("method", method, METHODS)
     check_whole("length", length, 1)
     if prefix_of(model) is not None:
-        raise UserError("model: it has a prefix already; give the model without it")
+        raise UserError("model: it already has a prefix; use the model without it")
     if method == "frequency" and candidates is not None:
-        raise UserError("candidates: given, but method 'frequency' finds its own")
+        raise UserError("candidates: given, but method 'frequency' does not use them")
     if candidates is not None and not candidates:
-        raise UserError("candidates: there is none; give token ids, or None for a choice of ours")
+        raise UserError("candidates: it is empty; give token ids, or None for the default")
     _check_ids("ids_BT", ids_BT, model)
     if candidates is not None:
         _check_in_vocabulary("candidates", torch.tensor(list(candidates)), model)
@@ -87,7 +91,7 @@ def find_prefix(
     if least > GAIN * before:
         raise UserError(
             f"model: no prefix of up to {length} tokens found by {method!r} halves its range noise"
-            f" ({before:.3g}, at best {least:.3g})"
+            f" ({before:.3g} without prefix, {least:.3g} with the best one)"
         )
     return path[int((noises <= least / GAIN).nonzero()[0])]
 
@@ -95,10 +99,10 @@ def find_prefix(
 def _greedy(
     model: PreTrainedModel, ids_BT: Tensor, candidates: list[int], length: int
 ) -> tuple[list[tuple[int, ...]], Tensor]:
-    """The prefixes on the way, and the noise behind each."""
+    """The prefixes of growing length, and the noise with each of them."""
     path: list[tuple[int, ...]] = [()]
     noises = [float(range_noise(model, ids_BT, path))]
-    # One token may do nothing where two do much, so that only a gain once made is waited for.
+    # One token may not help although two do: until the noise was halved once, continue anyway.
     while len(path) <= length and (
         noises[-1] <= GAIN * min(noises[:-1], default=torch.inf) or min(noises) > GAIN * noises[0]
     ):
@@ -114,11 +118,11 @@ def _greedy(
 def range_noise(
     model: PreTrainedModel, ids_BT: Tensor, prefixes: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Noise of 8-bit static ranges behind each prefix, over the signal: [C] float64.
+    """Relative noise of 8-bit static ranges with each prefix, [C] float64.
 
-    With r the range of a tensor over all windows, prefix left out, and s the median token's mean
-    square, the mean of (r / 255)^2 / (12 s) over the inputs of linear layers and layers' outputs.
-    All prefixes must be of one length.
+    The noise is the mean of (r / 255)^2 / (12 s) over the inputs of linear layers and the outputs
+    of decoder layers.  Here r is the range of a tensor over all windows, without the prefix tokens,
+    and s is the mean square of the median token.  All prefixes must have the same length.
     """
     noises: list[Tensor] = []
     prefix_CP = torch.tensor([list(prefix) for prefix in prefixes], dtype=torch.int64)
@@ -126,14 +130,14 @@ def range_noise(
     B, T = ids_BT.shape
     for part_CP in prefix_CP.split(max(1, _ROWS // B)):
         rows = torch.cat([part_CP.repeat_interleave(B, 0), ids_BT.repeat(len(part_CP), 1)], 1)
-        sites: list[Tensor] = []
+        noise_C: list[Tensor] = []
 
-        def see(_kind: str, x_RTD: Tensor, sites=sites) -> None:
-            sites.append(_noise(x_RTD[:, P:].reshape(len(x_RTD) // B, B * T, -1)))
+        def observe(_kind: str, x_RTD: Tensor, noise_C=noise_C) -> None:
+            noise_C.append(_noise(x_RTD[:, P:].reshape(len(x_RTD) // B, B * T, -1)))
 
-        with _watched(model, rows, see):
+        with _observed(model, rows, observe):
             _run(model, rows)
-        noises.append(torch.stack(sites).mean(0))
+        noises.append(torch.stack(noise_C).mean(0))
     return torch.cat(noises)
 
 
@@ -145,28 +149,28 @@ def _noise(x_CND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def outlier_tokens(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """Where the peak of a token is over 64 times the median token's, in any tensor: bool [B, T]."""
+    """Tokens whose max|x| exceeds 64 times that of the median token in any tensor, bool [B, T]."""
     outliers_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
 
-    def see(_kind: str, x_BTD: Tensor) -> None:
+    def observe(_kind: str, x_BTD: Tensor) -> None:
         peak_BT = x_BTD.abs().amax(-1)
         outliers_BT.logical_or_((peak_BT > OUTLIER * peak_BT.median()).to(outliers_BT.device))
 
-    with _watched(model, ids_BT, see):
+    with _observed(model, ids_BT, observe):
         _run(model, ids_BT)
     return outliers_BT
 
 
 @torch.no_grad()
-def peaks(model: PreTrainedModel, batches: Iterable[Tensor]) -> dict[str, float]:
-    """max |x| over all inputs of linear layers (`linear`) and over layers' outputs (`hidden`)."""
+def max_activations(model: PreTrainedModel, batches: Iterable[Tensor]) -> dict[str, float]:
+    """max|x| over inputs of linear layers (`linear`) and outputs of decoder layers (`hidden`)."""
     found = {"linear": 0.0, "hidden": 0.0}
 
-    def see(kind: str, x_BTD: Tensor) -> None:
+    def observe(kind: str, x_BTD: Tensor) -> None:
         found[kind] = max(found[kind], float(x_BTD.abs().max()))
 
     for ids_BT in batches:
-        with _watched(model, ids_BT, see):
+        with _observed(model, ids_BT, observe):
             _run(model, ids_BT)
     return found
 
@@ -180,50 +184,54 @@ def tune_prefix(
     learning_rate: float = 1e-2,
     noise_weight: float = 0.1,
 ) -> Prefix:
-    """`prefix` with keys and values trained for text behind it that quantises well.
+    """Train the keys and values of `prefix` so that the model quantises well with it.
 
-    Adam on loss + noise_weight * log(range noise), see `range_noise`; the model is frozen
-    (CushionCache 2406.12016, section 4.2, whose second term is the quantisation error itself).
+    Adam minimises loss + noise_weight * log(range noise), see `range_noise`; the model is frozen.
+    (In CushionCache, 2406.12016, section 4.2, the second term is the quantisation error itself.)
 
     Args:
-        model: without a prefix.
-        batches: token ids, int64 [B, T], one a step, taken in turn.
-        steps: of Adam.
-        learning_rate: its peak; it falls to 0 linearly.
-        noise_weight: nats per e-fold of noise.
+        model: a decoder without a prefix.
+        prefix: a prefix of `model`; it does not change.
+        batches: token ids, int64 [B, T]; each step uses one, in turn.
+        steps: number of optimiser steps.
+        learning_rate: peak learning rate (linear decay to 0).
+        noise_weight: weight of the second term.
+
+    Returns:
+        The tuned prefix.
 
     Raises:
-        UserError: unusable arguments; a loss that is not finite.
+        UserError: unusable arguments, or the loss is not finite.
     """
     check_whole("steps", steps, 1)
     check_at_least("noise_weight", noise_weight, 0)
     if not learning_rate > 0:
-        raise UserError(f"learning_rate: {learning_rate!r} is not above 0")
+        raise UserError(f"learning_rate: {learning_rate!r} is not greater than 0")
     if not batches:
-        raise UserError("batches: there is none")
+        raise UserError("batches: it is empty")
     for ids_BT in batches:
         _check_ids("batches", ids_BT, model)
-    twin = with_prefix(model, prefix).eval()
-    stored = prefix_of(twin)
+    prefixed = with_prefix(model, prefix).eval()
+    stored = prefix_of(prefixed)
     assert stored is not None
     keys, values = (
         x.detach().clone().requires_grad_() for x in (stored.keys_LGPd, stored.values_LGPd)
     )
     optimizer = torch.optim.Adam([keys, values], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    with prefix_replaced(twin, keys, values), torch.enable_grad():
+    with prefix_replaced(prefixed, keys, values), torch.enable_grad():
         for ids_BT in islice(cycle(batches), steps):
-            sites: list[Tensor] = []
+            noises: list[Tensor] = []
 
-            def see(_kind: str, x_BTD: Tensor, sites=sites) -> None:
-                sites.append(_noise(x_BTD.flatten(0, 1)[None]))
+            def observe(_kind: str, x_BTD: Tensor, noises=noises) -> None:
+                noises.append(_noise(x_BTD.flatten(0, 1)[None]))
 
-            ids_BT = ids_BT.to(twin.device)
-            with _watched(twin, ids_BT, see):
-                loss = twin(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-            total = loss + noise_weight * torch.cat(sites).mean().log()
+            ids_BT = ids_BT.to(prefixed.device)
+            with _observed(prefixed, ids_BT, observe):
+                loss = prefixed(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            total = loss + noise_weight * torch.cat(noises).mean().log()
             if not total.isfinite():
-                raise UserError(f"learning_rate: {learning_rate} made the loss not finite")
+                raise UserError(f"learning_rate: with {learning_rate}, the loss is not finite")
             keys.grad, values.grad = torch.autograd.grad(total, (keys, values))
             optimizer.step()
             schedule.step()
@@ -231,30 +239,31 @@ def tune_prefix(
 
 
 @contextmanager
-def _watched(
-    model: PreTrainedModel, ids_BT: Tensor, see: Callable[[str, Tensor], None]
+def _observed(
+    model: PreTrainedModel, ids_BT: Tensor, observe: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """While open, `see` gets each linear layer's input and each decoder layer's output, [B, T, D].
+    """Inside the context, call `observe(kind, x)` with the tensors [B, T, D] of a forward pass.
 
-    What several layers read is seen once; what a layer reads of some tokens only, as experts do,
-    not at all.
+    These are the inputs of linear layers (`linear`) and the outputs of decoder layers (`hidden`).
+    A tensor that several layers read is reported once.  Inputs that contain only some of the
+    tokens, such as those of experts, are not reported.
     """
-    last: list[Tensor | None] = [None]
+    previous: list[Tensor | None] = [None]
 
-    def take(kind: str, x: Any) -> None:
+    def report(kind: str, x: Any) -> None:
         x = x if isinstance(x, Tensor) else x[0]
-        if x is not last[0] and x.shape[:-1].numel() == ids_BT.numel():
-            last[0] = x
-            see(kind, x.reshape(*ids_BT.shape, -1))
+        if x is not previous[0] and x.shape[:-1].numel() == ids_BT.numel():
+            previous[0] = x
+            observe(kind, x.reshape(*ids_BT.shape, -1))
 
     with ExitStack() as stack:
-        sites = set(linear_sites(model))
+        names = set(linear_sites(model))
         for name, module in model.named_modules():
-            if name in sites:
-                handle = module.register_forward_pre_hook(lambda _, args: take("linear", args[0]))
+            if name in names:
+                handle = module.register_forward_pre_hook(lambda _, args: report("linear", args[0]))
                 stack.callback(handle.remove)
         for layer in decoder_layers(model)[1]:
-            handle = layer.register_forward_hook(lambda _module, _args, out: take("hidden", out))
+            handle = layer.register_forward_hook(lambda _module, _args, out: report("hidden", out))
             stack.callback(handle.remove)
         yield
 
@@ -269,7 +278,7 @@ def _run(model: PreTrainedModel, ids_BT: Tensor) -> None:
 
 
 def _special(model: PreTrainedModel, name: str) -> tuple[int, ...]:
-    """The id or ids of a special token; none where the model has none."""
+    """The ids of a special token; empty if the model has none."""
     value = getattr(model.config.get_text_config(decoder=True), name, None)
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 

@@ -1,4 +1,4 @@
-"""Integer arithmetic computes what the simulation computes."""
+"""Int8 arithmetic computes the same as the simulation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import quiet
-from oasis_attn.quantization import Grid, linear_sites, quantize, schemes
-from oasis_attn.quantization.integers import IntegerLinear, check_kernels, to_integers
+from oasis_attn.quantization import QuantSpec, linear_sites, quantize, schemes
+from oasis_attn.quantization.int8 import Int8Linear, check_kernels, to_int8
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 utils = pytest.importorskip("torchao.utils", reason="torchao is not installed")
@@ -26,8 +26,8 @@ SCHEMES = {
     "static": TABLE["w8a8-static-linear"],
     "static symmetric": replace(
         TABLE["w8a8-static-linear"],
-        weight=Grid(bits=8, symmetric=True, granularity="channel"),
-        activation=Grid(bits=8, symmetric=True),
+        weight=QuantSpec(bits=8, symmetric=True, granularity="channel"),
+        activation=QuantSpec(bits=8, symmetric=True),
     ),
     "rotated": replace(TABLE["w8a8-dynamic"], rotation="hadamard", head=True),
 }
@@ -64,25 +64,25 @@ def logits(model, ids):
         ),
     ],
 )
-def test_computes_what_the_simulation_computes_and_is_saved(kind, name, ids, tmp_path):
-    twin = simulated(kind, SCHEMES[name])
-    expected, exact = logits(twin, ids), logits(make(kind), ids)
-    integers = to_integers(copy.deepcopy(twin))
-    layers = [m for m in integers.modules() if isinstance(m, IntegerLinear)]
+def test_equals_the_simulation_and_can_be_saved(kind, name, ids, tmp_path):
+    quantized_model = simulated(kind, SCHEMES[name])
+    expected, exact = logits(quantized_model, ids), logits(make(kind), ids)
+    int8_model = to_int8(copy.deepcopy(quantized_model))
+    layers = [m for m in int8_model.modules() if isinstance(m, Int8Linear)]
     assert len(layers) == len(linear_sites(make(kind), head=SCHEMES[name].head))
     assert all(layer.weight is None for layer in layers)
-    found = logits(integers, ids)
-    # A value half way between two levels may go either way.
+    found = logits(int8_model, ids)
+    # A value half way between two codes may be rounded in either direction.
     assert (found - expected).norm() < 0.05 * (expected - exact).norm()
     with quiet():
-        integers.save_pretrained(tmp_path)
+        int8_model.save_pretrained(tmp_path)
         loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert torch.equal(logits(loaded, ids), found)
     assert loaded.generate(ids[:1], max_new_tokens=2).shape == (1, ids.shape[1] + 2)
 
 
-GROUPED = Grid(bits=8, symmetric=True, granularity="group", group_size=8)
+GROUPED = QuantSpec(bits=8, symmetric=True, granularity="group", group_size=8)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,8 @@ GROUPED = Grid(bits=8, symmetric=True, granularity="group", group_size=8)
         (replace(TABLE["w8a8-dynamic"], weight=GROUPED), "one scale per tensor or channel"),
         (
             replace(
-                TABLE["w8a8-dynamic"], activation=Grid(bits=8, symmetric=True, granularity="token")
+                TABLE["w8a8-dynamic"],
+                activation=QuantSpec(bits=8, symmetric=True, granularity="token"),
             ),
             "asymmetric ranges per token, or static ones",
         ),
@@ -107,19 +108,19 @@ def test_refuses_schemes_without_kernels(scheme, reason):
 
 def test_refuses_a_model_that_is_not_quantised():
     with pytest.raises(UserError, match="model: nothing in it is quantised"):
-        to_integers(make("llama"))
+        to_int8(make("llama"))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["dynamic", "static"])
-def test_after_casts_what_is_saved_is_what_is_computed(name, ids, tmp_path):
-    twin = to_integers(simulated("llama", SCHEMES[name]))
+def test_a_model_saved_after_casts_computes_the_same(name, ids, tmp_path):
+    quantized_model = to_int8(simulated("llama", SCHEMES[name]))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        twin.to(dtype)
+        quantized_model.to(dtype)
         with quiet():
-            twin.save_pretrained(tmp_path)
+            quantized_model.save_pretrained(tmp_path)
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert loaded.dtype == dtype
-        assert torch.equal(loaded(ids).logits, twin(ids).logits)
-    with pytest.raises(UserError, match="integer kernels take no float64"):
-        twin.double()(ids)
+        assert torch.equal(loaded(ids).logits, quantized_model(ids).logits)
+    with pytest.raises(UserError, match="int8 kernels do not support float64"):
+        quantized_model.double()(ids)

@@ -1,4 +1,4 @@
-"""Ranges, errors, and what each tensor costs."""
+"""Ranges and errors of each tensor, and the sensitivity to each of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization import linear_sites, quantize, quantized_sites, schemes
-from oasis_attn.quantization.costs import perplexity, sensitivity, site_metrics
-from oasis_attn.quantization.quantizers import fake_quantize
+from oasis_attn.quantization import linear_sites, quantize, quantized_modules, schemes
+from oasis_attn.quantization.quantizers import fake_quantize_dynamic
+from oasis_attn.quantization.sensitivity import measure_sensitivity, perplexity, target_metrics
 from tiny import VOCABULARY, tiny_config
 
 TABLE = schemes()
@@ -28,7 +28,7 @@ def batches():
     return [torch.randint(3, VOCABULARY, (2, 12), generator=torch.manual_seed(i)) for i in range(3)]
 
 
-def test_perplexity_is_that_of_the_model_s_own_loss(model):
+def test_perplexity_matches_the_loss_of_the_model(model):
     ids = torch.cat(batches())
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids).loss.exp().item()
@@ -36,20 +36,20 @@ def test_perplexity_is_that_of_the_model_s_own_loss(model):
 
 
 @torch.no_grad()
-def test_errors_and_ranges_by_site(model):
-    twin = quantize(model, "w8a8-static", calibration=batches())
-    values = {(m.name, m.where): m.value for m in site_metrics(twin, batches())}
-    sites = quantized_sites(twin)
-    assert {where for name, where in values if name.endswith("activation_error")} == set(sites)
+def test_errors_and_ranges_by_target(model):
+    quantized_model = quantize(model, "w8a8-static", calibration=batches())
+    values = {(m.name, m.where): m.value for m in target_metrics(quantized_model, batches())}
+    targets = quantized_modules(quantized_model)
+    assert {where for name, where in values if name.endswith("activation_error")} == set(targets)
     assert {where for name, where in values if name.endswith("weight_error")} == set(
         linear_sites(model)
     )
     name = "model.layers.1.mlp.down_proj"
     weight = model.get_submodule(name).weight
-    moved = fake_quantize(weight, TABLE["w8a8-static"].weight) - weight
+    moved = fake_quantize_dynamic(weight, TABLE["w8a8-static"].weight) - weight
     expected = (moved.norm() / weight.norm()).square().item()
     assert values["quantization.weight_error", name] == pytest.approx(expected)
-    quantizer = sites["model.norm:output"]
+    quantizer = targets["model.norm:output"]
     low, high = quantizer.range
     assert values["quantization.low", "model.norm:output"] == low
     assert values["quantization.high", "model.norm:output"] == high
@@ -58,7 +58,7 @@ def test_errors_and_ranges_by_site(model):
     seen = []
     quantizer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     for ids in batches():
-        twin.model(input_ids=ids)
+        quantized_model.model(input_ids=ids)
     error = sum((out - x).square().sum() for x, out in seen) / sum(
         x.square().sum() for x, _ in seen
     )
@@ -68,19 +68,21 @@ def test_errors_and_ranges_by_site(model):
 
 
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
-def test_only_one_group_is_that_group_quantised_alone(model, rotation):
+def test_only_one_group_equals_quantising_that_group_alone(model, rotation):
     scheme, ids = replace(TABLE["w4a4"], rotation=rotation), torch.cat(batches())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    scores = sensitivity(model, scheme, lambda twin: perplexity(twin, ids))
-    kinds = [site.split(".", 3)[3] for site in linear_sites(model)[:7]]
+    scores = measure_sensitivity(
+        model, scheme, lambda quantized_model: perplexity(quantized_model, ids)
+    )
+    kinds = [name.split(".", 3)[3] for name in linear_sites(model)[:7]]
     assert list(scores) == ["all", "none", *kinds]
     assert scores["all"][0] == perplexity(quantize(model, scheme), ids)
     assert scores["none"][0] == pytest.approx(perplexity(model, ids), rel=1e-4)
     for kind in ("mlp.down_proj", "self_attn.q_proj"):
-        alone = [site for site in linear_sites(model) if site.endswith(kind)]
-        others = [site for site in linear_sites(model) if not site.endswith(kind)]
+        alone = [name for name in linear_sites(model) if name.endswith(kind)]
+        others = [name for name in linear_sites(model) if not name.endswith(kind)]
         expected = [
-            perplexity(quantize(model, scheme, sites=sites), ids) for sites in (others, alone)
+            perplexity(quantize(model, scheme, targets=targets), ids) for targets in (others, alone)
         ]
         assert list(scores[kind]) == expected
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -88,10 +90,10 @@ def test_only_one_group_is_that_group_quantised_alone(model, rotation):
 
 def test_tensors_between_layers_are_groups_too(model):
     ids = torch.cat(batches())
-    scores = sensitivity(
+    scores = measure_sensitivity(
         model,
         TABLE["w8a8-static"],
-        lambda twin: perplexity(twin, ids),
+        lambda quantized_model: perplexity(quantized_model, ids),
         calibration=batches(),
         by="layer",
     )
@@ -102,4 +104,4 @@ def test_tensors_between_layers_are_groups_too(model):
 
 def test_unknown_grouping(model):
     with pytest.raises(UserError, match=r"by: 'kinds' is not one of .*did you mean 'kind'"):
-        sensitivity(model, TABLE["w4a4"], perplexity, by="kinds")
+        measure_sensitivity(model, TABLE["w4a4"], perplexity, by="kinds")

@@ -1,10 +1,10 @@
-"""Integer arithmetic for a simulated model, by torchao's kernels.
+"""Integer arithmetic for a quantised model, by torchao's int8 kernels.
 
-    y = s_x s_w (q_x - z_x) q_w        (Jacob et al. 2018, 1712.05877, eq. 4), q int8, sums int32
+    y = s_x s_w (q_x - z_x) q_w    (Jacob et al. 2018, 1712.05877, eq. 4), q int8, sums int32
 
-The numbers are those of the simulation, not torchao's own: weights, scales and static ranges are
-handed over as they stand, so that both compute the same up to the rounding of floats (which decides
-where an input falls half way between two levels).
+Weights, scales and static ranges are those of the simulated model; torchao does not compute its
+own.  Both models therefore compute the same up to floating-point rounding, which decides the code
+of an input that lies half way between two codes.
 """
 
 from __future__ import annotations
@@ -18,39 +18,43 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
+from oasis_attn.quantization.hf_quantizer import (
+    CODES,
+    get_quantization_config,
+    set_quantization_config,
+)
 from oasis_attn.quantization.linear import QuantizedLinear
 from oasis_attn.quantization.quantizers import StaticQuantizer
-from oasis_attn.quantization.saved import CODES, mark, quantization_of
 from oasis_attn.quantization.schemes import Scheme
 
 
 def check_kernels(scheme: Scheme, device: torch.device) -> None:
-    """Raise `UserError` unless integer kernels on `device` compute what `scheme` simulates."""
+    """Raise `UserError` unless int8 kernels on `device` can compute what `scheme` simulates."""
     weight, activation = scheme.weight, scheme.activation
     reason = ""
-    if scheme.sites == "full":
+    if scheme.targets == "full":
         reason = "no kernel quantises between linear layers"
     elif weight.bits != 8 or activation is None or activation.bits != 8:
         reason = "kernels multiply 8-bit weights by 8-bit activations only"
     elif not weight.symmetric or weight.granularity not in ("tensor", "channel"):
-        reason = "kernels take symmetric weights with one scale per tensor or channel"
+        reason = "kernels need symmetric weights with one scale per tensor or channel"
     elif not scheme.static and (activation.symmetric or activation.granularity != "token"):
-        reason = "kernels take asymmetric ranges per token, or static ones"
+        reason = "kernels need asymmetric ranges per token, or static ones"
     if reason:
         raise UserError(f"scheme: {scheme.name!r} can only be simulated: {reason}")
     try:
         from torchao.utils import should_reduce_range
     except ImportError as error:
-        raise UserError("scheme: integer kernels need `pip install torchao`") from error
+        raise UserError("scheme: int8 kernels need `pip install torchao`") from error
     if should_reduce_range(device):
         raise UserError(
-            f"scheme: {scheme.name!r} can only be simulated: without VNNI instructions this"
-            " processor's 8-bit sums overflow"
+            f"scheme: {scheme.name!r} can only be simulated: 8-bit sums overflow on this processor,"
+            " which has no VNNI instructions"
         )
 
 
-class IntegerLinear(QuantizedLinear):
-    """A `QuantizedLinear` whose weight is held as int8 codes, in the buffer `weight_codes`."""
+class Int8Linear(QuantizedLinear):
+    """A `QuantizedLinear` that stores its weight as int8 codes, in the buffer `weight_codes`."""
 
     weight_codes: Tensor
 
@@ -61,13 +65,13 @@ class IntegerLinear(QuantizedLinear):
         if self.input_transform is not None:
             input = self.input_transform(input)
         if input.dtype == torch.float64:
-            raise UserError("model: integer kernels take no float64; cast it to float32")
+            raise UserError("model: int8 kernels do not support float64; cast the model to float32")
         static: dict[str, Tensor] = {}
         if isinstance(self.input_quantizer, StaticQuantizer):
             quantizer, shape = self.input_quantizer, [1] * input.ndim
             static = {
                 "act_quant_scale": quantizer.scale.view(shape),
-                "act_quant_zero_point": (-128 - quantizer.lowest).view(shape).to(torch.int8),
+                "act_quant_zero_point": (-128 - quantizer.quant_min).view(shape).to(torch.int8),
             }
         scale = self.weight_scale.view(-1, 1)
         rows = 1 if len(scale) > 1 else self.out_features
@@ -85,7 +89,7 @@ class IntegerLinear(QuantizedLinear):
 
 @cache
 def _torchao() -> tuple[Any, Any, Any]:
-    """Its tensor, and how it is told to quantise inputs."""
+    """torchao's int8 tensor class, and its input quantisation per tensor and per token."""
     from torchao.quantization import Int8Tensor, PerRow, PerTensor
     from torchao.quantization.quant_primitives import MappingType
     from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
@@ -97,11 +101,11 @@ def _torchao() -> tuple[Any, Any, Any]:
     return Int8Tensor, per_tensor, per_token
 
 
-def to_integers(model: PreTrainedModel) -> PreTrainedModel:
-    """Let the quantised layers of a simulated model multiply integers; `model`, changed in place.
+def to_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch the linear layers of a simulated model to int8 kernels, in place; returns `model`.
 
     Raises:
-        UserError: nothing in it is quantised, or its scheme has no integer kernel.
+        UserError: nothing in `model` is quantised, or there are no kernels for its scheme.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if not layers:
@@ -110,6 +114,6 @@ def to_integers(model: PreTrainedModel) -> PreTrainedModel:
     for layer in layers:
         layer.register_buffer(CODES, layer.codes())
         layer.weight = None  # type: ignore[assignment]
-        layer.__class__ = IntegerLinear
-    mark(model, vars(quantization_of(model)) | {"arithmetic": "integer"})
+        layer.__class__ = Int8Linear
+    set_quantization_config(model, vars(get_quantization_config(model)) | {"arithmetic": "int8"})
     return model
