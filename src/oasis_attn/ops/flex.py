@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from oasis_attn.ops.cpu_flash import rows
 from oasis_attn.ops.naive_attention import log_denominator
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # queries and keys of one tile of the kernel
+_LEAST_WIDTH = 16  # of a head, in the compiled kernel
 
 
 def flex(
@@ -32,10 +34,12 @@ def flex(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, null and log-denominator; `mask` has four axes."""
-    from torch.nn.attention.flex_attention import AuxRequest
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     T, S = query.shape[2], key.shape[2]
-    block_mask = causal_blocks(T, S, query.device) if is_causal and T > 1 else None
+    block_mask = causal_blocks(T, S, query.device) if is_causal else None
+    own = value.shape[-1]
+    query, key, value = (rows(x, max(x.shape[-1], _LEAST_WIDTH)) for x in (query, key, value))
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], T, S)
 
@@ -49,7 +53,9 @@ def flex(
             torch.where(allowed, score, -math.inf) if mask.dtype == torch.bool else score + allowed
         )
 
-    out, aux = _compiled_flex(query.is_cuda)(
+    eager = query.is_cuda and not torch.compiler.is_compiling()
+    attention: Any = _compiled_flex() if eager else flex_attention
+    out, aux = attention(
         query, key, value,
         score_mod=None if softcap is None and mask is None else score_mod,
         block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
@@ -60,7 +66,7 @@ def flex(
     blind = lse.detach() == -math.inf
     keep = torch.sigmoid(lse - c).masked_fill(blind, 0)
     null = torch.sigmoid(c - lse).masked_fill(blind, 1)
-    out = (out * keep.unsqueeze(-1)).to(query.dtype)
+    out = (out[..., :own] * keep.unsqueeze(-1)).to(query.dtype)
     return out, null, log_denominator(lse, c).detach()
 
 
@@ -72,6 +78,7 @@ def causal_blocks(T: int, S: int, device: torch.device) -> BlockMask:
     from torch.nn.attention.flex_attention import BlockMask
 
     offset = S - T
+    behind = torch.full((), offset, device=device)  # a number that changes would compile anew
     first_query = torch.arange(0, T, BLOCK, device=device)[:, None]
     first_key = torch.arange(0, S, BLOCK, device=device)
     whole = (first_query + BLOCK <= T) & (first_key + BLOCK <= S)
@@ -82,7 +89,7 @@ def causal_blocks(T: int, S: int, device: torch.device) -> BlockMask:
         *_counts_and_indices(partial),
         *_counts_and_indices(full),
         BLOCK_SIZE=BLOCK,
-        mask_mod=lambda _b, _h, t, s: s <= t + offset,
+        mask_mod=lambda _b, _h, t, s: s <= t + behind,
         seq_lengths=(T, S),
     )
 
@@ -95,8 +102,8 @@ def _counts_and_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _compiled_flex(compiled: bool) -> Callable[..., Any]:
+def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     function: Any = flex_attention
-    return torch.compile(function) if compiled else function
+    return torch.compile(function)

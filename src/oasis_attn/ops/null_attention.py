@@ -25,6 +25,7 @@ from torch import Tensor
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.ops import native
 from oasis_attn.ops.cpu_flash import CpuFlash, flash, rows
+from oasis_attn.ops.cuda_flash import cuda_flash
 from oasis_attn.ops.flex import flex
 from oasis_attn.ops.naive_attention import four_axes, naive_mix, naive_weights, with_causal
 
@@ -38,7 +39,7 @@ __all__ = [
     "null_attention",
 ]
 
-BACKENDS = ("auto", "naive", "cpu_flash", "flex")
+BACKENDS = ("auto", "naive", "cpu_flash", "cuda_flash", "flex")
 
 
 class Attended(NamedTuple):
@@ -82,8 +83,9 @@ def null_attention(
         softcap: logits become `softcap * tanh(logits / softcap)` before masking.
         dropout: probability of dropping an attention weight; `naive` only.  The null mass is kept.
         backend: `naive` (plain PyTorch, stores `[B, H, T, S]`, float32 inside), `cpu_flash` (CPU),
-            `flex` (CUDA; forward only on CPU), or `auto`: the device's fused one if it can serve
-            the call, else `naive`.
+            `cuda_flash` (CUDA: the kernel that `scaled_dot_product_attention` chooses), `flex`
+            (CUDA, with a softcap too; forward only on the CPU), or `auto`: the first of the
+            device's fused ones that can serve the call, else `naive`.
 
     Returns:
         `out_BHTd` in the dtype of `query`, and `null_BHT`, the null mass in [0, 1], in float32 (in
@@ -120,23 +122,25 @@ def attend(
     _check_numbers(scale, softcap, dropout)
     attn_mask = four_axes(attn_mask, query, key)
     null_logit_H = _null_logits(null_logit, query)
-    backend = _choose(backend, query, key, value, attn_mask, softcap, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(scale, int):  # which the kernels take up to 64 bits only
         scale = float(scale)
     T, S = query.shape[2], key.shape[2]
-    if is_causal and backend != "flex":
-        if T == 1:
-            is_causal = False  # bottom-right alignment: the only query sees all
-        elif attn_mask is not None or T != S or backend == "naive" or scale <= 0:
-            attn_mask = with_causal(attn_mask, T, S, query.device)  # the kernel scales its -inf
-            is_causal = False
+    if T == 1:
+        is_causal = False  # bottom-right alignment: the only query sees all
+    call = Call(query, key, value, attn_mask, is_causal, scale, softcap, dropout)
+    backend = _choose(backend, call)
+    plain = attn_mask is None and T == S and scale > 0  # the kernels scale the -inf they hide by
+    if is_causal and backend != "flex" and (backend == "naive" or not plain):
+        attn_mask, is_causal = with_causal(attn_mask, T, S, query.device), False
     if backend == "cpu_flash":
         width, own = max(query.shape[-1], value.shape[-1]), value.shape[-1]
         query, key, value = (rows(x, width) for x in (query, key, value))
         arguments = (query, key, value, null_logit_H, attn_mask, is_causal, scale)
         out_BHTd, null_BHT, total_BHT = CpuFlash.apply(*arguments)  # type: ignore[no-untyped-call]
         return Attended(out_BHTd[..., :own] if own < width else out_BHTd, null_BHT, total_BHT)
+    if backend == "cuda_flash":
+        return Attended(*cuda_flash(query, key, value, null_logit_H, attn_mask, is_causal, scale))
     if backend == "flex":
         return Attended(
             *flex(query, key, value, null_logit_H, attn_mask, is_causal, scale, softcap)
@@ -231,7 +235,10 @@ def _null_logits(null_logit: float | Tensor, query: Tensor) -> Tensor:
     heads = query.shape[1]
     if not isinstance(null_logit, Tensor):
         try:
-            logits = torch.as_tensor(null_logit, dtype=precise, device=query.device)
+            if isinstance(null_logit, int | float):  # a copy to CUDA would wait for its queue
+                logits = torch.full((), null_logit, dtype=precise, device=query.device)
+            else:
+                logits = torch.as_tensor(null_logit, dtype=precise, device=query.device)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise UserError(
                 f"null_logit: {null_logit!r} is neither a number nor a tensor of {heads}, one per"
@@ -250,23 +257,32 @@ def _null_logits(null_logit: float | Tensor, query: Tensor) -> Tensor:
     return logits.reshape(-1)
 
 
-def _choose(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    softcap: float | None,
-    dropout: float,
-) -> str:
+class Call(NamedTuple):
+    """What decides which backend can serve a call."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+    softcap: float | None
+    dropout: float
+
+
+def _choose(backend: str, call: Call) -> str:
     check_choice("backend", backend, BACKENDS)
+    query, key = call.query, call.key
     if 0 in (query.shape[0], query.shape[2], key.shape[2]):
         return "naive"  # there is no map to store, and the kernels want tokens
-    fused = "flex" if query.is_cuda else "cpu_flash"
-    wanted = fused if backend == "auto" else backend
-    reason = _refusal(wanted, query, key, value, mask, softcap, dropout)
-    if not reason:
-        return wanted
+    fused = ("cuda_flash", "flex") if query.is_cuda else ("cpu_flash",)
+    reason: str | None = None
+    for wanted in fused if backend == "auto" else (backend,):
+        if wanted == "flex" and backend == "auto" and query.shape[2] == 1:
+            return "naive"  # its map is one row, and flex would compile for more and more keys
+        reason = _refusal(wanted, call)
+        if not reason:
+            return wanted
     if backend == "auto":
         warnings.warn(
             f"null_attention falls back to 'naive', which stores the map: {reason}", stacklevel=4
@@ -275,30 +291,50 @@ def _choose(
     raise UserError(f"backend: {backend!r} cannot serve this call: {reason}; use 'naive' or 'auto'")
 
 
-def _refusal(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    softcap: float | None,
-    dropout: float,
-) -> str | None:
+def _refusal(backend: str, call: Call) -> str | None:
     """Why this backend cannot serve the call, or None."""
     if backend == "naive":
         return None
-    if dropout:
-        return f"dropout {dropout} on attention weights needs the weights"
-    if mask is not None and mask.requires_grad:
+    if call.dropout:
+        return f"dropout {call.dropout} on attention weights needs the weights"
+    if call.mask is not None and call.mask.requires_grad:
         return "attn_mask needs a gradient"
-    if backend == "cpu_flash":
-        if query.device.type != "cpu":
-            return f"it runs on the CPU, the tensors are on {query.device.type!r}"
-        if query.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            return f"dtype {query.dtype} is none of float32, float64, bfloat16"
-        if softcap is not None:
-            return f"softcap {softcap} is not in the kernel"
-    elif not query.is_cuda and torch.is_grad_enabled():
-        wants_gradient = query.requires_grad or key.requires_grad or value.requires_grad
-        return "on the CPU it has no backward" if wants_gradient else None
-    return None
+    return {"cpu_flash": _not_cpu_flash, "cuda_flash": _not_cuda_flash, "flex": _not_flex}[backend](
+        call
+    )
+
+
+def _not_cpu_flash(call: Call) -> str | None:
+    query = call.query
+    if query.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {query.device.type!r}"
+    if query.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"dtype {query.dtype} is none of float32, float64, bfloat16"
+    return None if call.softcap is None else f"softcap {call.softcap} is not in the kernel"
+
+
+def _not_cuda_flash(call: Call) -> str | None:
+    query, mask = call.query, call.mask
+    if not query.is_cuda:
+        return f"it runs on CUDA, the tensors are on {query.device.type!r}"
+    if query.dtype == torch.float16:
+        if torch.is_grad_enabled() and _wants_gradient(call):
+            return "its gradients need a wider range than float16 has"
+    elif query.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {query.dtype} is none of float32, bfloat16, float16"
+    if call.scale <= 0:
+        return f"scale {call.scale} is not above 0"
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        return f"the kernels would round the mask from {mask.dtype} to {query.dtype}"
+    return None if call.softcap is None else f"softcap {call.softcap} is not in the kernels"
+
+
+def _wants_gradient(call: Call) -> bool:
+    return call.query.requires_grad or call.key.requires_grad or call.value.requires_grad
+
+
+def _not_flex(call: Call) -> str | None:
+    if not call.query.is_cuda:
+        backward = torch.is_grad_enabled() and _wants_gradient(call)
+        return "on the CPU it has no backward" if backward else None
+    return "its kernel has no float64" if call.query.dtype == torch.float64 else None
