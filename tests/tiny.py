@@ -38,13 +38,13 @@ def tiny_config(family="llama", **changes):
 
 
 def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, text=None, **settings):
-    """A model whose routers, sinks and couplings are off their start, so that all parts act."""
+    """A model whose routers, sinks and betas are off their start, so that all parts act."""
     torch.manual_seed(seed)
     text = text or tiny_config(family, initializer_range=0.2)
     model = OasisForCausalLM(OasisConfig(text_config=text, **settings_of(variant) | settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name == "model.depth.coupling":
+            if name == "model.depth.beta_raw":
                 parameter.fill_(1.0)
             elif ".depth." in name or "null_logit" in name or "sinks" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -17,8 +17,10 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
     from oasis_attn.measure import diagnose
     from oasis_attn.modeling.configuration import OasisConfig
     from oasis_attn.modeling.convert import convert
+    from oasis_attn.modeling.extensions import register_branch_norm, register_null_signal
     from oasis_attn.modeling.model import OasisForCausalLM
     from oasis_attn.modeling.variants import variants
+    from oasis_attn.ops.normalizers import register_token_normalizer
     from oasis_attn.quantization import quantize
     from oasis_attn.records import Record
 
@@ -33,6 +35,9 @@ _HOMES = {
     "diagnose": "oasis_attn.measure",
     "evaluate": "oasis_attn.evaluation",
     "quantize": "oasis_attn.quantization",
+    "register_branch_norm": "oasis_attn.modeling.extensions",
+    "register_null_signal": "oasis_attn.modeling.extensions",
+    "register_token_normalizer": "oasis_attn.ops.normalizers",
     "variants": "oasis_attn.modeling.variants",
 }
 
@@ -47,6 +52,9 @@ __all__ = [
     "evaluate",
     "ops",
     "quantize",
+    "register_branch_norm",
+    "register_null_signal",
+    "register_token_normalizer",
     "variants",
 ]
 

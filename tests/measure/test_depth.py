@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import math
 
+import experiments.branch_norms  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from oasis_attn import register_null_signal
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
 from oasis_attn.measure.depth import Depth
-from oasis_attn.modeling.residual import RouterCall
+from oasis_attn.modeling.depth_cache import RouterCall
 from tiny import VOCABULARY, tiny_model
 
 from .models import native, ours
 
+
+class LogAndHeads(nn.Module):
+    """All that a null signal may be: with parameters, and another one for the MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weights = nn.Parameter(torch.rand(config.num_hidden_layers, 4))
+
+    def forward(self, null_BHT, layer):
+        logarithms = torch.log1p(null_BHT / 1e-3)
+        return (logarithms * self.weights[layer].unsqueeze(-1)).mean(1), None
+
+
+register_null_signal("test_log_and_heads", LogAndHeads)
 MODELS = {
     "oasis": {},
     # 8 sublayers: the last block is partial
-    "oasis_block": {"depth_block_size": 3, "branch_scale": "mlp"},
+    "oasis_block": {"depth_block_size": 3, "branch_norm": "rms_mlp"},
     "attn_residual": {},
-    "attn_residual_block": {"depth_scale": "sources"},
-    "oasis_depth_sigmoid": {"depth_scale": "sources"},
-    "oasis_depth_softmax": {"depth_scale": "unit", "branch_scale": "bounded"},
-    "oasis_unit": {
-        "evidence": "log",
-        "mlp_evidence": "none",
-        "coupling": "head",
-        "branch_scale": "unit",
-    },
+    "attn_residual_block": {"mix_scale": "sum"},
+    "oasis_depth_sigmoid": {"mix_scale": "sum"},
+    "oasis_depth_softmax": {"mix_scale": "rms", "branch_norm": "bounded"},
+    "oasis_unit": {"null_signal": "test_log_and_heads", "branch_norm": "rms"},
 }
 
 
@@ -52,10 +64,10 @@ def written_out(model, ids_NT, dropped=None):
     settings, core, routers = model.config, model.model, model.model.depth
     size = settings.depth_block_size
     embedding = core.embed_tokens(ids_NT)
-    eps = {"unit": 1e-6, "bounded": 0.1, "mlp": 1e-6}.get(settings.branch_scale)
+    eps = {"rms": 1e-6, "bounded": 0.1, "rms_mlp": 1e-6}.get(settings.branch_norm)
 
     def scaled(x, mlp=False):
-        same = eps is None or (settings.branch_scale == "mlp" and not mlp)
+        same = eps is None or (settings.branch_norm == "rms_mlp" and not mlp)
         return x if same else x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
     rotation = core.rotary_emb(embedding, torch.arange(ids_NT.shape[1])[None])
@@ -71,8 +83,8 @@ def written_out(model, ids_NT, dropped=None):
         keys = v / (v.pow(2).mean(-1, keepdim=True) + routers.eps).sqrt()
         g = keys @ (routers.queries[router] * routers.key_norm[router])
         moved = torch.zeros_like(g)
-        if routers.coupling is not None:
-            moved = -F.softplus(routers.coupling[router]) * (psi - psi.mean(-1, keepdim=True))
+        if routers.beta_raw is not None:
+            moved = -F.softplus(routers.beta_raw[router]) * (psi - psi.mean(-1, keepdim=True))
         g = g + moved
         kept = [s for s in range(len(sources)) if s != dropped or len(sources) == 1]
         e, alpha = g[..., kept].exp(), torch.zeros_like(g)
@@ -85,15 +97,14 @@ def written_out(model, ids_NT, dropped=None):
         alpha[..., kept] = e / one
         routed.append((alpha, null, moved.std(-1, correction=0)))
         mixed = (alpha.unsqueeze(-1) * v).sum(-2)
-        if settings.depth_scale == "unit":
+        if settings.mix_scale == "rms":
             return mixed / mixed.pow(2).mean(-1, keepdim=True).sqrt()
-        return mixed * scale if settings.depth_scale == "sources" else mixed
+        return mixed * scale if settings.mix_scale == "sum" else mixed
 
     def psi(null_BHT):
-        if settings.evidence == "log":
+        if core.null_signal is not None:
             null_BHT = (1 + null_BHT / 1e-3).log()
-        if routers.head_coupling is not None:
-            null_BHT = null_BHT * routers.head_coupling[len(branches) // 2, :, None]
+            null_BHT = null_BHT * core.null_signal.weights[len(branches) // 2, :, None]
         return null_BHT.mean(1)
 
     for layer in core.layers:
@@ -101,13 +112,13 @@ def written_out(model, ids_NT, dropped=None):
             hidden_states=layer.input_layernorm(read()),
             position_embeddings=rotation,
             attention_mask=None,
-            normalizer=settings.token_normalizer,
+            normalizer=settings.normalizer,
             null_logit=settings.null_logit,
         )
         branches.append(scaled(branch))
         psis.append(torch.zeros(ids_NT.shape).double() if null_BHT is None else psi(null_BHT))
         branches.append(scaled(layer.mlp(layer.post_attention_layernorm(read())), mlp=True))
-        without = settings.mlp_evidence == "none"
+        without = core.null_signal is not None
         psis.append(torch.zeros_like(psis[-1]) if without else psis[-1])
     logits = model.lm_head(core.norm(read()))
     losses = F.cross_entropy(logits[:, :-1].mT, ids_NT[:, 1:], reduction="none").mean(1)
@@ -151,7 +162,7 @@ def test_every_measure_equals_the_forward_pass_written_out(variant, settings):
         assert len(record.tables["depth.null"]) == 9
     else:
         assert "depth.null" not in record.tables
-    if model.config.null_signal == "on":
+    if model.config.null_signal != "off":
         assert record["depth.signal"] == pytest.approx(
             float(torch.stack(signals).mean()), abs=1e-10
         )
@@ -186,8 +197,8 @@ def test_the_shuffled_signal_is_drawn_alike_with_and_without_a_source():
     model = tiny_model("oasis_signal_shuffled")
     with torch.no_grad():
         model.model.layers[-1].mlp.down_proj.weight.zero_()
-        model.model.depth.coupling[:8] = 3.0
-        model.model.depth.coupling[8] = -40
+        model.model.depth.beta_raw[:8] = 3.0
+        model.model.depth.beta_raw[8] = -40
     record = diagnose(model, tokens(), causal=[8, 3])
     last, third = (metric.value for metric in record.each("depth.causal"))
     assert abs(last) < 1e-6  # an empty source: the others keep their proportions
@@ -237,7 +248,7 @@ def test_nan_weights_make_nan_measures():
 
 
 def test_the_authors_form_has_its_states_for_sources():
-    record = diagnose(ours("authors"), torch.randint(0, 50, (2, 9)))
+    record = diagnose(ours("official"), torch.randint(0, 50, (2, 9)))
     assert [len(row) for row in record.tables["depth.weights"]] == [2, 3, 3, 4, 4, 5]
     assert len(record.tables["depth.null"]) == 6
     assert 0 < record["depth.null"] < 1
@@ -253,7 +264,7 @@ def test_without_depth_routing_there_is_no_depth():
     [
         (lambda: native("llama"), True, "causal: only residual 'depth' .* it is 'sum'"),
         (lambda: native("llama"), [], "causal: only residual 'depth'"),
-        (lambda: ours("authors"), [0], "it is 'authors'"),
+        (lambda: ours("official"), [0], "it is 'official'"),
         (lambda: ours("oasis"), [0, 7], "causal: 7 is not a source, a number from 0 to 6"),
         (lambda: ours("oasis_block"), [3], "from 0 to 2"),
         (lambda: ours("oasis"), [-1], "causal: -1 is not a source"),

@@ -90,9 +90,7 @@ def test_every_variant_is_measured(variant):
     record = diagnose(model, tokens(2, 20))
     assert all(math.isfinite(metric.value) for metric in record.metrics)
     assert record.model.config == model.config.settings
-    has_null = model.config.token_normalizer in (
-        "softmax1", "learned_sink", "clipped_softmax", "softpick"
-    )  # fmt: skip
+    has_null = model.config.normalizer.has_null
     assert ("null.mass" in record.tables) == has_null
     assert ("depth.weights" in record.tables) == (model.config.residual != "sum")
 

@@ -19,8 +19,8 @@ from oasis_attn.measure.joint import Rows, compare_joint, joint_statistics, rout
 from oasis_attn.measure.parts import find_taps
 from oasis_attn.measure.updates import observe_updates
 from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.modeling.families import family_of
-from oasis_attn.modeling.residual import observe_depth
 from oasis_attn.records import DiagnosisRecord
 from tiny import VOCABULARY, tiny_config, tiny_model
 
@@ -36,8 +36,8 @@ VARIANTS = {
     "oasis": {},
     "oasis_block": {"depth_block_size": 3},
     "oasis_depth_sigmoid": {},
-    "oasis_depth_softmax": {"depth_scale": "sources"},
-    "authors": {},
+    "oasis_depth_softmax": {"mix_scale": "sum"},
+    "official": {},
 }
 STATISTICS = ("leakage", "concentration", "neg_entropy")
 
@@ -162,7 +162,7 @@ def test_a_native_model_is_the_residual_sum_of_its_family(family):
 def test_equal_weights_over_depth_are_the_residual_sum():
     """Zero queries: the same function, and the same joint distribution but for the depth null."""
     plain, ids = native("llama"), tokens() % 50
-    routed = convert(plain, "depth_softmax1_only", depth_scale="sources")
+    routed = convert(plain, "depth_softmax1_only", mix_scale="sum")
     sums, mixes = (diagnose(model, ids, joint=True) for model in (plain, routed))
     assert mixes["joint.mass"] < sums["joint.mass"] == pytest.approx(1)
     for name in sums.tables["joint.sequences"]:
@@ -267,10 +267,10 @@ def test_the_closed_form_is_that_of_q(seed, count, keys, spent, peaked):
         (("depth", 1), 3, [0, 1, 2, 3], [-1, 0, 0, 1]),
         (("depth", 3), 5, [0, 1, 1, 1, 2, 2], [-1, 0, 0, 1, 1, 2]),
         (("depth", 4), 2, [0, 1, 1], [-1, 0, 0]),
-        (("authors", 1), 1, [0, 1], [-1, 0]),
-        (("authors", 1), 2, [0, 1, 2], [-1, 0, 0]),
-        (("authors", 1), 4, [0, 1, 2, 3], [-1, 0, 1, 1]),
-        (("authors", 1), 5, [0, 1, 2, 3], [-1, 0, 1, 2]),
+        (("official", 1), 1, [0, 1], [-1, 0]),
+        (("official", 1), 2, [0, 1, 2], [-1, 0, 0]),
+        (("official", 1), 4, [0, 1, 2, 3], [-1, 0, 1, 1]),
+        (("official", 1), 5, [0, 1, 2, 3], [-1, 0, 1, 2]),
     ],
 )
 def test_routes(form, sublayer, sources, layers):

@@ -21,7 +21,7 @@ def exact_norm(self, x):
 def pair(monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
     text = tiny_config(initializer_range=0.2, num_key_value_heads=4)
-    ours = tiny_model("authors", text=text, dtype=torch.float64)
+    ours = tiny_model("official", text=text, dtype=torch.float64)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if "attn_res_" in name:
@@ -49,7 +49,7 @@ def test_logits_and_gradients_equal_the_reference(pair, ids):
 
 
 def test_key_names_are_the_authors():
-    names = {name for name in tiny_model("authors").state_dict() if "layers.1.attn_res" in name}
+    names = {name for name in tiny_model("official").state_dict() if "layers.1.attn_res" in name}
     assert names == {
         f"model.layers.1.attn_res_{part}.{name}"
         for part in ("sa", "mlp")
@@ -59,26 +59,26 @@ def test_key_names_are_the_authors():
 
 def test_a_checkpoint_of_theirs_loads_by_key_names(tmp_path, ids):
     """A backbone's config, and router weights beside the backbone's own."""
-    ours = tiny_model("authors", text=tiny_config(vocab_size=300))
+    ours = tiny_model("official", text=tiny_config(vocab_size=300))
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     ours.config.text_config.save_pretrained(theirs)
     save_file(ours.state_dict(), theirs / "model.safetensors", metadata={"format": "pt"})
     train_tokenizer(["some text"], 258).save_pretrained(theirs)
     with pytest.raises(UserError, match="token_normalizer: the authors' checkpoints do not record"):
-        convert(theirs, "authors", depth_normalizer="softmax1")
+        convert(theirs, "official", depth_normalizer="softmax1")
     normalizers = {"token_normalizer": "softmax1", "depth_normalizer": "softmax1"}
-    convert_checkpoint(theirs, tmp_path / "ours", variant="authors", settings=normalizers)
+    convert_checkpoint(theirs, tmp_path / "ours", variant="official", settings=normalizers)
     again = OasisForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(again(ids).logits, ours(ids).logits)
     with pytest.raises(UserError, match="has 8 unexpected weights"):  # no beta without the signal
-        convert(theirs, "authors", null_signal="off", **normalizers)
+        convert(theirs, "official", null_signal="off", **normalizers)
 
 
 @pytest.fixture
 def learned():
     """A model whose routers matter."""
-    model = tiny_model("authors")
+    model = tiny_model("official")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "attn_res_" in name:

@@ -24,7 +24,7 @@ from tiny import VOCABULARY, tiny_config, tiny_model
 
 MODELS = [
     ("oasis", "llama"), ("oasis_block", "qwen3"), ("softpick", "llama"), ("vanilla", "llama"),
-    ("oasis", "gemma2"), ("authors", "llama"),
+    ("oasis", "gemma2"), ("official", "llama"),
 ]  # fmt: skip
 TEXTS = ["the sink is where attention goes", "a null option is nothing to read", "one two three"]
 
@@ -175,7 +175,7 @@ def test_device_maps(kind, ids, tmp_path):
     assert torch.equal(greedy(loaded, ids), greedy(model, ids))
 
 
-@pytest.mark.parametrize("variant", ["oasis", "oasis_block", "oasis_unit", "authors", "softmax1"])
+@pytest.mark.parametrize("variant", ["oasis", "oasis_block", "oasis_unit", "official", "softmax1"])
 def test_a_model_that_does_not_fit_is_offloaded(variant, ids, tmp_path):
     model = tiny_model(variant)
     model.save_pretrained(tmp_path / "model")
@@ -252,7 +252,7 @@ def test_what_is_set_on_the_config_reaches_the_model(ids, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["oasis", "authors", "vanilla"])
+@pytest.mark.parametrize("variant", ["oasis", "official", "vanilla"])
 def test_copies_compute_the_same(variant, ids):
     model = tiny_model(variant)
     buffer = io.BytesIO()
@@ -346,7 +346,7 @@ def test_sft_trainer(packing, reader, tokenizer, tmp_path):
             torch.testing.assert_close(exact(**batch).logits, alone, rtol=0, atol=1e-10)
     trainer.train()
     assert len([row for row in trainer.state.log_history if "train_loss" in row]) == 1
-    for name in ("model.depth.queries", "model.depth.coupling", "lm_head.weight"):
+    for name in ("model.depth.queries", "model.depth.beta_raw", "lm_head.weight"):
         assert not torch.equal(before[name], reader.state_dict()[name].to(before[name].dtype)), name
 
 
@@ -390,10 +390,10 @@ def test_lm_eval(reader, tokenizer, tmp_path):
         ({"attn_implementation": "eager"}, "attn_implementation: 'eager' has no null option"),
         ({"attn_implementation": "sdpa"}, "attn_implementation: 'sdpa' has no null option"),
         ({"residual": "sum"}, "null_signal: 'on' needs residual 'depth'"),
-        ({"evidence": "log", "null_signal": "off"}, "evidence: 'log' has no effect"),
-        ({"residual": "authors", "coupling": "head"}, "coupling: 'head' has no effect"),
-        ({"depth_scale": "double"}, "depth_scale: 'double' is not one of none, sources, unit"),
-        ({"depth_scael": "sources"}, "settings: 'depth_scael' .*did you mean 'depth_scale'"),
+        ({"null_signal": "louder"}, "null_signal: 'louder' is not one of off, on, shuffled"),
+        ({"residual": "official", "mix_scale": "sum"}, "mix_scale: 'sum' has no effect"),
+        ({"mix_scale": "double"}, "mix_scale: 'double' is not one of none, sum, rms"),
+        ({"mix_scael": "sum"}, "settings: 'mix_scael' .*did you mean 'mix_scale'"),
         ({"token_normalizer": "softmax"}, "null_signal: 'on' needs a token_normalizer with a null"),
     ],
 )

@@ -112,7 +112,7 @@ class TestGemma2(Common, unittest.TestCase):
 
 
 class TestOlmo2(Common, unittest.TestCase):
-    model_tester = Family("olmo2", "oasis", depth_scale="sources")
+    model_tester = Family("olmo2", "oasis", mix_scale="sum")
 
 
 class TestMixtral(Common, unittest.TestCase):

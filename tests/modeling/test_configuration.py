@@ -29,7 +29,7 @@ def test_every_variant_survives_a_checkpoint(name, tmp_path, ids):
 def test_variants_are_distinct_rows_of_known_settings():
     rows = variants()
     complete = {
-        name: tuple(OasisConfig(text_config=tiny_config(), **row).settings.values())
+        name: repr(OasisConfig(text_config=tiny_config(), **row).settings)
         for name, row in rows.items()
     }
     assert len(set(complete.values())) == len(rows)
@@ -41,10 +41,10 @@ CHANGES = {
     "null_logit": -2.0,
     "output_gate": "head",
     "depth_block_size": 2,
-    "depth_scale": "sources",
-    "branch_scale": "unit",
+    "mix_scale": "sum",
+    "branch_norm": "rms",
     "null_signal": "off",
-    "coupling_init": 1.0,
+    "beta_init": 1.0,
     "depth_normalizer": "sigmoid",
 }
 
@@ -62,7 +62,7 @@ def test_each_setting_has_an_effect(name, value, ids):
             for layer in model.model.layers:
                 layer.null_logit.data.fill_(1.0)
         logits.append(model(ids).logits)
-    if name == "depth_scale":  # a common factor: only the norms' eps can tell
+    if name == "mix_scale":  # a common factor: only the norms' eps can tell
         assert not torch.equal(*logits)
         torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-2)
     else:
@@ -84,8 +84,8 @@ def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
         model = OasisForCausalLM(OasisConfig(text_config=text, **settings)).double().eval()
         torch.manual_seed(1)
         model.model.depth.queries.data.normal_(std=0.5)
-        if model.model.depth.coupling is not None:
-            model.model.depth.coupling.data.fill_(1.0)
+        if model.model.depth.beta_raw is not None:
+            model.model.depth.beta_raw.data.fill_(1.0)
         logits.append(model(ids).logits)
     torch.testing.assert_close(*logits, rtol=0, atol=2e-5)  # the norms run in float32
 
@@ -97,7 +97,7 @@ def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
         ({"token_normalizer": "softmax2"}, "token_normalizer: 'softmax2' is not one of"),
         ({"residual": "sum"}, "null_signal: 'on' needs residual 'depth'"),
         ({"token_normalizer": "softmax"}, "needs a token_normalizer with a null"),
-        ({"null_signal": "off", "coupling_init": 0.0}, "coupling_init: 0.0 has no effect"),
+        ({"null_signal": "off", "beta_init": 0.0}, "beta_init: 0.0 has no effect"),
         (
             {"null_signal": "off", "residual": "sum", "depth_block_size": 4},
             "depth_block_size: 4 has no effect with residual='sum'",
@@ -111,8 +111,19 @@ def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
             "text_config: .*two",
         ),
         ({"token_normalizer": "learned_sink", "null_logit": 1.0}, "null_logit: 1.0 has no effect"),
-        ({"clip_gamma": -0.1}, "clip_gamma: -0.1 has no effect"),
-        ({"token_normalizer": "clipped_softmax"}, "clip_gamma: 0.0 is not below 0"),
+        (
+            {"token_normalizer": {"name": "softmax1", "gamma": -0.1}},
+            "token_normalizer: 'gamma' is not for 'softmax1', which takes no arguments",
+        ),
+        ({"token_normalizer": "clipped_softmax"}, "token_normalizer: 'clipped_softmax' needs"),
+        (
+            {"token_normalizer": {"name": "clipped_softmax", "gamma": 0.1}},
+            "gamma: 0.1 is not below 0, so nothing is clipped",
+        ),
+        (
+            {"token_normalizer": {"name": "clipped_softmax", "gamma": "low"}},
+            "token_normalizer: gamma 'low' is not a number",
+        ),
         ({"null_logit": float("nan")}, "null_logit: nan is not a number"),
         ({"attn_implementation": "sdpa"}, "attn_implementation: 'sdpa' has no null option"),
     ],
@@ -223,7 +234,7 @@ def test_a_vanilla_checkpoint_loads_directly(tmp_path, ids):
     native = AutoModelForCausalLM.from_config(tiny_config("qwen3")).eval()
     native.save_pretrained(tmp_path)
     model, info = OasisForCausalLM.from_pretrained(
-        tmp_path, **settings_of("attn_residual"), depth_scale="sources", output_loading_info=True
+        tmp_path, **settings_of("attn_residual"), mix_scale="sum", output_loading_info=True
     )
     assert {name.split(".")[1] for name in info["missing_keys"]} == {"depth"}
     assert not info["unexpected_keys"]

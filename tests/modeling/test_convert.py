@@ -16,7 +16,7 @@ from oasis_attn.modeling.prefix import attach_prefix, compute_prefix
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 INEXACT = {
-    "authors",
+    "official",
     "clipped_softmax",
     "gated_attention",
     "gated_elementwise",
@@ -67,11 +67,11 @@ def test_each_variant_keeps_the_function_or_is_refused(variant, ids):
     ("family", "overrides", "message"),
     [
         ("llama", {"null_logit": 0.0}, r"null_logit: 0\.0 is above -10000\.0"),
-        ("llama", {"depth_scale": "none"}, "depth_scale: 'none' makes another scale"),
+        ("llama", {"mix_scale": "none"}, "mix_scale: 'none' makes another scale"),
         ("llama", {"output_gate": "head"}, "output_gate: 'head' scales"),
-        ("llama", {"branch_scale": "unit"}, "branch_scale: 'unit' makes branches of another size"),
-        ("llama", {"residual": "authors"}, "residual: 'authors' has no state"),
-        ("gpt_oss", {"coupling_init": -5.0}, "coupling: -5 hears the family's own sinks"),
+        ("llama", {"branch_norm": "rms"}, "branch_norm: 'rms' makes branches of another size"),
+        ("llama", {"residual": "official"}, "residual: 'official' has no state"),
+        ("gpt_oss", {"beta_init": -5.0}, "beta_raw: -5 lets the family's own sinks"),
         ("gpt_oss", {"token_normalizer": "softmax1"}, "has learned sinks of its own"),
         ("llama", {"depth_blocks": 2}, "did you mean 'depth_block_size'"),
         ("llama", {"tie_word_embeddings": True}, "settings: 'tie_word_embeddings' is none of"),
@@ -113,7 +113,7 @@ def test_training_moves_each_part_from_its_start(ids):
         router.queries -= 0.1 * router.queries.grad
     router.zero_grad()
     ours(ids, labels=ids).loss.backward()
-    assert router.coupling.grad.ne(0)[1:].all()
+    assert router.beta_raw.grad.ne(0)[1:].all()
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def test_back_from_what_trained_around_the_method(ids):
         ("learned_sink", {}, "null_logit: layer 0 has learned"),
         ("softpick", {}, "token_normalizer: 'softpick'"),
         ("gated_attention", {}, "output_gate: 'head'"),
-        ("authors", {"null_logit": NULL_OFF}, "residual: 'authors'"),
+        ("official", {"null_logit": NULL_OFF}, "residual: 'official'"),
     ],
 )
 def test_what_blocks_the_way_back_is_named(variant, settings, reason):

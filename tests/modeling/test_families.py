@@ -1,5 +1,6 @@
 """Attached, not copied: with the method switched off, a family's logits to the last bit."""
 
+import experiments.null_signals  # noqa: F401
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,8 +15,8 @@ from transformers import (
 
 from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert
 from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.modeling.families import FAMILIES
-from oasis_attn.modeling.residual import observe_depth
 from oasis_attn.modeling.weight_names import is_ours
 from tiny import cast, tiny_config, tiny_model
 
@@ -84,7 +85,7 @@ def test_the_null_mass_reaches_the_routers(family, ids):
     """psi changes the depth weights: every family hands back what our function returned."""
     model = tiny_model(
         family=family,
-        depth_scale="sources",
+        mix_scale="sum",
         token_normalizer="learned_sink" if family in SINKS else "softmax1",
     )
     nulls, weights = [], {}
@@ -93,7 +94,7 @@ def test_the_null_mass_reaches_the_routers(family, ids):
             model(ids)
         assert len(nulls) == 4
         assert all(0.01 < null.mean() < 1 for null in nulls)
-        model.model.depth.coupling.fill_(-40)
+        model.model.depth.beta_raw.fill_(-40)
         deaf = {}
         with observe_depth(model, lambda call: deaf.update({call.router: call.weights_BTS})):
             model(ids)
@@ -165,7 +166,7 @@ def test_checkpoints_of_experts_load_train_and_come_back(family, tmp_path, ids):
     native.save_pretrained(tmp_path / "native")
     settings = {"token_normalizer": "learned_sink"} if family in SINKS else {}
     model, info = OasisForCausalLM.from_pretrained(
-        tmp_path / "native", depth_scale="sources", output_loading_info=True, **settings
+        tmp_path / "native", mix_scale="sum", output_loading_info=True, **settings
     )
     assert all(is_ours(name) for name in info["missing_keys"])
     assert not info["unexpected_keys"]
@@ -188,11 +189,11 @@ def test_checkpoints_of_experts_load_train_and_come_back(family, tmp_path, ids):
 
 
 ADDED = {
-    "authors": {"output_gate": "elementwise"},
+    "official": {"output_gate": "elementwise"},
     "oasis": {
         "output_gate": "head",
-        "coupling": "head",
-        "depth_scale": "sources",
+        "null_signal": "by_head",
+        "mix_scale": "sum",
         "token_normalizer": "learned_sink",
     },
 }
@@ -223,7 +224,7 @@ def test_no_family_has_a_name_of_ours():
 
 
 def test_a_loaded_model_with_conversions_is_pickled(tmp_path, ids):
-    tiny_model("authors", "mixtral").save_pretrained(tmp_path)
+    tiny_model("official", "mixtral").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.save(model, tmp_path / "whole")
     again = torch.load(tmp_path / "whole", weights_only=False)
@@ -269,7 +270,7 @@ def test_generation_with_default_experts(family, ids):
 
 
 def test_a_post_norm_family_needs_the_scaled_mix():
-    with pytest.raises(UserError, match=r"depth_scale: 'none' would set .*'olmo2'"):
+    with pytest.raises(UserError, match=r"mix_scale: 'none' would set .*'olmo2'"):
         OasisForCausalLM(OasisConfig(text_config=tiny_config("olmo2")))
 
 

@@ -2,25 +2,24 @@
 
 import copy
 
+import experiments.null_signals  # noqa: F401
 import pytest
 import torch
 
-from oasis_attn.modeling import inference
-from oasis_attn.modeling.native import NativeStream
-from oasis_attn.modeling.residual import observe_depth
+from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.ops import native
+from oasis_attn.ops.depth_mix import NativeMix, TwoPhaseMix, cpu_native
 from oasis_attn.ops.null_attention import attend_one, null_attention
 from tiny import tiny_config, tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "oasis_signal_off"]
 SETTINGS = [
     {},
-    {"depth_scale": "sources"},
-    {"depth_scale": "unit", "branch_scale": "unit"},
+    {"mix_scale": "sum"},
+    {"mix_scale": "rms", "branch_norm": "rms"},
     {"depth_block_size": 3},
     {"depth_block_size": 100_000},
 ]
-EVIDENCE = {"evidence": "log", "mlp_evidence": "none", "coupling": "head"}
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
 
@@ -28,13 +27,14 @@ compiled = pytest.mark.skipif(native.library() is None, reason="there is no C co
 def steps(monkeypatch):
     """Which form went how many sublayers."""
     seen = []
-    for form in (NativeStream, inference.InferenceStream):
+    for form in (NativeMix, TwoPhaseMix):
 
-        def counted(self, *args, form=form, add=form.add):
-            seen.append(form.__name__)
-            return add(self, *args)
+        def counted(self, branch, psi, sublayer, form=form, update=form.update):
+            if sublayer:
+                seen.append(form.__name__)
+            return update(self, branch, psi, sublayer)
 
-        monkeypatch.setattr(form, "add", counted)
+        monkeypatch.setattr(form, "update", counted)
     return seen
 
 
@@ -68,7 +68,7 @@ def test_one_token_at_a_time(variant, settings, batch, steps):
     whole = differentiable(model, ids)[:, 3:]
     with torch.no_grad():
         torch.testing.assert_close(decoded(model, ids), whole, rtol=0, atol=1e-4)
-    assert steps == ["NativeStream"] * 7 * 10
+    assert steps == ["NativeMix"] * 7 * 10
 
 
 @compiled
@@ -85,14 +85,15 @@ def test_a_prompt(variant, settings, threads, steps, monkeypatch):
     with torch.no_grad():
         fast = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(fast[mask > 0], whole[mask > 0], rtol=0, atol=1e-4)
-    assert set(steps) == {"NativeStream"}
+    assert set(steps) == {"NativeMix"}
 
 
+@pytest.mark.parametrize("signal", ["log", "attention_only", "by_head"])
 @pytest.mark.parametrize("compiler", [pytest.param(True, marks=compiled), False])
-def test_other_evidence(compiler, steps, monkeypatch):
+def test_other_null_signals(signal, compiler, steps, monkeypatch):
     if not compiler:
         monkeypatch.setattr(native, "library", lambda: None)
-    model = build("oasis", **EVIDENCE)
+    model = build("oasis", null_signal=signal)
     ids = torch.randint(3, 90, (2, 9))
     whole = differentiable(model, ids)[:, 3:]
     with torch.no_grad():
@@ -100,7 +101,7 @@ def test_other_evidence(compiler, steps, monkeypatch):
     assert len(steps) == 7 * 10
 
 
-@pytest.mark.parametrize("settings", [{}, {"depth_block_size": 3}, EVIDENCE])
+@pytest.mark.parametrize("settings", [{}, {"depth_block_size": 3}])
 @pytest.mark.parametrize("compiler", [pytest.param(True, marks=compiled), False])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_shuffled_signal_is_drawn_alike_in_all_forms(
@@ -126,7 +127,7 @@ def test_the_shuffled_signal_is_drawn_alike_in_all_forms(
         assert len(steps) == 10
         assert draws == [9 * batch] * 10
         model(ids[:, :1])
-    assert steps == ["NativeStream" if compiler else "InferenceStream"] * 20
+    assert steps == ["NativeMix" if compiler else "TwoPhaseMix"] * 20
 
 
 def test_the_shuffled_signal_is_one_for_the_attention_and_the_mlp_of_a_layer(monkeypatch):
@@ -165,7 +166,7 @@ def test_without_a_compiler(variant, settings, steps, monkeypatch):
     whole = differentiable(model, ids)[:, 3:]
     with torch.no_grad():
         torch.testing.assert_close(decoded(model, ids), whole, rtol=0, atol=1e-4)
-    assert set(steps) == {"InferenceStream"}
+    assert set(steps) == {"TwoPhaseMix"}
 
 
 def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
@@ -182,7 +183,7 @@ def test_autocast_keeps_the_stream_in_float32(steps):
     whole = differentiable(model, ids)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = model(ids).logits
-    assert set(steps) == {"NativeStream"}
+    assert set(steps) == {"NativeMix"}
     assert (logits.float() - whole).norm() < 0.1 * whole.norm()  # the differentiable form: 0.07
 
 
@@ -203,7 +204,7 @@ def test_a_block_larger_than_the_model_takes_no_more_memory_than_one_as_large(id
         sizes.append(size)
         return torch.empty(size)
 
-    monkeypatch.setattr("oasis_attn.modeling.native._allocate", allocate)
+    monkeypatch.setattr(cpu_native, "_allocate", allocate)
     large = build("oasis", depth_block_size=100_000)
     fitting = build("oasis", depth_block_size=11)  # all routers
     with torch.no_grad():

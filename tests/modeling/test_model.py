@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from oasis_attn import UserError, variants
 from oasis_attn.modeling import attention
 from oasis_attn.modeling.attention import observe_attention
-from oasis_attn.modeling.residual import observe_depth
+from oasis_attn.modeling.depth_cache import observe_depth
 from tiny import VOCABULARY, tiny_config, tiny_model
 
 FAMILIES = ("llama", "qwen3", "phi3")
@@ -134,7 +134,7 @@ def test_mixes_of_unit_scale_are_the_same_function(ids):
 
 @torch.no_grad()
 def test_a_norm_after_each_branch_of_a_sum(ids):
-    model = tiny_model("vanilla", dtype=torch.float64, branch_scale="unit").model
+    model = tiny_model("vanilla", dtype=torch.float64, branch_norm="rms").model
     added, read = [], []
 
     def kept(_module, _inputs, output):
@@ -235,7 +235,7 @@ def test_depth_routing_is_the_equations(block, ids):
     with observe_depth(model, lambda call: seen.update({call.router: call.weights_BTS})):
         hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states
     depth = model.model.depth
-    beta = torch.nn.functional.softplus(depth.coupling).clamp(max=10)
+    beta = torch.nn.functional.softplus(depth.beta_raw).clamp(max=10)
     embedding = model.model.embed_tokens(ids)
     for router in range(9):
         done = router // block

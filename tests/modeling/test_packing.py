@@ -18,7 +18,7 @@ def family_model(family="llama"):
     return tiny_model(
         family=family,
         dtype=torch.float64,
-        depth_scale="sources",
+        mix_scale="sum",
         token_normalizer="learned_sink" if sinks else "softmax1",
     )
 

@@ -5,14 +5,13 @@ import torch
 
 from oasis_attn import UserError
 from oasis_attn.ops import depth_mix
-from oasis_attn.ops.depth_mix import (
+from oasis_attn.ops.depth_mix.autograd import (
     carried_sum,
     depth_scores,
     depth_weights,
-    fold_sources,
-    merge_recent,
     weighted_sum,
 )
+from oasis_attn.ops.depth_mix.two_phase import fold_sources, merge_recent
 
 
 def inputs(S=5, T=7, D=9, dtype=torch.float64, seed=0):
@@ -53,7 +52,7 @@ def test_values_and_gradients_equal_the_equations(backend, normalizer, S):
     leaves = [*sources, *evidence, query, gain, beta]
     expected = by_hand(sources, evidence, query, gain, beta, normalizer)
     actual = depth_mix(
-        sources, query, key_norm_weight=gain, null_evidence=evidence, coupling=beta,
+        sources, query, key_norm_weight=gain, null_evidence=evidence, beta=beta,
         normalizer=normalizer, backend=backend,
     )  # fmt: skip
     upstream = [torch.randn_like(x) for x in expected]
@@ -70,7 +69,7 @@ def test_gradcheck():
 
     def mix(query, gain, beta, *rest):
         return depth_mix(
-            rest[:3], query, key_norm_weight=gain, null_evidence=rest[3:], coupling=beta,
+            rest[:3], query, key_norm_weight=gain, null_evidence=rest[3:], beta=beta,
             normalizer="softmax1", backend="fused",
         )  # fmt: skip
 
@@ -89,7 +88,7 @@ def test_fused_equals_naive_at_odd_sizes(T, dtype):
             query,
             key_norm_weight=gain,
             null_evidence=evidence,
-            coupling=beta,
+            beta=beta,
             backend=backend,
         )
         assert mixed.dtype == dtype
@@ -123,7 +122,7 @@ def test_the_signal_moves_weight_away_from_null_branches():
     sources, _, query, gain, _ = inputs(3)
     evidence = [torch.full((2, 7), psi, dtype=torch.float64) for psi in (0.0, 0.9, 0.1)]
     before = depth_mix(sources, query, key_norm_weight=gain)[1]
-    after = depth_mix(sources, query, key_norm_weight=gain, null_evidence=evidence, coupling=2.0)[1]
+    after = depth_mix(sources, query, key_norm_weight=gain, null_evidence=evidence, beta=2.0)[1]
     assert (after[..., 1] < before[..., 1]).all()
 
 
@@ -183,8 +182,8 @@ def test_two_phase_inference_equals_one_mix(normalizer, signal, recent):
         ({"null_evidence": [torch.zeros(2, 3)]}, "null_evidence: 1 tensors"),
         ({"sources": [torch.zeros(2, 3, 9).int()]}, "sources: dtype torch.int32"),
         ({"sources": [torch.zeros(2, 3, 0)]}, "sources: width 0"),
-        ({"coupling": torch.zeros(2)}, r"coupling: shape \[2\]"),
-        ({"coupling": float("nan")}, "coupling: nan is not a finite number"),
+        ({"beta": torch.zeros(2)}, r"beta: shape \[2\]"),
+        ({"beta": float("nan")}, "beta: nan is not a finite number"),
         ({"eps": 0.0}, "eps: 0.0 is not a finite number above 0"),
         ({"normalizer": "softmax2"}, "normalizer: 'softmax2' is not one of"),
         ({"backend": "triton"}, "backend: 'triton' is not one of auto, naive, fused"),

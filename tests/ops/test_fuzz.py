@@ -197,7 +197,7 @@ def test_depth_mix(backend, mix):
         else:
             outputs.append(
                 depth_mix(
-                    inputs[:S], query, key_norm_weight=gain, null_evidence=evidence, coupling=beta,
+                    inputs[:S], query, key_norm_weight=gain, null_evidence=evidence, beta=beta,
                     normalizer=normalizer, backend=backend,
                 )
             )  # fmt: skip

@@ -25,7 +25,7 @@ def mix(backend, *sources):
     evidence = [source[..., 0].sigmoid() for source in sources]
     query = torch.linspace(-1, 1, sources[0].shape[-1], dtype=sources[0].dtype)
     return depth_mix(
-        sources, query, null_evidence=evidence, coupling=0.5, normalizer="softmax1", backend=backend
+        sources, query, null_evidence=evidence, beta=0.5, normalizer="softmax1", backend=backend
     )
 
 

@@ -48,14 +48,14 @@ TARGETS = {
     "gated_attention": PRE_NORM,
     "oasis": ROUTED,
     "oasis_block": ROUTED,
-    "authors": ROUTED,
+    "official": ROUTED,
 }
-VARIANTS = ("vanilla", "gated_attention", "oasis", "oasis_block", "authors")
+VARIANTS = ("vanilla", "gated_attention", "oasis", "oasis_block", "official")
 
 
 def make(kind, **config):
-    if kind == "authors":
-        return tiny_model("oasis", residual="authors")
+    if kind == "official":
+        return tiny_model("oasis", residual="official")
     if kind in VARIANTS:
         return tiny_model(kind)
     torch.manual_seed(0)
@@ -202,7 +202,7 @@ def test_cached_decoding_equals_the_full_forward(kind):
         assert logits(quantized_model, greedy[:, :length])[0, -1].argmax() == greedy[0, length]
 
 
-@pytest.mark.parametrize("kind", ["llama", "oasis", "authors"])
+@pytest.mark.parametrize("kind", ["llama", "oasis", "official"])
 def test_gradients_reach_the_embedding(kind, ids):
     quantized_model = quantize(make(kind), SCHEME, calibration=batches())
     quantized_model(input_ids=ids, labels=ids).loss.backward()

@@ -51,7 +51,7 @@ def test_a_family_is_unchanged(family):
 
 
 @pytest.mark.parametrize(
-    "variant", ["oasis", "gated_attention", "gated_elementwise", "authors", "attn_residual_block"]
+    "variant", ["oasis", "gated_attention", "gated_elementwise", "official", "attn_residual_block"]
 )
 def test_a_variant_is_unchanged_and_everything_is_folded(variant):
     model = shaken(tiny_model(variant, dtype=torch.float64))

@@ -93,13 +93,13 @@ def test_a_shuffled_signal_is_measured_alike_after_a_kill(tiny, tmp_path, monkey
     assert differences(whole, run_cell(cell, path, work, command=""), 0.0) == []
 
 
-@pytest.mark.parametrize("variant", ["authors", "oasis_block"])
+@pytest.mark.parametrize("variant", ["official", "oasis_block"])
 def test_other_residual_forms_are_measured_too(tiny, tmp_path, variant):
     plan = tiny(variants=[variant, "vanilla"], compare={}, schemes=["w8a8-static"])
     record = run_cell(plan.cells[0], tmp_path / "cell.json", tmp_path / "work", command="again")
     names = {metric.name for metric in record.metrics}
     assert {"depth.entropy", "depth.signal", "joint.leakage"} <= names
-    assert ("depth.causal" in names) == (variant != "authors")
+    assert ("depth.causal" in names) == (variant != "official")
 
 
 def test_leftovers_that_cannot_be_gone_on_with_are_wiped(record, cell, tmp_path):

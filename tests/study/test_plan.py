@@ -46,7 +46,7 @@ def test_isolate_crosses_token_and_depth_normalisers_with_the_signal():
     }
     full |= {(token, "none", "off", "sum", 1) for token in ("softmax", "softmax1")}
     assert full <= seen
-    assert {s[3] for s in seen} == {"sum", "depth", "authors"}
+    assert {s[3] for s in seen} == {"sum", "depth", "official"}
     assert {s[2] for s in seen if s[4] == 4} == {"off", "on", "shuffled"}
 
 
@@ -85,11 +85,11 @@ def test_text_that_looks_like_a_number_stays_text(tiny):
 
 
 def test_a_row_may_have_rates_of_its_own(tiny):
-    fast = {"variant": "oasis", "training": {"learning_rates": {"coupling": 0.1}}}
+    fast = {"variant": "oasis", "training": {"learning_rates": {"beta": 0.1}}}
     plan = tiny(variants={"vanilla": None, "fast": fast}, compare={})
     vanilla, row = plan.cells[:2]
-    assert row.training == {**vanilla.training, "learning_rates": {"coupling": 0.1}}
-    assert dict(row.training_config(Path("x")).rates)["coupling"] == 0.1
+    assert row.training == {**vanilla.training, "learning_rates": {"beta": 0.1}}
+    assert dict(row.training_config(Path("x")).rates)["beta"] == 0.1
     with pytest.raises(UserError, match="training of 'fast': 'steps' is not one of learning_rate"):
         tiny(variants={"fast": fast | {"training": {"steps": 3}}}, compare={}, noise_seeds=[])
 

@@ -126,12 +126,12 @@ def test_nothing_to_anneal(onward, models, source, message):
 
 def test_rates_by_group(onward, models):
     # While the null is off there is no signal to couple to.
-    quiet(onward(learning_rate=0.0, learning_rates={"coupling": 0.1}, steps=3, anneal_null=1))
+    quiet(onward(learning_rate=0.0, learning_rates={"beta": 0.1}, steps=3, anneal_null=1))
     before, after = (
         load_model(path)[0].state_dict() for path in (models / "converted", onward().out)
     )
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"model.depth.coupling"}
+    assert moved == {"model.depth.beta_raw"}
 
 
 def test_frozen_parts_keep_their_bits(onward, models):

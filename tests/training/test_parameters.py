@@ -15,9 +15,9 @@ from tiny import tiny_model
         ("model.norm.weight", "backbone"),
         ("model.depth.queries", "router"),
         ("model.depth.key_norm", "router"),
-        ("model.depth.coupling", "coupling"),
+        ("model.depth.beta_raw", "beta"),
         ("model.layers.3.attn_res_sa.k_proj.weight", "router"),
-        ("model.layers.3.attn_res_mlp.oasis_beta_raw", "coupling"),
+        ("model.layers.3.attn_res_mlp.oasis_beta_raw", "beta"),
         ("model.layers.3.null_logit", "null"),
         ("model.layers.3.self_attn.sinks", "null"),
         ("model.layers.0.mlp.down_proj.lora_A.default.weight", "lora"),
@@ -40,11 +40,11 @@ def test_all_train_by_default():
 
 def test_patterns_and_groups():
     model = tiny_model()
-    train_only(model, ("router", "coupling"))
+    train_only(model, ("router", "beta"))
     assert learning(model) == {
         "model.depth.queries",
         "model.depth.key_norm",
-        "model.depth.coupling",
+        "model.depth.beta_raw",
     }
     train_only(model, ("model.layers.[23].mlp.*",))
     assert len(learning(model)) == 6
@@ -57,7 +57,7 @@ def test_with_adapters_the_backbone_rests_unless_named():
     model = tiny_model()
     adapt(model, 2, 0)
     train_only(model, ())
-    assert {group_of(name) for name in learning(model)} == {"lora", "router", "coupling"}
+    assert {group_of(name) for name in learning(model)} == {"lora", "router", "beta"}
     train_only(model, ("*layernorm*",))
     assert {group_of(name) for name in learning(model)} == {"lora", "backbone"}
 
@@ -65,5 +65,5 @@ def test_with_adapters_the_backbone_rests_unless_named():
 def test_a_pattern_that_matches_nothing():
     with pytest.raises(UserError, match=r"trainable: 'lm_haed\.\*' matches no parameter"):
         train_only(tiny_model(), ("lm_haed.*",))
-    with pytest.raises(UserError, match=r"groups here: backbone, coupling, router"):
+    with pytest.raises(UserError, match=r"groups here: backbone, beta, router"):
         train_only(tiny_model(), ("lora",))

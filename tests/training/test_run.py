@@ -246,7 +246,7 @@ def test_bf16_and_accumulation_learn(configure):
         ({"batch_size": 100_000}, "batch_size: a step takes 100000 sequences"),
         ({"vocab_size": 100}, "vocab_size: 100"),
         ({"resume": True}, "holds no run to go on with"),
-        ({"variant": "vanilla", "learning_rates": {"coupling": 0.1}}, "no parameter of 'coupling'"),
+        ({"variant": "vanilla", "learning_rates": {"beta": 0.1}}, "no parameter of 'beta'"),
     ],
 )
 def test_bad_input_writes_nothing(configure, change, message):

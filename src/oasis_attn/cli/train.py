@@ -51,7 +51,7 @@ def train(
         Option(
             "--rate",
             metavar="GROUP=RATE",
-            help="Peak of one group: backbone, router, coupling, null or lora; repeatable.",
+            help="Peak of one group: backbone, router, beta, null or lora; repeatable.",
         ),
     ] = None,
     trainable: Annotated[

@@ -17,7 +17,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.measure.sinks import RATE_THRESHOLDS
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.configuration import OasisConfig
-from oasis_attn.modeling.residual import RouterCall, drop_source
+from oasis_attn.modeling.depth_cache import RouterCall, drop_source
 from oasis_attn.records import Metric
 
 _TINY = torch.finfo(torch.float64).tiny

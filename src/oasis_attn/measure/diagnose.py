@@ -20,7 +20,7 @@ from oasis_attn.measure.sinks import Sinks
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.measure.windows import cut_windows
 from oasis_attn.modeling.attention import observe_attention
-from oasis_attn.modeling.residual import observe_depth
+from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.modeling.subject import check_lengths, describe_model, eval_mode
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.records import DiagnosisRecord, Metric, TextInfo

@@ -46,8 +46,8 @@ from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.measure.updates import observe_updates
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.depth_cache import RouterCall, observe_depth
 from oasis_attn.modeling.families import family_of
-from oasis_attn.modeling.residual import RouterCall, observe_depth
 from oasis_attn.records import DiagnosisRecord, Metric
 
 NO_OP = 0.1  # the share of a window's tokens, those of smallest update, that are near-no-op
@@ -80,7 +80,7 @@ def row_statistics(call: AttentionCall) -> Rows:
 def routes(residual: str, block: int, sublayer: int) -> tuple[list[int], list[int]]:
     """What sublayer `sublayer` reads, a route each: of which source it is a part, and the layer
     whose attention it has read by (-1: none, the embedding)."""
-    if residual == "authors":
+    if residual == "official":
         layer, after_mlp = divmod(sublayer - 1, 2)
         layers = [_EMBEDDING, *range(layer + 1), *[layer] * after_mlp]
         return list(range(len(layers))), layers
@@ -141,7 +141,7 @@ class Joint:
 
     def _see_router(self, call: RouterCall) -> None:
         # The authors' routers stand after their sublayer, and feed the next.
-        self._weights[call.router + (self._residual == "authors")] = call.weights_BTS.double()
+        self._weights[call.router + (self._residual == "official")] = call.weights_BTS.double()
 
     def _see_update(self, sublayer: int, ratio_BT: Tensor) -> None:
         if sublayer == 0:

@@ -23,7 +23,7 @@ def observe_updates(
 
     h is the state as the sublayer reads it, before its norm; v what it adds to the stream, after
     the family's own post-norm (any residual multiplier, one factor for all tokens, is left out, and
-    so is `branch_scale`, which makes updates alike in size).
+    so is `branch_norm`, which makes updates alike in size).
     Sublayers 2l and 2l + 1 are attention and MLP of layer l, native or ours.
     """
     state_BT: dict[int, Tensor] = {}

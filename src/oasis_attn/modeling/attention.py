@@ -25,8 +25,10 @@ from transformers.masking_utils import sdpa_mask
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import ATTENTION
+from oasis_attn.ops.normalizers import TokenNormalizer, resolve_normalizer
 from oasis_attn.ops.null_attention import attend, attend_one, attends_one, naive_mix, naive_weights
 
+SOFTMAX = resolve_normalizer("normalizer", "softmax")
 _INDICES = ("indices", "block_indices")  # how families name the keys that an indexer picked
 _observers: list[Callable[[nn.Module, AttentionCall], None]] = []
 
@@ -42,9 +44,8 @@ def oasis_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    normalizer: str | None = None,
+    normalizer: TokenNormalizer = SOFTMAX,
     null_logit: float | Tensor = -torch.inf,
-    clip_gamma: float = 0.0,
     output_gate: Tensor | None = None,
     output_attentions: bool = False,
     position_bias: Tensor | None = None,
@@ -56,7 +57,7 @@ def oasis_attention(
         query, key, value: `[B, H, T, d]`, `[B, G, S, d]`; attention_mask: boolean or additive, or
             None for causal.
         s_aux: learned sinks `[H]` of a native family (gpt-oss): null logits.
-        normalizer, null_logit, clip_gamma: see `OasisConfig`; None is the native softmax.
+        normalizer, null_logit: see `OasisConfig`; the default is the native softmax.
         output_gate: gate logits `[B, T, H]` or `[B, T, H * d]`.
         output_attentions: compute the map itself and hand it to the observers.
         position_bias: `[B, H, T, S]`, added to the logits.
@@ -71,9 +72,8 @@ def oasis_attention(
             f"model: family {config.model_type!r} attends only to keys that an indexer "
             f"picks, which the attention {ATTENTION!r} does not support"
         )
-    normalizer = normalizer or "softmax"
     if s_aux is not None:
-        normalizer, null_logit = "learned_sink", s_aux
+        normalizer, null_logit = resolve_normalizer("normalizer", "learned_sink"), s_aux
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as scaled_dot_product_attention: rotation is float32
         precision = torch.get_autocast_dtype(device)
@@ -84,10 +84,11 @@ def oasis_attention(
         attention_mask = create_position_bias_mask(
             position_bias, attention_mask, causal, query, key
         )
-    if normalizer == "softmax":
+    softmax = normalizer.name == "softmax"
+    if softmax:
         null_logit = -torch.inf
-    mapped = output_attentions or normalizer not in ("softmax", "softmax1", "learned_sink")
-    if normalizer == "softmax" and softcap is None and not (mapped or _observers):
+    mapped = output_attentions or normalizer.name not in ("softmax", "softmax1", "learned_sink")
+    if softmax and softcap is None and not (mapped or _observers):
         out_BTHd, null_BHT = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -117,7 +118,7 @@ def oasis_attention(
                 attention_mask = visible.tril(key.shape[2] - T)[None, None]
             weights_BHTS, null_BHT, total_BHT = naive_weights(
                 query, key, attn_mask=attention_mask, scale=scale, softcap=softcap,
-                null_logit=null_logit, normalizer=normalizer, clip_gamma=clip_gamma,
+                null_logit=null_logit, normalizer=normalizer,
             )  # fmt: skip
             out_BHTd = naive_mix(weights_BHTS, value, dropout).to(query.dtype)
         if _observers:

@@ -15,23 +15,25 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
-from oasis_attn.ops.normalizers import NORMALIZERS, WITH_NULL
+from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS
+from oasis_attn.ops.normalizers import (
+    TOKEN_NORMALIZERS,
+    TokenNormalizer,
+    resolve_normalizer,
+    with_null,
+)
 
 ATTENTION = "oasis"
 """The name of our function in transformers' attention and mask registries."""
 
 _LARGEST = 1e6  # of numbers that are set
-_CHOICES = {
-    "token_normalizer": tuple(name for name in NORMALIZERS if name != "sigmoid"),
+_CHOICES: dict[str, Iterable[str]] = {
+    "token_normalizer": TOKEN_NORMALIZERS,
     "output_gate": ("none", "head", "elementwise"),
-    "residual": ("sum", "depth", "authors"),
+    "residual": ("sum", "depth", "official"),
     "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
-    "depth_scale": ("none", "sources", "unit"),
-    "branch_scale": ("none", "unit", "bounded", "mlp"),
-    "null_signal": ("off", "on", "shuffled"),
-    "evidence": ("mass", "log"),
-    "mlp_evidence": ("attention", "none"),
-    "coupling": ("router", "head"),
+    "mix_scale": ("none", "sum", "rms"),
+    "branch_norm": BRANCH_NORMS,
 }
 _FORWARDED = {  # what transformers reads off a model's top config
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
@@ -59,42 +61,31 @@ class OasisConfig(PreTrainedConfig):
 
     Args:
         text_config: the family's own config, or its dictionary with `model_type`; default Llama.
-        token_normalizer: of token attention, see `oasis_attn.ops.normalizers`.
+        token_normalizer: of token attention, one of `oasis_attn.ops.normalizers.NORMALIZERS` but
+            `sigmoid`, or registered by `register_token_normalizer`.  One that takes arguments is
+            given as a mapping: `{"name": "clipped_softmax", "gamma": -0.03}`.
         null_logit: c of `softmax1`; 0 is Softmax1, very negative values switch the null off.
-        clip_gamma: gamma < 0 of `clipped_softmax` (Bondarenko 2023 take -alpha / T, alpha 2 to 4).
         output_gate: sigmoid gate on the attention output before its projection: one per `head`
             and token (Bondarenko 2023), or `elementwise` (arXiv 2505.06708).
-        residual: `sum`, attention over `depth` (arXiv 2603.15031), or the form of the OASIS
-            `authors`: sources are states, routers in each layer project queries and keys.
+        residual: `sum`, attention over `depth` (arXiv 2603.15031), or the `official` form of the
+            OASIS authors' code: sources are states, routers in each layer project queries and keys.
         depth_block_size: sublayers per depth source; 1 is the full form.
-        depth_normalizer: over the sources.  In this form a common factor on the weights cancels in
-            the next RMSNorm, so that in a family with pre-norms `softmax1` does what `softmax`
-            does, with the null signal and without, up to the norms' eps: it changes the scale of
-            the mixes alone.  That eps is not small beside the mixes of a new model: see
-            docs/study.md.
-        depth_scale: `sources` multiplies the mix by the number of sources (plus one for `softmax1`,
-            2 for `sigmoid`), so that zero queries give the exact residual sum.  `unit` brings each
+        depth_normalizer: over the sources.  With `depth`, a common factor on the weights cancels in
+            the next RMSNorm, so in a family with pre-norms `softmax1` does what `softmax` does,
+            with the null signal and without, up to the norms' eps: it changes only the scale of the
+            mixes.  That eps is not small beside the mixes of a new model: see docs/study.md.
+        mix_scale: `sum` multiplies the mix by the number of sources (plus 1 for `softmax1`; by 2
+            for `sigmoid`), so that zero queries give the exact residual sum.  `rms` brings each
             token's mix to a root mean square of 1.  The next RMSNorm removes that, up to its eps,
             but a quantiser needs it: without it, tokens whose mixes are small share a range with
             large ones.
-        branch_scale: `unit` brings the embedding and each branch's output to a root mean square of
-            1 at each token before they join the residual, as Peri-LN (arXiv 2502.02732) without its
-            gain: none counts for more by being large.  `bounded` divides by sqrt(mean square +
-            0.1): none becomes larger than 1, but what is small stays small, so that a null can
-            still silence a branch.  `mlp` is `unit` for MLPs alone: how large attention's output is
-            stays the null's affair.
-        null_signal: psi lowers the depth logits (OASIS); `shuffled` over all tokens of the batch,
-            one permutation a layer, keeps its distribution and destroys its information (a control;
-            not causal).
-        evidence: what psi is the mean over heads of: the null `mass` (OASIS), or its `log`,
-            log(1 + null / 0.001), to which a null of a hundredth says nearly as much as one of a
-            half.
-        mlp_evidence: psi of an MLP is that of its layer's `attention` (OASIS), or `none`, so that
-            it is not routed around for what attention lacked.
-        coupling: beta is one number a `router` (OASIS), or times one learned for each `head` of the
-            source.
-        coupling_init: initial value of beta before the softplus.
-        recency_init: of the authors' bias towards late states (their code has 0.0 and 8.0).
+        branch_norm: brings the embedding and the branches' outputs to one size before they join the
+            residual: `none`, `rms` (all of them), `rms_mlp` (only the MLPs), or registered by
+            `register_branch_norm`.
+        null_signal: the null evidence psi that lowers the depth logits: `on` (OASIS), `shuffled`
+            over all tokens of the batch (a control, not causal), `off`, or registered by
+            `register_null_signal`.
+        beta_init: initial value of beta, the strength of the null signal, before the softplus.
 
     Raises:
         UserError: on an unknown setting or value, or settings that exclude each other.
@@ -106,21 +97,16 @@ class OasisConfig(PreTrainedConfig):
     }
 
     text_config: Any = None
-    token_normalizer: str = "softmax1"
+    token_normalizer: str | dict[str, Any] = "softmax1"
     null_logit: float = 0.0
-    clip_gamma: float = 0.0
     output_gate: str = "none"
     residual: str = "depth"
     depth_block_size: int = 1
     depth_normalizer: str = "softmax1"
-    depth_scale: str = "none"
-    branch_scale: str = "none"
+    mix_scale: str = "none"
+    branch_norm: str = "none"
     null_signal: str = "on"
-    evidence: str = "mass"
-    mlp_evidence: str = "attention"
-    coupling: str = "router"
-    coupling_init: float = -5.0
-    recency_init: float = 0.0
+    beta_init: float = -5.0
     tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
@@ -231,64 +217,61 @@ class OasisConfig(PreTrainedConfig):
 
         The constructor does; whoever changes a setting afterwards should.
         """
+        normalizer = self.normalizer  # its arguments are checked
         for name, allowed in _CHOICES.items():
-            check_choice(name, getattr(self, name), allowed)
+            value = normalizer.name if name == "token_normalizer" else getattr(self, name)
+            check_choice(name, value, tuple(allowed))
+        check_choice("null_signal", self.null_signal, ("off", *NULL_SIGNALS))
         check_whole("depth_block_size", self.depth_block_size, 1)
-        for name in ("null_logit", "clip_gamma", "coupling_init", "recency_init"):
+        for name in ("null_logit", "beta_init"):
             value = getattr(self, name)
             if name != "null_logit" or value != -math.inf:  # minus infinity: no null
                 check_at_least(name, value, -_LARGEST, _LARGEST)
-        self._belongs("null_logit", "token_normalizer", ("softmax1",))
-        self._belongs("clip_gamma", "token_normalizer", ("clipped_softmax",))
-        if self.token_normalizer == "clipped_softmax" and not self.clip_gamma < 0:
+        if normalizer.name != "softmax1":
+            self._needs("null_logit", "token_normalizer", "'softmax1'")
+        if self.residual == "sum":
+            self._needs("depth_normalizer", "residual", "'depth' or 'official'")
+        if self.residual != "depth":
+            for name in ("depth_block_size", "mix_scale"):
+                self._needs(name, "residual", "'depth'")
+        if self.null_signal == "off":
+            self._needs("beta_init", "null_signal", "one that is not off")
+        elif self.residual == "sum":
             raise UserError(
-                f"clip_gamma: {self.clip_gamma!r} is not below 0, so nothing is clipped"
+                f"null_signal: {self.null_signal!r} needs residual 'depth', for a sum has"
+                " no router; set null_signal='off'"
             )
-        self._belongs("depth_normalizer", "residual", ("depth", "authors"))
-        for name in ("depth_block_size", "depth_scale"):
-            self._belongs(name, "residual", ("depth",))
-        self._belongs("recency_init", "residual", ("authors",))
-        if self.null_signal != "off":
-            if self.residual == "sum":
-                raise UserError(
-                    f"null_signal: {self.null_signal!r} needs residual 'depth', for a sum has"
-                    " no router; set null_signal='off'"
-                )
-            if self.token_normalizer not in WITH_NULL:
-                raise UserError(
-                    f"null_signal: {self.null_signal!r} needs a token_normalizer with a null,"
-                    f" one of {', '.join(WITH_NULL)}; {self.token_normalizer!r} has none"
-                )
-        for name in ("evidence", "mlp_evidence", "coupling", "coupling_init"):
-            self._belongs(name, "null_signal", ("on", "shuffled"))
-        for name in ("mlp_evidence", "coupling"):
-            self._belongs(name, "residual", ("depth",))
+        elif not normalizer.has_null:
+            raise UserError(
+                f"null_signal: {self.null_signal!r} needs a token_normalizer with a null,"
+                f" one of {', '.join(with_null())}; {normalizer.name!r} has none"
+            )
 
-    def _belongs(self, name: str, other: str, values: tuple[str, ...]) -> None:
-        """A setting that the others leave without effect must be at its default."""
-        if getattr(self, other) not in values and getattr(self, name) != getattr(type(self), name):
+    @property
+    def normalizer(self) -> TokenNormalizer:
+        """`token_normalizer`, resolved: its name, function and arguments."""
+        return resolve_normalizer("token_normalizer", self.token_normalizer)
+
+    def _needs(self, name: str, other: str, values: str) -> None:
+        """A setting that `other` leaves without effect must be at its default."""
+        if getattr(self, name) != getattr(type(self), name):
             raise UserError(
                 f"{name}: {getattr(self, name)!r} has no effect with"
-                f" {other}={getattr(self, other)!r}; it needs {' or '.join(map(repr, values))}"
+                f" {other}={getattr(self, other)!r}; it needs {values}"
             )
 
 
 SETTINGS = (
     "token_normalizer",
     "null_logit",
-    "clip_gamma",
     "output_gate",
     "residual",
     "depth_block_size",
     "depth_normalizer",
-    "depth_scale",
-    "branch_scale",
+    "mix_scale",
+    "branch_norm",
     "null_signal",
-    "evidence",
-    "mlp_evidence",
-    "coupling",
-    "coupling_init",
-    "recency_init",
+    "beta_init",
 )
 
 

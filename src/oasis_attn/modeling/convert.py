@@ -3,7 +3,7 @@
 Conversion starts every part of the method where it does nothing, exactly: a null logit so low that
 the null mass is 0 (arXiv 2605.17887); zero depth queries, whose equal weights, times the number of
 sources, make the residual sum (arXiv 2603.15031); and, where a family's own sinks leave null mass,
-a coupling of 0.  Training moves each from there.
+a beta of 0.  Training moves each from there.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.configuration import OasisConfig, check_settings
+from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.loading import load_model, quiet
 from oasis_attn.modeling.model import OasisForCausalLM
 from oasis_attn.modeling.prefix import prefix_of
-from oasis_attn.modeling.residual import DepthRouter
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.modeling.weight_names import is_ours
 
@@ -32,8 +32,8 @@ NULL_OFF = -1e4
 
 _SINK_OFF = -(2.0**14)  # below that, and the same in every dtype
 
-COUPLING_OFF = -40.0
-"""A raw coupling at which the null signal is switched off: its softplus is 4e-18."""
+BETA_OFF = -40.0
+"""A raw beta at which the null signal is switched off: its softplus is 4e-18."""
 
 _WITH_OFF = ("softmax", "softmax1", "learned_sink")  # softmax itself at a null logit of NULL_OFF
 
@@ -52,7 +52,7 @@ def convert(
             result, or what `load_model` takes; a path is loaded in its checkpoint's own dtype.
         variant: a name from `variants()`.  In a family with sinks of its own (gpt-oss) these are
             the null: its normalizer is then `learned_sink` in place of `softmax` or `softmax1`.
-            `authors` reads a checkpoint in the OASIS authors' own form, which does not record its
+            `official` reads a checkpoint in the OASIS authors' own form, which does not record its
             normalizers: `token_normalizer` and `depth_normalizer` must be given.
         trust_remote_code: of `load_model`, for a path.
         overrides: settings of `OasisConfig`, over the variant's.
@@ -61,8 +61,8 @@ def convert(
         UserError: the family has no exact adapter, the variant or a setting cannot keep the
             function, or the weights are not those that the family's own model has.
     """
-    if variant == "authors":
-        loaded: OasisForCausalLM = _authors(model_or_path, "auto", overrides, trust_remote_code)[0]
+    if variant == "official":
+        loaded: OasisForCausalLM = _official(model_or_path, "auto", overrides, trust_remote_code)[0]
         return loaded
     native = model_or_path
     if not isinstance(native, PreTrainedModel):
@@ -77,8 +77,8 @@ def convert(
         text_config=native.config, **_starting_settings(native.config, variant, overrides)
     )
     reason = _changes(config)
-    if config.residual == "depth" and config.depth_scale != "sources":
-        reason = f"depth_scale: {config.depth_scale!r} makes another scale of the branches' sum"
+    if config.residual == "depth" and config.mix_scale != "sum":
+        reason = f"mix_scale: {config.mix_scale!r} makes another scale of the branches' sum"
     if reason is None:
         expected = _native_class(native.config)
         if not isinstance(native, expected):
@@ -95,7 +95,7 @@ def convert(
 def to_vanilla(model: OasisForCausalLM) -> PreTrainedModel:
     """The family's own model with the same function, sharing the weights of `model`.
 
-    In a family with pre-norms a mix of another `depth_scale` than "sources" equals the sum up to
+    In a family with pre-norms a mix of another `mix_scale` than "sum" equals the sum up to
     the norms' eps.
 
     Raises:
@@ -140,8 +140,8 @@ def convert_checkpoint(
     if back and (variant or settings):
         raise UserError("to_vanilla: it takes no variant and no settings")
     model: PreTrainedModel
-    if variant == "authors":
-        model, tokenizer = _authors(source, dtype, settings or {}, trust_remote_code)
+    if variant == "official":
+        model, tokenizer = _official(source, dtype, settings or {}, trust_remote_code)
     else:
         model, tokenizer = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
         if not back:
@@ -156,7 +156,7 @@ def convert_checkpoint(
     return model
 
 
-def _authors(
+def _official(
     source: Any, dtype: str, overrides: dict[str, Any], trust_remote_code: bool
 ) -> tuple[Any, Any]:
     """A checkpoint with `attn_res_sa` and `attn_res_mlp` in its layers, as it stands."""
@@ -165,11 +165,11 @@ def _authors(
         if name not in overrides:
             raise UserError(f"{name}: the authors' checkpoints do not record it; it must be given")
     if isinstance(source, PreTrainedModel):
-        raise UserError("model: the variant 'authors' reads a checkpoint; give its name or folder")
+        raise UserError("model: the variant 'official' reads a checkpoint; give its name or folder")
     return load_model(
         source,
         dtype=dtype,
-        settings=settings_of("authors") | overrides,
+        settings=settings_of("official") | overrides,
         trust_remote_code=trust_remote_code,
     )
 
@@ -188,24 +188,24 @@ def _starting_settings(
     if settings["token_normalizer"] == "softmax1":
         off["null_logit"] = NULL_OFF
     if settings["residual"] == "depth":
-        off["depth_scale"] = "sources"
+        off["mix_scale"] = "sum"
     if sinks and settings["null_signal"] != "off":
-        off["coupling_init"] = COUPLING_OFF
+        off["beta_init"] = BETA_OFF
     return off | settings
 
 
 def _changes(config: OasisConfig) -> str | None:
     """The setting that alone makes the function another than the family's own, if one does."""
-    if config.token_normalizer not in _WITH_OFF:
+    if config.normalizer.name not in _WITH_OFF:
         return f"token_normalizer: {config.token_normalizer!r} has no state that equals softmax"
-    if config.token_normalizer == "softmax1" and config.null_logit > NULL_OFF:
+    if config.normalizer.name == "softmax1" and config.null_logit > NULL_OFF:
         return f"null_logit: {config.null_logit!r} is above {NULL_OFF}, where the null is off"
     if config.output_gate != "none":
         return f"output_gate: {config.output_gate!r} scales the attention output"
-    if config.branch_scale != "none":
-        return f"branch_scale: {config.branch_scale!r} makes branches of another size"
-    if config.residual == "authors":
-        return "residual: 'authors' has no state that equals a sum of branches"
+    if config.branch_norm != "none":
+        return f"branch_norm: {config.branch_norm!r} makes branches of another size"
+    if config.residual == "official":
+        return "residual: 'official' has no state that equals a sum of branches"
     return None
 
 
@@ -222,9 +222,10 @@ def _moved(model: OasisForCausalLM) -> str | None:
     if learned:
         return f"queries: {learned} of {len(router.queries)} depth routers have learned theirs"
     sinks = family_of(model.config.text_config).sinks
-    if sinks and router.coupling is not None and router.coupling.max() > COUPLING_OFF:
+    if sinks and router.beta_raw is not None and router.beta_raw.max() > BETA_OFF:
         # All other nulls are off, and with them the evidence.
-        return f"coupling: {router.coupling.max():.3g} hears the family's own sinks"
+        learned = f"{router.beta_raw.max():.3g}"
+        return f"beta_raw: {learned} lets the family's own sinks move the depth weights"
     return None
 
 

@@ -155,18 +155,18 @@ _REASONS = {family: reason for reason, families in _REFUSED.items() for family i
 def check_fits(config: OasisConfig) -> Family:
     """The adapter of `config`'s family, whose needs its settings meet; `UserError` otherwise."""
     kind, family = config.text_config.model_type, family_of(config.text_config)
-    if config.residual == "depth" and config.depth_scale != "sources" and family.pre_mlp is None:
+    if config.residual == "depth" and config.mix_scale != "sum" and family.pre_mlp is None:
         # No pre-norm undoes the scale of the mix.
         raise UserError(
-            f"depth_scale: {config.depth_scale!r} would set the scale of the inputs of {kind!r}, a"
-            " post-norm family; it needs 'sources'"
+            f"mix_scale: {config.mix_scale!r} would set the scale of the inputs of {kind!r}, a"
+            " post-norm family; it needs 'sum'"
         )
     if getattr(config.text_config, "output_router_logits", False):
         raise UserError(
             "output_router_logits: True asks for the experts' balancing loss, which is not computed"
             " here; set it to False in the model's configuration"
         )
-    if family.sinks and config.token_normalizer != "learned_sink":
+    if family.sinks and config.normalizer.name != "learned_sink":
         raise UserError(
             f"token_normalizer: {config.token_normalizer!r} is not for {kind!r}, whose attention"
             " has learned sinks of its own; it needs 'learned_sink'"

@@ -1,167 +1,119 @@
 """OASIS on Hugging Face, attached to a family's own decoder (arXiv 2605.17887).
 
-    layer:   h = read(stream)                         the sum so far, or a mix over depth
-             a, null = attention(norm(h))             null: the mass each head left unspent
-             stream += a, psi = mean-head null
-             h = read(stream)
-             stream += mlp(norm(h)), psi              an MLP carries its own layer's psi
-    output:  logits = head(norm(read(stream)))
+    layer:   a, null = attention(norm(h))            null: the null probability of each head
+             h = cache.update(h, a, psi)             the sum so far, or a mix over depth
+             m = mlp(norm(h))
+             h = cache.update(h, m, psi)             an MLP has its own layer's psi
+    output:  logits = head(norm(h))
 
-The decoder loop, the rotary embeddings, the masks, the cache, the norms, the attention projections
-and the MLPs are the family's own.  `RoutedLayer` replaces only what a layer does between its
-branches; `OasisModel` only hands the routers' parameters down.  Names on disk are the family's
-names, plus `model.depth.*` and, per layer, `output_gate`, `null_logit` and `attn_res_*`, each where
-a setting asks for it.
+The decoder loop, the rotary embeddings, the masks, the key-value cache, the norms, the attention
+projections and the MLPs are the family's own.  `RoutedLayer` replaces only what a layer does
+between its branches; `OasisModel` makes the cache (see `depth_cache.py`) and hands it to the
+layers.  Names on disk are the family's names, plus `model.depth.*` and, per layer, `output_gate`,
+`null_logit` and `attn_res_*`, each where a setting asks for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_MAPPING,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-)
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.attach import Attached, attached_layer, attached_model
 from oasis_attn.modeling.attention import observe_attention
-from oasis_attn.modeling.authors import AuthorsRouter, AuthorsStream
 from oasis_attn.modeling.configuration import OasisConfig, refuse_unknown
+from oasis_attn.modeling.depth_cache import DepthCache, DepthRouter, SumCache
+from oasis_attn.modeling.extensions import (
+    BRANCH_NORMS,
+    NULL_SIGNALS,
+    BranchNorm,
+    NullSignal,
+    null_evidence,
+    null_signal_module,
+)
 from oasis_attn.modeling.families import Family, check_fits
-from oasis_attn.modeling.inference import InferenceStream, depth_stream
-from oasis_attn.modeling.native import NativeStream
+from oasis_attn.modeling.official import OfficialCache, OfficialRouter
 from oasis_attn.modeling.packing import input_of, with_packed_masks
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
-from oasis_attn.modeling.residual import (
-    BRANCH_EPS,
-    DepthRouter,
-    DepthStream,
-    Routing,
-    SumStream,
-    head_evidence,
-    unit_scale,
-)
-from oasis_attn.modeling.weight_names import register_conversions
 
 
-class Routed:
-    """A mixin whose classes are made on demand from `origin`; by unpickling as well."""
+class LayerArgs(NamedTuple):
+    """What layers read of the settings, once a forward pass: transformers' configs are slow."""
 
-    origin: tuple[Callable[[Any], Any], type]
-
-    def __reduce__(self):
-        return _unpickled, self.origin, self.__getstate__()
-
-
-def _unpickled(make: Callable[[Any], Any], native: type) -> Routed:
-    routed = make(native)
-    return routed.__new__(routed)
+    attention: dict[str, Any]
+    null_signal: NullSignal | None
+    branch_norm: BranchNorm
 
 
-class LayerSettings(NamedTuple):
-    """What layers read of `OasisConfig`, once a forward pass: transformers' configs are slow."""
+class RoutedLayer(Attached):
+    """Mixed into a family's decoder layer: the same branches around another residual."""
 
-    residual: str
-    normalizer: str
-    null_logit: float
-    clip_gamma: float
-    evidence: str
-    mlp_evidence: str
-    branch_scale: str
-    null_signal: str
-    routing: Routing | None
-
-
-class RoutedLayer(Routed):
-    """Mixed into a family's decoder layer: the same branches around another residual stream."""
-
-    settings: OasisConfig
+    oasis_config: OasisConfig
     family: Family
     index: int
     self_attn: nn.Module
     mlp: nn.Module
 
     def attach(self, config: OasisConfig, index: int) -> None:
-        """Take up the settings, and the parameters that they ask for."""
+        """Take the settings, and add the parameters that they ask for."""
         text = config.text_config
-        self.settings, self.index, self.family = config, index, check_fits(config)
+        self.oasis_config, self.index, self.family = config, index, check_fits(config)
         heads = text.num_attention_heads
         width = getattr(self.self_attn, "v_head_dim", None) or getattr(text, "head_dim", None)
         width = width or text.hidden_size // heads
         self.null_logit = self.output_gate = None
         own_sinks = getattr(self.self_attn, "sinks", None)  # gpt-oss: null logits already
-        if config.token_normalizer == "learned_sink" and own_sinks is None:
+        if config.normalizer.name == "learned_sink" and own_sinks is None:
             self.null_logit = nn.Parameter(torch.zeros(heads))
         if config.output_gate != "none":
             head_wise = config.output_gate == "head"
             gates = heads if head_wise else heads * width
             self.output_gate = nn.Linear(text.hidden_size, gates, bias=head_wise)
-        if config.residual == "authors":
-            self.attn_res_sa, self.attn_res_mlp = AuthorsRouter(config), AuthorsRouter(config)
+        if config.residual == "official":
+            self.attn_res_sa, self.attn_res_mlp = OfficialRouter(config), OfficialRouter(config)
 
     def forward(
         self,
-        hidden_states: Tensor | tuple[Tensor, ...],
+        hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        settings: LayerSettings,
+        depth_cache: SumCache,
+        layer_args: LayerArgs,
         **kwargs,
-    ) -> Tensor | tuple:
-        family = self.family
-        eps = BRANCH_EPS.get(settings.branch_scale)
-        scaled_mlp = _same if eps is None else partial(unit_scale, eps=eps)
-        scaled = _same if settings.branch_scale == "mlp" else scaled_mlp
-        if self.index == 0:  # the embedding
-            hidden_states = scaled(cast(Tensor, hidden_states))
-        stream: SumStream | DepthStream | InferenceStream | NativeStream | AuthorsStream
-        routing = settings.routing
-        if routing is not None:
-            hidden = hidden_states if isinstance(hidden_states, Tensor) else hidden_states[0]
-            routing = routing.on(hidden.device)
-            stream = depth_stream(hidden_states, 2 * self.index, routing)
-        elif settings.residual == "authors":
-            routers = (self.attn_res_sa, self.attn_res_mlp)
-            stream = AuthorsStream(hidden_states, 2 * self.index, routers)
-        else:
-            stream = SumStream(cast(Tensor, hidden_states))
+    ) -> Tensor:
+        family, cache, norm = self.family, depth_cache, layer_args.branch_norm
+        attention_args, sublayer = layer_args.attention, 2 * self.index
+        cache.to(hidden_states.device)
+        if self.index == 0:
+            hidden_states = cache.start(norm(hidden_states, "embedding"))
 
-        normed = stream.read(self._named(family.pre_attention))
+        normed = cache.read(hidden_states, self._named(family.pre_attention), sublayer)
+        if self.null_logit is not None:
+            attention_args = attention_args | {"null_logit": self.null_logit}
+        if self.output_gate is not None:
+            attention_args = attention_args | {"output_gate": self.output_gate(normed)}
         branch, null_BHT = self.self_attn(
-            hidden_states=normed,
-            attention_mask=attention_mask,
-            normalizer=settings.normalizer,
-            null_logit=settings.null_logit if self.null_logit is None else self.null_logit,
-            clip_gamma=settings.clip_gamma,
-            output_gate=None if self.output_gate is None else self.output_gate(normed),
-            **kwargs,
+            hidden_states=normed, attention_mask=attention_mask, **attention_args, **kwargs
         )
-        heads_LH = None if routing is None else routing.head_couplings_LH
-        weights_H = None if heads_LH is None else heads_LH[self.index]
-        shuffled = settings.null_signal == "shuffled"
-        evidence_BHT = head_evidence(null_BHT, settings.evidence, weights_H, shuffled=shuffled)
         branch = self._finish(branch, family.post_attention, family.attention_dropout)
-        stream.add(scaled(branch), evidence_BHT)
+        psi_BT, mlp_psi_BT = null_evidence(layer_args.null_signal, null_BHT, self.index)
+        branch = norm(branch, "attention")
+        hidden_states = cache.update(hidden_states, branch, psi_BT, sublayer + 1)
 
-        branch = self._named(family.mlp)(stream.read(self._named(family.pre_mlp)))
+        normed_mlp = cache.read(hidden_states, self._named(family.pre_mlp), sublayer + 1)
+        branch = self._named(family.mlp)(normed_mlp)
         if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too,
             branch = branch[0].view_as(normed)  # and its tokens in one row
-        if settings.mlp_evidence == "none":
-            evidence_BHT = None
-        branch = self._finish(branch, family.post_mlp, family.mlp_dropout)
-        stream.add(scaled_mlp(branch), evidence_BHT)
-        return stream.packed()
+        branch = norm(self._finish(branch, family.post_mlp, family.mlp_dropout), "mlp")
+        return cache.update(hidden_states, branch, mlp_psi_BT, sublayer + 2)
 
     def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
         return getattr(self, name) if name else _same
@@ -180,7 +132,7 @@ def _same(x_BTD: Tensor) -> Tensor:
     return x_BTD
 
 
-class OasisModel(Routed, OasisPreTrainedModel):
+class OasisModel(Attached, OasisPreTrainedModel):
     """A family's base model, without a head: layers that route, and the routers they share.
 
     `OasisModel(config)` makes one of the subclass that is mixed into `config`'s family.  Its
@@ -192,24 +144,24 @@ class OasisModel(Routed, OasisPreTrainedModel):
 
     def __new__(cls, config: OasisConfig | None = None):
         if cls is OasisModel:
-            cls = _routed_model(type(checked(config).text_config))  # type: ignore[arg-type]
+            cls = attached_model(OasisModel, type(checked(config).text_config))
         return super().__new__(cls)
 
     def __init__(self, config: OasisConfig):
         super().__init__(config.text_config)
-        layer_class = _routed_layer(type(self.layers[0]))  # type: ignore[arg-type]
+        layer_class = attached_layer(RoutedLayer, type(self.layers[0]))
         for index, layer in enumerate(self.layers):
             layer.__class__ = layer_class
             cast(RoutedLayer, layer).attach(config, index)
         self.depth = DepthRouter(config) if config.residual == "depth" else None
-        if self.depth is not None:
-            self._keep_in_fp32_modules_strict.add("depth")
+        self.null_signal = null_signal_module(config)
+        self._keep_in_fp32_modules_strict |= {"depth", "null_signal"}
         self._no_split_modules = [layer_class.__name__]
 
     @property
     def oasis_config(self) -> OasisConfig:
         """The settings of all layers."""
-        return cast(RoutedLayer, self.layers[0]).settings
+        return cast(RoutedLayer, self.layers[0]).oasis_config
 
     @classmethod
     def _from_config(cls, config, **kwargs):
@@ -238,17 +190,7 @@ class OasisModel(Routed, OasisPreTrainedModel):
             output_attentions = config.output_attentions
         if kwargs.get("output_hidden_states") is None:
             kwargs["output_hidden_states"] = config.output_hidden_states
-        kwargs["settings"] = LayerSettings(
-            config.residual,
-            config.token_normalizer,
-            config.null_logit,
-            config.clip_gamma,
-            config.evidence,
-            config.mlp_evidence,
-            config.branch_scale,
-            config.null_signal,
-            None if self.depth is None else Routing.of(self.depth),
-        )
+        kwargs["depth_cache"], kwargs["layer_args"] = self._depth_cache(), self._layer_args()
         if not output_attentions:
             return super().forward(input_ids, **kwargs)
         maps: list[Tensor | None] = []
@@ -256,6 +198,27 @@ class OasisModel(Routed, OasisPreTrainedModel):
             outputs = super().forward(input_ids, output_attentions=True, **kwargs)
         outputs["attentions"] = tuple(maps)
         return outputs
+
+    def _depth_cache(self) -> SumCache:
+        if self.depth is not None:
+            return DepthCache(self.depth, one_device=not self._spread())
+        if self.oasis_config.residual == "official":
+            layers = [cast(Any, layer) for layer in self.layers]
+            return OfficialCache([(layer.attn_res_sa, layer.attn_res_mlp) for layer in layers])
+        return SumCache()
+
+    def _spread(self) -> bool:
+        """Whether layers run on an accelerator beside the CPU, by a device map."""
+        devices = getattr(self, "hf_device_map", {}).values()
+        return any(device not in ("cpu", "disk") for device in devices)
+
+    def _layer_args(self) -> LayerArgs:
+        config = self.oasis_config
+        signal: Any = None
+        if config.null_signal != "off":
+            signal = self.null_signal or NULL_SIGNALS[config.null_signal]
+        attention = {"normalizer": config.normalizer, "null_logit": config.null_logit}
+        return LayerArgs(attention, signal, BRANCH_NORMS[config.branch_norm])
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As transformers', with the settings in `config.json`, not the family's config alone."""
@@ -267,7 +230,7 @@ class OasisModel(Routed, OasisPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DepthRouter | AuthorsRouter):
+        if isinstance(module, DepthRouter | OfficialRouter):
             module.reset_parameters()
         elif isinstance(module, RoutedLayer) and module.null_logit is not None:
             init.zeros_(module.null_logit)
@@ -279,29 +242,6 @@ def checked(config: OasisConfig | None) -> OasisConfig:
         raise UserError(f"config: {type(config).__name__} is not OasisConfig; wrap it in one")
     config.check()
     return config
-
-
-@cache
-def _routed_layer(native: type) -> type:
-    return type(
-        f"Routed{native.__name__}", (RoutedLayer, native), {"origin": (_routed_layer, native)}
-    )
-
-
-@cache
-def _routed_model(text_config_class: type[PreTrainedConfig]) -> type:
-    native: Any = MODEL_MAPPING[text_config_class]
-    recorded = dict(native._can_record_outputs or {})
-    attention = recorded.pop("attentions", None)
-    if attention is not None:  # our function returns the null mass where others return the map
-        target = attention.target_class if isinstance(attention, OutputRecorder) else attention
-        recorded["null_mass"] = OutputRecorder(target, index=1)
-    name = f"Routed{native.__name__}"
-    register_conversions(name, native, text_config_class.model_type)
-    origin = (_routed_model, text_config_class)
-    routed = type(name, (OasisModel, native), {"origin": origin, "_can_record_outputs": recorded})
-    _CAN_RECORD_REGISTRY.update({str(routed): recorded})  # __init__ does, which unpickling skips
-    return routed
 
 
 @dataclass
@@ -328,7 +268,7 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
         refuse_unknown(unknown)  # what from_pretrained found no place for
         check_fits(checked(config))
         super().__init__(config)
-        self.model = _routed_model(type(config.text_config))(config)  # type: ignore[arg-type]
+        self.model = attached_model(OasisModel, type(config.text_config))(config)
         self.vocab_size = config.vocab_size
         bias = getattr(config.text_config, "lm_head_bias", False)  # phimoe
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any, Self
 
+import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
+from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.prefix import copy_prefix
-from oasis_attn.modeling.residual import DepthRouter
 
 
 class OasisPreTrainedModel(PreTrainedModel):
@@ -22,7 +23,7 @@ class OasisPreTrainedModel(PreTrainedModel):
     config: OasisConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "settings"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "depth_cache", "layer_args"]  # noqa: RUF012
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
@@ -87,6 +88,10 @@ class OasisPreTrainedModel(PreTrainedModel):
         reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant")
         if reentrant and self.oasis_config.residual != "sum":
             raise UserError("use_reentrant: True drops the depth sources' gradients; set it False")
+        if self.oasis_config.residual != "sum":
+            # A layer hands its sources on through the cache.  torch.compile refuses such an effect
+            # in a checkpointed layer, which is not repeated in backward; the cache needs no repeat.
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     def save_pretrained(

@@ -18,7 +18,7 @@ _OASIS: dict[str, Any] = {
 _VARIANTS: dict[str, dict[str, Any]] = {
     # the literature
     "vanilla": _PLAIN,
-    "clipped_softmax": _PLAIN | {"token_normalizer": "clipped_softmax", "clip_gamma": -0.03},
+    "clipped_softmax": _PLAIN | {"token_normalizer": {"name": "clipped_softmax", "gamma": -0.03}},
     "gated_attention": _PLAIN | {"output_gate": "head"},
     "gated_elementwise": _PLAIN | {"output_gate": "elementwise"},
     "softmax1": _PLAIN | {"token_normalizer": "softmax1"},
@@ -31,7 +31,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     # the method
     "oasis": _OASIS,
     "oasis_block": _OASIS | {"depth_block_size": 4},
-    "authors": _OASIS | {"residual": "authors"},
+    "official": _OASIS | {"residual": "official"},
     # its ablations, one part changed at a time
     "oasis_signal_off": _OASIS | {"null_signal": "off"},
     "oasis_signal_shuffled": _OASIS | {"null_signal": "shuffled"},
@@ -41,10 +41,10 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "depth_softmax1_only": _DEPTH | {"depth_normalizer": "softmax1"},
     "depth_sigmoid_only": _DEPTH | {"depth_normalizer": "sigmoid"},
     # the same function with the scale of mixes fixed, for static quantisation
-    "oasis_unit": _OASIS | {"depth_scale": "unit"},
+    "oasis_unit": _OASIS | {"mix_scale": "rms"},
     # other functions, for fewer sinks and outliers: see docs/study.md
-    "oasis_peri": _OASIS | {"depth_scale": "unit", "null_logit": 5.0, "branch_scale": "unit"},
-    "oasis_quiet": _OASIS | {"depth_scale": "unit", "null_logit": 4.5, "branch_scale": "mlp"},
+    "oasis_peri": _OASIS | {"mix_scale": "rms", "null_logit": 5.0, "branch_norm": "rms"},
+    "oasis_quiet": _OASIS | {"mix_scale": "rms", "null_logit": 4.5, "branch_norm": "rms_mlp"},
     # controls
     "attn_residual_gated": _DEPTH | {"output_gate": "head"},
     "attn_residual_softpick": _DEPTH | {"token_normalizer": "softpick"},

@@ -16,7 +16,15 @@ from transformers.conversion_mapping import (
 )
 
 _OURS = frozenset(
-    {"depth", "null_logit", "output_gate", "attn_res_sa", "attn_res_mlp", "kv_prefix"}
+    {
+        "depth",
+        "null_logit",
+        "null_signal",
+        "output_gate",
+        "attn_res_sa",
+        "attn_res_mlp",
+        "kv_prefix",
+    }
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oasis_attn.errors import UserError
-from oasis_attn.ops.normalizers import normalize
+from oasis_attn.ops.normalizers import TokenNormalizer, normalize
 
 
 def naive_weights(
@@ -22,8 +22,7 @@ def naive_weights(
     scale: float,
     softcap: float | None,
     null_logit: Tensor | float = 0.0,
-    normalizer: str = "softmax1",
-    clip_gamma: float = 0.0,
+    normalizer: str | TokenNormalizer = "softmax1",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The map itself, by any normalizer: weights `[B, H, T, S]`, null and log-denominator."""
     attn_mask = four_axes(attn_mask, query, key)
@@ -40,7 +39,7 @@ def naive_weights(
     if isinstance(null_logit, Tensor):
         null_logit = null_logit.to(precise).reshape(-1, 1)
     weights_BHTS, null_BHT = normalize(
-        scores_BHTS, normalizer, mask=attn_mask, null_logit=null_logit, clip_gamma=clip_gamma
+        scores_BHTS, normalizer, mask=attn_mask, null_logit=null_logit
     )
     with torch.no_grad():
         if attn_mask is not None:

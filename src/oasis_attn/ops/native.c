@@ -42,7 +42,7 @@ void null_step(float *out_BHd, const float *lse_BH, float *null_BH, const float 
     }
 }
 
-/* Depth routing: what DepthStream computes, in two phases (arXiv 2603.15031, inference).  Routers are
+/* Depth routing: what AutogradMix computes, in two phases (arXiv 2603.15031, inference).  Routers are
  * taken in groups: a block's, or some at a time where every sublayer is a source of its own.  When a
  * group begins, one pass over the finished sources makes its routers' partial mixes; each router then
  * merges its own with the sources that have come since, by the online softmax.
@@ -54,13 +54,13 @@ typedef struct {
     int64_t scale;  /* of a mix: 0 as it is, 1 times the number of sources, 2 to a mean square of 1 */
     float eps, unit_eps;
     const float *queries_RD;   /* key-norm gains folded in; TILE rows of zeros at the end */
-    const float *couplings_R;  /* or NULL: no signal */
+    const float *beta_R;  /* or NULL: no signal */
     float *sources_SND, *inverse_rms_SN, *psi_SN, *psi_sum_N;
     float *partial_GND, *top_GN, *mass_GN;  /* sum e^(logit - top) x, top, sum e^(logit - top) */
 } DepthState;
 
-static float coupling(const DepthState *s, int64_t router) {
-    return s->couplings_R && router < s->R ? s->couplings_R[router] : 0;
+static float beta_of(const DepthState *s, int64_t router) {
+    return s->beta_R && router < s->R ? s->beta_R[router] : 0;
 }
 
 /* Partial mixes of token n over its first sources, for the group that begins at `first`. */
@@ -79,7 +79,7 @@ static void fold(const DepthState *s, int64_t n, int64_t first, int64_t rows) {
                 for (int r = 0; r < TILE; r++) sums[r] += values * load(queries + r * D + d);
             }
             for (int r = 0; r < TILE; r++) {
-                const float bias = coupling(s, first + g + r) * s->psi_SN[i * N + n];
+                const float bias = beta_of(s, first + g + r) * s->psi_SN[i * N + n];
                 weights[i][r] = total(sums[r]) * s->inverse_rms_SN[i * N + n] - bias;
                 top[r] = fmaxf(top[r], weights[i][r]);
             }
@@ -102,15 +102,15 @@ static void fold(const DepthState *s, int64_t n, int64_t first, int64_t rows) {
 }
 
 /* The mix of `router` [N, D], once the sublayer before it (before router 0: the embedding) has given
- * its output [N, D] and null mass [N, H] (or NULL: evidence 0).  That output becomes the newest
+ * its output [N, D] and null evidence psi [N] (or NULL: 0).  That output becomes the newest
  * source, or joins it where a block is running.  Of tokens start to stop, which are independent. */
-void depth_step(const DepthState *s, int64_t router, const float *branch_ND, const float *null_NH,
-                int64_t H, float *mixed_ND, int64_t start, int64_t stop) {
+void depth_step(const DepthState *s, int64_t router, const float *branch_ND, const float *psi_N,
+                float *mixed_ND, int64_t start, int64_t stop) {
     const int64_t N = s->N, D = s->D, place = router % s->group;
     const int64_t members = router ? (router - 1) % s->block : 0;
     const int64_t row = router ? 1 + (router - 1) / s->block : 0, rows = row + 1;
     const int64_t folded = 1 + (router - place) / s->block, recent = rows - folded;
-    const float *query = s->queries_RD + router * D, beta = coupling(s, router);
+    const float *query = s->queries_RD + router * D, beta = beta_of(s, router);
     float weights[recent + 1];
 
     for (int64_t n = start; n < stop; n++) {
@@ -120,8 +120,7 @@ void depth_step(const DepthState *s, int64_t router, const float *branch_ND, con
             store(newest + d, members ? load(newest + d) + values : values);
         }
         s->inverse_rms_SN[row * N + n] = 1 / sqrtf(dot(newest, newest, D) / D + s->eps);
-        float evidence = 0;
-        for (int64_t h = 0; null_NH && h < H; h++) evidence += null_NH[n * H + h] / H;
+        const float evidence = psi_N ? psi_N[n] : 0;
         const float earlier = members ? s->psi_SN[row * N + n] : 0;
         const float psi = earlier + (evidence - earlier) / (members + 1);
         s->psi_SN[row * N + n] = psi;

@@ -36,7 +36,7 @@ class DepthState(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("N", "D", "R", "block", "group", "null", "scale")),
         *((name, ctypes.c_float) for name in ("eps", "unit_eps")),
-        *((name, ctypes.c_void_p) for name in ("queries_RD", "couplings_R", "sources_SND")),
+        *((name, ctypes.c_void_p) for name in ("queries_RD", "beta_R", "sources_SND")),
         *((name, ctypes.c_void_p) for name in ("inverse_rms_SN", "psi_SN", "psi_sum_N")),
         *((name, ctypes.c_void_p) for name in ("partial_GND", "top_GN", "mass_GN")),
     ]
@@ -77,9 +77,7 @@ def _load(compiler: str) -> ctypes.CDLL:
         _logger.info("the inference functions were compiled by %s: %s", compiler, built)
     loaded = ctypes.CDLL(str(built))
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    loaded.depth_step.argtypes = [
-        *(pointer, integer, pointer, pointer, integer, pointer, integer, integer)
-    ]
+    loaded.depth_step.argtypes = [*(pointer, integer, pointer, pointer, pointer, integer, integer)]
     loaded.null_step.argtypes = [pointer] * 4 + [number] + [integer] * 3
     for function in (loaded.depth_step, loaded.null_step):
         function.restype = None

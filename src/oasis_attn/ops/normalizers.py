@@ -1,85 +1,102 @@
-"""Maps from attention logits to weights, each with the mass it leaves unspent.
+"""Maps from attention logits to weights, each with the probability of its null.
 
-`normalize(scores, name)` returns `(weights, null)`: weights over the last axis, and the null mass
-`1 - sum(weights)` computed so that it stays exact where the subtraction would cancel.
+`normalize(scores, name)` returns `(weights, null)`: weights over the last axis, and the null
+probability `1 - sum(weights)` computed so that it stays exact where the subtraction would cancel.
 
     softmax          null 0 (1 on a row that may see nothing)
     softmax1         a null logit c in the denominator; Miller 2023, OutEffHop arXiv 2404.03828
     learned_sink     the same with a learned c per head; gpt-oss, arXiv 2508.10925
-    clipped_softmax  clip((1 - gamma) softmax + gamma, 0, 1); arXiv 2306.12929 eq. 4
+    clipped_softmax  clip((1 - gamma) softmax + gamma, 0, 1), gamma < 0; arXiv 2306.12929 eq. 4
     softpick         relu(e^x - 1) / sum |e^x - 1|; arXiv 2504.20966 eq. 2
     sparsemax        Euclidean projection on the simplex; Martins & Astudillo 2016
     entmax15         alpha-entmax, alpha 1.5; Peters 2019
-    sigmoid          no normalisation at all: each weight on its own
+    sigmoid          no normalisation: each weight on its own
+
+`register_token_normalizer` adds one for token attention.
 """
 
 from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oasis_attn.errors import check_choice
+from oasis_attn.errors import UserError, check_choice
+from oasis_attn.registry import Registry
 
-NORMALIZERS = (
-    "softmax",
-    "softmax1",
-    "learned_sink",
-    "clipped_softmax",
-    "softpick",
-    "sparsemax",
-    "entmax15",
-    "sigmoid",
-)
-WITH_NULL = ("softmax1", "learned_sink", "clipped_softmax", "softpick")
-"""Normalizers whose rows may sum to less than one, so that a null mass exists to be read."""
+
+class TokenNormalizer(NamedTuple):
+    """A normaliser with its arguments; `has_null` says that its rows may sum to less than 1."""
+
+    name: str
+    function: Callable[..., tuple[Tensor, Tensor]]
+    has_null: bool
+    arguments: dict[str, float]
 
 
 def normalize(
     scores: Tensor,
-    name: str,
+    normalizer: str | dict[str, Any] | TokenNormalizer,
     *,
     mask: Tensor | None = None,
     null_logit: float | Tensor = 0.0,
-    clip_gamma: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Normalize `scores` over the last axis.
 
     Args:
         scores: `[..., n]` logits, floating point; computed in their own dtype.
-        name: one of `NORMALIZERS`.
+        normalizer: one of `NORMALIZERS` or a registered name; or a mapping of its `name` and
+            arguments, as `{"name": "clipped_softmax", "gamma": -0.03}`.
         mask: boolean, broadcastable to `scores`, True where a weight is allowed.
         null_logit: c of `softmax1` and `learned_sink`, broadcastable to `scores[..., 0]`.
-        clip_gamma: gamma of `clipped_softmax`, at most 0.
 
     Returns:
-        weights `[..., n]`, 0 where masked, and null mass `[...]`, 1 where all is masked.
+        weights `[..., n]`, 0 where masked, and the null probability `[...]`, 1 where all is masked.
 
     Raises:
-        UserError: on an unknown name.
+        UserError: on an unknown name, or arguments that it does not take.
     """
-    check_choice("normalizer", name, NORMALIZERS)
+    if not isinstance(normalizer, TokenNormalizer):
+        normalizer = resolve_normalizer("normalizer", normalizer)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    blind = (scores == -torch.inf).all(-1)  # rows that may see nothing
-    if name in ("softmax", "softmax1", "learned_sink", "clipped_softmax"):
-        c = null_logit if name in ("softmax1", "learned_sink") else -torch.inf
-        c = torch.as_tensor(c, dtype=scores.dtype, device=scores.device).expand(blind.shape)
-        weights, null = null_softmax(scores, c.masked_fill(blind & (c == -torch.inf), 0))
-        if name != "clipped_softmax":
-            return weights, null
-        weights = ((1 - clip_gamma) * weights + clip_gamma).clamp(0, 1)
-        weights = weights.masked_fill(scores == -torch.inf, 0)
-        return weights, (1 - weights.sum(-1)).clamp(min=0)
-    if scores.shape[-1] == 0:
+    if scores.shape[-1] == 0 and normalizer.name not in _WITH_NULL_LOGIT:
         return scores, 1 + scores.sum(-1)
-    if name == "softpick":
-        return _softpick(scores)
-    if name == "sigmoid":
-        weights = torch.sigmoid(scores)
-    else:
-        weights = _entmax(scores, name).masked_fill(scores == -torch.inf, 0)
-    return weights, blind.to(scores.dtype)
+    arguments: dict[str, Any] = dict(normalizer.arguments)
+    if normalizer.name in _WITH_NULL_LOGIT:
+        arguments["null_logit"] = null_logit
+    weights, null = normalizer.function(scores, **arguments)
+    if normalizer.name in TOKEN_NORMALIZERS.own:
+        return weights, null
+    hidden = scores == -torch.inf
+    return weights.masked_fill(hidden, 0), null.masked_fill(hidden.all(-1), 1)
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return _softmax1(scores, -torch.inf)
+
+
+def _softmax1(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Tensor]:
+    blind = (scores == -torch.inf).all(-1)  # rows that may see nothing
+    c = torch.as_tensor(null_logit, dtype=scores.dtype, device=scores.device).expand(blind.shape)
+    return null_softmax(scores, c.masked_fill(blind & (c == -torch.inf), 0))
+
+
+def _clipped_softmax(scores: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    if not gamma < 0:
+        raise UserError(f"gamma: {gamma!r} is not below 0, so nothing is clipped")
+    weights = ((1 - gamma) * _softmax(scores)[0] + gamma).clamp(0, 1)
+    weights = weights.masked_fill(scores == -torch.inf, 0)
+    return weights, (1 - weights.sum(-1)).clamp(min=0)
+
+
+def _sigmoid(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.sigmoid(scores), (scores == -torch.inf).all(-1).to(scores.dtype)
 
 
 def null_softmax(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -110,9 +127,99 @@ def _softpick(scores: Tensor) -> tuple[Tensor, Tensor]:
     return spent / total.unsqueeze(-1), (unspent / total).masked_fill(empty, 1)
 
 
-def _entmax(scores: Tensor, name: str) -> Tensor:
+def _sparsemax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return _entmax(scores, "sparsemax")
+
+
+def _entmax15(scores: Tensor) -> tuple[Tensor, Tensor]:
+    return _entmax(scores, "entmax15")
+
+
+def _entmax(scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
     import entmax
 
+    masked = scores == -torch.inf
     finite = scores.clamp(min=torch.finfo(scores.dtype).min / 4)
-    weights: Tensor = getattr(entmax, name)(finite, dim=-1)
-    return weights
+    weights = getattr(entmax, name)(finite, dim=-1).masked_fill(masked, 0)
+    return weights, masked.all(-1).to(scores.dtype)
+
+
+_WITH_NULL_LOGIT = ("softmax1", "learned_sink")
+_HAS_NULL = {"softmax1", "learned_sink", "clipped_softmax", "softpick"}
+TOKEN_NORMALIZERS = Registry(
+    "token_normalizer",
+    {
+        "softmax": _softmax,
+        "softmax1": _softmax1,
+        "learned_sink": _softmax1,
+        "clipped_softmax": _clipped_softmax,
+        "softpick": _softpick,
+        "sparsemax": _sparsemax,
+        "entmax15": _entmax15,
+    },
+)
+_RESOLVED: dict[tuple[str, tuple[tuple[str, float], ...]], TokenNormalizer] = {}
+NORMALIZERS = (*TOKEN_NORMALIZERS, "sigmoid")
+"""The library's own; `sigmoid` is for depth alone."""
+
+
+def register_token_normalizer(
+    name: str, function: Callable[..., tuple[Tensor, Tensor]], *, has_null: bool
+) -> None:
+    """Make `token_normalizer=name` a choice of `OasisConfig`.
+
+    It runs on the attention map itself, without a fused kernel.
+
+    Args:
+        name: letters, digits and `_`; none of the library's.
+        function: maps logits `[..., n]`, -inf where masked, to weights `[..., n]` and the null
+            probability `[...]`.  Further parameters are the normaliser's arguments, numbers.
+        has_null: whether the null probability can be read by a null signal.
+
+    Raises:
+        UserError: the name is the library's or not a name, or `function` cannot be called.
+    """
+    TOKEN_NORMALIZERS.register(name, function)
+    (_HAS_NULL.add if has_null else _HAS_NULL.discard)(name)
+    _RESOLVED.clear()
+
+
+def with_null() -> list[str]:
+    """Names of the normalisers that have a null."""
+    return [name for name in TOKEN_NORMALIZERS if name in _HAS_NULL]
+
+
+def resolve_normalizer(argument: str, value: str | dict[str, Any]) -> TokenNormalizer:
+    """The normaliser that `value` names, with arguments that it takes.
+
+    Raises:
+        UserError: naming `argument` and what is allowed.
+    """
+    given = dict(value) if isinstance(value, dict) else {"name": value}
+    name = given.pop("name", None)
+    check_choice(argument, name, (*TOKEN_NORMALIZERS, *(["sigmoid"] * (argument == "normalizer"))))
+    for key, number in given.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
+            raise UserError(f"{argument}: {key} {number!r} is not a number")
+    key = name, tuple(sorted(given.items()))
+    if key not in _RESOLVED:  # once: models ask in each forward pass
+        _RESOLVED[key] = _resolved(argument, name, given)
+    return _RESOLVED[key]
+
+
+def _resolved(argument: str, name: str, arguments: dict[str, float]) -> TokenNormalizer:
+    function = _sigmoid if name == "sigmoid" else TOKEN_NORMALIZERS[name]
+    taken = list(inspect.signature(function).parameters.values())[1:]
+    names = [parameter.name for parameter in taken if parameter.name != "null_logit"]
+    needed = [parameter.name for parameter in taken if parameter.default is parameter.empty]
+    for key in arguments:
+        if key not in names:
+            allowed = f"takes {', '.join(names)}" if names else "takes no arguments"
+            raise UserError(f"{argument}: {key!r} is not for {name!r}, which {allowed}")
+    for key in needed:
+        if key not in arguments and key != "null_logit":
+            example = f'{{"name": "{name}", "{key}": ...}}'
+            raise UserError(f"{argument}: {name!r} needs {key!r}; give {example}")
+    if arguments:
+        function(torch.zeros(1, 2), **arguments)  # refuses what it cannot compute with
+    return TokenNormalizer(name, function, name in _HAS_NULL, arguments)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.authors import AuthorsRouter, KeyProjection
+from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.families import family_of
-from oasis_attn.modeling.residual import DepthRouter
+from oasis_attn.modeling.official import KeyProjection, OfficialRouter
 from oasis_attn.quantization.branches import (
     Branch,
     branches,
@@ -173,7 +173,7 @@ def _rotate_router(module: nn.Module, rotation: Rotation) -> None:
         queries_RD = module.queries.double() * module.key_norm.double()
         module.queries = like(module.queries, rotation(queries_RD))
         module.key_norm = like(module.key_norm, torch.ones_like(module.key_norm))
-    elif isinstance(module, AuthorsRouter):
+    elif isinstance(module, OfficialRouter):
         _rotate_weight(module.q_proj, rotation)
         _rotate_weight(module.k_proj, rotation)
 

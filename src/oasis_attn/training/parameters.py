@@ -11,15 +11,17 @@ from torch import nn
 from oasis_attn.errors import UserError
 
 _NAMES = {
-    "coupling": r"(^|\.)((head_)?coupling|oasis_beta_raw)$",
+    "beta": r"(^|\.)((oasis_)?beta_raw$|null_signal\.)",
     "router": r"(^|\.)(depth|attn_res_sa|attn_res_mlp)\.",
     "null": r"(^|\.)(null_logit|sinks)$",
     "lora": r"\.lora_[AB]\.",
 }
 GROUPS = ("backbone", *_NAMES)
-"""Groups with a learning rate of their own: `router` the depth queries and key norms, `coupling`
-the null signal's beta, of routers and heads, `null` learned null logits, `lora` adapters,
-`backbone` the rest."""
+"""Groups with a learning rate of their own.
+
+`router`: depth queries and key norms.  `beta`: strength of the null signal, and the parameters of
+its module.  `null`: learned null logits.  `lora`: adapters.  `backbone`: the rest.
+"""
 
 
 def group_of(name: str) -> str:

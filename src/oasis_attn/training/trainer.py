@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import writing
-from oasis_attn.modeling.residual import DepthRouter
+from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.training.checkpoints import publish
 from oasis_attn.training.outliers import OutlierPenalty
 from oasis_attn.training.parameters import GROUPS, group_of, trained

@@ -1,0 +1,51 @@
+"""Classes that are mixed into a family's own when they are first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from transformers import MODEL_MAPPING, PreTrainedConfig
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
+
+from oasis_attn.modeling.weight_names import register_conversions
+
+
+class Attached:
+    """A mixin whose classes are made from `origin`, when an object is unpickled too."""
+
+    origin: tuple[Callable[..., type], type, type]
+
+    def __reduce__(self):
+        return _unpickled, self.origin, self.__getstate__()
+
+
+def _unpickled(make: Callable[..., type], mixin: type, native: type) -> Any:
+    attached = make(mixin, native)
+    return attached.__new__(attached)
+
+
+@cache
+def attached_layer(mixin: type[Attached], native: type) -> Any:
+    """`mixin` over the decoder layer class `native`."""
+    members = {"origin": (attached_layer, mixin, native)}
+    return type(f"Routed{native.__name__}", (mixin, native), members)
+
+
+@cache
+def attached_model(mixin: type[Attached], text_config_class: type[PreTrainedConfig]) -> Any:
+    """`mixin` over the base model class of the family whose config class is given."""
+    native: Any = MODEL_MAPPING[text_config_class]
+    recorded = dict(native._can_record_outputs or {})
+    attention = recorded.pop("attentions", None)
+    if attention is not None:  # our function returns the null probability in the map's place
+        target = attention.target_class if isinstance(attention, OutputRecorder) else attention
+        recorded["null_mass"] = OutputRecorder(target, index=1)
+    name = f"Routed{native.__name__}"
+    register_conversions(name, native, text_config_class.model_type)
+    origin = (attached_model, mixin, text_config_class)
+    members = {"origin": origin, "_can_record_outputs": recorded}
+    attached = type(name, (mixin, native), members)
+    _CAN_RECORD_REGISTRY.update({str(attached): recorded})  # __init__ does; unpickling skips it
+    return attached

@@ -1,0 +1,112 @@
+"""Null signals and branch norms: settings of `OasisConfig` that users extend by one function.
+
+    def largest_head(null_BHT, layer):
+        return null_BHT.amax(1)
+
+    register_null_signal("largest_head", largest_head)
+    OasisConfig(null_signal="largest_head")
+
+A checkpoint keeps the name; whoever loads it must have registered it.
+
+Axes: B batch, H heads, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oasis_attn.registry import Registry
+
+if TYPE_CHECKING:
+    from oasis_attn.modeling.configuration import OasisConfig
+
+NullSignal = Callable[[Tensor, int], Tensor | tuple[Tensor | None, Tensor | None] | None]
+BranchNorm = Callable[[Tensor, str], Tensor]
+
+
+def mean_over_heads(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
+    """psi of OASIS (section 3): the mean over heads, for the attention and the MLP of a layer."""
+    return null_BHT.mean(1)
+
+
+def shuffled(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
+    """psi of OASIS at other tokens, a control: the distribution stays, the information is lost.
+
+    One random permutation of all tokens of the batch in each layer, so that a layer's attention and
+    MLP share psi as they do without it.  It is not causal.
+    """
+    psi_BT = null_BHT.mean(1)
+    order = torch.randperm(psi_BT.numel(), device=psi_BT.device)
+    return psi_BT.flatten()[order].view_as(psi_BT)
+
+
+def rms(x_BTD: Tensor, kind: str) -> Tensor:  # noqa: ARG001
+    """Root mean square 1 at each token: Peri-LN (arXiv 2502.02732) without its gain."""
+    return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)  # as large as the families', for gradients
+
+
+def rms_mlp(x_BTD: Tensor, kind: str) -> Tensor:
+    """`rms` of the MLPs alone: the null may still make attention's output small."""
+    return rms(x_BTD, kind) if kind == "mlp" else x_BTD
+
+
+def none(x_BTD: Tensor, kind: str) -> Tensor:  # noqa: ARG001
+    """The branches as they are."""
+    return x_BTD
+
+
+NULL_SIGNALS = Registry("null_signal", {"on": mean_over_heads, "shuffled": shuffled})
+BRANCH_NORMS = Registry("branch_norm", {"none": none, "rms": rms, "rms_mlp": rms_mlp})
+
+
+def register_null_signal(name: str, signal: NullSignal | type[nn.Module]) -> None:
+    """Make `null_signal=name` a choice of `OasisConfig`.
+
+    Args:
+        name: letters, digits and `_`; none of the library's.
+        signal: called in each layer with the null probabilities `[B, H, T]` and the layer's index.
+            It returns psi `[B, T]` for both branches, or a tuple of the attention's and the MLP's;
+            None is 0.  A class of modules is made from the `OasisConfig`; its parameters are saved
+            with the model's, as `null_signal.*`.
+
+    Raises:
+        UserError: the name is the library's or not a name, or `signal` cannot be called.
+    """
+    NULL_SIGNALS.register(name, signal)
+
+
+def register_branch_norm(name: str, norm: BranchNorm) -> None:
+    """Make `branch_norm=name` a choice of `OasisConfig`.
+
+    Args:
+        name: letters, digits and `_`; none of the library's.
+        norm: called with the embedding and each branch's output `[B, T, D]` before they join the
+            residual, and with "embedding", "attention" or "mlp"; it returns `[B, T, D]`.
+
+    Raises:
+        UserError: as `register_null_signal`.
+    """
+    BRANCH_NORMS.register(name, norm)
+
+
+def null_signal_module(config: OasisConfig) -> nn.Module | None:
+    """A new module of `config.null_signal`, if that is a class of modules."""
+    signal = None if config.null_signal == "off" else NULL_SIGNALS[config.null_signal]
+    if isinstance(signal, type) and issubclass(signal, nn.Module):
+        return signal(config)
+    return None
+
+
+def null_evidence(
+    signal: NullSignal | None, null_BHT: Tensor | None, layer: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """psi of a layer's attention and of its MLP, each `[B, T]` or None for 0."""
+    if signal is None or null_BHT is None:
+        return None, None
+    psi = signal(null_BHT, layer)
+    return psi if isinstance(psi, tuple) else (psi, psi)

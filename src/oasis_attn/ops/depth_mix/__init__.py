@@ -1,0 +1,142 @@
+"""Attention over depth, and the null signal that it uses.
+
+Attention Residuals (arXiv 2603.15031) read the residual stream as a mix of earlier branch outputs:
+
+    g_{l,i}   = w_l . RMSNorm_l(v_i)                  one pseudo-query w_l per router
+    alpha_l   = softmax_i(g_{l,i})                    per token
+    h_l       = sum_i alpha_{l,i} v_i                 raw values
+
+OASIS (arXiv 2605.17887) lowers the logits of branches whose attention put weight on the null:
+
+    g'_{l,i}  = g_{l,i} - beta_l (psi_i - mean_r psi_r)
+
+`depth_mix` is one router alone.  A model uses an object that holds the sources of one forward pass:
+`AutogradMix` where gradients are needed, `TwoPhaseMix` where not, and `NativeMix` in its place on
+CPUs with a C compiler.  Each is tested against `naive.py` in float64.
+
+Axes: B batch, T tokens, D width, S sources, R routers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from oasis_attn.errors import UserError, check_choice
+from oasis_attn.ops.depth_mix.autograd import AutogradMix, depth_scores, depth_weights, weighted_sum
+from oasis_attn.ops.depth_mix.cpu_native import NativeMix, can_use_native
+from oasis_attn.ops.depth_mix.naive import naive_scores, naive_sum
+from oasis_attn.ops.depth_mix.routers import Routers
+from oasis_attn.ops.depth_mix.two_phase import TwoPhaseMix
+
+BACKENDS = ("auto", "naive", "fused")
+Mix = AutogradMix | TwoPhaseMix | NativeMix
+
+
+def depth_mix(
+    sources: Sequence[Tensor],
+    query_D: Tensor,
+    *,
+    key_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    null_evidence: Sequence[Tensor] | None = None,
+    beta: float | Tensor = 0.0,
+    normalizer: str = "softmax",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mix `sources` by attention over depth; one router.
+
+    Args:
+        sources: S tensors `[B, T, D]` of one dtype, earliest first.
+        query_D: the router's pseudo-query w, `[D]`.
+        key_norm_weight: gain of the RMSNorm on the keys, `[D]`; default 1.
+        eps: of that RMSNorm.
+        null_evidence: psi, S tensors `[B, T]` in [0, 1]; None switches the signal off.
+        beta: strength of the null signal, at least 0: a number or a tensor of one element; unused
+            without evidence.
+        normalizer: over depth, one of `oasis_attn.ops.normalizers.NORMALIZERS`.
+        backend: `naive` (stacks the sources, float32 inside) or `fused`; `auto` is `fused`.
+
+    Returns:
+        `mixed_BTD` in the dtype of the sources, and `weights_BTS` in float32 (in float64 for
+        float64 sources).
+
+    Raises:
+        UserError: on no sources, on shapes or numbers that do not fit, on an unknown name; and when
+            a second derivative of `fused` is asked for, which only `naive` has.
+    """
+    check_choice("backend", backend, BACKENDS)
+    _check_shapes(sources, query_D, key_norm_weight, null_evidence)
+    _check_numbers(eps, beta)
+    query_1D = (query_D if key_norm_weight is None else query_D * key_norm_weight).unsqueeze(0)
+    score = naive_scores if backend == "naive" else depth_scores
+    scores_BTS = torch.cat([score(source, query_1D, eps) for source in sources], -1)
+    psi_BTS = None
+    if null_evidence is not None:
+        psi_BTS = torch.stack(tuple(null_evidence), -1).to(scores_BTS.dtype)
+    if isinstance(beta, Tensor):
+        beta = beta.to(scores_BTS.dtype)
+    weights_BTS, _ = depth_weights(scores_BTS, psi_BTS, beta, normalizer)
+    mix = naive_sum if backend == "naive" else weighted_sum
+    return mix(sources, weights_BTS), weights_BTS
+
+
+def needs_autograd_mix(routers: Routers) -> bool:
+    """Whether a forward pass needs `AutogradMix`.
+
+    It does while gradients are recorded, and for what no other implementation has: a dropped
+    source, and sigmoid weights.
+    """
+    return torch.is_grad_enabled() or routers.normalizer == "sigmoid" or routers.dropped is not None
+
+
+def inference_mix(
+    embedding_BTD: Tensor, routers: Routers, *, one_device: bool = True
+) -> TwoPhaseMix | NativeMix:
+    """The implementation without gradients for one forward pass, whose first source is given.
+
+    `one_device` says that all layers are on its device.
+    """
+    native = one_device and can_use_native(embedding_BTD)
+    return (NativeMix if native else TwoPhaseMix)(embedding_BTD, routers)
+
+
+def _check_shapes(sources, query_D, key_norm_weight, null_evidence) -> None:
+    if not sources:
+        raise UserError("sources: none given; at least one tensor [batch, tokens, width] is needed")
+    first = sources[0]
+    if not first.is_floating_point():
+        raise UserError(f"sources: dtype {first.dtype} is not floating point")
+    for index, source in enumerate(sources):
+        if source.dim() != 3 or source.shape != first.shape or source.dtype != first.dtype:
+            raise UserError(
+                f"sources: number {index} is {list(source.shape)} {source.dtype}; all must be"
+                f" [batch, tokens, width] like number 0, {list(first.shape)} {first.dtype}"
+            )
+    if first.shape[-1] == 0:
+        raise UserError("sources: width 0; it must be at least 1")
+    for name, vector in (("query_D", query_D), ("key_norm_weight", key_norm_weight)):
+        if vector is not None and vector.shape != first.shape[-1:]:
+            raise UserError(f"{name}: shape {list(vector.shape)} is not [{first.shape[-1]}]")
+    if null_evidence is not None:
+        shapes = {tuple(evidence.shape) for evidence in null_evidence}
+        if len(null_evidence) != len(sources) or shapes != {tuple(first.shape[:-1])}:
+            raise UserError(
+                f"null_evidence: {len(null_evidence)} tensors of shapes {sorted(shapes)};"
+                f" {len(sources)} of shape {list(first.shape[:-1])} are needed, one per source"
+            )
+
+
+def _check_numbers(eps: float, beta: float | Tensor) -> None:
+    if not (isinstance(eps, int | float) and 0 < eps < math.inf):
+        raise UserError(f"eps: {eps!r} is not a finite number above 0")
+    if isinstance(beta, Tensor):
+        if beta.numel() != 1 or not beta.is_floating_point():
+            raise UserError(
+                f"beta: shape {list(beta.shape)}, {beta.dtype}; one floating-point number is needed"
+            )
+    elif not (isinstance(beta, int | float) and 0 <= beta < math.inf):
+        raise UserError(f"beta: {beta!r} is not a finite number of at least 0")

@@ -1,0 +1,373 @@
+"""Differentiable mixes over depth with hand-written gradients.
+
+Three steps, each usable alone, so that a model scores a source once for all of its routers:
+`depth_scores` (one matrix product and one inverse RMS per source), `depth_weights`, `weighted_sum`.
+None of them stacks the sources or keeps a copy of one for backward.  `AutogradMix` puts them
+together.
+
+Axes: B batch, T tokens, D width, S sources, R routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from oasis_attn.ops.autograd import HandWritten, first_order
+from oasis_attn.ops.depth_mix.naive import at_least_float32, naive_scores
+from oasis_attn.ops.depth_mix.routers import Routers, rms_scale
+from oasis_attn.ops.normalizers import normalize, null_softmax
+
+
+class RouterWeights(NamedTuple):
+    """What one router computed: alpha before any `mix_scale`, the depth null probability, psi.
+
+    `psi_BTS` is None without the null signal.
+    """
+
+    weights_BTS: Tensor
+    null_BT: Tensor
+    psi_BTS: Tensor | None
+
+
+class AutogradMix:
+    """The mix of each router in turn, differentiable.
+
+    A layer may run again in backward (activation checkpointing).  What its sublayers gave the first
+    time is kept, and the second run reads what the first run read.
+    """
+
+    def __init__(self, routers: Routers):
+        self.routers = routers
+        self.sources: list[Tensor] = []  # the embedding, then the finished blocks
+        self.scores: list[Tensor] = []  # of each source under all routers, [R, B, T]
+        self.psi_BTS: Tensor | None = None  # of each source; None without the null signal
+        self.sublayer = -1  # the last one so far
+        self.last: RouterWeights | None = None  # of the last router
+        self._running: dict[int, tuple[Tensor, Tensor | None]] = {}  # of unfinished blocks
+        self._kept: dict[int, tuple[list[Tensor], Tensor]] = {}  # see `read`
+
+    def update(
+        self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int, *, keep: bool = False
+    ) -> Tensor:
+        """Take a sublayer's output as a source, and return what the next sublayer reads.
+
+        Args:
+            branch_BTD: the output of `sublayer`; of sublayer 0, the embedding.
+            psi_BT: its null evidence, float32; None for 0.
+            sublayer: 0 to R - 1, in this order.
+            keep: remember what was mixed, for `read`.
+        """
+        first = sublayer > self.sublayer
+        sources, self.last = self.weigh(branch_BTD, psi_BT, sublayer)
+        weights_BTS = self.last.weights_BTS
+        if self.routers.mix_scale == "sum":
+            dropped = self.routers.dropped is not None and self.routers.dropped < len(sources) > 1
+            weights_BTS = weights_BTS * self.routers.scale(len(sources) - dropped)
+        # The running block is not carried: the sum that continues it shares its gradient.
+        finished = len(sources) - bool(sublayer % self.routers.block_size)
+        mixed_BTD, carried = carried_sum(sources, weights_BTS, finished)
+        if first:
+            self.sources = carried
+            if keep:
+                self._kept[sublayer] = [*carried, *sources[finished:]], weights_BTS
+        return rms_scale(mixed_BTD) if self.routers.mix_scale == "rms" else mixed_BTD
+
+    def weigh(
+        self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int
+    ) -> tuple[list[Tensor], RouterWeights]:
+        """The first half of `update`: the sources that the next sublayer reads, and their weights.
+
+        alpha of Attention Residuals, with g' of OASIS for g where the null signal is on.
+        """
+        routers, first = self.routers, sublayer > self.sublayer
+        self.sublayer = max(sublayer, self.sublayer)
+        earlier, members = 0, 1
+        if sublayer:
+            earlier = 1 + (sublayer - 1) // routers.block_size
+            members = 1 + (sublayer - 1) % routers.block_size
+        signal = routers.beta_R is not None
+        if not signal:
+            psi_BT = None
+        elif psi_BT is None:
+            psi_BT = branch_BTD.new_zeros(branch_BTD.shape[:-1], dtype=torch.float32)
+        if members > 1:
+            # The sum inside a layer is read once a run; the one before a layer, by every run.
+            take = self._running.__getitem__ if sublayer % 2 else self._running.pop
+            sum_BTD, psi_sum_BT = take(sublayer - 1)
+            branch_BTD = sum_BTD + branch_BTD
+            psi_BT = None if psi_BT is None or psi_sum_BT is None else psi_sum_BT + psi_BT
+
+        if sublayer % routers.block_size == 0:  # a source is finished: scored for all routers
+            scores_BTR = depth_scores(branch_BTD, routers.queries_RD, routers.eps)
+            scores_RBT = scores_BTR.movedim(-1, 0)
+            score_BT = scores_RBT[sublayer]
+        else:
+            query_1D = routers.queries_RD[sublayer : sublayer + 1]
+            score_BT = depth_scores(branch_BTD, query_1D, routers.eps).squeeze(-1)
+        before = [scores_RBT[sublayer] for scores_RBT in self.scores[:earlier]]
+        scores_BTS = torch.stack([*before, score_BT], -1)
+        psi_BTS = None
+        if psi_BT is not None:
+            psi_BTS = (psi_BT / members if members > 1 else psi_BT).unsqueeze(-1)
+            if self.psi_BTS is not None and earlier:
+                psi_BTS = torch.cat([self.psi_BTS[..., :earlier], psi_BTS], -1)
+        sources = [*self.sources[:earlier], branch_BTD]
+        if sublayer % routers.block_size:
+            if first or sublayer % 2:
+                self._running[sublayer] = branch_BTD, psi_BT
+        elif first:
+            self.sources.append(branch_BTD)
+            self.scores.append(scores_RBT)
+            self.psi_BTS = psi_BTS
+
+        dropped = routers.dropped
+        if dropped is not None and dropped < len(sources) > 1:
+            is_dropped = torch.arange(len(sources), device=scores_BTS.device) == dropped
+            scores_BTS = scores_BTS.masked_fill(is_dropped, -torch.inf)
+        beta = 0.0 if routers.beta_R is None else routers.beta_R[sublayer]
+        weights = depth_weights(scores_BTS, psi_BTS, beta, routers.normalizer)
+        return sources, RouterWeights(*weights, psi_BTS)
+
+    def read(self, hidden_BTD: Tensor, norm: Callable[[Tensor], Tensor], sublayer: int) -> Tensor:
+        """`norm(hidden)` of the mix that `update` kept; nothing in between is kept for backward,
+        where the mix and the norm are computed once more."""
+        sources, weights_BTS = self._kept[sublayer]
+        unit = self.routers.mix_scale == "rms"
+        known = [] if unit else [hidden_BTD.detach()]  # not in backward
+
+        def normed(weights_BTS: Tensor, *sources: Tensor) -> Tensor:
+            mixed_BTD = weighted_sum(sources, weights_BTS, known.pop() if known else None)
+            return norm(rms_scale(mixed_BTD) if unit else mixed_BTD)
+
+        return checkpoint(
+            normed, weights_BTS, *sources, use_reentrant=False, preserve_rng_state=False
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Move the whole state to `device`."""
+        self.routers = self.routers.to(device)
+        moved = tree_map_only(Tensor, lambda tensor: tensor.to(device), vars(self))
+        vars(self).update(moved)
+
+
+def depth_scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> Tensor:
+    """g of one source under R pseudo-queries (key-norm gains folded in): `[B, T, R]`, float32.
+
+    Attention Residuals section 3; the gain of an RMSNorm moves to the query, so that R routers
+    share the source's one inverse RMS and one matrix product.
+    """
+    if torch.compiler.is_compiling():
+        return naive_scores(source_BTD, queries_RD, eps)
+    if _differentiable(source_BTD, queries_RD):
+        return _Scores.apply(source_BTD, queries_RD, eps)[0]
+    return _Scores.forward(source_BTD, queries_RD, eps)[0]
+
+
+def depth_weights(
+    scores_BTS: Tensor,
+    psi_BTS: Tensor | None,
+    beta: float | Tensor,
+    normalizer: str,
+) -> tuple[Tensor, Tensor]:
+    """alpha `[B, T, S]` and the depth null probability `[B, T]`, from g and psi (OASIS section 3).
+
+    With the softmax, the mean over sources cancels; with Softmax1 it moves the null's own logit.
+    """
+    if psi_BTS is not None:
+        scores_BTS = scores_BTS + null_shift(psi_BTS, beta)
+    if normalizer == "softmax1":
+        return null_softmax(scores_BTS, 0.0)
+    return normalize(scores_BTS, normalizer)
+
+
+def null_shift(psi_BTS: Tensor, beta: float | Tensor) -> Tensor:
+    """What OASIS adds to the depth logits: -beta (psi_i - mean_r psi_r), `[B, T, S]`."""
+    return beta * (psi_BTS.mean(-1, keepdim=True) - psi_BTS)
+
+
+def weighted_sum(
+    sources: Sequence[Tensor], weights_BTS: Tensor, known_BTD: Tensor | None = None
+) -> Tensor:
+    """sum_i weights_i sources_i, `[B, T, D]`, accumulated in the dtype of the weights.
+
+    `known_BTD` is that sum where it has been computed before: only the gradient is then added.
+    """
+    return carried_sum(sources, weights_BTS, 0, known_BTD)[0]
+
+
+def carried_sum(
+    sources: Sequence[Tensor], weights_BTS: Tensor, carried: int, known_BTD: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """`weighted_sum`, and the first `carried` sources for the next sum to read.
+
+    A chain of sums that each read what the one before hands on adds up a source's gradient in one
+    buffer, where separate sums would make a tensor each.  That buffer is added to in place, so what
+    is handed on is for such sums alone: no other operation may pass its own gradient on to it.
+    """
+    if _differentiable(weights_BTS, *sources):
+        mixed, *rest = _WeightedSum.apply(weights_BTS, carried, known_BTD, *sources)
+        return mixed, rest
+    return _sum(sources, weights_BTS).to(sources[0].dtype), list(sources[:carried])
+
+
+def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
+    """`<source_i, query>` over the width for each token, `[B, T, S]` in the dtype of the query."""
+    if _differentiable(query_BTD, *sources):
+        return _RowProducts.apply(query_BTD, *sources)
+    return _row_products(sources, query_BTD)
+
+
+# ---------------------------------------------------------------------------------------- fused
+
+
+class _Scores(HandWritten):
+    """(v @ W^T) * r with r = (mean v^2 + eps)^-1/2, and r; keeps v itself, r and the result."""
+
+    @staticmethod
+    def forward(source, queries, eps):
+        value = at_least_float32(source)
+        square = torch.linalg.vector_norm(value, dim=-1, keepdim=True).square_()
+        inverse_rms = (square / value.shape[-1] + eps).rsqrt_()
+        with torch.autocast(source.device.type, enabled=False):
+            scores = (value @ queries.to(value.dtype).T).mul_(inverse_rms)
+        return scores, inverse_rms
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2], *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, _grad_inverse_rms):
+        if grad is None:
+            return None, None, None
+        gradients = partial(_score_gradients, ctx.needs_input_grad)
+        return *first_order(gradients, grad, *ctx.saved_tensors), None
+
+
+def _score_gradients(needed, grad, source, queries, scores, inverse_rms):
+    raw = grad * inverse_rms  # gradient of v @ W^T
+    grad_source = grad_queries = None
+    if needed[0]:
+        # d r / d v = -r^3 v / D, and scores = raw product * r
+        radial = (grad * scores).sum(-1, keepdim=True) * inverse_rms.square() / source.shape[-1]
+        grad_source = (raw @ queries.to(raw.dtype)).addcmul_(source, radial, value=-1)
+        grad_source = grad_source.to(source.dtype)
+    if needed[1]:
+        grad_queries = raw.flatten(0, -2).T @ at_least_float32(source).flatten(0, -2)
+        grad_queries = grad_queries.to(queries.dtype)
+    return grad_source, grad_queries
+
+
+class _WeightedSum(HandWritten):
+    """One pass over the sources each way, in blocks of tokens small enough to stay in cache."""
+
+    @staticmethod
+    def forward(weights, carried, known, *sources):
+        handed_on = [source.view_as(source) for source in sources[:carried]]
+        if known is None:
+            known = _sum(sources, weights).to(sources[0].dtype)
+        return known, *handed_on
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: ARG004
+        weights, _carried, _known, *sources = inputs
+        ctx.save_for_backward(weights, *sources)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad, *carried):
+        weights, *sources = ctx.saved_tensors
+        onto = [*carried, *[None] * (len(sources) - len(carried))]
+        if grad is None:
+            return None, None, None, *onto
+        gradients = partial(_sum_gradients, ctx.needs_input_grad, not torch.is_grad_enabled())
+        grad_weights, *grads = first_order(gradients, grad, weights, *sources, *onto)
+        return grad_weights, None, None, *grads
+
+
+def _sum_gradients(needed, in_place, grad, weights, *sources_and_onto):
+    half = len(sources_and_onto) // 2
+    sources, onto = sources_and_onto[:half], sources_and_onto[half:]
+    grad = grad.to(weights.dtype)
+    grad_weights = _row_products(sources, grad).to(weights.dtype) if needed[0] else None
+    return grad_weights, *_scaled(grad, weights, sources, needed[3:], onto, in_place)
+
+
+class _RowProducts(HandWritten):
+    """The transpose of `_WeightedSum`: what one does forward, the other does backward."""
+
+    @staticmethod
+    def forward(query, *sources):
+        return _row_products(sources, query)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradients = partial(_product_gradients, ctx.needs_input_grad)
+        return first_order(gradients, grad, *ctx.saved_tensors)
+
+
+def _product_gradients(needed, grad, query, *sources):
+    grad_query = _sum(sources, grad).to(query.dtype) if needed[0] else None
+    return grad_query, *_scaled(query, grad, sources, needed[1:])
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    """Whether to differentiate by hand; torch.compile itself decides what to keep for backward."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return wanted and not torch.compiler.is_compiling()
+
+
+def _sum(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
+    total = sources[0] * weights[..., :1]
+    for index, source in enumerate(sources[1:], start=1):
+        total.addcmul_(source, weights[..., index : index + 1])
+    return total
+
+
+def _scaled(
+    tensor: Tensor, weights: Tensor, sources, needed, onto=None, in_place: bool = False
+) -> list[Tensor | None]:
+    """`weights_i * tensor` for each source that needs it, added to `onto_i` if given."""
+    results: list[Tensor | None] = []
+    for index, (source, need) in enumerate(zip(sources, needed, strict=True)):
+        weight = weights[..., index : index + 1]
+        if not need:
+            results.append(None)
+        elif onto is None or onto[index] is None:
+            results.append((tensor * weight).to(source.dtype))
+        elif in_place:
+            results.append(onto[index].addcmul_(tensor, weight))
+        else:
+            results.append(torch.addcmul(onto[index], tensor, weight).to(source.dtype))
+    return results
+
+
+def _row_products(sources: Sequence[Tensor], other: Tensor) -> Tensor:
+    """`<source_i, other>` over the width, `[..., S]`."""
+    if torch.compiler.is_compiling():
+        return torch.stack([(source * other).sum(-1) for source in sources], -1)
+    width = other.shape[-1]
+    flat = other.reshape(-1, width)
+    rows = max(1, flat.shape[0] if flat.is_cuda else 2**17 // width)
+    products = flat.new_empty(len(sources), flat.shape[0])
+    scratch = flat.new_empty(min(rows, flat.shape[0]), width)
+    flat_sources = [source.reshape(-1, width) for source in sources]
+    for start in range(0, flat.shape[0], rows):
+        part = flat[start : start + rows]
+        for index, source in enumerate(flat_sources):
+            product = torch.mul(source[start : start + rows], part, out=scratch[: part.shape[0]])
+            torch.sum(product, -1, out=products[index, start : start + rows])
+    return products.T.reshape(*other.shape[:-1], len(sources))

@@ -1,0 +1,42 @@
+"""Named functions that a setting of `OasisConfig` may choose, and that users may add to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from oasis_attn.errors import UserError, check_choice
+
+
+class Registry:
+    """The values of one setting.
+
+    Args:
+        setting: its name, for messages.
+        entries: those of the library; they cannot be replaced.
+    """
+
+    def __init__(self, setting: str, entries: dict[str, Callable[..., Any]]):
+        self.setting = setting
+        self.own, self._entries = frozenset(entries), dict(entries)
+
+    def register(self, name: str, entry: Callable[..., Any]) -> None:
+        """Add `entry` as `name`; a user's own entry of that name is replaced.
+
+        Raises:
+            UserError: the name is the library's, or no identifier; the entry cannot be called.
+        """
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UserError(f"{self.setting}: {name!r} is not a name of letters, digits and _")
+        if name in self.own or name == "off":
+            raise UserError(f"{self.setting}: {name!r} is the library's; choose another name")
+        if not callable(entry):
+            raise UserError(f"{self.setting}: {entry!r} is not a function")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        check_choice(self.setting, name, tuple(self))
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
