@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from transformers import MODEL_MAPPING, PreTrainedConfig
+from transformers import MODEL_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
 from oasis_attn.modeling.weight_names import register_conversions
@@ -17,24 +17,24 @@ class Attached:
 
     origin: tuple[Callable[..., type], type, type]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, self.origin, self.__getstate__()
 
 
 def _unpickled(make: Callable[..., type], mixin: type, native: type) -> Any:
-    attached = make(mixin, native)
+    attached: Any = make(mixin, native)
     return attached.__new__(attached)
 
 
 @cache
-def attached_layer(mixin: type[Attached], native: type) -> Any:
+def attached_layer(mixin: Any, native: Any) -> Any:
     """`mixin` over the decoder layer class `native`."""
     members = {"origin": (attached_layer, mixin, native)}
     return type(f"Routed{native.__name__}", (mixin, native), members)
 
 
 @cache
-def attached_model(mixin: type[Attached], text_config_class: type[PreTrainedConfig]) -> Any:
+def attached_model(mixin: Any, text_config_class: Any) -> Any:
     """`mixin` over the base model class of the family whose config class is given."""
     native: Any = MODEL_MAPPING[text_config_class]
     recorded = dict(native._can_record_outputs or {})

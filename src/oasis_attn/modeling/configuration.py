@@ -109,7 +109,7 @@ class OasisConfig(PreTrainedConfig):
     beta_init: float = -5.0
     tie_word_embeddings: bool | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         known = _BASE_EXTRAS | _FORWARDED
         refuse_unknown(name for name in kwargs if name not in known and name[0] != "_")
         asked = kwargs.pop("attn_implementation", None)
@@ -127,7 +127,7 @@ class OasisConfig(PreTrainedConfig):
             kwargs.setdefault("experts_implementation", self.text_config._experts_implementation)
         labelled = self.id2label is not None or "num_labels" in kwargs
         try:
-            super().__post_init__(**kwargs)
+            super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         except UserError:
             raise
         except BROKEN as error:
@@ -155,7 +155,7 @@ class OasisConfig(PreTrainedConfig):
         if name in _FORWARDED and isinstance(text, PreTrainedConfig):
             setattr(text, name, value)  # where the family's own model reads it
         else:
-            super().__setattr__(name, value)
+            super().__setattr__(name, value)  # type: ignore[no-untyped-call]
 
     @property
     def output_attentions(self) -> bool:
@@ -189,7 +189,9 @@ class OasisConfig(PreTrainedConfig):
         }
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As transformers', except that a family's own checkpoint is taken as `text_config`."""
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if found and found.get("model_type") != cls.model_type and "text_config" not in found:
@@ -197,7 +199,7 @@ class OasisConfig(PreTrainedConfig):
         return found, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', but a checkpoint must say of which family it is: none is the default.
 
         Raises:

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -87,7 +87,7 @@ class RoutedLayer(Attached):
         *,
         depth_cache: SumCache,
         layer_args: LayerArgs,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
         family, cache, norm = self.family, depth_cache, layer_args.branch_norm
         attention_args, sublayer = layer_args.attention, 2 * self.index
@@ -142,14 +142,16 @@ class OasisModel(Attached, OasisPreTrainedModel):
     layers: nn.ModuleList
     _keep_in_fp32_modules_strict: set[str]
 
-    def __new__(cls, config: OasisConfig | None = None):
+    def __new__(cls, config: OasisConfig | None = None) -> Self:
         if cls is OasisModel:
-            cls = attached_model(OasisModel, type(checked(config).text_config))
+            family: Any = type(checked(config).text_config)
+            cls = attached_model(OasisModel, family)
         return super().__new__(cls)
 
     def __init__(self, config: OasisConfig):
         super().__init__(config.text_config)
-        layer_class = attached_layer(RoutedLayer, type(self.layers[0]))
+        native: Any = type(self.layers[0])
+        layer_class = attached_layer(RoutedLayer, native)
         for index, layer in enumerate(self.layers):
             layer.__class__ = layer_class
             cast(RoutedLayer, layer).attach(config, index)
@@ -164,15 +166,19 @@ class OasisModel(Attached, OasisPreTrainedModel):
         return cast(RoutedLayer, self.layers[0]).oasis_config
 
     @classmethod
-    def _from_config(cls, config, **kwargs):
-        model = super()._from_config(config, **kwargs)
-        model.init_weights()  # of what the family's own constructor did not see
+    def _from_config(cls, config: OasisConfig, **kwargs: Any) -> Self:
+        model: Self = super()._from_config(config, **kwargs)  # type: ignore[no-untyped-call]
+        model.init_weights()  # type: ignore[no-untyped-call]  # of what the family's own constructor did not see
         return model
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
-        self, input_ids: Tensor | None = None, *, output_attentions: bool | None = None, **kwargs
-    ):
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As the family's; see `OasisForCausalLM.forward` for what it takes besides."""
         config = self.oasis_config
         given = input_of((input_ids,), kwargs)
@@ -220,7 +226,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         attention = {"normalizer": config.normalizer, "null_logit": config.null_logit}
         return LayerArgs(attention, signal, BRANCH_NORMS[config.branch_norm])
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', with the settings in `config.json`, not the family's config alone."""
         text_config, self.config = self.config, self.oasis_config
         try:
@@ -229,7 +235,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
             self.config = text_config
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, DepthRouter | OfficialRouter):
             module.reset_parameters()
         elif isinstance(module, RoutedLayer) and module.null_logit is not None:
@@ -264,29 +270,29 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: OasisConfig, **unknown):
+    def __init__(self, config: OasisConfig, **unknown: Any):
         refuse_unknown(unknown)  # what from_pretrained found no place for
         check_fits(checked(config))
         super().__init__(config)
-        self.model = attached_model(OasisModel, type(config.text_config))(config)
+        self.model = OasisModel(config)
         self.vocab_size = config.vocab_size
         bias = getattr(config.text_config, "lm_head_bias", False)  # phimoe
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
         self._no_split_modules = self.model._no_split_modules
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> OasisOutput:
         """Next-token logits `[B, T, V]`, and the loss in nats with `labels` (-100: ignored).
 

@@ -124,6 +124,7 @@ class OfficialCache(SumCache):
             self.inside = after_BTD
         psi_BTS = torch.stack(psi, -1)
         router = self.routers[layer][after_mlp]
+        mixed_BTD: Tensor
         mixed_BTD, weights_BTS, null_BT = router([*states, after_BTD], psi_BTS)
         if router.observers:
             found = RouterWeights(weights_BTS, null_BT, psi_BTS)

@@ -195,12 +195,12 @@ def resolve_normalizer(argument: str, value: str | dict[str, Any]) -> TokenNorma
     Raises:
         UserError: naming `argument` and what is allowed.
     """
-    given = dict(value) if isinstance(value, dict) else {"name": value}
-    name = given.pop("name", None)
+    given: dict[str, Any] = dict(value) if isinstance(value, dict) else {"name": value}
+    name: Any = given.pop("name", None)
     check_choice(argument, name, (*TOKEN_NORMALIZERS, *(["sigmoid"] * (argument == "normalizer"))))
-    for key, number in given.items():
+    for argument_name, number in given.items():
         if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
-            raise UserError(f"{argument}: {key} {number!r} is not a number")
+            raise UserError(f"{argument}: {argument_name} {number!r} is not a number")
     key = name, tuple(sorted(given.items()))
     if key not in _RESOLVED:  # once: models ask in each forward pass
         _RESOLVED[key] = _resolved(argument, name, given)

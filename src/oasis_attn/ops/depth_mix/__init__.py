@@ -32,6 +32,16 @@ from oasis_attn.ops.depth_mix.naive import naive_scores, naive_sum
 from oasis_attn.ops.depth_mix.routers import Routers
 from oasis_attn.ops.depth_mix.two_phase import TwoPhaseMix
 
+__all__ = [
+    "AutogradMix",
+    "Mix",
+    "NativeMix",
+    "Routers",
+    "TwoPhaseMix",
+    "depth_mix",
+    "inference_mix",
+    "needs_autograd_mix",
+]
 BACKENDS = ("auto", "naive", "fused")
 Mix = AutogradMix | TwoPhaseMix | NativeMix
 
@@ -104,7 +114,12 @@ def inference_mix(
     return (NativeMix if native else TwoPhaseMix)(embedding_BTD, routers)
 
 
-def _check_shapes(sources, query_D, key_norm_weight, null_evidence) -> None:
+def _check_shapes(
+    sources: Sequence[Tensor],
+    query_D: Tensor,
+    key_norm_weight: Tensor | None,
+    null_evidence: Sequence[Tensor] | None,
+) -> None:
     if not sources:
         raise UserError("sources: none given; at least one tensor [batch, tokens, width] is needed")
     first = sources[0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class AutogradMix:
         self.scores: list[Tensor] = []  # of each source under all routers, [R, B, T]
         self.psi_BTS: Tensor | None = None  # of each source; None without the null signal
         self.sublayer = -1  # the last one so far
-        self.last: RouterWeights | None = None  # of the last router
+        self.last: RouterWeights | None = None  # of the last router, in its first run
         self._running: dict[int, tuple[Tensor, Tensor | None]] = {}  # of unfinished blocks
         self._kept: dict[int, tuple[list[Tensor], Tensor]] = {}  # see `read`
 
@@ -65,8 +65,9 @@ class AutogradMix:
             keep: remember what was mixed, for `read`.
         """
         first = sublayer > self.sublayer
-        sources, self.last = self.weigh(branch_BTD, psi_BT, sublayer)
-        weights_BTS = self.last.weights_BTS
+        sources, found = self.weigh(branch_BTD, psi_BT, sublayer)
+        weights_BTS = found.weights_BTS
+        self.last = found if first else None  # a second run must not keep its graph alive
         if self.routers.mix_scale == "sum":
             dropped = self.routers.dropped is not None and self.routers.dropped < len(sources) > 1
             weights_BTS = weights_BTS * self.routers.scale(len(sources) - dropped)
@@ -146,9 +147,10 @@ class AutogradMix:
             mixed_BTD = weighted_sum(sources, weights_BTS, known.pop() if known else None)
             return norm(rms_scale(mixed_BTD) if unit else mixed_BTD)
 
-        return checkpoint(
+        result: Tensor = checkpoint(
             normed, weights_BTS, *sources, use_reentrant=False, preserve_rng_state=False
         )
+        return result
 
     def to(self, device: torch.device) -> None:
         """Move the whole state to `device`."""
@@ -166,7 +168,8 @@ def depth_scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> Tensor:
     if torch.compiler.is_compiling():
         return naive_scores(source_BTD, queries_RD, eps)
     if _differentiable(source_BTD, queries_RD):
-        return _Scores.apply(source_BTD, queries_RD, eps)[0]
+        scores_BTR: Tensor = _Scores.apply(source_BTD, queries_RD, eps)[0]  # type: ignore[no-untyped-call]
+        return scores_BTR
     return _Scores.forward(source_BTD, queries_RD, eps)[0]
 
 
@@ -212,7 +215,8 @@ def carried_sum(
     is handed on is for such sums alone: no other operation may pass its own gradient on to it.
     """
     if _differentiable(weights_BTS, *sources):
-        mixed, *rest = _WeightedSum.apply(weights_BTS, carried, known_BTD, *sources)
+        arguments = (weights_BTS, carried, known_BTD, *sources)
+        mixed, *rest = _WeightedSum.apply(*arguments)  # type: ignore[no-untyped-call]
         return mixed, rest
     return _sum(sources, weights_BTS).to(sources[0].dtype), list(sources[:carried])
 
@@ -220,7 +224,10 @@ def carried_sum(
 def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
     """`<source_i, query>` over the width for each token, `[B, T, S]` in the dtype of the query."""
     if _differentiable(query_BTD, *sources):
-        return _RowProducts.apply(query_BTD, *sources)
+        products_BTS: Tensor = _RowProducts.apply(  # type: ignore[no-untyped-call]
+            query_BTD, *sources
+        )
+        return products_BTS
     return _row_products(sources, query_BTD)
 
 
@@ -231,7 +238,7 @@ class _Scores(HandWritten):
     """(v @ W^T) * r with r = (mean v^2 + eps)^-1/2, and r; keeps v itself, r and the result."""
 
     @staticmethod
-    def forward(source, queries, eps):
+    def forward(source: Tensor, queries: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         value = at_least_float32(source)
         square = torch.linalg.vector_norm(value, dim=-1, keepdim=True).square_()
         inverse_rms = (square / value.shape[-1] + eps).rsqrt_()
@@ -240,20 +247,29 @@ class _Scores(HandWritten):
         return scores, inverse_rms
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:2], *output)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad, _grad_inverse_rms):
+    def backward(
+        ctx: Any, grad: Tensor | None, _grad_inverse_rms: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None
         gradients = partial(_score_gradients, ctx.needs_input_grad)
         return *first_order(gradients, grad, *ctx.saved_tensors), None
 
 
-def _score_gradients(needed, grad, source, queries, scores, inverse_rms):
+def _score_gradients(
+    needed: Sequence[bool],
+    grad: Tensor,
+    source: Tensor,
+    queries: Tensor,
+    scores: Tensor,
+    inverse_rms: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
     raw = grad * inverse_rms  # gradient of v @ W^T
     grad_source = grad_queries = None
     if needed[0]:
@@ -271,20 +287,24 @@ class _WeightedSum(HandWritten):
     """One pass over the sources each way, in blocks of tokens small enough to stay in cache."""
 
     @staticmethod
-    def forward(weights, carried, known, *sources):
+    def forward(
+        weights: Tensor, carried: int, known: Tensor | None, *sources: Tensor
+    ) -> tuple[Tensor, ...]:
         handed_on = [source.view_as(source) for source in sources[:carried]]
         if known is None:
             known = _sum(sources, weights).to(sources[0].dtype)
         return known, *handed_on
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         weights, _carried, _known, *sources = inputs
         ctx.save_for_backward(weights, *sources)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad, *carried):
+    def backward(
+        ctx: Any, grad: Tensor | None, *carried: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         weights, *sources = ctx.saved_tensors
         onto = [*carried, *[None] * (len(sources) - len(carried))]
         if grad is None:
@@ -294,7 +314,9 @@ class _WeightedSum(HandWritten):
         return grad_weights, None, None, *grads
 
 
-def _sum_gradients(needed, in_place, grad, weights, *sources_and_onto):
+def _sum_gradients(
+    needed: Sequence[bool], in_place: bool, grad: Tensor, weights: Tensor, *sources_and_onto: Any
+) -> tuple[Tensor | None, ...]:
     half = len(sources_and_onto) // 2
     sources, onto = sources_and_onto[:half], sources_and_onto[half:]
     grad = grad.to(weights.dtype)
@@ -306,20 +328,23 @@ class _RowProducts(HandWritten):
     """The transpose of `_WeightedSum`: what one does forward, the other does backward."""
 
     @staticmethod
-    def forward(query, *sources):
+    def forward(query: Tensor, *sources: Tensor) -> Tensor:
         return _row_products(sources, query)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: ARG004
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradients = partial(_product_gradients, ctx.needs_input_grad)
-        return first_order(gradients, grad, *ctx.saved_tensors)
+        grads: tuple[Tensor | None, ...] = first_order(gradients, grad, *ctx.saved_tensors)
+        return grads
 
 
-def _product_gradients(needed, grad, query, *sources):
+def _product_gradients(
+    needed: Sequence[bool], grad: Tensor, query: Tensor, *sources: Tensor
+) -> tuple[Tensor | None, ...]:
     grad_query = _sum(sources, grad).to(query.dtype) if needed[0] else None
     return grad_query, *_scaled(query, grad, sources, needed[1:])
 
@@ -338,7 +363,12 @@ def _sum(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def _scaled(
-    tensor: Tensor, weights: Tensor, sources, needed, onto=None, in_place: bool = False
+    tensor: Tensor,
+    weights: Tensor,
+    sources: Sequence[Tensor],
+    needed: Sequence[bool],
+    onto: Sequence[Tensor | None] | None = None,
+    in_place: bool = False,
 ) -> list[Tensor | None]:
     """`weights_i * tensor` for each source that needs it, added to `onto_i` if given."""
     results: list[Tensor | None] = []
@@ -346,12 +376,14 @@ def _scaled(
         weight = weights[..., index : index + 1]
         if not need:
             results.append(None)
-        elif onto is None or onto[index] is None:
+            continue
+        before = None if onto is None else onto[index]
+        if before is None:
             results.append((tensor * weight).to(source.dtype))
         elif in_place:
-            results.append(onto[index].addcmul_(tensor, weight))
+            results.append(before.addcmul_(tensor, weight))
         else:
-            results.append(torch.addcmul(onto[index], tensor, weight).to(source.dtype))
+            results.append(torch.addcmul(before, tensor, weight).to(source.dtype))
     return results
 
 

@@ -9,6 +9,7 @@ import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ class NativeMix:
         """Refused: what is in C's memory stays on the CPU, where `can_use_native` found all."""
         raise ValueError(f"device: {device} is not the CPU")
 
-    def _run(self, arguments: tuple) -> None:
+    def _run(self, arguments: tuple[Any, ...]) -> None:
         threads = min(torch.get_num_threads(), self._tokens // _TOKENS_PER_THREAD)
         if threads <= 1:
             self._step(*arguments, 0, self._tokens)

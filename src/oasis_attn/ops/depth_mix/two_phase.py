@@ -186,4 +186,5 @@ def merge_recent(
     total = mixed_BTD * weights[0]
     for source_BTD, weight_BT1 in zip(recent, weights[len(weights) - len(recent) :], strict=True):
         total.addcmul_(source_BTD, weight_BT1, value=scale)
-    return total.to(mixed_BTD.dtype)
+    merged: Tensor = total.to(mixed_BTD.dtype)
+    return merged
