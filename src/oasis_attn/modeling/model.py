@@ -157,7 +157,8 @@ class OasisModel(Attached, OasisPreTrainedModel):
             cast(RoutedLayer, layer).attach(config, index)
         self.depth = DepthRouter(config) if config.residual == "depth" else None
         self.null_signal = null_signal_module(config)
-        self._keep_in_fp32_modules_strict |= {"depth", "null_signal"}
+        ours = {"depth": self.depth, "null_signal": self.null_signal}
+        self._keep_in_fp32_modules_strict |= {name for name, part in ours.items() if part}
         self._no_split_modules = [layer_class.__name__]
 
     @property
