@@ -18,7 +18,7 @@ from oasis_attn.records import Record
 from oasis_attn.report.glossary import glossary_page
 from oasis_attn.study.folder import StudyFolder
 from oasis_attn.training import TrainingConfig, train
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 DOCS = Path(__file__).parents[1] / "docs"
 

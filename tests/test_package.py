@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny import tiny_model
+from tiny_models import tiny_model
 
 
 def python(code, *args):

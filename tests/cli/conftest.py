@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from oasis_attn.cli import main
-from tiny import VOCABULARY, word_tokenizer
+from tiny_models import VOCABULARY, word_tokenizer
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tiny import tiny_config
+from tiny_models import tiny_config
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from oasis_attn.cli import app
 from oasis_attn.data import train_tokenizer
 from oasis_attn.evaluation import EvaluationConfig
 from oasis_attn.records import EvaluationRecord
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from oasis_attn.modeling.loading import load_model, quiet
 from oasis_attn.modeling.prefix import prefix_of
-from tiny import tiny_config
+from tiny_models import tiny_config
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from oasis_attn.modeling.loading import load_model, quiet
 from oasis_attn.quantization import linear_sites, quantized_modules, tensor_sites
 from oasis_attn.records import QuantizationRecord
-from tiny import tiny_config
+from tiny_models import tiny_config
 
 
 @pytest.fixture

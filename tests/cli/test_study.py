@@ -8,7 +8,7 @@ import pytest
 from oasis_attn.study.plan import Plan
 from oasis_attn.study.plan_file import load_plan, shipped_plans
 from oasis_attn.study.run import run_study
-from study import made
+from study import factories
 from study.test_run import Here
 
 SUBVERBS = ("plans", "run", "status", "table", "report", "cell")
@@ -19,7 +19,7 @@ def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("oasis_attn.study.run.prepare", lambda *_: None)
-        run_study(made.plan(), folder, launcher=Here(), show=False)
+        run_study(factories.plan(), folder, launcher=Here(), show=False)
     return str(folder)
 
 

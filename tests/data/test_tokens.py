@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from oasis_attn.data import load_corpus, token_blocks
 from oasis_attn.data.tokens import continuation_ids, joined_ids, prompt_ids
 from oasis_attn.errors import UserError
-from tokenizers_made import TEXT, byte_level, spaced
+from tokenizer_factories import TEXT, byte_level, spaced
 
 SPACED = ("prepend", "first", "always")
 PAIRS = [

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from oasis_attn.data import train_tokenizer
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 LENGTH = 256  # positions of the tiny models
 

@@ -10,7 +10,7 @@ from oasis_attn.evaluation.samples import SampleLog
 from oasis_attn.measure import diagnose
 from oasis_attn.measure.windows import cut_windows
 from oasis_attn.ops.token_losses import CHUNK, token_losses
-from tokenizers_made import byte_level, spaced
+from tokenizer_factories import byte_level, spaced
 
 TEXTS = ["Question: 1 2 3 apples. " * 4, "Answer: 3 2 1\n" * 6]
 

@@ -16,7 +16,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
 from oasis_attn.measure.depth import Depth
 from oasis_attn.modeling.depth_cache import RouterCall
-from tiny import VOCABULARY, tiny_model
+from tiny_models import VOCABULARY, tiny_model
 
 from .models import native, ours
 

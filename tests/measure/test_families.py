@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
-from tiny import VOCABULARY, tiny_config
+from tiny_models import VOCABULARY, tiny_config
 
 # Values narrower than keys, or a softcap: not for the fused kernel on the CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")

@@ -22,7 +22,7 @@ from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.modeling.families import family_of
 from oasis_attn.records import DiagnosisRecord
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 from .models import native, ours
 

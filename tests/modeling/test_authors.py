@@ -9,7 +9,7 @@ from authors_form import AuthorsForm
 from oasis_attn import OasisForCausalLM, UserError, convert
 from oasis_attn.data import train_tokenizer
 from oasis_attn.modeling.convert import convert_checkpoint
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 
 def exact_norm(self, x):

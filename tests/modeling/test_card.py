@@ -12,7 +12,7 @@ from oasis_attn.modeling.card import variant_of, write_card
 from oasis_attn.modeling.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
 from oasis_attn.records import Metric
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 RECORD = diagnosis(
     metrics=(

@@ -20,7 +20,7 @@ from transformers import (
 
 from oasis_attn import OasisForCausalLM, UserError
 from oasis_attn.data import train_tokenizer
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 MODELS = [
     ("oasis", "llama"), ("oasis_block", "qwen3"), ("softpick", "llama"), ("vanilla", "llama"),

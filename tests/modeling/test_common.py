@@ -15,7 +15,7 @@ from oasis_attn.modeling.task_heads import (
     OasisForTokenClassification,
 )
 from oasis_attn.modeling.variants import settings_of
-from tiny import VOCABULARY, tiny_config
+from tiny_models import VOCABULARY, tiny_config
 from transformers_common import UNPACKED, import_common
 
 if not UNPACKED:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache
 
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "official", "learned_sink", "softpick"]
 

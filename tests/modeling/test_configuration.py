@@ -8,7 +8,7 @@ from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert, varian
 from oasis_attn.modeling.configuration import SETTINGS
 from oasis_attn.modeling.subject import check_savable
 from oasis_attn.modeling.variants import settings_of
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("name", variants())

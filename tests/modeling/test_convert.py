@@ -13,7 +13,7 @@ from oasis_attn import OasisForCausalLM, UserError, convert, variants
 from oasis_attn.modeling.convert import NULL_OFF, convert_checkpoint, to_vanilla
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.prefix import attach_prefix, compute_prefix
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 INEXACT = {
     "official",

@@ -18,7 +18,7 @@ from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.weight_names import is_ours
-from tiny import cast, tiny_config, tiny_model
+from tiny_models import cast, tiny_config, tiny_model
 
 SINKS = [name for name, family in FAMILIES.items() if family.sinks]
 # Their native softcap or sinks are not in SDPA, and their eager softmax runs in float32.

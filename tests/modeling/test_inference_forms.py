@@ -10,7 +10,7 @@ from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.ops import native
 from oasis_attn.ops.depth_mix import NativeMix, TwoPhaseMix, cpu_native
 from oasis_attn.ops.null_attention import attend_one, null_attention
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "oasis_signal_off"]
 SETTINGS = [

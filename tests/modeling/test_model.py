@@ -10,7 +10,7 @@ from oasis_attn import UserError, variants
 from oasis_attn.modeling import attention
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.depth_cache import observe_depth
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 FAMILIES = ("llama", "qwen3", "phi3")
 CAUSAL = [name for name in variants() if name != "oasis_signal_shuffled"]  # a control that is not

@@ -7,7 +7,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 from oasis_attn import UserError
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.packing import is_one_sequence
-from tiny import tiny_model
+from tiny_models import tiny_model
 
 LENGTHS = (5, 12, 7)
 pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")

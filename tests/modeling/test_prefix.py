@@ -33,7 +33,7 @@ from oasis_attn.modeling.prefix import (
 )
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 from oasis_attn.modeling.subject import fingerprint
-from tiny import VOCABULARY, cast, tiny_config, tiny_model
+from tiny_models import VOCABULARY, cast, tiny_config, tiny_model
 
 TOKENS = (5, 6, 7)
 FAMILIES = ("llama", "gpt2", "opt", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "granite")

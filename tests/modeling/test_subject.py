@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM
 
 from oasis_attn.modeling.subject import describe_model, eval_mode, fingerprint
 from oasis_attn.quantization import quantize
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 
 def test_fingerprints_tell_what_models_compute():

@@ -21,7 +21,7 @@ from oasis_attn import OasisConfig, UserError, convert
 from oasis_attn.data import train_tokenizer
 from oasis_attn.modeling.model import OasisModel
 from oasis_attn.modeling.prefix import attach_prefix, compute_prefix, prefix_of
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 HEADS = {
     AutoModelForSequenceClassification: {"labels": torch.tensor([0, 2])},

@@ -20,7 +20,7 @@ from oasis_attn.modeling.sizes import text_config
 from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.training import TrainingConfig, train
-from tiny import tiny_config, tiny_model, word_tokenizer
+from tiny_models import tiny_config, tiny_model, word_tokenizer
 
 CODE = """
 from pathlib import Path

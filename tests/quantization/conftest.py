@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tiny import VOCABULARY
+from tiny_models import VOCABULARY
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from oasis_attn.quantization.linearize import linearize
 from oasis_attn.quantization.quantizers import observe_qparams
 from oasis_attn.quantization.sensitivity import measure_sensitivity, target_metrics
 from oasis_attn.quantization.simulate import transformed_copy
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 COUNTS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
 EAGER = ("llama4_text",)  # has no other implementation

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from double import IDS, native_model
+from float64_mode import IDS, native_model
 from oasis_attn.errors import UserError
 from oasis_attn.quantization import QuantSpec
 from oasis_attn.quantization.gptq import DAMPENING, gptq, inverse_factor, round_weight
@@ -16,7 +16,7 @@ from oasis_attn.quantization.primitives import QParams, fake_quantize, to_blocks
 from oasis_attn.quantization.quantizers import fake_quantize_dynamic, observe_qparams
 from oasis_attn.quantization.sites import linear_sites
 from oasis_attn.quantization.transforms import Rotation
-from tiny import tiny_model
+from tiny_models import tiny_model
 
 SPECS = {
     "channel": QuantSpec(bits=4, symmetric=True, granularity="channel"),

@@ -20,7 +20,7 @@ from oasis_attn.modeling.prefix import compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import QuantSpec, Scheme, quantize, quantized_modules, schemes
 from oasis_attn.quantization.hf_quantizer import OasisQuantizationConfig
 from oasis_attn.quantization.quantizers import StaticQuantizer
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 TABLE = schemes()
 ODD = QuantSpec(bits=3, symmetric=False, granularity="group", group_size=16)

@@ -13,7 +13,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import quiet
 from oasis_attn.quantization import QuantSpec, linear_sites, quantize, schemes
 from oasis_attn.quantization.int8 import Int8Linear, check_kernels, to_int8
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 utils = pytest.importorskip("torchao.utils", reason="torchao is not installed")
 CPU = torch.device("cpu")

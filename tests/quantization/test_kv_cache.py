@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.kv_cache import GROUP, QuantizedCache, pack, unpack
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 
 def wide(**changes):

@@ -15,7 +15,7 @@ from oasis_attn.quantization import linear_sites, quantize, quantized_modules, s
 from oasis_attn.quantization.coverage import float_weights, quantized_share
 from oasis_attn.quantization.linearize import linear_names, linearize
 from oasis_attn.quantization.simulate import transformed_copy
-from tiny import VOCABULARY, tiny_config
+from tiny_models import VOCABULARY, tiny_config
 
 TABLE = schemes()
 SCHEMES = {

@@ -23,7 +23,7 @@ from oasis_attn.quantization.prefix_search import (
     tune_prefix,
 )
 from oasis_attn.records import PrefixRecord
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 BOS = 1
 STATIC = schemes()["w8a8-static-linear"]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from double import IDS, double_logits, native_model, shaken
+from float64_mode import IDS, float64_logits, native_model, perturbed
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.variants import variants
@@ -20,7 +20,7 @@ from oasis_attn.quantization.hadamard import hadamard, is_order
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual
 from oasis_attn.quantization.transforms import Rotation
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 ROTATES = {
     *("apertus", "arcee", "cwm", "ernie4_5", "gemma", "glm", "granite", "granite_swa", "helium"),
@@ -41,7 +41,7 @@ def rotated(model, seed=1, way=rotate_residual):
 def check_same(model, way=rotate_residual):
     rotated_model = rotated(model, way=way)
     torch.testing.assert_close(
-        double_logits(rotated_model), double_logits(model), rtol=0, atol=1e-10
+        float64_logits(rotated_model), float64_logits(model), rtol=0, atol=1e-10
     )
     return rotated_model
 
@@ -75,13 +75,13 @@ def test_which_inputs_are_rotated_at_inference_time(way):
 
 @pytest.mark.parametrize("variant", [name for name in variants() if "shuffled" not in name])
 def test_a_variant_is_unchanged(variant):
-    check_same(shaken(tiny_model(variant, dtype=torch.float64)))
+    check_same(perturbed(tiny_model(variant, dtype=torch.float64)))
 
 
 def test_blocks_of_sources_biases_and_odd_widths():
     odd = {"hidden_size": 44, "intermediate_size": 52, "head_dim": 10}
     text = tiny_config("qwen2", initializer_range=0.2, **odd)
-    check_same(shaken(tiny_model("oasis", dtype=torch.float64, text=text, depth_block_size=3)))
+    check_same(perturbed(tiny_model("oasis", dtype=torch.float64, text=text, depth_block_size=3)))
 
 
 def test_a_tied_head_is_untied_and_stays_so():

@@ -12,7 +12,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.quantization import linear_sites, quantize, quantized_modules, schemes
 from oasis_attn.quantization.quantizers import fake_quantize_dynamic
 from oasis_attn.quantization.sensitivity import measure_sensitivity, perplexity, target_metrics
-from tiny import VOCABULARY, tiny_config
+from tiny_models import VOCABULARY, tiny_config
 
 TABLE = schemes()
 

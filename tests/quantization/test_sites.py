@@ -21,7 +21,7 @@ from oasis_attn.quantization import (
     tensor_sites,
 )
 from oasis_attn.quantization.quantizers import StaticQuantizer
-from tiny import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 SCHEME = schemes()["w8a8-static"]
 ATTENTION = ("self_attn:probabilities", "self_attn:context")

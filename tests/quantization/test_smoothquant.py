@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
-from double import IDS, double_logits, native_model, shaken
+from float64_mode import IDS, float64_logits, native_model, perturbed
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.smoothquant import smooth
-from tiny import tiny_model
+from tiny_models import tiny_model
 
 LAYER = "model.layers.1."
 pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
@@ -46,7 +46,7 @@ def test_a_family_is_unchanged(family):
     model = native_model(family)
     smoothed_model, _ = smoothed(model)
     torch.testing.assert_close(
-        double_logits(smoothed_model), double_logits(model), rtol=0, atol=1e-10
+        float64_logits(smoothed_model), float64_logits(model), rtol=0, atol=1e-10
     )
 
 
@@ -54,10 +54,10 @@ def test_a_family_is_unchanged(family):
     "variant", ["oasis", "gated_attention", "gated_elementwise", "official", "attn_residual_block"]
 )
 def test_a_variant_is_unchanged_and_everything_is_folded(variant):
-    model = shaken(tiny_model(variant, dtype=torch.float64))
+    model = perturbed(tiny_model(variant, dtype=torch.float64))
     smoothed_model, online = smoothed(model)
     torch.testing.assert_close(
-        double_logits(smoothed_model), double_logits(model), rtol=0, atol=1e-10
+        float64_logits(smoothed_model), float64_logits(model), rtol=0, atol=1e-10
     )
     assert not online
 

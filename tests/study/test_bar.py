@@ -10,9 +10,9 @@ from oasis_attn.study.page import tables_text
 from oasis_attn.study.results import Results
 from oasis_attn.study.tables import bar_summary
 from oasis_attn.study.verdict import judge
-from study import made
+from study import factories
 
-PLAN = made.plan(
+PLAN = factories.plan(
     variants=["vanilla", "gated_attention", "softpick", "oasis"],
     compare={"oasis": ["vanilla"]},
     bar=["oasis"],
@@ -37,7 +37,7 @@ def results(**changes) -> Results:
             for name, rows in (MEASURED | changes).items()
             if cell.row in rows
         }
-        records[cell] = made.record(cell, values)
+        records[cell] = factories.record(cell, values)
     return Results(PLAN, records)
 
 
@@ -75,17 +75,17 @@ def test_an_interval_that_crosses_the_limit_is_met_only():
         values = {m.name: m.value for m in record.metrics}
         if cell.row == "oasis":
             values["outlier.avg_kurtosis"] = (2.0, 20.0, 8.0)[cell.seed]
-        crossing[cell] = made.record(cell, values)
+        crossing[cell] = factories.record(cell, values)
     assert outcomes(Results(PLAN, crossing))["avg kurtosis against gated_attention"] == "met"
 
 
 def test_the_summary_has_a_row_for_each_variant_that_was_measured():
-    plan = made.plan(
+    plan = factories.plan(
         variants=["vanilla", "oasis", "softpick"], compare={}, bar=["oasis", "softpick"]
     )
     values = {"sink.rate@0.3": {"oasis": 0.1, "softpick": 0.0}}
     records = {
-        cell: made.record(cell, {"sink.rate@0.3": values["sink.rate@0.3"][cell.row]})
+        cell: factories.record(cell, {"sink.rate@0.3": values["sink.rate@0.3"][cell.row]})
         for cell in plan.cells
         if cell.row != "vanilla"
     }
@@ -102,4 +102,4 @@ def test_the_report_holds_it_and_a_row_must_be_of_the_plan():
     assert "| oasis | avg kurtosis against softpick | missed | 6 | +20.00% |" in text
     assert math.isnan(bar(Results(PLAN, {}), "oasis")[0].low)
     with pytest.raises(UserError, match="bar: 'oasys' is not one of"):
-        made.plan(bar=["oasys"])
+        factories.plan(bar=["oasys"])

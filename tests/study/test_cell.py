@@ -11,7 +11,7 @@ from oasis_attn.files import is_locked, lock
 from oasis_attn.records import Metric, TrialRecord
 from oasis_attn.study import cell as module
 from oasis_attn.study.cell import TIMES, differences, run_cell
-from study import made
+from study import factories
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_differences_names_what_differs_and_forgives_times(cell):
     other = replace(ENVIRONMENT, commit="a")
     nan = Metric(name="c", value=float("nan"))
     one = replace(
-        made.record(cell, {}),
+        factories.record(cell, {}),
         metrics=(Metric(name="a", value=1.0), Metric(name="b", value=2.0, where="x"), nan),
     )
     slow = Metric(name=TIMES[0], value=3.0)

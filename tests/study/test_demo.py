@@ -117,12 +117,12 @@ def test_wrong_values_are_told_before_any_work(tmp_path: Path) -> None:
 def test_a_pretrained_model_called_like_a_variant_keeps_its_row(folder, tmp_path) -> None:
     shutil.copytree(folder / "pretrained", tmp_path / "oasis")
     text = str(folder / "text.txt")
-    made = run_demo(
+    demo = run_demo(
         tmp_path / "out", pretrained=str(tmp_path / "oasis"), prose=text, corpus=text, window=32,
         windows=2, size=str(folder / "size"), block_length=32, batch_size=2, steps=1,
     )  # fmt: skip
-    assert list(made.models) == ["pretrained-oasis", *VARIANTS]
-    names = {record.model.name for record in made.models["oasis"].records}
+    assert list(demo.models) == ["pretrained-oasis", *VARIANTS]
+    names = {record.model.name for record in demo.models["oasis"].records}
     assert all(name.endswith(" oasis") for name in names)
 
 

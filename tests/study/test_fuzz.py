@@ -17,7 +17,7 @@ from oasis_attn.study.plan import Plan
 from oasis_attn.study.plan_file import parse_plan, plan_text
 from oasis_attn.study.results import Results
 from oasis_attn.study.verdict import judge
-from study import made
+from study import factories
 
 BOUNDED = settings(
     max_examples=150,
@@ -159,13 +159,13 @@ def test_any_json_is_a_record_or_refused(tmp_path, value):
 @settings(BOUNDED, max_examples=12)
 @given(data=st.data())
 def test_a_study_of_any_records_is_reported_or_refused(tmp_path_factory, data):
-    plan = made.plan(
+    plan = factories.plan(
         variants=["vanilla", "oasis"], compare={"oasis": ["vanilla"]}, corpora=["stdlib"], seeds=[0]
     )
     folder = StudyFolder.begin(tmp_path_factory.mktemp("study"), plan)
     for cell in plan.cells:
         values = {"perplexity.windowed": 20.0, "outlier.max_inf_norm": 3.0, "sink.mass": 0.1}
-        record = json.loads(made.record(cell, values).to_json())
+        record = json.loads(factories.record(cell, values).to_json())
         row = data.draw(st.sampled_from(record["metrics"]))
         row["value"] = data.draw(st.sampled_from([0.0, -1.0, 1e300, 1e-320, "nan", "inf", "-inf"]))
         if data.draw(st.booleans()):

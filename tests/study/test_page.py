@@ -8,7 +8,7 @@ from oasis_attn.study.folder import StudyFolder
 from oasis_attn.study.page import notes, standing, write_report
 from oasis_attn.study.tables import results_tables
 from oasis_attn.study.verdict import judge
-from study import made
+from study import factories
 
 
 def value(cell) -> float:
@@ -17,10 +17,10 @@ def value(cell) -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    plan = made.plan()
+    plan = factories.plan()
     folder = StudyFolder.begin(tmp_path_factory.mktemp("page") / "out", plan)
     names = ("outlier.max_inf_norm", "sink.mass")
-    for cell, record in made.results(plan, value, names).records.items():
+    for cell, record in factories.results(plan, value, names).records.items():
         record.save(folder.record_path(cell))
     return folder
 
@@ -30,7 +30,7 @@ def test_report_is_one_self_contained_page_with_tables_and_figures_beside_it(fol
     assert {path.name for path in written} == {"index.html", "tables.md", "changes-oasis.png"}
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"(?:src|href)=[\"']?http|<script|<link|@import|url\(http", page)
-    results = made.Results(folder.plan, folder.records())
+    results = factories.Results(folder.plan, folder.records())
     for table in results_tables(results, judge(results)):
         for row in table.rows:
             assert all(cell in page for cell in row if not re.search(r"[&<>']", cell))
@@ -52,16 +52,16 @@ def test_markdown_has_every_table_and_says_how_to_read_it(folder, tmp_path):
 
 
 def test_residual_forms_that_do_not_compare_are_told():
-    both = made.results(made.plan(), value)
+    both = factories.results(factories.plan(), value)
     forms = "sum: vanilla, clipped_softmax, gated_attention, softmax1; depth: attn_residual, oasis."
     assert forms in notes(both)[0]
     alone = {c: r for c, r in both.records.items() if c.row in ("vanilla", "softmax1")}
-    assert notes(made.Results(both.plan, alone)) == []
-    sigmoid = made.plan(variants=["oasis", "oasis_depth_sigmoid"], compare={}, noise_seeds=[])
-    assert ["Sigmoid" in note for note in notes(made.results(sigmoid, value))] == [True]
+    assert notes(factories.Results(both.plan, alone)) == []
+    sigmoid = factories.plan(variants=["oasis", "oasis_depth_sigmoid"], compare={}, noise_seeds=[])
+    assert ["Sigmoid" in note for note in notes(factories.results(sigmoid, value))] == [True]
 
 
 def test_what_is_missing_is_counted():
-    both = made.results(made.plan(), value)
+    both = factories.results(factories.plan(), value)
     part = dict(list(both.records.items())[:5])
-    assert standing(made.Results(both.plan, part)).startswith("5 of 38 cells: 6 variants x 2")
+    assert standing(factories.Results(both.plan, part)).startswith("5 of 38 cells: 6 variants x 2")

@@ -13,15 +13,15 @@ from oasis_attn.study.page import tables_text
 from oasis_attn.study.results import Results
 from oasis_attn.study.verdict import judge
 from oasis_attn.study.worker import run_alone
-from study import made
+from study import factories
 
 
 @pytest.fixture
 def whole(tmp_path):
     """A study with all of its records but one, as it is run."""
-    folder = StudyFolder.begin(tmp_path / "whole", made.plan(corpora=["stdlib"]))
+    folder = StudyFolder.begin(tmp_path / "whole", factories.plan(corpora=["stdlib"]))
     for cell in folder.plan.cells[:-1]:
-        record = made.record(cell, {"outlier.max_inf_norm": 1.5 + cell.seed, "null.mass": 0.1})
+        record = factories.record(cell, {"outlier.max_inf_norm": 1.5 + cell.seed, "null.mass": 0.1})
         local = Metric(name="outlier.inf_norm", value=float("inf"), where="layers.0")
         tables = {"null.mass": [[0.1, 0.2]], "loss": [{"step": 1, "loss": 2.0}]}
         record = replace(record, metrics=(*record.metrics, local), tables=tables)

@@ -21,7 +21,7 @@ from oasis_attn.study.launch import Cluster
 from oasis_attn.study.page import write_report
 from oasis_attn.study.run import run_study
 from oasis_attn.study.worker import run_alone
-from study import made
+from study import factories
 
 
 class Here:
@@ -42,7 +42,7 @@ class Here:
             path.parent.mkdir(exist_ok=True)
             path.write_text("Traceback\nsome reason\n\n")
         else:
-            made.record(cell, {"outlier.max_inf_norm": 1.0 + cell.seed}).save(
+            factories.record(cell, {"outlier.max_inf_norm": 1.0 + cell.seed}).save(
                 folder.record_path(cell)
             )
         return self

@@ -15,7 +15,7 @@ from oasis_attn.study.tables import (
     verdict_table,
 )
 from oasis_attn.study.verdict import BASELINES, CLAIMS, judge
-from study import made
+from study import factories
 
 NAMES = ("outlier.max_inf_norm", "perplexity.windowed@w8a8-static")
 
@@ -24,7 +24,7 @@ def value(cell) -> float:
     return (5.0 if cell.row == "oasis" else 10.0) + cell.seed / 10 + len(cell.corpus)
 
 
-RESULTS = made.results(made.plan(), value, NAMES)
+RESULTS = factories.results(factories.plan(), value, NAMES)
 
 
 def test_every_table_is_a_rectangle_and_says_n():

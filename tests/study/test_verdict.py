@@ -19,7 +19,7 @@ from oasis_attn.study.verdict import (
     decide,
     judge,
 )
-from study import made
+from study import factories
 
 LOWER = Prediction(measure="m", subject="a", against=("b",), sign=-1, size=-0.10)
 
@@ -81,8 +81,8 @@ def test_all_tests_of_a_claim_must_be_won(outcomes, verdict):
 
 
 def judged(value) -> dict[str, str]:
-    plan = made.plan()
-    results = made.results(plan, value)
+    plan = factories.plan()
+    results = factories.results(plan, value)
     return {v.claim.tests[0].measure: v.verdict for v in reversed(judge(results))}
 
 
@@ -118,17 +118,17 @@ def test_seeds_that_vary_more_than_variants_leave_it_undecided():
 
 
 def test_the_mean_of_baselines_is_taken_unit_by_unit():
-    plan = made.plan(noise_seeds=[])
+    plan = factories.plan(noise_seeds=[])
     worth = {row: 1.0 + index for index, row in enumerate(BASELINES)}
-    results = made.results(plan, lambda cell: worth.get(cell.row, 6.0) * (1 + cell.seed))
+    results = factories.results(plan, lambda cell: worth.get(cell.row, 6.0) * (1 + cell.seed))
     mean = next(c for c in results.comparisons("oasis") if c.against == MEAN)
     assert mean.numbers.n == 6
     assert mean.numbers.change == pytest.approx(6 / 3 - 1)
 
 
 def test_only_units_that_both_have_are_paired_and_noise_seeds_are_not_among_them():
-    plan = made.plan()
-    whole = made.results(plan, lambda cell: 1.0 + cell.seed)
+    plan = factories.plan()
+    whole = factories.results(plan, lambda cell: 1.0 + cell.seed)
     part = {
         cell: record
         for cell, record in whole.records.items()

@@ -18,7 +18,7 @@ from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training.anneal import HARMLESS, NullAnneal
 from oasis_attn.training.trainer import StagedTrainer
-from tiny import tiny_config, tiny_model
+from tiny_models import tiny_config, tiny_model
 
 
 def quiet(config: TrainingConfig) -> TrainingRecord:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from oasis_attn.training.outliers import OutlierPenalty, log_peak
-from tiny import VOCABULARY, tiny_model
+from tiny_models import VOCABULARY, tiny_model
 
 
 def test_values():

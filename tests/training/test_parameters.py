@@ -5,7 +5,7 @@ import pytest
 from oasis_attn.errors import UserError
 from oasis_attn.training.lora import adapt
 from oasis_attn.training.parameters import GROUPS, group_of, train_only, trained
-from tiny import tiny_model
+from tiny_models import tiny_model
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training import run as run_module
 from oasis_attn.training.trainer import StagedTrainer
-from tiny import tiny_config
+from tiny_models import tiny_config
 
 # Loss at steps 1, 5, 9, 13, 17.
 GOLDEN = {

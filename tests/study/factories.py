@@ -1,4 +1,4 @@
-"""Records of studies that were never run, their numbers made up."""
+"""Synthetic plans and records: no study is run, and the numbers are invented."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def plan(**changes) -> Plan:
     """Five baselines and OASIS, on two corpora."""
     rows = ("vanilla", "clipped_softmax", "gated_attention", "softmax1", "attn_residual", "oasis")
     fields = {
-        "name": "made",
-        "about": "Made up.",
+        "name": "synthetic",
+        "about": "Synthetic.",
         "variants": list(rows),
         "corpora": ["stdlib", "pydoc"],
         "seeds": [0, 1, 2],
@@ -49,7 +49,7 @@ def record(cell: Cell, values: dict[str, float]) -> TrialRecord:
     )  # fmt: skip
 
 
-def results(made: Plan, value, names=("outlier.max_inf_norm",)) -> Results:
-    """`value(cell)` as each of the named measures."""
-    records = {cell: record(cell, dict.fromkeys(names, value(cell))) for cell in made.cells}
-    return Results(made, records)
+def results(plan: Plan, value, names=("outlier.max_inf_norm",)) -> Results:
+    """Results in which every measure of `names` has the value `value(cell)`."""
+    records = {cell: record(cell, dict.fromkeys(names, value(cell))) for cell in plan.cells}
+    return Results(plan, records)

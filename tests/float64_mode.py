@@ -1,4 +1,4 @@
-"""float64 throughout: families compute norms and routers in float32, whatever they are given."""
+"""Run a model entirely in float64, although its norms and routers convert to float32."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
-from tiny import VOCABULARY, cast, tiny_config
+from tiny_models import VOCABULARY, cast, tiny_config
 
 IDS = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-class Double(TorchFunctionMode):
-    """While on, whoever asks for float32 gets float64."""
+class Float64Mode(TorchFunctionMode):
+    """While active, every conversion to float32 converts to float64 instead."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:
@@ -28,15 +28,15 @@ class Double(TorchFunctionMode):
 
 
 def native_model(family, **changes):
-    """A family's own model in float64, every weight off its start, norms and biases too."""
+    """The family's own transformers model in float64, with norms and biases perturbed."""
     torch.manual_seed(0)
     text = tiny_config(family, initializer_range=0.2, **changes)
-    return shaken(cast(AutoModelForCausalLM.from_config(text), torch.float64).eval())
+    return perturbed(cast(AutoModelForCausalLM.from_config(text), torch.float64).eval())
 
 
 @torch.no_grad()
-def shaken(model):
-    """`model` with gains, biases and sinks moved."""
+def perturbed(model):
+    """`model` with noise added to its gains, biases and sinks."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 or name.endswith("key_norm"):
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -44,6 +44,7 @@ def shaken(model):
 
 
 @torch.no_grad()
-def double_logits(model, ids=IDS):
-    with Double():
+def float64_logits(model, ids=IDS):
+    """Logits of `model`, computed in float64 throughout."""
+    with Float64Mode():
         return model(ids).logits

@@ -1,4 +1,4 @@
-"""Tiny models of every family, and variants whose routers have learned something."""
+"""Tiny models of every family and variant, with random weights, and a tokenizer for them."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 
 VOCABULARY = 97
-_OPTIONAL = {  # for the families that have them
+_OPTIONAL = {  # only for families that have these fields
     "n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "moe_intermediate_size": 16,
     "n_shared_experts": 1, "shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
@@ -21,7 +21,7 @@ _OPTIONAL = {  # for the families that have them
 
 
 def tiny_config(family="llama", **changes):
-    """Wide enough for every part of the family to act on a dozen tokens."""
+    """A config of `family`, just large enough that every feature acts on a dozen tokens."""
     keywords = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -38,7 +38,7 @@ def tiny_config(family="llama", **changes):
 
 
 def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, text=None, **settings):
-    """A model whose routers, sinks and betas are off their start, so that all parts act."""
+    """An OASIS model whose routers, sinks and betas are not at their initial values."""
     torch.manual_seed(seed)
     text = text or tiny_config(family, initializer_range=0.2)
     model = OasisForCausalLM(OasisConfig(text_config=text, **settings_of(variant) | settings))
@@ -52,14 +52,14 @@ def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, tex
 
 
 def cast(model, dtype):
-    """`model` in `dtype`, in float64 with experts in their plain form: the default has none."""
+    """`model` in `dtype`; in float64 with eager experts, because the default has no float64."""
     if dtype == torch.float64:
         model.set_experts_implementation("eager")
     return model.to(dtype)
 
 
 def word_tokenizer():
-    """Words w0, w1, ... are the tokens 0, 1, ...; w1 begins a text, w2 ends it."""
+    """Maps the words w0, w1, ... to the tokens 0, 1, ...; w1 is BOS and w2 is EOS."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")

@@ -1,4 +1,4 @@
-"""Small tokenizers of the forms that pretrained models come with."""
+"""Small tokenizers of the kinds that pretrained models use."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ TEXT = [
 
 
 def spaced(kind: str) -> PreTrainedTokenizerFast:
-    """One that puts a space, written as "\u2581", before every text.
+    """A tokenizer that puts a space, written as "\u2581", before every text.
 
     Args:
-        kind: `prepend` as Llama 2's: by its normalizer; `first` and `always`: by its Metaspace.
+        kind: `prepend` uses the normalizer, as Llama 2 does; `first` and `always` are the
+            schemes of the Metaspace pre-tokenizer.
     """
     inner = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     if kind == "prepend":
@@ -54,5 +55,5 @@ def spaced(kind: str) -> PreTrainedTokenizerFast:
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """That of models trained here: as GPT-2's, nothing put before a text but BOS."""
+    """The tokenizer of models trained here: byte-level, as GPT-2's; only BOS precedes a text."""
     return train_tokenizer([*TEXT, "\n\n\n" * 9], 330)
