@@ -76,7 +76,7 @@ def table(record: BenchmarkRecord) -> Table:
         numbers = f"{metric.value:.1%}", f"{low:.1%} to {high:.1%}", str(metric.n)
         rows.append((metric.where, *numbers))
     columns = ("scheme", "Pass@1", "95 % interval", "n")
-    return Table(title="", columns=columns, rows=tuple(rows), words=1)
+    return Table(title="", columns=columns, rows=tuple(rows), text_columns=1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.records import Record
 from oasis_attn.report.glossary import glossary_page
-from oasis_attn.study.folder import StudyFolder
+from oasis_attn.study.storage import StudyFolder
 from oasis_attn.training import TrainingConfig, train
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
@@ -121,7 +121,7 @@ def test_no_name_has_two_definitions(committed, fresh) -> None:
 def test_every_definition_is_whole() -> None:
     for each in GLOSSARY:
         assert each.definition
-        assert each.unit
+        assert each.condition
         assert each.protocol
         assert each.source
         assert each.better in ("lower", "higher", "")

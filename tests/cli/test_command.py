@@ -44,7 +44,7 @@ def test_version(oasis) -> None:
         (["train", "--out", "x", "--variant", "oasys"], "did you mean 'oasis'"),
         (["train", "--out", "x", "--size", "nani"], "did you mean 'nano'"),
         (["train", "--out", "x", "--steps", "0"], "steps: 0"),
-        (["train", "--out", "x", "--set", "null_logit"], "--set: 'null_logit'"),
+        (["train", "--out", "x", "--config", "null_logit"], "--config: 'null_logit'"),
         (["train", "--out", "x", "--corpus", "sdtlib"], "did you mean 'stdlib'"),
         (["diagnose", "./absent"], "./absent"),
         (["diagnose", "smollm2", "--corpus", "pydok"], "did you mean 'pydoc'"),
@@ -81,7 +81,7 @@ def test_version(oasis) -> None:
         (["prefix", "smollm2", "/proc/x"], "out: '/proc/x'"),
         (["demo", "--out", "/proc/x"], "out: '/proc/x'"),
         (["study", "run", "smoke", "--out", "/proc/x"], "out: '/proc/x'"),
-        (["study", "status", "[/x]"], "'[/x]' holds no plan.yaml"),
+        (["study", "status", "[/x]"], "'[/x]' contains no plan.yaml"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(

@@ -20,7 +20,7 @@ def vanilla(tmp_path, tokenizer):
 @torch.no_grad()
 def test_there_and_back(oasis, vanilla, tmp_path):
     ours, back = tmp_path / "ours", tmp_path / "back"
-    settings = ("--set", "depth_block_size=4", "--set", "null_signal=shuffled")
+    settings = ("--config", "depth_block_size=4", "--config", "null_signal=shuffled")
     code, shown = oasis("convert", vanilla, ours, *settings, "--dtype", "float64", "--json")
     facts = json.loads(shown.out)
     assert (code, facts["family"], facts["dtype"]) == (0, "llama", "float64")
@@ -37,7 +37,7 @@ def test_there_and_back(oasis, vanilla, tmp_path):
     ("arguments", "message"),
     [
         (("--variant", "entmax15"), "token_normalizer: 'entmax15' has no state"),
-        (("--set", "depth"), "--set: 'depth' is not NAME=VALUE"),
+        (("--config", "depth"), "--config: 'depth' is not NAME=VALUE"),
         (("--to-vanilla", "--variant", "oasis"), "it takes no variant"),
         (("--to-vanilla",), "is 'llama' already"),
     ],

@@ -27,7 +27,7 @@ STOPS = {
     "quantization.prefix_checkpoint": "load_model",
     "study.demo": "load_model",
     "study.run": "run_study",
-    "study.worker": "run_cell",
+    "study.worker": "run_trial",
     "training.run": "prepare",
 }
 NUMBERS = ["0", "1", "2", "-1", "1.5", "1e38", "inf", "-inf", "nan", "9" * 23, "1e-320", "", "x"]

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from oasis_attn.study.lookup import shipped_plans
 from oasis_attn.study.plan import Plan
-from oasis_attn.study.plan_file import load_plan, shipped_plans
+from oasis_attn.study.plan_file import load_plan
 from oasis_attn.study.run import run_study
 from study import factories
 from study.test_run import Here
 
-SUBVERBS = ("plans", "run", "status", "table", "report", "cell")
+SUBCOMMANDS = ("plans", "run", "status", "table", "report", "trial")
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +24,13 @@ def out(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.parametrize("verb", SUBVERBS)
-def test_every_verb_explains_itself_with_an_example(oasis, verb):
-    code, (out, _) = oasis("study", verb, "--help")
+@pytest.mark.parametrize("command", SUBCOMMANDS)
+def test_every_command_explains_itself_with_an_example(oasis, command):
+    code, (out, _) = oasis("study", command, "--help")
     assert code == 0
-    assert f"Example: oasis study {verb}" in " ".join(out.split())
+    assert f"Example: oasis study {command}" in " ".join(out.split())
     assert "--json" in out
-    assert "--tied" not in out
+    assert "--exit-with-parent" not in out
 
 
 @pytest.mark.parametrize(
@@ -40,15 +41,18 @@ def test_every_verb_explains_itself_with_an_example(oasis, verb):
         (["plans", "smokey"], "did you mean 'smoke'"),
         (["run", "absent.yaml", "--out", "x"], "absent.yaml"),
         (["run", "smoke"], "--out"),
-        (["run", "smoke", "--out", "x", "--workers", "0"], "workers: 0"),
-        (["run", "smoke", "--out", "x", "--set", "timeout_min=3"], "--set: it is for --cluster"),
+        (["run", "smoke", "--out", "x", "--workers", "0"], "--workers: 0"),
+        (
+            ["run", "smoke", "--out", "x", "--executor-option", "timeout_min=3"],
+            "requires --cluster",
+        ),
         (["run", "smoke", "--out", "x", "--cluster", "slrum"], "did you mean 'slurm'"),
-        (["status", "absent"], "'absent' holds no plan.yaml"),
-        (["table", "absent"], "'absent' holds no plan.yaml"),
-        (["report", "absent"], "'absent' holds no plan.yaml"),
-        (["cell", "smoke", "x"], "has no place for the record"),
-        (["cell", "smoke", "x", "--out", "y.json"], "'x' is not one of"),
-        (["cell", "smoke", "x", "--check", "absent.json"], "absent.json"),
+        (["status", "absent"], "'absent' contains no plan.yaml"),
+        (["table", "absent"], "'absent' contains no plan.yaml"),
+        (["report", "absent"], "'absent' contains no plan.yaml"),
+        (["trial", "smoke", "x"], "'smoke' is a plan"),
+        (["trial", "smoke", "x", "--out", "y.json"], "'x' is not one of"),
+        (["trial", "smoke", "x", "--check", "absent.json"], "absent.json"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2_and_writes_nothing(
@@ -85,9 +89,9 @@ def test_status_table_and_report(oasis, out, tmp_path):
     assert (code, "38" in said) == (0, True)
     code, (said, _) = oasis("study", "table", out, "--json")
     assert code == 0
-    assert json.loads(said)["verdict"][0]["findings"][0]["numbers"]["n"] == 6
+    assert json.loads(said)["verdicts"][0]["results"][0]["comparison"]["n"] == 6
     code, (said, _) = oasis("study", "table", out)
-    assert (code, "The paper's claims" in said) == (0, True)
+    assert (code, "Claims of the paper" in said) == (0, True)
     page = tmp_path / "page.html"
     code, (said, _) = oasis("study", "report", out, "--page", str(page), "--json")
     assert (code, str(page) in json.loads(said)) == (0, True)
@@ -95,18 +99,18 @@ def test_status_table_and_report(oasis, out, tmp_path):
 
 
 def test_a_record_is_not_compared_with_itself(oasis, out):
-    record = next(Path(out, "cells").glob("*.json"))
-    code, (_, err) = oasis("study", "cell", out, record.stem, "--check", record)
+    record = next(Path(out, "trials").glob("*.json"))
+    code, (_, err) = oasis("study", "trial", out, record.stem, "--check", record)
     assert (code, err.count("\n")) == (2, 1)
-    assert "out: it is needed with check" in err
-    code, (_, err) = oasis("study", "report", out, "--page", Path(out, "cells"))
+    assert "--out: required with check" in err
+    code, (_, err) = oasis("study", "report", out, "--page", Path(out, "trials"))
     assert (code, err.count("\n")) == (2, 1)
     assert "is a folder" in err
 
 
-def test_a_study_with_cells_left_ends_with_code_1(oasis, monkeypatch, tmp_path):
+def test_a_study_with_unfinished_trials_ends_with_code_1(oasis, monkeypatch, tmp_path):
     monkeypatch.setattr("oasis_attn.study.run.prepare", lambda *_: None)
-    monkeypatch.setattr("oasis_attn.study.run.Processes", lambda: Here(bad=("oasis",)))
+    monkeypatch.setattr("oasis_attn.study.run.ProcessLauncher", lambda: Here(bad=("oasis",)))
     code, (said, _) = oasis("study", "run", "smoke", "--out", str(tmp_path / "o"), "--json")
     assert code == 1
     assert json.loads(said)["left"] == 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 from example_records import ENVIRONMENT, TEXT, model_info
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.records import BlocksInfo, Metric, TrialRecord
-from oasis_attn.study.cell import TIMES
-from oasis_attn.study.plan import Cell, Plan
+from oasis_attn.study.plan import Plan, Trial
 from oasis_attn.study.results import Results
+from oasis_attn.study.trial import TIMES
 
 
 def plan(**changes) -> Plan:
@@ -26,11 +26,11 @@ def plan(**changes) -> Plan:
     return Plan.from_dict(fields | changes)
 
 
-def record(cell: Cell, values: dict[str, float]) -> TrialRecord:
-    settings = {"depth_normalizer": "softmax1"} | settings_of(cell.variant)
+def record(trial: Trial, values: dict[str, float]) -> TrialRecord:
+    settings = {"depth_normalizer": "softmax1"} | settings_of(trial.base)
     return TrialRecord(
-        model=model_info(cell.id, variant=cell.row, config=settings),
-        trial=cell.to_dict(),
+        model=model_info(trial.id, variant=trial.variant, config=settings),
+        trial=trial.to_dict(),
         command="again",
         trained_parameters=1,
         targets={},
@@ -39,7 +39,7 @@ def record(cell: Cell, values: dict[str, float]) -> TrialRecord:
         train_corpus_sha256="0",
         data=TEXT,
         calibration_windows=2,
-        seed=cell.seed,
+        seed=trial.seed,
         metrics=tuple(
             Metric(name=name, value=value)
             for name, value in (values | dict.fromkeys(TIMES, 10.0)).items()
@@ -50,6 +50,6 @@ def record(cell: Cell, values: dict[str, float]) -> TrialRecord:
 
 
 def results(plan: Plan, value, names=("outlier.max_inf_norm",)) -> Results:
-    """Results in which every measure of `names` has the value `value(cell)`."""
-    records = {cell: record(cell, dict.fromkeys(names, value(cell))) for cell in plan.cells}
+    """Results in which every measure of `names` has the value `value(trial)`."""
+    records = {trial: record(trial, dict.fromkeys(names, value(trial))) for trial in plan.trials}
     return Results(plan, records)

@@ -64,7 +64,7 @@ def test_every_model_has_every_number_of_the_table(demo: Demo) -> None:
     assert list(numbers) == ["pretrained", *VARIANTS]
     assert all(list(row) == list(COLUMNS) for row in numbers.values())
     assert len(demo.table.rows) == 4
-    assert "-" not in {cell for row in demo.table.rows for cell in row}
+    assert "-" not in {text for row in demo.table.rows for text in row}
 
 
 def test_models_are_measured_alike_and_never_on_what_calibrated_them(demo: Demo) -> None:
@@ -96,7 +96,7 @@ def test_the_folder_holds_page_records_and_figures(demo: Demo, folder: Path) -> 
 def test_the_page_states_what_the_records_hold(demo: Demo, folder: Path) -> None:
     page = (folder / "out" / "index.html").read_text(encoding="utf-8")
     for row in demo.table.rows:
-        assert all(f">{cell}</td>" in page for cell in row)
+        assert all(f">{text}</td>" in page for text in row)
     assert json.dumps(demo.numbers())
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from example_records import diagnosis
 from oasis_attn.errors import UserError
 from oasis_attn.records import Metric, Record
-from oasis_attn.study.folder import StudyFolder
-from oasis_attn.study.page import tables_text
 from oasis_attn.study.plan import Plan
 from oasis_attn.study.plan_file import parse_plan, plan_text
 from oasis_attn.study.results import Results
+from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.study_report import tables_text
 from oasis_attn.study.verdict import judge
 from study import factories
 
@@ -26,7 +26,7 @@ BOUNDED = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 WORDS = [
-    "vanilla", "oasis", "stdlib", "nano", "arith", "w4a4", "variant", "settings", "training",
+    "vanilla", "oasis", "stdlib", "nano", "arith", "w4a4", "base", "overrides", "training",
     "steps", "learning_rate", "limit", "null_logit", "", "a\0b", "../x", "a" * 5000,
 ]  # fmt: skip
 LEAVES = st.one_of(
@@ -46,7 +46,7 @@ VALUES = st.recursive(
 PLAN = {
     "name": "tiny",
     "about": "Nothing.",
-    "variants": {"vanilla": None, "mine": {"variant": "oasis", "settings": {"null_logit": 1.0}}},
+    "variants": {"vanilla": None, "mine": {"base": "oasis", "overrides": {"null_logit": 1.0}}},
     "corpora": {"stdlib": ["arith"], "pydoc": []},
     "seeds": [0, 1],
     "noise_seeds": [2],
@@ -57,6 +57,7 @@ PLAN = {
     "windows": 3,
     "threads": 1,
     "schemes": ["w4a4"],
+    "candidates": ["mine"],
     "evaluation": {"limit": 2},
 }
 TRAINING = ["block_length", "batch_size", "learning_rate", "trainable", "lora_rank", "warmup",
@@ -163,16 +164,16 @@ def test_a_study_of_any_records_is_reported_or_refused(tmp_path_factory, data):
         variants=["vanilla", "oasis"], compare={"oasis": ["vanilla"]}, corpora=["stdlib"], seeds=[0]
     )
     folder = StudyFolder.begin(tmp_path_factory.mktemp("study"), plan)
-    for cell in plan.cells:
+    for trial in plan.trials:
         values = {"perplexity.windowed": 20.0, "outlier.max_inf_norm": 3.0, "sink.mass": 0.1}
-        record = json.loads(factories.record(cell, values).to_json())
+        record = json.loads(factories.record(trial, values).to_json())
         row = data.draw(st.sampled_from(record["metrics"]))
         row["value"] = data.draw(st.sampled_from([0.0, -1.0, 1e300, 1e-320, "nan", "inf", "-inf"]))
         if data.draw(st.booleans()):
             part = data.draw(st.sampled_from(["metrics", "model", "environment", "created"]))
             record[part] = data.draw(changed(record[part]))
-        folder.record_path(cell).parent.mkdir(exist_ok=True)
-        folder.record_path(cell).write_text(json.dumps(record))
+        folder.record_path(trial).parent.mkdir(exist_ok=True)
+        folder.record_path(trial).write_text(json.dumps(record))
     accepted(folder.status)
     results = accepted(lambda: Results(plan, folder.records()))
     if results is not None:

@@ -8,8 +8,9 @@ import pytest
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.variants import variants
+from oasis_attn.study.lookup import shipped_plans
 from oasis_attn.study.plan import Plan
-from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text, shipped_plans
+from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text
 from oasis_attn.study.verdict import BASELINES
 
 
@@ -18,7 +19,7 @@ def test_every_shipped_plan_can_be_run():
     for name in shipped_plans():
         plan = load_plan(name)
         assert plan.name == name
-        assert len({cell.id for cell in plan.cells}) == len(plan.cells)
+        assert len({trial.id for trial in plan.trials}) == len(plan.trials)
         assert parse_plan(plan_text(plan), name) == plan
 
 
@@ -33,8 +34,8 @@ def test_isolate_crosses_token_and_depth_normalisers_with_the_signal():
     plan = load_plan("isolate")
     table = variants()
     seen = set()
-    for row in plan.variants.values():
-        s = table[row["variant"]] | row["settings"]
+    for entry in plan.variants.values():
+        s = table[entry["base"]] | entry["overrides"]
         depth = s["depth_normalizer"] if s["residual"] != "sum" else "none"
         block = s.get("depth_block_size", 1)
         seen.add((s["token_normalizer"], depth, s["null_signal"], s["residual"], block))
@@ -46,21 +47,21 @@ def test_isolate_crosses_token_and_depth_normalisers_with_the_signal():
     }
     full |= {(token, "none", "off", "sum", 1) for token in ("softmax", "softmax1")}
     assert full <= seen
-    assert {s[3] for s in seen} == {"sum", "depth", "official"}
+    assert {s[3] for s in seen} == {"sum", "depth", "authors"}
     assert {s[2] for s in seen if s[4] == 4} == {"off", "on", "shuffled"}
 
 
-def test_cells_are_the_grid_seed_by_seed_and_noise_seeds_of_the_reference_only(tiny):
+def test_trials_are_ordered_by_seed_and_noise_seeds_are_for_the_reference_only(tiny):
     plan = tiny(seeds=[0, 1], noise_seeds=[5])
-    assert [(cell.seed, cell.row) for cell in plan.cells] == [
+    assert [(trial.seed, trial.variant) for trial in plan.trials] == [
         (0, "vanilla"), (0, "oasis"), (1, "vanilla"), (1, "oasis"), (5, "vanilla"),
     ]  # fmt: skip
 
 
-def test_an_id_changes_with_whatever_changes_the_cell(tiny, corpus):
-    cell = tiny().cells[0]
-    assert cell.id == tiny().cells[0].id
-    assert cell.id.startswith("sums-tiny-vanilla-s0-")
+def test_an_id_depends_on_every_field_of_the_trial(tiny, corpus):
+    trial = tiny().trials[0]
+    assert trial.id == tiny().trials[0].id
+    assert trial.id.startswith("sums-tiny-vanilla-s0-")
     changes = (
         {"windows": 4},
         {"threads": 2},
@@ -69,12 +70,12 @@ def test_an_id_changes_with_whatever_changes_the_cell(tiny, corpus):
         {"evaluation": {"limit": 3}},
         {"corpora": [corpus]},
     )
-    ids = {cell.id} | {tiny(**change).cells[0].id for change in changes}
+    ids = {trial.id} | {tiny(**change).trials[0].id for change in changes}
     assert len(ids) == 1 + len(changes)
 
 
 def test_a_plan_goes_through_yaml_and_json(tiny):
-    plan = tiny(variants={"vanilla": None, "off": {"variant": "oasis_signal_off"}}, compare={})
+    plan = tiny(variants={"vanilla": None, "off": {"base": "oasis_signal_off"}}, compare={})
     assert parse_plan(plan_text(plan), "x") == plan
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
@@ -84,14 +85,14 @@ def test_text_that_looks_like_a_number_stays_text(tiny):
         assert parse_plan(plan_text(tiny(name=name)), "x").name == name
 
 
-def test_a_row_may_have_rates_of_its_own(tiny):
-    fast = {"variant": "oasis", "training": {"learning_rates": {"beta": 0.1}}}
-    plan = tiny(variants={"vanilla": None, "fast": fast}, compare={})
-    vanilla, row = plan.cells[:2]
-    assert row.training == {**vanilla.training, "learning_rates": {"beta": 0.1}}
-    assert dict(row.training_config(Path("x")).rates)["beta"] == 0.1
+def test_a_variant_may_have_its_own_learning_rates(tiny):
+    entry = {"base": "oasis", "training": {"learning_rates": {"coupling": 0.1}}}
+    plan = tiny(variants={"vanilla": None, "fast": entry}, compare={})
+    vanilla, fast = plan.trials[:2]
+    assert fast.training == {**vanilla.training, "learning_rates": {"coupling": 0.1}}
+    assert dict(fast.training_config(Path("x")).rates)["coupling"] == 0.1
     with pytest.raises(UserError, match="training of 'fast': 'steps' is not one of learning_rate"):
-        tiny(variants={"fast": fast | {"training": {"steps": 3}}}, compare={}, noise_seeds=[])
+        tiny(variants={"fast": entry | {"training": {"steps": 3}}}, compare={}, noise_seeds=[])
 
 
 def test_yaml_is_read_as_of_version_1_2(tmp_path):
@@ -100,7 +101,7 @@ name: words
 about: x
 variants:
   vanilla:
-  mine: {variant: oasis, settings: {null_signal: off}}
+  mine: {base: oasis, overrides: {null_signal: off}}
 corpora: [pydoc]
 seeds: [0]
 compare: {}
@@ -108,7 +109,7 @@ training: {learning_rate: 4e-3, bf16: False}
 """
     (tmp_path / "plan.yaml").write_text(text)
     plan = load_plan(tmp_path / "plan.yaml")
-    assert plan.variants["mine"]["settings"] == {"null_signal": "off"}
+    assert plan.variants["mine"]["overrides"] == {"null_signal": "off"}
     assert plan.training == {"learning_rate": 0.004, "bf16": False}
 
 
@@ -119,18 +120,18 @@ training: {learning_rate: 4e-3, bf16: False}
         ({"name": 3}, "name: 3 is not text"),
         ({"about": None}, "field 'about' is missing"),
         ({"seedz": [1]}, "did you mean 'seeds'"),
-        ({"seeds": []}, "seeds: a study needs at least one"),
+        ({"seeds": []}, "seeds: a study requires at least one"),
         ({"seeds": 3}, "seeds: 3 is not a list"),
         ({"seeds": ["0"]}, "seeds: '0' is not a whole number"),
         ({"seeds": [True]}, "seeds: True is not a whole number"),
         ({"seeds": [-1]}, "seeds: -1"),
         ({"seeds": [2**32]}, "seeds: 4294967296 is not a whole number from 0 to"),
-        ({"corpora": {"pydoc": ["perplexity"]}}, "'perplexity' is measured in every study"),
+        ({"corpora": {"pydoc": ["perplexity"]}}, "every trial measures perplexity"),
         ({"training": {"bf16": "maybe"}}, "bf16: 'maybe' is neither true nor false"),
         ({"training": {"learning_rates": 3}}, "learning_rates: 3 does not map"),
         ({"training": {"trainable": 5}}, "trainable: 5 is not a list"),
-        ({"seeds": [1, 1]}, "names one twice"),
-        ({"noise_seeds": [0]}, "noise_seeds: 0 is among seeds"),
+        ({"seeds": [1, 1]}, "has duplicates"),
+        ({"noise_seeds": [0]}, "noise_seeds: 0 is already one of seeds"),
         ({"reference": "vanila", "noise_seeds": [3]}, "did you mean 'vanilla'"),
         ({"windows": 1}, "windows: 1"),
         ({"windows": 2.5}, "windows: 2.5"),
@@ -144,7 +145,7 @@ training: {learning_rate: 4e-3, bf16: False}
         ({"training": {"steps": 0}}, "steps: 0"),
         ({"training": {"vocab_size": 1.5}}, "vocab_size: 1.5 is not a whole number"),
         ({"training": {"learning_rate": 1e38}}, "learning_rate: 1e\\+38"),
-        ({"name": "a" * 5000}, "is not up to 64 letters"),
+        ({"name": "a" * 5000}, "is not a file name of at most 64 letters"),
         ({"seeds": [10**23]}, "seeds: 1000"),
         ({"windows": 10**23}, "windows: 1000"),
         ({"windows": 2.5}, "windows: 2.5 is not a whole number"),
@@ -152,19 +153,19 @@ training: {learning_rate: 4e-3, bf16: False}
         ({"evaluation": {"limmit": 3}}, "did you mean 'limit'"),
         ({"evaluation": {"limit": 0}}, "limit: 0"),
         ({"variants": ["vanila", "oasis"]}, "did you mean 'vanilla'"),
-        ({"variants": {"vanilla": {"settings": {"null_logit": 1}}}}, "'vanilla' is the name of"),
-        ({"variants": {"mine": {"variant": "oasis", "set": {}}}}, "settings"),
+        ({"variants": {"vanilla": {"overrides": {"null_logit": 1}}}}, "requires another name"),
+        ({"variants": {"mine": {"base": "oasis", "set": {}}}}, "overrides"),
         (
-            {"variants": {"mine": {"variant": "oasis", "settings": {"null_logits": 1}}}},
+            {"variants": {"mine": {"base": "oasis", "overrides": {"null_logits": 1}}}},
             "did you mean",
         ),
         (
-            {"variants": {"mine": {"variant": "vanilla", "settings": {"null_signal": "on"}}}},
+            {"variants": {"mine": {"base": "vanilla", "overrides": {"null_signal": "on"}}}},
             "null_signal",
         ),
         ({"compare": {"oasys": ["vanilla"]}}, "did you mean 'oasis'"),
-        ({"compare": {"oasis": ["oasis"]}}, "needs rows other than itself"),
-        ({"compare": {"oasis": []}}, "needs rows other than itself"),
+        ({"compare": {"oasis": ["oasis"]}}, "requires baselines other than itself"),
+        ({"compare": {"oasis": []}}, "requires baselines other than itself"),
     ],
 )
 def test_a_wrong_plan_is_one_clear_error(plain, changes, message):
@@ -179,10 +180,10 @@ def test_a_wrong_plan_is_one_clear_error(plain, changes, message):
     ("text", "message"),
     [
         ("seeds: [1", "is not YAML"),
-        ("seeds: [1]\nseeds: [2]", "'seeds' twice"),
-        ("[1]", "not a mapping"),
-        ("", "not a mapping"),
-        ("? [a, b]\n: c", "a key that is no word"),
+        ("seeds: [1]\nseeds: [2]", "duplicate key 'seeds'"),
+        ("[1]", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("? [a, b]\n: c", "a key that is not a scalar"),
         ("name: !!python/object:os.system x", "is not YAML"),
     ],
 )
@@ -193,7 +194,7 @@ def test_a_broken_file_is_named(tmp_path, text, message):
         load_plan(path)
 
 
-def test_an_unknown_plan_is_told_with_the_nearest():
+def test_an_error_for_an_unknown_plan_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'smoke'"):
         load_plan("smokey")
     with pytest.raises(UserError, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""A published study: compact records that say what the whole ones say of a whole model."""
+"""A published study: compact records keep all whole-model metrics."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 
 from oasis_attn.errors import UserError
 from oasis_attn.records import Metric
-from oasis_attn.study.folder import StudyFolder
-from oasis_attn.study.page import tables_text
 from oasis_attn.study.results import Results
+from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.study_report import tables_text
 from oasis_attn.study.verdict import judge
 from oasis_attn.study.worker import run_alone
 from study import factories
@@ -18,14 +18,16 @@ from study import factories
 
 @pytest.fixture
 def whole(tmp_path):
-    """A study with all of its records but one, as it is run."""
+    """A study in which all trials but one are finished."""
     folder = StudyFolder.begin(tmp_path / "whole", factories.plan(corpora=["stdlib"]))
-    for cell in folder.plan.cells[:-1]:
-        record = factories.record(cell, {"outlier.max_inf_norm": 1.5 + cell.seed, "null.mass": 0.1})
+    for trial in folder.plan.trials[:-1]:
+        record = factories.record(
+            trial, {"outlier.max_inf_norm": 1.5 + trial.seed, "null.mass": 0.1}
+        )
         local = Metric(name="outlier.inf_norm", value=float("inf"), where="layers.0")
         tables = {"null.mass": [[0.1, 0.2]], "loss": [{"step": 1, "loss": 2.0}]}
         record = replace(record, metrics=(*record.metrics, local), tables=tables)
-        record.save(folder.record_path(cell))
+        record.save(folder.record_path(trial))
     return folder
 
 
@@ -38,8 +40,8 @@ def published(whole, tmp_path):
 def test_whole_model_metrics_tables_and_verdicts_are_kept(whole, published):
     one, other = (Results(each.plan, each.records()) for each in (whole, published))
     assert tables_text(one, judge(one)) == tables_text(other, judge(other))
-    for cell, record in published.records().items():
-        before = one.records[cell]
+    for trial, record in published.records().items():
+        before = one.records[trial]
         assert record.metrics == before.metrics[:-1]
         assert record.tables == {"null.mass": [[0.1, 0.2]]}
         assert replace(record, metrics=(), tables={}) == replace(before, metrics=(), tables={})
@@ -52,16 +54,16 @@ def test_publishing_again_changes_nothing(published, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (published.path / name).read_bytes()
 
 
-def test_another_study_takes_the_records_over(published, tmp_path):
+def test_another_study_reuses_the_records(published, tmp_path):
     fresh = StudyFolder.begin(tmp_path / "fresh", published.plan)
-    fresh.take_over(published)
+    fresh.copy_from(published)
     assert fresh.records() == published.records()
-    assert fresh.missing() == published.missing() == [published.plan.cells[-1]]
+    assert fresh.missing() == published.missing() == [published.plan.trials[-1]]
 
 
-def test_a_rerun_is_compared_with_the_folders_record_or_told_there_is_none(published, tmp_path):
-    absent = published.plan.cells[-1].id
-    with pytest.raises(UserError, match=f"check: .* has no record of '{absent}'"):
+def test_a_rerun_is_compared_with_the_record_of_the_folder_if_there_is_one(published, tmp_path):
+    absent = published.plan.trials[-1].id
+    with pytest.raises(UserError, match=f"check: .* contains no record of '{absent}'"):
         run_alone(str(published.path), absent, out=tmp_path / "r.json", check=published.path)
 
 

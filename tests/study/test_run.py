@@ -1,4 +1,4 @@
-"""Scheduling, with cells run in this process; then the same with real ones, killed and on a
+"""Scheduling, with trials run in this process; then the same with real ones, killed and on a
 cluster."""
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import lock
 from oasis_attn.records import Record
 from oasis_attn.study import run as runs
-from oasis_attn.study.cell import differences
-from oasis_attn.study.folder import StudyFolder
-from oasis_attn.study.launch import Cluster
-from oasis_attn.study.page import write_report
+from oasis_attn.study.launch import ClusterLauncher
 from oasis_attn.study.run import run_study
+from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.study_report import write_report
+from oasis_attn.study.trial import differences
 from oasis_attn.study.worker import run_alone
 from study import factories
 
 
 class Here:
-    """Runs each cell at once; `bad` ones fail, and no more than `most` may run at a time."""
+    """Runs each trial at once; `bad` ones fail, and no more than `most` may run at a time."""
 
     def __init__(self, bad=(), most=1):
         self.bad, self.most, self.ran, self.open = bad, most, [], 0
@@ -33,17 +33,17 @@ class Here:
     def begin(self, folder):
         pass
 
-    def start(self, folder, cell):
+    def start(self, folder, trial):
         self.open += 1
         assert self.open <= self.most
-        self.ran.append(cell)
-        if cell.row in self.bad:
-            path = folder.failure_path(cell)
+        self.ran.append(trial)
+        if trial.variant in self.bad:
+            path = folder.failure_path(trial)
             path.parent.mkdir(exist_ok=True)
             path.write_text("Traceback\nsome reason\n\n")
         else:
-            factories.record(cell, {"outlier.max_inf_norm": 1.0 + cell.seed}).save(
-                folder.record_path(cell)
+            factories.record(trial, {"outlier.max_inf_norm": 1.0 + trial.seed}).save(
+                folder.record_path(trial)
             )
         return self
 
@@ -64,45 +64,49 @@ def _no_preparing(monkeypatch, request):
         monkeypatch.setattr("oasis_attn.study.run.prepare", lambda *_: None)
 
 
-def test_every_cell_is_run_once_and_a_rerun_runs_none(tiny, tmp_path, capfd):
+def test_every_trial_is_run_once_and_a_rerun_runs_none(tiny, tmp_path, capfd):
     plan, here = tiny(seeds=[0, 1, 2]), Here(most=2)
     status = run_study(plan, tmp_path / "out", workers=2, launcher=here)
-    assert here.ran == list(plan.cells)
+    assert here.ran == list(plan.trials)
     assert (len(status.done), status.left, status.failed) == (6, 0, {})
-    assert status.seconds_per_cell == 10.0
+    assert status.seconds_per_trial == 10.0
     assert not (tmp_path / "out" / "work").exists()
-    assert capfd.readouterr().err.count("\n") == 6  # a line per cell: no terminal
+    assert capfd.readouterr().err.count("\n") == 6  # one per trial; not a terminal
     again = Here()
     assert run_study(plan, tmp_path / "out", launcher=again, show=False) == status
     assert again.ran == []
 
 
-def test_cells_that_another_study_has_finished_are_taken_over(tiny, tmp_path):
+def test_trials_of_another_study_are_reused(tiny, tmp_path):
     run_study(tiny(seeds=[0, 1]), tmp_path / "one", launcher=Here(), show=False)
     here, plan = Here(), tiny(name="two", seeds=[1, 2])
-    with pytest.raises(UserError, match=r"absent' holds no plan\.yaml"):
-        run_study(plan, tmp_path / "two", reuse=[tmp_path / "absent"], launcher=here, show=False)
+    with pytest.raises(UserError, match=r"absent' contains no plan\.yaml"):
+        run_study(
+            plan, tmp_path / "two", reuse_from=[tmp_path / "absent"], launcher=here, show=False
+        )
     assert not (tmp_path / "two").exists()
-    status = run_study(plan, tmp_path / "two", reuse=[tmp_path / "one"], launcher=here, show=False)
-    assert [cell.seed for cell in here.ran] == [2, 2]
+    status = run_study(
+        plan, tmp_path / "two", reuse_from=[tmp_path / "one"], launcher=here, show=False
+    )
+    assert [trial.seed for trial in here.ran] == [2, 2]
     assert status.left == 0
-    name = f"{plan.cells[0].id}.json"
-    taken, theirs = (tmp_path / study / "cells" / name for study in ("two", "one"))
+    name = f"{plan.trials[0].id}.json"
+    taken, theirs = (tmp_path / study / "trials" / name for study in ("two", "one"))
     assert taken.read_bytes() == theirs.read_bytes()
 
 
-def test_a_failed_cell_holds_up_no_other_and_is_tried_again(tiny, tmp_path):
+def test_a_failed_trial_does_not_stop_others_and_is_run_again(tiny, tmp_path):
     plan, here = tiny(seeds=[0, 1]), Here(bad=("oasis",))
     status = run_study(plan, tmp_path / "out", launcher=here, show=False)
     assert (len(here.ran), len(status.done), status.left) == (4, 2, 2)
     assert set(status.failed.values()) == {"some reason"}
     again = Here()
     status = run_study(plan, tmp_path / "out", launcher=again, show=False)
-    assert {cell.row for cell in again.ran} == {"oasis"}
+    assert {trial.variant for trial in again.ran} == {"oasis"}
     assert (status.left, status.failed) == (0, {})
 
 
-def test_a_cell_gone_on_with_tells_nothing_of_how_long_one_takes(tiny, tmp_path, capfd):
+def test_a_resumed_trial_does_not_count_for_the_remaining_time(tiny, tmp_path, capfd):
     class Slow(Here):
         def ended(self):
             time.sleep(0.3)
@@ -110,14 +114,14 @@ def test_a_cell_gone_on_with_tells_nothing_of_how_long_one_takes(tiny, tmp_path,
 
     plan = tiny(seeds=[0, 1])
     folder = StudyFolder.begin(tmp_path, plan)
-    folder.work_path(plan.cells[0]).mkdir(parents=True)
+    folder.work_path(plan.trials[0]).mkdir(parents=True)
     run_study(plan, tmp_path, launcher=Slow())
     first, second, *_ = capfd.readouterr().err.splitlines()
-    assert "left" not in first  # no whole cell yet
+    assert "left" not in first  # no whole trial yet
     assert "about 0 h 00 min left" in second
 
 
-def test_an_interruption_ends_the_cells_that_run(tiny, tmp_path):
+def test_an_interruption_stops_running_trials(tiny, tmp_path):
     class Interrupted(Here):
         stopped = 0
 
@@ -135,7 +139,7 @@ def test_an_interruption_ends_the_cells_that_run(tiny, tmp_path):
 
 def test_a_folder_keeps_to_its_plan(tiny, tmp_path):
     run_study(tiny(), tmp_path / "out", launcher=Here(), show=False)
-    with pytest.raises(UserError, match="other windows: 3"):
+    with pytest.raises(UserError, match="whose windows is different: 3"):
         run_study(tiny(windows=4), tmp_path / "out", launcher=Here(), show=False)
 
 
@@ -153,37 +157,37 @@ def test_a_plan_half_written_is_written_again(tiny, tmp_path):
 
 
 def test_no_two_run_a_study_at_once(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "PATIENCE", 0.0)
+    monkeypatch.setattr(runs, "LOCK_TIMEOUT", 0.0)
     StudyFolder.begin(tmp_path, tiny())
     place = tmp_path / "work" / "study.lock"
     with lock(place, "it"), pytest.raises(UserError, match="another process"):
         run_study(tiny(), tmp_path, launcher=Here())
 
 
-def test_a_record_of_another_cell_is_refused(tiny, tmp_path):
+def test_a_record_of_another_trial_is_refused(tiny, tmp_path):
     plan = tiny()
     run_study(plan, tmp_path / "out", launcher=Here(), show=False)
     folder = StudyFolder.open(tmp_path / "out")
-    one, other = (folder.record_path(cell) for cell in plan.cells)
+    one, other = (folder.record_path(trial) for trial in plan.trials)
     one.write_text(other.read_text())
-    with pytest.raises(UserError, match="of another cell"):
+    with pytest.raises(UserError, match="belongs to another trial"):
         folder.records()
 
 
-def test_a_report_needs_a_cell(tiny, tmp_path):
+def test_a_report_requires_a_finished_trial(tiny, tmp_path):
     folder = StudyFolder.begin(tmp_path / "out", tiny())
-    with pytest.raises(UserError, match="no finished cell"):
+    with pytest.raises(UserError, match="no finished trial"):
         write_report(folder, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 
-def test_an_unknown_cell_and_a_taken_record(tiny, tmp_path):
+def test_an_unknown_trial_and_an_existing_record(tiny, tmp_path):
     StudyFolder.begin(tmp_path, tiny())
     with pytest.raises(UserError, match="did you mean 'sums-tiny-vanilla-s0"):
         run_alone(str(tmp_path), "sums-tiny-vanila-s0", out=tmp_path / "x.json")
     with pytest.raises(UserError, match=r"out: .* exists"):
         run_alone(str(tmp_path), "x", out=tmp_path / "plan.yaml")
-    with pytest.raises(UserError, match="has no place"):
+    with pytest.raises(UserError, match="out: required"):
         run_alone("smoke", "x")
 
 
@@ -195,15 +199,15 @@ def _run_study(plan, out: Path) -> None:
     run_study(plan, out, show=False)
 
 
-def test_real_cells_end_with_their_parent_and_are_redone(tiny, tmp_path):
-    """`kill -9` of the study while a cell trains; then the study to its end, on a cluster."""
+def test_real_trials_end_with_their_parent_and_are_resumed(tiny, tmp_path):
+    """`kill -9` of the study while a trial trains; then the study to its end, on a cluster."""
     training = dict(tiny().training) | {"steps": 150, "save_every": 25}
     plan = tiny(training=training, variants=["vanilla"], compare={}, corpora=list(tiny().corpora))
-    (cell,) = plan.cells
+    (trial,) = plan.trials
     out = tmp_path / "out"
     parent = _context.Process(target=_run_study, args=(plan, out))
     parent.start()
-    work = out / "work" / cell.id
+    work = out / "work" / trial.id
     wait(lambda: any(work.glob("checkpoints/checkpoint-*")), parent)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     assert children
@@ -211,26 +215,27 @@ def test_real_cells_end_with_their_parent_and_are_redone(tiny, tmp_path):
     parent.join()
     wait(lambda: not any(map(alive, children)))
     folder = StudyFolder.open(out)
-    assert folder.missing() == [cell]
+    assert folder.missing() == [trial]
 
-    cluster = Cluster("local", {"timeout_min": 10})
+    cluster = ClusterLauncher("local", {"timeout_min": 10})
     status = run_study(plan, out, launcher=cluster, show=False)
     assert (status.left, status.failed) == (0, {})
 
     # The recorded command, in this process: the same numbers as cut short and gone on with.
     again, different = run_alone(
-        str(out), cell.id, out=tmp_path / "cell.json", check=folder.record_path(cell)
+        str(out), trial.id, out=tmp_path / "trial.json", check=folder.record_path(trial)
     )
     assert different == []
-    assert Record.load(tmp_path / "cell.json").to_json() == again.to_json()
-    assert differences(folder.records()[cell], again) == []
+    assert Record.load(tmp_path / "trial.json").to_json() == again.to_json()
+    assert differences(folder.records()[trial], again) == []
 
 
-def test_an_unknown_parameter_of_the_cluster_is_told(tiny, tmp_path):
+def test_an_unknown_option_of_the_cluster_is_an_error(tiny, tmp_path):
+    launcher = ClusterLauncher("local", {"nodez": 1})
     with pytest.raises(UserError, match="cluster:"):
-        run_study(tiny(), tmp_path / "out", launcher=Cluster("local", {"nodez": 1}), show=False)
+        run_study(tiny(), tmp_path / "out", launcher=launcher, show=False)
     with pytest.raises(UserError, match="did you mean 'slurm'"):
-        Cluster("slrum")
+        ClusterLauncher("slrum")
 
 
 def alive(process: str) -> bool:

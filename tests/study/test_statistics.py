@@ -25,8 +25,8 @@ pairs = st.lists(st.tuples(positive, positive), min_size=3, max_size=8)
 def test_ratio_by_hand():
     found = compare([2.0, 8.0], [1.0, 1.0], "ratio")
     assert found.n == 2
-    assert found.subject == pytest.approx(4.0)
-    assert found.baseline == 1.0
+    assert found.mean == pytest.approx(4.0)
+    assert found.baseline_mean == 1.0
     assert found.change == pytest.approx(3.0)
     assert found.low <= 3.0 <= found.high
 
@@ -65,7 +65,7 @@ def test_what_does_not_vary():
     assert (all_alike.effect_size, all_alike.p) == (math.inf, 0)
 
 
-def test_a_single_unit_has_no_spread():
+def test_a_single_pair_has_no_spread():
     one = compare([2.0], [1.0], "ratio")
     assert one.change == pytest.approx(1.0)
     assert all(math.isnan(x) for x in (one.low, one.high, one.effect_size, one.p))
@@ -74,7 +74,7 @@ def test_a_single_unit_has_no_spread():
 def test_values_not_finite_give_no_change():
     found = compare([math.inf, 2.0], [1.0, 1.0], "ratio")
     assert found.n == 2
-    assert found.subject == math.inf
+    assert found.mean == math.inf
     assert math.isnan(found.change)
     assert math.isnan(found.p)
 
@@ -148,9 +148,9 @@ def test_no_repeats_no_floor():
 @pytest.mark.parametrize(
     ("x", "y", "scale", "message"),
     [
-        ([1.0], [1.0, 2.0], "ratio", "do not pair"),
-        ([], [], "ratio", "do not pair"),
-        ([0.0], [1.0], "ratio", "needs values above 0"),
+        ([1.0], [1.0, 2.0], "ratio", "cannot be paired"),
+        ([], [], "ratio", "cannot be paired"),
+        ([0.0], [1.0], "ratio", "requires values above 0"),
         ([1.0], [1.0], "ratios", "did you mean 'ratio'"),
     ],
 )

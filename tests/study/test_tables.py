@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import math
 
-from oasis_attn.study.folder import Status
-from oasis_attn.study.results import MEAN
+from oasis_attn.study.results import BASELINE_MEAN
 from oasis_attn.study.statistics import compare, noise_floor
+from oasis_attn.study.storage import Status
 from oasis_attn.study.tables import (
     comparison_table,
     means_table,
     percent,
-    predictions_table,
     results_tables,
     status_table,
+    claim_tests_table,
     verdict_table,
 )
 from oasis_attn.study.verdict import BASELINES, CLAIMS, judge
@@ -20,8 +20,8 @@ from study import factories
 NAMES = ("outlier.max_inf_norm", "perplexity.windowed@w8a8-static")
 
 
-def value(cell) -> float:
-    return (5.0 if cell.row == "oasis" else 10.0) + cell.seed / 10 + len(cell.corpus)
+def value(trial) -> float:
+    return (5.0 if trial.variant == "oasis" else 10.0) + trial.seed / 10 + len(trial.corpus)
 
 
 RESULTS = factories.results(factories.plan(), value, NAMES)
@@ -30,9 +30,9 @@ RESULTS = factories.results(factories.plan(), value, NAMES)
 def test_every_table_is_a_rectangle_and_says_n():
     tables = results_tables(RESULTS, judge(RESULTS))
     assert [table.title for table in tables] == [
-        "The paper's claims",
-        "Their tests",
-        "oasis against others, pair by pair",
+        "Claims of the paper",
+        "Tests of the claims",
+        "oasis compared with its baselines",
         "stdlib, nano: mean ± standard deviation over n seeds",
         "pydoc, nano: mean ± standard deviation over n seeds",
     ]
@@ -48,15 +48,15 @@ def test_means_are_of_the_seeds_and_not_of_noise_seeds():
     assert rows["oasis"][table.columns.index("w8a8-static perplexity")] == "10.1 ± 0.1"
 
 
-def test_comparisons_are_with_each_and_with_their_mean():
+def test_comparisons_are_with_each_baseline_and_with_their_mean():
     table = comparison_table(RESULTS, "oasis")
-    measures = [m.head for m in RESULTS.measures]
-    assert measures == ["max inf-norm", "w8a8-static perplexity"]
-    against = [*RESULTS.plan.compare["oasis"], MEAN]
-    assert [row[:2] for row in table.rows] == [(m, a) for m in measures for a in against]
-    units = [(seed, corpus) for seed in (0, 1, 2) for corpus in ("stdlib", "pydoc")]
-    oasis = [5 + seed / 10 + len(corpus) for seed, corpus in units]
-    other = [10 + seed / 10 + len(corpus) for seed, corpus in units]
+    labels = [m.label for m in RESULTS.metrics]
+    assert labels == ["max inf-norm", "w8a8-static perplexity"]
+    against = [*RESULTS.plan.compare["oasis"], BASELINE_MEAN]
+    assert [row[:2] for row in table.rows] == [(m, a) for m in labels for a in against]
+    conditions = [(seed, corpus) for seed in (0, 1, 2) for corpus in ("stdlib", "pydoc")]
+    oasis = [5 + seed / 10 + len(corpus) for seed, corpus in conditions]
+    other = [10 + seed / 10 + len(corpus) for seed, corpus in conditions]
     seen = compare(oasis, other, "ratio")
     groups = [[10 + seed / 10 + len(c) for seed in (0, 1, 2, 3)] for c in ("stdlib", "pydoc")]
     floor, n = noise_floor(groups, "ratio")
@@ -72,15 +72,15 @@ def test_the_verdict_has_a_row_per_claim_and_its_tests_in_words():
     table = verdict_table(verdicts)
     assert [row[1] for row in table.rows] == [claim.text for claim in CLAIMS]
     assert table.rows[0][2:] == ("supported", "1", "0", "0", "0")
-    tests = predictions_table(verdicts)
+    tests = claim_tests_table(verdicts)
     assert len(tests.rows) == sum(len(claim.tests) for claim in CLAIMS)
-    assert "(the paper: -9.26%)" in tests.rows[0][1]
-    assert all(row in tests.rows[0][1] for row in BASELINES)
+    assert "(paper: -9.26%)" in tests.rows[0][1]
+    assert all(name in tests.rows[0][1] for name in BASELINES)
 
 
-def test_status_says_what_failed_why():
+def test_status_shows_the_reasons_of_failures():
     status = Status(
-        done=("a",), failed={"b": "no luck"}, running=("c",), total=4, seconds_per_cell=1200.0
+        done=("a",), failed={"b": "no luck"}, running=("c",), total=4, seconds_per_trial=1200.0
     )
     rows = dict(status_table(status, "name").rows)
     assert rows["b"] == "no luck"

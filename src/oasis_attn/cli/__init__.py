@@ -1,6 +1,7 @@
-"""The command `oasis`: one file per verb; each parses, calls the library and prints.
+"""The command `oasis`: one file per subcommand, which parses, calls the library and prints.
 
-Verb modules import the library inside the verb, so that `oasis --help` answers at once.
+Each command imports the library inside its function, so that `oasis --help` is fast, and checks
+cheap arguments before it imports torch and transformers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
 from oasis_attn.cli.evaluate import evaluate
 from oasis_attn.cli.metrics import metrics
+from oasis_attn.cli.option_names import Command
 from oasis_attn.cli.prefix import prefix
 from oasis_attn.cli.quantize import quantize
 from oasis_attn.cli.study import study
@@ -29,7 +31,7 @@ from oasis_attn.errors import UserError, shown
 from oasis_attn.files import refusal
 
 INTERRUPTED = 130
-_LONGEST = 3000  # letters of a message
+_MAX_MESSAGE_LENGTH = 3000
 
 app = typer.Typer(
     name="oasis",
@@ -43,40 +45,40 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def top(
-    version: Annotated[bool, Option("--version", help="Say which version this is.")] = False,
+    version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Attention with a null option, and depth routing that listens to it."""
+    """Attention with a null option, and depth routing that uses the null probability."""
     if version:
         print(f"oasis-attn {__version__}")
         raise Exit
 
 
-for verb in (demo, diagnose, convert, train, evaluate, prefix, quantize, variants, metrics):
-    app.command()(verb)
+for command in (demo, diagnose, convert, train, evaluate, prefix, quantize, variants, metrics):
+    app.command(cls=Command)(command)
 app.add_typer(study)
 
 
 def _one_line(message: str) -> str:
-    """`message` on one line, cut in the middle where what the user gave makes it long."""
+    """`message` on one line; a long one is shortened in the middle."""
     line = " ".join(message.split())
-    half = _LONGEST // 2
-    return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
+    half = _MAX_MESSAGE_LENGTH // 2
+    return line if len(line) <= _MAX_MESSAGE_LENGTH else f"{line[:half]} ... {line[-half:]}"
 
 
-def _drop_output() -> None:
-    """Let what is still to be printed go nowhere, for standard output takes no more."""
-    with suppress(OSError, ValueError):  # no file: replaced by the caller
+def _discard_output() -> None:
+    """Discard buffered output, because standard output cannot be written."""
+    with suppress(OSError, ValueError):  # standard output was replaced and has no file descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> int:
-    """Run one verb and return its exit code.
+    """Run one command and return its exit code.
 
-    0 is success, 2 bad input (one line on stderr says which), 130 an interruption; anything else
-    that goes wrong is a bug and keeps its traceback.
+    The code is 0 for success, 2 for bad input (one line on standard error names it) and 130 for an
+    interruption.  Any other error is a bug and keeps its traceback.
     """
-    # What is going on is told by the verbs; the libraries below would tell it again, in bars, and
-    # of kernels for other machines that do not load on this one.
+    # The commands show their own progress.  Silence the progress bars of the libraries, and their
+    # warnings about kernels for other machines.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for library in ("torchao", "torch.utils._pytree"):
@@ -90,12 +92,12 @@ def main() -> int:
             print(f"oasis: {_one_line(message)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        _drop_output()
+        _discard_output()
         return 1
     except OSError as error:
         if (reason := refusal(error)) is None:
             raise
-        _drop_output()
+        _discard_output()
         where = "" if error.filename is None else f": {shown(error.filename)}"
         print(f"oasis: {reason}{where}", file=sys.stderr)
         return 2

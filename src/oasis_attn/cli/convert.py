@@ -1,4 +1,4 @@
-"""`oasis convert`: a pretrained model becomes OASIS, or goes back, without changing a logit."""
+"""`oasis convert`: convert a pretrained model to OASIS, or back, without changing its logits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_json, print_table, working
+from oasis_attn.cli.terminal import (
+    AsJson,
+    TrustRemoteCode,
+    pairs,
+    print_json,
+    print_table,
+    working,
+)
 
 
 def convert(
@@ -17,28 +24,41 @@ def convert(
     out: Annotated[Path, Argument(help="A new folder for the converted model.")],
     variant: Annotated[
         str | None,
-        Option(help="A name that `oasis variants` lists; default oasis.", show_default=False),
+        Option(help="A variant of `oasis variants`. Default: oasis.", show_default=False),
     ] = None,
-    settings: Annotated[
+    overrides: Annotated[
         list[str] | None,
         Option(
-            "--set", metavar="NAME=VALUE", help="Override a setting of the variant; repeatable."
+            "--config",
+            metavar="NAME=VALUE",
+            help="Override a setting of the variant's configuration; repeatable.",
         ),
     ] = None,
     dtype: Annotated[
         str,
-        Option(help="Of the saved weights: auto (the model's), float32, bfloat16, float16, ..."),
+        Option(
+            help="Data type of the saved weights: auto (as the model), float32, bfloat16,"
+            " float16, ..."
+        ),
     ] = "auto",
     to_vanilla: Annotated[
-        bool, Option("--to-vanilla", help="Back to a checkpoint of the model's own family.")
+        bool,
+        Option("--to-vanilla", help="Convert an OASIS checkpoint back to its own model family."),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a pretrained model; it computes the same function until it is trained.
+    """Convert a pretrained model. Its outputs are unchanged until it is trained.
 
-    Example: [bold]oasis convert smollm2 converted --set depth_block_size=4[/bold]
+    Example: [bold]oasis convert smollm2 converted --config depth_block_size=4[/bold]
     """
+    from oasis_attn.errors import check_choice
+    from oasis_attn.modeling.variants import variants
+
+    changed = pairs("--config", overrides)
+    if variant is not None:
+        check_choice("variant", variant, variants())
+
     from oasis_attn.modeling.convert import convert_checkpoint
     from oasis_attn.report import Table
 
@@ -47,7 +67,7 @@ def convert(
             model,
             out,
             variant=variant,
-            settings=dict(pair("--set", text) for text in settings or ()),
+            settings=changed,
             dtype=dtype,
             back=to_vanilla,
             trust_remote_code=trust_remote_code,

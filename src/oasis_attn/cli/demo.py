@@ -1,4 +1,4 @@
-"""`oasis demo`: the whole idea on real input, in minutes."""
+"""`oasis demo`: a short demonstration of the library with real models and text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from oasis_attn.cli.terminal import AsJson, print_json, print_table
 
 
 def demo(
-    out: Annotated[Path, Option(help="A new folder for the page, figures and records.")] = Path(
-        "demo"
-    ),
+    out: Annotated[
+        Path, Option(help="A new folder for the report, figures, records and models.")
+    ] = Path("demo"),
     pretrained: Annotated[str, Option(help="The pretrained model to diagnose.")] = "smollm2",
     steps: Annotated[int, Option(help="Training steps of each small model.")] = 250,
-    windows: Annotated[int, Option(help="Windows of text each measurement reads.")] = 16,
-    seed: Annotated[int, Option(help="Of initial weights and data order.")] = 0,
+    windows: Annotated[
+        int, Option(help="Maximum number of text windows for each measurement.")
+    ] = 16,
+    seed: Annotated[int, Option(help="Random seed of initial weights and data order.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Diagnose a pretrained model, train three small ones, compare, and write a page about it.
+    """Diagnose a pretrained model, train three small models, compare them, and write a report.
 
     Takes about ten minutes on two cores.  Example: [bold]oasis demo --out demo[/bold]
     """
@@ -31,4 +33,4 @@ def demo(
         print_json(result.numbers())
     else:
         print_table(result.table)
-        print(f"The figures and what they mean: {out / 'index.html'}")
+        print(f"The report with all figures: {out / 'index.html'}")

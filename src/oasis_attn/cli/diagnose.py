@@ -1,4 +1,4 @@
-"""`oasis diagnose`: sinks and outliers of any decoder model, on real text."""
+"""`oasis diagnose`: measure attention sinks and activation outliers of a decoder model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ def diagnose(
         str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
     ],
     corpus: Annotated[
-        str, Option(help="A corpus by name, or a local .txt, .jsonl or .jsonl.gz file.")
+        str, Option(help="Name of a corpus, or a local .txt, .jsonl or .jsonl.gz file.")
     ] = "stdlib",
-    split: Annotated[str, Option(help="Which split of the corpus to read.")] = "validation",
+    split: Annotated[str, Option(help="Split of the corpus.")] = "validation",
     text: Annotated[
-        Path | None, Option(help="Read this file whole, instead of a corpus.", show_default=False)
+        Path | None,
+        Option(help="Use the whole of this file instead of a corpus.", show_default=False),
     ] = None,
     window: Annotated[int, Option(help="Tokens per window.")] = 512,
-    windows: Annotated[int, Option(help="Windows to read, at most.")] = 16,
+    windows: Annotated[int, Option(help="Maximum number of windows.")] = 16,
     out: Annotated[
         Path | None, Option(help="Write the record to this JSON file.", show_default=False)
     ] = None,
@@ -31,10 +32,15 @@ def diagnose(
         Path | None, Option(help="Write PNG figures to this folder.", show_default=False)
     ] = None,
     joint: Annotated[
-        bool, Option("--joint", help="The joint distribution over depth and positions, too.")
+        bool,
+        Option("--joint", help="Also measure the joint distribution over depth and positions."),
     ] = False,
     causal: Annotated[
-        bool, Option("--causal", help="The loss without each depth source, too: a pass for each.")
+        bool,
+        Option(
+            "--causal",
+            help="Also measure the loss without each depth source; one more pass per source.",
+        ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -43,13 +49,9 @@ def diagnose(
 
     Example: [bold]oasis diagnose smollm2 --text book.txt --figures figures[/bold]
     """
-    from oasis_attn.data import Corpus, load_corpus
+    from oasis_attn.data.corpora import Corpus, load_corpus
     from oasis_attn.data.readers import file_documents
     from oasis_attn.files import check_writable
-    from oasis_attn.measure import diagnose as measure
-    from oasis_attn.modeling.loading import load_model
-    from oasis_attn.report import layer_table, summary_table
-    from oasis_attn.report.figures import save_figures
 
     if out is not None:
         check_writable(out)
@@ -59,8 +61,14 @@ def diagnose(
         source = load_corpus(corpus, split)
     else:
         source = Corpus(name=str(text), split="whole", reader=partial(file_documents, text))
-    # Reads the text, so that what is wrong with it is told before a model is loaded.
+    # The hash reads the text, so that errors in it are reported before the model is loaded.
     data = {"corpus": source.name, "split": source.split, "sha256": source.sha256}
+
+    from oasis_attn.measure import diagnose as measure
+    from oasis_attn.modeling.loading import load_model
+    from oasis_attn.report import layer_table, summary_table
+    from oasis_attn.report.figures import save_figures
+
     with working(f"diagnosing {model}"):
         loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
         record = measure(

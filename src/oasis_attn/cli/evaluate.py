@@ -1,4 +1,4 @@
-"""`oasis evaluate`: perplexity on text, Pass@k on word problems."""
+"""`oasis evaluate`: perplexity on text, and Pass@k on word problems."""
 
 from __future__ import annotations
 
@@ -21,55 +21,71 @@ def evaluate(
         str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
     ],
     tasks: Annotated[
-        str, Option(help="Of perplexity, gsm8k, gsm8k-loglik, arith; commas between.")
+        str,
+        Option(help="Comma-separated list of perplexity, gsm8k, gsm8k-loglik and arith."),
     ] = "perplexity",
     corpus: Annotated[
-        str, Option(help="For perplexity: a corpus by name, or a local text file.")
+        str, Option(help="Corpus for perplexity: a name, or a local text file.")
     ] = "wikitext-2",
-    split: Annotated[str, Option(help="Which split of the corpus to read.")] = "test",
+    split: Annotated[str, Option(help="Split of the corpus.")] = "test",
     window: Annotated[int, Option(help="Tokens per window.")] = 512,
     stride: Annotated[
         int | None,
-        Option(help="Tokens from window to window; default, no overlap.", show_default=False),
+        Option(
+            help="Tokens between the starts of two windows. Default: the window, so that windows"
+            " do not overlap.",
+            show_default=False,
+        ),
     ] = None,
-    shots: Annotated[int, Option(help="Worked examples before each problem of gsm8k.")] = 5,
-    k: Annotated[str, Option(help="The ks of Pass@k; commas between.")] = "1",
-    repeats: Annotated[int, Option(help="Samples per problem, at least the largest k.")] = 1,
-    temperature: Annotated[float, Option(help="Of the samples; 0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, Option(help="An answer is cut off after so many.")] = 256,
-    seed: Annotated[int, Option(help="Of the samples.")] = 0,
+    shots: Annotated[int, Option(help="Number of solved examples before each gsm8k problem.")] = 5,
+    k: Annotated[str, Option(help="Comma-separated values of k for Pass@k.")] = "1",
+    repeats: Annotated[int, Option(help="Samples per problem; at least the largest k.")] = 1,
+    temperature: Annotated[float, Option(help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
+    max_new_tokens: Annotated[int, Option(help="Maximum number of tokens of an answer.")] = 256,
+    seed: Annotated[int, Option(help="Random seed of the samples.")] = 0,
     limit: Annotated[
         int | None,
-        Option(help="Problems or windows per task, from the first.", show_default=False),
+        Option(
+            help="Maximum number of problems or windows per task, from the first.",
+            show_default=False,
+        ),
     ] = None,
     batch_size: Annotated[int, Option(help="Windows or samples per forward pass.")] = 8,
     kv_bits: Annotated[
         int | None,
         Option(
-            help="Quantise the key-value cache, but for the first 32 tokens and the last 96: 2, 4"
-            " or 8 bits.",
+            help="Quantise the key-value cache to 2, 4 or 8 bits, except for the first 32 and the"
+            " last 96 tokens.",
             show_default=False,
         ),
     ] = None,
     samples: Annotated[
         Path | None,
-        Option(help="Log every sample to this folder, a file per task.", show_default=False),
+        Option(help="Write all samples to this folder, one file per task.", show_default=False),
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="Go on from the logs in --samples.")] = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Resume from the sample files in --samples.")
+    ] = False,
     out: Annotated[
         Path | None, Option(help="Write the record to this JSON file.", show_default=False)
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well a model predicts text and solves problems.
+    """Measure perplexity on text, and the accuracy of answers to word problems.
 
     Example: [bold]oasis evaluate smollm2 --tasks perplexity,arith --limit 50[/bold]
     """
     given = {name: value for name, value in locals().items() if name not in _NOT_FIELDS}
 
-    from oasis_attn.evaluation import evaluate as run
     from oasis_attn.files import check_writable
+
+    if out is not None:
+        check_writable(out)
+    given["tasks"] = tuple(tasks.split(","))
+    given["k"] = _whole_numbers("--k", k)
+
+    from oasis_attn.evaluation import evaluate as run
     from oasis_attn.quantization.kv_cache import (
         FIRST,
         RECENT,
@@ -78,10 +94,6 @@ def evaluate(
         check_window,
     )
 
-    if out is not None:
-        check_writable(out)
-    given["tasks"] = tuple(tasks.split(","))
-    given["k"] = _whole_numbers("--k", k)
     if kv_bits is not None:
         check_bits(kv_bits)
         if "perplexity" in given["tasks"]:
@@ -106,7 +118,7 @@ def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UserError(
-            f"{option}: {shown(text)} is not whole numbers with commas between"
+            f"{option}: {shown(text)} is not a comma-separated list of whole numbers"
         ) from error
 
 
@@ -123,4 +135,4 @@ def _table(record: EvaluationRecord) -> Table:
         )
         for metric in record.metrics
     )
-    return Table(title=label(record), columns=("measure", "value", "95 % interval", "n"), rows=rows)
+    return Table(title=label(record), columns=("metric", "value", "95 % interval", "n"), rows=rows)

@@ -1,4 +1,4 @@
-"""`oasis metrics`: what every number in a record means."""
+"""`oasis metrics`: the definition of every metric in a record."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from oasis_attn.cli.terminal import AsJson, print_json, print_table
 
 def metrics(
     name: Annotated[
-        str, Argument(metavar="[NAME]", help="A metric, or how the names of several begin.")
+        str, Argument(metavar="[NAME]", help="A metric, or the first letters of several metrics.")
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Print what each metric is: definition, unit, direction, protocol and source.
+    """Print the definition of each metric: formula, unit, direction, protocol and source.
 
-    Example: [bold]oasis metrics outlier.avg_kurtosis[/bold]
+    Without NAME, all metrics are listed.  Example: [bold]oasis metrics outlier.avg_kurtosis[/bold]
     """
     from dataclasses import asdict
 

@@ -1,13 +1,17 @@
-"""`oasis study`: a grid of variants, corpora and seeds: run, looked at, judged."""
+"""`oasis study`: train, measure and compare a grid of variants, corpora and seeds."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from oasis_attn.cli.terminal import AsJson, pair, print_json, print_table
+from oasis_attn.cli.option_names import Command
+from oasis_attn.cli.terminal import AsJson, pairs, print_json, print_table
+
+if TYPE_CHECKING:
+    from oasis_attn.study.storage import Status
 
 study = Typer(
     name="study",
@@ -17,111 +21,133 @@ study = Typer(
     rich_markup_mode="rich",
 )
 
-PlanName = Annotated[str, Argument(help="A plan that `oasis study plans` lists, or a .yaml file.")]
-Out = Annotated[Path, Argument(help="The study's folder.")]
+PlanName = Annotated[str, Argument(help="A plan of `oasis study plans`, or a .yaml file.")]
+Out = Annotated[Path, Argument(help="The folder of the study.")]
 
 
-@study.command()
+@study.command(cls=Command)
 def plans(
     name: Annotated[
-        str | None, Argument(metavar="NAME", help="Print this one as YAML.", show_default=False)
+        str | None,
+        Argument(metavar="NAME", help="Print this plan as YAML.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the plans that come with the package, or print one, to be changed.
+    """List the plans of the package, or print one as a template for your own.
 
     Example: [bold]oasis study plans paper > mine.yaml[/bold]
     """
     from oasis_attn.errors import check_choice
+    from oasis_attn.study.lookup import shipped_plans
+
+    texts = shipped_plans()
+    if name is not None:
+        check_choice("name", name, texts)
+        if not as_json:
+            print(texts[name], end="")
+            return
+
     from oasis_attn.report import Table
-    from oasis_attn.study.plan_file import load_plan, shipped_plans
+    from oasis_attn.study.plan_file import load_plan
 
     if name is not None:
-        check_choice("name", name, shipped_plans())
-        if as_json:
-            print_json(load_plan(name).to_dict())
-        else:
-            print(shipped_plans()[name], end="")
+        print_json(load_plan(name).to_dict())
         return
-    found = [load_plan(name) for name in shipped_plans()]
+    found = [load_plan(each) for each in texts]
     if as_json:
         print_json({plan.name: plan.to_dict() for plan in found})
     else:
-        rows = tuple((plan.name, str(len(plan.cells)), plan.about) for plan in found)
-        print_table(Table(title="Plans", columns=("plan", "cells", "about"), rows=rows, words=3))
+        rows = tuple((plan.name, str(len(plan.trials)), plan.about) for plan in found)
+        columns = ("plan", "trials", "question")
+        print_table(Table(title="Plans", columns=columns, rows=rows, text_columns=3))
 
 
-@study.command()
+@study.command(cls=Command)
 def run(
     plan: PlanName,
-    out: Annotated[Path, Option(help="A new folder, or one where this plan was begun.")],
-    reuse: Annotated[
+    out: Annotated[Path, Option(help="A new folder, or one in which this plan was started.")],
+    reuse_from: Annotated[
         list[Path] | None,
         Option(
             metavar="FOLDER",
-            help="Take over what another study has finished of the same cells; repeatable.",
+            help="Copy the records of identical trials from this study; repeatable.",
         ),
     ] = None,
-    workers: Annotated[int, Option(help="Cells at once; each takes a core.")] = 1,
+    workers: Annotated[
+        int, Option(help="Number of trials that run at once; each uses one core.")
+    ] = 1,
     cluster: Annotated[
         str | None,
-        Option(help="A job per cell, through submitit: slurm or local.", show_default=False),
+        Option(help="Run each trial as a job with submitit: slurm or local.", show_default=False),
     ] = None,
-    parameters: Annotated[
+    executor_option: Annotated[
         list[str] | None,
         Option(
-            "--set",
             metavar="NAME=VALUE",
-            help="A parameter of submitit's executor, such as slurm_partition; repeatable.",
+            help="Set a parameter of submitit's executor, such as slurm_partition; repeatable.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run every cell that has no record yet; interrupted or killed, the same command goes on.
+    """Run every trial that has no record yet. After an interruption, run the same command again.
 
     Example: [bold]oasis study run smoke --out studies/smoke --workers 2[/bold]
     """
     from oasis_attn.errors import UserError
-    from oasis_attn.study.launch import Cluster
+    from oasis_attn.study.lookup import plan_path, read_plan
+
+    options = pairs("--executor-option", executor_option)
+    if options and cluster is None:
+        raise UserError("--executor-option: requires --cluster")
+    read_plan(plan)
+    for folder in reuse_from or ():
+        plan_path(folder)
+
+    from oasis_attn.study.launch import ClusterLauncher
     from oasis_attn.study.plan_file import load_plan
     from oasis_attn.study.run import run_study
 
-    given = dict(pair("--set", text) for text in parameters or ())
-    if given and cluster is None:
-        raise UserError("--set: it is for --cluster")
-    launcher = None if cluster is None else Cluster(cluster, given)
+    launcher = None if cluster is None else ClusterLauncher(cluster, options)
     loaded = load_plan(plan)
-    ended = run_study(loaded, out, reuse=reuse or (), workers=workers, launcher=launcher)
-    _print_status(ended, loaded.name, as_json)
-    if ended.left:
+    status = run_study(loaded, out, reuse_from=reuse_from or (), workers=workers, launcher=launcher)
+    _print_status(status, loaded.name, as_json)
+    if status.left:
         raise Exit(1)
 
 
-@study.command()
+@study.command(cls=Command)
 def status(out: Out, as_json: AsJson = False) -> None:
-    """Show how far a study is, and what failed.
+    """Show the progress of a study, and the reasons of failures.
 
     Example: [bold]oasis study status studies/smoke[/bold]
     """
-    from oasis_attn.study.folder import StudyFolder
+    from oasis_attn.study.lookup import plan_path
+
+    plan_path(out)
+
+    from oasis_attn.study.storage import StudyFolder
 
     folder = StudyFolder.open(out)
     _print_status(folder.status(), folder.plan.name, as_json)
 
 
-@study.command()
+@study.command(cls=Command)
 def table(out: Out, as_json: AsJson = False) -> None:
-    """Print the verdict, the comparisons and the means of the cells there are.
+    """Print verdicts, comparisons and means of the finished trials.
 
-    Tables of a large plan are wider than a terminal: `oasis study report` writes the same ones in
-    Markdown.
+    A table that is wider than the terminal is printed in parts.  `oasis study report` writes the
+    same tables in Markdown and HTML.
 
     Example: [bold]oasis study table studies/smoke[/bold]
     """
     from dataclasses import asdict
 
-    from oasis_attn.study.folder import StudyFolder
+    from oasis_attn.study.lookup import plan_path
+
+    plan_path(out)
+
     from oasis_attn.study.results import Results
+    from oasis_attn.study.storage import StudyFolder
     from oasis_attn.study.tables import results_tables
     from oasis_attn.study.verdict import judge
 
@@ -129,10 +155,10 @@ def table(out: Out, as_json: AsJson = False) -> None:
     results = Results(folder.plan, folder.records())
     verdicts = judge(results)
     if as_json:
-        compared = [each for row in folder.plan.compare for each in results.comparisons(row)]
+        compared = [each for name in folder.plan.compare for each in results.comparisons(name)]
         print_json(
             {
-                "verdict": [asdict(judged) for judged in verdicts],
+                "verdicts": [asdict(each) for each in verdicts],
                 "comparisons": [asdict(each) for each in compared],
             }
         )
@@ -141,21 +167,27 @@ def table(out: Out, as_json: AsJson = False) -> None:
             print_table(each)
 
 
-@study.command()
+@study.command(cls=Command)
 def report(
     out: Out,
     page: Annotated[
         Path | None,
-        Option(help="The page; default report/index.html in the folder.", show_default=False),
+        Option(
+            help="Path of the page. Default: report/index.html in the folder.", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one page, and beside it the tables in Markdown and the figures as PNG.
+    """Write an HTML page, and next to it the tables in Markdown and the figures as PNG files.
 
     Example: [bold]oasis study report studies/smoke --page smoke/index.html[/bold]
     """
-    from oasis_attn.study.folder import StudyFolder
-    from oasis_attn.study.page import write_report
+    from oasis_attn.study.lookup import plan_path
+
+    plan_path(out)
+
+    from oasis_attn.study.storage import StudyFolder
+    from oasis_attn.study.study_report import write_report
 
     written = write_report(StudyFolder.open(out), page or out / "report" / "index.html")
     if as_json:
@@ -164,34 +196,37 @@ def report(
         print("\n".join(str(path) for path in written))
 
 
-@study.command()
-def cell(
-    where: Annotated[str, Argument(help="A plan, or a study's folder.")],
-    cell_id: Annotated[str, Argument(metavar="CELL", help="As in the names of its records.")],
+@study.command(cls=Command)
+def trial(
+    where: Annotated[str, Argument(help="A plan, or the folder of a study.")],
+    trial_id: Annotated[str, Argument(metavar="TRIAL", help="The id of the trial.")],
     out: Annotated[
         Path | None,
-        Option(help="The record to write; in a study's folder, its own.", show_default=False),
+        Option(
+            help="Path of the record. Default: its place in the folder of the study.",
+            show_default=False,
+        ),
     ] = None,
     check: Annotated[
         Path | None,
         Option(
-            help="Compare with this record, or with a study's folder that has one: code 1 if they"
-            " differ.",
+            help="Compare with this record, or with that of a study's folder. The exit code is 1"
+            " if they differ.",
             show_default=False,
         ),
     ] = None,
-    tied: Annotated[bool, Option("--tied", hidden=True)] = False,
+    exit_with_parent: Annotated[bool, Option("--exit-with-parent", hidden=True)] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run one cell, as its record says; with --check, see whether its numbers come again.
+    """Run one trial. With --check, check that the results reproduce.
 
-    Example: [bold]oasis study cell smoke pydoc-nano-oasis-s0-... --out cell.json[/bold]
+    Example: [bold]oasis study trial smoke arith-nano-oasis-s0-... --out trial.json[/bold]
     """
-    from oasis_attn.study.worker import run_alone, tie
+    from oasis_attn.study import worker
 
-    if tied:
-        tie()
-    record, different = run_alone(where, cell_id, out=out, check=check)
+    if exit_with_parent:
+        worker.exit_with_parent()
+    record, different = worker.run_alone(where, trial_id, out=out, check=check)
     if as_json:
         print(record.to_json())
     elif check is None:
@@ -199,17 +234,17 @@ def cell(
 
         print_table(summary_table(record))
     else:
-        print("\n".join(different) or f"{len(record.metrics)} numbers, none of them different")
+        print("\n".join(different) or f"{len(record.metrics)} metrics, no differences")
     if different:
         raise Exit(1)
 
 
-def _print_status(ended, name: str, as_json: bool) -> None:
+def _print_status(status: Status, name: str, as_json: bool) -> None:
     from dataclasses import asdict
 
     from oasis_attn.study.tables import status_table
 
     if as_json:
-        print_json(asdict(ended) | {"left": ended.left})
+        print_json(asdict(status) | {"left": status.left})
     else:
-        print_table(status_table(ended, name))
+        print_table(status_table(status, name))

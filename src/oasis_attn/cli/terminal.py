@@ -1,8 +1,9 @@
-"""What the verbs share: printing tables and JSON, and showing that work goes on."""
+"""Functions that the commands share: printing tables and JSON, parsing NAME=VALUE, progress."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -21,14 +22,17 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code that comes with the model. Without it, a model that needs its own"
-        " code is refused.",
+        help="Run Python code that the checkpoint contains. Without this option, a model that"
+        " requires such code is refused.",
     ),
 ]
 
+_GAP = 2  # spaces between two columns
+_MIN_TEXT_WIDTH = 20  # text columns are wrapped to no less than this
+
 
 def pair(option: str, text: str) -> tuple[str, Any]:
-    """`name=value`, the value read as JSON where it is JSON: numbers, true, null."""
+    """Parse `NAME=VALUE`; a value that is JSON (a number, true, null) is decoded."""
     name, separator, value = text.partition("=")
     if not (name and separator):
         raise UserError(f"{option}: {shown(text)} is not NAME=VALUE")
@@ -38,29 +42,70 @@ def pair(option: str, text: str) -> tuple[str, Any]:
         return name, value
 
 
+def pairs(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
+    """Parse the values of a repeatable option."""
+    return dict(pair(option, text) for text in texts or ())
+
+
 def print_json(value: Any) -> None:
-    """Print `value` as standard JSON; numbers not finite become the strings float() reads."""
+    """Print `value` as standard JSON; numbers that are not finite become strings for float()."""
     standard = json.loads(json.dumps(value), parse_constant=str)
     print(json.dumps(standard, indent=1))
 
 
 def print_table(table: Table) -> None:
-    """Print `table` on standard output: names to the left, numbers to the right."""
+    """Print `table` on standard output, text to the left and numbers to the right.
+
+    If the table is wider than the terminal, its columns are split into several tables, each with
+    the key columns.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
 
-    grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(table.columns):
-        justify: Literal["left", "right"] = "left" if index < table.words else "right"
-        grid.add_column(column, justify=justify, overflow="fold")
-    for row in table.rows:
-        grid.add_row(*row)
-    Console(markup=False).print(grid)
+    console = Console(markup=False)
+    for index, columns in enumerate(_split(table, console.width)):
+        grid = Grid(
+            title=table.title if not index else None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            show_header=any(table.columns),
+        )
+        for column in columns:
+            text = column < table.text_columns
+            justify: Literal["left", "right"] = "left" if text else "right"
+            grid.add_column(
+                table.columns[column], justify=justify, overflow="fold", no_wrap=not text
+            )
+        for row in table.rows:
+            grid.add_row(*(row[column] for column in columns))
+        console.print(grid)
+
+
+def _split(table: Table, console_width: int) -> list[list[int]]:
+    """The columns of each table to print: the key columns, then as many others as fit."""
+    widths = [
+        max(len(text) for row in (table.columns, *table.rows) for text in [row[column]])
+        for column in range(len(table.columns))
+    ]
+    keys = list(range(table.key_columns))
+    # Text can be wrapped; a number cannot.
+    wrapped = [
+        min(width, _MIN_TEXT_WIDTH) if column < table.text_columns else width
+        for column, width in enumerate(widths)
+    ]
+    found = [keys.copy()]
+    for column in range(table.key_columns, len(table.columns)):
+        needed = sum(wrapped[each] + _GAP for each in (*found[-1], column))
+        if needed > console_width and len(found[-1]) > len(keys):
+            found.append(keys.copy())
+        found[-1].append(column)
+    return found
 
 
 def working(what: str) -> Status:
-    """While open, show on standard error that `what` is going on."""
+    """Context manager that shows on standard error that `what` is in progress."""
     from rich.console import Console
 
     return Console(stderr=True).status(escape(what))

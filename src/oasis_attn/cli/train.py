@@ -1,4 +1,4 @@
-"""`oasis train`: one variant from scratch, or a model that exists."""
+"""`oasis train`: train a variant from scratch, or an existing model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_table
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_table
 
 
 def train(
@@ -17,32 +17,34 @@ def train(
         Option(
             "--from",
             metavar="MODEL",
-            help="Train this one on: a folder, hub id, .gguf file or smollm2.",
+            help="Train an existing model: a folder, Hub id, GGUF file or smollm2.",
             show_default=False,
         ),
     ] = None,
-    variant: Annotated[str, Option(help="A name that `oasis variants` lists.")] = "oasis",
+    variant: Annotated[str, Option(help="A variant of `oasis variants`.")] = "oasis",
     size: Annotated[
         str, Option(help="nano, micro, mini, small, medium, or a Hugging Face config file.")
     ] = "nano",
     corpus: Annotated[
-        str, Option(help="A corpus by name, or a local text file or folder.")
+        str, Option(help="Name of a corpus, or a local text file or folder.")
     ] = "stdlib",
     settings: Annotated[
         list[str] | None,
         Option(
-            "--set", metavar="NAME=VALUE", help="Override a setting of the variant; repeatable."
+            "--config",
+            metavar="NAME=VALUE",
+            help="Override a setting of the variant's configuration; repeatable.",
         ),
     ] = None,
-    steps: Annotated[int, Option(help="Optimiser steps.")] = 1000,
-    seed: Annotated[int, Option(help="Of initial weights and data order.")] = 0,
+    steps: Annotated[int, Option(help="Number of optimiser steps.")] = 1000,
+    seed: Annotated[int, Option(help="Random seed of initial weights and data order.")] = 0,
     block_length: Annotated[int, Option(help="Tokens per sequence.")] = 256,
     batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 16,
     gradient_accumulation: Annotated[int, Option(help="Forward passes per step.")] = 1,
     learning_rate: Annotated[
         float | None,
         Option(
-            help="At its peak; then cosine to 0. Default 2e-3, with --from 1e-4.",
+            help="Peak learning rate (cosine decay to 0). Default: 2e-3, or 1e-4 with --from.",
             show_default=False,
         ),
     ] = None,
@@ -51,62 +53,85 @@ def train(
         Option(
             "--rate",
             metavar="GROUP=RATE",
-            help="Peak of one group: backbone, router, beta, null or lora; repeatable.",
+            help="Peak learning rate of one parameter group: backbone, router, coupling, null or"
+            " lora; repeatable.",
         ),
     ] = None,
     trainable: Annotated[
         list[str] | None,
         Option(
             metavar="PATTERN",
-            help="Train only parameters named so, such as 'model.layers.2?.*', or a group of them;"
-            " repeatable.",
+            help="Train only parameters that match PATTERN, such as 'model.layers.2?.*', or only"
+            " one group; repeatable.",
         ),
     ] = None,
-    lora_rank: Annotated[int, Option(help="Above 0: backbone through LoRA of this rank.")] = 0,
+    lora_rank: Annotated[
+        int, Option(help="If above 0, train the backbone with LoRA of this rank.")
+    ] = 0,
     anneal_null: Annotated[
-        int, Option(metavar="N", help="Raise the null logit to 0 over the first N steps.")
+        int, Option(metavar="N", help="Raise the null logit to 0 during the first N steps.")
     ] = 0,
     outlier_penalty: Annotated[
-        float, Option(help="Weight of the activations' mean log-peak over tokens, beside the loss.")
+        float,
+        Option(help="Weight of a penalty on the log of the largest activation of each token."),
     ] = 0.0,
     activation_checkpointing: Annotated[
-        bool, Option("--activation-checkpointing", help="Recompute layers in backward.")
+        bool,
+        Option("--activation-checkpointing", help="Recompute layers in the backward pass."),
     ] = False,
-    warmup: Annotated[float, Option(help="Share of the steps.")] = 0.05,
-    weight_decay: Annotated[float, Option(help="AdamW's, on matrices only.")] = 0.1,
-    clip: Annotated[float, Option(help="Largest norm of the gradient.")] = 1.0,
-    bf16: Annotated[bool, Option("--bf16", help="bfloat16 autocast.")] = False,
+    warmup: Annotated[float, Option(help="Fraction of the steps with a linear warm-up.")] = 0.05,
+    weight_decay: Annotated[
+        float, Option(help="Weight decay of AdamW, on weight matrices only.")
+    ] = 0.1,
+    clip: Annotated[float, Option(help="Maximum gradient norm.")] = 1.0,
+    bf16: Annotated[bool, Option("--bf16", help="Use bfloat16 autocast.")] = False,
     vocab_size: Annotated[
-        int | None, Option(help="Of the tokenizer; default, the size's.", show_default=False)
+        int | None,
+        Option(
+            help="Vocabulary size of the tokenizer. Default: that of --size.", show_default=False
+        ),
     ] = None,
     save_every: Annotated[
-        int, Option(help="Steps between checkpoints, a multiple of --log-every.")
+        int, Option(help="Steps between two checkpoints; a multiple of --log-every.")
     ] = 500,
     log_every: Annotated[int, Option(help="Steps per row of the loss table.")] = 10,
-    eval_split: Annotated[str, Option(help="Split the final loss is measured on.")] = "validation",
-    eval_windows: Annotated[int, Option(help="Blocks of it, at most.")] = 64,
+    eval_split: Annotated[
+        str, Option(help="Split of the corpus for the final loss.")
+    ] = "validation",
+    eval_windows: Annotated[
+        int, Option(help="Maximum number of sequences for the final loss.")
+    ] = 64,
     resume: Annotated[
-        bool, Option("--resume", help="Go on from the last checkpoint in --out.")
+        bool, Option("--resume", help="Resume from the last checkpoint in --out.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model, from scratch or on; --out then holds it in Hugging Face form.
+    """Train a model, from scratch or from an existing one, and save it as a Hugging Face model.
 
     Example: [bold]oasis train --variant oasis --steps 1000 --out runs/oasis[/bold]
 
-    On: [bold]oasis train --from runs/converted --anneal-null 200 --out runs/healed[/bold]
+    Existing model: [bold]oasis train --from converted --anneal-null 200 --out runs/healed[/bold]
 
-    On several processes: [bold]accelerate launch -m oasis_attn train ...[/bold]
+    Several processes: [bold]accelerate launch -m oasis_attn train ...[/bold]
     """
     given = {name: value for name, value in locals().items() if name != "as_json"}
+
+    given["settings"] = pairs("--config", settings)
+    given["learning_rates"] = pairs("--rate", learning_rates)
+
+    from oasis_attn.data.corpora import load_corpus
+    from oasis_attn.errors import check_choice
+    from oasis_attn.modeling.variants import variants
+
+    if from_model is None:
+        check_choice("variant", variant, variants())
+    load_corpus(corpus)
 
     from oasis_attn.report import summary_table
     from oasis_attn.training import TrainingConfig
     from oasis_attn.training import train as run
 
-    given["settings"] = dict(pair("--set", text) for text in settings or ())
-    given["learning_rates"] = dict(pair("--rate", text) for text in learning_rates or ())
     record = run(TrainingConfig(**given))
     if as_json:
         print(record.to_json())

@@ -94,18 +94,18 @@ TRAINING = (
         protocol="`train`: this run, on the record's hardware",
     ),
     Definition(
-        name="cell.seconds",
-        definition="time that a cell took",
+        name="trial.seconds",
+        definition="time that a trial took",
         unit="seconds",
         better="lower",
         protocol="`study`: from the start of training to the record, in the last process",
     ),
     Definition(
-        name="cell.processor_seconds",
-        definition="processor time that a cell took",
+        name="trial.processor_seconds",
+        definition="processor time that a trial took",
         unit="seconds",
         better="lower",
-        protocol="as `cell.seconds`",
+        protocol="as `trial.seconds`",
     ),
 )
 

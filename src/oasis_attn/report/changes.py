@@ -1,4 +1,4 @@
-"""Changes with their intervals, as a figure."""
+"""A figure of relative changes with their intervals."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from oasis_attn.report.figures import _STYLE, INK, MUTED, _head
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One line of the figure, all numbers relative: 0.1 is 10 % more.
+    """One line of the figure.  All numbers are relative: 0.1 is 10 % more.
 
     Attributes:
-        panel: which panel it is in; panels come in the order they are first named.
-        label: of the line.
+        panel: title of the panel; panels are in the order of their first line.
+        label: label of the line.
         change, low, high: the change and its interval.
-        floor: changes within plus and minus this are chance alone.
+        noise_floor: the absolute change that a different seed alone causes.
     """
 
     panel: str
@@ -27,11 +27,11 @@ class Change:
     change: float
     low: float
     high: float
-    floor: float
+    noise_floor: float
 
 
 def change_figure(changes: Sequence[Change], *, title: str, columns: int = 3) -> Figure:
-    """A panel per measure: each change as a dot with its interval, on a band that is noise alone.
+    """One panel per metric: each change is a dot with its interval; a grey band is the noise floor.
 
     Changes that are not finite are not drawn.
     """
@@ -48,7 +48,7 @@ def change_figure(changes: Sequence[Change], *, title: str, columns: int = 3) ->
         for axes in axes_RC.flat[len(panels) :]:
             axes.set_visible(False)
         for axes, (panel, lines) in zip(axes_RC.flat, panels.items(), strict=False):
-            floor = 100 * lines[0].floor
+            floor = 100 * lines[0].noise_floor
             if floor < float("inf"):
                 axes.axvspan(-floor, floor, color=MUTED, alpha=0.18, linewidth=0)
             axes.axvline(0, color=MUTED, linewidth=1)

@@ -26,7 +26,7 @@ This page is written by `python -m oasis_attn.report.glossary > docs/metrics.md`
 def glossary_table(definitions: Iterable[Definition]) -> Table:
     """A row per metric: what it is, its unit, and which direction is better."""
     rows = tuple((d.name, d.definition, d.unit, _better(d)) for d in definitions)
-    return Table(columns=("metric", "definition", "unit", "better"), rows=rows, words=4)
+    return Table(columns=("metric", "definition", "unit", "better"), rows=rows, text_columns=4)
 
 
 def definition_table(definition: Definition) -> Table:
@@ -38,7 +38,7 @@ def definition_table(definition: Definition) -> Table:
         ("protocol", definition.protocol),
         ("source", _source(definition)),
     )
-    return Table(title=definition.name, columns=("", ""), rows=rows, words=2)
+    return Table(title=definition.name, columns=("", ""), rows=rows, text_columns=2)
 
 
 def glossary_page() -> str:
@@ -52,7 +52,7 @@ def _section(title: str, definitions: Sequence[Definition]) -> str:
         for d in definitions
     )
     columns = ("metric", "definition", "unit", "better", "protocol", "source")
-    return f"## {title}\n\n{markdown(Table(columns=columns, rows=rows, words=len(columns)))}"
+    return f"## {title}\n\n{markdown(Table(columns=columns, rows=rows, text_columns=len(columns)))}"
 
 
 def _better(definition: Definition) -> str:

@@ -64,7 +64,7 @@ def table_block(table: Table) -> Block:
 
     def row(cells: Iterable[str], tag: str) -> str:
         written = (
-            f"<{tag}{' class=word' if index < table.words else ''}>{escape(cell)}</{tag}>"
+            f"<{tag}{' class=word' if index < table.text_columns else ''}>{escape(cell)}</{tag}>"
             for index, cell in enumerate(cells)
         )
         return f"<tr>{''.join(written)}</tr>"

@@ -7,7 +7,7 @@ from oasis_attn.report.tables import Table
 
 def markdown(table: Table) -> str:
     """A heading, if the table has a title, and a GitHub table: words to the left, numbers right."""
-    rules = ("---" if index < table.words else "---:" for index in range(len(table.columns)))
+    rules = ("---" if index < table.text_columns else "---:" for index in range(len(table.columns)))
     lines = [table.columns, tuple(rules), *table.rows]
     body = "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
     return f"### {table.title}\n\n{body}\n" if table.title else f"{body}\n"

@@ -18,19 +18,22 @@ _CAVEATS = {"outlier.silent_tensors": "silent", "outlier.understated_kurtosis": 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A rectangle of text.
+    """A table of formatted text.
 
     Attributes:
-        title: what the table shows; may be empty.
-        columns: the head of each column, with its unit.
-        rows: one text per column, numbers already written out.
-        words: how many leading columns hold words; the others hold numbers.
+        title: title of the table; may be empty.
+        columns: header of each column, with its unit; all empty for a table without a header.
+        rows: one string per column.
+        text_columns: number of leading columns that contain text; the others contain numbers.
+        key_columns: number of leading columns that identify a row.  They are repeated if a table
+            is too wide for the terminal and its other columns are split into several tables.
     """
 
     title: str = ""
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    words: int = 1
+    text_columns: int = 1
+    key_columns: int = 1
 
 
 def number(value: float) -> str:
@@ -103,7 +106,7 @@ def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
         for variant, settings in variants.items()
     )
     return Table(
-        columns=("variant", f"settings unlike {next(iter(variants))}'s"), rows=rows, words=2
+        columns=("variant", f"settings unlike {next(iter(variants))}'s"), rows=rows, text_columns=2
     )
 
 

@@ -17,7 +17,7 @@ from oasis_attn.report.figures import (
 )
 from oasis_attn.report.html import Block, figure_block, paragraph, table_block, write_page
 
-_MAP = "One cell per layer and head, averaged over the windows; the scale runs from 0 to 1."
+_MAP = "One trial per layer and head, averaged over the windows; the scale runs from 0 to 1."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def _pretrained(model: ModelResults) -> list[Block]:
             f"attention; over all heads it takes {number(record['sink.mass'])} on average. "
             "If attention were spread evenly, it would take one part in the number of tokens seen."
         ),
-        figure_block(sink_map(record), f"{_MAP} Bright cells are heads that look at the start."),
+        figure_block(sink_map(record), f"{_MAP} Bright trials are heads that look at the start."),
         paragraph(
             f"The largest value leaving a layer goes from {number(min(peaks))} to "
             f"{number(max(peaks))}. Static 8-bit ranges give every tensor 256 levels, so a value "
@@ -157,7 +157,7 @@ def _oasis(small: Sequence[ModelResults]) -> list[Block]:
             "it have no such map."
         ),
         *(
-            figure_block(null_map(record), f"{_MAP} Bright cells are heads that mostly abstain.")
+            figure_block(null_map(record), f"{_MAP} Bright trials are heads that mostly abstain.")
             for record in diagnoses
             if "null.mass" in record.tables
         ),

@@ -1,4 +1,4 @@
-"""How a cell gets a process: on this machine, or on a cluster through submitit."""
+"""Start trials as processes of this machine, or as cluster jobs with submitit."""
 
 from __future__ import annotations
 
@@ -11,67 +11,68 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import write_text
-from oasis_attn.study.plan import Cell
+from oasis_attn.study.plan import Trial
 
 if TYPE_CHECKING:
-    from oasis_attn.study.folder import StudyFolder
+    from oasis_attn.study.storage import StudyFolder
 
-_STOP = 10  # seconds, before a process that was asked to end is killed
+_TERMINATE_TIMEOUT = 10  # seconds to wait after SIGTERM before SIGKILL
 CLUSTERS = ("slurm", "local")
 
 
 class Job(Protocol):
-    """A cell that was started."""
+    """A trial that was started."""
 
     def ended(self) -> bool:
-        """Whether it has ended, well or badly."""
+        """Whether the job has ended, successfully or not."""
 
     def close(self) -> None:
-        """After it ended: leave a log under `failed` where there is no record."""
+        """Clean up after the end; if there is no record, write a log under `failed`."""
 
     def stop(self) -> None:
-        """End it, if this process is the one to do so."""
+        """Stop the job, unless it is independent of this process."""
 
 
 class Launcher(Protocol):
-    """Starts cells."""
+    """Starts trials."""
 
     def begin(self, folder: StudyFolder) -> None:
-        """Once, before the first: `UserError` if it could start none."""
+        """Prepare, before the first trial; `UserError` if no trial can be started."""
 
-    def start(self, folder: StudyFolder, cell: Cell) -> Job:
-        """Start one."""
+    def start(self, folder: StudyFolder, trial: Trial) -> Job:
+        """Start one trial."""
 
 
-class Processes:
-    """A process for each cell, `oasis study cell`, that ends when this one does, however it does.
+class ProcessLauncher:
+    """Runs each trial in a process of `oasis study trial`.
 
-    Each holds the reading end of a pipe from this process, and ends when it is closed.
+    Each process reads a pipe from this process and exits when the pipe is closed, so that no
+    process continues after this one ends, even if it was killed.
     """
 
     def begin(self, folder: StudyFolder) -> None:
-        """Nothing is needed."""
+        """No preparation is necessary."""
 
-    def start(self, folder: StudyFolder, cell: Cell) -> Job:
-        log = folder.work_path(cell).with_suffix(".log")
+    def start(self, folder: StudyFolder, trial: Trial) -> Job:
+        log = folder.work_path(trial).with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        return _Process(folder, cell, log)
+        return _ProcessJob(folder, trial, log)
 
 
-class _Process:
-    def __init__(self, folder: StudyFolder, cell: Cell, log: Path):
-        self._record, self._failure = folder.record_path(cell), folder.failure_path(cell)
+class _ProcessJob:
+    def __init__(self, folder: StudyFolder, trial: Trial, log: Path):
+        self._record, self._failure = folder.record_path(trial), folder.failure_path(trial)
         self._log = log
-        threads = str(cell.threads)
-        words = [sys.executable, "-m", "oasis_attn", "study", "cell", str(folder.path), cell.id]
+        threads = str(trial.threads)
+        command = [sys.executable, "-m", "oasis_attn", "study", "trial", str(folder.path), trial.id]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [*words, "--tied"],
+                [*command, "--exit-with-parent"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=file,
                 env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-                start_new_session=True,  # an interruption is ours to pass on
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops the trials
             )
 
     def ended(self) -> bool:
@@ -81,17 +82,19 @@ class _Process:
         assert self._process.stdin is not None
         self._process.stdin.close()
         if not self._record.is_file():
-            said = self._log.read_text(encoding="utf-8", errors="replace").rstrip()
+            output = self._log.read_text(encoding="utf-8", errors="replace").rstrip()
             code = self._process.returncode
-            if code < 0 or not said:
-                said += f"\nended with code {code}" if code >= 0 else f"\nkilled by signal {-code}"
-            write_text(self._failure, said + "\n")
+            if code < 0:
+                output += f"\nkilled by signal {-code}"
+            elif not output:
+                output = f"exit code {code}"
+            write_text(self._failure, output + "\n")
         self._log.unlink(missing_ok=True)
 
     def stop(self) -> None:
         self._process.terminate()
         try:
-            self._process.wait(_STOP)
+            self._process.wait(_TERMINATE_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -100,63 +103,67 @@ class _Process:
         self._log.unlink(missing_ok=True)
 
 
-class Cluster:
-    """A cluster job for each cell, through submitit; jobs outlive this process.
+class ClusterLauncher:
+    """Runs each trial as a cluster job with submitit; jobs continue when this process ends.
 
     Args:
-        cluster: `slurm`, or `local`: submitit's own processes on this machine.
-        parameters: of submitit's executor, such as timeout_min or slurm_partition.
+        cluster: `slurm`, or `local` for submitit's processes on this machine.
+        options: parameters of submitit's executor, such as timeout_min or slurm_partition.
 
     Raises:
-        UserError: submitit is absent; by `begin`: the cluster is, or a parameter is unknown there.
+        UserError: submitit is not installed.  `begin` raises it if the cluster is not available or
+            an option is unknown.
     """
 
-    def __init__(self, cluster: str, parameters: Mapping[str, Any] | None = None):
+    def __init__(self, cluster: str, options: Mapping[str, Any] | None = None):
         check_choice("cluster", cluster, CLUSTERS)
         try:
             import submitit
         except ImportError:
             raise UserError(
-                "cluster: it needs submitit; pip install 'oasis-attn[cluster]'"
+                "cluster: submitit is not installed; run pip install 'oasis-attn[cluster]'"
             ) from None
         self._cluster = cluster
-        self._parameters = {"timeout_min": 60, **(parameters or {})}
-        self._make = submitit.AutoExecutor
+        self._options = {"timeout_min": 60, **(options or {})}
+        self._executor_class = submitit.AutoExecutor
         self._executor: Any = None
 
     def begin(self, folder: StudyFolder) -> None:
         try:
-            executor = self._make(folder=folder.path / "work" / "jobs", cluster=self._cluster)
-            executor.update_parameters(**self._parameters)
+            executor = self._executor_class(
+                folder=folder.path / "work" / "jobs", cluster=self._cluster
+            )
+            executor.update_parameters(**self._options)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise UserError(f"cluster: {' '.join(str(error).split())}") from error
         self._executor = executor
 
-    def start(self, folder: StudyFolder, cell: Cell) -> Job:
-        self._executor.update_parameters(name=cell.id)
-        job = self._executor.submit(run_in_job, str(folder.path.resolve()), cell.id)
-        return _ClusterJob(job, folder, cell)
+    def start(self, folder: StudyFolder, trial: Trial) -> Job:
+        self._executor.update_parameters(name=trial.id)
+        job = self._executor.submit(run_in_job, str(folder.path.resolve()), trial.id)
+        return _ClusterJob(job, folder, trial)
 
 
 class _ClusterJob:
-    def __init__(self, job: Any, folder: StudyFolder, cell: Cell):
+    def __init__(self, job: Any, folder: StudyFolder, trial: Trial):
         self._job = job
-        self._record, self._failure = folder.record_path(cell), folder.failure_path(cell)
+        self._record, self._failure = folder.record_path(trial), folder.failure_path(trial)
 
     def ended(self) -> bool:
         return bool(self._job.done())
 
     def close(self) -> None:
         if not self._record.is_file():
-            said = (self._job.stderr() or "").rstrip()
-            write_text(self._failure, f"{said}\njob {self._job.job_id} ended without a record\n")
+            output = (self._job.stderr() or "").rstrip()
+            message = f"job {self._job.job_id} ended without a record"
+            write_text(self._failure, f"{output}\n{message}\n")
 
     def stop(self) -> None:
-        """Nothing: it goes on, and its record is found by the next run."""
+        """Do nothing: the job continues, and the next run finds its record."""
 
 
-def run_in_job(folder: str, cell_id: str) -> None:
-    """What a cluster job runs."""
-    from oasis_attn.study.folder import StudyFolder
+def run_in_job(folder: str, trial_id: str) -> None:
+    """Run one trial; the function of a cluster job."""
+    from oasis_attn.study.storage import StudyFolder
 
-    StudyFolder.open(folder).run(cell_id)
+    StudyFolder.open(folder).run(trial_id)

@@ -1,4 +1,4 @@
-"""A study as data: which models are trained, on what, how they are measured and compared."""
+"""The plan of a study: which models are trained, on what, and how they are compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from oasis_attn.data import load_corpus
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
@@ -20,34 +20,46 @@ from oasis_attn.modeling.variants import settings_of, variants
 from oasis_attn.quantization.schemes import schemes
 from oasis_attn.training import TrainingConfig
 
-_OF_THE_GRID = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}
-_BUDGET = tuple(f.name for f in fields(TrainingConfig) if f.name not in _OF_THE_GRID)
-_OF_A_ROW = ("learning_rate", "learning_rates", "outlier_penalty")  # the data stay those of others
-_TASK_SETTINGS = ("limit", "shots", "max_new_tokens", "batch_size")
-_LONGEST_NAME = 64
-_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.+-]{{0,{_LONGEST_NAME - 1}}}")
-_MOST_THREADS = 1024
-_LONGEST_ID = 200  # bytes; names of files, which hold it and more, have at most 255
+_SET_BY_TRIAL = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}
+_TRAINING = tuple(f.name for f in fields(TrainingConfig) if f.name not in _SET_BY_TRIAL)
+# What one variant may change: the data of a training run stay equal for all variants.
+_TRAINING_OF_VARIANT = ("learning_rate", "learning_rates", "outlier_penalty")
+_EVALUATION = ("limit", "shots", "max_new_tokens", "batch_size")
+_MAX_NAME_LENGTH = 64
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.+-]{{0,{_MAX_NAME_LENGTH - 1}}}")
+_MAX_THREADS = 1024
+_MAX_ID_LENGTH = 200  # bytes; file names contain the id, and can have 255 bytes
+_MIN_WINDOWS = 2
+
+
+class Condition(NamedTuple):
+    """What two trials must share so that they are compared as a pair."""
+
+    corpus: str
+    size: str
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One model of a study: trained, measured, quantised and evaluated as said here.
+class Trial:
+    """One model of a study: how it is trained, measured, quantised and evaluated.
 
     Attributes:
-        row: what the plan calls this variant.
-        variant, settings, size, corpus, seed: as `TrainingConfig` takes them.
-        training: its other settings.
-        windows: of held-out text that are measured; as many others calibrate static ranges.
-        schemes: of quantisation, each measured and evaluated beside the float model.
+        variant: name of the variant in the plan.
+        base: the variant of `oasis variants` that it is built from.
+        overrides: `OasisConfig` settings that replace those of `base`.
+        size, corpus, seed: see `TrainingConfig`.
+        training: the other fields of `TrainingConfig`.
+        windows: number of held-out windows to measure on; as many others calibrate static ranges.
+        schemes: quantisation schemes; the model is measured and evaluated with each.
         tasks: names in `oasis_attn.evaluation.TASKS`.
-        evaluation: settings of `EvaluationConfig` for these.
-        threads: of the processor; they decide the last digits.
+        evaluation: fields of `EvaluationConfig` for these tasks.
+        threads: CPU threads; the last digits of the results depend on their number.
     """
 
-    row: str
     variant: str
-    settings: Mapping[str, Any]
+    base: str
+    overrides: Mapping[str, Any]
     size: str
     corpus: str
     seed: int
@@ -60,29 +72,29 @@ class Cell:
 
     @cached_property
     def id(self) -> str:
-        """A readable name, and a hash of all that is said here."""
+        """A readable name with a hash of all fields."""
         digest = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
         corpus, size = (Path(name).stem for name in (self.corpus, self.size))
-        return f"{corpus}-{size}-{self.row}-s{self.seed}-{digest[:8]}"
+        return f"{corpus}-{size}-{self.variant}-s{self.seed}-{digest[:8]}"
 
     def __hash__(self) -> int:
         return hash(self.id)
 
     @property
-    def unit(self) -> tuple[str, str, int]:
-        """Corpus, size and seed: cells that share them are compared."""
-        return self.corpus, self.size, self.seed
+    def condition(self) -> Condition:
+        """Trials with the same condition are compared as pairs."""
+        return Condition(self.corpus, self.size, self.seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The fields as JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
     def training_config(self, out: Path, *, resume: bool = False) -> TrainingConfig:
-        """The run that makes the model, in `out`."""
+        """The training run of the model, in the folder `out`."""
         return TrainingConfig(
             out=out,
-            variant=self.variant,
-            settings=self.settings,
+            variant=self.base,
+            settings=self.overrides,
             size=self.size,
             corpus=self.corpus,
             seed=self.seed,
@@ -93,25 +105,26 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A grid of variants x corpora x sizes x seeds, and what is done with each cell.
+    """A grid of variants x corpora x sizes x seeds: one trial for each combination.
 
     Attributes:
-        name: of the study.
-        about: what it asks, in a sentence or two.
-        variants: row name -> {variant, settings}, and `training` where its rates or penalty are not
-            the plan's; a row named after a variant is that variant.
+        name: name of the study.
+        about: the question that it answers, in a sentence or two.
+        variants: name -> {base, overrides, training}.  `training` changes learning rates or the
+            outlier penalty for this variant.  A name of `oasis variants` means that variant.
         corpora: corpus -> the tasks that models trained on it are evaluated on.
-        seeds: of each cell: initial weights and order of data.
-        compare: row -> the rows it is compared with, one by one and (from two on) with their mean.
-        bar: rows that are held against the bar of `oasis_attn.study.bar`.
-        sizes: of the backbone.
-        noise_seeds: further seeds of the row `reference`, from which the noise floor is taken.
-        reference: see there.
-        training: settings of `TrainingConfig` shared by all cells but where a row says otherwise.
-        windows, schemes, evaluation, threads: see `Cell`.
+        seeds: random seeds; each sets the initial weights and the data order.
+        compare: variant -> its baselines; it is compared with each and, from two on, with their
+            mean.
+        candidates: variants that are checked against `oasis_attn.study.criteria`.
+        sizes: sizes of the backbone.
+        noise_seeds: additional seeds of `reference`, for the noise floor only.
+        reference: the variant that the noise floor is estimated from.
+        training: fields of `TrainingConfig` for all trials.
+        windows, schemes, evaluation, threads: see `Trial`.
 
     Raises:
-        UserError: at construction, for any value that a cell could not run with.
+        UserError: at construction, for any value that a trial could not run with.
     """
 
     name: str
@@ -120,7 +133,7 @@ class Plan:
     corpora: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     compare: Mapping[str, tuple[str, ...]]
-    bar: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ("nano",)
     noise_seeds: tuple[int, ...] = ()
     reference: str = "vanilla"
@@ -131,95 +144,100 @@ class Plan:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for named in (self.name, *self.variants):
-            if not _NAME.fullmatch(named):
+        for name in (self.name, *self.variants):
+            if not _NAME.fullmatch(name):
                 raise UserError(
-                    f"name: {shown(named)} is not up to {_LONGEST_NAME} letters, digits, _ . + -"
-                    " (a file name)"
+                    f"name: {shown(name)} is not a file name of at most {_MAX_NAME_LENGTH} letters,"
+                    " digits and _ . + -, with a letter or digit first"
                 )
         for argument in ("variants", "corpora", "seeds", "sizes"):
             if not getattr(self, argument):
-                raise UserError(f"{argument}: a study needs at least one")
+                raise UserError(f"{argument}: a study requires at least one")
         for argument in ("seeds", "sizes", "schemes", "noise_seeds"):
             values = getattr(self, argument)
             if len(set(values)) < len(values):
-                raise UserError(f"{argument}: {list(values)} names one twice")
+                raise UserError(f"{argument}: {list(values)} has duplicates")
         for seed in (*self.seeds, *self.noise_seeds):
             check_seed("seeds", seed)
         for seed in self.noise_seeds:
             if seed in self.seeds:
-                raise UserError(f"noise_seeds: {seed} is among seeds {list(self.seeds)} already")
-        check_whole("windows", self.windows, 2)
-        check_whole("threads", self.threads, 1, _MOST_THREADS)
+                raise UserError(f"noise_seeds: {seed} is already one of seeds {list(self.seeds)}")
+        check_whole("windows", self.windows, _MIN_WINDOWS)
+        check_whole("threads", self.threads, 1, _MAX_THREADS)
         if self.noise_seeds or self.reference != "vanilla":
             check_choice("reference", self.reference, self.variants)
-        for subject, baselines in self.compare.items():
-            for row in (subject, *baselines):
-                check_choice("compare", row, self.variants)
-            if not baselines or subject in baselines:
-                raise UserError(f"compare: {subject!r} needs rows other than itself")
-        for row in self.bar:
-            check_choice("bar", row, self.variants)
+        for variant, baselines in self.compare.items():
+            for name in (variant, *baselines):
+                check_choice("compare", name, self.variants)
+            if not baselines or variant in baselines:
+                raise UserError(f"compare: {variant!r} requires baselines other than itself")
+        for name in self.candidates:
+            check_choice("candidates", name, self.variants)
         for scheme in self.schemes:
             check_choice("schemes", scheme, schemes())
-        for setting in self.training:
-            check_choice("training", setting, _BUDGET)
-        for setting in self.evaluation:
-            check_choice("evaluation", setting, _TASK_SETTINGS)
+        for name in self.training:
+            check_choice("training", name, _TRAINING)
+        for name in self.evaluation:
+            check_choice("evaluation", name, _EVALUATION)
         EvaluationConfig(tasks=("arith",), **self.evaluation)
         for corpus, tasks in self.corpora.items():
             for split in ("train", self.eval_split):
                 load_corpus(corpus, split)
             if "perplexity" in tasks:
                 raise UserError(
-                    f"tasks of {corpus!r}: 'perplexity' is measured in every study, on its own text"
+                    f"tasks of {corpus!r}: every trial measures perplexity; remove 'perplexity'"
                 )
             if tasks:
                 EvaluationConfig(tasks=tasks, **self.evaluation)
-        for row in self.variants:
-            self._check_row(row)
-        for cell in self.cells:
-            if len(cell.id.encode()) > _LONGEST_ID:
-                raise UserError(f"name: {shown(cell.id)}, of a cell, is too long for a file")
+        for name in self.variants:
+            self._check_variant(name)
+        for trial in self.trials:
+            if len(trial.id.encode()) > _MAX_ID_LENGTH:
+                raise UserError(
+                    f"name: trial id {shown(trial.id)} has more than {_MAX_ID_LENGTH} bytes"
+                )
 
     @property
     def eval_split(self) -> str:
-        """The split of each corpus that is measured and calibrated on."""
+        """The split of each corpus that is used for measurement and calibration."""
         return str(self.training.get("eval_split", "validation"))
 
-    def _check_row(self, row: str) -> None:
-        given = self.variants[row]
-        variant, settings = given["variant"], given["settings"]
-        for name in given.get("training", ()):
-            check_choice(f"training of {row!r}", name, _OF_A_ROW)
-        if row in variants() and (variant != row or settings or "training" in given):
-            raise UserError(f"variants: {row!r} is the name of a variant; name this one otherwise")
-        check_settings(settings)
-        chosen = settings_of(variant) | dict(settings)
+    def _check_variant(self, name: str) -> None:
+        given = self.variants[name]
+        base, overrides = given["base"], given["overrides"]
+        for field_name in given.get("training", ()):
+            check_choice(f"training of {name!r}", field_name, _TRAINING_OF_VARIANT)
+        if name in variants() and (base != name or overrides or "training" in given):
+            raise UserError(
+                f"variants: {name!r} is a variant of `oasis variants`; a changed one requires"
+                " another name"
+            )
+        check_settings(overrides)
+        config = settings_of(base) | dict(overrides)
         for size in self.sizes:
-            OasisConfig(text_config=text_config(size), **chosen)
-        next(cell for cell in self.cells if cell.row == row).training_config(Path(row))
+            OasisConfig(text_config=text_config(size), **config)
+        next(t for t in self.trials if t.variant == name).training_config(Path(name))
 
     @cached_property
-    def cells(self) -> tuple[Cell, ...]:
-        """Every cell, seed by seed: a study that is cut short has compared whole grids."""
-        return tuple(self._cells())
+    def trials(self) -> tuple[Trial, ...]:
+        """Every trial, ordered by seed, so that a partial study contains all variants."""
+        return tuple(self._trials())
 
-    def _cells(self) -> Iterator[Cell]:
+    def _trials(self) -> Iterator[Trial]:
         for seed in (*self.seeds, *self.noise_seeds):
             for corpus, tasks in self.corpora.items():
                 for size in self.sizes:
-                    for row, chosen in self.variants.items():
-                        if seed in self.noise_seeds and row != self.reference:
+                    for name, given in self.variants.items():
+                        if seed in self.noise_seeds and name != self.reference:
                             continue
-                        yield Cell(
-                            row=row,
-                            variant=chosen["variant"],
-                            settings=chosen["settings"],
+                        yield Trial(
+                            variant=name,
+                            base=given["base"],
+                            overrides=given["overrides"],
                             size=size,
                             corpus=corpus,
                             seed=seed,
-                            training={**self.training, **chosen.get("training", {})},
+                            training={**self.training, **given.get("training", {})},
                             windows=self.windows,
                             schemes=self.schemes,
                             tasks=tasks,
@@ -227,29 +245,29 @@ class Plan:
                             threads=self.threads,
                         )
 
-    def cell(self, cell_id: str) -> Cell:
-        """The cell of this id; `UserError` with the nearest one if there is none."""
-        found = {cell.id: cell for cell in self.cells}
-        if cell_id not in found:
-            check_choice("cell", cell_id, tuple(found))
-        return found[cell_id]
+    def trial(self, trial_id: str) -> Trial:
+        """The trial with this id; `UserError` with the nearest id if there is none."""
+        found = {trial.id: trial for trial in self.trials}
+        if trial_id not in found:
+            check_choice("trial", trial_id, tuple(found))
+        return found[trial_id]
 
     def to_dict(self) -> dict[str, Any]:
-        """As YAML and JSON take it, and `from_dict` reads it."""
+        """The fields as JSON values, which `from_dict` reads."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, given: Any) -> Plan:
-        """A plan from plain values.
+        """Build a plan from JSON or YAML values.
 
-        Rows of `variants` may be empty (the variant of that name) or lack any of their entries;
-        `corpora` may be a list, where no tasks are asked for.
+        An entry of `variants` may be empty (the variant of that name) or have any subset of its
+        fields.  `corpora` may be a list if there are no tasks.
 
         Raises:
-            UserError: see the class; fields missing, unknown or of another kind.
+            UserError: as the class; a field is missing, unknown or of a wrong type.
         """
         if not isinstance(given, Mapping):
-            raise UserError("plan: it is not a mapping of fields to values")
+            raise UserError("plan: it must be a mapping of fields to values")
         known = {f.name: f for f in fields(cls)}
         for name in given:
             check_choice("plan", name, known)
@@ -260,39 +278,40 @@ class Plan:
         for name in ("name", "about", "reference"):
             if not isinstance(plain.get(name, ""), str):
                 raise UserError(f"{name}: {shown(plain[name])} is not text")
-        kinds = {"seeds": int, "noise_seeds": int, "bar": str, "sizes": str, "schemes": str}
+        kinds = {"seeds": int, "noise_seeds": int, "candidates": str, "sizes": str, "schemes": str}
         for name, kind in kinds.items():
             if name in plain:
                 plain[name] = _sequence(name, plain[name], kind)
         plain["variants"] = {
-            row: _row(row, chosen) for row, chosen in _mapping("variants", plain["variants"])
+            variant: _variant(variant, given)
+            for variant, given in _mapping("variants", plain["variants"])
         }
         plain["corpora"] = {
             corpus: _sequence(f"tasks of {corpus!r}", tasks or (), str)
             for corpus, tasks in _mapping("corpora", plain["corpora"])
         }
         plain["compare"] = {
-            row: _sequence(f"compare[{row!r}]", others, str)
-            for row, others in _mapping("compare", plain["compare"])
+            variant: _sequence(f"compare[{variant!r}]", baselines, str)
+            for variant, baselines in _mapping("compare", plain["compare"])
         }
         for name in ("training", "evaluation"):
             plain[name] = dict(_mapping(name, plain.get(name) or {}))
         return cls(**plain)
 
 
-def _row(row: str, chosen: Any) -> dict[str, Any]:
-    given = dict(_mapping(f"variants[{row!r}]", chosen or {}))
-    for name in given:
-        check_choice(f"variants[{row!r}]", name, ("variant", "settings", "training"))
-    settings = dict(_mapping(f"settings of {row!r}", given.get("settings") or {}))
-    plain: dict[str, Any] = {"variant": given.get("variant", row), "settings": settings}
+def _variant(name: str, value: Any) -> dict[str, Any]:
+    given = dict(_mapping(f"variants[{name!r}]", value or {}))
+    for field_name in given:
+        check_choice(f"variants[{name!r}]", field_name, ("base", "overrides", "training"))
+    overrides = dict(_mapping(f"overrides of {name!r}", given.get("overrides") or {}))
+    plain: dict[str, Any] = {"base": given.get("base", name), "overrides": overrides}
     if given.get("training"):
-        plain["training"] = dict(_mapping(f"training of {row!r}", given["training"]))
+        plain["training"] = dict(_mapping(f"training of {name!r}", given["training"]))
     return plain
 
 
 def _mapping(argument: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Its items; a sequence of names is a mapping of each to nothing."""
+    """The items of a mapping; a list of names stands for a mapping of each name to None."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = dict.fromkeys(_sequence(argument, value, str))
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):

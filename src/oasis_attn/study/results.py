@@ -1,4 +1,4 @@
-"""What a study's records say: values by variant and unit, and comparisons of them."""
+"""The values that a study measured, by variant and condition, and comparisons of them."""
 
 from __future__ import annotations
 
@@ -8,112 +8,120 @@ from functools import cached_property
 from statistics import fmean
 
 from oasis_attn.records import TrialRecord
-from oasis_attn.study.measures import Measure, measures
-from oasis_attn.study.plan import Cell, Plan
+from oasis_attn.study.plan import Condition, Plan, Trial
 from oasis_attn.study.statistics import Comparison, compare, holm, noise_floor
+from oasis_attn.study.study_metrics import StudyMetric, study_metrics
 
-Unit = tuple[str, str, int]
-MEAN = "their mean"
+BASELINE_MEAN = "baseline mean"
+"""The name of the mean of several baselines in tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
-    """One comparison of a table.
+class MetricComparison:
+    """One metric of a variant, compared with a baseline.
 
     Attributes:
-        measure: what is compared.
-        subject: row.
-        against: row, or `MEAN` of several.
-        numbers: of the comparison.
-        p: its p-value, corrected for all comparisons of the table.
-        floor, floor_n: what a change of seed alone makes, relative, and the pairs it is from.
+        metric: the metric.
+        variant: name of the variant in the plan.
+        baseline: name of the other variant, or `BASELINE_MEAN`.
+        comparison: the statistics.
+        p_holm: p-value with Holm's correction for all comparisons of the table.
+        noise_floor: relative change that a different seed alone causes.
+        noise_pairs: number of pairs that the noise floor was estimated from.
     """
 
-    measure: Measure
-    subject: str
-    against: str
-    numbers: Comparison
-    p: float
-    floor: float
-    floor_n: int
+    metric: StudyMetric
+    variant: str
+    baseline: str
+    comparison: Comparison
+    p_holm: float
+    noise_floor: float
+    noise_pairs: int
 
 
 @dataclass(frozen=True)
 class Results:
-    """The records of a study by cell.
+    """The records of a study.
 
     Attributes:
-        plan: of the study.
-        records: of its finished cells.
+        plan: the plan of the study.
+        records: the record of each finished trial.
     """
 
     plan: Plan
-    records: Mapping[Cell, TrialRecord]
+    records: Mapping[Trial, TrialRecord]
 
     @cached_property
-    def _values(self) -> dict[tuple[str, str], dict[Unit, float]]:
-        """(measure, row) -> unit -> value, of all that was measured."""
-        found: dict[tuple[str, str], dict[Unit, float]] = {}
-        for cell, record in self.records.items():
+    def _values(self) -> dict[tuple[str, str], dict[Condition, float]]:
+        """(metric name, variant) -> condition -> value, for all whole-model metrics."""
+        found: dict[tuple[str, str], dict[Condition, float]] = {}
+        for trial, record in self.records.items():
             for metric in record.metrics:
                 if not metric.where:
-                    found.setdefault((metric.name, cell.row), {})[cell.unit] = metric.value
+                    values = found.setdefault((metric.name, trial.variant), {})
+                    values[trial.condition] = metric.value
         return found
 
     @cached_property
-    def measures(self) -> tuple[Measure, ...]:
-        """Those that some record has."""
+    def metrics(self) -> tuple[StudyMetric, ...]:
+        """The metrics that at least one record has."""
         named = {name for name, _ in self._values}
-        return tuple(m for m in measures(self.plan.schemes) if m.name in named)
+        return tuple(m for m in study_metrics(self.plan.schemes) if m.name in named)
 
-    def values(self, measure: Measure, row: str) -> dict[Unit, float]:
-        """The measure of a row's models, by unit, in the plan's order; noise seeds left out."""
-        found = self._values.get((measure.name, row), {})
-        return {unit: v for unit, v in found.items() if unit[2] in self.plan.seeds}
+    def values(self, metric: StudyMetric, variant: str) -> dict[Condition, float]:
+        """The metric of a variant in each condition, in the plan's order, without noise seeds."""
+        found = self._values.get((metric.name, variant), {})
+        return {condition: v for condition, v in found.items() if condition.seed in self.plan.seeds}
 
-    def floor(self, measure: Measure) -> tuple[float, int]:
-        """`noise_floor` of the reference row: all its seeds, corpus by corpus and size by size."""
+    def noise_floor(self, metric: StudyMetric) -> tuple[float, int]:
+        """`statistics.noise_floor` of the reference, with all its seeds.
+
+        Runs are paired within each corpus and size.
+        """
         groups: dict[tuple[str, str], list[float]] = {}
-        for (corpus, size, _), value in self._values.get(
-            (measure.name, self.plan.reference), {}
-        ).items():
-            groups.setdefault((corpus, size), []).append(value)
-        return noise_floor(groups.values(), measure.scale)
+        values = self._values.get((metric.name, self.plan.reference), {})
+        for condition, value in values.items():
+            groups.setdefault((condition.corpus, condition.size), []).append(value)
+        return noise_floor(groups.values(), metric.scale)
 
-    def compare(self, measure: Measure, subject: str, against: Sequence[str]) -> Comparison | None:
-        """A row with another, or with the mean of several, in the units that all of them have.
+    def compare(
+        self, metric: StudyMetric, variant: str, baselines: Sequence[str]
+    ) -> Comparison | None:
+        """Compare a variant with a baseline, or with the mean of several in each condition.
 
-        None where there is no such unit.  The mean is taken unit by unit.
+        Only conditions that all of these variants have are used; None if there are none.
         """
-        tables = [self.values(measure, row) for row in (subject, *against)]
-        units = [unit for unit in tables[0] if all(unit in table for table in tables)]
-        if not units:
+        tables = [self.values(metric, name) for name in (variant, *baselines)]
+        conditions = [each for each in tables[0] if all(each in table for table in tables)]
+        if not conditions:
             return None
-        baseline = [fmean(table[unit] for table in tables[1:]) for unit in units]
-        return compare([tables[0][unit] for unit in units], baseline, measure.scale)
+        means = [fmean(table[each] for table in tables[1:]) for each in conditions]
+        return compare([tables[0][each] for each in conditions], means, metric.scale)
 
-    def comparisons(self, subject: str) -> list[Compared]:
-        """A row with each of those the plan compares it with, and their mean; for each measure.
+    def comparisons(self, variant: str) -> list[MetricComparison]:
+        """Compare a variant with each baseline of the plan and, from two on, with their mean.
 
-        Measures that only one of two has are left out.  The p-values are corrected together.
+        There is one comparison for each metric that has a better direction and that both have
+        values of.  Their p-values are corrected together.
         """
-        baselines = self.plan.compare[subject]
-        groups: dict[str, tuple[str, ...]] = {row: (row,) for row in baselines}
+        baselines = self.plan.compare[variant]
+        groups: dict[str, tuple[str, ...]] = {name: (name,) for name in baselines}
         if len(baselines) > 1:
-            groups[MEAN] = tuple(baselines)
+            groups[BASELINE_MEAN] = tuple(baselines)
         found = []
-        for measure in self.measures:
-            if not measure.better:
+        for metric in self.metrics:
+            if not metric.better:
                 continue
-            floor, floor_n = self.floor(measure)
-            for against, rows in groups.items():
-                numbers = self.compare(measure, subject, rows)
-                if numbers is not None:
+            floor, pairs = self.noise_floor(metric)
+            for baseline, names in groups.items():
+                comparison = self.compare(metric, variant, names)
+                if comparison is not None:
                     found.append(
-                        Compared(
-                            measure=measure, subject=subject, against=against, numbers=numbers,
-                            p=numbers.p, floor=floor, floor_n=floor_n,
+                        MetricComparison(
+                            metric=metric, variant=variant, baseline=baseline,
+                            comparison=comparison, p_holm=comparison.p,
+                            noise_floor=floor, noise_pairs=pairs,
                         )
                     )  # fmt: skip
-        corrected = holm(each.numbers.p for each in found)
-        return [replace(each, p=p) for each, p in zip(found, corrected, strict=True)]
+        corrected = holm(each.p_holm for each in found)
+        return [replace(each, p_holm=p) for each, p in zip(found, corrected, strict=True)]

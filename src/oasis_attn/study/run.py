@@ -1,4 +1,4 @@
-"""Running a study: cells handed out to processes or a cluster, until every one has its record."""
+"""Run a study: start trials in processes or on a cluster until every one has a record."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from oasis_attn.data import corpus_tokenizer, load_corpus, token_blocks
 from oasis_attn.errors import check_whole
 from oasis_attn.files import lock
 from oasis_attn.modeling.sizes import text_config
-from oasis_attn.study.cell import PATIENCE
-from oasis_attn.study.folder import Status, StudyFolder
-from oasis_attn.study.launch import Job, Launcher, Processes
-from oasis_attn.study.plan import Cell, Plan
-from oasis_attn.study.progress import Board
+from oasis_attn.study.launch import Job, Launcher, ProcessLauncher
+from oasis_attn.study.plan import Plan, Trial
+from oasis_attn.study.progress import ProgressTable
+from oasis_attn.study.storage import Status, StudyFolder
+from oasis_attn.study.trial import LOCK_TIMEOUT
 
 _POLL = 0.1  # seconds
 
@@ -24,90 +24,93 @@ def run_study(
     plan: Plan,
     out: str | Path,
     *,
-    reuse: Sequence[str | Path] = (),
+    reuse_from: Sequence[str | Path] = (),
     workers: int = 1,
     launcher: Launcher | None = None,
     show: bool = True,
 ) -> Status:
-    """Run every cell of `plan` that has no record in `out` yet.
+    """Run every trial of `plan` that has no record in `out` yet.
 
-    A cell that ends badly is noted under `out`/failed and holds up no other; a later call tries it
-    again.  An interruption ends the cells that run in processes of this one, and they have no
-    record.
+    A trial that fails leaves a log under `out`/failed and does not stop the others; the next call
+    runs it again.  An interruption stops the trials in processes of this machine; the next call
+    resumes them.
 
     Args:
-        plan: what to run.
-        out: a new folder, or one in which this plan was begun.
-        reuse: folders of other studies, whose finished cells are taken over where this plan has
-            the very same.
-        workers: cells at once.
-        launcher: what runs them; default, processes of this machine.
-        show: a live table on standard error.
+        plan: the plan.
+        out: a new folder, or one in which this plan was started.
+        reuse_from: folders of other studies; records of identical trials are copied from them.
+        workers: number of trials that run at once.
+        launcher: starts the trials; by default, in processes of this machine.
+        show: show the progress on standard error.
 
     Returns:
-        Where the study stands at the end.
+        The progress of the study at the end.
 
     Raises:
-        UserError: `out` holds something else, another process runs this study; a folder of `reuse`
-            that holds none; a corpus that cannot be read.
+        UserError: `out` contains something else, another process runs this study, a folder of
+            `reuse_from` contains no study, or a corpus cannot be read.
     """
     check_whole("workers", workers, 1)
-    others = [StudyFolder.open(path) for path in reuse]
+    others = [StudyFolder.open(path) for path in reuse_from]
     folder = StudyFolder.begin(out, plan)
-    launcher = launcher or Processes()
-    held = lock(folder.path / "work" / "study.lock", f"study {str(out)!r}", patience=PATIENCE)
+    launcher = launcher or ProcessLauncher()
+    held = lock(folder.path / "work" / "study.lock", f"study {str(out)!r}", patience=LOCK_TIMEOUT)
     with held:
         launcher.begin(folder)
         for other in others:
-            folder.take_over(other)
+            folder.copy_from(other)
         pending = folder.missing()
-        board = Board(plan, folder.status(), workers=workers, show=show)
-        with board:
-            prepare(pending, board)
-            _run(folder, pending, workers, launcher, board)
+        progress = ProgressTable(plan, folder.status(), workers=workers, show=show)
+        with progress:
+            prepare(pending, progress)
+            _run(folder, pending, workers, launcher, progress)
         if not folder.missing():
             shutil.rmtree(folder.path / "work")
     return folder.status()
 
 
-def prepare(cells: Sequence[Cell], board: Board) -> None:
-    """Train each tokenizer and cut each text once, before cells that share them begin."""
+def prepare(trials: Sequence[Trial], progress: ProgressTable) -> None:
+    """Train each tokenizer and tokenize each corpus once, before the trials that share them."""
     done = set()
-    for cell in cells:
-        config = cell.training_config(Path(cell.id))
-        vocabulary = text_config(cell.size, config.vocab_size).vocab_size
-        if (cell.corpus, vocabulary) in done:
+    for trial in trials:
+        config = trial.training_config(Path(trial.id))
+        vocabulary = text_config(trial.size, config.vocab_size).vocab_size
+        if (trial.corpus, vocabulary) in done:
             continue
-        done.add((cell.corpus, vocabulary))
-        board.say(f"reading {cell.corpus}")
-        corpus = load_corpus(cell.corpus)
+        done.add((trial.corpus, vocabulary))
+        progress.set_message(f"reading {trial.corpus}")
+        corpus = load_corpus(trial.corpus)
         tokenizer = corpus_tokenizer(corpus, vocabulary)
-        for part in (corpus, load_corpus(cell.corpus, config.eval_split)):
+        for part in (corpus, load_corpus(trial.corpus, config.eval_split)):
             token_blocks(part, tokenizer, config.block_length, vocab_size=vocabulary)
-    board.say("")
+    progress.set_message("")
 
 
 def _run(
-    folder: StudyFolder, pending: list[Cell], workers: int, launcher: Launcher, board: Board
+    folder: StudyFolder,
+    pending: list[Trial],
+    workers: int,
+    launcher: Launcher,
+    progress: ProgressTable,
 ) -> None:
-    running: dict[Cell, tuple[Job, float, bool]] = {}
+    running: dict[Trial, tuple[Job, float, bool]] = {}
     waiting = list(pending)
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                cell = waiting.pop(0)
-                folder.failure_path(cell).unlink(missing_ok=True)
-                resumed = folder.work_path(cell).exists()
-                running[cell] = (launcher.start(folder, cell), time.monotonic(), resumed)
-                board.started(cell)
-            for cell, (job, since, resumed) in list(running.items()):
+                trial = waiting.pop(0)
+                folder.failure_path(trial).unlink(missing_ok=True)
+                resumed = folder.work_path(trial).exists()
+                running[trial] = (launcher.start(folder, trial), time.monotonic(), resumed)
+                progress.trial_started(trial)
+            for trial, (job, since, resumed) in list(running.items()):
                 if job.ended():
-                    del running[cell]
+                    del running[trial]
                     job.close()
-                    done = folder.record_path(cell).is_file()
-                    reason = "" if done else folder.reason(cell) or "it left no record"
-                    board.ended(cell, time.monotonic() - since, reason, resumed=resumed)
-            board.update()
+                    done = folder.record_path(trial).is_file()
+                    reason = "" if done else folder.reason(trial) or "no record was written"
+                    progress.trial_ended(trial, time.monotonic() - since, reason, resumed=resumed)
+            progress.update()
             time.sleep(_POLL)
     finally:
         for job, *_ in running.values():

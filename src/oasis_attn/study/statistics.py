@@ -1,4 +1,4 @@
-"""Paired statistics on arrays.  Axes: U units (a corpus, size and seed each), B baselines."""
+"""Statistics of paired values.  Axis: C conditions (one corpus, size and seed each)."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A subject against a baseline in the same units.
+    """A variant compared with a baseline in the same conditions.
 
     Attributes:
-        n: units that have both.
-        subject, baseline: their means over the units, geometric on the scale `ratio`.
-        change: of the one against the other, relative: 0.1 is 10 % more; NaN where the baseline's
-            mean is 0, or a value is not finite.
-        low, high: bootstrap interval of `change` at `LEVEL`; NaN from a single unit.
+        n: number of conditions, that is, of pairs.
+        mean, baseline_mean: means over the conditions; geometric means on the scale `ratio`.
+        change: relative change from the baseline: 0.1 is 10 % more; NaN if the baseline's mean is
+            0 or a value is not finite.
+        low, high: bootstrap interval of `change` at `LEVEL`; NaN for a single pair.
         effect_size: Hedges' g of the paired differences (of logarithms on the scale `ratio`).
-        p: two-sided, of the paired t-test on the same differences; NaN from a single unit.
+        p: two-sided p-value of the paired t-test on the same differences; NaN for a single pair.
     """
 
     n: int
-    subject: float
-    baseline: float
+    mean: float
+    baseline_mean: float
     change: float
     low: float
     high: float
@@ -45,71 +45,71 @@ class Comparison:
     p: float
 
 
-def compare(subject_U: Sequence[float], baseline_U: Sequence[float], scale: str) -> Comparison:
-    """Pair the units and compare.
+def compare(values_C: Sequence[float], baseline_C: Sequence[float], scale: str) -> Comparison:
+    """Compare paired values.
 
     Args:
-        subject_U, baseline_U: the measure in each unit.
-        scale: `ratio`, for measures above 0 that vary in proportion (perplexity, norms): the change
-            is exp(mean log ratio) - 1, so that no unit of large values decides alone.  `points`,
-            for shares and others that may be 0 or less: the change is that of the mean, relative
-            to its size.
+        values_C, baseline_C: the metric in each condition; entries at one index form a pair.
+        scale: `ratio` for positive quantities that vary in proportion (perplexity, norms): the
+            change is exp(mean log ratio) - 1, so that no condition with large values dominates.
+            `points` for fractions and quantities that may be 0 or negative: the change is the
+            difference of the means over the absolute mean of the baseline.
 
     Raises:
-        UserError: no units, unequal lengths, an unknown scale, values of at most 0 as `ratio`.
+        UserError: no values, unequal lengths, an unknown scale, or values <= 0 with `ratio`.
     """
     check_choice("scale", scale, SCALES)
-    x_U, y_U = np.asarray(subject_U, dtype=float), np.asarray(baseline_U, dtype=float)
-    if x_U.shape != y_U.shape or x_U.ndim != 1 or not len(x_U):
-        raise UserError(f"units: {x_U.shape} and {y_U.shape} do not pair")
-    if scale == "ratio" and (min(x_U.min(), y_U.min()) <= 0):
-        raise UserError("scale: 'ratio' needs values above 0; use 'points'")
-    n = len(x_U)
-    if not (np.isfinite(x_U).all() and np.isfinite(y_U).all()):
+    x_C, y_C = np.asarray(values_C, dtype=float), np.asarray(baseline_C, dtype=float)
+    if x_C.shape != y_C.shape or x_C.ndim != 1 or not len(x_C):
+        raise UserError(f"values: shapes {x_C.shape} and {y_C.shape} cannot be paired")
+    if scale == "ratio" and (min(x_C.min(), y_C.min()) <= 0):
+        raise UserError("scale: 'ratio' requires values above 0; use 'points'")
+    n = len(x_C)
+    if not (np.isfinite(x_C).all() and np.isfinite(y_C).all()):
         nan = math.nan
-        means = (float(x_U.mean()), float(y_U.mean()))
+        means = (float(x_C.mean()), float(y_C.mean()))
         return Comparison(
-            n=n, subject=means[0], baseline=means[1], change=nan, low=nan, high=nan,
+            n=n, mean=means[0], baseline_mean=means[1], change=nan, low=nan, high=nan,
             effect_size=nan, p=nan,
         )  # fmt: skip
     if scale == "ratio":
-        difference_U = np.log(x_U) - np.log(y_U)
-        subject, baseline = (float(np.exp(np.log(z_U).mean())) for z_U in (x_U, y_U))
-        change = math.expm1(difference_U.mean())
-        low, high = np.expm1(bootstrap_interval(difference_U))
+        difference_C = np.log(x_C) - np.log(y_C)
+        mean, baseline_mean = (float(np.exp(np.log(z_C).mean())) for z_C in (x_C, y_C))
+        change = math.expm1(difference_C.mean())
+        low, high = np.expm1(bootstrap_interval(difference_C))
     else:
-        difference_U = x_U - y_U
-        subject, baseline = float(x_U.mean()), float(y_U.mean())
-        change = (subject - baseline) / abs(baseline) if baseline else math.nan
-        low, high = bootstrap_interval(x_U, y_U) if baseline else (math.nan, math.nan)
+        difference_C = x_C - y_C
+        mean, baseline_mean = float(x_C.mean()), float(y_C.mean())
+        change = (mean - baseline_mean) / abs(baseline_mean) if baseline_mean else math.nan
+        low, high = bootstrap_interval(x_C, y_C) if baseline_mean else (math.nan, math.nan)
     return Comparison(
         n=n,
-        subject=subject,
-        baseline=baseline,
+        mean=mean,
+        baseline_mean=baseline_mean,
         change=change,
         low=float(low),
         high=float(high),
-        effect_size=hedges_g(difference_U),
-        p=paired_p(difference_U),
+        effect_size=hedges_g(difference_C),
+        p=paired_p(difference_C),
     )
 
 
-def bootstrap_interval(x_U: np.ndarray, y_U: np.ndarray | None = None) -> tuple[float, float]:
+def bootstrap_interval(x_C: np.ndarray, y_C: np.ndarray | None = None) -> tuple[float, float]:
     """Interval at `LEVEL` of mean(x), or of mean(x - y) / |mean(y)| for pairs: BCa (Efron 1987).
 
-    Whole units are drawn.  The percentile interval stands in where BCa is not defined (values all
-    equal, draws whose baseline is 0 left out); NaN from a single unit.
+    Pairs are resampled.  Where BCa is not defined (all values are equal), it is the percentile
+    interval of the resamples whose baseline is not 0; NaN for a single pair.
     """
-    if len(x_U) < 2:
+    if len(x_C) < 2:
         return math.nan, math.nan
 
     def ratio(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             return (x.mean(axis) - y.mean(axis)) / np.abs(y.mean(axis))
 
-    data, statistic = ((x_U,), np.mean) if y_U is None else ((x_U, y_U), ratio)
+    data, statistic = ((x_C,), np.mean) if y_C is None else ((x_C, y_C), ratio)
     with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # told by NaN
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # the result is then NaN
         found = stats.bootstrap(
             data, statistic, paired=True, vectorized=True, n_resamples=_DRAWS,
             confidence_level=LEVEL, method="BCa", rng=np.random.default_rng(_SEED),
@@ -124,41 +124,42 @@ def bootstrap_interval(x_U: np.ndarray, y_U: np.ndarray | None = None) -> tuple[
     return float(low), float(high)
 
 
-def hedges_g(difference_U: np.ndarray) -> float:
+def hedges_g(difference_C: np.ndarray) -> float:
     """Mean over standard deviation of paired differences, times Hedges' exact correction.
 
     g = J(n - 1) mean / s, J(m) = Gamma(m/2) / (sqrt(m/2) Gamma((m - 1)/2)) (Hedges 1981), the
-    paired form, g_z.  0 where nothing differs, infinite where all differ alike; NaN from one unit.
+    paired form, g_z.  It is 0 if all differences are 0, infinite if all are equal and not 0, and
+    NaN for a single pair.
     """
-    m = len(difference_U) - 1
+    m = len(difference_C) - 1
     if m < 1:
         return math.nan
-    mean, deviation = float(np.mean(difference_U)), _deviation(difference_U)
+    mean, deviation = float(np.mean(difference_C)), _deviation(difference_C)
     if not deviation:
         return math.copysign(math.inf, mean) if mean else 0.0
     if m == 1:
-        return 0.0  # J(1) = 0: two units tell nothing of their own spread
+        return 0.0  # J(1) = 0: two pairs do not determine a standard deviation
     correction = math.exp(gammaln(m / 2) - gammaln((m - 1) / 2)) / math.sqrt(m / 2)
     return correction * mean / deviation
 
 
-def paired_p(difference_U: np.ndarray) -> float:
-    """Two-sided p of the t-test that the mean difference is 0; NaN from a single unit."""
-    if len(difference_U) < 2:
+def paired_p(difference_C: np.ndarray) -> float:
+    """Two-sided p-value of the t-test that the mean difference is 0; NaN for a single pair."""
+    if len(difference_C) < 2:
         return math.nan
-    if not _deviation(difference_U):
-        return 0.0 if np.mean(difference_U) else 1.0
-    return float(stats.ttest_1samp(difference_U, 0.0).pvalue)
+    if not _deviation(difference_C):
+        return 0.0 if np.mean(difference_C) else 1.0
+    return float(stats.ttest_1samp(difference_C, 0.0).pvalue)
 
 
-def _deviation(difference_U: np.ndarray) -> float:
-    """Standard deviation; 0 where the differences differ by rounding only."""
-    deviation = float(np.std(difference_U, ddof=1))
-    return deviation if deviation > _ROUNDING * abs(float(np.mean(difference_U))) else 0.0
+def _deviation(difference_C: np.ndarray) -> float:
+    """Standard deviation; 0 if the differences are equal up to rounding."""
+    deviation = float(np.std(difference_C, ddof=1))
+    return deviation if deviation > _ROUNDING * abs(float(np.mean(difference_C))) else 0.0
 
 
 def holm(p: Iterable[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979); those that are NaN stay so, uncounted."""
+    """p-values with Holm's correction (Holm 1979); NaN values stay NaN and do not count."""
     values = list(p)
     order = sorted(
         (i for i, value in enumerate(values) if not math.isnan(value)), key=values.__getitem__
@@ -171,13 +172,13 @@ def holm(p: Iterable[float]) -> list[float]:
 
 
 def noise_floor(repeats: Iterable[Sequence[float]], scale: str) -> tuple[float, int]:
-    """How much chance alone changes a measure, relative; and the number of pairs that say so.
+    """The relative change of a metric that a different seed causes, and the number of pairs used.
 
-    Root mean square of the change between any two runs that differ in their seed only: exp of that
-    of the log ratio, less 1, for `ratio`; of the difference over the mean for `points`.
+    It is the root mean square (rms) of the change between any two runs that differ only in their
+    seed: exp(rms of the log ratio) - 1 for `ratio`, rms of difference / mean for `points`.
 
     Args:
-        repeats: groups of runs alike but for the seed.
+        repeats: groups of values of runs that differ only in their seed.
         scale: see `compare`.
     """
     check_choice("scale", scale, SCALES)

@@ -1,4 +1,4 @@
-"""A study's tables, made from its results: means, comparisons, verdict, cells."""
+"""The tables of a study: verdicts, tests, criteria, comparisons, means and progress."""
 
 from __future__ import annotations
 
@@ -8,182 +8,191 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
 from oasis_attn.report import Table, number
-from oasis_attn.study.bar import Hurdle, bar
-from oasis_attn.study.folder import Status
-from oasis_attn.study.results import Compared, Results
+from oasis_attn.study.criteria import Criterion, check_criteria
+from oasis_attn.study.results import MetricComparison, Results
 from oasis_attn.study.statistics import LEVEL, Comparison
-from oasis_attn.study.verdict import Verdict
+from oasis_attn.study.storage import Status
+from oasis_attn.study.verdict import OUTCOMES, Verdict
 
 ABSENT = "-"
+_INTERVAL = f"{LEVEL:.0%} interval"
+_COMPARISON_COLUMNS = (
+    "n", "value", "baseline value", "change", _INTERVAL, "Hedges' g", "p (Holm)", "noise floor",
+)  # fmt: skip
 
 
 def means_table(results: Results, corpus: str, size: str) -> Table:
-    """A row per variant, a column per measure: mean ± standard deviation over seeds, and n."""
+    """One row per variant, one column per metric: mean ± standard deviation over seeds, and n."""
     rows = []
-    for row in results.plan.variants:
+    for variant in results.plan.variants:
         columns = [
-            [v for unit, v in results.values(m, row).items() if unit[:2] == (corpus, size)]
-            for m in results.measures
+            [v for each, v in results.values(m, variant).items() if each[:2] == (corpus, size)]
+            for m in results.metrics
         ]
         n = max(map(len, columns), default=0)
         if n:
-            rows.append((row, str(n), *map(_spread, columns)))
-    heads = tuple(measure.head for measure in results.measures)
+            rows.append((variant, str(n), *map(_mean_and_deviation, columns)))
+    labels = tuple(metric.label for metric in results.metrics)
     title = f"{corpus}, {size}: mean ± standard deviation over n seeds"
-    return Table(title=title, columns=("variant", "n", *heads), rows=tuple(rows))
+    return Table(title=title, columns=("variant", "n", *labels), rows=tuple(rows))
 
 
-def comparison_table(results: Results, subject: str) -> Table:
-    """A row per measure and baseline: the change with its interval, effect size, p and floor."""
+def comparison_table(results: Results, variant: str) -> Table:
+    """One row per metric and baseline: change, interval, effect size, p-value and noise floor."""
     rows = tuple(
-        (each.measure.head, each.against, *_numbers(each.numbers), _p(each.p), _floor(each))
-        for each in results.comparisons(subject)
-    )
-    return Table(
-        title=f"{subject} against others, pair by pair",
-        columns=(
-            "measure", "against", "n", subject, "baseline", "change", f"{LEVEL:.0%} interval",
-            "Hedges' g", "p (Holm)", "noise floor",
-        ),
-        rows=rows,
-        words=2,
+        (
+            each.metric.label, each.baseline, *_statistics(each.comparison), _p(each.p_holm),
+            _noise_floor(each),
+        )
+        for each in results.comparisons(variant)
     )  # fmt: skip
+    return Table(
+        title=f"{variant} compared with its baselines",
+        columns=("metric", "baseline", *_COMPARISON_COLUMNS),
+        rows=rows,
+        text_columns=2,
+        key_columns=2,
+    )
 
 
 def verdict_table(verdicts: Iterable[Verdict]) -> Table:
-    """A row per claim: what the rule says of it."""
+    """One row per claim: the verdict, and the number of tests with each outcome."""
     rows = tuple(
-        (str(index), judged.claim.text, judged.verdict, *_counts(judged))
-        for index, judged in enumerate(verdicts, start=1)
+        (str(index), each.claim.text, each.verdict, *_counts(each))
+        for index, each in enumerate(verdicts, start=1)
     )
     return Table(
-        title="The paper's claims",
-        columns=("", "claim", "verdict", "tests won", "lost", "open", "untested"),
+        title="Claims of the paper",
+        columns=("no.", "claim", "verdict", *OUTCOMES),
         rows=rows,
-        words=3,
+        text_columns=3,
     )
 
 
-def predictions_table(verdicts: Iterable[Verdict]) -> Table:
-    """A row per test of each claim, with its numbers."""
+def claim_tests_table(verdicts: Iterable[Verdict]) -> Table:
+    """One row per test of each claim, with its statistics."""
     rows = []
-    for index, judged in enumerate(verdicts, start=1):
-        for found in judged.findings:
-            seen = found.numbers
-            numbers = ("0", *[ABSENT] * 5) if seen is None else _numbers(seen)
-            floor = percent(found.floor).removeprefix("+")
-            words = found.test.words.replace("`", "")
-            rows.append((str(index), words, found.outcome, *numbers, _p(found.p), floor))
+    for index, verdict in enumerate(verdicts, start=1):
+        for letter, each in zip("abcdefgh", verdict.results, strict=False):
+            name = f"{index}{letter}" if len(verdict.results) > 1 else str(index)
+            absent = ("0", *[ABSENT] * 5)
+            statistics = absent if each.comparison is None else _statistics(each.comparison)
+            floor = percent(each.noise_floor).removeprefix("+")
+            text = each.test.text.replace("`", "")
+            rows.append((name, text, each.outcome, *statistics, _p(each.p_holm), floor))
     return Table(
-        title="Their tests",
-        columns=(
-            "claim", "test", "outcome", "n", "subject", "baseline", "change",
-            f"{LEVEL:.0%} interval", "Hedges' g", "p (Holm)", "noise floor",
-        ),
+        title="Tests of the claims",
+        columns=("no.", "test", "outcome", *_COMPARISON_COLUMNS),
         rows=tuple(rows),
-        words=3,
-    )  # fmt: skip
-
-
-def bar_table(results: Results) -> Table:
-    """A row per hurdle of each row that the plan holds against the bar."""
-    rows = tuple(
-        (each.row, each.text, each.outcome, str(each.n), *_hurdle(each))
-        for row in results.plan.bar
-        for each in bar(results, row)
+        text_columns=3,
     )
-    columns = ("variant", "hurdle", "outcome", "n", "change", f"{LEVEL:.0%} interval", "at most")
-    return Table(title="The bar", columns=columns, rows=rows, words=3)
 
 
-def bar_summary(results: Results) -> Table:
-    """A row per variant that is held against the bar and measured, a column per hurdle."""
+def criteria_table(results: Results) -> Table:
+    """One row per candidate of the plan and criterion."""
+    rows = tuple(
+        (variant, each.text, each.outcome, str(each.n), *_change(each))
+        for variant in results.plan.candidates
+        for each in check_criteria(results, variant)
+    )
+    return Table(
+        title="Acceptance criteria",
+        columns=("variant", "criterion", "outcome", "n", "change", _INTERVAL, "limit"),
+        rows=rows,
+        text_columns=3,
+        key_columns=2,
+    )
+
+
+def criteria_summary(results: Results) -> Table:
+    """One row per candidate with records, one column per criterion."""
     rows, columns = [], ["variant"]
-    for row in results.plan.bar:
-        hurdles = bar(results, row)
-        columns = ["variant", *(f"{each.text} (at most {percent(each.limit)})" for each in hurdles)]
-        if any(each.n for each in hurdles):
-            rows.append((row, *map(_cleared, hurdles)))
-    return Table(title="", columns=tuple(columns), rows=tuple(rows), words=len(columns))
+    for variant in results.plan.candidates:
+        criteria = check_criteria(results, variant)
+        columns = ["variant", *(f"{each.text} (limit {percent(each.limit)})" for each in criteria)]
+        if any(each.n for each in criteria):
+            rows.append((variant, *map(_change_and_outcome, criteria)))
+    return Table(columns=tuple(columns), rows=tuple(rows), text_columns=len(columns))
 
 
 def status_table(status: Status, name: str) -> Table:
-    """Where a study stands: counts, time left of one worker, and what failed why."""
+    """The progress of a study: counts, remaining time with one worker, and failures."""
     left = status.left
     rows = [
-        ("cells", str(status.total)),
+        ("trials", str(status.total)),
         ("done", str(len(status.done))),
         ("running", str(len(status.running))),
         ("failed", str(len(status.failed))),
     ]
-    if status.seconds_per_cell is not None:
-        rows.append(("seconds per cell", number(status.seconds_per_cell)))
-    if status.seconds_per_cell is not None and left:
-        rows.append(("hours left, one worker", number(status.seconds_per_cell * left / 3600)))
-    rows += [(cell, reason) for cell, reason in status.failed.items()]
-    return Table(title=name, columns=("", ""), rows=tuple(rows), words=2)
+    if status.seconds_per_trial is not None:
+        rows.append(("seconds per trial", number(status.seconds_per_trial)))
+    if status.seconds_per_trial is not None and left:
+        rows.append(("hours left, one worker", number(status.seconds_per_trial * left / 3600)))
+    rows += [(trial, reason) for trial, reason in status.failed.items()]
+    return Table(title=name, columns=("", ""), rows=tuple(rows), text_columns=2)
 
 
 def results_tables(results: Results, verdicts: Sequence[Verdict]) -> list[Table]:
-    """All tables of a study, the verdict first."""
-    finished = {cell.unit[:2] for cell in results.records}
+    """All tables of a study, the verdicts first."""
+    finished = {trial.condition[:2] for trial in results.records}
     groups = [(c, s) for c in results.plan.corpora for s in results.plan.sizes]
     return [
         verdict_table(verdicts),
-        predictions_table(verdicts),
-        *([bar_table(results)] if results.plan.bar else []),
-        *(comparison_table(results, subject) for subject in results.plan.compare),
+        claim_tests_table(verdicts),
+        *([criteria_table(results)] if results.plan.candidates else []),
+        *(comparison_table(results, variant) for variant in results.plan.compare),
         *(means_table(results, *group) for group in groups if group in finished),
     ]
 
 
 def percent(value: float) -> str:
-    """A share as a percentage with two decimals, signed; a dash where it is not a number."""
+    """A fraction as a signed percentage with two decimals; a dash if it is NaN."""
     if math.isnan(value):
         return ABSENT
     return f"{value:+.2%}" if abs(value) < 1e3 else f"{value:+.2g} x"
 
 
-def _counts(judged: Verdict) -> tuple[str, ...]:
-    outcomes = Counter(found.outcome for found in judged.findings)
-    return tuple(str(outcomes[name]) for name in ("won", "lost", "open", "untested"))
+def _counts(verdict: Verdict) -> tuple[str, ...]:
+    counts = Counter(result.outcome for result in verdict.results)
+    return tuple(str(counts[outcome]) for outcome in OUTCOMES)
 
 
-def _spread(values: list[float]) -> str:
+def _mean_and_deviation(values: list[float]) -> str:
     if not values:
         return ABSENT
     if len(values) == 1:
         return number(values[0])
-    spread = stdev(values) if all(map(math.isfinite, values)) else math.nan
-    return f"{number(fmean(values))} ± {number(spread)}"
+    deviation = stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return f"{number(fmean(values))} ± {number(deviation)}"
 
 
-def _numbers(seen: Comparison) -> tuple[str, ...]:
-    interval = ABSENT
-    if not math.isnan(seen.low):
-        interval = f"{percent(seen.low)} to {percent(seen.high)}"
+def _statistics(comparison: Comparison) -> tuple[str, ...]:
+    effect = comparison.effect_size
     return (
-        str(seen.n),
-        number(seen.subject),
-        number(seen.baseline),
-        percent(seen.change),
-        interval,
-        ABSENT if math.isnan(seen.effect_size) else number(seen.effect_size),
+        str(comparison.n),
+        number(comparison.mean),
+        number(comparison.baseline_mean),
+        percent(comparison.change),
+        _interval(comparison.low, comparison.high),
+        ABSENT if math.isnan(effect) else number(effect),
     )
 
 
-def _hurdle(each: Hurdle) -> tuple[str, str, str]:
-    interval = ABSENT
-    if not math.isnan(each.low):
-        interval = f"{percent(each.low)} to {percent(each.high)}"
-    return percent(each.change), interval, percent(each.limit)
+def _change(criterion: Criterion) -> tuple[str, str, str]:
+    interval = _interval(criterion.low, criterion.high)
+    return percent(criterion.change), interval, percent(criterion.limit)
 
 
-def _cleared(each: Hurdle) -> str:
-    if not each.n:
+def _interval(low: float, high: float) -> str:
+    return ABSENT if math.isnan(low) else f"{percent(low)} to {percent(high)}"
+
+
+def _change_and_outcome(criterion: Criterion) -> str:
+    if not criterion.n:
         return ""
-    change = percent(each.change) if math.isfinite(each.change) else "above its 0"
-    return f"{change}, {each.outcome}"
+    finite = math.isfinite(criterion.change)
+    change = percent(criterion.change) if finite else "above a baseline of 0"
+    return f"{change}, {criterion.outcome}"
 
 
 def _p(value: float) -> str:
@@ -192,7 +201,7 @@ def _p(value: float) -> str:
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def _floor(each: Compared) -> str:
-    if math.isnan(each.floor):
+def _noise_floor(each: MetricComparison) -> str:
+    if math.isnan(each.noise_floor):
         return ABSENT
-    return f"{each.floor:.2%} (n {each.floor_n})"
+    return f"{each.noise_floor:.2%} (n {each.noise_pairs})"

@@ -1,6 +1,6 @@
-"""The paper's claims, the rules they are judged by, and the judgement: all from records.
+"""The claims of the paper, the rules that test them, and the verdicts, computed from records.
 
-Claims and rules are data; what the report says about a rule is made from the rule itself.
+Claims and rules are data.  The text of a rule in a report is generated from the same data.
 """
 
 from __future__ import annotations
@@ -9,28 +9,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oasis_attn.study.measures import measures
 from oasis_attn.study.results import Results
 from oasis_attn.study.statistics import LEVEL, Comparison, holm
+from oasis_attn.study.study_metrics import study_metrics
 
 BASELINES = ("vanilla", "clipped_softmax", "gated_attention", "softmax1", "attn_residual")
-SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_TESTED = (
+SUPPORTED, NOT_SUPPORTED, CLAIM_INCONCLUSIVE, CLAIM_NOT_TESTED = (
     "supported",
     "not supported",
-    "undecided at this scale",
+    "inconclusive at this scale",
     "not tested by this plan",
 )
+PASSED, FAILED, INCONCLUSIVE, NOT_TESTED = "passed", "failed", "inconclusive", "not tested"
+OUTCOMES = (PASSED, FAILED, INCONCLUSIVE, NOT_TESTED)
 SIGNIFICANCE = 0.05
-LEAST = 6  # pairs: a bootstrap interval from fewer is too narrow to exclude anything
+MIN_PAIRS = 6
+"""A bootstrap interval from fewer pairs is too narrow to exclude an effect."""
 RULE = (
-    f"A test is won if the change has the claimed direction, its p-value (paired t-test, corrected "
-    f"by Holm for all tests in this table) is below {SIGNIFICANCE}, and the change is larger than "
-    "the noise floor, what a change of seed alone makes of two runs of the reference. It is lost "
-    "if the change is significant the other way; or if it is not significant and its "
-    f"{LEVEL:.0%} interval, from at least {LEAST} pairs, wholly falls short of the claimed size. "
-    "Otherwise it is open. "
-    "A claim is supported if all of its tests are won, not supported if one is lost, and undecided "
-    "if none is lost and one is open."
+    f"A test is passed if the change has the claimed direction, its p-value (paired t-test with "
+    f"Holm's correction for all tests of this table) is below {SIGNIFICANCE}, and the change is "
+    "larger than the noise floor. A test is failed if the change is significant in the opposite "
+    f"direction. It is also failed if the change is not significant and its {LEVEL:.0%} interval, "
+    f"from at least {MIN_PAIRS} pairs, contains only changes smaller than the claimed one. "
+    "Otherwise the test is inconclusive. "
+    "A claim is supported if all of its tests are passed, and not supported if one is failed. "
+    "Otherwise it is inconclusive, or not tested if the study lacks the data for a test."
 )
 
 
@@ -39,166 +42,174 @@ class Prediction:
     """A change that a claim predicts.
 
     Attributes:
-        measure: name in a cell's record.
-        subject: row of the plan.
-        against: rows, whose mean is compared with if there are several.
-        sign: -1 where the claim is of less, 1 of more.
-        size: relative change that the paper reports; None where it reports none.
+        metric: name of the metric in the record of a trial.
+        variant: the variant that the claim is about.
+        baselines: the variants that it is compared with; several are averaged.
+        sign: -1 if the claim says lower, 1 if it says higher.
+        size: the relative change in the paper; None if the paper gives no number.
     """
 
-    measure: str
-    subject: str
-    against: tuple[str, ...]
+    metric: str
+    variant: str
+    baselines: tuple[str, ...]
     sign: int
     size: float | None = None
 
     @property
-    def words(self) -> str:
-        """The prediction as a sentence part."""
-        more = "higher" if self.sign > 0 else "lower"
-        others = (
-            f"`{self.against[0]}`"
-            if len(self.against) == 1
-            else f"the mean of {', '.join(f'`{row}`' for row in self.against)}"
-        )
-        size = "" if self.size is None else f" (the paper: {self.size:+.2%})"
-        return f"`{self.measure}` of `{self.subject}` is {more} than of {others}{size}"
+    def text(self) -> str:
+        """The prediction as a sentence."""
+        direction = "higher" if self.sign > 0 else "lower"
+        names = [f"`{name}`" for name in self.baselines]
+        baseline = names[0] if len(names) == 1 else f"the mean of {', '.join(names)}"
+        size = "" if self.size is None else f" (paper: {self.size:+.2%})"
+        return f"`{self.metric}` of `{self.variant}` is {direction} than that of {baseline}{size}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What the paper says, and what must be seen for it.
+    """A claim of the paper.
 
     Attributes:
         text: the claim.
-        tests: all must be won.
+        tests: the predictions that must all be passed.
     """
 
     text: str
     tests: tuple[Prediction, ...]
 
 
-def _headline(text: str, measure: str, size: float) -> Claim:
+def _headline(text: str, metric: str, size: float) -> Claim:
     sign = int(math.copysign(1, size))
-    test = Prediction(measure=measure, subject="oasis", against=BASELINES, sign=sign, size=size)
+    test = Prediction(metric=metric, variant="oasis", baselines=BASELINES, sign=sign, size=size)
     return Claim(text=text, tests=(test,))
 
 
-def _lower(measure: str, subject: str, *others: str) -> tuple[Prediction, ...]:
+def _each(metric: str, variant: str, *baselines: str, sign: int) -> tuple[Prediction, ...]:
+    """One prediction for each baseline."""
     return tuple(
-        Prediction(measure=measure, subject=subject, against=(other,), sign=-1) for other in others
-    )
-
-
-def _higher(measure: str, subject: str, *others: str) -> tuple[Prediction, ...]:
-    return tuple(
-        Prediction(measure=measure, subject=subject, against=(other,), sign=1) for other in others
+        Prediction(metric=metric, variant=variant, baselines=(baseline,), sign=sign)
+        for baseline in baselines
     )
 
 
 CLAIMS = (
-    _headline("The largest activation is smaller.", "outlier.max_inf_norm", -0.0926),
-    _headline("Kurtosis is lower.", "outlier.avg_kurtosis", -0.0260),
-    _headline("W8A8 perplexity is lower.", "perplexity.windowed@w8a8-static", -0.7585),
-    _headline("W4A4 Pass@1 is higher, on GSM8K.", "gsm8k.pass@1.strict@w4a4", 0.1242),
-    _headline("The same on easier problems, `arith`.", "arith.pass@1.strict@w4a4", 0.1242),
-    Claim(
-        text="Normalising over tokens and over depth intensifies sinks: more than a residual sum, "
-        "and more than depth routing without a normaliser.",
-        tests=_higher("sink.mass", "attn_residual", "vanilla", "depth_sigmoid_only"),
+    _headline("OASIS lowers the largest activation.", "outlier.max_inf_norm", -0.0926),
+    _headline("OASIS lowers kurtosis.", "outlier.avg_kurtosis", -0.0260),
+    _headline("OASIS lowers W8A8 perplexity.", "perplexity.windowed@w8a8-static", -0.7585),
+    _headline("OASIS raises W4A4 Pass@1 on GSM8K.", "gsm8k.pass@1.strict@w4a4", 0.1242),
+    _headline(
+        "OASIS raises W4A4 Pass@1 on `arith`, which has easier problems.",
+        "arith.pass@1.strict@w4a4",
+        0.1242,
     ),
     Claim(
-        text="The same of the joint distribution over sources and positions (assumption D.4).",
-        tests=_higher(
-            "joint.leakage_renormalised", "attn_residual", "vanilla", "depth_sigmoid_only"
+        text="Normalising over tokens and over depth intensifies sinks, compared with a residual "
+        "sum and with depth routing without normalisation.",
+        tests=_each("sink.mass", "attn_residual", "vanilla", "depth_sigmoid_only", sign=1),
+    ),
+    Claim(
+        text="It also intensifies sinks in the joint distribution over sources and positions "
+        "(assumption D.4).",
+        tests=_each(
+            "joint.leakage_renormalised", "attn_residual", "vanilla", "depth_sigmoid_only", sign=1
         ),
     ),
     Claim(
-        text="The inter-layer signal, not Softmax1 alone, makes the largest activation smaller: "
-        "more than without it, and more than with its information shuffled away.",
-        tests=_lower("outlier.max_inf_norm", "oasis", "oasis_signal_off", "oasis_signal_shuffled"),
+        text="The null signal between layers, not Softmax1 alone, lowers the largest activation: "
+        "it is lower than without the signal and than with a shuffled signal.",
+        tests=_each(
+            "outlier.max_inf_norm", "oasis", "oasis_signal_off", "oasis_signal_shuffled", sign=-1
+        ),
     ),
     Claim(
-        text="The same of kurtosis.",
-        tests=_lower("outlier.avg_kurtosis", "oasis", "oasis_signal_off", "oasis_signal_shuffled"),
+        text="The null signal, not Softmax1 alone, lowers kurtosis.",
+        tests=_each(
+            "outlier.avg_kurtosis", "oasis", "oasis_signal_off", "oasis_signal_shuffled", sign=-1
+        ),
     ),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """A test with its numbers: None where the study has no unit for it.
+class PredictionResult:
+    """The result of one test.
 
     Attributes:
-        test: what was predicted.
-        numbers: what was seen.
-        p: corrected for all tests of the verdict.
-        floor: the noise floor, relative.
-        outcome: `won`, `lost`, `open` or `untested`.
+        test: the prediction.
+        comparison: the statistics; None if the study has no pair for it.
+        p_holm: p-value with Holm's correction for all tests of the verdict.
+        noise_floor: relative change that a different seed alone causes.
+        outcome: one of `OUTCOMES`.
     """
 
     test: Prediction
-    numbers: Comparison | None
-    p: float
-    floor: float
+    comparison: Comparison | None
+    p_holm: float
+    noise_floor: float
     outcome: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A claim, what was found of each of its tests, and what that says of it."""
+    """A claim, the results of its tests, and the verdict that follows from them."""
 
     claim: Claim
-    findings: tuple[Finding, ...]
+    results: tuple[PredictionResult, ...]
     verdict: str
 
 
 def judge(results: Results, claims: Sequence[Claim] = CLAIMS) -> list[Verdict]:
-    """Each claim by `RULE`; the p-values of all tests are corrected together."""
-    known = {measure.name: measure for measure in measures(results.plan.schemes)}
+    """Judge each claim by `RULE`; the p-values of all tests are corrected together."""
+    known = {metric.name: metric for metric in study_metrics(results.plan.schemes)}
     tests = [test for claim in claims for test in claim.tests]
-    seen = [
-        results.compare(known[test.measure], test.subject, test.against)
-        if test.measure in known
+    comparisons = [
+        results.compare(known[test.metric], test.variant, test.baselines)
+        if test.metric in known
         else None
         for test in tests
     ]
-    corrected = holm(math.nan if numbers is None else numbers.p for numbers in seen)
+    corrected = holm(math.nan if each is None else each.p for each in comparisons)
     tested = []
-    for test, numbers, p in zip(tests, seen, corrected, strict=True):
-        floor = results.floor(known[test.measure])[0] if test.measure in known else math.nan
-        outcome = decide(test, numbers, p, floor)
-        tested.append(Finding(test=test, numbers=numbers, p=p, floor=floor, outcome=outcome))
-    found, position = [], 0
+    for test, comparison, p in zip(tests, comparisons, corrected, strict=True):
+        floor = results.noise_floor(known[test.metric])[0] if test.metric in known else math.nan
+        outcome = decide(test, comparison, p, floor)
+        tested.append(
+            PredictionResult(
+                test=test, comparison=comparison, p_holm=p, noise_floor=floor, outcome=outcome
+            )
+        )
+    verdicts, position = [], 0
     for claim in claims:
         own = tuple(tested[position : position + len(claim.tests)])
         position += len(claim.tests)
-        verdict = conclude([finding.outcome for finding in own])
-        found.append(Verdict(claim=claim, findings=own, verdict=verdict))
-    return found
+        verdict = conclude([result.outcome for result in own])
+        verdicts.append(Verdict(claim=claim, results=own, verdict=verdict))
+    return verdicts
 
 
-def decide(test: Prediction, numbers: Comparison | None, p: float, floor: float) -> str:
+def decide(
+    test: Prediction, comparison: Comparison | None, p_holm: float, noise_floor: float
+) -> str:
     """The outcome of one test, by `RULE`."""
-    if numbers is None:
-        return "untested"
-    claimed = test.sign * (numbers.subject - numbers.baseline) > 0
-    significant = p < SIGNIFICANCE
+    if comparison is None:
+        return NOT_TESTED
+    claimed = test.sign * (comparison.mean - comparison.baseline_mean) > 0
+    significant = p_holm < SIGNIFICANCE
     if significant and not claimed:
-        return "lost"
-    if significant and abs(numbers.change) > floor:
-        return "won"
-    if not significant and test.size is not None and numbers.n >= LEAST:
-        short = (test.sign * end < abs(test.size) for end in (numbers.low, numbers.high))
-        if all(short):
-            return "lost"
-    return "open"
+        return FAILED
+    if significant and abs(comparison.change) > noise_floor:
+        return PASSED
+    if not significant and test.size is not None and comparison.n >= MIN_PAIRS:
+        ends = (comparison.low, comparison.high)
+        if all(test.sign * end < abs(test.size) for end in ends):
+            return FAILED
+    return INCONCLUSIVE
 
 
 def conclude(outcomes: Sequence[str]) -> str:
-    """What the outcomes of a claim's tests say of it, by `RULE`."""
-    if "lost" in outcomes:
+    """The verdict on a claim from the outcomes of its tests, by `RULE`."""
+    if FAILED in outcomes:
         return NOT_SUPPORTED
-    if "untested" in outcomes:
-        return NOT_TESTED
-    return SUPPORTED if all(outcome == "won" for outcome in outcomes) else UNDECIDED
+    if NOT_TESTED in outcomes:
+        return CLAIM_NOT_TESTED
+    return SUPPORTED if all(each == PASSED for each in outcomes) else CLAIM_INCONCLUSIVE

@@ -1,4 +1,4 @@
-"""One cell in a process of its own: a worker of a study, or a rerun of a record."""
+"""Run one trial in this process: as a worker of a study, or to check a record."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from oasis_attn.errors import UserError
 from oasis_attn.files import check_free
 from oasis_attn.records import TrialRecord
-from oasis_attn.study.cell import differences, run_cell
-from oasis_attn.study.folder import StudyFolder, reproduce
 from oasis_attn.study.plan_file import load_plan
+from oasis_attn.study.storage import StudyFolder, rerun_command
+from oasis_attn.study.trial import differences, run_trial
 
 _ORPHANED = 3
 
 
-def tie() -> None:
-    """End this process as soon as standard input is closed: when its parent has ended."""
+def exit_with_parent() -> None:
+    """Exit this process when standard input is closed, which happens when its parent ends."""
 
     def wait() -> None:
         while os.read(sys.stdin.fileno(), 1):
@@ -29,44 +29,47 @@ def tie() -> None:
 
 
 def run_alone(
-    where: str, cell_id: str, *, out: Path | None = None, check: Path | None = None
+    where: str, trial_id: str, *, out: Path | None = None, check: Path | None = None
 ) -> tuple[TrialRecord, list[str]]:
-    """Run one cell here; its record, and what in it differs from the record `check`.
+    """Run one trial in this process.
 
     Args:
-        where: a plan's name or file, or a study's folder.
-        cell_id: which of its cells.
-        out: the record to write; default, the folder's own.
-        check: a record to compare with, or the folder of a study that has one.
+        where: name or file of a plan, or the folder of a study.
+        trial_id: id of the trial.
+        out: path of the record; by default, its place in the folder of the study.
+        check: a record to compare with, or the folder of a study that contains one.
+
+    Returns:
+        The record, and its differences from `check`.
 
     Raises:
-        UserError: unknown plan or cell, `out` missing or taken, a record that cannot be read, or
-            that would be compared with itself.
+        UserError: unknown plan or trial; `out` is missing or exists; the record of `check` cannot
+            be read, or would be compared with itself.
     """
-    before = None if check is None else _record(check, cell_id)
+    expected = None if check is None else _record(check, trial_id)
     if out is None:
         if not os.path.isdir(where):
             raise UserError(
-                f"out: {where!r} is a plan, which has no place for the record; give one"
+                f"out: required, because {where!r} is a plan and not the folder of a study"
             )
         folder = StudyFolder.open(where)
-        if check is not None and folder.has(folder.plan.cell(cell_id)):
-            raise UserError("out: it is needed with check, for the folder has this record already")
-        record = folder.run(cell_id)
+        if check is not None and folder.has(folder.plan.trial(trial_id)):
+            raise UserError("out: required with check, because the folder already has this record")
+        record = folder.run(trial_id)
     else:
         check_free(out)
         plan = StudyFolder.open(where).plan if os.path.isdir(where) else load_plan(where)
-        cell = plan.cell(cell_id)
+        trial = plan.trial(trial_id)
         work = out.with_name(f".{out.name}.work")
-        record = run_cell(cell, out, work, command=reproduce(plan, cell))
-    return record, [] if before is None else differences(before, record)
+        record = run_trial(trial, out, work, command=rerun_command(plan, trial))
+    return record, [] if expected is None else differences(expected, record)
 
 
-def _record(check: Path, cell_id: str) -> TrialRecord:
+def _record(check: Path, trial_id: str) -> TrialRecord:
     if not check.is_dir():
         return TrialRecord.load(check)
     folder = StudyFolder.open(check)
-    cell = folder.plan.cell(cell_id)
-    if not folder.has(cell):
-        raise UserError(f"check: {str(check)!r} has no record of {cell_id!r}")
-    return folder.records()[cell]
+    trial = folder.plan.trial(trial_id)
+    if not folder.has(trial):
+        raise UserError(f"check: {str(check)!r} contains no record of {trial_id!r}")
+    return folder.records()[trial]

@@ -4,15 +4,15 @@ import re
 
 import pytest
 
-from oasis_attn.study.folder import StudyFolder
-from oasis_attn.study.page import notes, standing, write_report
+from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.study_report import notes, progress_text, write_report
 from oasis_attn.study.tables import results_tables
 from oasis_attn.study.verdict import judge
 from study import factories
 
 
-def value(cell) -> float:
-    return (5.0 if cell.row == "oasis" else 10.0) + cell.seed / 10
+def value(trial) -> float:
+    return (5.0 if trial.variant == "oasis" else 10.0) + trial.seed / 10
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +20,12 @@ def folder(tmp_path_factory):
     plan = factories.plan()
     folder = StudyFolder.begin(tmp_path_factory.mktemp("page") / "out", plan)
     names = ("outlier.max_inf_norm", "sink.mass")
-    for cell, record in factories.results(plan, value, names).records.items():
-        record.save(folder.record_path(cell))
+    for trial, record in factories.results(plan, value, names).records.items():
+        record.save(folder.record_path(trial))
     return folder
 
 
-def test_report_is_one_self_contained_page_with_tables_and_figures_beside_it(folder, tmp_path):
+def test_report_is_one_self_contained_page_with_tables_and_figures(folder, tmp_path):
     written = write_report(folder, tmp_path / "index.html")
     assert {path.name for path in written} == {"index.html", "tables.md", "changes-oasis.png"}
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_report_is_one_self_contained_page_with_tables_and_figures_beside_it(fol
     results = factories.Results(folder.plan, folder.records())
     for table in results_tables(results, judge(results)):
         for row in table.rows:
-            assert all(cell in page for cell in row if not re.search(r"[&<>']", cell))
+            assert all(text in page for text in row if not re.search(r"[&<>']", text))
 
 
 def test_the_same_records_give_the_same_files(folder, tmp_path):
@@ -51,17 +51,21 @@ def test_markdown_has_every_table_and_says_how_to_read_it(folder, tmp_path):
     assert "Holm" in text
 
 
-def test_residual_forms_that_do_not_compare_are_told():
+def test_notes_name_residual_forms_that_cannot_be_compared():
     both = factories.results(factories.plan(), value)
     forms = "sum: vanilla, clipped_softmax, gated_attention, softmax1; depth: attn_residual, oasis."
     assert forms in notes(both)[0]
-    alone = {c: r for c, r in both.records.items() if c.row in ("vanilla", "softmax1")}
+    alone = {c: r for c, r in both.records.items() if c.variant in ("vanilla", "softmax1")}
     assert notes(factories.Results(both.plan, alone)) == []
     sigmoid = factories.plan(variants=["oasis", "oasis_depth_sigmoid"], compare={}, noise_seeds=[])
     assert ["Sigmoid" in note for note in notes(factories.results(sigmoid, value))] == [True]
 
 
-def test_what_is_missing_is_counted():
+def test_missing_trials_are_counted():
     both = factories.results(factories.plan(), value)
     part = dict(list(both.records.items())[:5])
-    assert standing(factories.Results(both.plan, part)).startswith("5 of 38 cells: 6 variants x 2")
+    text = progress_text(factories.Results(both.plan, part))
+    assert text == (
+        "5 of 38 trials: 6 variants x 2 corpora x 1 size x 3 seeds, and 1 additional seed of"
+        " vanilla."
+    )

@@ -15,9 +15,9 @@ def test_markdown_aligns_words_and_numbers_and_escapes():
     assert markdown(Table(columns=("a",), rows=())) == "| a |\n| --- |\n"
 
 
-def test_a_panel_per_measure_with_dot_interval_and_noise():
+def test_one_panel_per_metric_with_dot_interval_and_noise_floor():
     changes = [
-        Change(panel=panel, label=label, change=-0.1, low=-0.2, high=0.1, floor=0.05)
+        Change(panel=panel, label=label, change=-0.1, low=-0.2, high=0.1, noise_floor=0.05)
         for panel in ("norm", "kurtosis", "loss", "mass")
         for label in ("vanilla", "gated")
     ]
@@ -33,6 +33,8 @@ def test_a_panel_per_measure_with_dot_interval_and_noise():
 
 
 def test_no_floor_no_band():
-    change = Change(panel="p", label="l", change=1.0, low=math.nan, high=math.nan, floor=math.nan)
+    change = Change(
+        panel="p", label="l", change=1.0, low=math.nan, high=math.nan, noise_floor=math.nan
+    )
     (axes,) = change_figure([change], title="t").axes
     assert len(axes.patches) == 0

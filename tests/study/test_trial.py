@@ -9,8 +9,8 @@ from example_records import ENVIRONMENT
 from oasis_attn.errors import UserError
 from oasis_attn.files import is_locked, lock
 from oasis_attn.records import Metric, TrialRecord
-from oasis_attn.study import cell as module
-from oasis_attn.study.cell import TIMES, differences, run_cell
+from oasis_attn.study import trial as module
+from oasis_attn.study.trial import TIMES, differences, run_trial
 from study import factories
 
 
@@ -20,45 +20,45 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def cell(tiny):
-    return tiny().cells[1]
+def trial(tiny):
+    return tiny().trials[1]
 
 
 @pytest.fixture
-def record(finished, cell) -> TrialRecord:
-    """Of one cell, run once for all tests here."""
-    return run_cell(cell, finished / "cell.json", finished / "work", command="again")
+def record(finished, trial) -> TrialRecord:
+    """The record of one trial, which runs once for all tests of this file."""
+    return run_trial(trial, finished / "trial.json", finished / "work", command="again")
 
 
-def test_a_record_has_all_measures_quantised_and_evaluated(record, cell, finished):
+def test_a_record_has_all_measures_quantised_and_evaluated(record, trial, finished):
     names = {metric.name for metric in record.metrics}
     tasks = {"arith.pass@1.strict", "perplexity.windowed"}
-    assert tasks | {f"{name}@{scheme}" for name in tasks for scheme in cell.schemes} <= names
+    assert tasks | {f"{name}@{scheme}" for name in tasks for scheme in trial.schemes} <= names
     assert {"outlier.max_inf_norm", "sink.mass", "depth.entropy", "depth.causal"} <= names
     assert {"joint.leakage", "null.mass", *TIMES} <= names
     assert record.kind == "trial"
-    assert record.seed == cell.seed
-    assert record.trial == cell.to_dict()
+    assert record.seed == trial.seed
+    assert record.trial == trial.to_dict()
     assert record.command == "again"
     assert record.data.windows == record.calibration_windows == 3
-    assert str(finished) not in (finished / "cell.json").read_text()
+    assert str(finished) not in (finished / "trial.json").read_text()
     assert not (finished / "work").exists()
 
 
-def test_a_finished_cell_is_not_run_again(record, cell, finished, monkeypatch):
+def test_a_finished_trial_is_not_run_again(record, trial, finished, monkeypatch):
     monkeypatch.setattr(module, "train", None)
-    again = run_cell(cell, finished / "cell.json", finished / "work", command="other")
+    again = run_trial(trial, finished / "trial.json", finished / "work", command="other")
     assert again.to_json() == record.to_json()
 
 
-@pytest.mark.parametrize("step", ["train", "quantized"])
+@pytest.mark.parametrize("step", ["train", "quantize_and_measure"])
 def test_cut_short_anywhere_it_leaves_no_record_and_comes_to_the_same(
-    record, cell, tmp_path, monkeypatch, step
+    record, trial, tmp_path, monkeypatch, step
 ):
     def killed(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    path, work = tmp_path / "cell.json", tmp_path / "work"
+    path, work = tmp_path / "trial.json", tmp_path / "work"
     with monkeypatch.context() as patch:
         if step == "train":
             patch.setattr("oasis_attn.training.run.training_record", killed)
@@ -66,65 +66,65 @@ def test_cut_short_anywhere_it_leaves_no_record_and_comes_to_the_same(
             steps = [killed if s.__name__ == step else s for s in module.STEPS]
             patch.setattr(module, "STEPS", steps)
         with pytest.raises(KeyboardInterrupt):
-            run_cell(cell, path, work, command="again")
+            run_trial(trial, path, work, command="again")
     assert not path.exists()
-    again = run_cell(cell, path, work, command="again")
+    again = run_trial(trial, path, work, command="again")
     assert differences(record, again) == []
     assert again.data == record.data
     assert again.tables["loss"] == record.tables["loss"]
 
 
 def test_a_shuffled_signal_is_measured_alike_after_a_kill(tiny, tmp_path, monkeypatch):
-    cell = tiny(
+    trial = tiny(
         variants=["oasis_signal_shuffled"], compare={}, schemes=[], corpora=["pydoc"]
-    ).cells[0]
-    whole = run_cell(cell, tmp_path / "a.json", tmp_path / "a", command="")
+    ).trials[0]
+    whole = run_trial(trial, tmp_path / "a.json", tmp_path / "a", command="")
 
     def killed(*_args, **_kwargs):
         raise KeyboardInterrupt
 
     path, work = tmp_path / "b.json", tmp_path / "b"
-    for where in ("oasis_attn.study.cell._draw_on", "oasis_attn.study.cell.HeldOut"):
+    for where in ("oasis_attn.study.trial._restore_random_state", "oasis_attn.study.trial.HeldOut"):
         with monkeypatch.context() as patch:
             patch.setattr(where, killed)
             with pytest.raises(KeyboardInterrupt):
-                run_cell(cell, path, work, command="")
+                run_trial(trial, path, work, command="")
         torch.manual_seed(1)  # another process
-    assert differences(whole, run_cell(cell, path, work, command=""), 0.0) == []
+    assert differences(whole, run_trial(trial, path, work, command=""), 0.0) == []
 
 
 @pytest.mark.parametrize("variant", ["official", "oasis_block"])
 def test_other_residual_forms_are_measured_too(tiny, tmp_path, variant):
     plan = tiny(variants=[variant, "vanilla"], compare={}, schemes=["w8a8-static"])
-    record = run_cell(plan.cells[0], tmp_path / "cell.json", tmp_path / "work", command="again")
+    record = run_trial(plan.trials[0], tmp_path / "trial.json", tmp_path / "work", command="again")
     names = {metric.name for metric in record.metrics}
     assert {"depth.entropy", "depth.signal", "joint.leakage"} <= names
     assert ("depth.causal" in names) == (variant != "official")
 
 
-def test_leftovers_that_cannot_be_gone_on_with_are_wiped(record, cell, tmp_path):
+def test_leftovers_that_cannot_be_gone_on_with_are_wiped(record, trial, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     (work / "run.json").write_text("{")
-    again = run_cell(cell, tmp_path / "cell.json", work, command="again")
+    again = run_trial(trial, tmp_path / "trial.json", work, command="again")
     assert differences(record, again) == []
 
 
-def test_a_locked_cell_is_left_alone(cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", 0.0)
+def test_a_locked_trial_is_refused(trial, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOCK_TIMEOUT", 0.0)
     with lock(tmp_path / "work.lock", "this"):
         assert is_locked(tmp_path / "work.lock")
         with pytest.raises(UserError, match="another process"):
-            run_cell(cell, tmp_path / "cell.json", tmp_path / "work", command="")
+            run_trial(trial, tmp_path / "trial.json", tmp_path / "work", command="")
     assert not is_locked(tmp_path / "work.lock")
     assert not (tmp_path / "work").exists()
 
 
-def test_differences_names_what_differs_and_forgives_times(cell):
+def test_differences_are_named_and_run_times_are_ignored(trial):
     other = replace(ENVIRONMENT, commit="a")
     nan = Metric(name="c", value=float("nan"))
     one = replace(
-        factories.record(cell, {}),
+        factories.record(trial, {}),
         metrics=(Metric(name="a", value=1.0), Metric(name="b", value=2.0, where="x"), nan),
     )
     slow = Metric(name=TIMES[0], value=3.0)
@@ -137,5 +137,5 @@ def test_differences_names_what_differs_and_forgives_times(cell):
     found = differences(one, replace(one, metrics=(far,)))
     assert found == ["a: 1.0 and None", "b x: 2.0 and 2.1", "c: nan and None"]
     old = replace(one, metrics=(far,), environment=other)
-    assert differences(old, one)[-1] == "commit of the records: a and None"
+    assert differences(old, one)[-1] == "environment, commit: a and None"
     assert differences(replace(one, environment=other), one) == []

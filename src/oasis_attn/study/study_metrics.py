@@ -1,0 +1,65 @@
+"""The metrics that a study compares, and how it compares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyMetric:
+    """One metric of a trial that a study reports.
+
+    Attributes:
+        name: name in the record; `NAME@SCHEME` is the metric of the model quantised with SCHEME.
+        label: name in tables.
+        scale: `ratio` or `points`, see `statistics.compare`.
+        better: `lower`, `higher`, or empty if neither is better.
+    """
+
+    name: str
+    label: str
+    scale: str
+    better: str = ""
+
+
+_UNQUANTIZED = (
+    StudyMetric(name="perplexity.windowed", label="perplexity", scale="ratio", better="lower"),
+    StudyMetric(name="outlier.max_inf_norm", label="max inf-norm", scale="ratio", better="lower"),
+    StudyMetric(name="outlier.avg_kurtosis", label="avg kurtosis", scale="ratio", better="lower"),
+    StudyMetric(name="outlier.silent_tensors", label="silent tensors", scale="points"),
+    StudyMetric(name="outlier.understated_kurtosis", label="understated kurtoses", scale="points"),
+    StudyMetric(name="outlier.mean_pearson_kurtosis", label="mean Pearson kurtosis", scale="ratio"),
+    StudyMetric(name="sink.mass", label="sink mass", scale="points", better="lower"),
+    StudyMetric(name="sink.rate@0.3", label="sink rate at 0.3", scale="points", better="lower"),
+    StudyMetric(
+        name="joint.leakage_renormalised", label="joint leakage", scale="points", better="lower"
+    ),
+    StudyMetric(name="null.mass", label="null mass", scale="points"),
+    StudyMetric(
+        name="depth.sink_rate@0.3", label="depth sink rate", scale="points", better="lower"
+    ),
+    StudyMetric(name="depth.entropy_normalised", label="depth entropy / log S", scale="points"),
+)
+_TASKS = (
+    StudyMetric(name="arith.pass@1.strict", label="arith Pass@1", scale="points", better="higher"),
+    StudyMetric(name="gsm8k.pass@1.strict", label="GSM8K Pass@1", scale="points", better="higher"),
+    StudyMetric(
+        name="gsm8k.answer_loglik", label="GSM8K log-likelihood", scale="points", better="higher"
+    ),
+)
+
+
+def study_metrics(schemes: tuple[str, ...]) -> tuple[StudyMetric, ...]:
+    """Every metric of a study with these quantisation schemes, in the order of its tables."""
+    perplexity = _UNQUANTIZED[0]
+    quantized = [
+        StudyMetric(
+            name=f"{metric.name}@{scheme}",
+            label=f"{scheme} {metric.label}",
+            scale=metric.scale,
+            better=metric.better,
+        )
+        for scheme in schemes
+        for metric in (perplexity, *_TASKS)
+    ]
+    return *_UNQUANTIZED, *_TASKS, *quantized

@@ -1,0 +1,220 @@
+"""Run one trial of a study: train, measure, evaluate, quantise; write one record at the end."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oasis_attn.errors import UserError
+from oasis_attn.evaluation import evaluate
+from oasis_attn.files import lock, write_bytes
+from oasis_attn.measure import diagnose
+from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.subject import describe_model
+from oasis_attn.quantization import quantize, quantized_modules, schemes
+from oasis_attn.records import Metric, TextInfo, TrainingRecord, TrialRecord
+from oasis_attn.study.plan import Trial
+from oasis_attn.study.text import HeldOut
+from oasis_attn.training import train
+
+TOLERANCE = 1e-6
+"""Relative tolerance for a rerun with the same processor, versions and number of threads."""
+TIMES = ("trial.seconds", "trial.processor_seconds")
+"""Metrics of the run time; they are different in every run."""
+LOCK_TIMEOUT = 5.0
+"""Seconds to wait for a lock: a worker needs a moment to exit after its parent was killed."""
+_CHECKPOINTS = 4  # per training run
+
+
+@dataclass(kw_only=True)
+class TrialState:
+    """The trained model of a trial, its held-out text, and the results so far."""
+
+    trial: Trial
+    trained: TrainingRecord
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: HeldOut
+    metrics: list[Metric] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
+    targets: dict[str, int] = field(default_factory=dict)
+
+
+def measure(state: TrialState) -> None:
+    """Measure the unquantised model: outlier.*, sink.*, depth.* and joint.*."""
+    record = diagnose(
+        state.model,
+        state.text.measured_NT,
+        windows=len(state.text.measured_NT),
+        joint=True,
+        causal=state.model.config.residual == "depth",  # measures the loss without each source
+        data=state.text.data,
+    )
+    state.metrics += record.metrics
+    state.tables |= record.tables
+
+
+def evaluate_tasks(state: TrialState) -> None:
+    """Evaluate the unquantised model on the tasks."""
+    state.metrics += _tasks(state.trial, state.model, state.tokenizer)
+
+
+def quantize_and_measure(state: TrialState) -> None:
+    """Measure perplexity and tasks with each quantisation scheme, as `NAME@SCHEME`."""
+    for scheme in state.trial.schemes:
+        batches = (
+            state.text.calibration_NT.split(1) if schemes()[scheme].needs_calibration else None
+        )
+        quantized_model = quantize(state.model, scheme, calibration=batches)
+        record = diagnose(
+            quantized_model, state.text.measured_NT, windows=len(state.text.measured_NT)
+        )
+        kept = [record.metric(name) for name in ("perplexity.windowed", "loss.windowed")]
+        kept += _tasks(state.trial, quantized_model, state.tokenizer)
+        state.metrics += [replace(metric, name=f"{metric.name}@{scheme}") for metric in kept]
+        state.targets[scheme] = len(quantized_modules(quantized_model))
+
+
+STEPS: tuple[Callable[[TrialState], None], ...] = (measure, evaluate_tasks, quantize_and_measure)
+
+
+def run_trial(trial: Trial, path: Path, work: Path, *, command: str) -> TrialRecord:
+    """Run `trial` unless its record exists, and return the record.
+
+    If the process is killed, it leaves no record; the next call resumes from the last checkpoint
+    and gets the same results.
+
+    Args:
+        trial: the trial.
+        path: path of the record, which is written atomically at the end.
+        work: folder for temporary files; removed at the end.
+        command: the command that runs this trial again, for the record.
+
+    Raises:
+        UserError: another process runs this trial, or a step fails on the given values.
+    """
+    with lock(work.with_name(f"{work.name}.lock"), f"trial {trial.id!r}", patience=LOCK_TIMEOUT):
+        if path.is_file():
+            return TrialRecord.load(path)
+        started, processor = time.monotonic(), time.process_time()
+        torch.set_num_threads(trial.threads)
+        state = _train(trial, work)
+        for step in STEPS:
+            step(state)
+        times = (time.monotonic() - started, time.process_time() - processor)
+        state.metrics += [Metric(name=n, value=t) for n, t in zip(TIMES, times, strict=True)]
+        record = _record(state, command)
+        record.save(path)
+        shutil.rmtree(work)
+    return record
+
+
+def _train(trial: Trial, work: Path) -> TrialState:
+    config = trial.training_config(work, resume=True)
+    if "save_every" not in trial.training:
+        rows = max(1, config.steps // (_CHECKPOINTS * config.log_every))
+        config = replace(config, save_every=rows * config.log_every)
+    random_state = work / "random.pt"
+    if (work / "record.json").is_file() and not random_state.is_file():
+        shutil.rmtree(work)  # the process was killed between writing the two files
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        trained = train(config, progress=False)
+    except UserError as error:
+        if not str(error).startswith("resume:"):
+            raise
+        # A killed process left files that training cannot resume from.
+        shutil.rmtree(work)
+        work.mkdir()
+        trained = train(config, progress=False)
+    model, tokenizer = load_model(work)
+    _restore_random_state(random_state)
+    if torch.cuda.is_available():
+        nn.Module.to(model, "cuda")
+    text = HeldOut(
+        trial.corpus,
+        config.eval_split,
+        tokenizer=tokenizer,
+        length=config.block_length,
+        windows=trial.windows,
+    )
+    return TrialState(trial=trial, trained=trained, model=model, tokenizer=tokenizer, text=text)
+
+
+def _restore_random_state(path: Path) -> None:
+    """Set the random state that followed training, or save it to `path` if it is not there.
+
+    The shuffled null signal draws random numbers during measurement; a resumed trial must draw
+    the same ones.
+    """
+    if path.is_file():
+        processor, *devices = torch.load(path)
+        torch.set_rng_state(processor)
+        torch.cuda.set_rng_state_all(devices)
+    else:
+        stream = io.BytesIO()
+        torch.save([torch.get_rng_state(), *torch.cuda.get_rng_state_all()], stream)
+        write_bytes(path, stream.getvalue())
+
+
+def _tasks(
+    trial: Trial, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Metric]:
+    if not trial.tasks:
+        return []
+    record = evaluate(model, tokenizer, tasks=trial.tasks, **trial.evaluation)
+    return [metric for metric in record.metrics if not metric.where]
+
+
+def _record(state: TrialState, command: str) -> TrialRecord:
+    trial, trained = state.trial, state.trained
+    return TrialRecord(
+        model=replace(describe_model(state.model), name=trial.id, variant=trial.variant),
+        trial=trial.to_dict(),
+        command=command,
+        trained_parameters=trained.trained_parameters,
+        targets=state.targets,
+        tokenizer_sha256=trained.data.tokenizer_sha256,
+        train=trained.data.train,
+        train_corpus_sha256=trained.data.corpus_sha256,
+        data=TextInfo.of(state.text.measured_NT, state.text.data),
+        calibration_windows=len(state.text.calibration_NT),
+        seed=trial.seed,
+        metrics=(trained.metric("training.loss"), *state.metrics),
+        tables={"loss": trained.tables["loss"]} | state.tables,
+    )
+
+
+def differences(record: TrialRecord, again: TrialRecord, tolerance: float = TOLERANCE) -> list[str]:
+    """The metrics that a rerun lacks, or whose relative difference is above `tolerance`.
+
+    Run times and metrics that only the rerun has do not count.  If there is a difference, the
+    result ends with the fields of the environments that differ, such as commit or hardware, because
+    they may be the reason.
+    """
+    tables = [
+        {(m.name, m.where): m.value for m in each.metrics if m.name not in TIMES}
+        for each in (record, again)
+    ]
+    found = []
+    for name, where in sorted(tables[0]):
+        a, b = (table.get((name, where)) for table in tables)
+        same = a == b or (a is not None and b is not None and a != a and b != b)
+        if a is not None and b is not None and not same:
+            same = abs(a - b) <= tolerance * max(abs(a), abs(b))
+        if not same:
+            found.append(f"{name} {where}".strip() + f": {a!r} and {b!r}")
+    for name, value in vars(record.environment).items() if found else ():
+        other = getattr(again.environment, name)
+        if other != value:
+            found.append(f"environment, {name}: {value} and {other}")
+    return found
