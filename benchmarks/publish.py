@@ -30,13 +30,13 @@ from oasis_attn.modeling.variants import settings_of
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table
 from oasis_attn.study.criteria import RULE
-from oasis_attn.study.storage import StudyFolder
-from oasis_attn.study.study_metrics import StudyMetric, study_metrics
-from oasis_attn.study.study_report import progress_text, write_report
 from oasis_attn.study.plan import Plan
 from oasis_attn.study.plan_file import load_plan
 from oasis_attn.study.results import Results
 from oasis_attn.study.statistics import noise_floor
+from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.study_metrics import StudyMetric, study_metrics
+from oasis_attn.study.study_report import progress_text, write_report
 from oasis_attn.study.tables import criteria_summary
 from oasis_attn.study.verdict import CLAIM_NOT_TESTED, judge
 

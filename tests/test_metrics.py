@@ -121,7 +121,7 @@ def test_no_name_has_two_definitions(committed, fresh) -> None:
 def test_every_definition_is_whole() -> None:
     for each in GLOSSARY:
         assert each.definition
-        assert each.condition
+        assert each.unit
         assert each.protocol
         assert each.source
         assert each.better in ("lower", "higher", "")

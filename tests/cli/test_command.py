@@ -13,20 +13,22 @@ from typer.main import get_command
 
 from oasis_attn import __version__, cli
 from oasis_attn.cli import app, main
+from oasis_attn.cli.terminal import print_table
 from oasis_attn.errors import UserError
 from oasis_attn.metrics import GLOSSARY
 from oasis_attn.modeling.variants import variants
+from oasis_attn.report import Table
 from oasis_attn.study.demo import run_demo
 from oasis_attn.training import TrainingConfig
 
-VERBS = ("demo", "diagnose", "evaluate", "metrics", "prefix", "quantize", "train", "variants")
+COMMANDS = ("demo", "diagnose", "evaluate", "metrics", "prefix", "quantize", "train", "variants")
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself_with_an_example(oasis, verb) -> None:
-    code, (out, _) = oasis(verb, "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(oasis, command) -> None:
+    code, (out, _) = oasis(command, "--help")
     assert code == 0
-    assert f"Example: oasis {verb}" in " ".join(out.split())
+    assert f"Example: oasis {command}" in " ".join(out.split())
     assert "--json" in out
 
 
@@ -51,16 +53,21 @@ def test_version(oasis) -> None:
         (["diagnose", "smollm2", "--text", "absent.txt"], "absent.txt"),
         (["demo", "--windows", "0"], "windows: 0"),
         (["metrics", "sink.rat@0.3"], "did you mean 'sink.rate@<eps>'"),
+        (["metrics", "zzz"], "metric: 'zzz' is unknown; `oasis metrics` lists all"),
+        (
+            ["train", "--out", "x", "--save-every", "7"],
+            "--save-every: 7 is not a multiple of --log-every",
+        ),
         (["demo", "--seed", "9" * 23], "seed: 9"),
-        (["train", "--out", "x", "--learning-rate", "1e38"], "learning_rate: 1e+38"),
-        (["train", "--out", "x", "--learning-rate", "inf"], "learning_rate: inf"),
-        (["train", "--out", "x", "--learning-rate", "nan"], "learning_rate: nan"),
-        (["train", "--out", "x", "--rate", "router=1e38"], "learning_rates['router']: 1e+38"),
-        (["train", "--out", "x", "--weight-decay", "inf"], "weight_decay: inf"),
+        (["train", "--out", "x", "--learning-rate", "1e38"], "--learning-rate: 1e+38"),
+        (["train", "--out", "x", "--learning-rate", "inf"], "--learning-rate: inf"),
+        (["train", "--out", "x", "--learning-rate", "nan"], "--learning-rate: nan"),
+        (["train", "--out", "x", "--rate", "router=1e38"], "--rate['router']: 1e+38"),
+        (["train", "--out", "x", "--weight-decay", "inf"], "--weight-decay: inf"),
         (["train", "--out", "x", "--seed", "-1"], "seed: -1"),
         (["train", "--out", "x", "--seed", "9" * 23], "seed: 9"),
         (["train", "--out", "x", "--steps", "9" * 23], "steps: 9"),
-        (["train", "--out", "x", "--vocab-size", "9" * 23], "vocab_size: 9"),
+        (["train", "--out", "x", "--vocab-size", "9" * 23], "--vocab-size: 9"),
         (["train", "--out", "/proc/x/y"], "out: '/proc/x/y' cannot be written"),
         (["evaluate", "smollm2", "--tasks", "arith", "--temperature", "inf"], "temperature: inf"),
         (
@@ -112,12 +119,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
         (PermissionError(13, "", "x"), 2, "oasis: Permission denied: 'x'\n"),
     ],
 )
-def test_what_ends_a_verb_early(oasis, monkeypatch, error, code, line) -> None:
+def test_an_error_in_a_command(oasis, monkeypatch, error, code, line) -> None:
     monkeypatch.setattr(cli, "app", _app(error))
     assert oasis("verb") == (code, ("", line))
 
 
-def test_a_full_disk_is_told_in_one_line() -> None:
+def test_a_full_disk_is_reported_in_one_line() -> None:
     with open("/dev/full", "w") as full:
         words = [sys.executable, "-m", "oasis_attn", "variants", "--json"]
         ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -196,3 +203,26 @@ def test_module_runs_as_the_command() -> None:
     words = [sys.executable, "-m", "oasis_attn", "bogus"]
     ended = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (2, "oasis: No such command 'bogus'.\n")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_wide_table_is_printed_in_parts(monkeypatch, capsys, width) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns = ("model", *(f"metric {i}" for i in range(12)))
+    rows = tuple((name, *(f"{i}.000" for i in range(12))) for name in ("vanilla", "oasis"))
+    print_table(Table(title="Wide", columns=columns, rows=rows))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= width
+    parts = 2 if width == 80 else 1
+    for name in ("vanilla", "oasis"):
+        found = [words[1:] for words in map(str.split, lines) if words[:1] == [name]]
+        assert len(found) == parts
+        assert [word for words in found for word in words] == list(rows[0][1:])
+
+
+def test_a_table_without_column_names_has_no_header(capsys) -> None:
+    print_table(Table(title="Facts", columns=("", ""), rows=(("a", "1"),)))
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()] == [
+        "Facts",
+        "a   1",
+    ]

@@ -25,7 +25,7 @@ def out(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", SUBCOMMANDS)
-def test_every_command_explains_itself_with_an_example(oasis, command):
+def test_every_command_has_help_with_an_example(oasis, command):
     code, (out, _) = oasis("study", command, "--help")
     assert code == 0
     assert f"Example: oasis study {command}" in " ".join(out.split())

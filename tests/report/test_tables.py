@@ -52,7 +52,7 @@ def test_each_column_reads_one_kind_of_record() -> None:
 def test_variants_table_shows_what_differs_from_the_first() -> None:
     vanilla = {"residual": "sum", "null_signal": "off"}
     table = variants_table({"vanilla": vanilla, "depth": vanilla | {"residual": "depth", "x": 4}})
-    assert table.columns == ("variant", "settings unlike vanilla's")
+    assert table.columns == ("variant", "settings that differ from vanilla")
     assert table.rows == (("vanilla", ""), ("depth", "residual=depth x=4"))
 
 

@@ -22,14 +22,16 @@ class Command(TyperCommand):
             raise UserError(self._with_options(str(error))) from error
 
     def _with_options(self, message: str) -> str:
-        """Replace the parameter before the first colon, and others that contain an underscore."""
+        """Replace the parameter at the start, and others that contain an underscore."""
         options = {
             parameter.name: parameter.opts[-1]
             for parameter in self.params
             if parameter.name and parameter.opts[-1].startswith("--")
         }
-        name, colon, rest = message.partition(":")
-        if name in options:
+        start = re.match(r"\w*", message)
+        assert start is not None
+        name, rest = start[0], message[start.end() :]
+        if name in options and rest.startswith((":", "[")):  # `learning_rates['router']: ...`
             name = options[name]
         compound = [each for each in options if "_" in each]
         if compound:
@@ -38,4 +40,4 @@ class Command(TyperCommand):
             # Odd parts are quoted values, which stay as the user gave them.
             parts[::2] = [pattern.sub(lambda m: options[m[1]], part) for part in parts[::2]]
             rest = "".join(parts)
-        return name + colon + rest
+        return name + rest

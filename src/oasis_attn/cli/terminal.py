@@ -27,7 +27,7 @@ TrustRemoteCode = Annotated[
     ),
 ]
 
-_GAP = 2  # spaces between two columns
+_GAP = 3  # spaces between two columns
 _MIN_TEXT_WIDTH = 20  # text columns are wrapped to no less than this
 
 

@@ -1,14 +1,16 @@
-"""The glossary: what every metric in a record means.
+"""The glossary: the definition of every metric in a record.
 
-One name stands for one definition under one protocol.  What a paper defines has the paper's name
-only where it is computed to the letter; every other metric has a name of its own.
+A name has one definition and one protocol.  A metric has the name of a paper's metric only if it is
+computed exactly as in the paper; otherwise it has its own name.
 
 A name may hold placeholders: `sink.rate@<eps>` defines `sink.rate@0.3` and `sink.rate@0.2`.
 """
 
 from __future__ import annotations
 
-from oasis_attn.errors import check_choice
+import difflib
+
+from oasis_attn.errors import UserError, shown
 from oasis_attn.metrics.benchmarks import BENCHMARKS
 from oasis_attn.metrics.definition import Definition
 from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, SINKS
@@ -34,14 +36,16 @@ GLOSSARY = tuple(each for section in SECTIONS.values() for each in section)
 
 
 def definitions(name: str = "") -> list[Definition]:
-    """What defines the metric `name`; failing that, all definitions whose names start with it.
+    """The definition of the metric `name`, or else of all metrics whose names start with it.
 
     Raises:
-        UserError: there is neither.
+        UserError: there are none.
     """
     found = [each for each in GLOSSARY if each.name == name]
     found = found or [each for each in GLOSSARY if each.pattern.fullmatch(name)]
     found = found or [each for each in GLOSSARY if each.name.startswith(name)]
     if not found:
-        check_choice("metric", name, [each.name for each in GLOSSARY])
+        names = difflib.get_close_matches(name, [each.name for each in GLOSSARY], cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, names))}?" if names else ";"
+        raise UserError(f"metric: {shown(name)} is unknown{hint} `oasis metrics` lists all")
     return found

@@ -24,16 +24,16 @@ PLACEHOLDERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Definition:
-    """What one metric, or one family of metrics, is.
+    """The definition of one metric, or of one family of metrics.
 
     Attributes:
-        name: as in records; may hold placeholders in angle brackets.
-        definition: the formula, or the number's meaning in a sentence.
-        unit: of the value.
-        better: `lower`, `higher`, or empty where neither is better in itself.
-        protocol: what it is measured on, and what its mean, maximum and `n` are over.
-        source: the paper and its number, or `this library`.
-        retired: only records of earlier versions hold it.
+        name: name in records; may contain placeholders in angle brackets.
+        definition: the formula, or a short description.
+        unit: unit of the value.
+        better: `lower`, `higher`, or empty if neither is better.
+        protocol: the data it is measured on, and what its mean, maximum and `n` refer to.
+        source: the paper and its equation, or `this library`.
+        retired: only records of earlier versions contain it.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Definition:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the names that this defines."""
+        """A pattern that matches the names of this definition."""
         parts = re.split(r"<(\w+)>", self.name)
         return re.compile(
             "".join(

@@ -1,6 +1,6 @@
-"""Records in; tables, figures and one self-contained HTML page out.
+"""Tables, figures and self-contained HTML pages from records.
 
-Drawing is in `report.figures` and the page in `report.html`; both load matplotlib.
+`report.figures` and `report.html` import matplotlib; this module does not.
 """
 
 from __future__ import annotations

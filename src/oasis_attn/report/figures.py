@@ -1,8 +1,8 @@
-"""Records in, matplotlib figures out.
+"""Figures from records, with matplotlib.
 
-Every figure says in its title what is shown and, below it, the name it has in the record.
-Colours: Paul Tol's `bright` scheme for lines (told apart by colour-blind readers, on light and dark
-grounds), viridis for maps.
+The title of a figure describes its content; the line below is the name of the table in the record.
+Lines have the colours of Paul Tol's `bright` scheme, which colour-blind readers can distinguish on
+light and dark backgrounds.  Maps use viridis.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def sink_map(record: DiagnosisRecord) -> Figure:
-    """First-token attention mass of every layer and head: table `sink.mass` [L][H]."""
+    """Attention on the first token for every layer and head: table `sink.mass` [L][H]."""
     return _map(
         record,
         "sink.mass",
@@ -69,26 +69,26 @@ def sink_map(record: DiagnosisRecord) -> Figure:
 
 
 def null_map(record: DiagnosisRecord) -> Figure:
-    """Null mass of every layer and head: table `null.mass` [L][H]."""
+    """Attention on the null option for every layer and head: table `null.mass` [L][H]."""
     return _map(
         record,
         "null.mass",
         title="Attention on the null option",
-        colour_label="mean null mass",
+        colour_label="mean null probability",
         across="head",
         down="layer",
     )
 
 
 def depth_map(record: DiagnosisRecord) -> Figure:
-    """Mean weight each depth router gives to each source: table `depth.weights`, [router][source].
+    """Mean weight of each source in each depth router: table `depth.weights`, [router][source].
 
-    Rows may differ in length: a router sees only what was computed before it.
+    Rows differ in length, because a router reads only the outputs of previous sublayers.
     """
     return _map(
         record,
         "depth.weights",
-        title="What each depth router reads",
+        title="Weights of the depth routers",
         colour_label="mean weight",
         across="source (0 is the embedding)",
         down="router",
@@ -96,7 +96,7 @@ def depth_map(record: DiagnosisRecord) -> Figure:
 
 
 def outlier_lines(records: Sequence[DiagnosisRecord]) -> Figure:
-    """Largest value and kurtosis of the state leaving each layer, one line per record, log scale.
+    """Largest value and kurtosis of each layer's output, one line per record, log scale.
 
     Tables `outlier.inf_norm_layer` [L] and `outlier.kurtosis_layer` [L].
     """
@@ -111,8 +111,8 @@ def outlier_lines(records: Sequence[DiagnosisRecord]) -> Figure:
             3, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="normal distribution"
         )
         right.legend(handles=[normal])
-        _head(left, "Largest value leaving each layer", _INF_NORM)
-        _head(right, "Kurtosis leaving each layer", _KURTOSIS)
+        _head(left, "Largest value of each layer's output", _INF_NORM)
+        _head(right, "Kurtosis of each layer's output", _KURTOSIS)
         left.set_ylabel("max |h|, mean over windows")
         right.set_ylabel("kurtosis")
         for axes in (left, right):
@@ -133,7 +133,7 @@ def loss_lines(records: Sequence[TrainingRecord]) -> Figure:
             rows = _table(record, "loss")
             steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
             axes.plot(steps, losses, color=colour, label=label(record))
-        _head(axes, "Training loss", "cross-entropy of the next token, logged every few steps")
+        _head(axes, "Training loss", "cross-entropy of the next token")
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss (nats per token)")
         axes.legend()
@@ -141,7 +141,7 @@ def loss_lines(records: Sequence[TrainingRecord]) -> Figure:
 
 
 def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Figure:
-    """One picture: the first model's sinks, and every model's outliers and 8-bit perplexity.
+    """The sinks of the first model, and the outliers and 8-bit perplexity of every model.
 
     Args:
         models: the records of each model; one of quantisation has `perplexity.windowed` at
@@ -171,15 +171,15 @@ def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Fi
                 f"{number(before)} to {number(after)}", (1, row), (0, 9),
                 textcoords="offset points", color=MUTED,
             )  # fmt: skip
-        _head(largest, "Largest value leaving each layer", _INF_NORM)
+        _head(largest, "Largest value of each layer's output", _INF_NORM)
         _log_scale(largest)
-        largest.set(xlabel="depth (share of layers)", ylabel="max |h|")
+        largest.set(xlabel="depth (fraction of layers)", ylabel="max |h|")
         _head(
             damage,
-            "Perplexity after rounding to 8 bits",
+            "Perplexity after quantisation to 8 bits",
             models[0][1].scheme["name"],
         )
-        damage.set(xlabel="times the float32 perplexity", ylim=(len(models) - 0.5, -0.7))
+        damage.set(xlabel="perplexity / float32 perplexity", ylim=(len(models) - 0.5, -0.7))
         damage.set_yticks(range(len(models)), labels=[label(record) for record in diagnoses])
         damage.grid(axis="y", visible=False)
         for text, colour in zip(damage.get_yticklabels(), _colours(diagnoses), strict=True):
@@ -188,7 +188,7 @@ def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Fi
 
 
 def diagnosis_figures(record: DiagnosisRecord) -> dict[str, Figure]:
-    """Every figure this diagnosis has tables for, by file name."""
+    """Every figure that the tables of this diagnosis allow, by file name."""
     figures = {"first-token-mass": sink_map(record), "outliers": outlier_lines([record])}
     if "null.mass" in record.tables:
         figures["null-mass"] = null_map(record)
@@ -198,13 +198,13 @@ def diagnosis_figures(record: DiagnosisRecord) -> dict[str, Figure]:
 
 
 def save_figures(record: DiagnosisRecord, folder: str | Path) -> list[Path]:
-    """Write every figure of a diagnosis to `folder` as PNG; the paths written."""
+    """Write every figure of a diagnosis to `folder` as a PNG file; returns the paths."""
     figures = diagnosis_figures(record)
     return [save_png(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:
-    """Write `figure` as a PNG of 200 dots per inch beside `path`, then rename it into place."""
+    """Write `figure` atomically as a PNG file with 200 dots per inch."""
     stream = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(stream, dpi=200, format="png")
@@ -212,9 +212,9 @@ def save_png(figure: Figure, path: str | Path) -> Path:
 
 
 def svg(figure: Figure) -> str:
-    """`figure` as an inline <svg> element that takes ink and rules from the page's CSS.
+    """`figure` as an inline <svg> element with the colours of the page's CSS.
 
-    Text stays text; the page must define `--muted` and `--rule`.
+    Text remains text.  The page must define `--muted` and `--rule`.
     """
     stream = io.StringIO()
     with matplotlib.rc_context(_STYLE):
@@ -243,7 +243,7 @@ def _map(
 
 def _draw_map(figure: Figure, axes: Axes, values: np.ndarray, *, colour_label: str) -> None:
     rows, columns = values.shape
-    # A fixed 0..1 scale, so that maps of different models can be compared by eye.
+    # A fixed scale from 0 to 1, so that maps of different models can be compared.
     mesh = axes.pcolormesh(values, vmin=0, vmax=1, cmap="viridis", edgecolors="face", linewidth=0.2)
     axes.set_xticks(np.arange(0, columns, _stride(columns)) + 0.5, labels=_ticks(columns))
     axes.set_yticks(np.arange(0, rows, _stride(rows)) + 0.5, labels=_ticks(rows))
@@ -271,12 +271,12 @@ def _head(axes: Axes, title: str, subtitle: str) -> None:
 
 def _table(record: ModelRecord, name: str) -> Any:
     if name not in record.tables:
-        raise UserError(f"record: it has no table {name!r}; it has {sorted(record.tables)}")
+        raise UserError(f"record: table {name!r} is missing; it has {sorted(record.tables)}")
     return record.tables[name]
 
 
 def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    """Ragged rows as an array, NaN (drawn as nothing) where a row ends early."""
+    """Rows of different lengths as an array; missing values are NaN, which is not drawn."""
     values = np.full((len(rows), max(map(len, rows))), np.nan)
     for index, row in enumerate(rows):
         values[index, : len(row)] = [float(value) for value in row]
@@ -284,7 +284,7 @@ def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def _colours(records: Sequence[ModelRecord]) -> list[str]:
-    """One per record; the variants that every study holds look the same in every figure."""
+    """One colour per record; the main variants have the same colour in every figure."""
     others = cycle(COLOURS)
     return [OWN_COLOURS.get(label(record)) or next(others) for record in records]
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: no script, no link, figures inline."""
+"""Self-contained HTML pages: no scripts, no links, figures inline."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ Block = str
 
 
 def paragraph(text: str) -> Block:
-    """Plain prose; `backticks` set code."""
+    """A paragraph of text; text in `backticks` is set as code."""
     parts = escape(text, quote=False).split("`")
     code = [part if index % 2 == 0 else f"<code>{part}</code>" for index, part in enumerate(parts)]
     return f"<p>{''.join(code)}</p>"
 
 
 def figure_block(figure: Figure, caption: str) -> Block:
-    """A figure with the sentence under it that says how to read it."""
+    """A figure with a caption."""
     return f"<figure>{svg(figure)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def table_block(table: Table) -> Block:
-    """A table; it scrolls sideways where the page is narrow."""
+    """A table; it scrolls horizontally on a narrow page."""
 
     def row(cells: Iterable[str], tag: str) -> str:
         written = (
@@ -86,14 +86,14 @@ def write_page(
     sections: Sequence[tuple[str, Sequence[Block]]],
     footer: str,
 ) -> Path:
-    """Write the page beside `path` and rename it into place.
+    """Write the page atomically.
 
     Args:
-        path: of the file.
-        title: its heading.
-        lead: one sentence below it.
-        sections: (heading, blocks), the blocks made by the functions above.
-        footer: where the numbers come from.
+        path: path of the file.
+        title: heading of the page.
+        lead: introduction below the heading.
+        sections: (heading, blocks); blocks are results of the functions above.
+        footer: the provenance of the numbers.
     """
     body = "\n".join(
         f"<section><h2>{escape(heading)}</h2>\n" + "\n".join(blocks) + "\n</section>"

@@ -1,4 +1,4 @@
-"""Tables as Markdown."""
+"""Tables in Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from oasis_attn.report.tables import Table
 
 
 def markdown(table: Table) -> str:
-    """A heading, if the table has a title, and a GitHub table: words to the left, numbers right."""
+    """A GitHub table, with the title as a heading; text is left-aligned, numbers right-aligned."""
     rules = ("---" if index < table.text_columns else "---:" for index in range(len(table.columns)))
     lines = [table.columns, tuple(rules), *table.rows]
     body = "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)

@@ -1,4 +1,4 @@
-"""Records in, tables of text out, for the terminal and the page alike."""
+"""Tables of formatted text, for the terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Table:
 
 
 def number(value: float) -> str:
-    """`value` with four significant digits, and whole from a thousand on."""
+    """`value` with four significant digits; without decimals from 1,000 to 10 million."""
     if not math.isfinite(value):
         return str(value)
     if 1e3 <= abs(value) < 1e7:
@@ -46,7 +46,7 @@ def number(value: float) -> str:
 
 
 def mean_and_range(values: Sequence[float]) -> str:
-    """One value as it is; several (one per seed) as `mean [lowest, highest]`."""
+    """A single value, or for several (one per seed) `mean [lowest, highest]`."""
     if len(values) == 1:
         return number(values[0])
     return f"{number(fmean(values))} [{number(min(values))}, {number(max(values))}]"
@@ -61,10 +61,10 @@ def comparison(
     """One row per model, one column per whole-model metric.
 
     Args:
-        groups: row name -> the model's records, of every kind, one of each kind per seed.
-        columns: column head -> (kind of record, name of the metric in it, its `where`).  A model
-            without it shows a dash.
-        title: of the table.
+        groups: name of the row -> records of the model; one of each kind per seed.
+        columns: header -> (kind of record, name of the metric, its `where`).  A dash means that a
+            model has no such value.
+        title: title of the table.
     """
     rows = tuple(
         (name, *(_cell(records, *column) for column in columns.values()))
@@ -80,10 +80,10 @@ def _cell(records: Sequence[Record], kind: str, metric: str, where: str) -> str:
 
 
 def caveat(metric: str, records: Sequence[Record]) -> str:
-    """What stands beside the literature's kurtosis: ` (1 silent, 2 understated)`, or nothing.
+    """A warning after the kurtosis of the literature, such as ` (1 silent, 2 understated)`.
 
-    The counts are of tensors, the largest over `records`; see `outlier.silent_tensors` and
-    `outlier.understated_kurtosis`.  Other metrics have none.
+    The counts are numbers of tensors, the largest over `records`; see `outlier.silent_tensors` and
+    `outlier.understated_kurtosis`.  The result is empty for other metrics.
     """
     if metric not in _LITERATURE_KURTOSIS:
         return ""
@@ -96,7 +96,7 @@ def caveat(metric: str, records: Sequence[Record]) -> str:
 
 
 def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Every variant with the settings that the first variant does not have."""
+    """One row per variant: the settings that differ from those of the first variant."""
     base = next(iter(variants.values()))
     rows = tuple(
         (
@@ -106,12 +106,14 @@ def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
         for variant, settings in variants.items()
     )
     return Table(
-        columns=("variant", f"settings unlike {next(iter(variants))}'s"), rows=rows, text_columns=2
+        columns=("variant", f"settings that differ from {next(iter(variants))}"),
+        rows=rows,
+        text_columns=2,
     )
 
 
 def summary_table(record: ModelRecord) -> Table:
-    """The whole-model numbers of a record."""
+    """The whole-model metrics of a record."""
     rows = tuple(
         (
             m.name,
@@ -121,11 +123,11 @@ def summary_table(record: ModelRecord) -> Table:
         for m in record.metrics
         if not m.where
     )
-    return Table(title=label(record), columns=("measure", "value", "standard error"), rows=rows)
+    return Table(title=label(record), columns=("metric", "value", "standard error"), rows=rows)
 
 
 def layer_table(record: DiagnosisRecord) -> Table:
-    """The layers of a diagnosis one by one, means over heads."""
+    """One row per layer of a diagnosis; attention metrics are means over heads."""
     columns = {
         "max |h|": record.tables["outlier.inf_norm_layer"],
         "kurtosis": record.tables["outlier.kurtosis_layer"],
@@ -141,7 +143,7 @@ def layer_table(record: DiagnosisRecord) -> Table:
         (str(layer), *(number(float(value)) for value in values))
         for layer, values in enumerate(zip(*columns.values(), strict=True))
     )
-    return Table(title="layer by layer", columns=("layer", *columns), rows=rows)
+    return Table(title="By layer", columns=("layer", *columns), rows=rows)
 
 
 def _over_heads(table: Sequence[Sequence[float]]) -> list[float]:
@@ -149,5 +151,5 @@ def _over_heads(table: Sequence[Sequence[float]]) -> list[float]:
 
 
 def label(record: ModelRecord) -> str:
-    """How tables and figures call the model of a record: by its variant, or the end of its name."""
+    """The name of a model in tables and figures: its variant, or the last part of its name."""
     return record.model.variant or Path(record.model.name).name

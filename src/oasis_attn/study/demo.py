@@ -1,6 +1,6 @@
-"""The demo: a pretrained model diagnosed and quantised, three small models trained, one page.
+"""The demo: diagnose and quantise a pretrained model, train three small models, write a report.
 
-What the page says about results is computed from the records; its prose explains how to read them.
+Sentences about results in the report are computed from the records.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """What a demo measured.
+    """The results of a demo.
 
     Attributes:
         models: the records of each model, in the order of the table.
@@ -56,7 +56,7 @@ class Demo:
         return comparison({name: each.records for name, each in self.models.items()}, COLUMNS)
 
     def numbers(self) -> dict[str, dict[str, float]]:
-        """The table's numbers: model -> column -> value."""
+        """The numbers of the table: model -> column -> value."""
         return {
             name: {
                 head: record.metric(metric, where).value
@@ -85,20 +85,22 @@ def run_demo(
     """Run the demo and write `out`: index.html, overview.png, records/, figures/, models/.
 
     Args:
-        out: a new folder; it appears when everything in it is whole.
-        pretrained: name of the pretrained model, as `load_model` takes it.
-        prose: corpus it is measured and calibrated on, its train split (it was not trained on it).
-        window: tokens per window there.
-        windows: windows per measurement, and per calibration, at most.
-        size: of the small models.
-        corpus: they are trained on (train split), and measured and calibrated on (validation).
-        block_length: tokens per training sequence, and per window of their measurement.
+        out: a new folder; it is created when all results are complete.
+        pretrained: the pretrained model, for `load_model`.
+        prose: corpus for its measurement and calibration (train split; the model was not trained
+            on it).
+        window: tokens per window of this corpus.
+        windows: maximum number of windows for measurement, and for calibration.
+        size: size of the small models.
+        corpus: corpus for training (train split), measurement and calibration (validation split)
+            of the small models.
+        block_length: tokens per training sequence and per window of the small models.
         batch_size: sequences per step.
-        steps: of training, the same for each small model.
-        seed: of their initial weights and data order.
+        steps: training steps of each small model.
+        seed: random seed of initial weights and data order.
 
     Raises:
-        UserError: `out` is taken, or what the called functions find wrong with a value.
+        UserError: `out` exists, or a value is invalid.
     """
     check_whole("window", window, 2)
     check_whole("windows", windows, 1)
@@ -108,7 +110,7 @@ def run_demo(
     if name in VARIANTS:
         name = f"pretrained-{name}"
     with staged_folder(out) as stage:
-        # Before anything is run, so that a wrong value is told at once.
+        # Constructed first, so that an invalid value is reported at once.
         trainings = [
             TrainingConfig(
                 variant=variant,
@@ -132,7 +134,7 @@ def run_demo(
             stages.next(f"{training.variant}: training {steps} steps")
             trained = train(training)
             model, tokenizer = load_model(training.out)
-            # As many tokens as the pretrained model reads.
+            # The same number of tokens as for the pretrained model.
             reach = max(1, windows * window // block_length)
             text = HeldOut(
                 corpus, "validation", tokenizer=tokenizer, length=block_length, windows=reach
@@ -148,7 +150,7 @@ def run_demo(
 
 
 class _Stages:
-    """Tells on standard error which stage runs, of how many, and the time since the start."""
+    """Shows the current stage, the number of stages and the elapsed time on standard error."""
 
     def __init__(self, total: int) -> None:
         self._console = Console(stderr=True)

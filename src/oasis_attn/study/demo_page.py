@@ -1,4 +1,4 @@
-"""The demo's page: figures with what they mean, and sentences computed from the records."""
+"""The report of the demo: figures with explanations, and sentences computed from the records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from oasis_attn.report.figures import (
 )
 from oasis_attn.report.html import Block, figure_block, paragraph, table_block, write_page
 
-_MAP = "One trial per layer and head, averaged over the windows; the scale runs from 0 to 1."
+_MAP = "One cell per layer and head, averaged over windows; the scale is from 0 to 1."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class ModelResults:
     """The records of one model.
 
     Attributes:
-        diagnosis: of the model in floating point.
-        quantization: every whole-model measure of it, at `before` and `after` quantisation.
-        training: of a model that the demo trained.
+        diagnosis: the diagnosis of the unquantised model.
+        quantization: all whole-model metrics `before` and `after` quantisation.
+        training: the training record, if the demo trained the model.
     """
 
     diagnosis: DiagnosisRecord
@@ -36,34 +36,34 @@ class ModelResults:
 
     @property
     def records(self) -> list[ModelRecord]:
-        """All that there are."""
+        """All records of the model."""
         found = (self.training, self.diagnosis, self.quantization)
         return [record for record in found if record is not None]
 
 
 def write_demo_page(path: Path, table: Table, models: Sequence[ModelResults]) -> Path:
-    """Write the page.
+    """Write the HTML page.
 
     Args:
-        path: of the file.
+        path: path of the file.
         table: one row per model.
-        models: the pretrained one first, then those that were trained.
+        models: the pretrained model, then those that the demo trained.
     """
     pretrained, *small = models
     return write_page(
         path,
         title="Attention sinks, outliers, and a null option",
         lead=(
-            "A softmax must give its attention to something. Heads with nothing to read are known "
-            "to park it on the first token (Xiao et al. 2023), by way of a few enormous "
-            "activations (Sun et al. 2024), which are hard to hold in 8 bits beside the rest."
+            "Softmax weights sum to 1, so a head with nothing relevant to read puts its weight on "
+            "the first token (Xiao et al. 2023). A few very large activations cause this (Sun et "
+            "al. 2024), and they make quantisation to 8 bits difficult."
         ),
         sections=[
-            ("The numbers", _numbers(table, pretrained, small)),
+            ("Results", _numbers(table, pretrained, small)),
             ("A pretrained model", _pretrained(pretrained)),
-            ("Three small models, trained alike", _small(small)),
+            ("Three small models, trained from scratch", _small(small)),
             ("The null option and depth routing", _oasis(small)),
-            ("What the measures are", _measures()),
+            ("Definitions of the metrics", _metrics()),
         ],
         footer=_footer(pretrained.diagnosis),
     )
@@ -73,15 +73,16 @@ def _numbers(table: Table, pretrained: ModelResults, small: Sequence[ModelResult
     return [
         table_block(table),
         paragraph(
-            f"`{label(pretrained.diagnosis)}` is measured on {_text(pretrained.diagnosis)}; "
-            f"the small models on {_text(small[0].diagnosis)}. Loss and perplexity compare "
-            "only within the same text and tokenizer: among the small models, or before and after "
-            "quantisation. Max inf-norms compare within one residual form only: with depth routing "
-            "the state is a weighted mean of sublayer outputs, in a vanilla model their sum."
+            f"`{label(pretrained.diagnosis)}` was measured on {_text(pretrained.diagnosis)}, and "
+            f"the small models on {_text(small[0].diagnosis)}. Compare loss and perplexity only "
+            "for the same text and tokenizer, that is, between the small models, or before and "
+            "after quantisation. Compare max inf-norms only for the same residual form: with depth "
+            "routing a hidden state is a weighted mean of sublayer outputs, and in a vanilla model "
+            "it is their sum."
         ),
         paragraph(
-            "The small models share seed, data and budget. One seed each says nothing about "
-            "chance: a difference between two rows is an observation, not a finding "
+            "The small models were trained with the same seed, data and budget. One seed per model "
+            "does not show whether a difference between two models is significant "
             f"({small[0].diagnosis.data.tokens_scored:,} tokens scored)."
         ),
     ]
@@ -90,32 +91,31 @@ def _numbers(table: Table, pretrained: ModelResults, small: Sequence[ModelResult
 def _pretrained(model: ModelResults) -> list[Block]:
     record, quantization = model.diagnosis, model.quantization
     heads = [float(mass) for layer in record.tables["sink.mass"] for mass in layer]
-    held = sum(mass > 0.5 for mass in heads)
+    sinks = sum(mass > 0.5 for mass in heads)
     peaks = [float(peak) for peak in record.tables["outlier.inf_norm_layer"]]
     before, after = quantization.before_after("perplexity.windowed")
     return [
         paragraph(
-            f"In {held} of {len(heads)} heads the first token takes more than half of the "
-            f"attention; over all heads it takes {number(record['sink.mass'])} on average. "
-            "If attention were spread evenly, it would take one part in the number of tokens seen."
+            f"In {sinks} of {len(heads)} heads the first token has more than half of the "
+            f"attention. Its mean attention over all heads is {number(record['sink.mass'])}. If "
+            "attention were uniform, it would be 1 / (number of visible tokens)."
         ),
-        figure_block(sink_map(record), f"{_MAP} Bright trials are heads that look at the start."),
+        figure_block(sink_map(record), f"{_MAP} Bright cells are heads with a sink."),
         paragraph(
-            f"The largest value leaving a layer goes from {number(min(peaks))} to "
-            f"{number(max(peaks))}. Static 8-bit ranges give every tensor 256 levels, so a value "
-            "that large sets a step in which ordinary values may vanish."
+            f"The largest value of a layer's output is between {number(min(peaks))} and "
+            f"{number(max(peaks))}. A static 8-bit range gives a tensor 256 levels. If one value is "
+            "very large, the step between two levels is larger than ordinary values."
         ),
         figure_block(
             outlier_lines([record]),
-            "Logarithmic scales. The kurtosis of a normal distribution is 3; the higher it is, "
-            "the more of the tensor's energy sits in few entries.",
+            "Logarithmic scales. The kurtosis of a normal distribution is 3. A higher kurtosis "
+            "means that fewer entries contain most of the tensor's energy.",
         ),
         paragraph(
-            f"Rounded by `{quantization.scheme['name']}` (weights and inputs of the "
-            f"{len(quantization.targets)} linear layers, one range per tensor, "
-            f"calibrated on {quantization.calibration.windows} windows of "
-            f"other text), the perplexity goes from {number(before)} to {number(after)}: "
-            f"{number(after / before)} times."
+            f"Quantisation with `{quantization.scheme['name']}` (weights and inputs of the "
+            f"{len(quantization.targets)} linear layers, one range per tensor, calibrated on "
+            f"{quantization.calibration.windows} windows of other text) changes the perplexity "
+            f"from {number(before)} to {number(after)}, a factor of {number(after / before)}."
         ),
     ]
 
@@ -129,19 +129,19 @@ def _small(small: Sequence[ModelResults]) -> list[Block]:
     )
     return [
         paragraph(
-            "`vanilla` is the usual transformer. `attn_residual` replaces the residual sum by "
-            "attention over depth: each sublayer chooses, per token, among the outputs of those "
-            "before it. `oasis` adds a null option to both softmaxes and tells the depth router "
-            "which outputs came from attention that had nothing to say."
+            "`vanilla` is a standard transformer. `attn_residual` replaces the residual sum with "
+            "attention over depth: for each token, each sublayer computes a weighted mean of the "
+            "outputs of previous sublayers. `oasis` adds a null option to both softmaxes, and the "
+            "depth router uses the null probability of the attention layers."
         ),
         figure_block(
             loss_lines([model.training for model in small if model.training]),
-            "Loss on the training text. Same order of data for all.",
+            "Loss on the training text. All models have the same order of data.",
         ),
         figure_block(
             outlier_lines(diagnoses),
-            "Held-out text, one line per model. A mean and a sum differ in scale by construction, "
-            "which the left panel shows; kurtosis does not depend on scale.",
+            "Held-out text, one line per model. A mean and a sum have different scales by "
+            "construction (left). Kurtosis does not depend on scale (right).",
         ),
         paragraph(f"Perplexity before and after 8-bit quantisation: {changes}."),
         *(figure_block(sink_map(record), _MAP) for record in diagnoses),
@@ -152,22 +152,24 @@ def _oasis(small: Sequence[ModelResults]) -> list[Block]:
     diagnoses = [model.diagnosis for model in small]
     return [
         paragraph(
-            "The null option is one more entry in the softmax, with the logit 0 and no value: "
-            "what it takes, no token gets. The first map shows how much it takes. Models without "
-            "it have no such map."
+            "The null option is an additional entry of the softmax with the logit 0 and no value: "
+            "its probability is attention that no token receives. The first map shows this "
+            "probability. Models without a null option have no such map."
         ),
         *(
-            figure_block(null_map(record), f"{_MAP} Bright trials are heads that mostly abstain.")
+            figure_block(null_map(record), f"{_MAP} Bright cells are heads that mostly abstain.")
             for record in diagnoses
             if "null.mass" in record.tables
         ),
         paragraph(
-            "A depth router reads the embedding and the sublayers' outputs. A row is one router, "
-            "from the first sublayer at the top to the output at the bottom; a column one source."
+            "A depth router reads the embedding and the outputs of the sublayers. Each row is one "
+            "router, from the first sublayer at the top to the output at the bottom. Each column "
+            "is one source."
         ),
         *(
             figure_block(
-                depth_map(record), "Mean weight over tokens and windows; the scale runs 0 to 1."
+                depth_map(record),
+                "Mean weight over tokens and windows; the scale is from 0 to 1.",
             )
             for record in diagnoses
             if "depth.weights" in record.tables
@@ -175,28 +177,27 @@ def _oasis(small: Sequence[ModelResults]) -> list[Block]:
     ]
 
 
-def _measures() -> list[Block]:
+def _metrics() -> list[Block]:
     return [
         paragraph(
-            "`loss.windowed` and `perplexity.windowed`: mean loss of the next token over disjoint "
-            "windows, in nats, and its exponential."
+            "`loss.windowed` and `perplexity.windowed`: the mean loss of the next token over "
+            "disjoint windows, in nats, and its exponential."
         ),
         paragraph(
             "`outlier.max_inf_norm`: the largest absolute value of a tensor, averaged over "
-            "windows; then the largest over layer outputs, MLP outputs, attention output "
+            "windows, then the maximum over layer outputs, MLP outputs, attention output "
             "projections and norms (Bondarenko et al. 2023). `outlier.avg_kurtosis`: the fourth "
-            "moment over the squared variance plus 1e-6, averaged over windows and the same "
-            "tensors. Beside it stands the number of tensors that are too small for the 1e-6 "
-            "(understated) or silent."
+            "moment divided by the squared variance plus 1e-6, averaged over windows and the same "
+            "tensors. The numbers in parentheses count tensors that are so small that the 1e-6 "
+            "lowers their kurtosis (understated) or that are zero (silent)."
         ),
         paragraph(
-            "`sink.mass`: attention probability on the first token, averaged over the later "
-            "queries, heads and layers. `null.mass`: the share of attention given to the null "
-            "option."
+            "`sink.mass`: attention probability of the first token, averaged over later queries, "
+            "heads and layers. `null.mass`: attention probability of the null option."
         ),
         paragraph(
-            "Everything on this page is read from the records in `records/`, which also hold "
-            "the numbers of every tensor, settings, versions, hardware and content hashes."
+            "All numbers of this page are from the records in `records/`. The records also contain "
+            "the values of every tensor, settings, versions, hardware and content hashes."
         ),
     ]
 

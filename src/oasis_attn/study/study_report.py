@@ -17,11 +17,11 @@ from oasis_attn.study.results import Results
 from oasis_attn.study.statistics import LEVEL
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.tables import (
+    claim_tests_table,
     comparison_table,
     criteria_table,
     means_table,
     results_tables,
-    claim_tests_table,
     verdict_table,
 )
 from oasis_attn.study.verdict import RULE, Verdict, judge

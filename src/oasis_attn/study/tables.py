@@ -58,14 +58,14 @@ def comparison_table(results: Results, variant: str) -> Table:
 def verdict_table(verdicts: Iterable[Verdict]) -> Table:
     """One row per claim: the verdict, and the number of tests with each outcome."""
     rows = tuple(
-        (str(index), each.claim.text, each.verdict, *_counts(each))
+        (str(index), each.claim.text, each.verdict, _outcomes(each))
         for index, each in enumerate(verdicts, start=1)
     )
     return Table(
         title="Claims of the paper",
-        columns=("no.", "claim", "verdict", *OUTCOMES),
+        columns=("no.", "claim", "verdict", "tests"),
         rows=rows,
-        text_columns=3,
+        text_columns=4,
     )
 
 
@@ -152,9 +152,9 @@ def percent(value: float) -> str:
     return f"{value:+.2%}" if abs(value) < 1e3 else f"{value:+.2g} x"
 
 
-def _counts(verdict: Verdict) -> tuple[str, ...]:
+def _outcomes(verdict: Verdict) -> str:
     counts = Counter(result.outcome for result in verdict.results)
-    return tuple(str(counts[outcome]) for outcome in OUTCOMES)
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
 
 
 def _mean_and_deviation(values: list[float]) -> str:
