@@ -103,8 +103,8 @@ def _pretrained(model: ModelResults) -> list[Block]:
         figure_block(sink_map(record), f"{_MAP} Bright cells are heads with a sink."),
         paragraph(
             f"The largest value of a layer's output is between {number(min(peaks))} and "
-            f"{number(max(peaks))}. A static 8-bit range gives a tensor 256 levels. If one value is "
-            "very large, the step between two levels is larger than ordinary values."
+            f"{number(max(peaks))}. A static 8-bit range gives a tensor 256 levels. If one value "
+            "is very large, the step between two levels is larger than ordinary values."
         ),
         figure_block(
             outlier_lines([record]),
