@@ -1,4 +1,4 @@
-"""`python -m oasis_attn` is the command `oasis`, under a distributed launcher too."""
+"""`python -m oasis_attn` is the command `oasis`; it also works with a distributed launcher."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from oasis_attn.cli import main
 
-_HEAD_START = 5.0  # seconds
+_EXIT_DELAY = 5.0  # seconds
 
 
 def _silent() -> int:
-    """`main` in a process that is not the launcher's first: only the first one talks."""
+    """Run `main` without output; only the first process of a launcher prints."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         code = main()
     if code:
-        # At the first failure the launcher ends all: let that be the process that says why.
-        time.sleep(_HEAD_START)
+        # The launcher stops all processes when one fails.  Let the first process report the error.
+        time.sleep(_EXIT_DELAY)
     return code
 
 

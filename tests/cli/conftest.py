@@ -1,4 +1,4 @@
-"""The command as a user types it, and tiny things to give it."""
+"""A fixture that runs the command line, and small inputs for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_models import VOCABULARY, word_tokenizer
 
 @pytest.fixture
 def oasis(monkeypatch, capsys):
-    """`oasis(*words)` -> the exit code, and what was printed."""
+    """`oasis(*words)` -> the exit code and the captured output."""
 
     def run(*words):
         monkeypatch.setattr("sys.argv", ["oasis", *map(str, words)])
@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def text(tmp_path) -> Path:
-    """A folder with 300 such words for each of two splits."""
+    """A corpus folder with 300 words of this tokenizer in each of two splits."""
     folder = tmp_path / "text"
     folder.mkdir()
     for split in ("train", "test"):

@@ -1,4 +1,4 @@
-"""`oasis convert`, as a user types it."""
+"""The command `oasis convert`."""
 
 import json
 

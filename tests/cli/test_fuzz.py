@@ -1,6 +1,6 @@
-"""Command lines of every verb with every kind of nonsense: success, or one line and code 2.
+"""Random command lines for every command: success, or an error of one line with exit code 2.
 
-Work stops where a model would be loaded or trained, so that all that is checked before is real.
+Commands stop where they would load or train a model, so that all checks before are real.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ TYPED = {
 
 
 def values(parameter):
-    """Mostly what the parameter takes, so that more than the first check is reached."""
+    """Mostly values of the right type, so that the later checks are reached, too."""
     typed = TYPED.get(parameter.type_descriptor.annotation, VALUES)
     return st.one_of(typed, typed, typed, VALUES)
 
 
-def verbs():
-    """Every verb: the words that name it, and its parameters."""
+def all_commands():
+    """The words that call each command -> its parameters."""
     found = {}
     for name, command in get_command(app).commands.items():
         if hasattr(command, "commands"):
@@ -64,19 +64,19 @@ def verbs():
     return found
 
 
-VERBS = verbs()
+COMMANDS = all_commands()
 
 
 @st.composite
 def command_lines(draw):
-    verb = draw(st.sampled_from(sorted(VERBS)))
-    words = list(verb)
-    for parameter in VERBS[verb]:
+    command = draw(st.sampled_from(sorted(COMMANDS)))
+    words = list(command)
+    for parameter in COMMANDS[command]:
         if parameter.param_type_name == "argument":
             if draw(st.integers(0, 9)):
                 value = draw(VALUES)
                 words.append(f"./{value}" if value.startswith("-") else value)
-        elif parameter.name != "tied" and draw(st.integers(0, 9)) < (
+        elif parameter.name != "exit_with_parent" and draw(st.integers(0, 9)) < (
             9 if parameter.required else 2
         ):
             option = draw(st.sampled_from(parameter.opts))
@@ -85,12 +85,12 @@ def command_lines(draw):
 
 
 def stop(*_args, **_options):
-    raise UserError("stopped: here the work begins")
+    raise UserError("stopped before the work begins")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder to work in, with a file and a folder in it."""
+    """A working directory that contains a file and a folder."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "file").write_text("x\n")
     (folder / "folder").mkdir()
@@ -113,7 +113,7 @@ def place(tmp_path_factory):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(words=command_lines())
-def test_a_command_line_ends_well_or_in_one_line(place, words):
+def test_a_command_line_succeeds_or_fails_with_one_line(place, words):
     before = {path.name for path in place.iterdir()}
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):

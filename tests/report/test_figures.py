@@ -58,13 +58,13 @@ def test_a_diagnosis_gets_the_figures_it_has_tables_for() -> None:
     }  # fmt: skip
 
 
-def test_png_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_png_is_written_atomically(tmp_path: Path) -> None:
     path = figures.save_png(figures.sink_map(diagnosis()), tmp_path / "new" / "map.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [child.name for child in path.parent.iterdir()] == ["map.png"]
 
 
-def test_svg_takes_its_ink_from_the_page_and_links_nowhere() -> None:
+def test_svg_has_the_colours_of_the_page_and_no_links() -> None:
     text = figures.svg(figures.sink_map(diagnosis()))
     assert text.startswith("<svg")
     assert "currentColor" in text

@@ -13,7 +13,7 @@ VOID = {"meta", "path", "use", "rect", "image", "line"}
 
 
 class Balance(HTMLParser):
-    """Collects the tags left open or closed out of turn."""
+    """Collects tags that are not closed or closed in the wrong order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,17 +34,17 @@ class Balance(HTMLParser):
             self.wrong.append(tag)
 
 
-def test_prose_is_escaped_and_backticks_are_code() -> None:
+def test_paragraphs_are_escaped_and_backticks_are_code() -> None:
     assert paragraph("a < b & `x<y>`") == "<p>a &lt; b &amp; <code>x&lt;y&gt;</code></p>"
 
 
-def test_table_marks_words_and_escapes() -> None:
+def test_table_marks_text_columns_and_escapes() -> None:
     text = table_block(Table(title="T", columns=("model", "loss"), rows=(("<m>", "2"),)))
     assert "<td class=word>&lt;m&gt;</td><td>2</td>" in text
     assert "<caption>T</caption>" in text
 
 
-def test_page_is_whole_self_contained_and_well_formed(tmp_path: Path) -> None:
+def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
     figure = Figure()
     figure.subplots().plot([1, 2])
     path = write_page(

@@ -56,7 +56,7 @@ def test_variants_table_shows_what_differs_from_the_first() -> None:
     assert table.rows == (("vanilla", ""), ("depth", "residual=depth x=4"))
 
 
-def test_tables_of_a_record_have_a_row_per_measure_and_per_layer() -> None:
+def test_tables_of_a_record_have_a_row_per_metric_and_per_layer() -> None:
     tables = {
         "outlier.inf_norm_layer": [1.0, "inf"],
         "outlier.kurtosis_layer": [3.0, 4.0],
@@ -70,7 +70,7 @@ def test_tables_of_a_record_have_a_row_per_measure_and_per_layer() -> None:
     assert layers.rows == (("0", "1", "3", "0.5"), ("1", "inf", "4", "0.25"))
 
 
-def test_the_literature_s_kurtosis_stands_beside_the_tensors_that_lower_it() -> None:
+def test_the_kurtosis_of_the_literature_has_a_count_of_tensors_that_lower_it() -> None:
     def counted(silent: float, understated: float) -> DiagnosisRecord:
         return record(
             **{

@@ -25,7 +25,7 @@ def _same_threads():
 
 @pytest.fixture
 def plain(corpus, size):
-    """A tiny plan as YAML would give it, with changes."""
+    """A function that returns the values of a tiny plan, with changes."""
 
     def plan(**changes):
         small = {
@@ -56,5 +56,5 @@ def plain(corpus, size):
 
 @pytest.fixture
 def tiny(plain):
-    """A tiny plan, with changes."""
+    """A function that returns a tiny plan, with changes."""
     return lambda **changes: Plan.from_dict(plain(**changes))

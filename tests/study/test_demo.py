@@ -31,7 +31,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus, a size, and a pretrained model with its tokenizer; nothing of the real ones."""
+    """A tiny corpus, model size, and pretrained model with its tokenizer."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "text.txt").write_text("".join(SENTENCES), encoding="utf-8")
     config = LlamaConfig(**TINY)
@@ -67,7 +67,7 @@ def test_every_model_has_every_number_of_the_table(demo: Demo) -> None:
     assert "-" not in {text for row in demo.table.rows for text in row}
 
 
-def test_models_are_measured_alike_and_never_on_what_calibrated_them(demo: Demo) -> None:
+def test_models_are_measured_on_the_same_text_and_not_on_calibration_text(demo: Demo) -> None:
     small = [demo.models[variant] for variant in VARIANTS]
     assert len({model.diagnosis.data.tokens_sha256 for model in small}) == 1
     for model in demo.models.values():
@@ -93,28 +93,28 @@ def test_the_folder_holds_page_records_and_figures(demo: Demo, folder: Path) -> 
     assert [path for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
-def test_the_page_states_what_the_records_hold(demo: Demo, folder: Path) -> None:
+def test_the_page_contains_the_numbers_of_the_records(demo: Demo, folder: Path) -> None:
     page = (folder / "out" / "index.html").read_text(encoding="utf-8")
     for row in demo.table.rows:
         assert all(f">{text}</td>" in page for text in row)
     assert json.dumps(demo.numbers())
 
 
-def test_a_taken_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_an_existing_folder_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
     with pytest.raises(UserError, match="exists"):
         run_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_wrong_values_are_told_before_any_work(tmp_path: Path) -> None:
+def test_invalid_values_are_refused_first(tmp_path: Path) -> None:
     for wrong in ({"windows": 0}, {"window": 1}, {"steps": 0}, {"size": "nanno"}, {"seed": -1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             run_demo(tmp_path / "out", **wrong)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pretrained_model_called_like_a_variant_keeps_its_row(folder, tmp_path) -> None:
+def test_a_pretrained_model_may_have_the_name_of_a_variant(folder, tmp_path) -> None:
     shutil.copytree(folder / "pretrained", tmp_path / "oasis")
     text = str(folder / "text.txt")
     demo = run_demo(

@@ -1,4 +1,4 @@
-"""Plans and records with every kind of nonsense: what they say, or a `UserError`."""
+"""Random plans and records are read correctly or refused with a `UserError`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ TRAINING = ["block_length", "batch_size", "learning_rate", "trainable", "lora_ra
 
 @st.composite
 def changed(draw, value):
-    """`value` with something in it put in another's place, left out or added."""
+    """`value` with an item replaced, removed or added."""
     if isinstance(value, dict) and value and draw(st.integers(0, 4)):
         name = draw(st.sampled_from(sorted(value)))
         after = dict(value)
@@ -85,7 +85,7 @@ def changed(draw, value):
 
 
 def accepted(read, *args):
-    """What `read` makes of its input; None where it says in one line that it is wrong."""
+    """The result of `read`; None if it refuses the input with a one-line error."""
     try:
         return read(*args)
     except UserError as error:
@@ -127,7 +127,7 @@ TEXT = st.lists(
 @BOUNDED
 @given(text=st.one_of(TEXT, TEXT.map(lambda more: json.dumps(PLAN)[:-1] + ", " + more)))
 def test_any_text_is_a_plan_or_refused(text):
-    accepted(parse_plan, text, "made.yaml")
+    accepted(parse_plan, text, "random.yaml")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_any_text_is_a_plan_or_refused(text):
 )
 def test_depth_and_aliases_are_bounded(text):
     with pytest.raises(UserError, match=r"nested|more than 100,000 values"):
-        parse_plan(text, "made.yaml")
+        parse_plan(text, "random.yaml")
 
 
 @BOUNDED

@@ -1,5 +1,5 @@
-"""Scheduling, with trials run in this process; then the same with real ones, killed and on a
-cluster."""
+"""Scheduling with synthetic trials in this process, and with real trials that are killed or run on
+a cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from study import factories
 
 
 class Here:
-    """Runs each trial at once; `bad` ones fail, and no more than `most` may run at a time."""
+    """Writes a synthetic record at once; `bad` variants fail, and at most `most` trials may run."""
 
     def __init__(self, bad=(), most=1):
         self.bad, self.most, self.ran, self.open = bad, most, [], 0
@@ -137,13 +137,13 @@ def test_an_interruption_stops_running_trials(tiny, tmp_path):
     assert launcher.stopped == 2
 
 
-def test_a_folder_keeps_to_its_plan(tiny, tmp_path):
+def test_a_folder_accepts_only_its_plan(tiny, tmp_path):
     run_study(tiny(), tmp_path / "out", launcher=Here(), show=False)
     with pytest.raises(UserError, match="whose windows is different: 3"):
         run_study(tiny(windows=4), tmp_path / "out", launcher=Here(), show=False)
 
 
-def test_a_folder_with_something_else_is_refused(tiny, tmp_path):
+def test_a_folder_with_other_files_is_refused(tiny, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(UserError, match="exists"):
         run_study(tiny(), tmp_path, launcher=Here())
@@ -151,12 +151,12 @@ def test_a_folder_with_something_else_is_refused(tiny, tmp_path):
         StudyFolder.open(tmp_path)
 
 
-def test_a_plan_half_written_is_written_again(tiny, tmp_path):
+def test_a_partly_written_plan_is_written_again(tiny, tmp_path):
     (tmp_path / ".plan.yaml.half").write_text("name:")
     assert run_study(tiny(), tmp_path, launcher=Here(), show=False).left == 0
 
 
-def test_no_two_run_a_study_at_once(tiny, tmp_path, monkeypatch):
+def test_a_study_cannot_run_twice_at_once(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "LOCK_TIMEOUT", 0.0)
     StudyFolder.begin(tmp_path, tiny())
     place = tmp_path / "work" / "study.lock"
@@ -200,7 +200,7 @@ def _run_study(plan, out: Path) -> None:
 
 
 def test_real_trials_end_with_their_parent_and_are_resumed(tiny, tmp_path):
-    """`kill -9` of the study while a trial trains; then the study to its end, on a cluster."""
+    """Kill the study with SIGKILL while a trial trains; then finish the study on a cluster."""
     training = dict(tiny().training) | {"steps": 150, "save_every": 25}
     plan = tiny(training=training, variants=["vanilla"], compare={}, corpora=list(tiny().corpora))
     (trial,) = plan.trials
@@ -221,7 +221,7 @@ def test_real_trials_end_with_their_parent_and_are_resumed(tiny, tmp_path):
     status = run_study(plan, out, launcher=cluster, show=False)
     assert (status.left, status.failed) == (0, {})
 
-    # The recorded command, in this process: the same numbers as cut short and gone on with.
+    # The recorded command in this process has the same results as the resumed trial.
     again, different = run_alone(
         str(out), trial.id, out=tmp_path / "trial.json", check=folder.record_path(trial)
     )

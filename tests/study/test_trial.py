@@ -30,7 +30,7 @@ def record(finished, trial) -> TrialRecord:
     return run_trial(trial, finished / "trial.json", finished / "work", command="again")
 
 
-def test_a_record_has_all_measures_quantised_and_evaluated(record, trial, finished):
+def test_a_record_has_all_metrics(record, trial, finished):
     names = {metric.name for metric in record.metrics}
     tasks = {"arith.pass@1.strict", "perplexity.windowed"}
     assert tasks | {f"{name}@{scheme}" for name in tasks for scheme in trial.schemes} <= names
@@ -52,7 +52,7 @@ def test_a_finished_trial_is_not_run_again(record, trial, finished, monkeypatch)
 
 
 @pytest.mark.parametrize("step", ["train", "quantize_and_measure"])
-def test_cut_short_anywhere_it_leaves_no_record_and_comes_to_the_same(
+def test_an_interrupted_trial_leaves_no_record_and_resumes_to_the_same_results(
     record, trial, tmp_path, monkeypatch, step
 ):
     def killed(*_args, **_kwargs):
@@ -74,7 +74,7 @@ def test_cut_short_anywhere_it_leaves_no_record_and_comes_to_the_same(
     assert again.tables["loss"] == record.tables["loss"]
 
 
-def test_a_shuffled_signal_is_measured_alike_after_a_kill(tiny, tmp_path, monkeypatch):
+def test_a_shuffled_signal_has_the_same_results_after_a_kill(tiny, tmp_path, monkeypatch):
     trial = tiny(
         variants=["oasis_signal_shuffled"], compare={}, schemes=[], corpora=["pydoc"]
     ).trials[0]
@@ -89,7 +89,7 @@ def test_a_shuffled_signal_is_measured_alike_after_a_kill(tiny, tmp_path, monkey
             patch.setattr(where, killed)
             with pytest.raises(KeyboardInterrupt):
                 run_trial(trial, path, work, command="")
-        torch.manual_seed(1)  # another process
+        torch.manual_seed(1)  # as in another process
     assert differences(whole, run_trial(trial, path, work, command=""), 0.0) == []
 
 
@@ -102,7 +102,7 @@ def test_other_residual_forms_are_measured_too(tiny, tmp_path, variant):
     assert ("depth.causal" in names) == (variant != "official")
 
 
-def test_leftovers_that_cannot_be_gone_on_with_are_wiped(record, trial, tmp_path):
+def test_files_that_cannot_be_resumed_from_are_removed(record, trial, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     (work / "run.json").write_text("{")

@@ -1,1 +1,1 @@
-"""Runs that put the rooms together: train, measure, quantise, compare, report."""
+"""Studies, which use all other packages: train, measure, quantise, compare and report."""
