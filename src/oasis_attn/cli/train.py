@@ -120,12 +120,14 @@ def train(
     given["settings"] = pairs("--config", settings)
     given["learning_rates"] = pairs("--rate", learning_rates)
 
-    from oasis_attn.data.corpora import load_corpus
     from oasis_attn.errors import check_choice
     from oasis_attn.modeling.variants import variants
 
     if from_model is None:
         check_choice("variant", variant, variants())
+
+    from oasis_attn.data.corpora import load_corpus
+
     load_corpus(corpus)
 
     from oasis_attn.report import summary_table

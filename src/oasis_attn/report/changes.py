@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.figure import Figure
 
-from oasis_attn.report.figures import _STYLE, INK, MUTED, _head
+from oasis_attn.report.figures import _STYLE, INK, MUTED, _set_title
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,5 +58,5 @@ def change_figure(changes: Sequence[Change], *, title: str, columns: int = 3) ->
             axes.set_yticks(range(len(lines)), labels=[line.label for line in lines])
             axes.set_ylim(len(lines) - 0.5, -0.5)
             axes.grid(axis="y", visible=False)
-            _head(axes, panel, f"{title}, change in %")
+            _set_title(axes, panel, f"{title}, change in %")
     return figure

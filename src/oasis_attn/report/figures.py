@@ -25,7 +25,7 @@ from oasis_attn.records import DiagnosisRecord, ModelRecord, QuantizationRecord,
 from oasis_attn.report.tables import label, number
 
 INK, MUTED, RULE = "#24292f", "#68717b", "#d5dae0"
-OWN_COLOURS = {"vanilla": "#4477aa", "attn_residual": "#ee6677", "oasis": "#228833"}
+VARIANT_COLOURS = {"vanilla": "#4477aa", "attn_residual": "#ee6677", "oasis": "#228833"}
 COLOURS = ("#aa3377", "#66ccee", "#ccbb44", "#888888")
 _STYLE: Any = {
     "font.family": "sans-serif",
@@ -111,8 +111,8 @@ def outlier_lines(records: Sequence[DiagnosisRecord]) -> Figure:
             3, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="normal distribution"
         )
         right.legend(handles=[normal])
-        _head(left, "Largest value of each layer's output", _INF_NORM)
-        _head(right, "Kurtosis of each layer's output", _KURTOSIS)
+        _set_title(left, "Largest value of each layer's output", _INF_NORM)
+        _set_title(right, "Kurtosis of each layer's output", _KURTOSIS)
         left.set_ylabel("max |h|, mean over windows")
         right.set_ylabel("kurtosis")
         for axes in (left, right):
@@ -133,7 +133,7 @@ def loss_lines(records: Sequence[TrainingRecord]) -> Figure:
             rows = _table(record, "loss")
             steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
             axes.plot(steps, losses, color=colour, label=label(record))
-        _head(axes, "Training loss", "cross-entropy of the next token")
+        _set_title(axes, "Training loss", "cross-entropy of the next token")
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("loss (nats per token)")
         axes.legend()
@@ -150,7 +150,7 @@ def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Fi
     diagnoses = [diagnosis for diagnosis, _ in models]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(12.5, 3.9), layout="constrained")
-        sinks, largest, damage = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.15))
+        sinks, largest, ratio = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.15))
         _draw_map(
             figure,
             sinks,
@@ -158,31 +158,31 @@ def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Fi
             colour_label="mean attention probability",
         )
         sinks.set(xlabel="head", ylabel="layer")
-        _head(sinks, f"Attention on the first token: {label(diagnoses[0])}", "sink.mass")
+        _set_title(sinks, f"Attention on the first token: {label(diagnoses[0])}", "sink.mass")
         for row, (records, colour) in enumerate(zip(models, _colours(diagnoses), strict=True)):
             diagnosis, quantization = records
             peaks = np.array(_table(diagnosis, _INF_NORM), dtype=float)
             place = (np.arange(len(peaks)) + 1) / len(peaks)
             largest.plot(place, peaks, color=colour, marker="o", markersize=3)
             before, after = quantization.before_after("perplexity.windowed")
-            damage.plot([1, after / before], [row, row], color=colour)
-            damage.plot([after / before], [row], color=colour, marker="o", markersize=8)
-            damage.annotate(
+            ratio.plot([1, after / before], [row, row], color=colour)
+            ratio.plot([after / before], [row], color=colour, marker="o", markersize=8)
+            ratio.annotate(
                 f"{number(before)} to {number(after)}", (1, row), (0, 9),
                 textcoords="offset points", color=MUTED,
             )  # fmt: skip
-        _head(largest, "Largest value of each layer's output", _INF_NORM)
+        _set_title(largest, "Largest value of each layer's output", _INF_NORM)
         _log_scale(largest)
         largest.set(xlabel="depth (fraction of layers)", ylabel="max |h|")
-        _head(
-            damage,
+        _set_title(
+            ratio,
             "Perplexity after quantisation to 8 bits",
             models[0][1].scheme["name"],
         )
-        damage.set(xlabel="perplexity / float32 perplexity", ylim=(len(models) - 0.5, -0.7))
-        damage.set_yticks(range(len(models)), labels=[label(record) for record in diagnoses])
-        damage.grid(axis="y", visible=False)
-        for text, colour in zip(damage.get_yticklabels(), _colours(diagnoses), strict=True):
+        ratio.set(xlabel="perplexity / float32 perplexity", ylim=(len(models) - 0.5, -0.7))
+        ratio.set_yticks(range(len(models)), labels=[label(record) for record in diagnoses])
+        ratio.grid(axis="y", visible=False)
+        for text, colour in zip(ratio.get_yticklabels(), _colours(diagnoses), strict=True):
             text.set(color=colour, fontweight="bold")
     return figure
 
@@ -237,7 +237,7 @@ def _map(
         axes = figure.subplots()
         _draw_map(figure, axes, values, colour_label=colour_label)
         axes.set(xlabel=across, ylabel=down)
-        _head(axes, f"{title}: {label(record)}", table)
+        _set_title(axes, f"{title}: {label(record)}", table)
     return figure
 
 
@@ -261,7 +261,7 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _head(axes: Axes, title: str, subtitle: str) -> None:
+def _set_title(axes: Axes, title: str, subtitle: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
     axes.annotate(
         subtitle, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
@@ -286,7 +286,7 @@ def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:
 def _colours(records: Sequence[ModelRecord]) -> list[str]:
     """One colour per record; the main variants have the same colour in every figure."""
     others = cycle(COLOURS)
-    return [OWN_COLOURS.get(label(record)) or next(others) for record in records]
+    return [VARIANT_COLOURS.get(label(record)) or next(others) for record in records]
 
 
 def _stride(count: int) -> int:
