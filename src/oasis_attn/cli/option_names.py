@@ -31,7 +31,7 @@ class Command(TyperCommand):
         start = re.match(r"\w*", message)
         assert start is not None
         name, rest = start[0], message[start.end() :]
-        if name in options and rest.startswith((":", "[")):  # `learning_rates['router']: ...`
+        if name in options and rest.startswith((":", "[", " (")):  # `learning_rates['router']: ...`
             name = options[name]
         compound = [each for each in options if "_" in each]
         if compound:

@@ -122,19 +122,20 @@ def train(
 
     from oasis_attn.errors import check_choice
     from oasis_attn.modeling.variants import variants
+    from oasis_attn.training import TrainingConfig
 
     if from_model is None:
         check_choice("variant", variant, variants())
+    config = TrainingConfig(**given)
 
     from oasis_attn.data.corpora import load_corpus
 
     load_corpus(corpus)
 
     from oasis_attn.report import summary_table
-    from oasis_attn.training import TrainingConfig
     from oasis_attn.training import train as run
 
-    record = run(TrainingConfig(**given))
+    record = run(config)
     if as_json:
         print(record.to_json())
     else:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from oasis_attn.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _NAMES = {
     "beta": r"(^|\.)((oasis_)?beta_raw$|null_signal\.)",
