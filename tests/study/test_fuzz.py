@@ -99,13 +99,16 @@ def accepted(read, *args):
 def test_any_values_are_a_plan_or_refused(given):
     plan = accepted(Plan.from_dict, given)
     if plan is not None:
+        accepted(plan.check)
         assert parse_plan(plan_text(plan), plan.name) == plan
 
 
 @BOUNDED
 @given(name=st.sampled_from(TRAINING), value=VALUES)
 def test_any_setting_of_training_is_taken_or_refused(name, value):
-    accepted(Plan.from_dict, PLAN | {"training": {name: value}})
+    plan = accepted(Plan.from_dict, PLAN | {"training": {name: value}})
+    if plan is not None:
+        accepted(plan.check)
 
 
 MARKS = [

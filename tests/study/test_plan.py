@@ -18,6 +18,7 @@ def test_every_shipped_plan_can_be_run():
     assert {"smoke", "paper", "isolate", "signal", "beyond", "confirm"} <= set(shipped_plans())
     for name in shipped_plans():
         plan = load_plan(name)
+        plan.check()
         assert plan.name == name
         assert len({trial.id for trial in plan.trials}) == len(plan.trials)
         assert parse_plan(plan_text(plan), name) == plan
@@ -47,7 +48,7 @@ def test_isolate_crosses_token_and_depth_normalisers_with_the_signal():
     }
     full |= {(token, "none", "off", "sum", 1) for token in ("softmax", "softmax1")}
     assert full <= seen
-    assert {s[3] for s in seen} == {"sum", "depth", "authors"}
+    assert {s[3] for s in seen} == {"sum", "depth", "official"}
     assert {s[2] for s in seen if s[4] == 4} == {"off", "on", "shuffled"}
 
 
@@ -86,13 +87,13 @@ def test_text_that_looks_like_a_number_stays_text(tiny):
 
 
 def test_a_variant_may_have_its_own_learning_rates(tiny):
-    entry = {"base": "oasis", "training": {"learning_rates": {"coupling": 0.1}}}
+    entry = {"base": "oasis", "training": {"learning_rates": {"beta": 0.1}}}
     plan = tiny(variants={"vanilla": None, "fast": entry}, compare={})
     vanilla, fast = plan.trials[:2]
-    assert fast.training == {**vanilla.training, "learning_rates": {"coupling": 0.1}}
-    assert dict(fast.training_config(Path("x")).rates)["coupling"] == 0.1
+    assert fast.training == {**vanilla.training, "learning_rates": {"beta": 0.1}}
+    assert dict(fast.training_config(Path("x")).rates)["beta"] == 0.1
     with pytest.raises(UserError, match="training of 'fast': 'steps' is not one of learning_rate"):
-        tiny(variants={"fast": entry | {"training": {"steps": 3}}}, compare={}, noise_seeds=[])
+        tiny(variants={"fast": entry | {"training": {"steps": 3}}}, compare={}).check()
 
 
 def test_yaml_is_read_as_of_version_1_2(tmp_path):
@@ -173,7 +174,7 @@ def test_a_wrong_plan_is_one_clear_error(plain, changes, message):
     if "variants" in changes and "compare" not in changes:
         wrong["compare"] = {}
     with pytest.raises(UserError, match=message):
-        Plan.from_dict(wrong)
+        Plan.from_dict(wrong).check()
 
 
 @pytest.mark.parametrize(
@@ -199,3 +200,26 @@ def test_an_error_for_an_unknown_plan_names_the_nearest():
         load_plan("smokey")
     with pytest.raises(UserError, match="cannot be read"):
         load_plan("absent.yaml")
+
+
+def test_an_extension_registers_what_a_plan_uses(tiny, tmp_path):
+    file = tmp_path / "largest_head.py"
+    file.write_text(
+        "from oasis_attn import register_null_signal\n"
+        "register_null_signal('largest_head', lambda null_BHT, layer: null_BHT.amax(1))\n"
+    )
+    entry = {"base": "oasis", "overrides": {"null_signal": "largest_head"}}
+    plan = {"variants": {"vanilla": None, "largest": entry}, "compare": {}}
+    with pytest.raises(UserError, match="null_signal: 'largest_head' is not one of"):
+        tiny(**plan).check()
+    tiny(**plan, extensions=[str(file)]).check()
+    with pytest.raises(UserError, match=r"extensions: 'absent\.py' is not a Python file"):
+        tiny(extensions=["absent.py"]).check()
+
+
+def test_published_results_can_be_read_after_a_setting_is_removed(tiny):
+    entry = {"base": "oasis", "overrides": {"removed": 1}}
+    plan = tiny(variants={"vanilla": None, "old": entry}, compare={})
+    assert parse_plan(plan_text(plan), "x") == plan
+    with pytest.raises(UserError, match="'removed' is none of"):
+        plan.check()

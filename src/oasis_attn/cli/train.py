@@ -53,8 +53,8 @@ def train(
         Option(
             "--rate",
             metavar="GROUP=RATE",
-            help="Peak learning rate of one parameter group: backbone, router, coupling, null or"
-            " lora; repeatable.",
+            help="Peak learning rate of one parameter group: backbone, router, beta, null or lora;"
+            " repeatable.",
         ),
     ] = None,
     trainable: Annotated[

@@ -18,6 +18,7 @@ from oasis_attn.modeling.configuration import OasisConfig, check_settings
 from oasis_attn.modeling.sizes import text_config
 from oasis_attn.modeling.variants import settings_of, variants
 from oasis_attn.quantization.schemes import schemes
+from oasis_attn.study.extensions import load_extensions
 from oasis_attn.training import TrainingConfig
 
 _SET_BY_TRIAL = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}
@@ -122,9 +123,12 @@ class Plan:
         reference: the variant that the noise floor is estimated from.
         training: fields of `TrainingConfig` for all trials.
         windows, schemes, evaluation, threads: see `Trial`.
+        extensions: Python files that register null signals, branch norms or token normalisers;
+            `check` runs them.
 
     Raises:
-        UserError: at construction, for any value that a trial could not run with.
+        UserError: at construction, for values that contradict each other.  `check` raises it for
+            values that a trial cannot run with.
     """
 
     name: str
@@ -142,6 +146,7 @@ class Plan:
     schemes: tuple[str, ...] = ()
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     threads: int = 1
+    extensions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.variants):
@@ -173,6 +178,19 @@ class Plan:
                 raise UserError(f"compare: {variant!r} requires baselines other than itself")
         for name in self.candidates:
             check_choice("candidates", name, self.variants)
+        for trial in self.trials:
+            if len(trial.id.encode()) > _MAX_ID_LENGTH:
+                raise UserError(
+                    f"name: trial id {shown(trial.id)} has more than {_MAX_ID_LENGTH} bytes"
+                )
+
+    def check(self) -> None:
+        """Check that every trial can run; a plan of published results need not be runnable.
+
+        Raises:
+            UserError: a setting, scheme, task, size or corpus is unknown or invalid.
+        """
+        load_extensions(self.extensions)
         for scheme in self.schemes:
             check_choice("schemes", scheme, schemes())
         for name in self.training:
@@ -191,11 +209,6 @@ class Plan:
                 EvaluationConfig(tasks=tasks, **self.evaluation)
         for name in self.variants:
             self._check_variant(name)
-        for trial in self.trials:
-            if len(trial.id.encode()) > _MAX_ID_LENGTH:
-                raise UserError(
-                    f"name: trial id {shown(trial.id)} has more than {_MAX_ID_LENGTH} bytes"
-                )
 
     @property
     def eval_split(self) -> str:
@@ -278,7 +291,10 @@ class Plan:
         for name in ("name", "about", "reference"):
             if not isinstance(plain.get(name, ""), str):
                 raise UserError(f"{name}: {shown(plain[name])} is not text")
-        kinds = {"seeds": int, "noise_seeds": int, "candidates": str, "sizes": str, "schemes": str}
+        kinds = {
+            "seeds": int, "noise_seeds": int, "candidates": str, "sizes": str, "schemes": str,
+            "extensions": str,
+        }  # fmt: skip
         for name, kind in kinds.items():
             if name in plain:
                 plain[name] = _sequence(name, plain[name], kind)
@@ -296,6 +312,10 @@ class Plan:
         }
         for name in ("training", "evaluation"):
             plain[name] = dict(_mapping(name, plain.get(name) or {}))
+        try:
+            json.dumps(plain)
+        except (TypeError, ValueError) as error:  # YAML has types such as dates and bytes
+            raise UserError(f"plan: {error}") from None
         return cls(**plain)
 
 
@@ -304,7 +324,10 @@ def _variant(name: str, value: Any) -> dict[str, Any]:
     for field_name in given:
         check_choice(f"variants[{name!r}]", field_name, ("base", "overrides", "training"))
     overrides = dict(_mapping(f"overrides of {name!r}", given.get("overrides") or {}))
-    plain: dict[str, Any] = {"base": given.get("base", name), "overrides": overrides}
+    base = given.get("base", name)
+    if not isinstance(base, str):
+        raise UserError(f"base of {name!r}: {shown(base)} is not text")
+    plain: dict[str, Any] = {"base": base, "overrides": overrides}
     if given.get("training"):
         plain["training"] = dict(_mapping(f"training of {name!r}", given["training"]))
     return plain

@@ -48,9 +48,10 @@ def run_study(
 
     Raises:
         UserError: `out` contains something else, another process runs this study, a folder of
-            `reuse_from` contains no study, or a corpus cannot be read.
+            `reuse_from` contains no study, a corpus cannot be read, or `plan.check` finds an error.
     """
     check_whole("workers", workers, 1)
+    plan.check()
     others = [StudyFolder.open(path) for path in reuse_from]
     folder = StudyFolder.begin(out, plan)
     launcher = launcher or ProcessLauncher()

@@ -109,6 +109,7 @@ class StudyFolder:
 
     def run(self, trial_id: str) -> TrialRecord:
         """Run one trial in this process."""
+        self.plan.check()
         trial = self.plan.trial(trial_id)
         command = rerun_command(self.plan, trial)
         return run_trial(trial, self.record_path(trial), self.work_path(trial), command=command)

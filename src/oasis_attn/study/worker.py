@@ -59,6 +59,7 @@ def run_alone(
     else:
         check_free(out)
         plan = StudyFolder.open(where).plan if os.path.isdir(where) else load_plan(where)
+        plan.check()
         trial = plan.trial(trial_id)
         work = out.with_name(f".{out.name}.work")
         record = run_trial(trial, out, work, command=rerun_command(plan, trial))
