@@ -8,7 +8,7 @@ from typing import Annotated
 from rich.markup import escape
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_table, working
 
 
 def prefix(
@@ -62,12 +62,14 @@ def prefix(
 
     Example: [bold]oasis prefix smollm2 prefixed --tune-steps 32[/bold]
     """
-    from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
     from oasis_attn.quantization.schemes import get_scheme
+
+    options = pairs("--scheme-option", scheme_option)
+    varied = get_scheme(scheme).with_options(options)
+
+    from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
     from oasis_attn.report import Table
 
-    options = dict(pair("--scheme-option", text) for text in scheme_option or ())
-    varied = get_scheme(scheme).with_options(options)
     with working(f"searching for a prefix of {model}") as status:
         record = prefix_checkpoint(
             model,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.markup import escape
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pair, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_table, working
 
 if TYPE_CHECKING:
     from oasis_attn.records import QuantizationRecord
@@ -79,11 +79,13 @@ def quantize(
 
     Example: [bold]oasis quantize smollm2 --scheme w4a4 --simulate --out small[/bold]
     """
-    from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
     from oasis_attn.quantization.schemes import get_scheme
 
-    options = dict(pair("--scheme-option", text) for text in scheme_option or ())
+    options = pairs("--scheme-option", scheme_option)
     varied = get_scheme(scheme).with_options(options)
+
+    from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
+
     with working(f"quantising {model}") as status:
         record = quantize_checkpoint(
             model,

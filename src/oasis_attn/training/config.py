@@ -98,14 +98,6 @@ class TrainingConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        from oasis_attn.modeling.configuration import OasisConfig, check_settings
-        from oasis_attn.modeling.families import check_fits
-        from oasis_attn.modeling.sizes import text_config
-        from oasis_attn.modeling.variants import settings_of
-
-        check_settings(self.settings)
-        settings = settings_of(self.variant) | dict(self.settings)
-        check_fits(OasisConfig(text_config=text_config(self.size, self.vocab_size), **settings))
         if self.from_model is not None:
             self._check_unused("variant", "size", "settings", "vocab_size")
         lowest = {
@@ -151,6 +143,18 @@ class TrainingConfig:
             raise UserError(
                 f"save_every: {self.save_every!r} is not a multiple of log_every={self.log_every!r}"
             )
+        self._check_model()
+
+    def _check_model(self) -> None:
+        # These imports take seconds; all other checks come first.
+        from oasis_attn.modeling.configuration import OasisConfig, check_settings
+        from oasis_attn.modeling.families import check_fits
+        from oasis_attn.modeling.sizes import text_config
+        from oasis_attn.modeling.variants import settings_of
+
+        check_settings(self.settings)
+        settings = settings_of(self.variant) | dict(self.settings)
+        check_fits(OasisConfig(text_config=text_config(self.size, self.vocab_size), **settings))
 
     @property
     def rates(self) -> dict[str, float]:
