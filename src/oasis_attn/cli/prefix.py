@@ -93,4 +93,4 @@ def prefix(
     names = dict.fromkeys(metric.name for metric in record.metrics)
     rows = tuple((name, *(f"{value:.4g}" for value in record.before_after(name))) for name in names)
     title = f"Prefix {record.text!r}, tokens {list(record.tokens)}"
-    print_table(Table(title=title, columns=("", "before", "after"), rows=rows))
+    print_table(Table(title=title, columns=("metric", "before", "after"), rows=rows))

@@ -139,7 +139,7 @@ def _show(record: QuantizationRecord) -> None:
     if missed:
         rows.append(("layers without tokens for GPTQ", "", str(len(missed))))
     title = f"{record.model.name}: {record.scheme['name']}"
-    print_table(Table(title=title, columns=("", "before", "after"), rows=tuple(rows)))
+    print_table(Table(title=title, columns=("metric", "before", "after"), rows=tuple(rows)))
 
     if record.float_weights:
         print_table(_float_weights(record.float_weights))
