@@ -13,7 +13,7 @@ from authors_form import AuthorsForm
 from harness import in_new_process, medians, peak_memory
 from oasis_attn import OasisConfig, OasisForCausalLM, variants
 
-FORMS = ("vanilla", "oasis_block", "oasis", "official")
+FORMS = ("vanilla", "oasis_block", "oasis", "authors")
 
 
 def build(form: str):
@@ -22,7 +22,7 @@ def build(form: str):
         vocab_size=8192, hidden_size=512, intermediate_size=1376, num_hidden_layers=12,
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=1024,
     )  # fmt: skip
-    if form == "official":
+    if form == "authors":
         return AuthorsForm(config)
     return OasisForCausalLM(OasisConfig(text_config=config, **variants()[form]))
 
@@ -64,7 +64,7 @@ def measure(rounds: int) -> dict[str, float]:
     del models
     memory = {form: in_new_process(__file__, form) for form in FORMS}
     ratios = {"training_step.vanilla_seconds": seconds["vanilla"]}
-    for form, other in (("oasis_block", "vanilla"), ("oasis", "vanilla"), ("oasis", "official")):
+    for form, other in (("oasis_block", "vanilla"), ("oasis", "vanilla"), ("oasis", "authors")):
         ratios[f"training_step.{form}_time_over_{other}"] = seconds[form] / seconds[other]
         ratios[f"training_step.{form}_memory_over_{other}"] = memory[form] / memory[other]
     return ratios
