@@ -28,7 +28,7 @@ class Registry:
         """
         if not isinstance(name, str) or not name.isidentifier():
             raise UserError(f"{self.setting}: {name!r} is not a name of letters, digits and _")
-        if name in self.own or name == "off":
+        if name in self.own or name in ("off", "none"):
             raise UserError(f"{self.setting}: {name!r} is the library's; choose another name")
         if not callable(entry):
             raise UserError(f"{self.setting}: {entry!r} is not a function")

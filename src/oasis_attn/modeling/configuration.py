@@ -33,7 +33,6 @@ _CHOICES: dict[str, Iterable[str]] = {
     "residual": ("sum", "depth", "official"),
     "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
     "mix_scale": ("none", "sum", "rms"),
-    "branch_norm": BRANCH_NORMS,
 }
 _FORWARDED = {  # what transformers reads off a model's top config
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
@@ -223,6 +222,7 @@ class OasisConfig(PreTrainedConfig):
         for name, allowed in _CHOICES.items():
             value = normalizer.name if name == "token_normalizer" else getattr(self, name)
             check_choice(name, value, tuple(allowed))
+        check_choice("branch_norm", self.branch_norm, ("none", *BRANCH_NORMS))
         check_choice("null_signal", self.null_signal, ("off", *NULL_SIGNALS))
         check_whole("depth_block_size", self.depth_block_size, 1)
         for name in ("null_logit", "beta_init"):

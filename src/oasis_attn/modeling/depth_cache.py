@@ -145,7 +145,8 @@ class DepthCache(SumCache):
     def __init__(self, router: DepthRouter, *, one_device: bool = True):
         queries_RD, beta_R = router()
         config = router.config
-        self.router, self.one_device = router, one_device
+        self.observed, self.observers = router.observed, router.observers
+        self.one_device = one_device
         self.routers = Routers(
             queries_RD,
             beta_R,
@@ -158,7 +159,10 @@ class DepthCache(SumCache):
         # Made here, not by the first layer: torch.compile follows what a checkpointed layer does to
         # objects from outside, and not objects from inside.
         autograd = needs_autograd_mix(self.routers)
-        self.mix: Mix | None = AutogradMix(self.routers) if autograd else None
+        self.recompute = router.recompute and torch.is_grad_enabled()
+        self.mix: Mix | None = None
+        if autograd:
+            self.mix = AutogradMix(self.routers, recompute=self.recompute)
         self.weights: AutogradMix | None = None  # for observers of a mix that shows no weights
 
     def to(self, device: torch.device) -> None:
@@ -172,13 +176,12 @@ class DepthCache(SumCache):
     def start(self, embedding_BTD: Tensor) -> Tensor:
         if self.mix is None:
             self.mix = inference_mix(embedding_BTD, self.routers, one_device=self.one_device)
-            if self.router.observers:
+            if self.observers:
                 self.weights = AutogradMix(self.routers)
-        return self._add(embedding_BTD, None, 0)
+        return self.update(embedding_BTD, embedding_BTD, None, 0)
 
     def read(self, hidden_BTD: Tensor, norm: Norm, sublayer: int) -> Tensor:
-        recompute = self.router.recompute and torch.is_grad_enabled()
-        if recompute and isinstance(self.mix, AutogradMix):
+        if self.recompute and isinstance(self.mix, AutogradMix):
             return self.mix.read(hidden_BTD, norm, sublayer)
         return norm(hidden_BTD)
 
@@ -189,24 +192,22 @@ class DepthCache(SumCache):
         psi_BT: Tensor | None,
         sublayer: int,
     ) -> Tensor:
-        return self._add(branch_BTD, psi_BT, sublayer)
+        assert self.mix is not None, "update before start"
+        mixed_BTD = self.mix.update(branch_BTD, psi_BT, sublayer)
+        if self.observers:
+            self._observe(branch_BTD, psi_BT, sublayer)
+        return mixed_BTD
 
-    def _add(self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int) -> Tensor:
-        mix, found = self.mix, None
-        if isinstance(mix, AutogradMix):
-            keep = self.router.recompute and torch.is_grad_enabled()
-            mixed_BTD = mix.update(branch_BTD, psi_BT, sublayer, keep=keep)
-            found = mix.last
-        else:
-            assert mix is not None, "update before start"
-            mixed_BTD = mix.update(branch_BTD, psi_BT, sublayer)
-            if self.weights is not None:
-                _, found = self.weights.weigh(branch_BTD, psi_BT, sublayer)
-        if self.router.observers and found is not None:
+    def _observe(self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int) -> None:
+        found = None
+        if isinstance(self.mix, AutogradMix):
+            found = self.mix.last
+        elif self.weights is not None:
+            _, found = self.weights.weigh(branch_BTD, psi_BT, sublayer)
+        if found is not None:
             beta_R = self.routers.beta_R
             beta = None if beta_R is None else beta_R[sublayer]
-            self.router.observed(RouterCall.of(sublayer, found, beta))
-        return mixed_BTD
+            self.observed(RouterCall.of(sublayer, found, beta))
 
 
 @contextmanager

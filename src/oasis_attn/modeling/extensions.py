@@ -55,13 +55,8 @@ def rms_mlp(x_BTD: Tensor, kind: str) -> Tensor:
     return rms(x_BTD, kind) if kind == "mlp" else x_BTD
 
 
-def none(x_BTD: Tensor, kind: str) -> Tensor:  # noqa: ARG001
-    """The branches as they are."""
-    return x_BTD
-
-
 NULL_SIGNALS = Registry("null_signal", {"on": mean_over_heads, "shuffled": shuffled})
-BRANCH_NORMS = Registry("branch_norm", {"none": none, "rms": rms, "rms_mlp": rms_mlp})
+BRANCH_NORMS = Registry("branch_norm", {"rms": rms, "rms_mlp": rms_mlp})
 
 
 def register_null_signal(name: str, signal: NullSignal | type[nn.Module]) -> None:

@@ -50,7 +50,7 @@ class LayerArgs(NamedTuple):
 
     attention: dict[str, Any]
     null_signal: NullSignal | None
-    branch_norm: BranchNorm
+    branch_norm: BranchNorm | None
 
 
 class RoutedLayer(Attached):
@@ -93,7 +93,9 @@ class RoutedLayer(Attached):
         attention_args, sublayer = layer_args.attention, 2 * self.index
         cache.to(hidden_states.device)
         if self.index == 0:
-            hidden_states = cache.start(norm(hidden_states, "embedding"))
+            if norm:
+                hidden_states = norm(hidden_states, "embedding")
+            hidden_states = cache.start(hidden_states)
 
         normed = cache.read(hidden_states, self._named(family.pre_attention), sublayer)
         if self.null_logit is not None:
@@ -105,14 +107,17 @@ class RoutedLayer(Attached):
         )
         branch = self._finish(branch, family.post_attention, family.attention_dropout)
         psi_BT, mlp_psi_BT = null_evidence(layer_args.null_signal, null_BHT, self.index)
-        branch = norm(branch, "attention")
+        if norm:
+            branch = norm(branch, "attention")
         hidden_states = cache.update(hidden_states, branch, psi_BT, sublayer + 1)
 
         normed_mlp = cache.read(hidden_states, self._named(family.pre_mlp), sublayer + 1)
         branch = self._named(family.mlp)(normed_mlp)
         if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too,
             branch = branch[0].view_as(normed)  # and its tokens in one row
-        branch = norm(self._finish(branch, family.post_mlp, family.mlp_dropout), "mlp")
+        branch = self._finish(branch, family.post_mlp, family.mlp_dropout)
+        if norm:
+            branch = norm(branch, "mlp")
         return cache.update(hidden_states, branch, mlp_psi_BT, sublayer + 2)
 
     def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
@@ -225,7 +230,8 @@ class OasisModel(Attached, OasisPreTrainedModel):
         if config.null_signal != "off":
             signal = self.null_signal or NULL_SIGNALS[config.null_signal]
         attention = {"normalizer": config.normalizer, "null_logit": config.null_logit}
-        return LayerArgs(attention, signal, BRANCH_NORMS[config.branch_norm])
+        norm = None if config.branch_norm == "none" else BRANCH_NORMS[config.branch_norm]
+        return LayerArgs(attention, signal, norm)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', with the settings in `config.json`, not the family's config alone."""

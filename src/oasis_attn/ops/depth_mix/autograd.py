@@ -43,8 +43,9 @@ class AutogradMix:
     time is kept, and the second run reads what the first run read.
     """
 
-    def __init__(self, routers: Routers):
-        self.routers = routers
+    def __init__(self, routers: Routers, *, recompute: bool = False):
+        """`recompute` remembers what was mixed, for `read`."""
+        self.routers, self.recompute = routers, recompute
         self.sources: list[Tensor] = []  # the embedding, then the finished blocks
         self.scores: list[Tensor] = []  # of each source under all routers, [R, B, T]
         self.psi_BTS: Tensor | None = None  # of each source; None without the null signal
@@ -53,16 +54,13 @@ class AutogradMix:
         self._running: dict[int, tuple[Tensor, Tensor | None]] = {}  # of unfinished blocks
         self._kept: dict[int, tuple[list[Tensor], Tensor]] = {}  # see `read`
 
-    def update(
-        self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int, *, keep: bool = False
-    ) -> Tensor:
+    def update(self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int) -> Tensor:
         """Take a sublayer's output as a source, and return what the next sublayer reads.
 
         Args:
             branch_BTD: the output of `sublayer`; of sublayer 0, the embedding.
             psi_BT: its null evidence, float32; None for 0.
             sublayer: 0 to R - 1, in this order.
-            keep: remember what was mixed, for `read`.
         """
         first = sublayer > self.sublayer
         sources, found = self.weigh(branch_BTD, psi_BT, sublayer)
@@ -76,7 +74,7 @@ class AutogradMix:
         mixed_BTD, carried = carried_sum(sources, weights_BTS, finished)
         if first:
             self.sources = carried
-            if keep:
+            if self.recompute:
                 self._kept[sublayer] = [*carried, *sources[finished:]], weights_BTS
         return rms_scale(mixed_BTD) if self.routers.mix_scale == "rms" else mixed_BTD
 

@@ -68,10 +68,8 @@ class NativeMix:
                 f"sublayer {sublayer} of {self._last} gave {list(branch_BTD.shape)}, "
                 f"the embedding is {list(self._shape)}"
             )
-        # Under autocast a branch is in half precision; the sources stay in float32.
-        branch_BTD = branch_BTD.float().contiguous()
-        psi_BT = None if psi_BT is None else psi_BT.float().contiguous()
-        mixed_BTD = torch.empty_like(branch_BTD)
+        branch_BTD, mixed_BTD = _plain(branch_BTD), torch.empty(self._shape)
+        psi_BT = None if psi_BT is None else _plain(psi_BT)
         arguments = (
             *(self._address, sublayer, branch_BTD.data_ptr()),
             *(_pointer(psi_BT), mixed_BTD.data_ptr()),
@@ -92,6 +90,13 @@ class NativeMix:
             return
         bounds = [self._tokens * thread // threads for thread in range(threads + 1)]
         list(_pool(threads).map(partial(self._step, *arguments), bounds[:-1], bounds[1:]))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """In float32 and in one piece; under autocast a branch is in half precision."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.float().contiguous()
 
 
 def _allocate(size: int) -> Tensor:
