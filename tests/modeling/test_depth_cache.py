@@ -1,0 +1,126 @@
+"""The depth state is beside the hidden states: layers look like any other layers from outside."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from oasis_attn.modeling.depth_cache import observe_depth
+from oasis_attn.ops import native
+from oasis_attn.ops.depth_mix import AutogradMix, NativeMix, TwoPhaseMix
+from tiny_models import tiny_model
+
+VARIANTS = ["oasis", "oasis_block", "attn_residual", "official", "oasis_depth_sigmoid", "vanilla"]
+
+
+@pytest.fixture
+def mixes(monkeypatch):
+    """Which implementation ran, one entry a sublayer."""
+    ran = []
+    for form in (AutogradMix, NativeMix, TwoPhaseMix):
+
+        def counted(self, *args, form=form, update=form.update, **keywords):
+            ran.append(form.__name__)
+            return update(self, *args, **keywords)
+
+        monkeypatch.setattr(form, "update", counted)
+    return ran
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layers_take_and_return_hidden_states(variant, ids):
+    model, seen = tiny_model(variant), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _layer, args, output: seen.extend([args[0], output]))
+    hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    for tensor in seen:
+        assert type(tensor) is torch.Tensor
+        assert tensor.shape == (*ids.shape, model.config.hidden_size)
+    for output, following in zip(seen[1::2], seen[2::2], strict=False):
+        assert output is following
+    for recorded, output in zip(hidden[1:-1], seen[1:-2:2], strict=True):
+        assert torch.equal(recorded, output)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_hook_can_change_what_the_next_layer_reads(variant, ids):
+    model = tiny_model(variant)
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda *call: call[-1] + 1.0)
+    model.model.layers[1].register_forward_pre_hook(lambda _layer, args: seen.append(args[0]))
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_pre_hook(lambda _norm, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_observers_change_neither_the_form_nor_a_bit(
+    variant, compiler, grad, ids, mixes, monkeypatch
+):
+    if compiler and native.library() is None:
+        pytest.skip("there is no C compiler")
+    if not compiler:
+        monkeypatch.setattr(native, "library", lambda: None)
+    model, calls = tiny_model(variant), []
+    with torch.set_grad_enabled(grad):
+        alone = model(ids).logits
+        before = list(mixes)
+        mixes.clear()
+        with observe_depth(model, calls.append):
+            watched = model(ids).logits
+    assert torch.equal(alone, watched)
+    assert mixes == before
+    routers = {"vanilla": 0, "official": 8}.get(variant, 9)
+    assert len(calls) == routers
+    for call in calls:
+        rows = call.weights_BTS.sum(-1) + call.null_BT
+        if variant != "oasis_depth_sigmoid":
+            torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+def test_observed_weights_are_those_of_the_differentiable_form(ids):
+    model, calls = tiny_model("oasis_block"), ([], [])
+    for grad, seen in zip((True, False), calls, strict=True):
+        with torch.set_grad_enabled(grad), observe_depth(model, seen.append):
+            model(ids)
+    for one, other in zip(*calls, strict=True):
+        torch.testing.assert_close(one.weights_BTS, other.weights_BTS, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["oasis", "oasis_block", "official"])
+def test_a_recomputed_layer_keeps_nothing_alive(variant, ids):
+    """Activation checkpointing saves memory only if what a layer computes again is freed again."""
+    model, again = tiny_model(variant).train(), []
+    model.activation_checkpointing_enable()
+    loss = model(ids, labels=ids, use_cache=False).loss
+
+    def in_backward(_module, _args, output):
+        again.append(weakref.ref(output))
+
+    alive = []
+
+    def after_first(_grad):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in again))
+
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(in_backward)
+    model.model.embed_tokens.weight.register_hook(after_first)
+    loss.backward()
+    assert len(again) == len(model.model.layers)
+    assert alive == [0]
+
+
+def test_no_observer_stays(ids):
+    model, calls = tiny_model(), []
+    with pytest.raises(ZeroDivisionError), observe_depth(model, calls.append):
+        model(ids)
+        raise ZeroDivisionError
+    seen = len(calls)
+    model(ids)
+    assert len(calls) == seen == 9
