@@ -16,12 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from oasis_attn import diagnose, quantize
-from oasis_attn.data import load_corpus
+from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.files import write_text
-from oasis_attn.measure.windows import cut_windows
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.records import BenchmarkRecord, Metric
 
@@ -66,17 +63,12 @@ ROWS = {
 def measured(model_name: str, where: str) -> list[Metric]:
     """Sinks, outliers and perplexity on WikiText-2's test part, as it is and in static W8A8."""
     model, tokenizer = load_model(model_name)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-
-    def windows(split: str) -> torch.Tensor:
-        texts = load_corpus("wikitext-2", split).texts()
-        return cut_windows(
-            texts, tokenizer=tokenizer, window=512, windows=16, vocabulary=vocabulary
-        )
-
-    test = windows("test")
+    test, seen = (
+        read_windows(load_corpus("wikitext-2", split), tokenizer, window=512, windows=16)
+        for split in ("test", "validation")
+    )
     record = diagnose(model, test)
-    quantized = quantize(model, SCHEME, calibration=windows("validation").split(4))
+    quantized = quantize(model, SCHEME, calibration=seen.ids_NT.split(4))
     low = diagnose(quantized, test)["perplexity.windowed"]
     metrics = [Metric(name=name, value=record[full], where=where) for name, full in TAKEN.items()]
     return [*metrics, Metric(name=f"perplexity, {SCHEME}", value=low, where=where)]
@@ -99,7 +91,8 @@ def main() -> None:
         settings={"scheme": SCHEME},
         data={
             "commands": [command.format(runs="runs") for command in COMMANDS.values()],
-            "evaluation": "wikitext-2 test, 16 x 512 tokens; calibration: validation, 16 x 512",
+            "evaluation": "wikitext-2 test, 16 x 512 tokens; calibration: validation, 16 x 512; "
+            "windows spread over the text, documents joined by EOS",
         },
         seed=0,
         metrics=tuple(metrics),

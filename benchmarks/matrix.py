@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oasis_attn.data import load_corpus, spread_windows, token_blocks
+from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
 from oasis_attn.modeling.loading import load_model
@@ -69,7 +69,7 @@ def main() -> None:
     prefixed = {name: load_model(runs / name)[0] for name in PREFIXES}
     corpora = {split: load_corpus("wikitext-2", split) for split in ("validation", "test")}
     seen_NT, test_NT = (
-        spread_windows(token_blocks(corpus, tokenizer, WINDOW), WINDOWS)
+        read_windows(corpus, tokenizer, window=WINDOW, windows=WINDOWS).ids_NT
         for corpus in corpora.values()
     )
     prefixes = {

@@ -63,7 +63,7 @@ EXAMPLES = [
             tokenizer_sha256="2",
             block_length=8,
             train=BLOCKS,
-            eval=BLOCKS,
+            eval=TEXT,
         ),
         **OF_MODEL,
     ),
@@ -184,8 +184,8 @@ def test_unknown_kinds_and_versions_are_refused(tmp_path):
     good, path = json.loads(diagnosis().to_json()), tmp_path / "record.json"
     with pytest.raises(UserError, match=r"kind: 'diagnose' is not one of .*did you mean"):
         load(path, good | {"kind": "diagnose"})
-    for version in (2, "1", None, True):
-        with pytest.raises(UserError, match=r"version: .* of kind 'diagnosis' is not 1"):
+    for version in (1, "2", None, True):
+        with pytest.raises(UserError, match=r"version: .* of kind 'diagnosis' is not 2"):
             load(path, good | {"version": version})
 
 

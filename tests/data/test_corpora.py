@@ -108,7 +108,7 @@ def test_hub_failure_is_one_line(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     for name in ("wikitext-103", "bookcorpus+wiki40b", "gsm8k", "imdb", "fineweb-edu"):
-        with pytest.raises(UserError, match=r"could not be had from the hub: no route$"):
+        with pytest.raises(UserError, match=r"could not be downloaded from the Hub: no route$"):
             list(load_corpus(name).texts())
 
 
@@ -248,7 +248,7 @@ def test_documents_that_became_one_are_told_how_to_be_kept_apart(tmp_path):
     told = refusals(path)
     assert len(told) == 2
     for message in told:
-        assert "became 1 document, and none falls in this split" in message
+        assert "became 1 document, and none is in this split" in message
         assert "put blank lines between the documents" in message
         assert "\n" not in message
     told = refusals(write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b"}]))

@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import PreTrainedTokenizerFast
 
 from oasis_attn.data import load_corpus, token_blocks
-from oasis_attn.data.tokens import continuation_ids, joined_ids, prompt_ids
+from oasis_attn.data.tokens import continuation_ids, prompt_ids
 from oasis_attn.errors import UserError
 from tokenizer_factories import TEXT, byte_level, spaced
 
@@ -39,30 +39,6 @@ def test_the_tokenizers_are_of_the_forms_that_matter():
         ids = plain(spaced(kind), "\n\nAnn")
         assert spaced(kind).convert_ids_to_tokens(ids)[:2] == ["\u2581", "\n"]
     assert plain(byte_level(), "\n\nAnn")[0] in plain(byte_level(), "x\n\nAnn")
-
-
-def test_joined_documents_have_the_tokens_of_the_whole_text(tokenizer):
-    texts = [*TEXT, "12 pens", *TEXT]
-    assert joined_ids(texts, tokenizer) == plain(tokenizer, "\n\n".join(texts))
-
-
-def test_no_more_documents_are_read_than_are_needed(tokenizer):
-    def texts():
-        yield from TEXT
-        raise AssertionError("read too far")
-
-    ids = joined_ids(texts(), tokenizer, 1 + len(plain(tokenizer, TEXT[0])))
-    assert ids == plain(tokenizer, "\n\n".join(TEXT))
-
-
-def test_byte_level_documents_keep_the_tokens_they_had_alone():
-    """Whatever a document ends with: results that stand were measured on these tokens."""
-    tokenizer = byte_level()
-    texts = [TEXT[0] + end for end in ("", "\n", " \n", "\n\n", "\n\n\n", " ")] + ["\n\nx\n", "1"]
-    expected = plain(tokenizer, texts[0])
-    for text in texts[1:]:
-        expected += plain(tokenizer, "\n\n" + text)
-    assert joined_ids(texts, tokenizer) == expected
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -99,6 +99,7 @@ def test_a_stride_is_named(build, tokenizer):
     record = evaluate(build(), tokenizer, stride=8, **options)
     assert record.data["perplexity"]["stride"] == 8
     assert record.data["perplexity"]["tokens_scored"] == 31 + 3 * 8
+    assert record.data["perplexity"]["choice"] == "spread"
     assert record["loss.strided"] != evaluate(build(), tokenizer, **options)["loss.windowed"]
 
 
@@ -122,7 +123,7 @@ def killed(self, samples):
     calls.append(self)
     if len(calls) == 6:
         with self.path.open("a") as file:
-            file.write('{{"settings": "half a li')
+            file.write('{{"protocol": "half a li')
         os.kill(os.getpid(), signal.SIGKILL)
 SampleLog.add = killed
 evaluate({str(folder)!r}, samples={str(tmp_path / "cut")!r}, **{options!r})

@@ -4,11 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from oasis_attn.errors import UserError
-from oasis_attn.evaluation.likelihood import score_continuations, score_windows, strided_windows
+from oasis_attn.data import read_windows
+from oasis_attn.evaluation.likelihood import score_continuations, score_windows
 from oasis_attn.evaluation.samples import SampleLog
 from oasis_attn.measure import diagnose
-from oasis_attn.measure.windows import cut_windows
 from oasis_attn.ops.token_losses import CHUNK, token_losses
 from tokenizer_factories import byte_level, spaced
 
@@ -27,46 +26,48 @@ def test_token_losses_are_the_log_softmax(tokens):
     torch.testing.assert_close(token_losses(logits_BTV, ids_BT), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("stride", [1, 5, 15])
-def test_strides_score_each_token_once(build, tokenizer, bos, stride):
+def test_strides_score_each_token_once(build, tokenizer, stride):
     model = build(dtype=torch.float64)
-    before = tokenizer.bos_token
-    try:
-        tokenizer.bos_token = before if bos else None
-        windows = strided_windows(TEXTS, tokenizer, window=16, stride=stride)
-    finally:
-        tokenizer.bos_token = before
-    text = tokenizer("\n\n".join(TEXTS), add_special_tokens=False).input_ids
-    prefix = [0] if bos else []
-    fresh = 16 - len(prefix)
+    windows = read_windows(TEXTS, tokenizer, window=16, windows=None, stride=stride)
+    text = [t for each in TEXTS for t in [*tokenizer(each).input_ids[1:], tokenizer.eos_token_id]]
     rows = score_windows(model, windows, log=log(), batch_size=3)
     # Token by token: the context is that of the first window that holds the token.
-    expected, tokens = 0.0, 0
-    last = (len(windows.scored) - 1) * stride + fresh
+    expected, last = 0.0, (len(windows) - 1) * stride + 15
     with torch.no_grad():
-        for at in range(0 if bos else 1, last):
-            start = 0 if at < fresh else -(-(at - fresh + 1) // stride) * stride
-            ids = torch.tensor([prefix + text[start : at + 1]])
+        for at in range(last):
+            start = 0 if at < 15 else -(-(at - 14) // stride) * stride
+            ids = torch.tensor([[tokenizer.bos_token_id, *text[start : at + 1]]])
             expected += float(token_losses(model(ids).logits, ids)[0, -1])
-            tokens += 1
-    assert sum(row["tokens"] for row in rows) == tokens
+    assert sum(row["tokens"] for row in rows) == last
     assert sum(row["loss"] for row in rows) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_log_is_resumed_with_more_windows(build, tokenizer):
+    model, kept = build(), log()
+    few, all_of_them = (
+        read_windows(TEXTS, tokenizer, window=16, windows=windows) for windows in (2, None)
+    )
+    rows = score_windows(model, few, log=kept, batch_size=1)
+    again = score_windows(model, all_of_them, log=kept, batch_size=1)
+    assert [row["id"] for row in again] == list(range(len(all_of_them)))
+    assert all(again[row["id"]] is row for row in rows)
+    assert again == score_windows(model, all_of_them, log=log(), batch_size=1)
 
 
 def test_without_overlap_it_is_the_diagnosis_s_perplexity(build, tokenizer):
     model = build()
-    windows = strided_windows(TEXTS, tokenizer, window=16, limit=5)
+    windows = read_windows(TEXTS, tokenizer, window=16, windows=5)
     rows = score_windows(model, windows, log=log(), batch_size=2)
     record = diagnose(model, TEXTS, tokenizer=tokenizer, window=16, windows=5)
     loss = sum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows)
     assert loss == pytest.approx(record["loss.windowed"], rel=1e-6)
-    assert windows.sha256 == record.data.tokens_sha256
+    assert windows.info == record.data
 
 
 def test_through_a_cache_it_is_the_same(build, tokenizer):
     model = build(dtype=torch.float64)
-    windows = strided_windows(TEXTS, tokenizer, window=40, limit=3)
+    windows = read_windows(TEXTS, tokenizer, window=40, windows=3)
     pairs = [("Question: 1", " 2 3" * 20), ("x", " apples" * 5)]
     found = []
     for cache in (None, lambda config: DynamicCache(config=config)):
@@ -74,11 +75,6 @@ def test_through_a_cache_it_is_the_same(build, tokenizer):
         rows += score_continuations(model, tokenizer, pairs, log=log(), batch_size=2, cache=cache)
         found.append([row["loss"] for row in rows])
     assert found[0] == pytest.approx(found[1], rel=1e-12)
-
-
-def test_a_text_shorter_than_a_window(tokenizer):
-    with pytest.raises(UserError, match="window: 500 tokens are more than the corpus gives"):
-        strided_windows(TEXTS, tokenizer, window=500)
 
 
 def test_continuations_are_scored_as_if_alone(build, tokenizer):
@@ -111,11 +107,3 @@ def test_likelihoods_are_of_the_text_s_own_tokens(build, kind):
             len(whole) - given,
             pytest.approx(expected, rel=1e-12),
         )
-    texts = ["Ann has 12 pens.", "She buys 5 more.", "The quick fox."]
-    text = reader("\n\n".join(texts), add_special_tokens=False).input_ids
-    windows = strided_windows(texts, reader, window=5)
-    assert windows.ids_NT[:, 1:].flatten().tolist() == text[: 4 * len(windows.scored)]
-    assert torch.equal(
-        cut_windows(texts, tokenizer=reader, window=5, windows=99, vocabulary=len(reader)),
-        windows.ids_NT,
-    )

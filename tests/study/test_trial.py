@@ -84,7 +84,10 @@ def test_a_shuffled_signal_has_the_same_results_after_a_kill(tiny, tmp_path, mon
         raise KeyboardInterrupt
 
     path, work = tmp_path / "b.json", tmp_path / "b"
-    for where in ("oasis_attn.study.trial._restore_random_state", "oasis_attn.study.trial.HeldOut"):
+    for where in (
+        "oasis_attn.study.trial._restore_random_state",
+        "oasis_attn.study.trial.held_out_windows",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(where, killed)
             with pytest.raises(KeyboardInterrupt):

@@ -186,7 +186,7 @@ def test_folder_and_record(configure):
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss"])
 def test_final_loss_is_that_of_the_saved_model(family, configure, corpus, tmp_path):
-    from oasis_attn.data import load_corpus, token_blocks
+    from oasis_attn.data import load_corpus, read_windows
 
     tiny_config(family, pad_token_id=None).save_pretrained(tmp_path / "size")
     normalizer = {"token_normalizer": "learned_sink"} if family == "gpt_oss" else {}
@@ -194,8 +194,9 @@ def test_final_loss_is_that_of_the_saved_model(family, configure, corpus, tmp_pa
     record = quiet(config)
     model = AutoModelForCausalLM.from_pretrained(config.out).eval()
     tokenizer = AutoTokenizer.from_pretrained(config.out)
-    windows = token_blocks(load_corpus(corpus, "validation"), tokenizer, 32, vocab_size=270)
-    tokens_NT = torch.stack([windows[i] for i in range(4)])
+    windows = read_windows(load_corpus(corpus, "validation"), tokenizer, window=32, windows=4)
+    assert record.data.eval == windows.info
+    tokens_NT = windows.ids_NT
     with torch.inference_mode():
         logits_NTV = model(tokens_NT).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ def diagnose(
         Option(help="Use the whole of this file instead of a corpus.", show_default=False),
     ] = None,
     window: Annotated[int, Option(help="Tokens per window.")] = 512,
-    windows: Annotated[int, Option(help="Maximum number of windows.")] = 16,
+    windows: Annotated[int, Option(help="Maximum number of windows, spread over the text.")] = 16,
     out: Annotated[
         Path | None, Option(help="Write the record to this JSON file.", show_default=False)
     ] = None,
@@ -49,20 +48,15 @@ def diagnose(
 
     Example: [bold]oasis diagnose smollm2 --text book.txt --figures figures[/bold]
     """
-    from oasis_attn.data.corpora import Corpus, load_corpus
-    from oasis_attn.data.readers import file_documents
+    from oasis_attn.data.corpora import load_corpus, whole_file
     from oasis_attn.files import check_writable
 
     if out is not None:
         check_writable(out)
     if figures is not None:
         check_writable(figures / "any.png", "figures")
-    if text is None:
-        source = load_corpus(corpus, split)
-    else:
-        source = Corpus(name=str(text), split="whole", reader=partial(file_documents, text))
-    # The hash reads the text, so that errors in it are reported before the model is loaded.
-    data = {"corpus": source.name, "split": source.split, "sha256": source.sha256}
+    source = load_corpus(corpus, split) if text is None else whole_file(text)
+    _ = source.sha256  # reads the text, so that errors in it are reported before the model loads
 
     from oasis_attn.measure import diagnose as measure
     from oasis_attn.modeling.loading import load_model
@@ -73,11 +67,10 @@ def diagnose(
         loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
         record = measure(
             loaded,
-            source.texts(),
+            source,
             tokenizer=tokenizer,
             window=window,
             windows=windows,
-            data=data,
             joint=joint,
             causal=causal,
         )

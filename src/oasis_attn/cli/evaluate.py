@@ -46,7 +46,8 @@ def evaluate(
     limit: Annotated[
         int | None,
         Option(
-            help="Maximum number of problems or windows per task, from the first.",
+            help="Maximum number of problems per task (the first ones), and of windows for"
+            " perplexity (spread over the text).",
             show_default=False,
         ),
     ] = None,

@@ -1,18 +1,24 @@
-"""Text by name, tokenizers learnt from it, and blocks of tokens."""
+"""Corpora by name, tokenizers trained on them, blocks to train on and windows to measure on."""
 
-from oasis_attn.data.blocks import TokenBlocks, collate, spread_windows, token_blocks
-from oasis_attn.data.corpora import CORPORA, Corpus, load_corpus
+from oasis_attn.data.blocks import TokenBlocks, collate, token_blocks
+from oasis_attn.data.corpora import CORPORA, Corpus, load_corpus, whole_file
 from oasis_attn.data.tokenizer import corpus_tokenizer, tokenizer_sha256, train_tokenizer
+from oasis_attn.data.windows import HeldOut, Windows, as_windows, held_out_windows, read_windows
 
 __all__ = [
     "CORPORA",
     "Corpus",
+    "HeldOut",
     "TokenBlocks",
+    "Windows",
+    "as_windows",
     "collate",
     "corpus_tokenizer",
+    "held_out_windows",
     "load_corpus",
-    "spread_windows",
+    "read_windows",
     "token_blocks",
     "tokenizer_sha256",
     "train_tokenizer",
+    "whole_file",
 ]

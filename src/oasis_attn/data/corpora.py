@@ -1,8 +1,8 @@
-"""Corpora by name: one table, each row telling its splits and how to read them.
+"""Corpora by name: a table of their splits and how to read them.
 
-Splits never overlap.  A corpus that comes with splits keeps them; any other is split by document,
-by a hash of the document's content, so that identical documents fall in the same split and adding
-documents moves none.
+Splits never overlap.  A corpus that comes with splits keeps them.  Any other is split by a hash of
+each document's content, so that identical documents are in the same split, and adding documents
+moves none from one split to another.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Corpus:
     """One split of a corpus.
 
     Attributes:
-        name: its name in the table, or its path.
-        split: `train`, `validation` or `test`.
-        reader: reads the documents afresh at each call.
+        name: its name in `CORPORA`, or its path.
+        split: the name of the split, such as `train`.
+        reader: reads the documents from the start at each call.
     """
 
     name: str
@@ -38,7 +38,11 @@ class Corpus:
     reader: Reader = field(repr=False, compare=False)
 
     def texts(self) -> Iterator[str]:
-        """The documents that are not blank, in a fixed order; `UserError` if there is none."""
+        """The documents that are not blank, in a fixed order.
+
+        Raises:
+            UserError: there is none, or the text cannot be read.
+        """
         empty = True
         for text in self.reader():
             if text.strip():
@@ -59,12 +63,12 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A row of the table.
+    """A row of `CORPORA`.
 
     Attributes:
-        about: what it is, where from, in one line.
-        splits: how to read each split.
-        cut: how a local .txt file of this corpus is cut into documents.
+        about: one line about the content and where it comes from.
+        splits: a reader for each split.
+        cut: divides the lines of a local .txt file of this corpus into documents.
     """
 
     about: str
@@ -73,7 +77,7 @@ class Source:
 
 
 def by_hash(reader: Reader) -> dict[str, Reader]:
-    """Split one body of documents: 90 % train, 5 % validation, 5 % test."""
+    """Split documents by hash: 90 % train, 5 % validation, 5 % test."""
     return {split: partial(_share, reader, share) for split, share in _SHARES.items()}
 
 
@@ -82,7 +86,7 @@ def _share(reader: Reader, share: range) -> Iterator[str]:
 
 
 def _hundredth(text: str) -> int:
-    """Which hundredth of all documents this one is in."""
+    """The hash of a document, from 0 to 99."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") % 100
 
 
@@ -91,7 +95,7 @@ def _hub(path: str, config: str | None, split: str, **options: str) -> Iterator[
 
 
 def _hub_wikitext(config: str, split: str) -> Iterator[str]:
-    # The hub keeps WikiText line by line, with the blank lines (" \n" in the files) made empty.
+    # On the Hub, each row is a line, and blank lines (" \n" in the original files) are empty.
     rows = readers.hub_rows("Salesforce/wikitext", config, split)
     return readers.articles(row["text"] or " \n" for row in rows)
 
@@ -138,11 +142,11 @@ CORPORA: dict[str, Source] = {
         splits={split: partial(_hub, "openai/gsm8k", "main", split) for split in ("train", "test")},
     ),
     "arith": Source(
-        about="made word problems of one to three steps, in GSM8K's form (11 MB)",
+        about="generated word problems of one to three steps, in the form of GSM8K (11 MB)",
         splits={split: partial(_arith, split) for split in _SHARES},
     ),
     "imdb": Source(
-        about="film reviews (Maas et al. 2011): the unlabelled part, and the labelled test part",
+        about="film reviews (Maas et al. 2011): the unlabelled and the labelled test part",
         splits={
             "train": partial(_after, _REVIEWS["train"], _REVIEWS["test"]),
             "validation": _REVIEWS["validation"],
@@ -162,18 +166,18 @@ CORPORA: dict[str, Source] = {
 
 
 def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
-    """A split of a corpus, read when its texts are asked for.
+    """A split of a corpus.  It is read when its texts are used.
 
     Args:
-        name_or_path: a name in `CORPORA`; or a .txt, .jsonl or .jsonl.gz file (split by hash; its
-            rows have a field `text`, or `question` and `answer`); or a folder holding such files,
-            one per split, named after it.  For names, the folder `$OASIS_DATA/<name>/` comes first
-            for the splits it holds.
-        split: `train`, `validation`, `test`, or what the folder holds.
+        name_or_path: a name in `CORPORA`; or a .txt, .jsonl or .jsonl.gz file, which is split by
+            hash (rows of .jsonl have a field `text`, or `question` and `answer`); or a folder with
+            such a file for each split, named after the split.  For a name, the splits in the folder
+            `$OASIS_DATA/<name>/` replace those of `CORPORA`.
+        split: `train`, `validation`, `test`, or a split in the folder.
 
     Raises:
-        UserError: an unknown name (with the nearest one), a missing file, an unknown split.  Text
-            that cannot be read raises it when the texts are asked for.
+        UserError: an unknown name (the message suggests the nearest one), a missing file, or an
+            unknown split.  Text that cannot be read raises it when the texts are used.
     """
     name = str(name_or_path)
     splits = _splits(name)
@@ -181,6 +185,17 @@ def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
         raise UserError(f"corpus: folder {name!r} holds no <split>.txt, .jsonl or .jsonl.gz")
     check_choice(f"split of corpus {name!r}", split, splits)
     return Corpus(name=name, split=split, reader=splits[split])
+
+
+def whole_file(path: str | Path) -> Corpus:
+    """All of a text file, as split `whole`: one document, or one a line for .jsonl and .jsonl.gz.
+
+    Raises:
+        UserError: a missing file, or one of another type.
+    """
+    file = _text_file(str(path))
+    reader = partial(readers.file_documents, file, readers.whole)
+    return Corpus(name=str(path), split="whole", reader=reader)
 
 
 def _splits(name: str) -> Mapping[str, Reader]:
@@ -203,7 +218,7 @@ def _splits(name: str) -> Mapping[str, Reader]:
 
 
 def _read(reader: Reader, hint: str) -> Iterator[str]:
-    """The same; what goes wrong is told with `hint`."""
+    """What `reader` reads; error messages end with `hint`."""
     try:
         yield from reader()
     except UserError as error:
@@ -211,7 +226,7 @@ def _read(reader: Reader, hint: str) -> Iterator[str]:
 
 
 def _file_share(path: Path, share: range) -> Iterator[str]:
-    """As `_share`, but a file that gives no document to this share is refused with the reason."""
+    """As `_share`, with an error that gives the reason if no document of a file is in the share."""
     count = kept = 0
     for text in readers.file_documents(path):
         if text.strip():
@@ -221,14 +236,14 @@ def _file_share(path: Path, share: range) -> Iterator[str]:
                 yield text
     if count and not kept:
         cut = (
-            "is cut at the first blank line after every 1,024 characters: put blank lines between"
-            " the documents, or use .jsonl with a document on each line"
+            "is divided at the first blank line after every 1,024 characters: put blank lines"
+            " between the documents, or use .jsonl with a document on each line"
             if path.suffix == ".txt"
             else "has a document on each line"
         )
         raise UserError(
-            f"corpus: {str(path)!r} became {count} document{'s' * (count > 1)}, and none falls in"
-            f" this split; a {path.suffix} file {cut}; or name a folder with a file for each split"
+            f"corpus: {str(path)!r} became {count} document{'s' * (count > 1)}, and none is in"
+            f" this split; a {path.suffix} file {cut}; or use a folder with a file for each split"
         )
 
 

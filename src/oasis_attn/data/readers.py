@@ -1,4 +1,4 @@
-"""Where documents come from (files, the running Python, the hub), and how text is cut."""
+"""Reads documents from files, from the running Python and from the Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oasis_attn.errors import UserError, parse_json
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _PASSAGE_CHARACTERS = 1024
 _TO_UTF_8 = "convert it with: iconv -f UTF-16 -t UTF-8"
-_MARKS = {  # first bytes of files that are often taken for text
+_MARKS = {  # first bytes of files that are often mistaken for UTF-8 text
     codecs.BOM_UTF16_LE: ("UTF-16", _TO_UTF_8),
     codecs.BOM_UTF16_BE: ("UTF-16", _TO_UTF_8),
     b"\x1f\x8b": ("compressed by gzip", "decompress it, or name it .jsonl.gz"),
@@ -25,7 +25,7 @@ _WIKITEXT_TITLE = re.compile(r" = [^=].* = ?\n?")
 
 
 def passages(lines: Iterable[str]) -> Iterator[str]:
-    """Runs of whole paragraphs, each run closed by the first blank line after 1 024 characters."""
+    """Documents of whole paragraphs; each ends at the first blank line after 1 024 characters."""
     run: list[str] = []
     length = 0
     for line in lines:
@@ -38,7 +38,7 @@ def passages(lines: Iterable[str]) -> Iterator[str]:
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """The articles of WikiText: cut before each top-level heading ` = Title = `."""
+    """The articles of WikiText; each begins at a top-level heading ` = Title = `."""
     run: list[str] = []
     for line in lines:
         if _WIKITEXT_TITLE.fullmatch(line):
@@ -48,13 +48,18 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     yield "".join(run)
 
 
+def whole(lines: Iterable[str]) -> Iterator[str]:
+    """All lines as one document."""
+    yield "".join(lines)
+
+
 def document(row: Mapping[str, Any]) -> str:
-    """A row's text: its field `text`, or GSM8K's `question` and `answer`.
+    """The text of a row: its field `text`, or `question` and `answer` in the form of GSM8K.
 
     Raises:
-        KeyError: it has neither.
-        TypeError: a text that is no string.
-        ValueError: a string that is no text: half of a surrogate pair has no UTF-8.
+        KeyError: the row has neither.
+        TypeError: the text is not a string.
+        ValueError: the string has no UTF-8 form, because it has half of a surrogate pair.
     """
     text = row["text"] if "text" in row else f"Question: {row['question']}\nAnswer: {row['answer']}"
     if not isinstance(text, str):
@@ -64,7 +69,7 @@ def document(row: Mapping[str, Any]) -> str:
 
 
 def file_documents(path: Path, cut=passages) -> Iterator[str]:
-    """The documents of a .txt file (cut by `cut`) or of a .jsonl(.gz) file (one per line)."""
+    """The documents of a .txt file (divided by `cut`) or a .jsonl or .jsonl.gz file (by line)."""
     if path.name.endswith(".txt"):
         yield from cut(_lines(path))
         return
@@ -81,9 +86,9 @@ def file_documents(path: Path, cut=passages) -> Iterator[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file in UTF-8, each closed by a newline however the file closes its lines.
+    """The lines of a UTF-8 file, with LF, CR LF and CR all read as a newline.
 
-    A byte order mark at the start and the Ctrl-Z of DOS at the end are not part of the text.
+    A byte order mark at the start and a DOS end-of-file character (Ctrl-Z) at the end are left out.
     """
     number = 0
     try:
@@ -118,8 +123,8 @@ def _check_encoding(path: Path, start: bytes) -> None:
 def stdlib() -> Iterator[str]:
     """The .py files of the running Python's standard library, in order of their paths.
 
-    Left out: installed packages, `pydoc_data` (the corpus `pydoc`), and the few files of Python's
-    own tests that are on purpose not UTF-8.
+    Installed packages are left out, and `pydoc_data` (the corpus `pydoc`), and the few files of
+    Python's own tests that are not UTF-8 on purpose.
     """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "pydoc_data"}
@@ -132,9 +137,9 @@ def stdlib() -> Iterator[str]:
 
 
 def pydoc() -> Iterator[str]:
-    """Python's language reference, as the running Python's `help()` shows it, in passages.
+    """The language reference that `help()` of the running Python shows, in passages.
 
-    Whole topics are too few, and too unequal, to make splits of.
+    Whole topics would be too few documents, of too different lengths, to split.
     """
     from pydoc_data.topics import topics
 
@@ -143,7 +148,11 @@ def pydoc() -> Iterator[str]:
 
 
 def hub_rows(path: str, config: str | None, split: str, **options: Any) -> Iterator[Mapping]:
-    """The rows of a hub dataset; any failure to get it is one `UserError`."""
+    """The rows of a dataset on the Hub.
+
+    Raises:
+        UserError: it cannot be downloaded or read, for any reason.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -151,5 +160,7 @@ def hub_rows(path: str, config: str | None, split: str, **options: Any) -> Itera
         rows = load_dataset(path, config, split=split, **options)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"corpus: {path!r} could not be had from the hub: {reason}") from error
+        raise UserError(
+            f"corpus: {path!r} could not be downloaded from the Hub: {reason}"
+        ) from error
     yield from rows

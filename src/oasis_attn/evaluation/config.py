@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do."""
+"""The configuration of an evaluation."""
 
 from __future__ import annotations
 
@@ -22,42 +22,44 @@ from oasis_attn.errors import (
 
 TASKS = {
     "perplexity": "perplexity on windows of a corpus",
-    "gsm8k": "GSM8K Pass@k, prompts, shots and stops as lm-eval has them",
-    "gsm8k-loglik": "log-likelihood of GSM8K's solutions, without shots",
-    "arith": "Pass@k on made word problems of one to three steps, without shots",
+    "gsm8k": "Pass@k on GSM8K, with the prompts, shots and stop strings of lm-eval",
+    "gsm8k-loglik": "log-likelihood of the solutions of GSM8K, without shots",
+    "arith": "Pass@k on generated word problems of one to three steps, without shots",
 }
 
-_HOTTEST = 1e4  # a temperature; float32 keeps logits apart that are divided by it, or multiplied
+_MAX_TEMPERATURE = 1e4  # float32 can still distinguish logits that are divided by it
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Tasks, and how each is run.
+    """The tasks, and the options of each.
 
     Attributes:
         tasks: names in `TASKS`.
-        corpus: that perplexity is measured on: a name in `CORPORA`, or a text file or folder.
-        split: of the corpus.  Problems are always those of their split `test`.
+        corpus: the corpus for perplexity: a name in `CORPORA`, or a text file or folder.
+        split: split of that corpus.  Problems are always those of the split `test`.
         window: tokens per window.
-        stride: tokens between windows; default, the window: no overlap.  See `strided_windows`.
-        shots: worked examples in front of each problem of `gsm8k`, out of its split `train`.
-        k: the ks of Pass@k.
+        stride: tokens from the start of a window to the start of the next; by default `window`,
+            which means that windows are disjoint.  See `read_windows`.
+        shots: worked examples in front of each problem of `gsm8k`, from its split `train`.
+        k: the values of k for Pass@k.
         repeats: samples per problem, at least the largest k.
-        temperature: 0 is greedy, which allows one sample only; any other from 1e-4 to 1e4.
-        max_new_tokens: an answer is cut off after so many.
-        seed: of the samples.
-        limit: problems or windows per task, from the first; default, all.
+        temperature: 0 for greedy decoding, which allows one sample only; otherwise 1e-4 to 1e4.
+        max_new_tokens: maximum number of tokens in an answer.
+        seed: random seed of the samples.
+        limit: maximum number of problems per task (the first ones), and of windows for perplexity
+            (spread over the text); by default, all.
         batch_size: windows or samples in one forward pass.
-        cache: makes, from the model's config, a cache for each batch; likelihood is then computed
-            through it, 32 tokens at a time.  Name it in `model_notes`.  Default: none for
-            likelihood, transformers' own for answers.
-        samples: a folder for the logs, `<task>.jsonl`; default, none is written.
-        resume: go on from the logs in `samples`.
-        model_notes: more about the model, for the record; logged samples are reused only if it is
-            the same.
+        cache: makes a cache for each batch, from the config of the model.  Likelihood is then
+            computed through the cache, 32 tokens at a time.  Describe it in `model_notes`.  By
+            default, likelihood uses no cache, and answers use that of transformers.
+        samples: a folder for the logs, `<task>.jsonl`; by default, no log is written.
+        resume: continue from the logs in `samples`.
+        model_notes: more information about the model, for the record.  Logged samples are reused
+            only if it is the same.
 
     Raises:
-        UserError: at construction, for any value outside what is said above.
+        UserError: at construction, for a value that is not allowed.
     """
 
     tasks: Sequence[str] = ("perplexity",)
@@ -109,16 +111,17 @@ class EvaluationConfig:
             check_whole("k", k, 1)
             if k > self.repeats:
                 raise UserError(f"k: {k!r} is more than repeats={self.repeats}")
-        check_at_least("temperature", self.temperature, 0, _HOTTEST)
-        if 0 < self.temperature < 1 / _HOTTEST:
+        check_at_least("temperature", self.temperature, 0, _MAX_TEMPERATURE)
+        if 0 < self.temperature < 1 / _MAX_TEMPERATURE:
             raise UserError(
-                f"temperature: {self.temperature!r} is below {1 / _HOTTEST:g}; 0 is greedy"
+                f"temperature: {self.temperature!r} is below {1 / _MAX_TEMPERATURE:g}; use 0 for"
+                " greedy decoding"
             )
         if self.repeats > 1 and not self.temperature:
             raise UserError(
-                f"repeats: {self.repeats} greedy samples would be the same one; give a temperature"
+                f"repeats: {self.repeats} greedy samples would be identical; give a temperature"
             )
         if self.resume and self.samples is None:
-            raise UserError("resume: it needs samples, the folder to resume from")
+            raise UserError("resume: it needs samples, the folder with the logs")
         if "perplexity" in self.tasks:
             load_corpus(self.corpus, self.split)

@@ -1,10 +1,10 @@
-"""The tasks, one after the other, and their record."""
+"""Runs the tasks of an evaluation one after the other, and makes their record."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,16 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import load_corpus, tokenizer_sha256
 from oasis_attn.data.problems import Problem, read_problems
+from oasis_attn.data.windows import read_windows
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation.config import EvaluationConfig
-from oasis_attn.evaluation.generate import ANSWERS, check_prompts, generate
+from oasis_attn.evaluation.generate import ANSWER_FIELDS, check_prompts, generate
 from oasis_attn.evaluation.harness import HarnessGsm8k, check_harness
-from oasis_attn.evaluation.likelihood import (
-    LOSSES,
-    score_continuations,
-    score_windows,
-    strided_windows,
-)
+from oasis_attn.evaluation.likelihood import LOSS_FIELDS, score_continuations, score_windows
 from oasis_attn.evaluation.problems import Interval, by_steps, pass_metrics
 from oasis_attn.evaluation.samples import Sample, SampleLog, check_log
 from oasis_attn.evaluation.scoring import Z95, score_answer
@@ -34,7 +30,7 @@ from oasis_attn.records import EvaluationRecord, Metric
 
 @dataclass
 class _Run:
-    """A model, what is asked of it, and what has been found so far."""
+    """A model with the configuration of its evaluation, and the results so far."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -45,10 +41,10 @@ class _Run:
     tables: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
-    def log(self, task: str, settings: dict[str, Any], says: Mapping[str, type]) -> SampleLog:
+    def log(self, task: str, protocol: dict[str, Any], fields: Mapping[str, type]) -> SampleLog:
         path = log_path(self.config, task)
-        whole = {"task": task} | self.identity | settings
-        return SampleLog(path, whole, says=says, resume=self.config.resume)
+        whole = {"task": task} | self.identity | protocol
+        return SampleLog(path, whole, fields=fields, resume=self.config.resume)
 
 
 def evaluate(
@@ -61,26 +57,28 @@ def evaluate(
     """Perplexity on text, and Pass@k on word problems.
 
     Args:
-        model: a causal decoder in memory (native, ours, quantised), run as it stands, in eval mode
-            and left as it was; or a name for `load_model`, which brings its tokenizer.
-        tokenizer: the model's.  It needs no padding token, and its padding side does not matter.
-        trust_remote_code: of `load_model`, for a name.
+        model: a causal decoder in memory (of transformers or this library, or quantised); it is run
+            in eval mode, and is unchanged afterwards.  Or a name for `load_model`, which also loads
+            the tokenizer.
+        tokenizer: the tokenizer of a model in memory.  It needs no padding token, and its padding
+            side does not matter.
+        trust_remote_code: see `load_model`.
         options: the fields of `EvaluationConfig`: `tasks`, `corpus`, `limit`, `samples`, ...
 
     Returns:
         Metrics by task:
         perplexity: `perplexity.windowed`, the exponential of `loss.windowed` (nats per token), or
-            `.strided` where a stride is below the window;
+            `.strided` with a stride below the window;
         gsm8k, arith: `<task>.pass@<k>.strict` and `.flexible` (see `score_answer`), and
-            `gsm8k.lm_eval.<filter>`, lm-eval's own score of each problem's first sample;
+            `gsm8k.lm_eval.<filter>`, the score of lm-eval for the first sample of each problem;
         gsm8k-loglik: `gsm8k.answer_loglik`, the mean over problems of the solution's mean
             log-probability per token, in nats.
-        `intervals` has the 95 % interval of each: Wilson's for Pass@k, else normal.
+        `intervals` has the 95 % interval of each: Wilson's for Pass@k, and a normal one otherwise.
 
     Raises:
-        UserError: before anything is run, for a bad option, a log that would be mixed with
-            another or cannot be written, absent data or lm-eval, a window or a prompt that is too
-            long for the model.
+        UserError: before the first task runs, for a bad option, a log that exists already or cannot
+            be written, missing data or a missing lm-eval, or a window or prompt that is too long
+            for the model.
     """
     config = EvaluationConfig(**options)
     if "gsm8k" in config.tasks:
@@ -90,7 +88,7 @@ def evaluate(
             check_log(path, resume=config.resume)
     if isinstance(model, str | Path):
         if tokenizer is not None:
-            raise UserError("tokenizer: a model given by name brings its own")
+            raise UserError("tokenizer: allowed with a model in memory only; a name loads its own")
         model, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     if tokenizer is None:
         raise UserError("tokenizer: None; a model in memory needs its tokenizer given")
@@ -104,7 +102,7 @@ def evaluate(
             "model_notes": dict(config.model_notes),
         },
     )
-    # Every task is made ready, and found wanting, before the first is run.
+    # All tasks are prepared, which finds errors, before the first one runs.
     for measure in [_TASKS[task](run) for task in config.tasks]:
         measure()
     return EvaluationRecord(
@@ -120,34 +118,37 @@ def evaluate(
 
 
 def log_path(config: EvaluationConfig, task: str) -> Path | None:
-    """Where the samples of `task` are logged, if they are."""
+    """The file for the samples of `task`; None if they are not logged."""
     return None if config.samples is None else Path(config.samples, f"{task}.jsonl")
 
 
 Measure = Callable[[], object]
-"""Runs a task that has been made ready, and puts what it finds into its `_Run`."""
+"""Runs a prepared task, and adds the results to its `_Run`."""
 
 
 def _perplexity(run: _Run) -> Measure:
     config = run.config
     check_lengths(run.model, [config.window], "window")
-    corpus = load_corpus(config.corpus, config.split)
-    windows = strided_windows(
-        corpus.texts(),
+    embedding: Any = run.model.get_input_embeddings()
+    windows = read_windows(
+        load_corpus(config.corpus, config.split),
         run.tokenizer,
         window=config.window,
+        windows=config.limit,
         stride=config.stride,
-        limit=config.limit,
+        vocab_size=embedding.weight.shape[0],
     )
-    settings = {"corpus_sha256": corpus.sha256, "window": config.window, "stride": windows.stride}
+    info = asdict(windows.info)
+    # Without the number of windows, so that a log can be resumed with another number.
+    protocol = {name: info[name] for name in ("sha256", "window", "stride", "separator", "bos")}
 
     def measure() -> None:
-        log = run.log("perplexity", settings, LOSSES)
+        log = run.log("perplexity", protocol, LOSS_FIELDS)
         samples = score_windows(
             run.model, windows, log=log, batch_size=config.batch_size, cache=config.cache
         )
         loss, error = _mean_loss(samples)
-        kind = "windowed" if windows.stride == config.window else "strided"
+        kind = "windowed" if windows.info.stride == config.window else "strided"
         n = len(samples)
         run.metrics += [
             Metric(name=f"perplexity.{kind}", value=_exp(loss), n=n),
@@ -157,19 +158,13 @@ def _perplexity(run: _Run) -> Measure:
             low, high = loss - Z95 * error, loss + Z95 * error
             run.intervals[f"loss.{kind}"] = low, high
             run.intervals[f"perplexity.{kind}"] = _exp(low), _exp(high)
-        run.data["perplexity"] = settings | {
-            "corpus": corpus.name,
-            "split": corpus.split,
-            "windows": n,
-            "tokens_scored": sum(windows.scored),
-            "tokens_sha256": windows.sha256,
-        }
+        run.data["perplexity"] = info
 
     return measure
 
 
 def _exp(x: float) -> float:
-    """math.exp, infinite where that is an error: of a model that is broken."""
+    """math.exp, or infinity for a loss so large that math.exp raises an error."""
     try:
         return math.exp(x)
     except OverflowError:
@@ -177,7 +172,7 @@ def _exp(x: float) -> float:
 
 
 def _mean_loss(samples: Sequence[Sample]) -> tuple[float, float | None]:
-    """Nats per token, and the ratio's standard error over windows."""
+    """Nats per token, and its standard error over windows (as a ratio of sums)."""
     tokens = sum(row["tokens"] for row in samples)
     n = len(samples)
     loss = math.fsum(row["loss"] for row in samples) / tokens
@@ -219,7 +214,7 @@ def _answers(
     stops: Sequence[str],
     data: dict[str, Any],
 ) -> Callable[[], list[list[str]]]:
-    """What answers the problems, measures that, and returns the responses."""
+    """A function that generates answers to the problems, scores them and returns them."""
     config = run.config
     check_prompts(run.model, run.tokenizer, prompts, config.max_new_tokens)
     how: dict[str, Any] = {
@@ -238,7 +233,7 @@ def _answers(
             run.model,
             run.tokenizer,
             prompts,
-            log=run.log(task, data | how, ANSWERS),
+            log=run.log(task, data | how, ANSWER_FIELDS),
             finish=finish,
             stops=stops,
             max_new_tokens=config.max_new_tokens,
@@ -267,7 +262,7 @@ def _gsm8k_loglik(run: _Run) -> Measure:
             run.model,
             run.tokenizer,
             [(_prompt(problem), " " + problem.answer) for problem in problems],
-            log=run.log(task, data, LOSSES),
+            log=run.log(task, data, LOSS_FIELDS),
             batch_size=run.config.batch_size,
             cache=run.config.cache,
         )
@@ -283,7 +278,7 @@ def _gsm8k_loglik(run: _Run) -> Measure:
 
 
 def _problems(run: _Run, name: str) -> tuple[list[Problem], dict[str, Any]]:
-    """The first problems of a corpus's test split, and what is to be said of it."""
+    """The first problems of the test split of a corpus, and its description for the record."""
     corpus = load_corpus(name, "test")
     problems = list(islice(read_problems(corpus), run.config.limit))
     return problems, {"corpus": name, "split": "test", "corpus_sha256": corpus.sha256}

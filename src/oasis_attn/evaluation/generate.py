@@ -1,4 +1,4 @@
-"""Answers from a model, in batches, each sample's draws its own.
+"""Generates answers in batches, with a random generator for each sample.
 
 Axes: B prompts, T tokens, V vocabulary.
 """
@@ -29,8 +29,8 @@ from oasis_attn.data.tokens import prompt_ids
 from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.modeling.subject import check_lengths, eval_mode
 
-ANSWERS = {"prompt": str, "response": str}
-"""What a logged sample says."""
+ANSWER_FIELDS = {"prompt": str, "response": str}
+"""The fields of a logged sample."""
 
 
 def check_prompts(
@@ -39,7 +39,11 @@ def check_prompts(
     prompts: Sequence[str],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Their token ids; `UserError` if one, with the new tokens, is too long for the model."""
+    """The token ids of the prompts.
+
+    Raises:
+        UserError: a prompt with its new tokens is longer than the positions of the model.
+    """
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     check_lengths(model, [len(ids) + max_new_tokens for ids in rows], "prompt with max_new_tokens")
     return rows
@@ -60,22 +64,23 @@ def generate(
     seed: int = 0,
     cache: Callable[[PreTrainedConfig], Cache] | None = None,
 ) -> list[list[str]]:
-    """`repeats` continuations of each prompt, [prompts][repeats], logged as they come.
+    """`repeats` continuations of each prompt, [prompts][repeats], logged batch by batch.
 
-    Temperature 0 takes the likeliest token; any other draws from softmax(logits / temperature), by
-    a generator per sample.  Neither the model's own generation settings nor the global generator
-    plays a part.  Batches are cut from the whole list, whatever the log holds already, so that a
-    run that was cut short and resumed computes each batch as an unbroken run does.
+    Temperature 0 takes the most likely token; other temperatures sample from
+    softmax(logits / temperature), with a random generator for each sample.  The generation config
+    of the model and the global random generator have no effect.  The batches do not depend on what
+    is in the log, so that a resumed run computes each batch as an uninterrupted run does.
 
     Args:
-        log: samples in it are not made again.
-        finish: (index of the prompt, continuation) -> what else is logged with the sample.
-        cache: makes the cache of a batch; default, transformers' own.  With another, batches are of
-            one: what it does to a token may depend on its position, and padding would move it.
-        stops: a continuation ends before the first of these, or at an end-of-text token.
+        log: samples that are in it are not generated again.
+        finish: (index of the prompt, continuation) -> further fields of the logged sample.
+        cache: makes the cache of a batch; by default, that of transformers.  With another cache,
+            the batch size is 1, because the cache may treat tokens by their position, which padding
+            would change.
+        stops: a continuation ends before the first of these strings, or at an end-of-text token.
 
     Raises:
-        UserError: a prompt that, with the new tokens, is longer than the model's positions.
+        UserError: a prompt with its new tokens is longer than the positions of the model.
     """
     rows = check_prompts(model, tokenizer, prompts, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
@@ -137,7 +142,7 @@ def _continue(
 
 
 def _text(tokenizer: Any, ids: list[int], ends: list[int], stops: Sequence[str]) -> str:
-    """The continuation up to the first end token or stop string; what follows is padding."""
+    """The continuation up to the first end token or stop string; padding follows it."""
     length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     text = tokenizer.decode(ids[:length])
     for stop in stops:
@@ -146,7 +151,7 @@ def _text(tokenizer: Any, ids: list[int], ends: list[int], stops: Sequence[str])
 
 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end of text, and all that the model counts as ends."""
+    """The EOS tokens of the tokenizer and of the model's generation config."""
     own = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return sorted({end for end in ends if end is not None})
@@ -159,7 +164,7 @@ def _generator(seed: int, *key: int) -> torch.Generator:
 
 @contextmanager
 def _no_defaults(model: Any) -> Iterator[None]:
-    """While open, `model` brings no generation settings (penalties, top-k) of its own."""
+    """Replace the model's generation config (penalties, top-k) by an empty one for a while."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -168,7 +173,7 @@ def _no_defaults(model: Any) -> Iterator[None]:
 
 
 class _Gumbel(LogitsProcessor):
-    """Adds Gumbel noise to logits / temperature: their maximum is a draw from the softmax."""
+    """Adds Gumbel noise to logits / temperature: the maximum is a sample from the softmax."""
 
     def __init__(self, generators: list[torch.Generator], temperature: float) -> None:
         self.generators, self.temperature = generators, temperature
@@ -181,7 +186,7 @@ class _Gumbel(LogitsProcessor):
 
 
 class _Stops(StoppingCriteria):
-    """Whether each row's new text holds one of the stop strings."""
+    """Tells for each row whether its new text contains a stop string."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: int) -> None:
         self.tokenizer, self.stops, self.prompt = tokenizer, stops, prompt

@@ -1,4 +1,4 @@
-"""The log of samples: one JSON line each, kept as they come, so that a killed run can go on."""
+"""A log with one JSON line for each sample, from which an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ Key = tuple[int, int]  # problem or window, repeat
 
 
 class SampleLog:
-    """Samples of one task under one set of settings, in a file or in memory only.
+    """The samples of one task and one protocol, in a file or in memory only.
 
-    A file may hold samples of several settings: each line carries the hash of its own, and a line
-    of its own tells what they are.  Only samples of the present settings are taken up again.
+    A file may have samples of several protocols: a line describes each protocol, and each sample
+    has the hash of its protocol.  Only samples of the current protocol are reused.
 
     Args:
         path: a .jsonl file; None keeps the samples in memory.
-        settings: all that decides what a sample says, as JSON takes it.
-        says: what each sample has besides its `id` and `repeat`, by type: `str`, `int` (of at
-            least 1) or `float`.
-        resume: go on from what the file holds; a half-written last line is dropped.
+        protocol: everything that decides the content of a sample, as JSON values.
+        fields: the fields that each sample has beside its `id` and `repeat`, with their types:
+            `str`, `int` (at least 1) or `float`.
+        resume: continue from the content of the file; an incomplete last line is dropped.
 
     Raises:
-        UserError: a file with something in it while `resume` is False, or one of another form.
+        UserError: the file has content and `resume` is False, or it is not a log of samples.
     """
 
     def __init__(
         self,
         path: Path | None,
-        settings: dict[str, Any],
+        protocol: dict[str, Any],
         *,
-        says: Mapping[str, type] = MappingProxyType({}),
+        fields: Mapping[str, type] = MappingProxyType({}),
         resume: bool,
     ) -> None:
-        text = json.dumps(settings, sort_keys=True)
-        self.settings = hashlib.sha256(text.encode()).hexdigest()[:16]
+        text = json.dumps(protocol, sort_keys=True)
+        self.protocol = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.path = path
-        self._says = says
+        self._fields = fields
         self._samples: dict[Key, Sample] = {}
         if path is None:
             return
         check_log(path, resume=resume)
         with writing(path, "samples"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._take_up(path):
-            self._write([{"settings": self.settings, "are": settings}])
+        if not self._read(path):
+            self._write([{"protocol": self.protocol, "description": protocol}])
 
-    def _take_up(self, path: Path) -> bool:
-        """Read what is there; whether the present settings are told in it already."""
-        told = False
+    def _read(self, path: Path) -> bool:
+        """Read the samples in the file; whether it has the description of the protocol."""
+        described = False
         if not path.exists():
-            return told
+            return described
         with writing(path, "samples"), path.open("rb+") as file:
             data = file.read()
             whole = data.rfind(b"\n") + 1
@@ -67,10 +67,10 @@ class SampleLog:
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
                 row = parse_json(line)
-                if row.pop("settings") != self.settings:
+                if row.pop("protocol") != self.protocol:
                     continue
-                if "are" in row:
-                    told = True
+                if "description" in row:
+                    described = True
                 else:
                     self._check(row)
                     self._samples[row["id"], row["repeat"]] = row
@@ -78,13 +78,13 @@ class SampleLog:
                 raise UserError(
                     f"samples: {str(path)!r} line {number} is not a logged sample ({error!r})"
                 ) from error
-        return told
+        return described
 
     def _check(self, row: Sample) -> None:
         for name in ("id", "repeat"):
             if type(row[name]) is not int:
-                raise TypeError(f"{name} is no whole number")
-        for name, kind in self._says.items():
+                raise TypeError(f"{name} is not a whole number")
+        for name, kind in self._fields.items():
             if type(row[name]) is not kind or (kind is int and row[name] < 1):
                 raise TypeError(f"{name} is not of type {kind.__name__}")
 
@@ -95,9 +95,9 @@ class SampleLog:
         return self._samples[key]
 
     def add(self, samples: Iterable[Sample]) -> None:
-        """Log those whose `id` and `repeat` are new."""
+        """Log the samples whose `id` and `repeat` are not in the log."""
         new = [row for row in samples if (row["id"], row["repeat"]) not in self]
-        self._write([{"settings": self.settings} | row for row in new])
+        self._write([{"protocol": self.protocol} | row for row in new])
         self._samples |= {(row["id"], row["repeat"]): row for row in new}
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
@@ -110,8 +110,11 @@ class SampleLog:
 
 
 def check_log(path: Path, *, resume: bool) -> None:
-    """Raise `UserError` if `path` holds samples that a run not resumed would mix with its own, or
-    cannot be written."""
+    """Check that a log can be written to `path`.
+
+    Raises:
+        UserError: `path` cannot be written, or it has samples and `resume` is False.
+    """
     check_writable(path, "samples")
     if not resume and path.exists() and path.stat().st_size:
-        raise UserError(f"samples: {str(path)!r} exists; resume it, or name another folder")
+        raise UserError(f"samples: {str(path)!r} exists; resume it, or use another folder")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oasis_attn.data import Corpus, Windows, as_windows
 from oasis_attn.errors import check_whole
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
 from oasis_attn.measure.joint import Joint
@@ -18,17 +19,16 @@ from oasis_attn.measure.parts import Tap, check_output, find_taps
 from oasis_attn.measure.secondary_sinks import SecondarySinks
 from oasis_attn.measure.sinks import Sinks
 from oasis_attn.measure.statistics import mean_metric
-from oasis_attn.measure.windows import cut_windows
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.modeling.subject import check_lengths, describe_model, eval_mode
 from oasis_attn.ops.token_losses import token_losses
-from oasis_attn.records import DiagnosisRecord, Metric, TextInfo
+from oasis_attn.records import DiagnosisRecord, Metric
 
 
 def diagnose(
     model: PreTrainedModel,
-    texts_or_tokens: str | Iterable[Any],
+    texts_or_tokens: Windows | Corpus | str | Iterable[Any],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     window: int | None = None,
@@ -44,13 +44,15 @@ def diagnose(
     Args:
         model: any decoder family of transformers whose attention goes through its attention
             interface, or ours.  It is run as it stands, in eval mode, and left as it was.
-        texts_or_tokens: a text, an iterable of texts, or rows of token ids ([N, T] or a sequence of
-            [T]), each row a window.
-        tokenizer: reads the texts; its BOS, where it has one, begins every window.
-        window: tokens in a window; 512 for texts, the rows' own length for tokens.
-        windows: how many are read at most, from the start.
+        texts_or_tokens: a corpus, a text, or an iterable of texts, cut by `read_windows`; rows of
+            token ids ([N, T] or a sequence of [T]), each a window; or `Windows`, all of which are
+            read.
+        tokenizer: reads the texts.
+        window: tokens in a window; by default, 512 for texts and the rows' own length for tokens.
+        windows: maximum number of windows; they are spread over a text, and the first of rows.
         batch_size: windows in one forward pass; it changes the speed and not the numbers.
-        data: where the text comes from, for the record: `corpus`, `split`, `sha256`.
+        data: where texts or rows come from, for the record: `corpus`, `split`, `sha256`.  A corpus
+            and `Windows` have their own.
         seed: what the text was drawn with, for the record.
         joint: measure joint.* too, the joint distribution over depth and positions; it computes
             each attention map once more, some queries at a time.
@@ -65,7 +67,7 @@ def diagnose(
         `Depth.tables` and `Joint.tables`.
 
     Raises:
-        UserError: text or tokens that make no window (see `cut_windows`) or a longer one than the
+        UserError: text or tokens that make no window (see `as_windows`) or a longer one than the
             model has positions; a model whose layers, attention, MLPs or norms cannot be found;
             `joint` of a family without adapter; `causal` of a model that does not route over depth,
             or of a source that it has not.
@@ -74,14 +76,15 @@ def diagnose(
     taps, dropped = find_taps(model), causal_sources(model, causal)
     joint_measures = Joint(model) if joint else None
     embedding: Any = model.get_input_embeddings()
-    ids_NT = cut_windows(
+    read = as_windows(
         texts_or_tokens,
         tokenizer=tokenizer,
         window=window,
         windows=windows,
-        vocabulary=embedding.weight.shape[0],
+        vocab_size=embedding.weight.shape[0],
+        source=data,
     )
-    text = TextInfo.of(ids_NT, data or {})
+    ids_NT = read.ids_NT
     check_lengths(model, ids_NT.shape[1:], "window")
     layers = sum(tap.kind == "layer" for tap in taps)
     outliers, depth = Outliers(taps), Depth()
@@ -118,7 +121,7 @@ def diagnose(
 
     return DiagnosisRecord(
         model=describe_model(model),
-        data=text,
+        data=read.info,
         seed=seed,
         metrics=(
             *_perplexity(torch.cat(losses_N)),

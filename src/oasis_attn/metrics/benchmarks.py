@@ -5,7 +5,10 @@ from __future__ import annotations
 from oasis_attn.metrics.definition import Definition
 
 _SPEED = "`benchmarks/run.py`: medians of interleaved rounds on one machine, n rounds"
-_HEALING = "`benchmarks/healing.py`: WikiText-2 test, 16 windows of 512; `where` is the recipe"
+_HEALING = (
+    "`benchmarks/healing.py`: WikiText-2 test, 16 windows of 512, cut as the record's `data` says; "
+    "`where` is the recipe"
+)
 
 BENCHMARKS = (
     Definition(
@@ -115,14 +118,14 @@ BENCHMARKS = (
     ),
     Definition(
         name="perplexity",
-        definition="`perplexity.windowed`",
+        definition="exp of the mean loss of a token",
         unit="1",
         better="lower",
         protocol=_HEALING,
     ),
     Definition(
         name="perplexity, <scheme>",
-        definition="`perplexity.windowed` of the model quantised by <scheme>",
+        definition="exp of the mean loss of a token, of the model quantised by <scheme>",
         unit="1",
         better="lower",
         protocol=_HEALING,

@@ -15,8 +15,9 @@ LANGUAGE = (
         definition="mean over windows of the mean -log p(token | earlier tokens of its window)",
         unit="nats per token",
         better="lower",
-        protocol="disjoint windows, each token but a window's first scored; the record's `data` "
-        "says how text was joined and cut",
+        protocol="disjoint windows, spread evenly over the text; BOS begins each window and EOS "
+        "follows each document; each token but a window's first is scored; the record's `data` has "
+        "the protocol (`choice` is `first` in older records of `train`)",
     ),
     Definition(
         name="perplexity.windowed",
@@ -31,8 +32,9 @@ LANGUAGE = (
         definition="sum of -log p over all scored tokens / their number",
         unit="nats per token",
         better="lower",
-        protocol="`evaluate --tasks perplexity --stride`: overlapping windows; each token is "
-        "scored once, in the window in which it has most tokens before it; n windows",
+        protocol="`evaluate --tasks perplexity --stride`: windows of the same tokens that overlap; "
+        "each token is scored once, in the window in which it has most tokens before it; n "
+        "windows, spread evenly over the text",
     ),
     Definition(
         name="perplexity.strided",

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oasis_attn.data import load_corpus, spread_windows, token_blocks
+from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.errors import UserError, check_choice, check_whole
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.card import write_card
@@ -25,7 +25,7 @@ from oasis_attn.quantization.prefix_search import (
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import perplexity
 from oasis_attn.quantization.simulate import check_unquantized, quantize
-from oasis_attn.records import Metric, PrefixRecord, TextInfo
+from oasis_attn.records import Metric, PrefixRecord
 
 SEARCH_WINDOWS, SEARCH_TOKENS = 4, 48
 
@@ -99,28 +99,24 @@ def prefix_checkpoint(
     loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     check_unquantized(loaded)
     check_lengths(loaded, [window + length], "window with the prefix")
-    seen_NT, held_out_NT = (
-        spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora
+    seen, held_out = (
+        read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
-    search_BT = seen_NT[:SEARCH_WINDOWS, :SEARCH_TOKENS].contiguous()
+    search_BT = seen.ids_NT[:SEARCH_WINDOWS, :SEARCH_TOKENS].contiguous()
     progress("searching for a prefix")
     tokens = find_prefix(loaded, search_BT, method=method, length=length)
     prefix = compute_prefix(loaded, tokens)
     if tune_steps:
         progress("tuning the prefix")
-        prefix = tune_prefix(loaded, prefix, seen_NT.split(1), steps=tune_steps)
+        prefix = tune_prefix(loaded, prefix, seen.ids_NT.split(1), steps=tune_steps)
     prefixed = with_prefix(loaded, prefix)
     metrics: list[Metric] = []
     for where, measured in (("before", loaded), ("after", prefixed)):
         progress(f"measuring {where}")
         noise = float(range_noise(measured, search_BT, [()]))
         metrics.append(Metric(name="prefix.noise", value=noise, where=where, n=len(search_BT)))
-        metrics += _measure(measured, seen_NT, held_out_NT, scheme, where)
+        metrics += _measure(measured, seen.ids_NT, held_out.ids_NT, scheme, where)
 
-    calibration_text, evaluation_text = (
-        TextInfo.of(ids_NT, {"corpus": c.name, "split": c.split, "sha256": c.sha256})
-        for c, ids_NT in zip(corpora, (seen_NT, held_out_NT), strict=True)
-    )
     record = PrefixRecord(
         model=describe_model(loaded),
         tokens=tuple(tokens),
@@ -128,8 +124,8 @@ def prefix_checkpoint(
         method=method,
         tune_steps=tune_steps,
         scheme=scheme.to_dict(),
-        data=evaluation_text,
-        calibration=calibration_text,
+        data=held_out.info,
+        calibration=seen.info,
         metrics=tuple(metrics),
     )
     progress("writing")

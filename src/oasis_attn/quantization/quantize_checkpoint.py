@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oasis_attn.data import load_corpus, spread_windows, token_blocks
+from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.card import write_card
@@ -31,7 +31,7 @@ from oasis_attn.quantization.sensitivity import (
     target_metrics,
 )
 from oasis_attn.quantization.simulate import quantize, scheme_targets
-from oasis_attn.records import Metric, QuantizationRecord, TextInfo
+from oasis_attn.records import Metric, QuantizationRecord
 
 
 def quantize_checkpoint(
@@ -102,11 +102,11 @@ def quantize_checkpoint(
     progress("loading the model")
     loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     check_lengths(loaded, [window], "window")
-    seen_NT, held_out_NT = (
-        spread_windows(token_blocks(c, tokenizer, window), windows) for c in corpora
+    seen, held_out = (
+        read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
     targets = _not_ignored(scheme_targets(loaded, scheme), ignore)
-    batches = list(seen_NT.split(1))
+    batches = list(seen.ids_NT.split(1))
     given = batches if scheme.needs_calibration else None
     progress("quantising")
     quantized = quantize(loaded, scheme, calibration=given, targets=targets, seed=seed)
@@ -115,7 +115,7 @@ def quantize_checkpoint(
     tables: dict[str, Any] = {}
     if sensitivity is not None:
         tables["sensitivity"] = _sensitivity_table(
-            *(loaded, scheme, held_out_NT, given),
+            *(loaded, scheme, held_out.ids_NT, given),
             targets=targets,
             by=sensitivity,
             seed=seed,
@@ -125,7 +125,7 @@ def quantize_checkpoint(
         to_int8(quantized)
     progress("measuring perplexity and speed")
     share = Metric(name="size.quantized_share", value=quantized_share(quantized))
-    metrics = share, *_compare(loaded, quantized, held_out_NT), *metrics
+    metrics = share, *_compare(loaded, quantized, held_out.ids_NT), *metrics
     progress("writing")
     with staged_folder(out) as stage:
         quantized.save_pretrained(stage)
@@ -135,15 +135,11 @@ def quantize_checkpoint(
             "after": sum(path.stat().st_size for path in stage.glob("*.safetensors")),
         }
         metrics = *(Metric(name="size.bytes", value=v, where=k) for k, v in sizes.items()), *metrics
-        calibration_text, evaluation_text = (
-            TextInfo.of(ids_NT, {"corpus": c.name, "split": c.split, "sha256": c.sha256})
-            for c, ids_NT in zip(corpora, (seen_NT, held_out_NT), strict=True)
-        )
         record = quantization_record(
             loaded,
             quantized,
-            data=evaluation_text,
-            calibration=calibration_text,
+            data=held_out.info,
+            calibration=seen.info,
             seed=seed,
             metrics=metrics,
             tables=tables,

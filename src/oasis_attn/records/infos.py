@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from oasis_attn.errors import UserError, check_choice, shown
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +31,18 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TextInfo:
-    """The windows of tokens that were read.
+    """The windows of tokens that were read, and the protocol that they were cut by.
+
+    See `oasis_attn.data.windows` for the protocol.
 
     Attributes:
         corpus, split: names of the source; None if it has none.
         sha256: hash of the text of that split.
         window: tokens in each window.
         windows: how many were read.
-        windowing: how windows follow each other; `disjoint`: no token is in two.
+        stride: tokens from the start of a window to the start of the next; `window` if disjoint.
+        choice: `spread` evenly over the text, the `first` ones, or `given` as rows of tokens.
+        separator: the token after each document; None if there was none.
         bos: the token that begins every window; None if they begin with different tokens.
         tokens_scored: tokens that have a loss.
         tokens_sha256: hash of all token ids.
@@ -56,33 +53,12 @@ class TextInfo:
     sha256: str | None
     window: int
     windows: int
-    windowing: str
+    stride: int
+    choice: str
+    separator: int | None
     bos: int | None
     tokens_scored: int
     tokens_sha256: str
-
-    @classmethod
-    def of(cls, ids_NT: Tensor, source: Mapping[str, str | None]) -> TextInfo:
-        """Describe windows of token ids, int64 [N, T], from `source`: corpus, split, sha256.
-
-        Raises:
-            UserError: another key in `source`, or a value that is no text.
-        """
-        names = ("corpus", "split", "sha256")
-        for name, value in source.items():
-            check_choice("data", name, names)
-            if not isinstance(value, str | None):
-                raise UserError(f"data: {name} {shown(value)} is not a string")
-        first = int(ids_NT[0, 0])
-        return cls(
-            **{name: source.get(name) for name in names},
-            window=ids_NT.shape[1],
-            windows=ids_NT.shape[0],
-            windowing="disjoint",
-            bos=first if bool((ids_NT[:, 0] == first).all()) else None,
-            tokens_scored=ids_NT[:, 1:].numel(),
-            tokens_sha256=hashlib.sha256(ids_NT.contiguous().numpy().tobytes()).hexdigest(),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +80,7 @@ class TrainingData:
         tokenizer_sha256: hash of the tokenizer.
         block_length: tokens in a block.
         train: the blocks that training draws from.
-        eval: the blocks that the final loss was measured on.
+        eval: the windows that the final loss was measured on.
     """
 
     corpus: str
@@ -112,4 +88,4 @@ class TrainingData:
     tokenizer_sha256: str
     block_length: int
     train: BlocksInfo
-    eval: BlocksInfo
+    eval: TextInfo

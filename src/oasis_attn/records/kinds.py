@@ -38,6 +38,7 @@ class DiagnosisRecord(ModelRecord):
     """What `diagnose` measured on the windows `data`."""
 
     kind = "diagnosis"
+    version = 2
 
     data: TextInfo
 
@@ -55,6 +56,7 @@ class TrainingRecord(ModelRecord):
     """
 
     kind = "training"
+    version = 2
 
     trained_parameters: int
     weights_sha256: str | None
@@ -89,6 +91,7 @@ class QuantizationRecord(_BeforeAfter):
     """
 
     kind = "quantization"
+    version = 2
 
     scheme: dict[str, Any]
     arithmetic: str
@@ -115,6 +118,7 @@ class PrefixRecord(_BeforeAfter):
     """
 
     kind = "prefix"
+    version = 2
 
     tokens: tuple[int, ...]
     text: str
@@ -161,6 +165,7 @@ class TrialRecord(ModelRecord):
     """
 
     kind = "trial"
+    version = 2
 
     trial: dict[str, Any]
     command: str

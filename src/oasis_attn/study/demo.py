@@ -15,17 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
+from oasis_attn.data import HeldOut, held_out_windows, load_corpus
 from oasis_attn.errors import check_whole
 from oasis_attn.files import staged_folder
 from oasis_attn.measure import diagnose
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.quantization import quantize
 from oasis_attn.quantization.record import quantization_record
-from oasis_attn.records import TextInfo
 from oasis_attn.report import Table, comparison
 from oasis_attn.report.figures import overview, save_figures, save_png
 from oasis_attn.study.demo_page import ModelResults, write_demo_page
-from oasis_attn.study.text import HeldOut
 from oasis_attn.training import TrainingConfig, train
 
 VARIANTS = ("vanilla", "attn_residual", "oasis")
@@ -126,7 +125,9 @@ def run_demo(
         ]
         with stages.working(f"{name}: loading (a GGUF file is converted the first time)"):
             model, tokenizer = load_model(pretrained)
-            text = HeldOut(prose, "train", tokenizer=tokenizer, length=window, windows=windows)
+            text = held_out_windows(
+                load_corpus(prose, "train"), tokenizer, window=window, windows=windows
+            )
         models[name] = _measure(name, None, model, text, stages)
         del model
 
@@ -136,8 +137,8 @@ def run_demo(
             model, tokenizer = load_model(training.out)
             # The same number of tokens as for the pretrained model.
             reach = max(1, windows * window // block_length)
-            text = HeldOut(
-                corpus, "validation", tokenizer=tokenizer, length=block_length, windows=reach
+            text = held_out_windows(
+                load_corpus(corpus, "validation"), tokenizer, window=block_length, windows=reach
             )
             title = f"{size} {training.variant}"
             measured = _measure(title, training.variant, model, text, stages)
@@ -177,17 +178,16 @@ def _measure(
     name: str, variant: str | None, model: PreTrainedModel, text: HeldOut, stages: _Stages
 ) -> ModelResults:
     """Diagnose the model and its quantised copy; records call the model `name`."""
-    measured_NT, calibration_NT = text.measured_NT, text.calibration_NT
-    with stages.working(f"{variant or name}: diagnosing on {len(measured_NT)} windows of text"):
-        before = diagnose(model, measured_NT, windows=len(measured_NT), data=text.data)
+    with stages.working(f"{variant or name}: diagnosing on {len(text.measured)} windows of text"):
+        before = diagnose(model, text.measured)
     with stages.working(f"{variant or name}: quantising to {SCHEME} and measuring again"):
-        quantized = quantize(model, SCHEME, calibration=calibration_NT.split(1))
-        after = diagnose(quantized, measured_NT, windows=len(measured_NT), data=text.data)
+        quantized = quantize(model, SCHEME, calibration=text.calibration.ids_NT.split(1))
+        after = diagnose(quantized, text.measured)
     quantization = quantization_record(
         model,
         quantized,
         data=before.data,
-        calibration=TextInfo.of(calibration_NT, text.data),
+        calibration=text.calibration.info,
         metrics=tuple(
             replace(metric, where=where)
             for where, record in (("before", before), ("after", after))

@@ -181,7 +181,7 @@ def _metrics() -> list[Block]:
     return [
         paragraph(
             "`loss.windowed` and `perplexity.windowed`: the mean loss of the next token over "
-            "disjoint windows, in nats, and its exponential."
+            "disjoint windows spread over the text, in nats, and its exponential."
         ),
         paragraph(
             "`outlier.max_inf_norm`: the largest absolute value of a tensor, averaged over "

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oasis_attn.data import HeldOut, held_out_windows, load_corpus
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation import evaluate
 from oasis_attn.files import lock, write_bytes
@@ -21,9 +22,8 @@ from oasis_attn.measure import diagnose
 from oasis_attn.modeling.loading import load_model
 from oasis_attn.modeling.subject import describe_model
 from oasis_attn.quantization import quantize, quantized_modules, schemes
-from oasis_attn.records import Metric, TextInfo, TrainingRecord, TrialRecord
+from oasis_attn.records import Metric, TrainingRecord, TrialRecord
 from oasis_attn.study.plan import Trial
-from oasis_attn.study.text import HeldOut
 from oasis_attn.training import train
 
 TOLERANCE = 1e-6
@@ -53,11 +53,9 @@ def measure(state: TrialState) -> None:
     """Measure the unquantised model: outlier.*, sink.*, depth.* and joint.*."""
     record = diagnose(
         state.model,
-        state.text.measured_NT,
-        windows=len(state.text.measured_NT),
+        state.text.measured,
         joint=True,
         causal=state.model.config.residual == "depth",  # measures the loss without each source
-        data=state.text.data,
     )
     state.metrics += record.metrics
     state.tables |= record.tables
@@ -71,13 +69,10 @@ def evaluate_tasks(state: TrialState) -> None:
 def quantize_and_measure(state: TrialState) -> None:
     """Measure perplexity and tasks with each quantisation scheme, as `NAME@SCHEME`."""
     for scheme in state.trial.schemes:
-        batches = (
-            state.text.calibration_NT.split(1) if schemes()[scheme].needs_calibration else None
-        )
+        needed = schemes()[scheme].needs_calibration
+        batches = state.text.calibration.ids_NT.split(1) if needed else None
         quantized_model = quantize(state.model, scheme, calibration=batches)
-        record = diagnose(
-            quantized_model, state.text.measured_NT, windows=len(state.text.measured_NT)
-        )
+        record = diagnose(quantized_model, state.text.measured)
         kept = [record.metric(name) for name in ("perplexity.windowed", "loss.windowed")]
         kept += _tasks(state.trial, quantized_model, state.tokenizer)
         state.metrics += [replace(metric, name=f"{metric.name}@{scheme}") for metric in kept]
@@ -140,11 +135,10 @@ def _train(trial: Trial, work: Path) -> TrialState:
     _restore_random_state(random_state)
     if torch.cuda.is_available():
         nn.Module.to(model, "cuda")
-    text = HeldOut(
-        trial.corpus,
-        config.eval_split,
-        tokenizer=tokenizer,
-        length=config.block_length,
+    text = held_out_windows(
+        load_corpus(trial.corpus, config.eval_split),
+        tokenizer,
+        window=config.block_length,
         windows=trial.windows,
     )
     return TrialState(trial=trial, trained=trained, model=model, tokenizer=tokenizer, text=text)
@@ -186,8 +180,8 @@ def _record(state: TrialState, command: str) -> TrialRecord:
         tokenizer_sha256=trained.data.tokenizer_sha256,
         train=trained.data.train,
         train_corpus_sha256=trained.data.corpus_sha256,
-        data=TextInfo.of(state.text.measured_NT, state.text.data),
-        calibration_windows=len(state.text.calibration_NT),
+        data=state.text.measured.info,
+        calibration_windows=len(state.text.calibration),
         seed=trial.seed,
         metrics=(trained.metric("training.loss"), *state.metrics),
         tables={"loss": trained.tables["loss"]} | state.tables,

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from oasis_attn.data import (
     Corpus,
     TokenBlocks,
+    Windows,
     corpus_tokenizer,
     load_corpus,
+    read_windows,
     token_blocks,
     tokenizer_sha256,
 )
@@ -54,9 +56,8 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     callbacks: list[TrainerCallback]
     corpus: Corpus
-    held_out: Corpus
     blocks: TokenBlocks
-    windows: TokenBlocks
+    windows: Windows
     identity: dict[str, Any]
 
 
@@ -93,9 +94,16 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
                 f"learning_rates: no parameter of {group!r} learns here; of {', '.join(groups)} do"
             )
 
-    blocks, windows = (
-        token_blocks(part, tokenizer, config.block_length, vocab_size=model.config.vocab_size)
-        for part in (corpus, held_out)
+    if tokenizer.eos_token_id is None:
+        raise UserError("tokenizer: it has no end-of-text token, which separates documents")
+    vocab_size = model.config.vocab_size
+    blocks = token_blocks(corpus, tokenizer, config.block_length, vocab_size=vocab_size)
+    windows = read_windows(
+        held_out,
+        tokenizer,
+        window=config.block_length,
+        windows=config.eval_windows,
+        vocab_size=vocab_size,
     )
     sequences = config.batch_size * config.gradient_accumulation * processes
     if len(blocks) < sequences:
@@ -111,7 +119,6 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         tokenizer=tokenizer,
         callbacks=callbacks,
         corpus=corpus,
-        held_out=held_out,
         blocks=blocks,
         windows=windows,
         identity=identity,

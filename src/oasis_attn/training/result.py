@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.data import TokenBlocks, collate
+from oasis_attn.data import Windows, collate
 from oasis_attn.modeling.subject import describe_model
 from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord
 from oasis_attn.training.checkpoints import STAGING
@@ -56,7 +56,7 @@ def training_record(
         if "loss" in row
     ]
     blocks, windows = prepared.blocks, prepared.windows
-    losses = _window_losses(model, windows, config.eval_windows)
+    losses = _window_losses(model, windows)
     count, loss = len(losses), statistics.fmean(losses)
     error = statistics.stdev(losses) / math.sqrt(count) if count > 1 else None
     perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
@@ -77,7 +77,7 @@ def training_record(
             tokenizer_sha256=identity["tokenizer_sha256"],
             block_length=config.block_length,
             train=BlocksInfo(split="train", blocks=len(blocks), sha256=blocks.sha256),
-            eval=BlocksInfo(split=config.eval_split, blocks=count, sha256=windows.sha256),
+            eval=windows.info,
         ),
         seed=config.seed,
         metrics=(
@@ -90,12 +90,12 @@ def training_record(
     )
 
 
-def _window_losses(model: PreTrainedModel, windows: TokenBlocks, most: int) -> list[float]:
-    """Mean next-token loss of each of the first windows, in float32, one window at a time."""
+def _window_losses(model: PreTrainedModel, windows: Windows) -> list[float]:
+    """Mean next-token loss of each window, in float32, one window at a time."""
     model.eval()
     losses = []
     with torch.inference_mode():
-        for index in range(min(most, len(windows))):
-            batch = {name: x.to(model.device) for name, x in collate([windows[index]]).items()}
+        for ids_T in windows.ids_NT:
+            batch = {name: x.to(model.device) for name, x in collate([ids_T]).items()}
             losses.append(model(**batch).loss.item())
     return losses
