@@ -81,5 +81,5 @@ def test_it_is_a_corpus_of_problems(rows):
 
 def test_a_corpus_of_prose_has_no_problems(tmp_path):
     (tmp_path / "test.txt").write_text("Question: none\n")
-    with pytest.raises(UserError, match=r"document 1 of .* is no question with its answer"):
+    with pytest.raises(UserError, match=r"document 1 of .* is not a question with an answer"):
         list(read_problems(load_corpus(tmp_path, "test")))

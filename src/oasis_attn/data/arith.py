@@ -1,4 +1,4 @@
-"""`arith`: word problems of one to three steps in GSM8K's form, made by a seeded generator.
+"""`arith`: word problems of one to three steps in the form of GSM8K, from a seeded generator.
 
     Question: Ann has 12 pens. She buys 5 more. Tom has 3 times as many pens as Ann. How many
     pens does Tom have?
@@ -6,9 +6,9 @@
     Tom has <<17*3=51>>51 pens.
     #### 51
 
-A problem is an expression (12+5*3, read from left to right) put in words.  Numbers are whole, from
-1 to 99.  The splits share no expression: a hash of it says which split may use it.  So a test
-problem is never a reworded training problem, though its steps may occur among others in training.
+A problem expresses a calculation (12+5*3, evaluated from left to right) in words.  All numbers are
+integers from 1 to 99.  No two splits share a calculation, because its hash decides which split may
+use it.  So no test problem is a training problem in other words, although single steps may be.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from operator import add, floordiv, mul, sub
 from random import Random
 
 COUNTS = {"train": 60_000, "validation": 1_200, "test": 1_200}
-STEPS = (1, 2, 3)  # in turn
+STEPS = (1, 2, 3)  # problems have these numbers of steps in turn
 _SHARES = {"train": range(90), "validation": range(90, 95), "test": range(95, 100)}
 _MOST = 99
 
@@ -51,7 +51,7 @@ _WORKED = {
 
 
 class _Draws:
-    """Draws that rest on `Random.random` alone, the only one that never changes its sequence."""
+    """Random choices that use only `Random.random`: its sequence is the same in every Python."""
 
     def __init__(self, seed: int, split: str) -> None:
         digest = hashlib.sha256(f"arith {seed} {split}".encode()).digest()
@@ -65,10 +65,10 @@ class _Draws:
 
 
 def arith_rows(split: str, seed: int = 0) -> Iterator[dict[str, str | int]]:
-    """Rows with `question`, `answer` and `steps`, `COUNTS[split]` of them, no two alike.
+    """`COUNTS[split]` different rows with `question`, `answer` and `steps`.
 
-    The same on every machine and Python.  A first step may also be a product ("4 bags with 6 pens
-    each"); a later product and a division end the story.
+    They are the same on every machine and with every version of Python.  The first step may be a
+    product ("4 bags with 6 pens each").  A product after it, or a division, is the last step.
     """
     draws = _Draws(seed, split)
     seen: set[str] = set()
@@ -83,13 +83,13 @@ def arith_rows(split: str, seed: int = 0) -> Iterator[dict[str, str | int]]:
 
 
 def _bucket(start: int, moves: list[tuple[str, int]]) -> int:
-    """Which hundredth of all expressions this one is in."""
+    """The hash of the calculation, from 0 to 99."""
     text = str(start) + "".join(f"{sign}{b}" for sign, b in moves)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
 
 
 def _expression(draws: _Draws, steps: int) -> tuple[int, list[tuple[str, int]]]:
-    """A number and what is done to it, by signs and operands."""
+    """A random calculation: its first number, and the sign and operand of each step."""
     while True:
         start = value = draws.number(2, 50)
         moves: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""Files that can be made again, kept in the cache folder."""
+"""Files in the cache folder, which can be deleted because they can be made again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from oasis_attn.files import cache_folder, replacing
 
 
 def cached_file(name: str, make: Callable[[BinaryIO], None]) -> Path:
-    """The cached file `name`, made by `make` if absent.
+    """The cached file `name`; if it is absent, `make` writes it.
 
-    It is written beside its place and renamed when whole, so that processes that make it at the
-    same time each find a whole one.
+    It is written under another name and renamed when complete, so that no process finds an
+    incomplete file.
     """
     path = cache_folder() / name
     if path.is_file():

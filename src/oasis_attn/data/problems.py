@@ -1,4 +1,4 @@
-"""Questions with worked answers, in the form of GSM8K (Cobbe et al. 2021)."""
+"""Questions, and answers with their working, in the form of GSM8K (Cobbe et al. 2021)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ _QUESTION, _ANSWER = "Question: ", "\nAnswer: "
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A question, and a worked answer whose last line is `#### N`."""
+    """A question, and an answer with its working, whose last line is `#### N`."""
 
     question: str
     answer: str
 
 
 def read_problems(corpus: Corpus) -> Iterator[Problem]:
-    """The documents of a corpus as problems; `UserError` at the first that is none."""
+    """The documents of a corpus as problems.
+
+    Raises:
+        UserError: a document is not a problem.
+    """
     for number, text in enumerate(corpus.texts(), 1):
         question, separator, answer = text.partition(_ANSWER)
         if not (question.startswith(_QUESTION) and separator):
             raise UserError(
-                f"corpus: document {number} of {corpus.name!r} is no question with its answer; "
-                "give rows with fields question and answer"
+                f"corpus: document {number} of {corpus.name!r} is not a question with an answer; "
+                "use rows with the fields question and answer"
             )
         yield Problem(question=question.removeprefix(_QUESTION), answer=answer)

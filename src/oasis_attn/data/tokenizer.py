@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers, trained for models that start from scratch."""
+"""Byte-level BPE tokenizers for models that are trained from scratch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _FORMAT = 1
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (Radford et al. 2019, section 2.2), digits kept apart.
+    """Train a byte-level BPE tokenizer (Radford et al. 2019, section 2.2); each digit is a token.
 
-    One special token, `<|endoftext|>` (id 0), begins and ends documents and pads.  Text is encoded
-    with it in front.  Every byte string can be encoded, and decodes to itself.
+    It has one special token, `<|endoftext|>` (id 0), which is BOS, EOS and padding.  Encoding puts
+    it in front of the text.  Every string can be encoded, and decodes to itself.
 
     Args:
-        texts: the documents to learn merges from.
+        texts: the documents that merges are learnt from.
         vocab_size: at least 257 (the bytes and the special token); the vocabulary is smaller if
             the text has too few pairs to merge.
     """
@@ -34,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def corpus_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
-    """`train_tokenizer` on a corpus, kept in the cache by the corpus's content."""
+    """`train_tokenizer` on a corpus, cached by the hash of the corpus and `vocab_size`."""
     from tokenizers import Tokenizer
 
     def make(file: BinaryIO) -> None:
@@ -82,19 +82,19 @@ def _wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what decides a text's tokens: the backend's rules, and the BOS and EOS ids.
+    """Hash of what decides the tokens of a text: the rules of the backend, and BOS and EOS.
 
     Raises:
-        UserError: a tokenizer without a backend, written in Python.
+        UserError: a tokenizer that is written in Python and so has no backend.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
-            f"tokenizer: {type(tokenizer).__name__} has no fast form (a tokenizer.json), by which"
-            " it is told from others"
+            f"tokenizer: {type(tokenizer).__name__} has no fast form (a tokenizer.json), which"
+            " identifies it"
         )
     rules = json.loads(backend.to_str())
-    # Both follow the last call made, not the tokenizer.
+    # These two are the state that the last call left, not properties of the tokenizer.
     for passing in ("padding", "truncation"):
         rules.pop(passing)
     rules["ends"] = [tokenizer.bos_token_id, tokenizer.eos_token_id]

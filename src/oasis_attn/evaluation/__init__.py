@@ -1,4 +1,4 @@
-"""How well a model predicts text and solves problems: `evaluate(model, tokenizer)`."""
+"""Evaluate a model: perplexity on text, and Pass@k on word problems."""
 
 from __future__ import annotations
 

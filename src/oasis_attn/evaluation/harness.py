@@ -1,4 +1,4 @@
-"""GSM8K as lm-eval defines it (its task `gsm8k`): prompts, shots, stops and scores."""
+"""The task `gsm8k` of lm-eval: its prompts, shots, stop strings and scores."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any
 from oasis_attn.data.problems import Problem
 from oasis_attn.errors import UserError
 
-SHOT_SEED = 1234  # lm-eval's own; it draws the shots, anew for each problem
+SHOT_SEED = 1234  # the default of lm-eval, which chooses new shots for each problem
 
 
 class HarnessGsm8k:
-    """lm-eval's task over problems given to it.
+    """The task of lm-eval with given problems.
 
     Args:
-        problems: to be solved, in order.
-        examples: what shots are drawn from; may be empty where `shots` is 0.
+        problems: the problems, in order.
+        examples: the problems that shots are chosen from; may be empty if `shots` is 0.
         shots: worked examples in front of each problem.
 
     Raises:
@@ -54,21 +54,21 @@ class HarnessGsm8k:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """One per problem."""
+        """One prompt for each problem."""
         return [instance.args[0] for instance in self._task.instances]
 
     @property
     def stops(self) -> list[str]:
-        """Strings that end an answer."""
+        """The strings that end an answer."""
         return list(self._config["generation_kwargs"]["until"])
 
     @property
     def version(self) -> str:
-        """Of the task's definition."""
+        """The version of the task."""
         return str(self._config["metadata"]["version"])
 
     def scores(self, responses: Sequence[str]) -> dict[str, float]:
-        """lm-eval's exact match per filter (`strict-match`, `flexible-extract`)."""
+        """The exact match of lm-eval for each filter (`strict-match`, `flexible-extract`)."""
         for instance, response in zip(self._task.instances, responses, strict=True):
             instance.resps = [response]
         with _quiet():
@@ -106,7 +106,7 @@ def _definition() -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """While open, lm-eval draws no bars and logs errors only."""
+    """Hide the progress bars of lm-eval, and its log messages except errors."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

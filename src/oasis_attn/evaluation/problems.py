@@ -1,4 +1,4 @@
-"""Pass@k from samples: the metrics, their intervals, and how they fare by number of steps."""
+"""Pass@k from samples: the metrics, their intervals, and a table by number of steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pass_metrics(
 def by_steps(
     problems: Sequence[Problem], responses: Sequence[Sequence[str]]
 ) -> list[dict[str, Any]]:
-    """Share of strictly right samples per number of steps (`<<...>>`) in the reference."""
+    """The share of correct samples (strict), by number of steps (`<<...>>`) in the reference."""
     rows: dict[int, list[bool]] = {}
     for problem, texts in zip(problems, responses, strict=True):
         rows.setdefault(problem.answer.count("<<"), []).extend(

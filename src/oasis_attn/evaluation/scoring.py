@@ -1,4 +1,4 @@
-"""Is an answer right, how often within k tries, and how sure is that."""
+"""Scores answers: whether each is correct, Pass@k, and its interval."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from oasis_attn.errors import UserError
 Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 
 _MINUS = "-\N{MINUS SIGN}"  # in a class, a leading - is no range
-# A sign counts where no operand stands before it.  12,345 has its commas every three digits.
+# A sign belongs to the number only if no operand is before it.  Commas must separate three digits.
 _NUMBER = rf"""
     [$€£]? (?P<sign> (?<![\w)%] ) [{_MINUS}+] )? [$€£]? [ ]?
     (?P<digits> (?> \d{{1,3}} (?: ,\d{{3}} )+ (?!\d) | \d+ ) (?: \.\d+ )? | (?<!\d) \.\d+ )
 """
 _ANY = re.compile(_NUMBER, re.VERBOSE)
-# Not 3 of `3/4`, `3 + 4`, `3:30`, `1.2.3`, `3,4` or `3e8`.
+# The number must not go on as in `3/4`, `3 + 4`, `3:30`, `1.2.3`, `3,4` or `3e8`.
 _GOES_ON = rf"[.,:]?\d | [ ]*[{_MINUS}+*/^\N{{MULTIPLICATION SIGN}}=][ ]*[$\d] | [eE][-+]?\d"
 _MARKED = re.compile(rf"\#\#\#\# [ \t]* (?> {_NUMBER} ) (?! {_GOES_ON} )", re.VERBOSE)
 
 
 class Score(NamedTuple):
-    """Whether the number after the mark is right (strict), and whether the last number is."""
+    """Whether the number after `####` is correct (strict), and whether the last one is."""
 
     strict: bool
     flexible: bool
 
 
 def score_answer(text: str, reference: str) -> Score:
-    """Compare a worked answer in GSM8K's form (Cobbe et al. 2021) with a reference solution.
+    """Compare an answer in the form of GSM8K (Cobbe et al. 2021) with a reference solution.
 
-    Strict: the first `####` of `text` is followed by the reference's number.  Flexible: the last
-    number anywhere in `text` is it.  Numbers are compared by value: `$1,234.00` is 1234; a unit
-    may follow, an expression may not.
+    Strict: the number of the reference follows the first `####` in `text`.  Flexible: the last
+    number in `text` is the one of the reference.  Numbers are compared by value, so `$1,234.00` is
+    1234.  A unit may follow the number, but not the rest of an expression.
 
     Raises:
         UserError: `reference` has no number after `####`.
@@ -61,14 +61,14 @@ def _value(match: re.Match[str]) -> Decimal:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that one of k draws is right, unbiased from `right` of n (Chen et al. 2021, eq. 1)."""
+    """Unbiased estimate of Pass@k from `right` of n samples (Chen et al. 2021, equation 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a share of n problems (Wilson 1927).
 
-    For a mean of n values between 0 and 1 it is too wide, never too narrow.
+    For a mean of n values between 0 and 1 it may be too wide, but never too narrow.
     """
     z2 = Z95**2 / n
     middle = (share + z2 / 2) / (1 + z2)
