@@ -99,7 +99,7 @@ def train(
         str, Option(help="Split of the corpus for the final loss.")
     ] = "validation",
     eval_windows: Annotated[
-        int, Option(help="Maximum number of sequences for the final loss.")
+        int, Option(help="Maximum number of windows for the final loss, spread over the split.")
     ] = 64,
     resume: Annotated[
         bool, Option("--resume", help="Resume from the last checkpoint in --out.")

@@ -112,19 +112,19 @@ def _story(draws: _Draws, start: int, moves: list[tuple[str, int]]) -> tuple[str
     other = draws.one_of([person for person in _PEOPLE if person != name])
     words = {"name": name, "other": other, "she": _PEOPLE[name], "things": draws.one_of(_THINGS)}
     bags = moves[0][0] == "*" and (len(moves) > 1 or draws.number(0, 1) == 1)
-    told = [f"{name} has {start} {words['things']}."]
+    sentences = [f"{name} has {start} {words['things']}."]
     worked = []
     value = start
     for step, (sign, b) in enumerate(moves):
         if bags and step == 0:
-            told = [f"{name} has {start} bags with {b} {words['things']} each."]
+            sentences = [f"{name} has {start} bags with {b} {words['things']} each."]
             line = _WORKED["+"]
         else:
-            told.append(draws.one_of(_EVENTS[sign]).format(b=b, **words))
+            sentences.append(draws.one_of(_EVENTS[sign]).format(b=b, **words))
             line = _WORKED[sign]
         after = _APPLY[sign](value, b)
         worked.append(line.format(sum=f"<<{value}{sign}{b}={after}>>{after}", **words))
         value = after
     asked = _NOW if bags and len(moves) == 1 else _ASKED[moves[-1][0]]
-    question = " ".join([*told, asked.format(**words)])
+    question = " ".join([*sentences, asked.format(**words)])
     return question, "\n".join([*worked, f"#### {value}"])

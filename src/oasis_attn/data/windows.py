@@ -22,17 +22,19 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from oasis_attn.data.blocks import Packing, pack_texts, token_blocks
 from oasis_attn.data.corpora import Corpus
 from oasis_attn.errors import UserError, check_choice, check_whole, shown
 from oasis_attn.records import TextInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WINDOW, WINDOWS = 512, 16
 """Default number of tokens in a window, and of windows."""

@@ -60,7 +60,7 @@ class TrainingConfig:
         save_every: steps between checkpoints, a multiple of `log_every`.
         log_every: steps that one row of the loss table is the mean of.
         eval_split: split of the corpus that the final loss is measured on.
-        eval_windows: at most this many blocks of it.
+        eval_windows: maximum number of windows, which are spread over that split.
         resume: go on from the last whole checkpoint in `out`; a finished run is left as it is.
 
     Raises:
