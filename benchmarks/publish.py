@@ -25,7 +25,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
 from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.model import OasisForCausalLM
-from oasis_attn.modeling.sizes import text_config
+from oasis_attn.modeling.model_sizes import text_config
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table

@@ -43,11 +43,11 @@ def test_a_file_can_be_written_or_not(tmp_path):
     check_writable(tmp_path / "a" / "b.json")
     with pytest.raises(UserError, match=r"record: .* is a folder"):
         check_writable(tmp_path, "record")
-    with pytest.raises(UserError, match=r"cannot be written, .*file' is a file"):
+    with pytest.raises(UserError, match=r"cannot be written: .*file' is a file"):
         check_writable(tmp_path / "file" / "a" / "b.json")
     os.mkfifo(tmp_path / "pipe")
     for special in ("/dev/null", tmp_path / "pipe"):
-        with pytest.raises(UserError, match="is no regular file"):
+        with pytest.raises(UserError, match="is not a regular file"):
             check_writable(special)
     for check in (check_writable, check_free):
         with pytest.raises(UserError, match=r"out: '/proc/x/y' cannot be written: .* in '/proc'"):
@@ -123,7 +123,7 @@ def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
         process.start()
         assert ours.recv() == "held"
         assert is_locked(path)
-        busy = pytest.raises(UserError, match=r"^out: another process is at work on it$")
+        busy = pytest.raises(UserError, match=r"^out: another process is using it$")
         with busy, lock(path, "out"):
             raise AssertionError
         if end == "leave":

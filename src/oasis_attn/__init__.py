@@ -1,4 +1,6 @@
-"""OASIS: attention with a null option, and depth routing that listens to it (arXiv 2605.17887).
+"""OASIS: attention with a null option, and depth routing that uses its probability.
+
+The method is described in arXiv 2605.17887.
 
 Public names are imported on first use, so that `import oasis_attn` stays cheap.
 """
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from oasis_attn._registration import register
 
-if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
+if TYPE_CHECKING:  # the names that `__getattr__` imports, for type checkers
     from oasis_attn import ops
     from oasis_attn.errors import UserError
     from oasis_attn.evaluation import evaluate
@@ -58,7 +60,7 @@ __all__ = [
     "variants",
 ]
 
-if not TYPE_CHECKING:  # to type checkers it would say that every name exists
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str):
         if name == "ops":

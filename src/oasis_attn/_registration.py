@@ -1,7 +1,7 @@
-"""Teach transformers' registries about us when they are first imported, and not before.
+"""Register the OASIS classes with transformers when transformers is imported, not earlier.
 
-`import oasis_attn` stays cheap, and yet `AutoModelForCausalLM` knows our checkpoints, quantised
-ones among them, whichever of the two libraries was imported first.
+So `import oasis_attn` stays fast, and `AutoModelForCausalLM` can load OASIS checkpoints, including
+quantised ones, in whichever order the two libraries are imported.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-_REGISTERS = {
+_MODULES_AFTER = {
     "transformers.models.auto.configuration_auto": ("oasis_attn.modeling.configuration",),
     "transformers.models.auto.modeling_auto": (
         "oasis_attn.modeling.model",
-        "transformers.modeling_layers",  # which may be what imports this, and be half there
+        "transformers.modeling_layers",  # it may be importing this module, and be incomplete
     ),
     "transformers.modeling_layers": ("oasis_attn.modeling.task_heads",),
     "transformers.quantizers.auto": ("oasis_attn.quantization.hf_quantizer",),
@@ -25,13 +25,13 @@ _REGISTERS = {
 
 
 class _Registrar(MetaPathFinder, Loader):
-    """Finds one module by the usual means, and imports ours once it has been executed."""
+    """Import hook for one module of transformers: imports our modules after it is executed."""
 
-    def __init__(self, theirs: str, ours: tuple[str, ...]):
-        self.theirs, self.ours = theirs, ours
+    def __init__(self, trigger: str, modules: tuple[str, ...]):
+        self.trigger, self.modules = trigger, modules
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:  # noqa: ARG002
-        if fullname != self.theirs:
+        if fullname != self.trigger:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
@@ -44,16 +44,16 @@ class _Registrar(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _import(self.ours)
+        _import(self.modules)
 
 
 def register() -> None:
-    """Register now what transformers has already imported, and the rest when it is."""
-    for theirs, ours in _REGISTERS.items():
-        if theirs in sys.modules:
-            _import(ours)
+    """Register the OASIS classes, or install hooks that register them at the right import."""
+    for trigger, modules in _MODULES_AFTER.items():
+        if trigger in sys.modules:
+            _import(modules)
         else:
-            sys.meta_path.insert(0, _Registrar(theirs, ours))
+            sys.meta_path.insert(0, _Registrar(trigger, modules))
 
 
 def _import(modules: tuple[str, ...]) -> None:

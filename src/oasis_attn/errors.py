@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend, and the checks that raise it."""
+"""`UserError`, the error for invalid input, and the checks that raise it."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from itertools import islice
 from typing import Any
 
 MOST = 2**31 - 1
-"""The largest count (steps, tokens, windows) that is accepted."""
-_SHOWN = 40  # choices in a message
-_SUGGESTED = 3  # of them, as "did you mean"
-_LETTERS = 160  # of a value in a message
+"""The largest allowed count (steps, tokens, windows)."""
+_SHOWN = 40  # maximum number of choices in a message
+_SUGGESTED = 3  # maximum number of suggestions after "did you mean"
+_LETTERS = 160  # maximum length of a value in a message
 
 
 class UserError(ValueError):
-    """Bad input: the message names the argument, its value and what is allowed.
+    """Invalid input: the message names the argument, its value and the allowed values.
 
-    The command line prints it as one line and exits with code 2; every other exception is a bug of
-    ours and keeps its traceback.
+    The command line prints it as one line and exits with code 2.  Every other exception is a bug in
+    this library and keeps its traceback.
     """
 
 
 def shown(value: object) -> str:
-    """`repr(value)`, cut in the middle where it is long."""
+    """`repr(value)`, shortened in the middle if it is long."""
     text = repr(value)
     half = _LETTERS // 2
     return text if len(text) <= _LETTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def one_line(error: Exception) -> str:
-    """What a foreign exception says, in one line, without a C++ stack trace."""
-    said = str(error).partition("Exception raised from ")[0]
-    return " ".join(said.split()) or type(error).__name__
+    """The message of another library's exception in one line, without a C++ stack trace."""
+    message = str(error).partition("Exception raised from ")[0]
+    return " ".join(message.split()) or type(error).__name__
 
 
 def check_choice(argument: str, value: object, allowed: Collection[str]) -> None:
-    """Raise `UserError` unless `value` is one of `allowed`, with the nearest matches.
+    """Raise `UserError` unless `value` is in `allowed`; the message names the nearest matches.
 
     These are the names that begin with `value`, or else the most similar name.
     """
@@ -49,7 +49,7 @@ def check_choice(argument: str, value: object, allowed: Collection[str]) -> None
     near = near or difflib.get_close_matches(text, allowed, n=1, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     names = ", ".join(str(each) for each in islice(allowed, _SHOWN))
-    more = f", ... ({len(allowed)} in all)" if len(allowed) > _SHOWN else ""
+    more = f", ... ({len(allowed)} in total)" if len(allowed) > _SHOWN else ""
     raise UserError(f"{argument}: {shown(value)} is not one of {names}{more}{hint}")
 
 
@@ -71,7 +71,7 @@ def check_whole(argument: str, value: object, lowest: int, highest: int = MOST) 
 
 
 def check_seed(argument: str, value: object) -> None:
-    """Raise `UserError` unless `value` can seed every generator that training uses."""
+    """Raise `UserError` unless `value` is a valid random seed (an int from 0 to 2^32 - 1)."""
     check_whole(argument, value, 0, 2**32 - 1)
 
 
@@ -82,7 +82,7 @@ def check_flag(argument: str, value: object) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, with a ValueError for text that is nested too deeply as well."""
+    """`json.loads` that raises ValueError also for text that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:

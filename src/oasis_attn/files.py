@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one, the new one, or none: never half of one."""
+"""Atomic writes: a reader sees the old file, the new file or no file, never a partial file."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ _REFUSALS = {
 
 
 def cache_folder() -> Path:
-    """For files that can be made again: `$OASIS_CACHE`, default `~/.cache/oasis-attn`."""
+    """The folder for files that can be regenerated: `$OASIS_CACHE`, or `~/.cache/oasis-attn`."""
     return Path(os.environ.get("OASIS_CACHE") or "~/.cache/oasis-attn").expanduser()
 
 
 def refusal(error: BaseException) -> str | None:
-    """Why the system refused to write (disk full, no permission); None for any other error."""
+    """Why the system could not write (disk full, no permission); None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None:
-        # safetensors and tokenizers, written in Rust, give the number in their message only.
+        # safetensors and tokenizers (in Rust) have the number only in their message.
         found = re.search(r"\(os error (\d+)\)", str(error))
         number = int(found[1]) if found else None
     if number in _REFUSALS:
         return os.strerror(number)
-    # PyTorch's writer keeps no reason.
+    # The message of PyTorch's writer has no reason.
     broken = isinstance(error, RuntimeError) and "inline_container.cc" in str(error)
     return "PyTorch could not write the whole file; the disk may be full" if broken else None
 
 
 @contextmanager
 def writing(path: str | Path, argument: str = "out") -> Iterator[None]:
-    """Raise `UserError` that names `path` and the reason where the system refuses to write."""
+    """Context in which a failure of the system to write raises `UserError` with path and reason."""
     try:
         yield
     except Exception as error:
@@ -60,31 +60,32 @@ def writing(path: str | Path, argument: str = "out") -> Iterator[None]:
 
 @contextmanager
 def lock(path: str | Path, what: str, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold the lock file `path`; the system frees it when the process ends, however it ends.
+    """Context that holds the lock file `path`; the system releases it if the process is killed.
 
     Args:
-        path: made if absent, and removed at the end; that of a killed process does not block.
-        what: for the message: what the lock is on.
-        patience: seconds to wait for another process to end.
+        path: created if it does not exist, and removed at the end.  A file that a killed process
+            left behind is not locked.
+        what: the locked object, for the error message.
+        patience: seconds to wait for another process to release the lock.
 
     Raises:
-        UserError: another process holds it, or it cannot be written.
+        UserError: another process holds the lock, or the file cannot be written.
     """
     path = Path(path)
     end = time.monotonic() + patience
     while (file := _locked(path)) is None:
         if time.monotonic() > end:
-            raise UserError(f"{what}: another process is at work on it")
+            raise UserError(f"{what}: another process is using it")
         time.sleep(0.1)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is freed: nobody else can hold it yet
+        path.unlink(missing_ok=True)  # while it is locked, so that no other process holds it
         os.close(file)
 
 
 def is_locked(path: str | Path) -> bool:
-    """Whether some process holds the lock file `path`."""
+    """Whether a process holds the lock file `path`."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -96,7 +97,7 @@ def is_locked(path: str | Path) -> bool:
 
 
 def _locked(path: Path) -> int | None:
-    """The lock file, opened and held; None if another process holds it."""
+    """Open and lock the file; None if another process holds the lock."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -104,7 +105,7 @@ def _locked(path: Path) -> int | None:
             if _try_lock(file) and os.path.samestat(os.fstat(file), path.stat()):
                 return file
         except FileNotFoundError:
-            pass  # its holder removed it after it was opened here
+            pass  # the process that held it removed it after it was opened here
         except BaseException:
             os.close(file)
             raise
@@ -121,12 +122,12 @@ def _try_lock(file: int) -> bool:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """`write_bytes` of `text` in UTF-8."""
+    """Write `text` in UTF-8 with `write_bytes`."""
     return write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write `data` beside `path`, flush it to disk, then rename it into place."""
+    """Write `data` to a temporary file, flush it to disk, and rename it to `path`."""
     with replacing(path) as file:
         file.write(data)
     return Path(path)
@@ -134,12 +135,12 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 
 @contextmanager
 def replacing(path: str | Path, argument: str = "out") -> Iterator[BinaryIO]:
-    """Yield a new file beside `path` that, flushed to disk, becomes `path` when the block ends.
+    """Yield a temporary file that is flushed to disk and renamed to `path` at the end.
 
-    A block that raises leaves nothing behind.
+    If the block raises, nothing is left.
 
     Raises:
-        UserError: the system refuses to write there.
+        UserError: the file cannot be written.
     """
     path = Path(path)
     with writing(path, argument):
@@ -159,10 +160,13 @@ def replacing(path: str | Path, argument: str = "out") -> Iterator[BinaryIO]:
 
 @contextmanager
 def staged_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that becomes `path` when the block ends well.
+    """Yield a temporary folder that is renamed to `path` at the end.
 
-    A block that raises leaves nothing behind.  `path` must not exist, or be an empty folder:
-    otherwise `UserError`, before any work is done.
+    If the block raises, nothing is left.
+
+    Raises:
+        UserError: before the block, if `path` exists and is not an empty folder, or cannot be
+            written.
     """
     path = Path(path)
     check_free(path)
@@ -179,37 +183,38 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
 
 
 def check_free(path: str | Path, argument: str = "out") -> None:
-    """Raise `UserError` if no new folder can be put at `path`; an empty one is as good as none."""
+    """Raise `UserError` if the folder `path` cannot be created; it may be an empty folder."""
     path = Path(path)
     with writing(path, argument):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UserError(f"{argument}: {str(path)!r} exists; name a new folder or remove it")
+            raise UserError(f"{argument}: {str(path)!r} exists; give a new folder or remove it")
         if path.resolve() == Path.cwd():
             raise UserError(
-                f"{argument}: {str(path)!r} is the current folder; name a new one in it"
+                f"{argument}: {str(path)!r} is the current folder; give a new folder in it"
             )
-        _check_above(path, argument)
+        _check_parent(path, argument)
 
 
 def check_writable(path: str | Path, argument: str = "out") -> None:
-    """Raise `UserError` if no file can be written at `path`."""
+    """Raise `UserError` if the file `path` cannot be written."""
     path = Path(path)
     with writing(path, argument):
         if path.is_dir():
-            raise UserError(f"{argument}: {str(path)!r} is a folder; name a file")
+            raise UserError(f"{argument}: {str(path)!r} is a folder; give a file")
         if path.exists() and not path.is_file():
-            raise UserError(f"{argument}: {str(path)!r} is no regular file; name another")
-        _check_above(path, argument)
+            raise UserError(f"{argument}: {str(path)!r} is not a regular file; give another path")
+        _check_parent(path, argument)
 
 
-def _check_above(path: Path, argument: str) -> None:
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise UserError(f"{argument}: {str(path)!r} cannot be written, {str(above)!r} is a file")
+def _check_parent(path: Path, argument: str) -> None:
+    """Raise `UserError` if nothing can be created in the nearest existing parent of `path`."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise UserError(f"{argument}: {str(path)!r} cannot be written: {str(parent)!r} is a file")
     try:
-        # Permission bits say nothing about file systems such as /proc, so a name is tried.
-        os.rmdir(tempfile.mkdtemp(dir=above, prefix=f".{path.name}."))
+        # Create a folder, because permission bits do not apply to file systems such as /proc.
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}."))
     except OSError as error:
         raise UserError(
-            f"{argument}: {shown(str(path))} cannot be written: {error.strerror} in {str(above)!r}"
+            f"{argument}: {shown(str(path))} cannot be written: {error.strerror} in {str(parent)!r}"
         ) from error

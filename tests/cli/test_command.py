@@ -78,7 +78,7 @@ def test_version(oasis) -> None:
         (["evaluate", "smollm2", "--tasks", "arith", "--out", "/proc/x"], "out: '/proc/x'"),
         (["evaluate", "smollm2", "--tasks", "arith", "--samples", "/proc/x"], "samples: '/proc/x"),
         (["diagnose", "smollm2", "--corpus", "pydoc", "--out", "/proc/x/y"], "out: '/proc/x/y'"),
-        (["diagnose", "smollm2", "--corpus", "pydoc", "--out", "/dev/null"], "no regular file"),
+        (["diagnose", "smollm2", "--corpus", "pydoc", "--out", "/dev/null"], "not a regular file"),
         (["diagnose", "smollm2", "--corpus", "pydoc", "--figures", "/proc/x"], "figures: '/proc/x"),
         (["diagnose", "smollm2", "--corpus", "a" * 5000], "is not one of"),
         (["quantize", "smollm2", "--out", "/proc/x"], "out: '/proc/x'"),

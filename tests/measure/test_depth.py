@@ -208,8 +208,10 @@ def test_the_shuffled_signal_is_drawn_alike_with_and_without_a_source():
 def test_the_measures_by_hand():
     depth = Depth()
     for weights, null in (([[1.0, 0.0]], [0.0]), ([[0.25, 0.25], [0.0, 0.0]], [0.5, 1.0])):
-        depth.see(RouterCall(0, torch.ones(1, len(weights), 1), torch.zeros(1, len(weights)), None))
-        depth.see(RouterCall(1, torch.tensor([weights]), torch.tensor([null]), None))
+        depth.update(
+            RouterCall(0, torch.ones(1, len(weights), 1), torch.zeros(1, len(weights)), None)
+        )
+        depth.update(RouterCall(1, torch.tensor([weights]), torch.tensor([null]), None))
     values = {metric.name: metric.value for metric in depth.metrics()}
     # Means over tokens first: 1 and 0.125; entropies 0, and log 2 and 0; null 0 and 0.75.
     assert values == {
@@ -240,8 +242,8 @@ def test_a_null_too_small_for_one_minus_the_sum_is_kept():
 
 def test_nan_weights_make_nan_measures():
     depth = Depth()
-    depth.see(RouterCall(0, torch.tensor([[[0.5, math.nan]]]), torch.zeros(1, 1), None))
-    depth.see(RouterCall(1, torch.tensor([[[math.nan, 0.5]]]), torch.zeros(1, 1), None))
+    depth.update(RouterCall(0, torch.tensor([[[0.5, math.nan]]]), torch.zeros(1, 1), None))
+    depth.update(RouterCall(1, torch.tensor([[[math.nan, 0.5]]]), torch.zeros(1, 1), None))
     values = {metric.name: metric.value for metric in depth.metrics()}
     assert math.isnan(values["depth.sink_rate@0.3"])
     assert math.isnan(values["depth.entropy"])
@@ -262,10 +264,10 @@ def test_without_depth_routing_there_is_no_depth():
 @pytest.mark.parametrize(
     ("make", "causal", "message"),
     [
-        (lambda: native("llama"), True, "causal: only residual 'depth' .* it is 'sum'"),
-        (lambda: native("llama"), [], "causal: only residual 'depth'"),
-        (lambda: ours("official"), [0], "it is 'official'"),
-        (lambda: ours("oasis"), [0, 7], "causal: 7 is not a source, a number from 0 to 6"),
+        (lambda: native("llama"), True, "causal: the model has residual 'sum'"),
+        (lambda: native("llama"), [], "only residual 'depth' has sources"),
+        (lambda: ours("official"), [0], "the model has residual 'official'"),
+        (lambda: ours("oasis"), [0, 7], "7 is not a source; .* from 0 to 6"),
         (lambda: ours("oasis_block"), [3], "from 0 to 2"),
         (lambda: ours("oasis"), [-1], "causal: -1 is not a source"),
         (lambda: ours("oasis"), [0.0], r"causal: 0\.0 is not a source"),

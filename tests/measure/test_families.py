@@ -33,11 +33,11 @@ CHANGES = {
     "deepseek_v32": {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
 }  # fmt: skip
 REFUSED = {
-    **dict.fromkeys(("bloom", "mpt", "xglm", "gpt_neox_japanese"), "attention interface 0 times"),
-    **dict.fromkeys(("minimax", "bailing_hybrid"), "attention interface 0 times"),
-    "diffllama": "attention interface 2 times",
-    "hy_v4": "keys that an indexer picks",  # it has several streams too
-    "deepseek_v32": "keys that an indexer picks",
+    **dict.fromkeys(("bloom", "mpt", "xglm", "gpt_neox_japanese"), "of transformers 0 times"),
+    **dict.fromkeys(("minimax", "bailing_hybrid"), "of transformers 0 times"),
+    "diffllama": "of transformers 2 times",
+    "hy_v4": "keys that an indexer selects",  # it has several streams too
+    "deepseek_v32": "keys that an indexer selects",
     "gemma3n_text": r"layers.0 is \[2, 1, 20, 32\], not one vector for each",
     "mamba": "0 modules look like its attention",
     "bert": "0 modules look like its list of 4 layers",

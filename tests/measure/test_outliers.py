@@ -139,7 +139,7 @@ def seen(*scales):
     generator = torch.Generator().manual_seed(0)
     for _sequence in range(2):
         for tap, scale in zip(taps, scales, strict=True):
-            outliers.see(tap, torch.randn(1, 16, 32, generator=generator) * scale, ids_BT)
+            outliers.update(tap, torch.randn(1, 16, 32, generator=generator) * scale, ids_BT)
     return {(m.name, m.where): m.value for m in outliers.metrics()}, outliers.tables()
 
 
@@ -244,8 +244,8 @@ def test_massive_activations_by_hand():
     x_BTD[1, 2, 5] = 499  # not over a thousand medians
     ids_BT = torch.tensor([[9, 1, 2, 3], [9, 1, 2, 3]])
     outliers = Outliers([LAYER, MLP])
-    outliers.see(LAYER, x_BTD, ids_BT)
-    outliers.see(MLP, x_BTD, ids_BT)  # only hidden states count
+    outliers.update(LAYER, x_BTD, ids_BT)
+    outliers.update(MLP, x_BTD, ids_BT)  # only hidden states count
     counts = {m.name: m.value for m in outliers.metrics() if not m.where}
     assert counts["outlier.massive"] == 3
     assert outliers.tables()["outlier.massive"] == [
@@ -258,7 +258,7 @@ def test_nothing_below_100_is_massive():
     x_BTD = torch.zeros(1, 4, 8)
     x_BTD[0, 0, 0] = 99
     outliers = Outliers([LAYER, MLP])
-    outliers.see(LAYER, x_BTD, torch.zeros(1, 4, dtype=torch.long))
+    outliers.update(LAYER, x_BTD, torch.zeros(1, 4, dtype=torch.long))
     assert outliers.tables()["outlier.massive"] == []
 
 
@@ -267,6 +267,6 @@ def test_flat_mlp_outputs_are_read_per_sequence():
     ids_BT = torch.zeros(2, 4, dtype=torch.long)
     deep, flat = Outliers([LAYER, MLP]), Outliers([LAYER, MLP])
     for outliers, x in ((deep, x_BTD), (flat, x_BTD.flatten(0, 1))):
-        outliers.see(LAYER, x_BTD, ids_BT)
-        outliers.see(MLP, x, ids_BT)
+        outliers.update(LAYER, x_BTD, ids_BT)
+        outliers.update(MLP, x, ids_BT)
     assert deep.metrics() == flat.metrics()

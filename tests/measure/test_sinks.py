@@ -71,7 +71,7 @@ def classified(states_LBTD):
     sinks = SecondarySinks(len(states_LBTD))
     ids_BT = torch.arange(states_LBTD.shape[2])[None] + 10
     for x_BTD in states_LBTD:
-        sinks.see(x_BTD, ids_BT)
+        sinks.update(x_BTD, ids_BT)
     return sinks
 
 
@@ -130,7 +130,7 @@ def test_batches_and_windows_are_kept_apart():
     sinks = SecondarySinks(12)
     for _batch in range(2):
         for x_BTD, y_BTD in zip(none, one, strict=True):
-            sinks.see(torch.cat([x_BTD, y_BTD]), ids_BT)
+            sinks.update(torch.cat([x_BTD, y_BTD]), ids_BT)
     assert [(sink.window, sink.position) for sink in sinks.found] == [(1, 3), (3, 3)]
     assert sinks.metrics()[0].value == 0.5
 
@@ -147,7 +147,7 @@ def test_the_score_is_the_attention_that_a_secondary_sink_receives():
         maps = model(input_ids=ids_NT, output_attentions=True).attentions
         sinks = SecondarySinks(12)
         for _state in range(12):
-            sinks.see(torch.zeros(2, 9, 4), ids_NT)
+            sinks.update(torch.zeros(2, 9, 4), ids_NT)
         sinks.found = [Sink(1, 4, int(ids_NT[1, 4]), states)]
         state = torch.get_rng_state()
         sinks.score(model, ids_NT)
@@ -173,7 +173,7 @@ def test_rows_that_attend_to_nothing_have_no_renormalised_mass():
         value_BGSd=torch.zeros(1, 1, 4, 8),
     )
     with torch.no_grad():
-        sinks.see(call)
+        sinks.update(call)
     values = {metric.name: metric.value for metric in sinks.metrics()}
     assert values["sink.mass"] == pytest.approx(0.1)
     assert values["sink.mass_renormalised"] == pytest.approx((0.5 + 0.1) / 2)

@@ -65,10 +65,10 @@ def test_a_checkpoint_of_theirs_loads_by_key_names(tmp_path, ids):
     ours.config.text_config.save_pretrained(theirs)
     save_file(ours.state_dict(), theirs / "model.safetensors", metadata={"format": "pt"})
     train_tokenizer(["some text"], 258).save_pretrained(theirs)
-    with pytest.raises(UserError, match="token_normalizer: the authors' checkpoints do not record"):
+    with pytest.raises(UserError, match="token_normalizer: required, because the authors"):
         convert(theirs, "official", depth_normalizer="softmax1")
     normalizers = {"token_normalizer": "softmax1", "depth_normalizer": "softmax1"}
-    convert_checkpoint(theirs, tmp_path / "ours", variant="official", settings=normalizers)
+    convert_checkpoint(theirs, tmp_path / "ours", variant="official", overrides=normalizers)
     again = OasisForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(again(ids).logits, ours(ids).logits)
     with pytest.raises(UserError, match="has 8 unexpected weights"):  # no beta without the signal

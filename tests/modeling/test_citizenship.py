@@ -427,10 +427,13 @@ def filled(ids, **changes):
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
-        (lambda ids: filled(ids, num_hidden_layers=2), "has 2 layers, this model 4"),
-        (lambda ids: filled(ids, num_key_value_heads=4), "has keys of 4 heads x 8, this model 16"),
-        (lambda ids: filled(ids[:1]), "holds 1 sequences, the input 2"),
-        (lambda ids: ((ids, ids),) * 4, "'tuple' is no transformers Cache"),
+        (lambda ids: filled(ids, num_hidden_layers=2), "has 2 layers, but this model has 4"),
+        (
+            lambda ids: filled(ids, num_key_value_heads=4),
+            "has keys of 4 heads x 8, but this model has keys of 16",
+        ),
+        (lambda ids: filled(ids[:1]), "has 1 sequences, but the input has 2"),
+        (lambda ids: ((ids, ids),) * 4, "'tuple' is not a transformers Cache"),
     ],
 )
 def test_a_cache_of_another_model_is_refused(cache, message, ids):

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert, variants
 from oasis_attn.modeling.configuration import SETTINGS
-from oasis_attn.modeling.subject import check_savable
+from oasis_attn.modeling.model_info import check_savable
 from oasis_attn.modeling.variants import settings_of
 from tiny_models import tiny_config, tiny_model
 
@@ -137,7 +137,7 @@ def test_bad_settings_are_one_clear_line(settings, message):
 def test_a_model_needs_a_config_of_ours_and_an_input():
     with pytest.raises(UserError, match="config: LlamaConfig is not OasisConfig"):
         OasisForCausalLM(LlamaConfig())
-    with pytest.raises(UserError, match="input_ids: neither they nor inputs_embeds"):
+    with pytest.raises(UserError, match="input_ids: pass either"):
         tiny_model()()
 
 

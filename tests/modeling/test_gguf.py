@@ -89,7 +89,7 @@ def test_another_head_width(tmp_path, kind):
     model = build(kind, head_dim=24)
     keys = {"attention.key_length": 24, "attention.value_length": 24, "rope.dimension_count": 24}
     assert_same(write(tmp_path / "m.gguf", model, keys=keys), model)
-    with pytest.raises(UserError, match=r"attention\.value_length = 16 is read by nothing"):
+    with pytest.raises(UserError, match=r"attention\.value_length = 16 is not supported"):
         load_model(write(tmp_path / "n.gguf", model, keys=keys | {"attention.value_length": 16}))
 
 
@@ -131,7 +131,7 @@ def test_any_other_factors(tmp_path):
     path = write(tmp_path / "m.gguf", model, tensors={"rope_freqs.weight": factors})
     model.model.rotary_emb.inv_freq /= torch.tensor(factors)
     assert_same(path, model)
-    with pytest.raises(UserError, match=r"rope_freqs\.weight = 5 factors is read by nothing"):
+    with pytest.raises(UserError, match=r"rope_freqs\.weight = 5 factors is not supported"):
         load_model(write(tmp_path / "n.gguf", model, tensors={"rope_freqs.weight": np.ones(5)}))
 
 
@@ -146,12 +146,12 @@ def test_biases(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"attention.sliding_window": 64}, r"llama\.attention\.sliding_window = 64 is read by no"),
-        ({"rope.scaling.type": "longrope"}, r"rope\.scaling\.type = longrope is read by nothing"),
+        ({"attention.sliding_window": 64}, r"llama\.attention\.sliding_window = 64 is not supp"),
+        ({"rope.scaling.type": "longrope"}, r"rope\.scaling\.type = longrope is not supported"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 0.1}, "log_multiplier"),
-        ({"rope.dimension_count": 8, "attention.key_length": 16}, "dimension_count = 8 is read by"),
-        ({"logit_scale": 2.0}, r"llama\.logit_scale = 2\.0 is read by nothing"),
-        ({"attention.causal": False}, r"llama\.attention\.causal = False is read by nothing"),
+        ({"rope.dimension_count": 8, "attention.key_length": 16}, "dimension_count = 8 is not"),
+        ({"logit_scale": 2.0}, r"llama\.logit_scale = 2\.0 is not supported"),
+        ({"attention.causal": False}, r"llama\.attention\.causal = False is not supported"),
         ({"attention.key_length": 0}, "attention.key_length: 0 is not a number above 0"),
         ({"rope.dimension_count": "many"}, "'many' is not a number above 0"),
     ],
@@ -193,7 +193,7 @@ def test_half_a_file(tmp_path):
     whole = path.read_bytes()
     for length in (3, 40, 500, len(whole) // 2):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="is not a GGUF file we can read"):
+        with pytest.raises(UserError, match=r"the GGUF file .* cannot be read"):
             load_model(path)
 
 

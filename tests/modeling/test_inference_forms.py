@@ -9,7 +9,7 @@ import torch
 from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.ops import native
 from oasis_attn.ops.depth_mix import NativeMix, TwoPhaseMix, cpu_native
-from oasis_attn.ops.null_attention import attend_one, null_attention
+from oasis_attn.ops.null_attention import decode_attention, null_attention
 from tiny_models import tiny_config, tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "oasis_signal_off"]
@@ -152,7 +152,7 @@ def test_the_shuffled_signal_is_one_for_the_attention_and_the_mlp_of_a_layer(mon
 def test_the_null_of_one_token(null_logit):
     query, (key, value) = torch.randn(3, 4, 1, 8), torch.randn(2, 3, 2, 7, 8)
     with torch.no_grad():
-        fast = attend_one(query, key, value, scale=0.3, null_logit=null_logit)
+        fast = decode_attention(query, key, value, scale=0.3, null_logit=null_logit)
     plain = null_attention(query, key, value, scale=0.3, null_logit=null_logit, backend="naive")
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
 

@@ -99,7 +99,7 @@ def test_compiled():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_cache": True}, "position_ids: they restart, and a cache continues one sequence"),
+        ({"use_cache": True}, "position_ids: they restart within a row, but a cache holds one"),
         ({"past_key_values": DynamicCache()}, "position_ids: they restart"),
         ({"attention_mask": torch.ones(1, 24).index_fill(1, torch.tensor(23), 0)}, "has zeros"),
         ({"position_ids": torch.tensor([[*range(10), *range(12, 26)]])}, "they skip positions"),

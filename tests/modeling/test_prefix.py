@@ -24,6 +24,7 @@ from oasis_attn import OasisForCausalLM
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
 from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.model_info import fingerprint
 from oasis_attn.modeling.prefix import (
     attach_prefix,
     compute_prefix,
@@ -32,7 +33,6 @@ from oasis_attn.modeling.prefix import (
     with_prefix,
 )
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
-from oasis_attn.modeling.subject import fingerprint
 from tiny_models import VOCABULARY, cast, tiny_config, tiny_model
 
 TOKENS = (5, 6, 7)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from oasis_attn.ops import cuda_flash as module
 from oasis_attn.ops import null_attention
+from oasis_attn.ops.null_attention import cuda_flash as module
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

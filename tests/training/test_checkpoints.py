@@ -54,7 +54,7 @@ def test_damaged(tmp_path, damage):
 
 def test_of_another_run(tmp_path):
     save(tmp_path, 5)
-    with pytest.raises(UserError, match="has variant 'oasis', and this run 'vanilla'"):
+    with pytest.raises(UserError, match="has variant 'oasis', but this run has 'vanilla'"):
         last_checkpoint(tmp_path, RUN | {"variant": "vanilla"})
-    with pytest.raises(UserError, match="has corpus None, and this run 'imdb'"):
+    with pytest.raises(UserError, match="has corpus None, but this run has 'imdb'"):
         last_checkpoint(tmp_path, RUN | {"corpus": "imdb"})

@@ -26,7 +26,7 @@ def losses(record: TrainingRecord) -> list[float]:
 def test_one_process_at_a_time(configure):
     config = configure("new/run", steps=2)
     place = config.out.parent / ".run.lock"
-    message = r"out: '.*run': another process is at work on it"
+    message = r"out: '.*run': another process is using it"
     with lock(place, "it"):
         with pytest.raises(UserError, match=message):
             quiet(config)
@@ -35,7 +35,7 @@ def test_one_process_at_a_time(configure):
     assert not place.exists()
     with lock(place, "it"), pytest.raises(UserError, match=message):
         quiet(configure("new/run", steps=2, resume=True))
-    with pytest.raises(UserError, match="exists; name a new folder"):
+    with pytest.raises(UserError, match="exists; give a new folder"):
         quiet(config)
 
 
@@ -54,7 +54,7 @@ def test_a_killed_run_leaves_no_lock_that_counts(configure):
     process.kill()
     process.join()
     assert place.exists()
-    with pytest.raises(UserError, match="has steps 10000, and this run 2"):
+    with pytest.raises(UserError, match="has steps 10000, but this run has 2"):
         quiet(configure(steps=2, resume=True))
     assert not place.exists()
 
@@ -87,5 +87,5 @@ def test_a_folder_that_cannot_be_made_is_told_before_any_work(configure, monkeyp
     for out in ("/proc/x/y", "/dev/null/run", "/proc/" + "a" * 5000):
         with pytest.raises(UserError, match=r"^out: .* cannot be written"):
             quiet(configure(out))
-        with pytest.raises(UserError, match=r"^resume: .* holds no run to go on with"):
+        with pytest.raises(UserError, match=r"^resume: .* contains no run to resume"):
             quiet(configure(out, resume=True))

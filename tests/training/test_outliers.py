@@ -46,7 +46,7 @@ def test_every_tensor_that_linear_maps_read_counts_once():
                 lambda _, args, name=name: inputs.__setitem__(name, args[0])
             )
     penalty = OutlierPenalty(model)
-    with penalty.collected() as found:
+    with penalty.collect() as found:
         model(tokens)
     once = [
         x
@@ -67,7 +67,7 @@ def test_same_gradients_under_checkpointing():
         model = tiny_model().train()
         if checkpointed:
             model.activation_checkpointing_enable()
-        with OutlierPenalty(model).collected() as found:
+        with OutlierPenalty(model).collect() as found:
             loss = model(tokens, labels=tokens).loss
         (loss + torch.stack(found).mean()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

@@ -65,5 +65,5 @@ def test_with_adapters_the_backbone_rests_unless_named():
 def test_a_pattern_that_matches_nothing():
     with pytest.raises(UserError, match=r"trainable: 'lm_haed\.\*' matches no parameter"):
         train_only(tiny_model(), ("lm_haed.*",))
-    with pytest.raises(UserError, match=r"groups here: backbone, beta, router"):
+    with pytest.raises(UserError, match=r"the groups backbone, beta, router"):
         train_only(tiny_model(), ("lora",))

@@ -11,7 +11,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training import run as run_module
-from oasis_attn.training.trainer import StagedTrainer
+from oasis_attn.training.trainer import OasisTrainer
 from tiny_models import tiny_config
 
 # Loss at steps 1, 5, 9, 13, 17.
@@ -31,14 +31,14 @@ def quiet(config) -> TrainingRecord:
 
 def fail_at(monkeypatch, step: int, error: BaseException) -> None:
     """Let a run stop in its step after `step`."""
-    original = StagedTrainer.training_step
+    original = OasisTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step:
             raise error
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(StagedTrainer, "training_step", training_step)
+    monkeypatch.setattr(OasisTrainer, "training_step", training_step)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_resume_across_epochs_and_accumulation(configure, monkeypatch):
 
 def test_stopped_while_saving(configure, reference, monkeypatch):
     config = configure("stopped")
-    original = StagedTrainer._save_optimizer_and_scheduler
+    original = OasisTrainer._save_optimizer_and_scheduler
 
     def stop(self, output_dir):
         if self.state.global_step == 12:
@@ -110,7 +110,7 @@ def test_stopped_while_saving(configure, reference, monkeypatch):
         original(self, output_dir)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StagedTrainer, "_save_optimizer_and_scheduler", stop)
+        patch.setattr(OasisTrainer, "_save_optimizer_and_scheduler", stop)
         with pytest.raises(KeyboardInterrupt):
             quiet(config)
     assert (config.out / "checkpoints" / ".staged" / "checkpoint-12").is_dir()
@@ -130,14 +130,14 @@ def test_stopped_before_the_first_checkpoint(configure, reference, monkeypatch):
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     configure, reference, monkeypatch
 ):
-    original = StagedTrainer.compute_loss
+    original = OasisTrainer.compute_loss
 
     def broken(self, *args, **kwargs):
         loss = original(self, *args, **kwargs)
         return loss * math.nan if self.state.global_step == 9 else loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(StagedTrainer, "compute_loss", broken)
+        patch.setattr(OasisTrainer, "compute_loss", broken)
         with pytest.raises(UserError, match="not finite at step 10"):
             quiet(configure("stopped"))
     assert losses(quiet(configure("stopped", resume=True))) == reference(configure())
@@ -215,7 +215,7 @@ def test_bos_row_is_drawn_and_trained(configure):
 
 def test_only_matrices_decay_and_no_depth_router(configure, monkeypatch):
     groups: dict[float, set[str]] = {}
-    original = StagedTrainer.create_optimizer
+    original = OasisTrainer.create_optimizer
 
     def spy(self, *args, **kwargs):
         optimizer = original(self, *args, **kwargs)
@@ -224,7 +224,7 @@ def test_only_matrices_decay_and_no_depth_router(configure, monkeypatch):
             groups[group["weight_decay"]] = {names[id(p)] for p in group["params"]}
         return optimizer
 
-    monkeypatch.setattr(StagedTrainer, "create_optimizer", spy)
+    monkeypatch.setattr(OasisTrainer, "create_optimizer", spy)
     quiet(configure(steps=1, settings={"output_gate": "head"}))
     assert all(
         name.endswith(("embed_tokens.weight", "proj.weight", "gate.weight")) for name in groups[0.1]
@@ -244,10 +244,10 @@ def test_bf16_and_accumulation_learn(configure):
         ({"corpus": "stdlb"}, "did you mean 'stdlib'"),
         ({"eval_split": "test"}, "is not one of train, validation"),
         ({"block_length": 257}, "block_length: 257 is more than the 256 positions"),
-        ({"batch_size": 100_000}, "batch_size: a step takes 100000 sequences"),
+        ({"batch_size": 100_000}, "batch_size: a step needs 100000 sequences"),
         ({"vocab_size": 100}, "vocab_size: 100"),
-        ({"resume": True}, "holds no run to go on with"),
-        ({"variant": "vanilla", "learning_rates": {"beta": 0.1}}, "no parameter of 'beta'"),
+        ({"resume": True}, "contains no run to resume"),
+        ({"variant": "vanilla", "learning_rates": {"beta": 0.1}}, "of the group 'beta'"),
     ],
 )
 def test_bad_input_writes_nothing(configure, change, message):
@@ -261,8 +261,8 @@ def test_bad_input_writes_nothing(configure, change, message):
 def test_resuming_something_else(configure):
     quiet(configure(steps=2))
     for change, message in [
-        ({"variant": "vanilla"}, "has variant 'oasis', and this run 'vanilla'"),
-        ({"steps": 3}, "has steps 2, and this run 3"),
+        ({"variant": "vanilla"}, "has variant 'oasis', but this run has 'vanilla'"),
+        ({"steps": 3}, "has steps 2, but this run has 3"),
         ({"settings": {"depth_block_size": 2}}, "has settings {}"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -67,7 +67,7 @@ def convert(
             model,
             out,
             variant=variant,
-            settings=changed,
+            overrides=changed,
             dtype=dtype,
             back=to_vanilla,
             trust_remote_code=trust_remote_code,

@@ -24,7 +24,7 @@ from oasis_attn.evaluation.problems import Interval, by_steps, pass_metrics
 from oasis_attn.evaluation.samples import Sample, SampleLog, check_log
 from oasis_attn.evaluation.scoring import Z95, score_answer
 from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.subject import check_lengths, describe_model, fingerprint
+from oasis_attn.modeling.model_info import check_lengths, describe_model, fingerprint
 from oasis_attn.records import EvaluationRecord, Metric
 
 

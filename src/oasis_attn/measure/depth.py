@@ -1,6 +1,6 @@
-"""Depth routing: what each router reads, and what the loss owes to each source.
+"""Depth routing: the weights of each router, and the effect of each source on the loss.
 
-Axes: N windows, B of them at once, T tokens, S sources.
+Axes: N windows, B windows in a batch, T tokens, S sources.
 """
 
 from __future__ import annotations
@@ -24,45 +24,45 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 class Depth:
-    """The depth.* measures of one pass over windows; each router's weights are reduced as seen."""
+    """Computes the depth.* metrics during one pass over windows; no weights are stored."""
 
     def __init__(self) -> None:
         self._series: dict[str, dict[int, list[Tensor]]] = {}
 
-    def see(self, call: RouterCall) -> None:
-        """Take in what one router computed."""
+    def update(self, call: RouterCall) -> None:
+        """Add one router call."""
         router, weights_BTS, null_BT, signal_BTS = call
         weights_BTS = weights_BTS.double()
-        self._note("weights", router, weights_BTS.mean(1))
-        self._note("null", router, null_BT.mean(1, dtype=torch.float64))
-        # Of the weight that is spent: Softmax1 and sigmoid rows do not sum to one.
+        self._record("weights", router, weights_BTS.mean(1))
+        self._record("null", router, null_BT.mean(1, dtype=torch.float64))
+        # Renormalise, because the weights of Softmax1 and sigmoid do not sum to one.
         share_BTS = weights_BTS / weights_BTS.sum(-1, keepdim=True).clamp_min(_TINY)
-        self._note("entropy", router, torch.special.entr(share_BTS).sum(-1).mean(1))
+        self._record("entropy", router, torch.special.entr(share_BTS).sum(-1).mean(1))
         if signal_BTS is not None:
             signal_BT = signal_BTS.double().std(-1, correction=0)
-            self._note("signal", router, signal_BT.mean(1))
+            self._record("signal", router, signal_BT.mean(1))
 
-    def _note(self, name: str, router: int, values: Tensor) -> None:
+    def _record(self, name: str, router: int, values: Tensor) -> None:
         self._series.setdefault(name, {}).setdefault(router, []).append(values.cpu())
 
     def _routers(self, name: str) -> dict[int, Tensor]:
-        """One series over all windows: router -> [N], or [N, S]."""
+        """One series for all windows: router -> [N] or [N, S]."""
         return {router: torch.cat(x) for router, x in sorted(self._series[name].items())}
 
     @property
     def _optional(self) -> list[str]:
-        """Of the depth null and the null signal, those the model has."""
+        """Which of "null" (depth null) and "signal" (null signal) the model has."""
         null = any(bool((x_N != 0).any()) for x_N in self._routers("null").values())
         return ["null"] * null + ["signal"] * ("signal" in self._series)
 
     def metrics(self) -> list[Metric]:
-        """Means over routers that have a choice, with their spread over windows.
+        """Means over routers with at least two sources, with the standard error over windows.
 
-        `depth.sink_rate@eps`: share of (window, router) whose mean weight on the embedding exceeds
-        eps; S equal weights are 1/S each.  `depth.entropy`, in nats, of the weights brought to sum
-        1, and `depth.entropy_normalised`, over log S.  `depth.null`, the depth normaliser's null
-        mass, where it has one.  `depth.signal`, in nats: by how much the null signal moves the
-        logits of a token's sources apart (their standard deviation), where there is one.
+        `depth.sink_rate@eps`: share of (window, router) pairs whose mean weight on the embedding
+        exceeds eps (uniform weights are 1/S).  `depth.entropy`: entropy in nats of the renormalised
+        weights; `depth.entropy_normalised`: the same divided by log S.  `depth.null`: null
+        probability of the depth normalizer, if it has one.  `depth.signal`: standard deviation over
+        a token's sources of what the null signal adds to their logits, in nats, if there is one.
         """
         if not self._series:
             return []
@@ -86,8 +86,8 @@ class Depth:
         return [mean_metric(name, values_NR.mean(1)) for name, values_NR in means.items()]
 
     def tables(self) -> dict[str, Any]:
-        """Where the model routes over depth: `depth.weights` [router][source], and [router] each
-        `depth.entropy` and, where there is one, `depth.null` and `depth.signal`."""
+        """For a model with depth routing: `depth.weights` [router][source], and `depth.entropy`,
+        `depth.null` and `depth.signal` (the last two if the model has them), each [router]."""
         if not self._series:
             return {}
         names = ("weights", "entropy", *self._optional)
@@ -98,34 +98,39 @@ class Depth:
 
 
 def causal_sources(model: PreTrainedModel, causal: bool | Sequence[int]) -> list[int]:
-    """The sources to drop, one at a time: all for True, none for False, or those named.
+    """The sources to remove, one at a time: all for True, none for False, or the given ones.
 
-    Source 0 is the embedding; source i the i-th block of `depth_block_size` sublayers.
+    Source 0 is the embedding; source i is the i-th block of `depth_block_size` sublayers.
 
     Raises:
-        UserError: a model that does not route over `depth`, or a source it has not.
+        UserError: the model has no depth routing (`residual="depth"`), or no such source.
     """
     if causal is False:
         return []
     config = model.config
     if not isinstance(config, OasisConfig) or config.residual != "depth":
         residual = config.residual if isinstance(config, OasisConfig) else "sum"
-        raise UserError(f"causal: only residual 'depth' has sources to drop; it is {residual!r}")
+        raise UserError(
+            f"causal: the model has residual {residual!r}; only residual 'depth' has sources"
+        )
     last = -(-2 * config.num_hidden_layers // config.depth_block_size)
     sources = list(range(last + 1)) if causal is True else list(causal)
     for source in sources:
         if isinstance(source, bool) or not isinstance(source, int) or not 0 <= source <= last:
-            raise UserError(f"causal: {source!r} is not a source, a number from 0 to {last}")
+            raise UserError(
+                f"causal: {source!r} is not a source; sources are whole numbers from 0 to {last}"
+            )
     return sources
 
 
 def causal_importance(
     model: PreTrainedModel, sources: Sequence[int], losses: Callable[[], Tensor]
 ) -> list[Metric]:
-    """`depth.causal` at each of `sources`: the loss in nats without it, less the loss with it.
+    """`depth.causal` for each of `sources`: the loss without the source minus the loss with it.
 
-    `losses` runs the model over all windows and returns their losses [N]: once for each source and
-    once more.  Each pass draws from the same random state, for the shuffled null signal.
+    Losses are in nats per token.  `losses` runs the model on all windows and returns their losses
+    [N]; it is called once per source and once with all sources.  Each call starts from the same
+    random state, which matters for the shuffled null signal.
     """
 
     def without(source: int | None) -> Tensor:
@@ -135,8 +140,8 @@ def causal_importance(
 
     if not sources:
         return []
-    whole_N = without(None)
+    full_N = without(None)
     return [
-        mean_metric("depth.causal", without(source) - whole_N, f"source.{source}")
+        mean_metric("depth.causal", without(source) - full_N, f"source.{source}")
         for source in sources
     ]

@@ -1,4 +1,4 @@
-"""One pass over windows of text that measures what the model's forward pass computes."""
+"""Measure a model's sinks, outliers and depth routing in one pass over windows of text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oasis_attn.data import Corpus, Windows, as_windows
 from oasis_attn.errors import check_whole
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
-from oasis_attn.measure.joint import Joint
+from oasis_attn.measure.joint_distribution import Joint
 from oasis_attn.measure.outliers import Outliers
 from oasis_attn.measure.parts import Tap, check_output, find_taps
 from oasis_attn.measure.secondary_sinks import SecondarySinks
@@ -21,7 +21,7 @@ from oasis_attn.measure.sinks import Sinks
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.depth_cache import observe_depth
-from oasis_attn.modeling.subject import check_lengths, describe_model, eval_mode
+from oasis_attn.modeling.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.records import DiagnosisRecord, Metric
 
@@ -39,7 +39,7 @@ def diagnose(
     joint: bool = False,
     causal: bool | Sequence[int] = False,
 ) -> DiagnosisRecord:
-    """Perplexity, outliers, attention sinks, null mass and depth routing of a causal decoder.
+    """Measure perplexity, outliers, attention sinks, null probability and depth routing.
 
     Args:
         model: any decoder family of transformers whose attention goes through its attention
@@ -60,9 +60,9 @@ def diagnose(
             or of those named.  Each is one more pass over the windows.
 
     Returns:
-        Metrics: `perplexity.windowed`, the exponential of
-        `loss.windowed` (nats per token, disjoint windows), `outlier.*`, `sink.*`, `null.mass`
-        where attention has a null option, `depth.*` where there is depth routing, and `joint.*`.
+        Metrics: `perplexity.windowed`, the exponential of `loss.windowed` (nats per token, disjoint
+        windows), `outlier.*`, `sink.*`, `null.mass` if attention has a null option, `depth.*` if
+        the model has depth routing, and `joint.*`.
         Tables per layer and head: see `Outliers.tables`, `Sinks.tables`, `SecondarySinks.tables`,
         `Depth.tables` and `Joint.tables`.
 
@@ -93,9 +93,9 @@ def diagnose(
     def see(tap: Tap, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
         check_output(model, tap, x, ids_BT)
-        outliers.see(tap, x, ids_BT)
+        outliers.update(tap, x, ids_BT)
         if tap.kind == "final_norm" or (tap.kind == "layer" and tap.layer != layers - 1):
-            secondary.see(x, ids_BT)
+            secondary.update(x, ids_BT)
 
     def losses(ids_BT: Tensor) -> Tensor:
         return token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).mean(-1)
@@ -103,12 +103,12 @@ def diagnose(
     batches, losses_N = ids_NT.to(model.device).split(batch_size), []
     with eval_mode(model), torch.no_grad():
         with ExitStack() as stack:
-            stack.enter_context(observe_attention(model, sinks.see))
-            stack.enter_context(observe_depth(model, depth.see))
+            stack.enter_context(observe_attention(model, sinks.update))
+            stack.enter_context(observe_depth(model, depth.update))
             for tap in taps:
                 stack.enter_context(_hooked(tap, see))
             if joint_measures:
-                stack.enter_context(joint_measures.listening(taps))
+                stack.enter_context(joint_measures.observe(taps))
             for ids_BT in batches:
                 losses_N.append(losses(ids_BT))
                 sinks.check(model)

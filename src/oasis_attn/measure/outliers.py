@@ -1,7 +1,7 @@
 """Activation outliers: inf-norm, kurtosis and massive activations of every hooked tensor.
 
-Axes: B sequences, T tokens, D width; M = T * D.  Each tensor is reduced in the hook that sees it,
-by pieces small enough for the cache; none is kept.
+Axes: B sequences, T tokens, D width; M = T * D.  A hook reduces each tensor immediately, in pieces
+that fit in the processor cache; no tensor is stored.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from oasis_attn.measure.parts import Tap
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.records import Metric
 
-MASSIVE = 100.0  # Sun et al. 2024 (arXiv 2402.17762), section 2: above this ...
-MASSIVE_RATIO = 1000.0  # ... and above this many medians of |x| in the same hidden state
-LITERATURE_EPSILON = 1e-6  # in the denominator of the literature's kurtosis
-SILENT = 1e-3  # a tensor whose standard deviation is at most this share of the median tensor's
-CONSTANT = 1e-12  # a standard deviation of at most this share of the root mean square is rounding
+# A massive activation exceeds MASSIVE, and MASSIVE_RATIO times the median |x| of the hidden state:
+# Sun et al. 2024 (arXiv 2402.17762), section 2.
+MASSIVE = 100.0
+MASSIVE_RATIO = 1000.0
+LITERATURE_EPSILON = 1e-6  # in the denominator of the kurtosis of the literature
+SILENT = 1e-3  # largest standard deviation of a silent tensor, relative to the median tensor's
+CONSTANT = 1e-12  # largest standard deviation due to rounding, relative to the root mean square
 _PIECE = 1 << 18
 
 
 def inf_norm(x_BM: Tensor) -> Tensor:
-    """max |x| of each row, [B]; NaN where the row holds one."""
+    """max |x| of each row, [B]; NaN if the row contains NaN."""
     return torch.maximum(x_BM.amax(-1), -x_BM.amin(-1))
 
 
@@ -36,10 +38,12 @@ class Moments:
     """Mean and central moments of each row of x / scale, all [B] float64.
 
     Attributes:
-        count: values in a row.
-        mean, second, fourth: of x / scale; `second` is the biased variance.
-        scale: 1, or for float64 the power of two next to the row's largest value, so that fourth
-            powers neither overflow nor vanish.  Narrower types fit in float64 as they are.
+        count: number of values in a row.
+        mean: mean of x / scale.
+        second: second central moment of x / scale (the biased variance).
+        fourth: fourth central moment of x / scale.
+        scale: 1; for float64 inputs the power of two near the largest |x| of the row, so that
+            fourth powers neither overflow nor underflow.
     """
 
     count: int
@@ -50,17 +54,17 @@ class Moments:
 
     @property
     def standard_deviation(self) -> Tensor:
-        """Of x, biased."""
+        """The biased standard deviation of x, [B]."""
         return self.second.sqrt() * self.scale
 
     @property
     def constant(self) -> Tensor:
-        """Whether a row is one value over and over, up to rounding in float64."""
+        """Whether all values of a row are equal, up to rounding in float64, [B]."""
         return self.second.sqrt() <= CONSTANT * (self.mean.square() + self.second).sqrt()
 
 
 def moments(x_BM: Tensor) -> Moments:
-    """The moments of each row, summed in float64; centred first, so that they do not cancel."""
+    """The moments of each row, in float64; the mean is subtracted first, to avoid cancellation."""
     scale_B = torch.ones(len(x_BM), dtype=torch.float64, device=x_BM.device)
     if x_BM.dtype == torch.float64:
         scale_B = (torch.frexp(inf_norm(x_BM)).exponent - 1).double().exp2()
@@ -87,24 +91,24 @@ def _moments(x_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def literature_kurtosis(row: Moments) -> Tensor:
     """mean((x - mu)^4) / (s^4 + 1e-6) of each row, [B] float64; s is unbiased.
 
-    The form of Bondarenko et al. 2023 (arXiv 2306.12929), OutEffHop and OASIS, to the letter.  The
-    1e-6 does not scale with x: where s^4 is not far above it, the value is too low.
+    This is exactly the formula of Bondarenko et al. 2023 (arXiv 2306.12929), OutEffHop and OASIS.
+    The 1e-6 does not scale with x: unless s^4 is much larger, the result is too low.
     """
     variance_B = row.second * (row.count / (row.count - 1))
     return row.fourth / (variance_B.square() + LITERATURE_EPSILON / row.scale**4)
 
 
 def pearson_kurtosis(row: Moments) -> Tensor:
-    """mean((x - mu)^4) / mean((x - mu)^2)^2 of each row, [B] float64; NaN where it is constant.
+    """mean((x - mu)^4) / mean((x - mu)^2)^2 of each row, [B] float64; NaN if the row is constant.
 
-    Of every scale the same, at least 1, and 3 for a normal variable.
+    It does not depend on the scale of x, is at least 1, and is 3 for a normal distribution.
     """
     kurtosis_B = (row.fourth / row.second.square()).clamp_min(1)
     return kurtosis_B.masked_fill(row.constant, torch.nan)
 
 
 class Outliers:
-    """The outlier.* measures of one pass over windows."""
+    """Computes the outlier.* metrics during one pass over the windows."""
 
     def __init__(self, taps: list[Tap]) -> None:
         self._taps = taps
@@ -113,8 +117,8 @@ class Outliers:
         self._non_finite = dict.fromkeys(self._inf_norms, 0)
         self._massive: dict[tuple[int, int, int], dict[str, Any]] = {}
 
-    def see(self, tap: Tap, x: Tensor, ids_BT: Tensor) -> None:
-        """Take in one output, [B, T, D] or, as in some MLPs, [B * T, D]."""
+    def update(self, tap: Tap, x: Tensor, ids_BT: Tensor) -> None:
+        """Add the output `x` of one module, [B, T, D] or (for some MLPs) [B * T, D]."""
         x_BM = x.detach().reshape(len(ids_BT), -1)
         peaks_B = inf_norm(x_BM)
         self._inf_norms[tap.name].append(peaks_B)
@@ -124,9 +128,11 @@ class Outliers:
                 broken = x_BM[sequence].isfinite().logical_not().sum()
                 self._non_finite[tap.name] += int(broken)
             elif tap.kind == "layer" and peak > MASSIVE:
-                self._note_massive(tap, x_BM[sequence].view(ids_BT.shape[1], -1), ids_BT[sequence])
+                self._record_massive(
+                    tap, x_BM[sequence].view(ids_BT.shape[1], -1), ids_BT[sequence]
+                )
 
-    def _note_massive(self, tap: Tap, x_TD: Tensor, ids_T: Tensor) -> None:
+    def _record_massive(self, tap: Tap, x_TD: Tensor, ids_T: Tensor) -> None:
         assert tap.layer is not None
         sizes_TD = x_TD.abs()
         massive = sizes_TD > max(MASSIVE, MASSIVE_RATIO * float(sizes_TD.median()))
@@ -141,23 +147,23 @@ class Outliers:
             row["first_position"] = min(row["first_position"], position)
 
     def _rows(self, name: str) -> Moments:
-        """The moments of one tensor in all sequences, N for B."""
+        """The moments of one tensor in all N sequences; their axis is [N]."""
         batches = self._moments[name]
 
-        def joined(part: str) -> Tensor:
-            return torch.cat([getattr(batch, part) for batch in batches])
+        def concatenated(field: str) -> Tensor:
+            return torch.cat([getattr(batch, field) for batch in batches])
 
-        return Moments(batches[0].count, *map(joined, ("mean", "second", "fourth", "scale")))
+        return Moments(batches[0].count, *map(concatenated, ("mean", "second", "fourth", "scale")))
 
     def _pearson(self, name: str) -> Tensor:
-        """The scale-free kurtosis of one tensor in those sequences in which it is not constant."""
+        """The scale-free kurtosis of one tensor, for the sequences in which it is not constant."""
         rows = self._rows(name)
         return pearson_kurtosis(rows)[~rows.constant]
 
-    def _quiet(self) -> tuple[list[str], list[str]]:
-        """The tensors that are silent, and those whose literature kurtosis is understated.
+    def _silent_and_understated(self) -> tuple[list[str], list[str]]:
+        """Names of the silent tensors, and of those whose literature kurtosis is understated.
 
-        The size of a tensor is the mean of its standard deviations over sequences.
+        Both depend on the mean of a tensor's standard deviation over sequences.
         """
         rows = {tap.name: self._rows(tap.name) for tap in self._taps}
         sizes = torch.stack([r.standard_deviation.mean() for r in rows.values()])
@@ -167,9 +173,9 @@ class Outliers:
         return list(compress(rows, silent.tolist())), list(compress(rows, understated.tolist()))
 
     def metrics(self) -> list[Metric]:
-        """Per tensor, means over sequences; then over tensors: maxima, and mean kurtoses.
+        """The mean over sequences for each tensor, and maxima and mean kurtoses over tensors.
 
-        Tensors that are silent have no part in the mean and maximum of the scale-free kurtosis.
+        The mean and maximum of the scale-free kurtosis exclude silent tensors.
         """
         inf_norms = {
             tap: mean_metric("outlier.max_inf_norm", torch.cat(self._inf_norms[tap.name]), tap.name)
@@ -184,7 +190,7 @@ class Outliers:
             for tap in self._taps
             if len(kurtosis_N := self._pearson(tap.name))
         ]
-        silent, understated = self._quiet()
+        silent, understated = self._silent_and_understated()
         n = literature[0].n
 
         def one(name: str, value: Tensor | float, where: str = "") -> Metric:
@@ -194,7 +200,7 @@ class Outliers:
             return _values(m for tap, m in inf_norms.items() if kind in ("", tap.kind)).max()
 
         def counted(name: str, counts: dict[str, int]) -> list[Metric]:
-            """The sum, and the places where it is not 0."""
+            """The sum, and each count that is not 0."""
             places = [one(name, count, place) for place, count in counts.items() if count]
             return [one(name, sum(counts.values())), *places]
 
@@ -217,9 +223,12 @@ class Outliers:
         ]
 
     def tables(self) -> dict[str, Any]:
-        """Per decoder layer's output: inf-norm [L] and kurtosis [L], the literature's and the
-        scale-free one (NaN where the output is constant); and the massive activations, one row per
-        layer, channel and token."""
+        """Tables about the outputs of the decoder layers.
+
+        `outlier.inf_norm_layer`, `outlier.kurtosis_layer` and `outlier.pearson_kurtosis_layer` (NaN
+        for a constant output), all [L]; and `outlier.massive`, one row per layer, channel and token
+        with massive activations.
+        """
         layers = [tap.name for tap in self._taps if tap.kind == "layer"]
         return {
             "outlier.inf_norm_layer": [_mean(torch.cat(self._inf_norms[name])) for name in layers],
@@ -235,7 +244,7 @@ class Outliers:
 
 
 def _values(metrics: Iterable[Metric]) -> Tensor:
-    # A tensor, because Python's max() forgets a NaN or not depending on where it stands.
+    # A tensor, because the result of Python's max() depends on the position of a NaN.
     return torch.tensor([metric.value for metric in metrics], dtype=torch.float64)
 
 

@@ -1,16 +1,17 @@
-"""Secondary sinks by the rule of arXiv 2512.22213, in the states that leave the layers.
+"""Secondary sinks by the rule of arXiv 2512.22213.
 
 The L states of a token are the outputs of the decoder layers; the last one is taken after the final
-norm, as transformers' `hidden_states` has it.  For each window:
+norm, as in the `hidden_states` of transformers.  For each window:
 
-    b           the sink token: of the first two, the one whose norm is larger, mean over states
-    start, end  the states in which it is large: from the steepest rise of |h_b| to its steepest
-                fall after that (`end` is exclusive)
-    sink        a later token, in each state from start to end with |cos(h_t, h_b)| > 0.9
+    b           the sink token: the one of the first two tokens with the larger mean norm
+    start, end  the states in which b is large: from the steepest increase of |h_b| to the steepest
+                decrease after it (`end` is exclusive)
+    sink        a later token is a sink in the states from start to end in which
+                |cos(h_t, h_b)| > 0.9
 
-A token that is one in n states is a copy of the sink token for n >= L - 15, a secondary sink for
-4 < n < L - 15, and noise otherwise.  With L <= 19 no n is in between: there the limit is L / 2,
-under another name.
+A token that is a sink in n states is a copy of b if n >= L - 15, a secondary sink if
+4 < n < L - 15, and noise otherwise.  For L <= 19 there is no such n; then the limit is L / 2 and
+the metrics have another name.
 
 Axes: L states, B windows, 2 candidates for b, T tokens, D width, H heads.
 """
@@ -28,8 +29,8 @@ from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.records import Metric
 
 COSINE = 0.9
-NOISE = 4  # in so many states or fewer, a token is no sink
-FALL_SHORT = 15  # a copy of the sink token is a sink in all but so many states
+NOISE = 4  # a token that is a sink in at most this many states is noise
+COPY_MARGIN = 15  # a copy of the sink token is a sink in at least L - 15 states
 
 
 class Sink(NamedTuple):
@@ -42,21 +43,22 @@ class Sink(NamedTuple):
 
 
 class SecondarySinks:
-    """Which tokens are secondary sinks, and how much attention they receive.
+    """Finds secondary sinks and measures how much attention they receive.
 
     Args:
-        states: L, of one token.
+        states: L, the number of states of a token.
 
     Attributes:
-        windows: of each window seen, the sink token's position and the states in which it is large.
-        found: the secondary sinks in them, in order.
+        windows: for each window, the position of the sink token and the states in which it is
+            large.
+        found: the secondary sinks, ordered by window and position.
     """
 
     def __init__(self, states: int) -> None:
         self._states = states
-        shallow = states - FALL_SHORT <= NOISE
-        self._limit = states / 2 if shallow else states - FALL_SHORT
-        self._rule = "L/2" if shallow else f"L-{FALL_SHORT}"
+        shallow = states - COPY_MARGIN <= NOISE
+        self._limit = states / 2 if shallow else states - COPY_MARGIN
+        self._rule = "L/2" if shallow else f"L-{COPY_MARGIN}"
         self._norms: list[Tensor] = []
         self._alike: list[Tensor] = []
         self.windows: list[dict[str, int]] = []
@@ -64,8 +66,8 @@ class SecondarySinks:
         self.found: list[Sink] = []
         self._scores: list[float] = []
 
-    def see(self, x_BTD: Tensor, ids_BT: Tensor) -> None:
-        """Take in the states of one batch, 0 to L - 1 in turn."""
+    def update(self, x_BTD: Tensor, ids_BT: Tensor) -> None:
+        """Add one state of a batch, [B, T, D]; call it L times per batch, in order of depth."""
         x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         norms_BT = torch.linalg.vector_norm(x_BTD, dim=-1)
         dots_B2T = x_BTD[:, :2] @ x_BTD.transpose(1, 2)
@@ -95,28 +97,28 @@ class SecondarySinks:
             self.found.append(Sink(window, position, int(ids_T[position]), states))
 
     def score(self, model: PreTrainedModel, ids_NT: Tensor) -> None:
-        """Run the windows that have secondary sinks once more, and note what each receives.
+        """Run the windows with secondary sinks once more, to measure the attention they receive.
 
-        A sink's score is its mean attention probability, over the queries that see it and the heads
-        of those layers whose output has it as a sink.
+        The score of a sink is its mean attention probability over the queries that can attend to it
+        and over the heads of the layers in whose output it is a sink.
         """
         for window in sorted({sink.window for sink in self.found}):
             sinks = [sink for sink in self.found if sink.window == window]
             received: dict[int, list[Tensor]] = {sink.position: [] for sink in sinks}
 
-            def see(call: AttentionCall, sinks=sinks, received=received) -> None:
+            def on_attention(call: AttentionCall, sinks=sinks, received=received) -> None:
                 for sink in sinks:
                     if call.layer in sink.states:
                         p_HT = call.column(sink.position)[0]
                         received[sink.position].append(p_HT[:, sink.position :].double().mean())
 
-            with torch.random.fork_rng(), observe_attention(model, see):
+            with torch.random.fork_rng(), observe_attention(model, on_attention):
                 model(input_ids=ids_NT[window : window + 1], use_cache=False)
             self._scores += [float(torch.stack(received[s.position]).mean()) for s in sinks]
 
     def metrics(self) -> list[Metric]:
-        """`sink.secondary_tokens@RULE` and `sink.first_copies@RULE` per window, and the mean
-        `sink.secondary_score@RULE` where there are any; RULE is `L-15` or `L/2`."""
+        """`sink.secondary_tokens@RULE` and `sink.first_copies@RULE` per window, and, if there are
+        secondary sinks, their mean `sink.secondary_score@RULE`; RULE is `L-15` or `L/2`."""
         counts_N = torch.zeros(len(self.windows))
         for sink in self.found:
             counts_N[sink.window] += 1
@@ -130,8 +132,9 @@ class SecondarySinks:
         return metrics
 
     def tables(self) -> dict[str, Any]:
-        """`sink.window`, by window: the sink token's `position` and its `start` and `end`; and
-        `sink.secondary_tokens`, a row for each: its level is (`first_layer`, `layers`)."""
+        """`sink.window`: per window, the `position` of the sink token and its `start` and `end`.
+        `sink.secondary_tokens`: a row per secondary sink, with its level (`first_layer`,
+        `layers`)."""
         return {
             "sink.window": self.windows,
             "sink.secondary_tokens": [
@@ -149,14 +152,14 @@ class SecondarySinks:
 
 
 def large_states(norms_L: Tensor) -> tuple[int, int]:
-    """The states, from `start` to `end` (exclusive), in which a token of these norms is large.
+    """The states from `start` to `end` (exclusive) in which a token with these norms is large.
 
-    The steepest rise leads to `start`; the steepest fall after it leads to `end`.  Where the rise
-    is the last step, `end` is L; a single state has none.
+    `start` follows the steepest increase, `end` follows the steepest decrease after it.  If the
+    increase is the last step, `end` is L.  For a single state the result is (0, 0).
     """
     steps = norms_L.diff()
     if not len(steps):
         return 0, 0
     start = int(steps.argmax()) + 1
-    falls = steps[start:]
-    return start, start + int(falls.argmin()) + 1 if len(falls) else len(norms_L)
+    later = steps[start:]
+    return start, start + int(later.argmin()) + 1 if len(later) else len(norms_L)

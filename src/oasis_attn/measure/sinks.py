@@ -1,6 +1,6 @@
-"""Attention sinks: mass on the first position, Gu's rate, value-weighted norm; and the null mass.
+"""Attention sinks (first-position probability, sink rate, value-weighted norm) and the null.
 
-Axes: N windows, B of them at once, T tokens, L layers, H heads, d head width, D width.
+Axes: N windows, B windows in a batch, T tokens, L layers, H heads, d head width, D width.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ RATE_THRESHOLDS = (0.3, 0.2)
 def first_position_norms(p_BHT: Tensor, value_BHd: Tensor, out_projection: nn.Module) -> Tensor:
     """|| sum_h A_h[t, 0] f_h(x_0) || for each query t, [B, T] float64.
 
-    Kobayashi et al. 2020 (arXiv 2004.10102): f_h(x_0) is the first position's value through the
-    head's share of the output projection, bias left out.  An output gate is not seen.
+    Kobayashi et al. 2020 (arXiv 2004.10102): f_h(x_0) is the value of the first position of head h
+    times the output projection, without bias.  An output gate is not included.
     """
     batch, heads, width = value_BHd.shape
-    # A row per head, zero elsewhere, through the module itself: whatever its weight's layout is.
+    # One row per head, zero for the other heads, so that any type of projection module works.
     rows_BHHd = value_BHd.new_zeros(batch, heads, heads, width)
     rows_BHHd.diagonal(dim1=1, dim2=2).copy_(value_BHd.transpose(1, 2))
-    # .forward, so that hooks on the projection do not take these rows for activations.
+    # .forward, so that hooks on the projection are not called.
     images_BHD = out_projection.forward(rows_BHHd.flatten(2))
     images_BHD = images_BHD - out_projection.forward(rows_BHHd.new_zeros(1, 1, heads * width))
     images_BHD = images_BHD.double()
-    # || sum_h p_h f_h ||^2 = p^T (F F^T) p: H numbers a query instead of D.
+    # || sum_h p_h f_h ||^2 = p^T (F F^T) p needs H values per query instead of D.
     gram_BHH = images_BHD @ images_BHD.transpose(1, 2)
     p_BTH = p_BHT.transpose(1, 2).double()
     return ((p_BTH @ gram_BHH) * p_BTH).sum(-1).clamp_min(0).sqrt()
 
 
 class Sinks:
-    """The sink.* measures of attention, and null.mass, of one pass over windows."""
+    """Computes the sink.* metrics of attention, and null.mass, during one pass over windows."""
 
     def __init__(self, taps: list[Tap]) -> None:
         self._out_projections = [tap.module for tap in taps if tap.kind == "attention"]
@@ -51,50 +51,50 @@ class Sinks:
         self._window = 0
         self._calls: Counter[int] = Counter()
 
-    def see(self, call: AttentionCall) -> None:
-        """Take in what one attention module has computed."""
+    def update(self, call: AttentionCall) -> None:
+        """Add one attention call."""
         self._calls[call.layer] += 1
         if call.layer >= len(self._out_projections):
-            return  # `check` refuses it
+            return  # `check` raises an error
         p_BHT = call.column(0)
         null_BHT = call.null_BHT
         heads = p_BHT.shape[1]
         self._window = p_BHT.shape[2]
 
-        self._note("mass", call.layer, _mean(p_BHT[..., 1:]))
+        self._record("mass", call.layer, _mean(p_BHT[..., 1:]))
         real_BHT = 1 - null_BHT[..., 1:]
-        # Rows that attend to nothing have no renormalised form; they are left out of the mean.
+        # A row whose sum is 0 cannot be renormalised; it is excluded from the mean.
         idle_BHT = real_BHT <= 1e-6
         share_BHT = (p_BHT[..., 1:] / real_BHT).masked_fill(idle_BHT, 0).double()
         rows_BH = (~idle_BHT).sum(-1).clamp_min(1)
-        self._note("mass_renormalised", call.layer, share_BHT.sum(-1) / rows_BH)
-        self._note("rate", call.layer, _mean(p_BHT[..., :RATE_LENGTH]))
-        self._note("rate_window", call.layer, _mean(p_BHT))
-        self._note("null", call.layer, _mean(null_BHT))
+        self._record("mass_renormalised", call.layer, share_BHT.sum(-1) / rows_BH)
+        self._record("rate", call.layer, _mean(p_BHT[..., :RATE_LENGTH]))
+        self._record("rate_window", call.layer, _mean(p_BHT))
+        self._record("null", call.layer, _mean(null_BHT))
 
         value_BGd = call.value_BGSd[:, :, 0]
         value_BHd = value_BGd.repeat_interleave(heads // value_BGd.shape[1], dim=1)
         norms_BT = first_position_norms(p_BHT, value_BHd, self._out_projections[call.layer])
-        self._note("value_weighted", call.layer, _mean(norms_BT[:, 1:]))
+        self._record("value_weighted", call.layer, _mean(norms_BT[:, 1:]))
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise `UserError` unless each layer has attended once since the last check."""
+        """Raise `UserError` unless each layer has made one attention call since the last check."""
         layers = range(len(self._out_projections))
         calls, self._calls = self._calls, Counter()
         for layer in {*layers, *calls}:
             if layer not in layers or calls[layer] != 1:
                 raise UserError(
-                    f"model: family {model.config.model_type!r} cannot be diagnosed: layer {layer} "
-                    f"calls transformers' attention interface {calls[layer]} times in a forward "
-                    "pass, not once, so that its attention sinks cannot be measured"
+                    f"model: family {model.config.model_type!r} is not supported by diagnose: layer"
+                    f" {layer} calls the attention interface of transformers {calls[layer]} times"
+                    " per forward pass, not once, so its attention sinks cannot be measured"
                 )
 
-    def _note(self, name: str, layer: int, values: Tensor) -> None:
+    def _record(self, name: str, layer: int, values: Tensor) -> None:
         series = self._series.setdefault(name, [[] for _ in self._out_projections])
         series[layer].append(values.cpu())
 
     def _stack(self, name: str) -> Tensor:
-        """One series over all windows: [N, L, H], or [N, L]."""
+        """One series for all windows: [N, L, H] or [N, L]."""
         return torch.stack([torch.cat(values) for values in self._series[name]], dim=1)
 
     @property
@@ -102,11 +102,11 @@ class Sinks:
         return bool((self._stack("null") != 0).any())
 
     def metrics(self) -> list[Metric]:
-        """Means over layers and heads, with their spread over windows.
+        """Means over layers and heads, with the standard error over windows.
 
-        `sink.rate@eps` is Gu's, on each window's first 64 queries: later tokens do not reach them,
-        so they are a window of 64.  `sink.rate_window@eps` is the same over the whole window, and
-        the only one where windows are shorter.
+        `sink.rate@eps` is the rate of Gu et al., over the first 64 queries of each window; because
+        of causality this equals windows of 64 tokens.  `sink.rate_window@eps` is over the whole
+        window.  If windows are shorter than 64, only the latter is given.
         """
         rates = {"sink.rate_window": self._stack("rate_window")}
         if self._window >= RATE_LENGTH:
@@ -125,7 +125,7 @@ class Sinks:
         return [mean_metric(name, values.flatten(1).mean(1)) for name, values in means.items()]
 
     def tables(self) -> dict[str, Any]:
-        """`sink.mass` [L][H], `sink.value_weighted` [L], and, where attention has a null option,
+        """`sink.mass` [L][H], `sink.value_weighted` [L], and, if attention has a null option,
         `null.mass` [L][H]."""
         tables = {
             "sink.mass": self._stack("mass").mean(0).tolist(),

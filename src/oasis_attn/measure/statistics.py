@@ -1,4 +1,4 @@
-"""Small statistics that every measure uses."""
+"""Statistics that all measures use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oasis_attn.records import Metric
 
 
 def mean_metric(name: str, samples: Tensor, where: str = "") -> Metric:
-    """The mean of `samples` [N] with its standard error (none for a single sample)."""
+    """The mean of `samples` [N] and its standard error (None for a single sample)."""
     samples = samples.double()
     n = len(samples)
     error = float(samples.std(unbiased=True)) / math.sqrt(n) if n > 1 else None

@@ -1,9 +1,9 @@
-"""The glossary: the definition of every metric in a record.
+"""The glossary: definitions of all metrics in records.
 
-A name has one definition and one protocol.  A metric has the name of a paper's metric only if it is
-computed exactly as in the paper; otherwise it has its own name.
+A name has one definition and one protocol.  A metric has the name that a paper uses only if it is
+computed exactly as in the paper; all other metrics have names of their own.
 
-A name may hold placeholders: `sink.rate@<eps>` defines `sink.rate@0.3` and `sink.rate@0.2`.
+A name can contain placeholders: `sink.rate@<eps>` defines `sink.rate@0.3` and `sink.rate@0.2`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ SECTIONS: dict[str, tuple[Definition, ...]] = {
     "Quantised models in a study": STUDY_QUANTIZED,
     "Benchmarks": BENCHMARKS,
 }
-"""The glossary by subject."""
+"""The definitions by topic."""
 
 GLOSSARY = tuple(each for section in SECTIONS.values() for each in section)
 
 
 def definitions(name: str = "") -> list[Definition]:
-    """The definition of the metric `name`, or else of all metrics whose names start with it.
+    """The definition of the metric `name`; if there is none, all whose names start with `name`.
 
     Raises:
-        UserError: there are none.
+        UserError: there is no such definition; the message names the nearest metric.
     """
     found = [each for each in GLOSSARY if each.name == name]
     found = found or [each for each in GLOSSARY if each.pattern.fullmatch(name)]

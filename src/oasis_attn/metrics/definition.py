@@ -27,13 +27,13 @@ class Definition:
     """The definition of one metric, or of one family of metrics.
 
     Attributes:
-        name: name in records; may contain placeholders in angle brackets.
-        definition: the formula, or a short description.
+        name: the name in records; it can contain placeholders in angle brackets.
+        definition: a formula, or a description in words.
         unit: unit of the value.
         better: `lower`, `higher`, or empty if neither is better.
-        protocol: the data it is measured on, and what its mean, maximum and `n` refer to.
-        source: the paper and its equation, or `this library`.
-        retired: only records of earlier versions contain it.
+        protocol: what it is measured on, and what the mean, the maximum and `n` are over.
+        source: the paper and its number, or `this library`.
+        retired: True if only records of earlier versions contain it.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Definition:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """A pattern that matches the names of this definition."""
+        """A regular expression for the metric names that this definition covers."""
         parts = re.split(r"<(\w+)>", self.name)
         return re.compile(
             "".join(

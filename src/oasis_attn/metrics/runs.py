@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from oasis_attn.metrics.definition import Definition
 
-_PROBLEMS = "`evaluate`: one prompt a problem; mean over problems, n problems"
+_PROBLEMS = "`evaluate`: one prompt per problem; mean over problems, n problems"
 _TARGETS = "`quantize`: for each quantised target (`where`)"
-_PREFIX = "`prefix`: `where` is `before` or `after`: without the prefix, and with it"
-_STUDY = "`study`: the same model quantised by <scheme>; otherwise as the name before the @"
+_PREFIX = "`prefix`: `where` is `before` (without the prefix) or `after` (with the prefix)"
+_STUDY = "`study`: the same model quantised with <scheme>; otherwise as the metric before the @"
 
 LANGUAGE = (
     Definition(
         name="loss.windowed",
-        definition="mean over windows of the mean -log p(token | earlier tokens of its window)",
+        definition="mean over windows of the mean -log p(token | earlier tokens of the window)",
         unit="nats per token",
         better="lower",
         protocol="disjoint windows, spread evenly over the text; BOS begins each window and EOS "
@@ -24,12 +24,12 @@ LANGUAGE = (
         definition="exp(`loss.windowed`)",
         unit="1",
         better="lower",
-        protocol="as `loss.windowed`; with `where` in records of `quantize` and `prefix`, of the "
-        "model before and after; in the quantisation benchmark, of each scheme and method",
+        protocol="as `loss.windowed`; `where` is `before` or `after` in records of `quantize` and "
+        "`prefix`, and the scheme and method in the quantisation benchmark",
     ),
     Definition(
         name="loss.strided",
-        definition="sum of -log p over all scored tokens / their number",
+        definition="sum of -log p over all scored tokens / number of scored tokens",
         unit="nats per token",
         better="lower",
         protocol="`evaluate --tasks perplexity --stride`: windows of the same tokens that overlap; "
@@ -48,16 +48,16 @@ LANGUAGE = (
         definition="exp of the mean loss of the quantised model",
         unit="1",
         better="lower",
-        protocol=f"{_PREFIX}; windows spread over the evaluation split, model quantised by the "
-        "record's scheme; n windows",
+        protocol=f"{_PREFIX}; windows spread over the evaluation split; the model is quantised "
+        "with the scheme in the record; n windows",
     ),
 )
 
 TASKS = (
     Definition(
         name="<task>.pass@<k>.<score>",
-        definition="chance that one of k answers is right.  strict: the number after the first "
-        "`####` is the reference's; flexible: the last number is",
+        definition="probability that at least one of k answers is correct.  strict: the number "
+        "after the first `####` equals the reference; flexible: the last number does",
         unit="share",
         better="higher",
         protocol=_PROBLEMS,
@@ -65,7 +65,7 @@ TASKS = (
     ),
     Definition(
         name="gsm8k.lm_eval.<filter>",
-        definition="exact match of the first answer by lm-eval's own filter",
+        definition="exact match of the first answer with the filter of lm-eval",
         unit="share",
         better="higher",
         protocol=_PROBLEMS,
@@ -73,7 +73,7 @@ TASKS = (
     ),
     Definition(
         name="gsm8k.answer_loglik",
-        definition="mean log-likelihood of a reference answer's tokens after its question",
+        definition="mean log-likelihood of the tokens of the reference answer, given the question",
         unit="nats per token",
         better="higher",
         protocol=_PROBLEMS,
@@ -83,17 +83,17 @@ TASKS = (
 TRAINING = (
     Definition(
         name="training.loss",
-        definition="mean loss of the last logged steps, regularisers left out",
+        definition="mean loss of the last logged steps, without regularisers",
         unit="nats per token",
         better="lower",
-        protocol="`train`: on training batches, as last logged",
+        protocol="`train`: on training batches; the last logged value",
     ),
     Definition(
         name="training.tokens_per_second",
         definition="tokens trained on / seconds of training",
         unit="tokens per second",
         better="higher",
-        protocol="`train`: this run, on the record's hardware",
+        protocol="`train`: since the run was started or resumed, on the hardware in the record",
     ),
     Definition(
         name="trial.seconds",
@@ -114,66 +114,69 @@ TRAINING = (
 QUANTIZATION = (
     Definition(
         name="quantization.weight_error",
-        definition="|w^ - w|^2 / |w|^2 of a weight and its quantised form",
+        definition="|w^ - w|^2 / |w|^2 for a weight w and its quantised value w^",
         unit="1",
         better="lower",
         protocol=_TARGETS,
     ),
     Definition(
         name="quantization.activation_error",
-        definition="|x^ - x|^2 / |x|^2 of activations and their quantised form",
+        definition="|x^ - x|^2 / |x|^2 for activations x and their quantised values x^",
         unit="1",
         better="lower",
         protocol=f"{_TARGETS}; over all calibration windows, n windows",
     ),
     Definition(
         name="quantization.low",
-        definition="lower end of a static range",
+        definition="lower bound of a static range",
         unit="activation",
         protocol=_TARGETS,
     ),
     Definition(
         name="quantization.high",
-        definition="upper end of a static range",
+        definition="upper bound of a static range",
         unit="activation",
         protocol=_TARGETS,
     ),
     Definition(
         name="quantization.scale",
-        definition="step of a static range's grid",
+        definition="quantisation step of a static range",
         unit="activation",
         protocol=_TARGETS,
     ),
     Definition(
         name="size.bytes",
-        definition="`before`: bytes of the parameters in memory; `after`: of the written weights",
+        definition="size of the model: `before`, of the parameters in memory; `after`, of the "
+        "saved weights",
         unit="bytes",
         better="lower",
         protocol="`quantize`: `where` is `before` or `after`",
     ),
     Definition(
         name="size.quantized_share",
-        definition="entries of quantised weights / entries of all weights; weights are parameters "
-        "of two or more dimensions, less embeddings and an output head that is not quantised",
+        definition="number of quantised weights / number of all weights.  Weights are the entries "
+        "of parameters with two or more dimensions, except embeddings and an output head that is "
+        "not quantised",
         unit="share",
         better="higher",
-        protocol="`quantize`; the other weights are listed in `float_weights`",
+        protocol="`quantize`; `float_weights` lists the weights that are not quantised",
     ),
     Definition(
         name="speed.over_unquantized",
-        definition="seconds of a forward pass before quantising / seconds after",
+        definition="time of a forward pass before quantisation / time after quantisation",
         unit="1",
         better="higher",
-        protocol="`quantize`: median over evaluation windows, one at a time, both models in turn; "
-        "n windows",
+        protocol="`quantize`: median over evaluation windows, one at a time, with both models "
+        "alternating; n windows",
     ),
     Definition(
         name="prefix.noise",
-        definition="(r / 255)^2 / (12 s): noise of an 8-bit static range over the signal; r the "
-        "range of a tensor over all windows, s the median token's mean square",
+        definition="(r / 255)^2 / (12 s): noise-to-signal ratio of an 8-bit static range, where r "
+        "is the range of a tensor over all windows and s the mean square of the median token",
         unit="1",
         better="lower",
-        protocol=f"{_PREFIX}; mean over inputs of linear layers and layer outputs, n windows",
+        protocol=f"{_PREFIX}; mean over the inputs of linear layers and the layer outputs; "
+        "n windows",
     ),
     Definition(
         name="prefix.max_linear",

@@ -1,10 +1,12 @@
-"""Our attention function, as transformers' attention modules call it, and the tap on it.
+"""The attention function that transformers' attention modules call, and how to observe its calls.
 
 It is registered under one name with transformers' AttentionInterface, together with a mask function
-(without one, transformers drops padding and sliding windows silently).  A layer of ours passes the
-method's settings as keyword arguments through its family's attention module; a native model passes
-none and gets its own softmax.  The null mass `[B, H, T]` is returned in the slot of the attention
-weights, which every family hands back untouched.
+(without one, transformers silently ignores padding and sliding windows).  An OASIS layer passes the
+normalizer and its parameters as keyword arguments through the family's attention module; a native
+model passes none and gets softmax.  The null probability `[B, H, T]` is returned in place of the
+attention weights, which every family's attention module returns unchanged.
+
+Axes: B batch, H query heads, G key heads, T queries, S keys, d head width.
 """
 
 from __future__ import annotations
@@ -26,10 +28,16 @@ from transformers.masking_utils import sdpa_mask
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import ATTENTION
 from oasis_attn.ops.normalizers import TokenNormalizer, resolve_normalizer
-from oasis_attn.ops.null_attention import attend, attend_one, attends_one, naive_mix, naive_weights
+from oasis_attn.ops.null_attention import (
+    attend,
+    can_use_decode_kernel,
+    decode_attention,
+    naive_mix,
+    naive_weights,
+)
 
 SOFTMAX = resolve_normalizer("normalizer", "softmax")
-_INDICES = ("indices", "block_indices")  # how families name the keys that an indexer picked
+_INDICES = ("indices", "block_indices")  # the families' arguments for keys that an indexer selects
 _observers: list[Callable[[nn.Module, AttentionCall], None]] = []
 
 
@@ -51,31 +59,36 @@ def oasis_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend; returns `out_BTHd` and the null mass `[B, H, T]`, None where softmax has none.
+    """Compute attention with the model's normalizer.
 
     Args:
-        query, key, value: `[B, H, T, d]`, `[B, G, S, d]`; attention_mask: boolean or additive, or
-            None for causal.
-        s_aux: learned sinks `[H]` of a native family (gpt-oss): null logits.
-        normalizer, null_logit: see `OasisConfig`; the default is the native softmax.
+        query: `[B, H, T, d]`.
+        key, value: `[B, G, S, d]`.
+        attention_mask: boolean (True: may attend) or additive; None means causal.
+        s_aux: learned sinks `[H]` of a native family (gpt-oss), used as null logits.
+        normalizer, null_logit: see `OasisConfig`.
         output_gate: gate logits `[B, T, H]` or `[B, T, H * d]`.
-        output_attentions: compute the map itself and hand it to the observers.
+        output_attentions: compute the attention matrix and pass it to the observers.
         position_bias: `[B, H, T, S]`, added to the logits.
 
+    Returns:
+        The output `[B, T, H, d]`, and the null probability `[B, H, T]`, or None if softmax was
+        computed without it.
+
     Raises:
-        UserError: a family whose attention sees only the keys that an indexer picks: transformers
-            puts them into the mask for its own implementations alone.
+        UserError: the family attends only to keys that an indexer selects; transformers adds them
+            to the mask only for its own implementations.
     """
     if any(kwargs.get(name) is not None for name in _INDICES):
         config: Any = module.config
         raise UserError(
-            f"model: family {config.model_type!r} attends only to keys that an indexer "
-            f"picks, which the attention {ATTENTION!r} does not support"
+            f"model: family {config.model_type!r} attends only to keys that an indexer selects,"
+            f" which the attention {ATTENTION!r} does not support"
         )
     if s_aux is not None:
         normalizer, null_logit = resolve_normalizer("normalizer", "learned_sink"), s_aux
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # as scaled_dot_product_attention: rotation is float32
+    if torch.is_autocast_enabled(device):  # cast as SDPA does: rotary embedding returns float32
         precision = torch.get_autocast_dtype(device)
         query, key, value = query.to(precision), key.to(precision), value.to(precision)
     T = query.shape[2]
@@ -87,27 +100,28 @@ def oasis_attention(
     softmax = normalizer.name == "softmax"
     if softmax:
         null_logit = -torch.inf
-    mapped = output_attentions or normalizer.name not in ("softmax", "softmax1", "learned_sink")
-    if softmax and softcap is None and not (mapped or _observers):
+    weights_free = normalizer.name in ("softmax", "softmax1", "learned_sink")
+    needs_weights = output_attentions or not weights_free
+    if softmax and softcap is None and not (needs_weights or _observers):
         out_BTHd, null_BHT = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     elif (
         attention_mask is None
-        and attends_one(query, value)
+        and can_use_decode_kernel(query, value)
         and softcap is None
-        and not (mapped or dropout or _observers)
+        and not (needs_weights or dropout or _observers)
     ):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out_BHTd, null_BHT = attend_one(query, key, value, scale=scale, null_logit=null_logit)
+        out_BHTd, null_BHT = decode_attention(query, key, value, scale=scale, null_logit=null_logit)
         out_BTHd = out_BHTd.transpose(1, 2)
     else:
         if attention_mask is None and T > 1:
-            key, value = key[:, :, :T], value[:, :, :T]  # a static cache is longer than its content
+            key, value = key[:, :, :T], value[:, :, :T]  # a static cache has unused positions
         causal = attention_mask is None and getattr(module, "is_causal", True)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if not mapped:
-            out_BHTd, null_BHT, total_BHT = attend(
+        if not needs_weights:
+            out_BHTd, null_BHT, lse_BHT = attend(
                 query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale,
                 null_logit=null_logit, softcap=softcap, dropout=dropout,
             )  # fmt: skip
@@ -116,23 +130,15 @@ def oasis_attention(
             if causal:
                 visible = torch.ones(T, key.shape[2], dtype=torch.bool, device=query.device)
                 attention_mask = visible.tril(key.shape[2] - T)[None, None]
-            weights_BHTS, null_BHT, total_BHT = naive_weights(
+            weights_BHTS, null_BHT, lse_BHT = naive_weights(
                 query, key, attn_mask=attention_mask, scale=scale, softcap=softcap,
                 null_logit=null_logit, normalizer=normalizer,
             )  # fmt: skip
             out_BHTd = naive_mix(weights_BHTS, value, dropout).to(query.dtype)
         if _observers:
             call = AttentionCall(
-                module,
-                query,
-                key,
-                value,
-                null_BHT,
-                attention_mask,
-                scale,
-                softcap,
-                total_BHT,
-                weights_BHTS,
+                *(module, query, key, value, null_BHT),
+                *(attention_mask, scale, softcap, lse_BHT, weights_BHTS),
             )
             for observer in tuple(_observers):
                 observer(module, call)
@@ -149,7 +155,11 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one attention module computed in one forward pass, for measuring; no map is stored."""
+    """The inputs and results of one attention module in one forward pass, for measurements.
+
+    The attention matrix is not stored, unless the forward pass computed it; `column` and `rows`
+    recompute the probabilities that they return.
+    """
 
     module: nn.Module
     query_BHTd: Tensor
@@ -159,7 +169,7 @@ class AttentionCall:
     _mask: Tensor | None
     _scale: float
     _softcap: float | None
-    _total_BHT: Tensor
+    _lse_BHT: Tensor
     weights_BHTS: Tensor | None
 
     @property
@@ -168,26 +178,26 @@ class AttentionCall:
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
     def column(self, position: int) -> Tensor:
-        """p on key `position` for every query, `[B, H, T]`, float32; 0 where it is not seen."""
+        """Probability of key `position` for every query, `[B, H, T]`, float32; 0 where masked."""
         if self.weights_BHTS is not None:
             return self.weights_BHTS[..., position]
-        every = slice(0, self.query_BHTd.shape[2])
-        return self._part(every, slice(position, position + 1)).squeeze(-1)
+        all_queries = slice(0, self.query_BHTd.shape[2])
+        return self._probabilities(all_queries, slice(position, position + 1)).squeeze(-1)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """p of queries `start` to `stop` (exclusive) on the keys from the first to the last that
-        any of them may see, `[B, H, stop - start, S']`, float32."""
+        """Probabilities of queries `start` to `stop` (exclusive), `[B, H, stop - start, S']`,
+        float32.  S' counts the keys up to the last one that any of these queries attends to."""
         if self.weights_BHTS is not None:
             return self.weights_BHTS[:, :, start:stop]
         T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
         end = S if self._mask is not None else S - T + stop
-        return self._part(slice(start, stop), slice(0, end))
+        return self._probabilities(slice(start, stop), slice(0, end))
 
-    def _part(self, queries: slice, keys: slice) -> Tensor:
-        """p of some queries on some keys, from the finished log-denominators."""
+    def _probabilities(self, queries: slice, keys: slice) -> Tensor:
+        """Probabilities of the given queries and keys, recomputed from the log-sum-exps."""
         T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
         groups = self.query_BHTd.shape[1] // self.key_BGSd.shape[1]
-        precise = self._total_BHT.dtype
+        precise = self._lse_BHT.dtype
         key_BHSd = self.key_BGSd[:, :, keys].to(precise).repeat_interleave(groups, 1)
         query_BHTd = self.query_BHTd[:, :, queries].to(precise)
         scores_BHTS = (query_BHTd @ key_BHSd.transpose(-1, -2)).mul_(self._scale)
@@ -195,23 +205,23 @@ class AttentionCall:
             scores_BHTS = self._softcap * torch.tanh(scores_BHTS / self._softcap)
         if self._mask is None:
             positions = torch.arange(S, device=scores_BHTS.device)
-            unseen = positions[keys] > positions[S - T :][queries].unsqueeze(-1)
-            scores_BHTS = scores_BHTS.masked_fill_(unseen, -torch.inf)
+            future = positions[keys] > positions[S - T :][queries].unsqueeze(-1)
+            scores_BHTS = scores_BHTS.masked_fill_(future, -torch.inf)
         elif self._mask.dtype == torch.bool:
             scores_BHTS = scores_BHTS.masked_fill_(~self._mask[..., queries, keys], -torch.inf)
         else:
             scores_BHTS = scores_BHTS + self._mask[..., queries, keys]
-        return scores_BHTS.sub_(self._total_BHT[..., queries, None]).exp_()
+        return scores_BHTS.sub_(self._lse_BHT[..., queries, None]).exp_()
 
 
 @contextmanager
 def observe_attention(
     model: PreTrainedModel, callback: Callable[[AttentionCall], None]
 ) -> Iterator[None]:
-    """While open, every attention module of `model` hands `callback` what it computed.
+    """Context in which `callback` receives every attention call of `model`.
 
-    A native transformers decoder is switched to our function, which computes its own softmax from
-    the same kernel, and back at the end.
+    A native transformers decoder uses `oasis_attention` in this context, which computes its softmax
+    with the same kernel; the previous attention is restored at the end.
     """
     modules = set(model.modules())
 
@@ -232,7 +242,7 @@ def observe_attention(
 
 @contextmanager
 def observed(observer: Callable[[nn.Module, AttentionCall], None]) -> Iterator[None]:
-    """While open, `observer` is handed every call of `oasis_attention`, with its module."""
+    """Context in which `observer` receives every call of `oasis_attention` and its module."""
     _observers.append(observer)
     try:
         yield

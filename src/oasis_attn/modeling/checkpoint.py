@@ -1,7 +1,7 @@
-"""A checkpoint's files, checked before another library builds anything from them.
+"""Checks of a checkpoint's files before another library builds a model from them.
 
-A folder may come from anywhere.  Its JSON may hold anything, so that no count in it is believed
-before the weights confirm it, and no code that it names is run.
+The files are untrusted.  A size in the JSON files is not used before the weight files confirm it,
+and code that they name is not run.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _OBJECTS = (  # files that must hold a JSON object where they are present
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
-_COUNT = re.compile(r"(layers?|blocks|labels)$")  # settings that config classes make lists of
+_COUNT = re.compile(r"(layers?|blocks|labels)$")  # config classes build a list of this length
 MOST_COUNTED = 10_000
-_BUFFER_ROOM = 2**28  # elements of buffers, such as causal masks, that no file holds
+_BUFFER_ALLOWANCE = 2**28  # elements of buffers that are not stored in a file (causal masks)
 _KERNEL_SETTINGS = (
     *("attn_implementation", "_attn_implementation"),
     *("experts_implementation", "_experts_implementation"),
@@ -47,9 +47,9 @@ class Checkpoint:
     """The files of one model.
 
     Attributes:
-        name: what the user calls it, for messages.
-        source: a local folder or a hub id, as `from_pretrained` takes it.
-        trust_remote_code: whether Python code that comes with it may run.
+        name: the name that the user gave, for messages.
+        source: a local folder or a Hub id, for `from_pretrained`.
+        trust_remote_code: whether Python code in the checkpoint may run.
     """
 
     name: str
@@ -57,25 +57,28 @@ class Checkpoint:
     trust_remote_code: bool
 
     def error(self, reason: str) -> UserError:
-        where = "" if Path(self.source).exists() else "is not found locally, and from the Hub "
-        return UserError(f"model: {self.name!r} {where}cannot be loaded: {reason}")
+        if Path(self.source).exists():
+            return UserError(f"model: {self.name!r} cannot be loaded: {reason}")
+        return UserError(
+            f"model: {self.name!r} is not found locally and cannot be loaded from the Hub: {reason}"
+        )
 
     @contextmanager
     def foreign(self, part: str) -> Iterator[None]:
-        """While open, another library interprets `part` of the checkpoint.
+        """Context in which another library reads `part` of the checkpoint.
 
-        Whatever it raises then is caused by the files: it becomes one `UserError`.
+        Any exception is caused by the files, and is raised as one `UserError`.
         """
         try:
             yield
         except UserError:
             raise
-        except Exception as error:  # a foreign library on a foreign file: no list would be complete
+        except Exception as error:  # the library may raise any type on a broken file
             reason = one_line(error)
             if not self.trust_remote_code and "trust_remote_code" in reason:
                 raise self.error(
-                    f"{part} needs Python code that comes with the checkpoint, which is not run;"
-                    " read that code, and allow it with --trust-remote-code"
+                    f"{part} needs Python code from the checkpoint, which is not run by default;"
+                    " read the code, then allow it with --trust-remote-code"
                     " (trust_remote_code=True)"
                 ) from error
             if not isinstance(error, OSError | ValueError):
@@ -83,29 +86,29 @@ class Checkpoint:
             raise self.error(f"{part}: {reason}") from error
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The object in one of the files; None if the file is absent."""
+        """The object in one of the files; None if the file does not exist."""
         with self.foreign(name):
-            needed = name == "config.json"
+            required = name == "config.json"
             path = cached_file(
                 self.source,
                 name,
-                _raise_exceptions_for_missing_entries=needed,
-                _raise_exceptions_for_connection_errors=needed,
+                _raise_exceptions_for_missing_entries=required,
+                _raise_exceptions_for_connection_errors=required,
             )
             return None if path is None else read_object(path)
 
     def check_json(self) -> bool:
-        """Raise `UserError` on JSON that no model should be built from.
+        """Raise `UserError` if the JSON files are invalid or unsafe.
 
         Returns:
             Whether the config says that the weights are quantised.
         """
         config = self.read_json("config.json")
-        assert config is not None  # needed, so that its absence has raised
+        assert config is not None  # required: read_json raises if it does not exist
         if self.read_json("adapter_config.json") is not None:
             raise self.error(
-                "adapter_config.json: it is a PEFT adapter; merge it into its base model"
-                " (merge_and_unload) and save that"
+                "adapter_config.json: this is a PEFT adapter; merge it into its base model"
+                " (merge_and_unload) and save the result"
             )
         for name in _OBJECTS:
             self.read_json(name)
@@ -113,7 +116,11 @@ class Checkpoint:
             return check_config(config, trust_remote_code=self.trust_remote_code)
 
     def weight_bytes(self) -> int:
-        """The size of all files with weights; `UserError` unless they are whole, and all read."""
+        """The size of all weight files.
+
+        Raises:
+            UserError: a weight file is missing or damaged, or a file would not be read.
+        """
         return sum(os.path.getsize(path) for path in self._weight_files())
 
     def _weight_files(self) -> list[str]:
@@ -124,10 +131,10 @@ class Checkpoint:
         elif index is not None:
             shards = self._shards(index)
         else:
-            raise self.error(f"it holds neither {_WEIGHTS} nor {_INDEX}")
+            raise self.error(f"it contains neither {_WEIGHTS} nor {_INDEX}")
         for path in sorted(Path(self.source).glob("*.safetensors")):
             if path.name not in shards:
-                raise self.error(f"{path.name} is read by nothing; move it to another folder")
+                raise self.error(f"{path.name} would not be read; move it to another folder")
         return list(shards.values())
 
     def _shards(self, index: dict[str, Any]) -> dict[str, str]:
@@ -137,10 +144,10 @@ class Checkpoint:
         shards = {}
         for name in dict.fromkeys(placed.values()):
             if not isinstance(name, str) or PurePosixPath(name).name != name:
-                raise self.error(f"{_INDEX}: {name!r} is not the name of a file beside it")
+                raise self.error(f"{_INDEX}: {name!r} is not a file name in the same folder")
             path = self._file(name)
             if path is None:
-                raise self.error(f"{_INDEX}: {name} is absent")
+                raise self.error(f"{_INDEX}: {name} does not exist")
             shards[name] = path
         for name, path in shards.items():
             with self.foreign(name), safe_open(path, "pt") as file:
@@ -158,15 +165,15 @@ class Checkpoint:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file; `ValueError` if it holds anything else."""
+    """The JSON object in a file; `ValueError` if it contains another type."""
     found = parse_json(Path(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError(f"it holds {json.dumps(found)[:40]}, not an object")
+        raise ValueError(f"it contains {json.dumps(found)[:40]}, not a JSON object")
     return found
 
 
 def check_config(config: dict[str, Any], *, trust_remote_code: bool) -> bool:
-    """Raise `ValueError` on settings that would do harm before transformers judges them.
+    """Raise `ValueError` on values that do harm before transformers validates them.
 
     Returns:
         Whether the config says that the weights are quantised.
@@ -174,15 +181,15 @@ def check_config(config: dict[str, Any], *, trust_remote_code: bool) -> bool:
     quantized = False
     for key, value in config.items():
         if callable(getattr(PreTrainedConfig, key, None)):
-            raise ValueError(f"{key} is no setting; it would replace a method")
+            raise ValueError(f"{key} is not a config field; it would replace a method")
         if _COUNT.search(key) and isinstance(value, int) and abs(value) > MOST_COUNTED:
             raise ValueError(f"{key}: {value!r} is more than {MOST_COUNTED}")
         if key in _KERNEL_SETTINGS and "/" in str(value) and not trust_remote_code:
             raise ValueError(
-                f"{key}: {value!r} is code from the Hub; allow it with --trust-remote-code"
+                f"{key}: {value!r} names code on the Hub; allow it with --trust-remote-code"
             )
         if key == "transformers_weights" and value is not None:
-            raise ValueError(f"{key}: only {_WEIGHTS} and the files of its index are read")
+            raise ValueError(f"{key}: only {_WEIGHTS} and the files that {_INDEX} lists are read")
         if key == "quantization_config" and value is not None:
             _check_quantization(value)
             quantized = True
@@ -196,33 +203,33 @@ def check_config(config: dict[str, Any], *, trust_remote_code: bool) -> bool:
 def _check_quantization(value: Any) -> None:
     method = value.get("quant_method") if isinstance(value, dict) else None
     if not isinstance(method, str) or not AutoHfQuantizer.supports_quant_method(value):
-        raise ValueError(f"quantization_config: quant_method {method!r} is not a known method")
+        raise ValueError(f"quantization_config: quant_method {method!r} is unknown")
 
 
 @contextmanager
-def parameter_limit(most: int, reason: str) -> Iterator[None]:
-    """While open, building a model of more parameters on the meta device raises `UserError`.
+def parameter_limit(limit: int, message: str) -> Iterator[None]:
+    """Context in which building a larger model on the meta device raises `UserError(message)`.
 
-    It raises with the first parameter that is too much, before a model that could not be held in
-    memory, or that would take minutes to lay out, is whole.
+    The error comes at the first parameter beyond `limit`, before a model is complete that would not
+    fit in memory or would take minutes to construct.
     """
     thread = threading.get_ident()
 
-    def counter(limit: int) -> Any:
+    def counter(allowed: int) -> Any:
         counted = 0
 
         def count(_module: nn.Module, _name: str, tensor: Tensor | None) -> None:
             nonlocal counted
             if tensor is not None and tensor.is_meta and threading.get_ident() == thread:
                 counted += tensor.numel()
-                if counted > limit:
-                    raise UserError(reason)
+                if counted > allowed:
+                    raise UserError(message)
 
         return count
 
     handles = (
-        register_module_parameter_registration_hook(counter(most)),
-        register_module_buffer_registration_hook(counter(most + _BUFFER_ROOM)),
+        register_module_parameter_registration_hook(counter(limit)),
+        register_module_buffer_registration_hook(counter(limit + _BUFFER_ALLOWANCE)),
     )
     try:
         yield

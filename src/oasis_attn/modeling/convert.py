@@ -1,9 +1,9 @@
-"""A pretrained model becomes OASIS, and goes back, without a change in the function it computes.
+"""Conversion of a pretrained model to OASIS and back, without changing the function it computes.
 
-Conversion starts every part of the method where it does nothing, exactly: a null logit so low that
-the null mass is 0 (arXiv 2605.17887); zero depth queries, whose equal weights, times the number of
-sources, make the residual sum (arXiv 2603.15031); and, where a family's own sinks leave null mass,
-a beta of 0.  Training moves each from there.
+`convert` initialises the new parameters so that the outputs are unchanged: a null logit so low that
+the null probability is 0 (arXiv 2605.17887); zero depth queries, so that the mix, equal weights
+times the number of sources, is the residual sum (arXiv 2603.15031); and, in families whose own
+sinks give a null probability, a beta of 0.  Training then changes them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from oasis_attn.modeling.variants import settings_of
 from oasis_attn.modeling.weight_names import is_ours
 
 NULL_OFF = -1e4
-"""A null logit at which the null is switched off: exp(NULL_OFF) is 0 beside any real logit."""
+"""The null logit that switches the null off: exp(NULL_OFF) is 0 next to that of any real logit."""
 
-_SINK_OFF = -(2.0**14)  # below that, and the same in every dtype
+_SINK_OFF = -(2.0**14)  # lower than NULL_OFF, and exact in every dtype
 
 BETA_OFF = -40.0
-"""A raw beta at which the null signal is switched off: its softplus is 4e-18."""
+"""A raw beta that switches the null signal off: its softplus is 4e-18."""
 
-_WITH_OFF = ("softmax", "softmax1", "learned_sink")  # softmax itself at a null logit of NULL_OFF
+_SOFTMAX_AT_NULL_OFF = ("softmax", "softmax1", "learned_sink")
 
 
 def convert(
@@ -45,21 +45,22 @@ def convert(
     trust_remote_code: bool = False,
     **overrides: Any,
 ) -> OasisForCausalLM:
-    """A model of ours that computes what the given one computes.
+    """An OASIS model that computes the same function as the given model.
 
     Args:
-        model_or_path: a loaded causal model, which stays usable and shares its weights with the
-            result, or what `load_model` takes; a path is loaded in its checkpoint's own dtype.
-        variant: a name from `variants()`.  In a family with sinks of its own (gpt-oss) these are
-            the null: its normalizer is then `learned_sink` in place of `softmax` or `softmax1`.
-            `official` reads a checkpoint in the OASIS authors' own form, which does not record its
-            normalizers: `token_normalizer` and `depth_normalizer` must be given.
-        trust_remote_code: of `load_model`, for a path.
-        overrides: settings of `OasisConfig`, over the variant's.
+        model_or_path: a loaded causal model, or a name or path for `load_model`.  A loaded model
+            remains usable and shares its weights with the result; a path is loaded in the dtype of
+            its checkpoint.
+        variant: a name in `variants()`.  A family with its own learned sinks (gpt-oss) uses them as
+            the null: `learned_sink` replaces the normalizers `softmax` and `softmax1`.
+            `official` reads a checkpoint in the format of the OASIS authors' code, which does not
+            record its normalizers, so that `token_normalizer` and `depth_normalizer` are required.
+        trust_remote_code: passed to `load_model` for a path.
+        overrides: settings of `OasisConfig` that replace those of the variant.
 
     Raises:
-        UserError: the family has no exact adapter, the variant or a setting cannot keep the
-            function, or the weights are not those that the family's own model has.
+        UserError: the family is not supported, the variant or a setting would change the function,
+            or the weights are not those of the family's own model.
     """
     if variant == "official":
         loaded: OasisForCausalLM = _official(model_or_path, "auto", overrides, trust_remote_code)[0]
@@ -68,17 +69,17 @@ def convert(
     if not isinstance(native, PreTrainedModel):
         native, _ = load_model(native, dtype="auto", trust_remote_code=trust_remote_code)
     if isinstance(native.config, OasisConfig):
-        raise UserError("model: it is of our family already; convert its vanilla checkpoint")
+        raise UserError("model: it is an OASIS model already; convert the native checkpoint")
     if prefix_of(native) is not None:
         raise UserError(
-            "model: it has a prefix, which conversion loses; convert the one without it"
+            "model: conversion would remove its prefix; convert the model without the prefix"
         )
     config = OasisConfig(
-        text_config=native.config, **_starting_settings(native.config, variant, overrides)
+        text_config=native.config, **_initial_settings(native.config, variant, overrides)
     )
-    reason = _changes(config)
+    reason = _config_changes_function(config)
     if config.residual == "depth" and config.mix_scale != "sum":
-        reason = f"mix_scale: {config.mix_scale!r} makes another scale of the branches' sum"
+        reason = f"mix_scale: {config.mix_scale!r} scales the sum of the branches"
     if reason is None:
         expected = _native_class(native.config)
         if not isinstance(native, expected):
@@ -86,27 +87,27 @@ def convert(
         with torch.device("meta"):
             model = OasisForCausalLM(config)
         _share(model, native)
-        reason = _moved(model)
+        reason = _parameter_changes_function(model)
     if reason:
         raise UserError(f"{reason}; conversion would change the function")
     return model
 
 
 def to_vanilla(model: OasisForCausalLM) -> PreTrainedModel:
-    """The family's own model with the same function, sharing the weights of `model`.
+    """The family's own model that computes the same function; it shares the weights of `model`.
 
-    In a family with pre-norms a mix of another `mix_scale` than "sum" equals the sum up to
-    the norms' eps.
+    In a family with pre-norms, a mix with a `mix_scale` other than "sum" equals the sum up to
+    the eps of the norms.
 
     Raises:
-        UserError: a part of the method is in use, and which.
+        UserError: a setting or a learned parameter changes the function; the message names it.
     """
-    reason = _changes(model.config) or _moved(model)
+    reason = _config_changes_function(model.config) or _parameter_changes_function(model)
     if reason:
-        raise UserError(f"to_vanilla: {reason}; the family's own model computes otherwise")
+        raise UserError(f"to_vanilla: {reason}; the family's own model cannot compute this")
     text = model.config.text_config
-    config = type(text).from_dict(text.to_dict())  # less our attention function,
-    config._experts_implementation = text._experts_implementation  # and not less this one
+    config = type(text).from_dict(text.to_dict())  # resets both implementations to the defaults:
+    config._experts_implementation = text._experts_implementation  # keep this one
     with torch.device("meta"):
         native: PreTrainedModel = _native_class(config)(config)
     _share(native, model)
@@ -118,38 +119,42 @@ def convert_checkpoint(
     out: str | Path,
     *,
     variant: str | None = None,
-    settings: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
     dtype: str = "auto",
     back: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Convert the model `source` into the new folder `out`, its tokenizer beside it.
+    """Convert the model `source` and save it, with its tokenizer, in the new folder `out`.
 
     Args:
-        source: what `load_model` takes.
-        out: a folder that does not exist, or is empty.
-        variant, settings: as for `convert`; default `oasis`.
-        dtype: of the saved weights; `auto` is the checkpoint's own.
-        back: make the family's own checkpoint of one of ours: `to_vanilla`.
-        trust_remote_code: of `load_model`.
+        source: a name or path for `load_model`.
+        out: a folder that does not exist or is empty.
+        variant: see `convert`; default `oasis`.
+        overrides: settings of `OasisConfig` that replace those of the variant.
+        dtype: dtype of the saved weights; `auto` is that of the checkpoint.
+        back: convert an OASIS checkpoint to the family's own form, with `to_vanilla`.
+        trust_remote_code: passed to `load_model`.
 
     Raises:
-        UserError: as `load_model`, `convert` and `to_vanilla` do; nothing is written then.
+        UserError: see `load_model`, `convert` and `to_vanilla`; nothing is written in this case.
     """
     check_free(out)
-    if back and (variant or settings):
-        raise UserError("to_vanilla: it takes no variant and no settings")
+    if back and (variant or overrides):
+        raise UserError("to_vanilla: cannot be combined with a variant or settings")
     model: PreTrainedModel
     if variant == "official":
-        model, tokenizer = _official(source, dtype, settings or {}, trust_remote_code)
+        model, tokenizer = _official(source, dtype, overrides or {}, trust_remote_code)
     else:
         model, tokenizer = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
         if not back:
-            model = convert(model, variant or "oasis", **settings or {})
+            model = convert(model, variant or "oasis", **overrides or {})
         elif isinstance(model, OasisForCausalLM):
             model = to_vanilla(model)
         else:
-            raise UserError(f"to_vanilla: {str(source)!r} is {model.config.model_type!r} already")
+            raise UserError(
+                f"to_vanilla: {str(source)!r} is not an OASIS model; its family is"
+                f" {model.config.model_type!r}"
+            )
     with quiet(), staged_folder(out) as stage:
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
@@ -159,25 +164,28 @@ def convert_checkpoint(
 def _official(
     source: Any, dtype: str, overrides: dict[str, Any], trust_remote_code: bool
 ) -> tuple[Any, Any]:
-    """A checkpoint with `attn_res_sa` and `attn_res_mlp` in its layers, as it stands."""
+    """Load a checkpoint of the authors' code, with `attn_res_sa` and `attn_res_mlp` modules."""
     check_settings(overrides)
     for name in ("token_normalizer", "depth_normalizer"):
         if name not in overrides:
-            raise UserError(f"{name}: the authors' checkpoints do not record it; it must be given")
+            raise UserError(f"{name}: required, because the authors' checkpoints do not record it")
     if isinstance(source, PreTrainedModel):
-        raise UserError("model: the variant 'official' reads a checkpoint; give its name or folder")
+        raise UserError("model: the variant 'official' needs the name or folder of a checkpoint")
     return load_model(
         source,
         dtype=dtype,
-        settings=settings_of("official") | overrides,
+        overrides=settings_of("official") | overrides,
         trust_remote_code=trust_remote_code,
     )
 
 
-def _starting_settings(
+def _initial_settings(
     text_config: PreTrainedConfig, variant: str, overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """The variant's settings, its parts switched off; overrides win, and are judged later."""
+    """The variant's settings with the method switched off.
+
+    `overrides` take precedence; the caller checks later whether they change the function.
+    """
     check_settings(overrides)
     settings = settings_of(variant)
     sinks = family_of(text_config).sinks
@@ -194,38 +202,38 @@ def _starting_settings(
     return off | settings
 
 
-def _changes(config: OasisConfig) -> str | None:
-    """The setting that alone makes the function another than the family's own, if one does."""
-    if config.normalizer.name not in _WITH_OFF:
-        return f"token_normalizer: {config.token_normalizer!r} has no state that equals softmax"
+def _config_changes_function(config: OasisConfig) -> str | None:
+    """The setting, if any, with which no parameters give the function of the family's own model."""
+    if config.normalizer.name not in _SOFTMAX_AT_NULL_OFF:
+        return f"token_normalizer: {config.token_normalizer!r} cannot equal softmax"
     if config.normalizer.name == "softmax1" and config.null_logit > NULL_OFF:
-        return f"null_logit: {config.null_logit!r} is above {NULL_OFF}, where the null is off"
+        return f"null_logit: {config.null_logit!r} is above {NULL_OFF}, so the null is not off"
     if config.output_gate != "none":
         return f"output_gate: {config.output_gate!r} scales the attention output"
     if config.branch_norm != "none":
-        return f"branch_norm: {config.branch_norm!r} makes branches of another size"
+        return f"branch_norm: {config.branch_norm!r} scales the branches"
     if config.residual == "official":
-        return "residual: 'official' has no state that equals a sum of branches"
+        return "residual: 'official' cannot equal a sum of branches"
     return None
 
 
-def _moved(model: OasisForCausalLM) -> str | None:
-    """The parameter of ours that changes the function, if one does."""
+def _parameter_changes_function(model: OasisForCausalLM) -> str | None:
+    """The added parameter, if any, whose value changes the function."""
     for layer in model.model.layers:
         sink = layer.null_logit
         if sink is not None and sink.max() > NULL_OFF:
-            return f"null_logit: layer {layer.index} has learned {sink.max():.3g}"
+            return f"null_logit: layer {layer.index} has the learned value {sink.max():.3g}"
     router = model.model.depth
     if router is None:
         return None
     learned = router.queries.ne(0).any(-1).sum()
     if learned:
-        return f"queries: {learned} of {len(router.queries)} depth routers have learned theirs"
+        return f"queries: {learned} of {len(router.queries)} depth routers have a learned query"
     sinks = family_of(model.config.text_config).sinks
     if sinks and router.beta_raw is not None and router.beta_raw.max() > BETA_OFF:
-        # All other nulls are off, and with them the evidence.
+        # Without sinks the null is off here, so that there is no null evidence.
         learned = f"{router.beta_raw.max():.3g}"
-        return f"beta_raw: {learned} lets the family's own sinks move the depth weights"
+        return f"beta_raw: {learned} makes routing depend on the family's sinks"
     return None
 
 
@@ -235,16 +243,20 @@ def _native_class(text_config: PreTrainedConfig) -> Any:
 
 @torch.no_grad()
 def _share(target: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Give `target`, on the meta device, the tensors of `source`; ours start switched off."""
+    """Assign the tensors of `source` to `target`, which is on the meta device.
+
+    Parameters that `target` adds are initialised so that the method is switched off.
+    """
     if isinstance(target, OasisForCausalLM):
-        _add_ours(target, source)
+        _initialise_added(target, source)
     found = target.load_state_dict(source.state_dict(), strict=False, assign=True)
-    strangers = [name for name in found.unexpected_keys if not is_ours(name)]
-    absent = [name for name in found.missing_keys if not is_ours(name)]
-    if strangers or absent:
-        name = (strangers + absent)[0]
-        raise UserError(f"model: {name} is not where the family's own model has it")
-    for name, buffer in source.named_buffers():  # those outside the state dict among them
+    unexpected = [name for name in found.unexpected_keys if not is_ours(name)]
+    missing = [name for name in found.missing_keys if not is_ours(name)]
+    if unexpected:
+        raise UserError(f"model: {unexpected[0]} is not a weight of the family's own model")
+    if missing:
+        raise UserError(f"model: the weight {missing[0]} of the family's own model is missing")
+    for name, buffer in source.named_buffers():  # includes buffers that are not in the state dict
         module, _, leaf = name.rpartition(".")
         setattr(target.get_submodule(module), leaf, buffer)
     target.tie_weights()
@@ -253,12 +265,13 @@ def _share(target: PreTrainedModel, source: PreTrainedModel) -> None:
     target.train(source.training)
 
 
-def _add_ours(model: OasisForCausalLM, native: PreTrainedModel) -> None:
-    """Our own parameters, off the meta device and in their starting state."""
+def _initialise_added(model: OasisForCausalLM, native: PreTrainedModel) -> None:
+    """Allocate the parameters that `native` does not have, and switch the method off."""
     for layer in model.model.layers:
         if layer.null_logit is not None:
             off = torch.full(layer.null_logit.shape, _SINK_OFF, dtype=native.dtype)
             layer.null_logit = nn.Parameter(off.to(native.device))
     if model.model.depth is not None:
-        precise = torch.promote_types(native.dtype, torch.float32)  # kept so by from_pretrained too
+        # At least float32; from_pretrained keeps these parameters so too.
+        precise = torch.promote_types(native.dtype, torch.float32)
         model.model.depth = DepthRouter(model.config).to(native.device, precise)

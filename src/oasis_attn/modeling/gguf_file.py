@@ -1,8 +1,8 @@
-"""A GGUF file as a transformers model: exactly, or refused by the name of what nobody reads.
+"""Read a GGUF file as a transformers model: exactly, or with an error that names what is not read.
 
-transformers maps some of a file's keys and tensors, and drops the others without a word: scaled
-rotary embeddings, biases, head widths.  Here each of the architecture's keys is mapped by
-transformers, honoured below, known to change nothing, or an error; and so is each tensor.
+transformers reads some keys and tensors of a GGUF file and silently ignores others: scaled rotary
+embeddings, biases, head widths.  Here every key of the architecture and every tensor is either read
+by transformers, read below, known to have no effect, or an error.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from transformers.modeling_gguf_pytorch_utils import (
 from oasis_attn.errors import UserError, one_line
 from oasis_attn.modeling.checkpoint import MOST_COUNTED, parameter_limit
 
-_FAMILIES = {  # an architecture's name in transformers' mapping, where it is another
+_FAMILIES = {  # architectures that have another name in the mapping of transformers
     "qwen2moe": "qwen2_moe",
     "qwen3moe": "qwen3_moe",
     "gpt-oss": "gpt_oss",
     "minimax-m2": "minimax_m2",
 }
-_SHAPES = {  # said once more by the shapes of the tensors, all of which must fit the model
+_SHAPES = {  # redundant with the shapes of the tensors, which must match the model
     *("feed_forward_length", "expert_feed_forward_length", "expert_shared_feed_forward_length"),
     *("expert_shared_count", "vocab_size", "embedding_length", "block_count"),
 }
 _SOFTCAPS = {"attn_logit_softcapping", "final_logit_softcapping"}
-_ROPE_BASE = 10_000.0  # of a file that does not say
+_ROPE_BASE = 10_000.0  # default if the file has no rope.freq_base
 _NOT_SCALING = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _NUMBERS = ("head_count", "_length", "dimension_count", "freq_base", ".factor")
 _FACTORS_OF_1 = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
 _ROPE_FACTORS = "rope_freqs.weight"
-_LLAMA3 = {  # all that Llama 3.1, 3.2 and 3.3 have in common
+_LLAMA3 = {  # the values that Llama 3.1, 3.2 and 3.3 share
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -62,11 +62,11 @@ _BIASES = {"attention_bias": "attn_{}.bias", "mlp_bias": "ffn_{}.bias"}
 
 
 def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, dequantised to float32, and the tokenizer.
+    """The model, dequantised to float32, and its tokenizer.
 
     Raises:
-        UserError: not a whole GGUF file, an architecture that transformers does not read, or a key
-            or tensor that nothing reads, by its name.
+        UserError: the file is not a complete GGUF file, transformers does not support its
+            architecture, or a key or tensor would not be read; the message names it.
     """
     with _foreign(path):
         file = _File.open(path)
@@ -81,7 +81,7 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             config=config,
             dtype=torch.float32,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # told apart below, in one line
+            ignore_mismatched_sizes=True,  # check_loading_info reports them in one line
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
@@ -89,36 +89,37 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     info["missing_keys"] = _without_zero_biases(model, info["missing_keys"])
     check_loading_info(info, str(path))
     _check_tensors(file, model)
-    # Its weights are plain floats by now; the mark it keeps would forbid saving them.
+    # The weights are plain floats now; with the quantisation config they could not be saved.
     model.hf_quantizer.remove_quantization_config(model)
     return model, tokenizer
 
 
 @contextmanager
 def _foreign(path: Path) -> Iterator[None]:
-    """While open, other libraries interpret the file; whatever they raise, it is the cause."""
+    """Context in which other libraries read the file; any exception becomes one `UserError`."""
     try:
-        with redirect_stderr(io.StringIO()):  # a bar that follows no setting of transformers'
+        with redirect_stderr(io.StringIO()):  # hides a progress bar that cannot be switched off
             yield
     except UserError:
         raise
-    except Exception as error:  # foreign libraries on a foreign file: no list would be complete
+    except Exception as error:  # the libraries may raise any type on a broken file
         raise _error(path, one_line(error)) from error
 
 
 def _error(path: Path, reason: str) -> UserError:
-    return UserError(f"model: {str(path)!r} is not a GGUF file we can read: {reason}")
+    return UserError(f"model: the GGUF file {str(path)!r} cannot be read: {reason}")
 
 
 @dataclass(frozen=True)
 class _File:
-    """What a file says of its architecture.
+    """The metadata and tensors of a file.
 
     Attributes:
-        architecture: `general.architecture`.
-        keys: its hyper-parameters, named without the architecture.
-        mapped: those that transformers puts into the config.
-        tensors: by name.
+        path: the file.
+        architecture: the value of `general.architecture`.
+        keys: the hyperparameters of the architecture; names without the architecture's prefix.
+        mapped: the keys that transformers copies to the config.
+        tensors: the tensors by name.
     """
 
     path: Path
@@ -135,7 +136,7 @@ class _File:
             raise _error(path, f"general.type is {fields['general.type']!r}, not 'model'")
         if fields.get("split.count", 1) > 1:
             raise _error(
-                path, f"split.count: it is one of {fields['split.count']} parts; join them"
+                path, f"split.count: it is one of {fields['split.count']} parts; merge them first"
             )
         architecture = fields["general.architecture"]
         prefix = f"{architecture}."
@@ -158,13 +159,13 @@ class _File:
         )
 
     def unread(self, name: str, value: Any) -> UserError:
-        return _error(self.path, f"{name} = {str(value)[:60]} is read by nothing")
+        return _error(self.path, f"{name} = {str(value)[:60]} is not supported")
 
     def unread_key(self, key: str) -> UserError:
         return self.unread(f"{self.architecture}.{key}", self.keys[key])
 
     def factors(self) -> np.ndarray | None:
-        """What each rotary frequency is divided by."""
+        """The divisors of the rotary frequencies; None if the file has none."""
         tensor = self.tensors.get(_ROPE_FACTORS)
         return None if tensor is None else dequantize(tensor.data, tensor.tensor_type).reshape(-1)
 
@@ -174,13 +175,13 @@ def _mapped_keys(path: Path, architecture: str) -> set[str]:
         mapping: Any = GGUF_CONFIG_MAPPING.get(_FAMILIES.get(architecture, architecture), {})
         return {key for key, field in mapping.items() if field is not None}
     metadata, names = read_gguf_metadata(str(path))
-    noted = _Noted(metadata)
-    get_gguf_config(noted, names)
-    return {key.removeprefix(f"{architecture}.") for key in noted.read}
+    recorded = _RecordReads(metadata)
+    get_gguf_config(recorded, names)
+    return {key.removeprefix(f"{architecture}.") for key in recorded.read}
 
 
-class _Noted(dict[str, Any]):
-    """Notes which keys are read."""
+class _RecordReads(dict[str, Any]):
+    """A dict that records in `read` which keys were read."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
@@ -196,7 +197,7 @@ class _Noted(dict[str, Any]):
 
 
 def _apply(file: _File, config: Any) -> None:
-    """Put into `config` what transformers leaves out; `UserError` on what cannot be."""
+    """Add to `config` the keys that transformers ignores; `UserError` if one is not supported."""
     left = {key: value for key, value in file.keys.items() if key not in file.mapped | _SHAPES}
     _apply_heads(file, config, left)
     _apply_biases(file, config)
@@ -209,11 +210,11 @@ def _apply(file: _File, config: Any) -> None:
         "attention.sliding_window": getattr(config, "sliding_window", None),
         "use_parallel_residual": getattr(config, "use_parallel_residual", None),
     }
-    if file.architecture == "llama":  # so are queries and keys laid out in each file of it
+    if file.architecture == "llama":  # the layout of queries and keys in every llama file
         same["tensor_data_layout"] = "Meta AI original pth"
     for key, value in left.items():
         if key == "attention.sliding_window" and value == file.keys.get("context_length"):
-            continue  # it reaches everything
+            continue  # the window covers the whole context
         if key not in same or same[key] != value:
             raise file.unread_key(key)
 
@@ -232,7 +233,7 @@ def _apply_heads(file: _File, config: Any, left: dict[str, Any]) -> None:
             else "attention.key_length"
         )
     if _head_width(config) != width:
-        config.head_dim = width  # the shapes tell whether the family reads it
+        config.head_dim = width  # if the family ignores it, the tensor shapes do not match
 
 
 def _head_width(config: Any) -> int:
@@ -249,10 +250,10 @@ def _apply_biases(file: _File, config: Any) -> None:
 
 
 def _apply_rope(file: _File, config: Any, left: dict[str, Any]) -> None:
-    """Rotary embeddings: base, share of the head that is rotated, and scaling."""
+    """Rotary embeddings: the base, the fraction of the head that is rotated, and the scaling."""
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return  # none, or several; what the file says of them is then in `left`
+        return  # no rotary embedding, or several; their keys stay in `left`
     rotated = int(_head_width(config) * rope.get("partial_rotary_factor", 1.0))
     if file.keys.get("rope.dimension_count", rotated) != rotated:
         raise file.unread_key("rope.dimension_count")
@@ -275,16 +276,16 @@ def _apply_rope(file: _File, config: Any, left: dict[str, Any]) -> None:
 
 
 def _scaled_rope(file: _File, scaling: dict[str, Any], config: Any) -> dict[str, Any]:
-    """What `rope.scaling.*` says, as rotary parameters."""
+    """The keys `rope.scaling.*` as `rope_parameters` of transformers."""
     kind = scaling.pop("type", "none")
     factor = scaling.pop("factor", 1.0)
     original = scaling.pop("original_context_length", config.max_position_embeddings)
-    scaling.pop("finetuned", None)  # a remark: nothing is computed from it
-    made: dict[str, Any] = {"rope_type": "default"}
+    scaling.pop("finetuned", None)  # informational, has no effect
+    parameters: dict[str, Any] = {"rope_type": "default"}
     if kind == "linear":
-        made = {"rope_type": "linear", "factor": factor}
+        parameters = {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
-        made = {
+        parameters = {
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
@@ -298,11 +299,11 @@ def _scaled_rope(file: _File, scaling: dict[str, Any], config: Any) -> dict[str,
     for key, value in scaling.items():
         if key not in _FACTORS_OF_1 or value != 1.0:
             raise file.unread_key(f"rope.scaling.{key}")
-    return made
+    return parameters
 
 
 def _rope_of_factors(factors: np.ndarray, base: float, length: int) -> dict[str, Any]:
-    """Rotary parameters whose frequencies are the unscaled ones over `factors`."""
+    """`rope_parameters` whose frequencies are the unscaled frequencies divided by `factors`."""
     llama3 = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
     if np.allclose(_llama3_factors(base, len(factors), llama3), factors, rtol=1e-6, atol=0):
         return llama3
@@ -328,32 +329,32 @@ def _llama3_factors(base: float, count: int, llama3: dict[str, Any]) -> np.ndarr
 
 
 def _without_zero_biases(model: nn.Module, missing: set[str]) -> set[str]:
-    """Less the biases of projections, which are 0 where a file has none, and are made so."""
-    absent = {name for name in missing if name.endswith("_proj.bias")}
+    """Set missing biases of projections to 0, their value by convention; return the other names."""
+    biases = {name for name in missing if name.endswith("_proj.bias")}
     with torch.no_grad():
-        for name in absent:
+        for name in biases:
             model.get_parameter(name).zero_()
-    return set(missing) - absent
+    return set(missing) - biases
 
 
 def check_loading_info(info: Mapping[str, Any], name: str) -> None:
-    """Raise `UserError` unless exactly the weights that the config asks for were found."""
+    """Raise `UserError` unless the weights found are exactly those that the config requires."""
     for problem in ("missing", "unexpected", "mismatched"):
-        # A mismatch comes with both shapes.
+        # A mismatched key is a tuple: the name and both shapes.
         keys = sorted(key if isinstance(key, str) else key[0] for key in info[f"{problem}_keys"])
         if keys:
             raise UserError(f"model: {name!r} has {len(keys)} {problem} weights, first {keys[0]}")
 
 
 def _check_tensors(file: _File, model: Any) -> None:
-    """Raise `UserError` on the first tensor that went into no parameter."""
+    """Raise `UserError` for the first tensor that was not loaded into a parameter."""
     config = model.config
     if config.tie_word_embeddings and "output.weight" in file.tensors:
         tied = (file.tensors[name].data for name in ("output.weight", "token_embd.weight"))
         if not np.array_equal(*tied):
-            raise file.unread("output.weight", "other numbers than those of token_embd.weight")
+            raise file.unread("output.weight", "values that differ from token_embd.weight")
     if file.architecture in GGUF_CONFIG_ARCHS:
-        return  # transformers itself reports unexpected tensors then
+        return  # for these transformers reports unexpected tensors
     make_processor: Any = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
     processor = make_processor(config=config.to_dict())
     read = set(get_gguf_hf_weights_map(model, processor)) | {_ROPE_FACTORS}

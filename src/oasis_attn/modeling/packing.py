@@ -1,9 +1,10 @@
-"""Packed rows: several sequences in one row, told apart by `position_ids` that start again.
+"""Packed rows: several sequences in one row, separated by `position_ids` that restart.
 
-transformers keeps such sequences apart only where there is neither a cache nor a mask, and only in
-families that hand their positions to the mask.  Our models always keep them apart, or refuse them.
+transformers separates such sequences only if there is neither a cache nor a mask, and only in
+families that pass their positions to the mask function.  OASIS models always separate them, or
+raise an error.
 
-Axes: B batch, T tokens, S tokens that the mask is for: those in a cache, too.
+Axes: B batch, T tokens, S tokens that the mask covers, including those in a cache.
 """
 
 from __future__ import annotations
@@ -20,39 +21,41 @@ from transformers.utils import is_tracing
 from oasis_attn.errors import UserError
 
 _NOT_WITH_A_CACHE = (
-    "position_ids: they restart, and a cache continues one sequence per row; for packed sequences"
-    " pass use_cache=False and no past_key_values"
+    "position_ids: they restart within a row, but a cache holds one sequence per row; for packed"
+    " sequences pass use_cache=False and no past_key_values"
 )
 
 
 def with_packed_masks(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """`kwargs` of a base model's forward pass, with masks that keep packed sequences apart.
+    """The `kwargs` of a base model's forward pass, with masks that separate packed sequences.
 
-    A mask that is not `[B, S]` is left to the caller, who decides by it what attends to what.
+    A mask that is not `[B, S]` is passed on unchanged: the caller has decided what attends to what.
 
     Raises:
-        UserError: packed sequences with a cache or with padding; positions that jump ahead;
+        UserError: packed sequences with a cache or with padding; positions that skip ahead;
             sequence boundaries without `position_ids`.
     """
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if positions is None:
         for name in ("cu_seq_lens_q", "seq_idx"):
             if kwargs.get(name) is not None:
-                raise UserError(f"{name}: packed sequences need position_ids that restart at 0")
+                raise UserError(
+                    f"{name}: packed sequences also need position_ids that restart at 0"
+                )
         return kwargs
     two_axes = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
     if positions.ndim != 2 or positions.shape[1] == 1 or not two_axes:
         return kwargs
     cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
     single = is_one_sequence(positions, mask, 0 if cache is None else cache.get_seq_length())
-    if is_tracing(positions):  # no branch on values
+    if is_tracing(positions):  # tracing cannot branch on values
         if use_cache is None:
             use_cache = model.config.use_cache
         if mask is None and cache is None and not use_cache:
             return kwargs | _separate(model, input_of(args, kwargs), positions)
-        # transformers' torch_compilable_check waits for the device, and an export drops it.
+        # Not torch_compilable_check of transformers: it synchronises, and an export removes it.
         torch._assert_async(single, _NOT_WITH_A_CACHE)
         return kwargs
     if single:
@@ -62,13 +65,13 @@ def with_packed_masks(
         raise UserError(_NOT_WITH_A_CACHE)
     if mask is not None and not mask.all():
         raise UserError(
-            "attention_mask: it has zeros beside position_ids that restart within a row; leave"
-            " padding out of packed rows, or give a mask [B, 1, T, T]"
+            "attention_mask: it has zeros, and position_ids restart within a row; remove padding"
+            " from packed rows, or pass a mask [B, 1, T, T]"
         )
     if (positions.diff(dim=-1) > 1).any():
         raise UserError(
-            "position_ids: they skip positions within a row, which may or may not begin another"
-            " sequence; give an attention_mask [B, 1, T, T]"
+            "position_ids: they skip positions within a row, so it is not clear where a sequence"
+            " begins; pass an attention_mask [B, 1, T, T]"
         )
     return kwargs | _separate(model, input_of(args, kwargs), positions)
 
@@ -76,9 +79,9 @@ def with_packed_masks(
 def is_one_sequence(
     position_ids_BT: Tensor, attention_mask_BS: Tensor | None, past: int = 0
 ) -> Tensor:
-    """Whether each row is one sequence, and continues the `past` tokens of a cache.
+    """Whether each row is one sequence that continues the `past` tokens of a cache.
 
-    Its positions rise by one, and over padding by any number.
+    The positions of one sequence increase by one, or, across padding, by any number.
     """
     steps_BT = position_ids_BT.diff(dim=-1, prepend=position_ids_BT[:, :1] - 1)
     if attention_mask_BS is None:
@@ -92,20 +95,20 @@ def is_one_sequence(
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """`input_ids` or `inputs_embeds`, whichever a forward pass is given."""
+    """The `input_ids` or `inputs_embeds` of a forward pass."""
     value: Tensor | None
     for value in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
         if value is not None:
             return value
-    raise UserError("input_ids: neither they nor inputs_embeds are given")
+    raise UserError("input_ids: pass either input_ids or inputs_embeds")
 
 
-def _separate(model: PreTrainedModel, given: Tensor, positions: Tensor) -> dict[str, Any]:
-    """What a forward pass needs so that sequences packed in `given` do not see each other."""
-    batch, length = given.shape[:2]
+def _separate(model: PreTrainedModel, inputs: Tensor, positions: Tensor) -> dict[str, Any]:
+    """Keyword arguments with which sequences packed in `inputs` do not attend to each other."""
+    batch, length = inputs.shape[:2]
     masks = create_masks_for_generate(
         model.config,
-        inputs_embeds=torch.empty(batch, length, 0, device=given.device),  # for its shape only
+        inputs_embeds=torch.empty(batch, length, 0, device=inputs.device),  # only its shape is used
         attention_mask=None,
         past_key_values=None,
         position_ids=positions,

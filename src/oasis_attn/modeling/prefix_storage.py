@@ -185,7 +185,7 @@ def _save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    from oasis_attn.modeling.card import write_card
+    from oasis_attn.modeling.model_card import write_card
     from oasis_attn.modeling.prefix import copy_prefix
 
     quantizer = prefix_hf_quantizer(model)
@@ -202,7 +202,7 @@ def _save_pretrained(
 def _upload_modified_files(
     model: PreTrainedModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
 ) -> Any:
-    from oasis_attn.modeling.card import write_card
+    from oasis_attn.modeling.model_card import write_card
 
     write_card(model, working_dir)  # replaces the template that transformers has written
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What every model of ours is to transformers, and what it refuses."""
+"""The base class of all OASIS models, which tells transformers what they support."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.card import write_card
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
 from oasis_attn.modeling.depth_cache import DepthRouter
+from oasis_attn.modeling.model_card import write_card
 from oasis_attn.modeling.prefix import copy_prefix
 
 
 class OasisPreTrainedModel(PreTrainedModel):
-    """Declarations, memory switches, and saving with a model card."""
+    """Class attributes for transformers, memory options, and saving with a model card."""
 
     config_class = OasisConfig
     config: OasisConfig
@@ -29,14 +29,21 @@ class OasisPreTrainedModel(PreTrainedModel):
 
     @property
     def oasis_config(self) -> OasisConfig:
-        """The settings, which `config` holds in a model with a head."""
+        """The configuration with the settings; in a model with a head, `config` itself."""
         return self.config
 
     @classmethod
     def from_pretrained(cls, *args: Any, tp_plan: Any = None, **kwargs: Any) -> Self:
-        """As transformers', less tensor parallelism: psi is a mean over all heads of a layer."""
+        """See `PreTrainedModel.from_pretrained`; tensor parallelism is not supported.
+
+        Raises:
+            UserError: `tp_plan` is given: the null evidence psi is a mean over all heads.
+        """
         if tp_plan is not None:
-            raise UserError(f"tp_plan: {tp_plan!r} would split the heads the null signal averages")
+            raise UserError(
+                f"tp_plan: {tp_plan!r} is not supported: it splits the attention heads, and the"
+                " null evidence is a mean over all heads"
+            )
         return super().from_pretrained(*args, **kwargs)
 
     def set_attn_implementation(
@@ -44,35 +51,37 @@ class OasisPreTrainedModel(PreTrainedModel):
         attn_implementation: str | dict[Any, Any],
         allow_all_kernels: bool = False,  # noqa: ARG002
     ) -> None:
-        """Refused unless it is ours: no other function has a null option."""
-        _refuse_attention(attn_implementation)
+        """Raises `UserError` for every other attention: only this one has a null option."""
+        _check_attention(attn_implementation)
 
     def _check_and_adjust_attn_implementation(
         self, attn_implementation: str | None, *args: Any, **kwargs: Any
     ) -> str:
-        """As transformers', at construction: `from_config` writes its argument into the config."""
-        _refuse_attention(attn_implementation)
+        """The same check at construction: `from_config` writes its argument to the config."""
+        _check_attention(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """True: experts are the family's own.  transformers would look for them in our source."""
+        """True: the experts are the family's own.  transformers would search this source file."""
         return True
 
     def _grouped_mm_can_dispatch(self) -> bool:
-        """As the family's own model; experts are "eager" in a family that cannot, by default."""
-        from transformers import MODEL_MAPPING  # which is there once our models are registered
+        """Whether the family's own model supports it; if not, its experts are "eager"."""
+        from transformers import MODEL_MAPPING  # not at import time: it imports this module
 
         family: Any = MODEL_MAPPING[type(self.config.get_text_config())]
         if not family._can_set_experts_implementation():
-            raise UserError(f"experts_implementation: 'grouped_mm' is not for {family.__name__}")
+            raise UserError(
+                f"experts_implementation: {family.__name__} does not support 'grouped_mm'"
+            )
         return True
 
     def recompute_mixes(self, enabled: bool = True) -> None:
-        """Recompute each depth mix and the norm after it in backward instead of keeping them.
+        """Recompute each depth mix, and the norm after it, in backward instead of storing them.
 
-        What a sublayer keeps is then no more than with a residual sum, at the price of one more
-        pass over the sources each way.
+        A sublayer then stores no more than with a residual sum, and the sources are read once more
+        in the forward pass and once more in the backward pass.
         """
         for module in self.modules():
             if isinstance(module, DepthRouter):
@@ -84,13 +93,17 @@ class OasisPreTrainedModel(PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As transformers', less the reentrant form, which loses the depth sources' gradients."""
+        """As in transformers, without reentrant checkpointing: it loses depth-source gradients."""
         reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant")
         if reentrant and self.oasis_config.residual != "sum":
-            raise UserError("use_reentrant: True drops the depth sources' gradients; set it False")
+            raise UserError(
+                "use_reentrant: True is not supported, because it loses the gradients of the depth"
+                " sources; use False"
+            )
         if self.oasis_config.residual != "sum":
-            # A layer hands its sources on through the cache.  torch.compile refuses such an effect
-            # in a checkpointed layer, which is not repeated in backward; the cache needs no repeat.
+            # A layer passes its sources on through the depth cache.  torch.compile refuses such a
+            # side effect in a checkpointed layer, because it does not repeat it in the backward
+            # pass; the depth cache does not need it repeated.
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
@@ -101,7 +114,7 @@ class OasisPreTrainedModel(PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As transformers', and a model card beside the weights (see `card.write_card`)."""
+        """See `PreTrainedModel.save_pretrained`; also saves a model card and the stored prefix."""
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             write_card(self, save_directory)
@@ -110,40 +123,42 @@ class OasisPreTrainedModel(PreTrainedModel):
     def _upload_modified_files(
         self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        write_card(self, working_dir)  # transformers has just put its own template there
+        write_card(self, working_dir)  # replaces the template that transformers has written
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
-def _refuse_attention(asked: str | dict[Any, Any] | None) -> None:
-    if asked != ATTENTION:
+def _check_attention(implementation: str | dict[Any, Any] | None) -> None:
+    if implementation != ATTENTION:
         raise UserError(
-            f"attn_implementation: {asked!r} has no null option; only {ATTENTION!r} has"
+            f"attn_implementation: {implementation!r} has no null option; use {ATTENTION!r}"
         )
 
 
 def check_cache(cache: Cache, layers: nn.ModuleList, batch: int) -> None:
-    """Refuse a cache that another model, or another batch, has filled.
+    """Check that a cache was filled by this model and for this batch.
 
     Raises:
-        UserError: not a transformers `Cache`, or one of other layers, keys or sequences.
+        UserError: it is not a transformers `Cache`, or its number of layers, width of keys or
+            number of sequences is wrong.
     """
     if not isinstance(cache, Cache):
-        raise UserError(f"past_key_values: {type(cache).__name__!r} is no transformers Cache")
+        raise UserError(f"past_key_values: {type(cache).__name__!r} is not a transformers Cache")
     found = len(getattr(cache, "layers", ()))
-    if found not in (0, len(layers)):  # a dynamic cache may grow its layers as they come
+    if found not in (0, len(layers)):  # a dynamic cache may have no layers yet
         raise UserError(
-            f"past_key_values: has {found} layers, this model {len(layers)}; it is another model's"
+            f"past_key_values: has {found} layers, but this model has {len(layers)}; it belongs to"
+            " another model"
         )
     keys = getattr(cache.layers[0], "keys", None) if found else None
     if keys is None or keys.dim() != 4:
         return
     sequences, heads, _, width = keys.shape
     if sequences != batch:
-        raise UserError(f"past_key_values: holds {sequences} sequences, the input {batch}")
+        raise UserError(f"past_key_values: has {sequences} sequences, but the input has {batch}")
     projection = getattr(layers[0].self_attn, "k_proj", None)
     expected = getattr(projection, "out_features", heads * width)
     if heads * width != expected:
         raise UserError(
-            f"past_key_values: has keys of {heads} heads x {width}, this model {expected} numbers;"
-            " it is another model's"
+            f"past_key_values: has keys of {heads} heads x {width}, but this model has keys of"
+            f" {expected} values in all; it belongs to another model"
         )

@@ -1,6 +1,7 @@
-"""Models with a head for another task than predicting the next token.
+"""Models with a head for classification or question answering.
 
-The heads are transformers' own: each builds its base model with `AutoModel`, which gives ours.
+The heads are those of transformers, which build their base model with `AutoModel`; for an
+`OasisConfig` this is an OASIS model.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 
 
 class OasisForSequenceClassification(GenericForSequenceClassification, OasisPreTrainedModel):
-    """A label for each sequence, read off its last token that is not padding."""
+    """Predicts a label for each sequence from its last token that is not padding."""
 
 
 class OasisForTokenClassification(GenericForTokenClassification, OasisPreTrainedModel):
-    """A label for each token."""
+    """Predicts a label for each token."""
 
 
 class OasisForQuestionAnswering(GenericForQuestionAnswering, OasisPreTrainedModel):
-    """The first and the last token of an answer inside the input."""
+    """Predicts the first and the last token of an answer in the input."""
 
 
 AutoModelForSequenceClassification.register(OasisConfig, OasisForSequenceClassification)

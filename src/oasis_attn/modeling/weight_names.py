@@ -1,8 +1,8 @@
-"""The names of the parameters that we add, and a family's conversions, which must not touch them.
+"""Names of the parameters that OASIS adds, and how to keep weight conversions from changing them.
 
-transformers converts weights by patterns when it loads and saves (experts are single matrices on
-disk and stacked in memory).  A pattern matches anywhere in a name: mixtral's `.mlp.`, a regular
-expression, matches `attn_res_mlp.` too.
+transformers converts weights by name patterns when it loads and saves (experts are single matrices
+on disk and one stacked tensor in memory).  A pattern matches anywhere in a name: mixtral's regular
+expression `.mlp.` also matches `attn_res_mlp.`.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _OURS = frozenset(
 
 
 def is_ours(name: str) -> bool:
-    """Whether a tensor of a model of ours is one that its family does not have."""
+    """Whether OASIS adds this tensor, so that the family's own model does not have it."""
     return not _OURS.isdisjoint(name.split("."))
 
 
 def register_conversions(routed: str, native: type, model_type: str) -> None:
-    """Let the class named `routed` load and save the family's weights as `native` does."""
-    for key in (native.__name__, model_type):  # as transformers looks them up
+    """Register the conversions of the class `native` for the class named `routed` too."""
+    for key in (native.__name__, model_type):  # the order in which transformers looks them up
         conversions = get_checkpoint_conversion_mapping(key)
         if conversions is not None:
             for conversion in conversions:
-                conversion.__class__ = _sparing(type(conversion))  # type: ignore[arg-type]
+                conversion.__class__ = _skipping(type(conversion))  # type: ignore[arg-type]
             register_checkpoint_conversion_mapping(routed, conversions, overwrite=True)
             return
 
 
-class _Sparing:
-    """Mixed into a kind of conversion: it leaves the parameters that we add alone."""
+class _SkipsAdded:
+    """Mixin for a conversion class: it does not convert the parameters that OASIS adds."""
 
     __slots__ = ()
     native: type
@@ -58,19 +58,20 @@ class _Sparing:
 
     def reverse_transform(self) -> Any:
         reverse = super().reverse_transform()  # type: ignore[misc]
-        reverse.__class__ = _sparing(self.native)
+        reverse.__class__ = _skipping(self.native)
         return reverse
 
-    def __reduce__(self) -> tuple[Any, ...]:  # the class is made on demand, by unpickling too
-        return _unpickled, (self.native,), self.__getstate__()
+    def __reduce__(self) -> tuple[Any, ...]:  # unpickling must create the class first
+        return _new_skipping, (self.native,), self.__getstate__()
 
 
 @cache
-def _sparing(native: type) -> Any:
+def _skipping(native: type) -> Any:
+    """A subclass of the conversion class `native` that does not convert added parameters."""
     body = {"native": native, "__slots__": ()}
-    return type(f"Sparing{native.__name__}", (_Sparing, native), body)
+    return type(f"{native.__name__}SkipsAdded", (_SkipsAdded, native), body)
 
 
-def _unpickled(native: type) -> Any:
-    kind = _sparing(native)
-    return kind.__new__(kind)
+def _new_skipping(native: type) -> Any:
+    subclass = _skipping(native)
+    return subclass.__new__(subclass)

@@ -1,4 +1,4 @@
-"""Pure tensor functions: attention with a null option, and attention over depth."""
+"""Tensor functions: attention with a null option, and attention over depth."""
 
 from oasis_attn.ops.depth_mix import depth_mix
 from oasis_attn.ops.normalizers import normalize

@@ -1,4 +1,7 @@
-"""What hand-written gradients share: a second derivative raises, vmap runs entry by entry."""
+"""Base of the functions with hand-written gradients.
+
+A second derivative raises an error; `vmap` runs one call per entry.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,21 @@ from oasis_attn.errors import UserError
 
 
 class HandWritten(torch.autograd.Function):
-    """Base class of the functions whose gradient is written by hand.
+    """Base class for autograd functions whose gradient is written by hand.
 
     A subclass defines `forward` without a context, and `setup_context`, so that the transforms of
-    `torch.func` can run it.  Its `backward` computes through `first_order`.
+    `torch.func` can run it.  Its `backward` must call `first_order`.
     """
 
     def __init_subclass__(cls) -> None:
-        # PyTorch asks for the signature at each call, and finding it takes longer than the call.
+        # Cache the signature: PyTorch inspects it at every call, which is slower than the call.
         super().__init_subclass__()
         signature = inspect.signature(cls.forward)
         cls.forward.__signature__ = signature  # type: ignore[attr-defined]
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        """One call for each entry of the mapped axis: the kernels have no axis to spare."""
+        """Call the function once per entry of the mapped axis; the kernels take no extra axis."""
         entries = []
         for index in range(info.batch_size):
             picked = zip(inputs, in_dims, strict=True)
@@ -40,10 +43,10 @@ class HandWritten(torch.autograd.Function):
 
 
 def first_order(gradients: Callable[..., Any], *tensors: Tensor | None) -> Any:
-    """`gradients(*tensors)`; differentiating the result raises `UserError`.
+    """Return `gradients(*tensors)`; differentiating the result raises `UserError`.
 
-    PyTorch's `once_differentiable` does not suffice: where no incoming gradient requires a gradient
-    it returns constants, and a second derivative silently lacks a term.
+    PyTorch's `once_differentiable` is not sufficient: if no incoming gradient requires a gradient,
+    it returns constants, and a second derivative is silently wrong by a missing term.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         return _FirstOrder.apply(gradients, *tensors)  # type: ignore[no-untyped-call]
@@ -62,5 +65,5 @@ class _FirstOrder(HandWritten):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # noqa: ARG004
         raise UserError(
-            "second derivative: the fused kernels have none; use backend='naive', which has"
+            "second derivative: the fused kernels do not support it; use backend='naive'"
         )

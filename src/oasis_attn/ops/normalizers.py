@@ -1,16 +1,17 @@
-"""Maps from attention logits to weights, each with the probability of its null.
+"""Functions from attention logits to attention weights and the null probability.
 
 `normalize(scores, name)` returns `(weights, null)`: weights over the last axis, and the null
-probability `1 - sum(weights)` computed so that it stays exact where the subtraction would cancel.
+probability, which is `1 - sum(weights)` but is computed without this subtraction, so that small
+values stay accurate.
 
-    softmax          null 0 (1 on a row that may see nothing)
+    softmax          null 0 (1 if the whole row is masked)
     softmax1         a null logit c in the denominator; Miller 2023, OutEffHop arXiv 2404.03828
-    learned_sink     the same with a learned c per head; gpt-oss, arXiv 2508.10925
+    learned_sink     softmax1 with a learned c per head; gpt-oss, arXiv 2508.10925
     clipped_softmax  clip((1 - gamma) softmax + gamma, 0, 1), gamma < 0; arXiv 2306.12929 eq. 4
     softpick         relu(e^x - 1) / sum |e^x - 1|; arXiv 2504.20966 eq. 2
     sparsemax        Euclidean projection on the simplex; Martins & Astudillo 2016
     entmax15         alpha-entmax, alpha 1.5; Peters 2019
-    sigmoid          no normalisation: each weight on its own
+    sigmoid          sigmoid(x) for each key; weights are not normalised over the row
 
 `register_token_normalizer` adds one for token attention.
 """
@@ -31,7 +32,7 @@ from oasis_attn.registry import Registry
 
 
 class TokenNormalizer(NamedTuple):
-    """A normaliser with its arguments; `has_null` says that its rows may sum to less than 1."""
+    """A normalizer and its arguments; `has_null`: its weights can sum to less than 1."""
 
     name: str
     function: Callable[..., tuple[Tensor, Tensor]]
@@ -46,20 +47,21 @@ def normalize(
     mask: Tensor | None = None,
     null_logit: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize `scores` over the last axis.
+    """Turn `scores` into weights over the last axis.
 
     Args:
-        scores: `[..., n]` logits, floating point; computed in their own dtype.
+        scores: `[..., n]` logits, floating point; the computation uses their dtype.
         normalizer: one of `NORMALIZERS` or a registered name; or a mapping of its `name` and
             arguments, as `{"name": "clipped_softmax", "gamma": -0.03}`.
-        mask: boolean, broadcastable to `scores`, True where a weight is allowed.
+        mask: boolean, broadcastable to `scores`; False sets a weight to 0.
         null_logit: c of `softmax1` and `learned_sink`, broadcastable to `scores[..., 0]`.
 
     Returns:
-        weights `[..., n]`, 0 where masked, and the null probability `[...]`, 1 where all is masked.
+        The weights `[..., n]`, 0 where masked, and the null probability `[...]`, 1 if the whole row
+        is masked.
 
     Raises:
-        UserError: on an unknown name, or arguments that it does not take.
+        UserError: the name is unknown, or the normalizer does not take the arguments.
     """
     if not isinstance(normalizer, TokenNormalizer):
         normalizer = resolve_normalizer("normalizer", normalizer)
@@ -73,8 +75,8 @@ def normalize(
     weights, null = normalizer.function(scores, **arguments)
     if normalizer.name in TOKEN_NORMALIZERS.own:
         return weights, null
-    hidden = scores == -torch.inf
-    return weights.masked_fill(hidden, 0), null.masked_fill(hidden.all(-1), 1)
+    masked = scores == -torch.inf
+    return weights.masked_fill(masked, 0), null.masked_fill(masked.all(-1), 1)
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,9 +84,10 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softmax1(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Tensor]:
-    blind = (scores == -torch.inf).all(-1)  # rows that may see nothing
-    c = torch.as_tensor(null_logit, dtype=scores.dtype, device=scores.device).expand(blind.shape)
-    return null_softmax(scores, c.masked_fill(blind & (c == -torch.inf), 0))
+    fully_masked = (scores == -torch.inf).all(-1)
+    c = torch.as_tensor(null_logit, dtype=scores.dtype, device=scores.device)
+    c = c.expand(fully_masked.shape)
+    return null_softmax(scores, c.masked_fill(fully_masked & (c == -torch.inf), 0))
 
 
 def _clipped_softmax(scores: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -102,10 +105,10 @@ def _sigmoid(scores: Tensor) -> tuple[Tensor, Tensor]:
 def null_softmax(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the last axis and one more logit c: `(weights, null)`.
 
-    The joint softmax shifts by max(c, max scores); a shift by max(scores) alone would overflow
-    exp(c) on very negative rows, and give NaN where all scores are -inf.
+    The joint softmax subtracts max(c, max scores).  If it subtracted max(scores) only, exp(c) would
+    overflow on very negative rows, and rows of -inf would give NaN.
     """
-    largest = torch.finfo(scores.dtype).max  # as good as inf, from which nothing can be subtracted
+    largest = torch.finfo(scores.dtype).max  # replaces inf, for which inf - inf would be NaN
     if not isinstance(null_logit, Tensor):
         joint = F.pad(scores, (0, 1), value=min(null_logit, largest)).softmax(-1)
     else:
@@ -116,15 +119,15 @@ def null_softmax(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Te
 
 
 def _softpick(scores: Tensor) -> tuple[Tensor, Tensor]:
-    # e^x - 1 with both terms scaled by e^-shift; a masked key adds nothing to either sum.
-    seen = scores > -torch.inf
+    # e^x - 1, with both terms scaled by e^-shift.  Masked keys contribute to neither sum.
+    visible = scores > -torch.inf
     shift = scores.amax(-1, keepdim=True).clamp(min=0).detach()
-    signed = torch.where(seen, torch.exp(scores - shift) - torch.exp(-shift), 0)
-    spent, unspent = signed.clamp(min=0), signed.clamp(max=0).neg().sum(-1)
-    total = spent.sum(-1) + unspent
+    signed = torch.where(visible, torch.exp(scores - shift) - torch.exp(-shift), 0)
+    positive, negative = signed.clamp(min=0), signed.clamp(max=0).neg().sum(-1)
+    total = positive.sum(-1) + negative
     empty = total == 0
     total = total.masked_fill(empty, 1)
-    return spent / total.unsqueeze(-1), (unspent / total).masked_fill(empty, 1)
+    return positive / total.unsqueeze(-1), (negative / total).masked_fill(empty, 1)
 
 
 def _sparsemax(scores: Tensor) -> tuple[Tensor, Tensor]:

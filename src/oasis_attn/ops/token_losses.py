@@ -1,4 +1,4 @@
-"""Loss per token.  Axes: B sequences, T tokens, V vocabulary."""
+"""Next-token loss per token.  Axes: B sequences, T tokens, V vocabulary."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-CHUNK = 256  # positions scored at once: bounds the copy that log-softmax makes of the logits
+CHUNK = 256  # positions per call: limits the memory of the copy that log-softmax makes
 
 
 def token_losses(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Next-token losses in nats, [B, T-1] float64: the first token is not predicted."""
+    """Next-token losses in nats, [B, T-1] float64; the first token has no prediction."""
     batch, tokens = ids_BT.shape
     dtype = torch.promote_types(logits_BTV.dtype, torch.float32)
     losses = [torch.zeros(batch, 0, dtype=torch.float64, device=logits_BTV.device)]

@@ -15,7 +15,7 @@ from oasis_attn.data import load_corpus
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
 from oasis_attn.evaluation import EvaluationConfig
 from oasis_attn.modeling.configuration import OasisConfig, check_settings
-from oasis_attn.modeling.sizes import text_config
+from oasis_attn.modeling.model_sizes import text_config
 from oasis_attn.modeling.variants import settings_of, variants
 from oasis_attn.quantization.schemes import schemes
 from oasis_attn.study.extensions import load_extensions

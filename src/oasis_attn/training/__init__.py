@@ -1,4 +1,4 @@
-"""Training, from scratch or from a model that exists, on transformers' Trainer."""
+"""Training, from scratch or from an existing model, with the Trainer of transformers."""
 
 from __future__ import annotations
 

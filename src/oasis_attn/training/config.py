@@ -1,4 +1,4 @@
-"""What a training run is asked to do."""
+"""The configuration of a training run."""
 
 from __future__ import annotations
 
@@ -18,45 +18,46 @@ from oasis_attn.errors import (
 )
 from oasis_attn.training.parameters import GROUPS
 
-_NOT_DECIDING = ("out", "resume", "trust_remote_code")
+_NO_EFFECT_ON_RESULT = ("out", "resume", "trust_remote_code")
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
 _LARGEST = 1e6
-"""Of rates and weights: beyond, a step is not finite in float32."""
+"""Largest learning rate or weight: above it, a step is not finite in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """One run: a backbone of some size, as some variant, from scratch; or a model that exists.
+    """One training run: a variant of a backbone from scratch, or an existing model.
 
     Attributes:
-        out: the folder the model, its tokenizer, `record.json` and `checkpoints/` are written to.
-        from_model: train this model on, as `load_model` takes it: ours or a native one, with its
-            own tokenizer.  It brings its variant, size, settings and vocabulary.
-        trust_remote_code: let Python code that comes with `from_model` run, see `load_model`.
+        out: folder for the model, its tokenizer, `record.json` and `checkpoints/`.
+        from_model: an existing model to train, for `load_model`: an OASIS or a native model, with
+            its own tokenizer.  Its variant, size, settings and vocabulary are used.
+        trust_remote_code: run Python code from the checkpoint of `from_model`; see `load_model`.
         variant: a name in `variants()`.
         size: a name in `SIZES`, or a Hugging Face configuration file.
         corpus: a name in `CORPORA`, or a text file or folder.
-        settings: `OasisConfig` settings that override the variant's.
-        steps: optimiser steps.
-        seed: of the initialisation and of the data order; both are the same for every variant.
+        settings: settings of `OasisConfig` that replace those of the variant.
+        steps: number of optimiser steps.
+        seed: random seed of the initialisation and the data order, which are equal for all
+            variants.
         block_length: tokens per sequence.
         batch_size: sequences per process and forward pass.
         gradient_accumulation: forward passes per step.
-        learning_rate: at its peak; the schedule is a linear warmup and a cosine to 0.  Default
-            2e-3 from scratch, 1e-4 for a model that exists.
-        learning_rates: peaks of single groups of parameters, see `training.parameters.GROUPS`.
-        trainable: train only parameters whose names match one of these shell patterns, or that
-            belong to a group so named; none: all.
-        lora_rank: above 0, the backbone learns through LoRA adapters of this rank (needs peft),
-            which the finished model has added to its weights.
-        anneal_null: above 0, the null logit rises over this many steps to 0, see `NullAnneal`.
-        outlier_penalty: weight, in nats, of `OutlierPenalty` beside the loss.
-        activation_checkpointing: recompute each layer in backward instead of keeping what it did.
-        warmup: share of the steps, in [0, 1].
-        weight_decay: AdamW's, on matrices only.
-        clip: largest norm of the gradient.
-        bf16: bfloat16 autocast; weights stay float32.
-        vocab_size: of the tokenizer learnt from the corpus; default, the size's.
+        learning_rate: peak learning rate (linear warmup, cosine decay to 0).  Default 2e-3 from
+            scratch, 1e-4 for an existing model.
+        learning_rates: peak learning rates of parameter groups; see `training.parameters.GROUPS`.
+        trainable: train only parameters whose name matches one of these shell patterns, or that
+            belong to a group with this name; default: all.
+        lora_rank: if above 0, train the backbone with LoRA adapters of this rank (needs peft); at
+            the end the adapters are merged into the weights.
+        anneal_null: if above 0, raise the null logit to 0 over this many steps; see `NullAnneal`.
+        outlier_penalty: weight of `OutlierPenalty`, in nats, added to the loss.
+        activation_checkpointing: recompute each layer in backward instead of storing activations.
+        warmup: share of the steps for the warmup, in [0, 1].
+        weight_decay: weight decay of AdamW, for matrices only.
+        clip: maximum gradient norm.
+        bf16: use bfloat16 autocast; weights stay float32.
+        vocab_size: vocabulary of the tokenizer trained on the corpus; default: that of the size.
         save_every: steps between checkpoints, a multiple of `log_every`.
         log_every: steps that one row of the loss table is the mean of.
         eval_split: split of the corpus that the final loss is measured on.
@@ -64,7 +65,7 @@ class TrainingConfig:
         resume: go on from the last whole checkpoint in `out`; a finished run is left as it is.
 
     Raises:
-        UserError: at construction, for any value outside what is said above.
+        UserError: at construction, if a value is invalid.
     """
 
     out: str | Path
@@ -121,7 +122,8 @@ class TrainingConfig:
             check_at_least(name, getattr(self, name), 0, _LARGEST)
         if not isinstance(self.learning_rates, Mapping):
             raise UserError(
-                f"learning_rates: {shown(self.learning_rates)} does not map groups to rates"
+                f"learning_rates: {shown(self.learning_rates)} is not a mapping from groups to"
+                " learning rates"
             )
         for group, rate in self.learning_rates.items():
             check_choice("learning_rates", group, GROUPS)
@@ -139,7 +141,7 @@ class TrainingConfig:
         if not self.clip:
             raise UserError(f"clip: {self.clip!r} is not above 0")
         if self.save_every % self.log_every:
-            # Else the mean that a checkpoint interrupts would not be the uninterrupted run's.
+            # Otherwise resuming would change the mean loss of the row that a checkpoint interrupts.
             raise UserError(
                 f"save_every: {self.save_every!r} is not a multiple of log_every={self.log_every!r}"
             )
@@ -149,7 +151,7 @@ class TrainingConfig:
         # These imports take seconds; all other checks come first.
         from oasis_attn.modeling.configuration import OasisConfig, check_settings
         from oasis_attn.modeling.families import check_fits
-        from oasis_attn.modeling.sizes import text_config
+        from oasis_attn.modeling.model_sizes import text_config
         from oasis_attn.modeling.variants import settings_of
 
         check_settings(self.settings)
@@ -168,7 +170,7 @@ class TrainingConfig:
         return _FROM_SCRATCH if self.from_model is None else _FROM_MODEL
 
     def to_dict(self) -> dict[str, Any]:
-        """What decides the result, as JSON takes it."""
+        """The fields that affect the result, as values that JSON supports."""
         plain = asdict(self) | {
             "from_model": None if self.from_model is None else str(self.from_model),
             "size": str(self.size),
@@ -176,10 +178,10 @@ class TrainingConfig:
             "learning_rate": self._rate,
             "trainable": list(self.trainable or ()),
         }
-        return {name: value for name, value in plain.items() if name not in _NOT_DECIDING}
+        return {name: value for name, value in plain.items() if name not in _NO_EFFECT_ON_RESULT}
 
     def _check_unused(self, *names: str) -> None:
-        """Refuse settings that `from_model` leaves without effect."""
+        """Raise `UserError` for a field that has no effect together with `from_model`."""
         for option in fields(self):
             default = option.default
             if option.default_factory is not MISSING:
@@ -188,5 +190,5 @@ class TrainingConfig:
             if option.name in names and value != default:
                 raise UserError(
                     f"{option.name}: {value!r} has no effect with from_model="
-                    f"{str(self.from_model)!r}, which has its own"
+                    f"{str(self.from_model)!r}, because the model has its own"
                 )

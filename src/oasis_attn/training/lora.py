@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def adapt(model: PreTrainedModel, rank: int, seed: int) -> LoraModel:
-    """Put adapters of this rank, scaled by 2, in place on every linear map but the head.
+    """Add adapters of this rank, with scale 2, in place to all linear layers except the head.
 
-    `adapter.merge_and_unload()` gives the model back with the adapters added to its weights.
+    `adapter.merge_and_unload()` merges the adapters into the weights and returns the model.
 
     Raises:
         UserError: peft is not installed.
@@ -24,7 +24,7 @@ def adapt(model: PreTrainedModel, rank: int, seed: int) -> LoraModel:
     try:
         from peft import LoraConfig, LoraModel
     except ImportError as error:
-        raise UserError("lora_rank: LoRA needs the package peft: pip install peft") from error
+        raise UserError("lora_rank: LoRA needs the package peft; run `pip install peft`") from error
     config: Any = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The model a run starts from."""
+"""The initial model of a training run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 def build_model(
     backbone: PreTrainedConfig, settings: dict[str, Any], seed: int
 ) -> OasisForCausalLM:
-    """A model with fresh float32 weights; the backbone's depend on the seed only.
+    """A model with new float32 weights; those of the backbone depend only on the seed.
 
-    The family's own model is drawn first and its weights are copied, by name, over those of the
-    variant: whatever parameters a variant adds, and wherever it draws them, the rest is the same.
-    The caller's random state is left as it was.
+    The family's own model is initialised first, and its weights are copied by name into the
+    variant's model.  So the backbone's weights are the same for all variants.  The caller's random
+    state does not change.
     """
     from oasis_attn.modeling.configuration import OasisConfig
     from oasis_attn.modeling.model import OasisForCausalLM
@@ -31,5 +31,5 @@ def build_model(
         torch.manual_seed(seed)
         model = OasisForCausalLM(OasisConfig(text_config=backbone, **settings))
     _, foreign = model.load_state_dict(native.state_dict(), strict=False)
-    assert not foreign, f"backbone weights without a place in the variant: {foreign}"
+    assert not foreign, f"backbone weights that the variant does not have: {foreign}"
     return model

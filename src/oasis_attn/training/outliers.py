@@ -1,4 +1,4 @@
-"""A regulariser against what breaks static quantisation: tokens far above all others."""
+"""A regulariser against outlier tokens, which make static quantisation inaccurate."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-_FLOOR = 1e-12  # of a mean square
+_FLOOR = 1e-12  # smallest mean square
 
 
 class _LogPeak(torch.autograd.Function):
-    """`log_peak`, keeping nothing but x and what is of its shape without tokens or width."""
+    """`log_peak` as an autograd function that saves only x and tensors of shape [B]."""
 
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor) -> Tensor:
@@ -38,20 +38,20 @@ class _LogPeak(torch.autograd.Function):
 
 
 def log_peak(x_BTD: Tensor) -> Tensor:
-    """log of a sequence's largest mean square of a token over that of all its tokens, `[B]`.
+    """log(largest mean square of a token / mean square of all tokens) of each sequence, `[B]`.
 
-    0 where all T tokens are of one size, log T where one holds everything: how far a single token
-    stretches the range that static quantisation gives to all.  It does not depend on the scale of
-    x, so that no weight decay can serve it.
+    It is 0 if all T tokens have the same norm, and log T if only one is not zero.  So it measures
+    how much a single token extends the range that static quantisation uses for all tokens.  It does
+    not depend on the scale of x, so that smaller weights do not reduce it.
     """
     return _LogPeak.apply(x_BTD)
 
 
 class OutlierPenalty:
-    """Mean `log_peak` of what the linear maps of a model's decoder read.
+    """Mean `log_peak` of the inputs of the linear layers of a model's decoder.
 
-    These are the tensors that static quantisation gives one range each.  A tensor read by several
-    maps counts once; the head, LoRA's own maps and experts, which see no sequence, do not count.
+    Static quantisation uses one range for each of these tensors.  An input of several layers counts
+    once.  The head, the layers of LoRA, and experts, whose inputs are not sequences, do not count.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -63,8 +63,8 @@ class OutlierPenalty:
                 module.register_forward_pre_hook(self._read)
 
     @contextmanager
-    def collected(self) -> Iterator[list[Tensor]]:
-        """While open, forward passes append one `[B]` per tensor to the list yielded."""
+    def collect(self) -> Iterator[list[Tensor]]:
+        """Context in which forward passes append `log_peak` of each tensor to the yielded list."""
         found: list[Tensor] = []
         self._found = found
         try:
@@ -74,7 +74,7 @@ class OutlierPenalty:
 
     def _read(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x_BTD = inputs[0]
-        # Not only while collecting: a recomputation must do what the forward pass did.
+        # Also outside of `collect`: checkpointing must recompute what the forward pass computed.
         if not torch.is_grad_enabled() or x_BTD.dim() != 3 or x_BTD is self._last():
             return
         self._last = weakref.ref(x_BTD)

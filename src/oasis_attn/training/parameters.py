@@ -1,4 +1,4 @@
-"""Which parameters a run trains, and each at what rate."""
+"""Which parameters a run trains, and the groups with their own learning rates."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _NAMES = {
     "lora": r"\.lora_[AB]\.",
 }
 GROUPS = ("backbone", *_NAMES)
-"""Groups with a learning rate of their own.
+"""Parameter groups that can have their own learning rate.
 
-`router`: depth queries and key norms.  `beta`: strength of the null signal, and the parameters of
-its module.  `null`: learned null logits.  `lora`: adapters.  `backbone`: the rest.
+`router`: depth queries and key norms.  `beta`: beta of the null signal, and the parameters of its
+module.  `null`: learned null logits.  `lora`: adapters.  `backbone`: all others.
 """
 
 
@@ -33,11 +33,12 @@ def group_of(name: str) -> str:
 
 
 def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze every parameter but LoRA's and those whose name matches one of `patterns`.
+    """Freeze all parameters except those of LoRA and those whose name matches one of `patterns`.
 
     Args:
-        patterns: shell patterns (`model.layers.2?.mlp.*`) or groups of `GROUPS`; none: all train,
-            or, where `model` carries LoRA adapters, all but its backbone.
+        model: the model to change.
+        patterns: shell patterns (`model.layers.2?.mlp.*`) or names in `GROUPS`.  If empty, all
+            parameters are trained, or, if `model` has LoRA adapters, all except the backbone.
 
     Raises:
         UserError: a pattern matches no parameter.
@@ -47,8 +48,8 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
             raise UserError(
-                f"trainable: {pattern!r} matches no parameter, such as {names[-1]!r}, and is none"
-                f" of the groups here: {', '.join(sorted(set(map(group_of, names))))}"
+                f"trainable: {pattern!r} matches no parameter (for example {names[-1]!r}) and is"
+                f" not one of the groups {', '.join(sorted(set(map(group_of, names))))}"
             )
     for name, parameter in model.named_parameters():
         if patterns:
@@ -59,7 +60,7 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that learn, by name."""
+    """The names and values of the parameters that are trained."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 

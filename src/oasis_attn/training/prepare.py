@@ -1,4 +1,4 @@
-"""What a run needs before its first step, checked before anything is written to its folder."""
+"""Prepare a training run, and check its inputs before anything is written to its folder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from oasis_attn.data import (
 )
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import load_model
+from oasis_attn.modeling.model_info import check_savable
+from oasis_attn.modeling.model_sizes import text_config
 from oasis_attn.modeling.prefix import prefix_of
-from oasis_attn.modeling.sizes import text_config
-from oasis_attn.modeling.subject import check_savable
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.anneal import NullAnneal
 from oasis_attn.training.config import TrainingConfig
@@ -38,15 +38,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A model, its tokenizer, and the blocks to train on and to measure the loss on.
+    """The inputs of a training run.
 
     Attributes:
-        label: the run in a word or two.
-        trained_parameters: how many of the model's numbers learn.
-        adapter: LoRA's hold on `model`, if it learns through it.
-        callbacks: what changes the model between steps.
+        label: a short name of the run, for the progress bar.
+        trained_parameters: number of parameters that are trained.
+        model: the initial model.
+        adapter: the LoRA wrapper of `model`; None without LoRA.
+        tokenizer: the tokenizer of the model.
+        callbacks: Trainer callbacks that change the model between steps.
+        corpus: the training split.
+        held_out: the split for the final loss.
+        blocks: token blocks of `corpus`.
+        windows: token blocks of `held_out`.
         identity: the config, the number of processes, and the hashes of corpus, tokenizer and
-            weights to start from: what a resumed run must share.
+            initial weights, which must be equal for a resumed run.
     """
 
     label: str
@@ -62,7 +68,11 @@ class Prepared:
 
 
 def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
-    """Read the corpus, make or load tokenizer and model; `UserError` if they do not fit."""
+    """Load the corpus, and create or load the tokenizer and the model.
+
+    Raises:
+        UserError: they cannot be loaded, or do not fit together.
+    """
     corpus = load_corpus(config.corpus)
     held_out = load_corpus(config.corpus, config.eval_split)
     model, tokenizer = _start(config, corpus)
@@ -81,7 +91,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
     }
     if getattr(model, "is_quantized", False):
         raise UserError(
-            f"from_model: {str(config.from_model)!r} is quantised; train the original instead"
+            f"from_model: {str(config.from_model)!r} is quantised; train the original model"
         )
     callbacks: list[TrainerCallback] = []
     if config.anneal_null:
@@ -91,7 +101,8 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
     for group in config.learning_rates:
         if group not in groups:
             raise UserError(
-                f"learning_rates: no parameter of {group!r} learns here; of {', '.join(groups)} do"
+                f"learning_rates: no parameter of the group {group!r} is trained; the trained"
+                f" groups are {', '.join(groups)}"
             )
 
     if tokenizer.eos_token_id is None:
@@ -108,8 +119,8 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
     sequences = config.batch_size * config.gradient_accumulation * processes
     if len(blocks) < sequences:
         raise UserError(
-            f"batch_size: a step takes {sequences} sequences, and {config.corpus!r} gives only "
-            f"{len(blocks)} of {config.block_length} tokens"
+            f"batch_size: a step needs {sequences} sequences, but {config.corpus!r} has only"
+            f" {len(blocks)} of {config.block_length} tokens"
         )
     return Prepared(
         label=Path(config.from_model).name if config.from_model else config.variant,
@@ -128,7 +139,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
 def whole_model(
     config: TrainingConfig, prepared: Prepared, weights: dict[str, torch.Tensor] | None
 ) -> PreTrainedModel:
-    """The trained model without adapters; where it was sharded, anew from its gathered weights."""
+    """The trained model with merged adapters; if it was sharded, rebuilt from gathered weights."""
     model, adapter = prepared.model, prepared.adapter
     if weights is not None:
         model, _ = _start(config, prepared.corpus)
@@ -149,7 +160,8 @@ def _start(
     backbone = text_config(config.size, config.vocab_size)
     tokenizer = corpus_tokenizer(corpus, backbone.vocab_size)
     backbone.bos_token_id, backbone.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # The tokenizer pads with BOS; told so, the embedding would neither draw nor train BOS's row.
+    # The tokenizer pads with BOS.  If the config had this pad token, the embedding row of BOS would
+    # neither be initialised nor trained.
     backbone.pad_token_id = None
     settings = settings_of(config.variant) | dict(config.settings)
     return build_model(backbone, settings, config.seed), tokenizer

@@ -1,4 +1,4 @@
-"""The bar a run shows, and the speed it measures."""
+"""The progress bar and the speed of a training run."""
 # ruff: noqa: ARG002  the signatures are TrainerCallback's
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from transformers import TrainerCallback
 
 
 class Meter(TrainerCallback):
-    """Counts tokens and seconds; on standard error shows steps, loss, tokens/s and time left.
+    """Counts tokens and seconds, and shows steps, loss, tokens/s and time left on standard error.
 
-    Where standard error is not a terminal, a line is printed at every tenth of the steps.  Used as
-    a context manager, so that the bar is closed whatever ends the run.
+    If standard error is not a terminal, it prints a line after each tenth of the steps.  Use it as
+    a context manager, so that the bar is closed if the run fails.
 
     Attributes:
-        tokens: trained on since the run was started or resumed.
-        seconds: that they took.
+        tokens: tokens trained on since the run was started or resumed.
+        seconds: time in seconds that these tokens took.
     """
 
     def __init__(self, label: str, tokens_per_step: int, *, show: bool):
@@ -43,7 +43,7 @@ class Meter(TrainerCallback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all steps so far, whatever they included."""
+        """Mean speed over all steps so far, including logging and checkpoints."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def __enter__(self) -> Meter:

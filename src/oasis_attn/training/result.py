@@ -1,4 +1,4 @@
-"""What a run leaves: its model folder and its record."""
+"""The results of a training run: its model folder and its record."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Windows, collate
-from oasis_attn.modeling.subject import describe_model
+from oasis_attn.modeling.model_info import describe_model
 from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord
 from oasis_attn.training.checkpoints import STAGING
 from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.prepare import Prepared
 
-_COLUMNS = {  # of Trainer's log, and as the record names them
+_COLUMNS = {  # key in the Trainer's log -> column in the record
     "step": "step",
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -31,8 +31,12 @@ _COLUMNS = {  # of Trainer's log, and as the record names them
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write beside, then move in file by file, config.json last: without it, no model is seen."""
-    model.config.use_cache = True  # Trainer had switched it off
+    """Save the model and its tokenizer in `out`.
+
+    The files are written to a staging folder and then moved one by one.  config.json is last:
+    without it the folder does not count as a model.
+    """
+    model.config.use_cache = True  # the Trainer had switched it off
     staged = out / STAGING
     shutil.rmtree(staged, ignore_errors=True)
     model.save_pretrained(staged)
@@ -49,7 +53,7 @@ def training_record(
     history: list[dict[str, Any]],
     tokens_per_second: float,
 ) -> TrainingRecord:
-    """The record of a finished run; `history` is Trainer's log."""
+    """The record of a finished run; `history` is the log of the Trainer."""
     table = [
         {name: row[key] for key, name in _COLUMNS.items() if key in row}
         for row in history

@@ -1,4 +1,4 @@
-"""A config in; a model folder and its record out."""
+"""Run a training: takes a config, saves a model folder, and returns a record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from oasis_attn.data import collate
 from oasis_attn.errors import UserError, parse_json, shown
 from oasis_attn.files import check_free, lock, write_text, writing
-from oasis_attn.modeling.card import write_card
+from oasis_attn.modeling.model_card import write_card
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training.checkpoints import STAGING, check_same_run, last_checkpoint
@@ -26,48 +26,49 @@ from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.prepare import prepare, whole_model
 from oasis_attn.training.progress import Meter
 from oasis_attn.training.result import save_model, training_record
-from oasis_attn.training.trainer import StagedTrainer
+from oasis_attn.training.trainer import OasisTrainer
 
 _BETAS = (0.9, 0.95)
 
 
 def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
-    """Train, save the model with its tokenizer, measure the final loss, and record all of it.
+    """Train a model, save it with its tokenizer, measure the final loss, and save a record.
 
-    The same config gives the same losses, bit for bit, on the same machine and thread count,
-    interrupted and resumed or not.  Runs that differ in `variant` only start from the same
-    backbone weights and see the same batches.
+    The same config gives bit-identical losses on the same machine and thread count, whether or not
+    the run was interrupted and resumed.  Runs that differ only in `variant` start from the same
+    backbone weights and use the same batches.
 
     Several processes (`accelerate launch -m oasis_attn train ...`, DDP or FSDP2) share every step:
-    two with half the `batch_size` give the losses of one, up to rounding.  The first of them writes
-    and shows progress.
+    two processes with half the `batch_size` give the losses of one, up to rounding.  The first
+    process writes files and shows progress.
 
     Args:
-        progress: show it on standard error.
+        config: the configuration of the run.
+        progress: show progress on standard error.
 
     Returns:
-        `loss.windowed` (nats per token) and `perplexity.windowed` on
-        disjoint windows of `eval_split`, `training.loss` (the last row of the loss table),
-        `training.tokens_per_second`; table `loss`, rows of {step, loss, learning_rate,
-        gradient_norm} and, where there are such, {outlier_penalty, null_logit}: loss and penalty
-        are means since the row before, the others those of the row's step.  Saved as
-        `out/record.json`, last of all.
+        Metrics: `loss.windowed` (nats per token) and `perplexity.windowed` on disjoint windows of
+        `eval_split`, `training.loss` (the last row of the loss table) and
+        `training.tokens_per_second`.  The table `loss` has rows of {step, loss, learning_rate,
+        gradient_norm} and, if they apply, {outlier_penalty, null_logit}.  Loss and penalty are
+        means since the previous row, the others are values at the step.  The record is saved as
+        `out/record.json` after all other files.
 
     Raises:
-        UserError: bad input, before anything is written; `out` not free, or with `resume` not of
-            this run; another process that trains into `out`; a loss or gradient that is not
-            finite; a full disk, from which `resume` goes on when there is room.
+        UserError: the input is invalid (nothing is written); `out` exists, or with `resume` belongs
+            to another run; another process is training into `out`; the loss or gradient is not
+            finite; the disk is full (free some space, then use `resume`).
     """
     out = Path(config.out)
     _begun(out, resume=config.resume)
     with ExitStack() as stack:
         stack.enter_context(_quiet_transformers())
-        arguments = _arguments(config, out)  # here the processes of a distributed run meet
+        arguments = _arguments(config, out)  # initialises the processes of a distributed run
         processes = arguments.distributed_state
         if processes.is_main_process:
             place = out.resolve()
             stack.enter_context(lock(place.with_name(f".{place.name}.lock"), f"out: {str(out)!r}"))
-        begun = _begun(out, resume=config.resume)  # again: another may have ended meanwhile
+        begun = _begun(out, resume=config.resume)  # again: another process may have ended since
         prepared = prepare(config, processes.num_processes)
         checkpoint = None
         if begun is not None:
@@ -75,7 +76,7 @@ def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
             if (out / "record.json").is_file():
                 return TrainingRecord.load(out / "record.json")
             checkpoint = last_checkpoint(out / "checkpoints", prepared.identity)
-        processes.wait_for_everyone()  # all have looked before one writes
+        processes.wait_for_everyone()  # all processes finish the checks before one writes
         if processes.is_main_process:
             shutil.rmtree(str(arguments.output_dir), ignore_errors=True)
             write_text(out / "run.json", json.dumps(prepared.identity, indent=1))
@@ -88,7 +89,7 @@ def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
             show=progress and processes.is_main_process,
         )
         with meter:
-            trainer = StagedTrainer(
+            trainer = OasisTrainer(
                 model=prepared.model,
                 args=arguments,
                 train_dataset=prepared.blocks,
@@ -109,15 +110,14 @@ def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
             history = trainer.state.log_history
             record = training_record(config, prepared, model, history, meter.tokens_per_second)
             record.save(out / "record.json")
-            if isinstance(model, OasisPreTrainedModel):  # a native one has no settings
-                write_card(model, out)  # again, now with what was measured
+            if isinstance(model, OasisPreTrainedModel):
+                write_card(model, out)  # again, now with the measurements
         processes.wait_for_everyone()
     return TrainingRecord.load(out / "record.json")
 
 
 def _begun(out: Path, *, resume: bool) -> dict[str, Any] | None:
-    """What the run in `out` was asked to do; None if it is to begin, or was killed before it had
-    said so."""
+    """The identity of the run in `out`; None for a new run, or one killed before it wrote it."""
     if not resume:
         check_free(out)
         return None
@@ -128,7 +128,7 @@ def _begun(out: Path, *, resume: bool) -> dict[str, Any] | None:
     except (OSError, ValueError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"resume: {shown(str(out))} holds no run to go on with ({reason})"
+            f"resume: {shown(str(out))} contains no run to resume ({reason})"
         ) from error
 
 

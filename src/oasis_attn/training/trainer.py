@@ -1,4 +1,4 @@
-"""transformers' Trainer, with what a run here needs beside it."""
+"""The Trainer of transformers with parameter groups, the outlier penalty and safe checkpoints."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ from oasis_attn.training.outliers import OutlierPenalty
 from oasis_attn.training.parameters import GROUPS, group_of, trained
 
 
-class StagedTrainer(Trainer):
-    """Trainer with a learning rate per group and a penalty on outliers, that decays matrices only,
-    stops at a loss that is not finite, and publishes whole checkpoints, tokenizer included, from
-    `args.output_dir` into the folder that holds it.
+class OasisTrainer(Trainer):
+    """The Trainer with additions for `train`.
+
+    It has a learning rate per parameter group and a penalty on outliers, applies weight decay to
+    matrices only, and stops if the loss is not finite.  Complete checkpoints, with the tokenizer,
+    are moved from `args.output_dir` to its parent folder.
 
     Args:
-        run: what the run is, sealed into its checkpoints.
-        rates: peak learning rate of each group of `GROUPS`.
-        penalty: weight of `OutlierPenalty` in what is minimised; the loss logged is without it.
+        model: the model to train.
+        run: identity of the run, stored in its checkpoints.
+        tokenizer: saved with each checkpoint.
+        rates: peak learning rate of each group in `GROUPS`.
+        penalty: weight of `OutlierPenalty` in the objective; the logged loss does not include it.
     """
 
     def __init__(
@@ -47,34 +51,34 @@ class StagedTrainer(Trainer):
         super().__init__(model=model, **kwargs)
         self._whole = model
         self._adapted = any(group_of(name) == "lora" for name, _ in model.named_parameters())
-        # Not Trainer's processing_class, which would write its pad token, here also BOS, into the
-        # model's config: embeddings neither initialise nor train the row of a pad token.
+        # Not passed as processing_class: the Trainer would copy its pad token, which is also BOS,
+        # to the model's config, and the embedding row of a pad token is not trained.
         self._tokenizer = tokenizer
         self._run = run
         self._rates = rates
         self._weight = penalty
         self._penalty = OutlierPenalty(model) if penalty else None
-        self._penalties: list[Tensor] = []  # one per forward pass since the last row of the log
+        self._penalties: list[Tensor] = []  # one per forward pass since the last log
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's; but FSDP that was asked for on CPUs is not dropped without a word."""
+        """As in the Trainer, but FSDP on CPUs is not silently ignored."""
         state = PartialState()
         if (
             parse_flag_from_env("ACCELERATE_USE_FSDP")
             and state.distributed_type is DistributedType.MULTI_CPU
         ):
-            # Accelerate looks for the request on accelerators only; its FSDP2 runs on gloo as well.
+            # Accelerate enables FSDP only on accelerators, although its FSDP2 also runs on gloo.
             state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise UserError("fsdp_version: 1 is not supported; launch with --fsdp_version 2")
+            raise UserError("fsdp_version: 1 is not supported; use --fsdp_version 2")
 
     def gathered_weights(self) -> dict[str, Tensor] | None:
-        """Of a sharded model all weights, on the first process; None of one that is not."""
+        """All weights of a sharded model, on the first process; None if it is not sharded."""
         return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:  # noqa: ARG002
-        """One parameter group per group of `GROUPS`, with and without decay; the backbone first."""
+        """Parameter groups for each group in `GROUPS`, with and without decay; backbone first."""
         decayed = set(self.get_decay_parameter_names(self._whole))
         groups: list[dict[str, Any]] = []
         for group in GROUPS:
@@ -93,7 +97,7 @@ class StagedTrainer(Trainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The matrices, but for depth routers: their rows are one query and one norm each."""
+        """All matrices except those of depth routers, whose rows are independent vectors."""
         routers = (module for module in model.modules() if isinstance(module, DepthRouter))
         free = {id(parameter) for router in routers for parameter in router.parameters()}
         return [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in free]
@@ -105,14 +109,14 @@ class StagedTrainer(Trainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self._penalty is None:
             return super().compute_loss(*args, **kwargs)
-        with self._penalty.collected() as found:
+        with self._penalty.collect() as penalties:
             loss: Any = super().compute_loss(*args, **kwargs)
-        penalty = torch.stack(found).mean()
+        penalty = torch.stack(penalties).mean()
         self._penalties.append(penalty.detach())
         return loss + self._share() * penalty
 
     def _share(self) -> float:
-        """Of one forward pass's penalty in the step; Trainer's loss is scaled for it already."""
+        """Weight of one forward pass's penalty in the step; the Trainer scales the loss itself."""
         return self._weight / self.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -131,11 +135,11 @@ class StagedTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         norm = super()._get_grad_norm(model, grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        # Any loss that is not finite gives such a gradient; the weights have not been touched yet.
+        # A loss that is not finite gives such a gradient; the weights are not updated yet.
         if not math.isfinite(norm):
             raise UserError(
-                f"training: loss or gradient is not finite at step {self.state.global_step + 1}; "
-                "checkpoints written before are whole; a lower learning_rate may help"
+                f"training: loss or gradient is not finite at step {self.state.global_step + 1};"
+                " try a lower learning_rate; the existing checkpoints are valid"
             )
         return norm
 
@@ -146,7 +150,7 @@ class StagedTrainer(Trainer):
         if self._adapted:
             load_model(self._whole, Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
             return
-        # Trainer's own way leaves weights whose names on disk differ (experts) as they were.
+        # The Trainer would not load weights with other names on disk (experts).
         found = type(self._whole).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
         self._whole.load_state_dict(found.state_dict())
 
@@ -156,15 +160,15 @@ class StagedTrainer(Trainer):
         if not self._adapted:
             super()._save(output_dir, state_dict)
         elif self.args.should_save and state_dict is None:  # FSDP2 resumes from its shards
-            # Under the names that the adapted model has in memory: the family's names on disk (of
-            # experts) have no place for adapters.
+            # Use the names in memory: in the family's format on disk, adapters of experts have no
+            # name.
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_model(self._whole, str(folder / SAFE_WEIGHTS_NAME))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self.state.max_steps:
-            return  # the finished model is saved instead
+            return  # `train` saves the finished model
         staging = Path(str(self.args.output_dir))
         with writing(staging.parent):
             self._stage_and_publish(model, trial, staging)
@@ -172,7 +176,7 @@ class StagedTrainer(Trainer):
     def _stage_and_publish(self, model: nn.Module, trial: Any, staging: Path) -> None:
         super()._save_checkpoint(model, trial)
         staged = staging / f"checkpoint-{self.state.global_step}"
-        if self.is_fsdp_enabled:  # beside the shards, so that one process can load it too
+        if self.is_fsdp_enabled:  # in addition to the shards, so that one process can load it
             self._save(str(staged), state_dict=self.gathered_weights())
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -1,7 +1,7 @@
-"""PyTorch's CUDA attention kernels, forward and backward, with the null in the denominator.
+"""Attention with a null option by PyTorch's CUDA attention kernels, forward and backward.
 
 These are the kernels that `scaled_dot_product_attention` itself chooses from: flash attention,
-memory-efficient attention and cuDNN.  See `null_attention.py` for the identities.
+memory-efficient attention and cuDNN.  The package docstring has the identities.
 
 Axes: B batch, H query heads, G key heads, T queries, S keys, d head width.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from oasis_attn.ops.autograd import HandWritten, first_order
-from oasis_attn.ops.cpu_flash import rows
-from oasis_attn.ops.naive_attention import log_denominator
+from oasis_attn.ops.null_attention.cpu_flash import pad_head_width
+from oasis_attn.ops.null_attention.naive import lse_with_null
 
-_ALIGNMENT = 8  # the kernels take head widths, and rows of a mask, of multiples of it
+_ALIGNMENT = 8  # the kernels require head widths and mask rows that are multiples of it
 _FLASH, _EFFICIENT, _CUDNN = (
     int(backend.value)
     for backend in (
@@ -43,17 +43,17 @@ def cuda_flash(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, null and log-denominator; with `is_causal`, T = S and no mask."""
+    """Output, null probability, lse over keys and null; `is_causal` needs T = S and no mask."""
     own = value.shape[-1]
     width = -(-max(query.shape[-1], own) // _ALIGNMENT) * _ALIGNMENT
-    query, key, value = (rows(x, width) for x in (query, key, value))
+    query, key, value = (pad_head_width(x, width) for x in (query, key, value))
     arguments = query, key, value, null_logit_H, mask, is_causal, scale
-    out, null, total = CudaFlash.apply(*arguments)  # type: ignore[no-untyped-call]
-    return out[..., :own] if own < width else out, null, total
+    out, null, lse = CudaFlash.apply(*arguments)  # type: ignore[no-untyped-call]
+    return out[..., :own] if own < width else out, null, lse
 
 
 class CudaFlash(HandWritten):
-    """`(query, key, value, null_logit_H, mask, is_causal, scale)` to out, null, log-denominator."""
+    """`(query, key, value, null_logit_H, mask, is_causal, scale)` to out, null, lse."""
 
     @staticmethod
     def forward(
@@ -71,15 +71,18 @@ class CudaFlash(HandWritten):
         out, lse = attention(query, key, value, additive, is_causal, scale)
         c = null_logit_H[:, None]
         if additive is not None:
-            blind = additive.amax(-1) == -math.inf
-            lse = lse.masked_fill(blind, -math.inf)
+            fully_masked = additive.amax(-1) == -math.inf
+            lse = lse.masked_fill(fully_masked, -math.inf)
         excess = lse - c
         keep, null = torch.sigmoid(excess), torch.sigmoid(-excess)
         keep = keep.unsqueeze(-1)
         out = (out * keep).to(out.dtype) if traced else out.mul_(keep)
-        if additive is not None:  # also where c is -inf
-            null, out = null.masked_fill(blind, 1), out.masked_fill(blind.unsqueeze(-1), 0)
-        return out, null, log_denominator(lse, c)
+        if additive is not None:  # set, because c = -inf gives NaN above
+            null, out = (
+                null.masked_fill(fully_masked, 1),
+                out.masked_fill(fully_masked.unsqueeze(-1), 0),
+            )
+        return out, null, lse_with_null(lse, c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -112,7 +115,7 @@ def _gradients(
     *output: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and null_logit_H; see `cpu_flash._gradients`."""
-    out, null, total = output
+    out, null, lse = output
     null_alone = grad_out is None
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -129,7 +132,7 @@ def _gradients(
     attention_backward = _traced_backward if torch.compiler.is_compiling() else _backward
     additive = _additive(mask, query)
     grad_query, grad_key, grad_value = attention_backward(
-        grad_out, query, key, value, out, total, additive, is_causal, scale
+        grad_out, query, key, value, out, lse, additive, is_causal, scale
     )
     return grad_query, grad_key, None if null_alone else grad_value, grad_c
 

@@ -1,6 +1,6 @@
-"""PyTorch's CPU flash attention, forward and backward, with the null in the denominator.
+"""Attention with a null option by PyTorch's CPU flash attention, forward and backward.
 
-See `null_attention.py` for the identities.  Axes: B batch, H heads, T queries, S keys, d width.
+The package docstring has the identities.  Axes: B batch, H heads, T queries, S keys, d head width.
 """
 
 from __future__ import annotations
@@ -15,19 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oasis_attn.ops.autograd import HandWritten, first_order
-from oasis_attn.ops.naive_attention import log_denominator, naive_mix, naive_weights, with_causal
+from oasis_attn.ops.null_attention.naive import (
+    add_causal_mask,
+    lse_with_null,
+    naive_mix,
+    naive_weights,
+)
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 _LARGEST_LSE = 4096.0
-"""Beyond it float32 rounds a log-sum-exp so coarsely that exp(s - lse) no longer sums to one."""
+"""Above it, float32 rounds the log-sum-exp so coarsely that exp(s - lse) does not sum to one."""
 
 
 class CpuFlash(HandWritten):
-    """`(query, key, value, null_logit_H, mask, is_causal, scale)` to out, null, log-denominator.
+    """Maps `(query, key, value, null_logit_H, mask, is_causal, scale)` to out, null and lse.
 
-    The three tensors have rows in one piece and one width, the mask four axes.
+    query, key and value have the same width and contiguous rows; mask has four axes.  lse is the
+    log-sum-exp over the keys and the null.
     """
 
     @staticmethod
@@ -43,14 +49,14 @@ class CpuFlash(HandWritten):
         c = null_logit_H[:, None]
         additive = _additive(mask, query)
         out, lse = flash(query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale)
-        if additive is not None:  # the kernel reports lse 0, not -inf, where nothing may be seen
-            blind = additive.amax(-1) == -math.inf
-            lse = lse.masked_fill(blind, -math.inf)
+        if additive is not None:  # for a fully masked row the kernel returns lse 0, not -inf
+            fully_masked = additive.amax(-1) == -math.inf
+            lse = lse.masked_fill(fully_masked, -math.inf)
         excess = lse - c
         keep, null = torch.sigmoid(excess), torch.sigmoid(-excess)
-        if additive is not None:  # also where c is -inf
-            keep, null = keep.masked_fill(blind, 0), null.masked_fill(blind, 1)
-        return out.mul_(keep.unsqueeze(-1)), null, log_denominator(lse, c)
+        if additive is not None:  # set, because c = -inf gives NaN above
+            keep, null = keep.masked_fill(fully_masked, 0), null.masked_fill(fully_masked, 1)
+        return out.mul_(keep.unsqueeze(-1)), null, lse_with_null(lse, c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -61,7 +67,7 @@ class CpuFlash(HandWritten):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_out: Tensor | None, grad_null: Tensor | None, _grad_total: None
+        ctx: Any, grad_out: Tensor | None, grad_null: Tensor | None, _grad_lse: None
     ) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_null is None:
             return (None,) * 7
@@ -84,17 +90,18 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value and null_logit_H.
 
-    Flash backward: dS = P * (dP - delta), P = exp(s - lse), delta = rowsum(dOut * Out).  With lse'
-    for lse, P is the null form's p, and with its Out all three gradients are its own.  A gradient
-    on null adds -p_j * null * dNull to dS_j, that is, null * dNull to delta.
+    The kernel's backward computes dS = P * (dP - delta), with P = exp(s - lse) and
+    delta = rowsum(dOut * Out).  With lse' = logaddexp(lse, c) for lse, P is p of attention with the
+    null, and with its Out all three gradients are correct.  A gradient of null adds
+    -p_j * null * dNull to dS_j, that is, null * dNull to delta.
     """
-    out, null, total = output
-    if not torch.compiler.is_compiling():  # which cannot look at values
-        coarse = (total.abs() > _LARGEST_LSE) & (null < 1)
+    out, null, lse = output
+    if not torch.compiler.is_compiling():  # tracing cannot branch on values
+        coarse = (lse.abs() > _LARGEST_LSE) & (null < 1)
         if coarse.any():
             inputs = query, key, value, null_logit_H
             return _naive_gradients(is_causal, scale, grad_out, grad_null, inputs, mask)
-    null_alone = grad_out is None
+    only_null = grad_out is None
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grad_c = None
@@ -104,7 +111,7 @@ def _gradients(
         if grad_null is not None:
             grad_c = grad_c + grad_null * null * (1 - null)
         grad_c = grad_c.sum((0, 2))
-    arguments = (grad_out, query, key, value, out, total)
+    arguments = (grad_out, query, key, value, out, lse)
     if grad_null is None:
         grads = _flash_backward(
             *arguments, 0.0, is_causal, attn_mask=_additive(mask, query), scale=scale
@@ -112,7 +119,7 @@ def _gradients(
     else:
         grads = _shifted_backward(*arguments, null * grad_null, is_causal, mask, scale)
     grad_query, grad_key, grad_value = grads
-    return grad_query, grad_key, None if null_alone else grad_value, grad_c
+    return grad_query, grad_key, None if only_null else grad_value, grad_c
 
 
 def _shifted_backward(
@@ -121,24 +128,24 @@ def _shifted_backward(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    total: Tensor,
+    lse: Tensor,
     shift: Tensor,
     is_causal: bool,
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """The kernel's gradients with delta + shift for delta, half of the batch at a time.
+    """The kernel's gradients with delta + shift in place of delta, one half of the batch at a time.
 
-    The kernel has no argument for delta, so `_delta_shifted` copies `out`.  By halves this needs
-    no more memory than the kernel itself, for the system backs the gathered gradients with memory
-    only once they are written.
+    The kernel has no argument for delta, so `_delta_shifted` passes it a modified copy of `out`.
+    Processing halves keeps peak memory at that of the kernel alone, because the operating system
+    allocates the pages of the result only when they are written.
     """
 
     def gradients(part: slice = slice(None)) -> tuple[Tensor, ...]:
         grad_out_part, out_part = _delta_shifted(grad_out[part], out[part], shift[part])
         mask_part = mask if mask is None or mask.shape[0] == 1 else mask[part]
         results: tuple[Tensor, ...] = _flash_backward(
-            *(grad_out_part, query[part], key[part], value[part], out_part, total[part]),
+            *(grad_out_part, query[part], key[part], value[part], out_part, lse[part]),
             *(0.0, is_causal),
             attn_mask=_additive(mask_part, query),
             scale=scale,
@@ -148,7 +155,7 @@ def _shifted_backward(
     def gather(part: slice) -> None:
         halves = list(gradients(part))
         for whole in reversed(grads):
-            whole[part].copy_(halves.pop())  # and free it
+            whole[part].copy_(halves.pop())  # pop, so that its memory is freed
 
     if not _worth_halving(query):
         return gradients()
@@ -160,13 +167,13 @@ def _shifted_backward(
 
 
 def _empty_like(x_BHTd: Tensor) -> Tensor:
-    """Uninitialised, in the order [B, T, H, d] in memory, as the kernel allocates."""
+    """An uninitialised tensor with the memory layout [B, T, H, d], as the kernel allocates it."""
     B, H, T, d = x_BHTd.shape
     return x_BHTd.new_empty(B, T, H, d).transpose(1, 2)
 
 
 def _worth_halving(query: Tensor) -> bool:
-    """Whether each half of the batch is a megabyte or more, and has a head for each thread."""
+    """Whether each half of the batch has at least a megabyte, and at least one head per thread."""
     batch, heads = query.shape[:2]
     return (
         not torch.compiler.is_compiling()
@@ -177,10 +184,11 @@ def _worth_halving(query: Tensor) -> bool:
 
 
 def _delta_shifted(grad_out: Tensor, out: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """`grad_out`, and a copy of `out` such that rowsum(grad_out * out) has grown by `shift`.
+    """`grad_out`, and a copy of `out` for which rowsum(grad_out * out) is larger by `shift`.
 
-    The kernel reads `out` for that sum alone: sign(dOut) * x, added to Out, adds x * |dOut|_1.  A
-    row of `grad_out` too small for a finite x gets one entry 2^-100 times the shift, in a copy too.
+    The kernel uses `out` only for that sum: adding sign(dOut) * x to Out adds x * |dOut|_1 to it.
+    If a row of `grad_out` is too small for a finite x, one entry of a copy of it is set to 2^-100
+    times the shift.
     """
     size = grad_out.abs().sum(-1, dtype=shift.dtype)
     least = (shift.abs() * 2.0**-100).clamp(min=torch.finfo(shift.dtype).tiny)
@@ -202,15 +210,15 @@ def _naive_gradients(
     inputs: tuple[Tensor, ...],
     mask: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The same by the plain form, which needs no log-sum-exp."""
+    """The same gradients computed by `naive`, which does not use the log-sum-exp."""
     warnings.warn(
-        f"null_attention computes this gradient by 'naive', which stores the map: logits beyond"
-        f" {_LARGEST_LSE:.0f} leave the kernel's log-sum-exp too coarse; a boolean mask, or -inf"
-        " for a large negative number in an additive one, avoids this",
+        "null_attention computes this gradient by 'naive', which stores the attention matrix: for"
+        f" logits beyond {_LARGEST_LSE:.0f} the kernel's log-sum-exp is not accurate enough; to"
+        " avoid this, use a boolean mask, or -inf instead of large negative numbers",
         stacklevel=2,
     )
     if is_causal:
-        mask = with_causal(None, inputs[0].shape[2], inputs[1].shape[2], inputs[0].device)
+        mask = add_causal_mask(None, inputs[0].shape[2], inputs[1].shape[2], inputs[0].device)
     with torch.enable_grad():
         query, key, value, c = leaves = [x.detach().requires_grad_() for x in inputs]
         weights, null, _ = naive_weights(
@@ -222,15 +230,15 @@ def _naive_gradients(
     return torch.autograd.grad(results, leaves, upstream, allow_unused=True)
 
 
-def rows(x: Tensor, width: int) -> Tensor:
-    """`x` of so many columns, zeros behind its own; each row in one piece, as the kernel reads."""
+def pad_head_width(x: Tensor, width: int) -> Tensor:
+    """Pad the last axis of `x` with zeros to `width`; rows are contiguous, as the kernel needs."""
     if x.shape[-1] < width:
         return F.pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """`mask` as the kernel takes it: additive, in float32 or the dtype of `query`."""
+    """`mask` in the form that the kernel accepts: additive, in float32 or the dtype of `query`."""
     if mask is None or mask.dtype in (query.dtype, torch.float32):
         return mask
     if mask.dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""A model as the subject of a record: what it is, which one exactly, what fits it, held still."""
+"""Facts about a model for records: description, fingerprint, and checks before it is measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from oasis_attn.records import ModelInfo
 
 
 def describe_model(model: PreTrainedModel) -> ModelInfo:
-    """The model as records describe it."""
+    """The description of a model for records; `config` only for an OASIS model."""
     return ModelInfo(
         name=model.config.name_or_path or "",
         family=model.config.get_text_config(decoder=True).model_type,
@@ -30,10 +30,10 @@ def describe_model(model: PreTrainedModel) -> ModelInfo:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Hash, in hexadecimal, of all that is kept in `model`: weights, modules, configuration.
+    """SHA-256, in hexadecimal, of the weights, modules and configuration of `model`.
 
-    Models that share it compute the same, hooks and patched methods aside.  Where it was loaded
-    from does not count.
+    Models with the same fingerprint compute the same function, unless hooks or patched methods
+    differ.  The name or path that the model was loaded from is not included.
     """
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
@@ -48,7 +48,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor's own memory; of a subclass that wraps others (torchao's), theirs."""
+    """The tensor itself; for a subclass that wraps tensors (torchao's), the wrapped tensors."""
     if type(tensor) in (Tensor, nn.Parameter):
         yield tensor
     else:
@@ -56,23 +56,23 @@ def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
             yield from _plain_tensors(getattr(tensor, name))
 
 
-def check_lengths(model: PreTrainedModel, lengths: Sequence[int], what: str) -> None:
-    """Raise `UserError` if the longest of `lengths`, in tokens, is over the model's positions.
+def check_lengths(model: PreTrainedModel, lengths: Sequence[int], argument: str) -> None:
+    """Raise `UserError` if the longest of `lengths`, in tokens, exceeds the model's positions.
 
-    A model with a prefix has those that its prefix leaves.
+    The tokens of a prefix take up positions too.
     """
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     prefix = prefix_of(model)
-    taken = 0 if prefix is None else len(prefix)
-    if most is not None and max(lengths) + taken > most:
-        besides = f", of which its prefix takes {taken}" if taken else ""
+    used = 0 if prefix is None else len(prefix)
+    if limit is not None and max(lengths) + used > limit:
+        note = f", {used} of which its prefix uses" if used else ""
         raise UserError(
-            f"{what}: {max(lengths)} tokens are more than the model's {most} positions{besides}"
+            f"{argument}: {max(lengths)} tokens are more than the model's {limit} positions{note}"
         )
 
 
 def check_savable(model: PreTrainedModel) -> None:
-    """Raise `UserError` if transformers would not write the configuration beside the weights."""
+    """Raise `UserError` if transformers would refuse to save the model's configuration."""
     with TemporaryDirectory() as folder:
         try:
             model.config.save_pretrained(folder)
@@ -85,7 +85,7 @@ def check_savable(model: PreTrainedModel) -> None:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """While open, `model` is in eval mode."""
+    """Context in which `model` is in eval mode."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The model card: what a checkpoint is and what was measured on it, from its config and record."""
+"""The model card: describes a checkpoint from its config, and its measurements from its record."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from oasis_attn.records import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_GENERATED = "automatically generated"  # transformers' own template says so too
-_ALWAYS = ("token_normalizer", "residual", "null_signal")
+_GENERATED = "automatically generated"  # the template of transformers has these words too
+_ALWAYS_LISTED = ("token_normalizer", "residual", "null_signal")
 _TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -44,21 +44,21 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained(path_or_name)
 ```
 {measured}
-*This card was {generated}; without this line it is kept as it is.*
+*This card was {generated}. Remove this line to keep the card when the model is saved again.*
 """
 _SETTINGS = """\
-A `{family}` decoder of {parameters:,} parameters, {added:,} of them added by these settings, the
-variant `{variant}` of [OASIS](https://arxiv.org/abs/2605.17887) in oasis-attn. Settings that are
-not listed are at their defaults.
+A `{family}` decoder with {parameters:,} parameters, of which the variant `{variant}` of
+[OASIS](https://arxiv.org/abs/2605.17887) (library oasis-attn) adds {added:,}. Settings that are not
+listed have their default values.
 
 {settings}"""
-_NATIVE = "A `{family}` decoder of {parameters:,} parameters."
+_NATIVE = "A `{family}` decoder with {parameters:,} parameters."
 _QUANTIZED = """\
 Quantised with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {targets}
 layers and tensors."""
 _PREFIX = """\
-Every input is read behind a stored prefix (tokens: {tokens}), whose keys and values are among the
-weights. The folder `prefix` holds a copy as a PEFT adapter for the model without it."""
+A stored prefix (tokens: {tokens}) precedes every input; its keys and values are part of the
+weights. The folder `prefix` holds a copy as a PEFT adapter for the model without the prefix."""
 _MEASURED = """
 ## Measured{origin}
 
@@ -69,15 +69,15 @@ _MEASURED = """
 
 
 def write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """Write `folder`/README.md, unless a card stands there that a person has made theirs.
+    """Write `folder`/README.md, unless there is one without the line that says it was generated.
 
-    The measurements are those of `folder`/record.json; without one, of the record beside the
-    checkpoint that the model was loaded from, which the card then names.
+    The measurements come from `folder`/record.json; if it does not exist, from the record in the
+    checkpoint that the model was loaded from, and the card names that checkpoint.
     """
     path = Path(folder) / "README.md"
     if path.exists() and _GENERATED not in path.read_text(encoding="utf-8"):
         return
-    # Of ours, the settings, which the base model's own `config` does not hold.
+    # An OASIS base model has its settings in `oasis_config`, not in `config`.
     config: PreTrainedConfig = getattr(model, "oasis_config", model.config)
     stored = getattr(model.config.get_text_config(decoder=True), "quantization_config", None)
     record, origin = None, ""
@@ -86,7 +86,7 @@ def write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
             record = Record.load(place / "record.json")
             origin = "" if place == Path(folder) else f", on `{place.name}` as it was loaded"
             break
-    # Integer arithmetic has no parameters of floats, but codes.
+    # A model in integer arithmetic has int8 buffers in place of float parameters.
     tensors = chain(model.named_parameters(), model.named_buffers())
     counts = {
         name: tensor.numel()
@@ -106,12 +106,15 @@ def model_card(
     record: Record | None,
     origin: str = "",
 ) -> str:
-    """The card as Markdown with its YAML head.
+    """The card as Markdown with YAML front matter.
 
     Args:
-        parameters, added: how many there are, and how many of them the settings added.
+        config: the model's configuration.
+        parameters: how many parameters the model has.
+        added: how many of them the family's own model does not have.
         stored: the `quantization_config` of the model, or None.
-        record: what was measured; `origin` says on which checkpoint, if not on this one.
+        record: the measurements, if there are any.
+        origin: text that names the measured checkpoint if it is not this one.
     """
     text = config.get_text_config(decoder=True)
     tags, family = ["oasis-attn", text.model_type], text.model_type
@@ -122,7 +125,7 @@ def model_card(
         rows = [
             (f"`{name}`", f"`{value}`")
             for name, value in config.settings.items()
-            if name in _ALWAYS or value != getattr(OasisConfig, name)
+            if name in _ALWAYS_LISTED or value != getattr(OasisConfig, name)
         ]
         facts = [
             _SETTINGS.format(
@@ -156,18 +159,18 @@ def model_card(
 
 
 def _task(config: PreTrainedConfig) -> tuple[str, str]:
-    """The hub's name of the task, and the Auto class, of the class that `config` was saved with."""
+    """The Hub's task name and the Auto class for the architecture in `config`."""
     name = (config.architectures or ["OasisForCausalLM"])[0]
     for head, task in _TASKS.items():
         if name.endswith(head):
             return task, f"AutoModel{head}"
-    if name.startswith("Routed"):  # a base model of ours
+    if name.startswith("Routed"):  # an OASIS base model
         return "feature-extraction", "AutoModel"
     return "text-generation", "AutoModelForCausalLM"
 
 
 def variant_of(config: OasisConfig) -> str:
-    """The variant whose settings these are; `custom` if there is none."""
+    """The name of the variant with these settings; `custom` if there is none."""
     defaults = {name: getattr(OasisConfig, name) for name in SETTINGS}
     for name, settings in variants().items():
         if defaults | settings == config.settings:
@@ -188,7 +191,7 @@ def _measured(record: Record, origin: str) -> str:
     return _MEASURED.format(
         origin=origin,
         metrics=_table(("metric", "value", "n", "standard error"), metrics),
-        facts=_table(("of the record", ""), [(name, f"`{fact}`") for name, fact in known.items()]),
+        facts=_table(("record", ""), [(name, f"`{fact}`") for name, fact in known.items()]),
     )
 
 

@@ -1,8 +1,9 @@
-"""Model sizes by name: decoder backbones for training from scratch.
+"""Named model sizes: decoder backbones for training from scratch.
 
-All are Llama layers (RMSNorm before each sublayer, rotary positions, SwiGLU of width 8/3 D rounded
-up to a multiple of 32) with tied embeddings: in models this small, a second vocabulary matrix would
-be most of the parameters.  Counts are of the vanilla model with the size's own vocabulary.
+All are Llama models (RMSNorm before each sublayer, rotary positions, SwiGLU of width 8/3 D rounded
+up to a multiple of 32).  Embeddings are tied, because in such small models a separate output matrix
+would hold most of the parameters.  The parameter counts are of the vanilla variant with the default
+vocabulary of the size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from oasis_attn.errors import UserError, check_choice, check_whole, one_line
 from oasis_attn.modeling.checkpoint import check_config, parameter_limit, read_object
 
-_MOST_WORDS = 2**24  # of a vocabulary
+_LARGEST_VOCABULARY = 2**24
 
 
 def _llama(*, width: int, layers: int, heads: int, vocab_size: int, length: int) -> dict[str, Any]:
@@ -46,14 +47,15 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def text_config(size_or_path: str | Path, vocab_size: int | None = None) -> PreTrainedConfig:
-    """The backbone's configuration.
+    """The configuration of the backbone.
 
     Args:
-        size_or_path: a name in `SIZES`; or a Hugging Face config.json, or the folder holding one.
-        vocab_size: default, the size's or the file's own.
+        size_or_path: a name in `SIZES`, a Hugging Face config.json, or the folder that contains it.
+        vocab_size: number of tokens; default: that of the size or file.
 
     Raises:
-        UserError: an unknown size (with the nearest one), or a file that is not a configuration.
+        UserError: the size is unknown (the message names the nearest one), or the file is not a
+            configuration.
     """
     name = str(size_or_path)
     if name not in SIZES and os.path.exists(name):
@@ -62,7 +64,7 @@ def text_config(size_or_path: str | Path, vocab_size: int | None = None) -> PreT
         check_choice("size (or a configuration file)", name, SIZES)
         config = LlamaConfig(**SIZES[name])
     if vocab_size is not None:
-        check_whole("vocab_size", vocab_size, 1, _MOST_WORDS)
+        check_whole("vocab_size", vocab_size, 1, _LARGEST_VOCABULARY)
         config.vocab_size = vocab_size
     return config
 
@@ -70,7 +72,7 @@ def text_config(size_or_path: str | Path, vocab_size: int | None = None) -> PreT
 def _read(path: str) -> PreTrainedConfig:
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    too_large = f"size: {path!r} asks for more parameters than this machine's memory holds"
+    too_large = f"size: {path!r} describes a model that does not fit in the memory of this machine"
     try:
         check_config(read_object(file), trust_remote_code=False)
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -78,7 +80,7 @@ def _read(path: str) -> PreTrainedConfig:
             AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except UserError:
         raise
-    except Exception as error:  # a foreign library on a foreign file: no list would be complete
+    except Exception as error:  # the library may raise any type on a broken file
         raise UserError(
             f"size: {path!r} is not a Hugging Face configuration ({one_line(error)})"
         ) from error

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from example_records import TEXT, diagnosis
 from oasis_attn import convert
 from oasis_attn.errors import UserError
-from oasis_attn.measure import diagnose, joint
-from oasis_attn.measure.joint import Rows, compare_joint, joint_statistics, routes
+from oasis_attn.measure import diagnose, joint_distribution
+from oasis_attn.measure.joint_distribution import Rows, compare_joint, joint_statistics, routes
 from oasis_attn.measure.parts import find_taps
 from oasis_attn.measure.updates import observe_updates
 from oasis_attn.modeling.attention import observe_attention
@@ -211,7 +211,7 @@ def test_rows_are_the_columns_side_by_side(family):
 def test_pieces_and_batches_change_no_number(variant, monkeypatch):
     model, ids = tiny_model(variant, dtype=torch.float64), tokens()
     whole = diagnose(model, ids, joint=True)
-    monkeypatch.setattr(joint, "_ELEMENTS", 4 * 25 * 7)
+    monkeypatch.setattr(joint_distribution, "_ELEMENTS", 4 * 25 * 7)
     pieces = diagnose(model, ids, joint=True, batch_size=3)
     for name, values in whole.tables["joint.sequences"].items():
         assert pieces.tables["joint.sequences"][name] == pytest.approx(values, rel=1e-9)
@@ -334,8 +334,8 @@ def test_a_window_that_is_not_finite_is_not_hidden():
     [
         (replace(record_of([1, 2]), tables={}), record_of([1, 2]), "record: it has no joint"),
         (record_of([1, 2]), replace(record_of([1, 2]), tables={}), "baseline: it has no joint"),
-        (record_of([1, 2]), record_of([1, 2], "other"), "baseline: .* on other tokens"),
-        (record_of([1]), record_of([1]), "record: 1 window has no spread"),
+        (record_of([1, 2]), record_of([1, 2], "other"), "baseline: .* on different tokens"),
+        (record_of([1]), record_of([1]), "record: it has 1 window; "),
     ],
 )
 def test_records_that_do_not_pair_are_refused(record, baseline, message):

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from example_records import diagnosis
 from oasis_attn import OasisForCausalLM, variants
-from oasis_attn.modeling.card import variant_of, write_card
+from oasis_attn.modeling.model_card import variant_of, write_card
 from oasis_attn.modeling.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
 from oasis_attn.records import Metric
@@ -39,7 +39,8 @@ def test_the_card_beside_the_weights(tmp_path):
     assert head["library_name"] == "transformers"
     assert head["tags"] == ["oasis-attn", "llama", "oasis"]
     added = sum(p.numel() for p in model.model.depth.parameters())
-    assert f"{model.num_parameters():,} parameters, {added:,} of them added" in card
+    assert f"{model.num_parameters():,} parameters, of which" in card
+    assert f"adds {added:,}." in card
     assert "| `null_signal` | `on` |" in card
     assert "Measured" not in card
 
@@ -96,6 +97,6 @@ def test_a_familys_own_model_says_what_it_needs(tmp_path):
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["oasis-attn", "llama"]
     assert "# llama, w8a8-dynamic, with a prefix" in card
     assert "import oasis_attn  #" in card
-    assert f"A `llama` decoder of {native.num_parameters():,} parameters." in card
+    assert f"A `llama` decoder with {native.num_parameters():,} parameters." in card
     assert "28\nlayers and tensors" in card
     assert "prefix (tokens: 2)" in card

@@ -1,4 +1,6 @@
-"""Attention with a null option in plain PyTorch: stores the map `[B, H, T, S]`, float32 inside.
+"""Attention with a null option in plain PyTorch: the reference for all other backends.
+
+It stores the attention matrix `[B, H, T, S]` and computes in float32 (float64 for float64 inputs).
 
 Axes: B batch, H query heads, G key heads (H a multiple of G), T queries, S keys, d head width.
 """
@@ -24,8 +26,11 @@ def naive_weights(
     null_logit: Tensor | float = 0.0,
     normalizer: str | TokenNormalizer = "softmax1",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The map itself, by any normalizer: weights `[B, H, T, S]`, null and log-denominator."""
-    attn_mask = four_axes(attn_mask, query, key)
+    """Attention weights `[B, H, T, S]`, null probability and log-sum-exp, both `[B, H, T]`.
+
+    The log-sum-exp is over the keys and the null.  `normalizer` is any of `NORMALIZERS`.
+    """
+    attn_mask = to_four_axes(attn_mask, query, key)
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
     groups = query.shape[1] // key.shape[1]
     key_BHSd = key.to(precise).repeat_interleave(groups, dim=1)
@@ -45,12 +50,12 @@ def naive_weights(
         if attn_mask is not None:
             scores_BHTS = scores_BHTS.masked_fill(~attn_mask, -math.inf)
         null_logit = torch.as_tensor(null_logit, dtype=precise, device=query.device)
-        total_BHT = log_denominator(scores_BHTS.logsumexp(-1), null_logit)
-    return weights_BHTS, null_BHT, total_BHT
+        lse_BHT = lse_with_null(scores_BHTS.logsumexp(-1), null_logit)
+    return weights_BHTS, null_BHT, lse_BHT
 
 
 def naive_mix(weights_BHTS: Tensor, value_BGSd: Tensor, dropout: float = 0.0) -> Tensor:
-    """Weighted values `[B, H, T, d]`, in the dtype of the weights."""
+    """The weighted sum of the values, `[B, H, T, d]`, in the dtype of the weights."""
     if dropout:
         weights_BHTS = torch.dropout(weights_BHTS, dropout, train=True)
     groups = weights_BHTS.shape[1] // value_BGSd.shape[1]
@@ -59,14 +64,17 @@ def naive_mix(weights_BHTS: Tensor, value_BGSd: Tensor, dropout: float = 0.0) ->
         return weights_BHTS @ value_BHSd
 
 
-def log_denominator(lse: Tensor, null_logit: Tensor) -> Tensor:
-    """log(exp(c) + sum exp(s)); finite where nothing may be seen and c is -inf: there p is 0."""
-    total = torch.logaddexp(lse, null_logit)
-    return total.clamp(min=torch.finfo(total.dtype).min)
+def lse_with_null(lse: Tensor, null_logit: Tensor) -> Tensor:
+    """log(exp(c) + sum exp(s)), from `lse` = log(sum exp(s)) and c.
+
+    Finite also where all keys are masked and c is -inf, so that exp(s - lse) is 0 there.
+    """
+    joint = torch.logaddexp(lse, null_logit)
+    return joint.clamp(min=torch.finfo(joint.dtype).min)
 
 
-def with_causal(mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
-    """`mask` that also hides from query t the keys behind t + S - T."""
+def add_causal_mask(mask: Tensor | None, T: int, S: int, device: torch.device) -> Tensor:
+    """`mask` combined with a causal mask: query t attends to keys up to t + S - T."""
     causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     if mask is None:
         return causal[None, None]
@@ -75,19 +83,25 @@ def with_causal(mask: Tensor | None, T: int, S: int, device: torch.device) -> Te
     return mask.masked_fill(~causal, -math.inf)
 
 
-def four_axes(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """`mask` with leading axes of size 1, so that it has four; `UserError` if it does not fit."""
+def to_four_axes(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """Add leading axes of size 1 to `mask` until it has four axes.
+
+    Raises:
+        UserError: it does not broadcast to `[B, H, T, S]`, or it is neither boolean nor float.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         raise UserError(f"attn_mask: {mask!r} is not a tensor")
-    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    shape_BHTS = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     try:
-        fits = torch.broadcast_shapes(mask.shape, full) == full
+        fits = torch.broadcast_shapes(mask.shape, shape_BHTS) == shape_BHTS
     except RuntimeError:
         fits = False
     if not fits:
-        raise UserError(f"attn_mask: shape {list(mask.shape)} does not broadcast to {list(full)}")
+        raise UserError(
+            f"attn_mask: shape {list(mask.shape)} does not broadcast to {list(shape_BHTS)}"
+        )
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise UserError(f"attn_mask: dtype {mask.dtype} is neither boolean nor floating point")
     return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]

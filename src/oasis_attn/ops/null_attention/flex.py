@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from oasis_attn.ops.cpu_flash import rows
-from oasis_attn.ops.naive_attention import log_denominator
+from oasis_attn.ops.null_attention.cpu_flash import pad_head_width
+from oasis_attn.ops.null_attention.naive import lse_with_null
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-BLOCK = 128  # queries and keys of one tile of the kernel
-_LEAST_WIDTH = 16  # of a head, in the compiled kernel
+BLOCK = 128  # size of a tile of the kernel, in queries and in keys
+_LEAST_WIDTH = 16  # smallest head width of the compiled kernel
 
 
 def flex(
@@ -33,13 +33,15 @@ def flex(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, null and log-denominator; `mask` has four axes."""
+    """Output, null probability, and log-sum-exp over keys and null; `mask` has four axes."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     T, S = query.shape[2], key.shape[2]
     block_mask = causal_blocks(T, S, query.device) if is_causal else None
     own = value.shape[-1]
-    query, key, value = (rows(x, max(x.shape[-1], _LEAST_WIDTH)) for x in (query, key, value))
+    query, key, value = (
+        pad_head_width(x, max(x.shape[-1], _LEAST_WIDTH)) for x in (query, key, value)
+    )
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], T, S)
 
@@ -63,17 +65,18 @@ def flex(
     )  # fmt: skip
     c = null_logit_H[:, None]
     lse = aux.lse.to(c.dtype)
-    blind = lse.detach() == -math.inf
-    keep = torch.sigmoid(lse - c).masked_fill(blind, 0)
-    null = torch.sigmoid(c - lse).masked_fill(blind, 1)
+    fully_masked = lse.detach() == -math.inf
+    keep = torch.sigmoid(lse - c).masked_fill(fully_masked, 0)
+    null = torch.sigmoid(c - lse).masked_fill(fully_masked, 1)
     out = (out[..., :own] * keep.unsqueeze(-1)).to(query.dtype)
-    return out, null, log_denominator(lse, c).detach()
+    return out, null, lse_with_null(lse, c).detach()
 
 
 def causal_blocks(T: int, S: int, device: torch.device) -> BlockMask:
-    """The `BlockMask` of query t and the keys up to t + S - T, made from block edges alone.
+    """The `BlockMask` in which query t attends to keys up to t + S - T.
 
-    `create_block_mask` computes the same from a mask of T x S entries.
+    It equals the result of `create_block_mask`, which would evaluate a mask of T x S entries; here
+    only the edges of the blocks are compared.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -95,7 +98,7 @@ def causal_blocks(T: int, S: int, device: torch.device) -> BlockMask:
 
 
 def _counts_and_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block reads, and all of them, those read first."""
+    """The number of key blocks that each query block reads, and their indices, those read first."""
     blocks = blocks.to(torch.int32)[None, None]
     order = blocks.argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
