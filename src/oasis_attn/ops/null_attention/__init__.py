@@ -304,7 +304,7 @@ def _choose(backend: str, call: Call) -> str:
             return chosen
     if backend == "auto":
         warnings.warn(
-            "null_attention falls back to 'naive', which stores the attention matrix: " + reason,
+            f"null_attention falls back to 'naive', which needs more memory: {reason}",
             stacklevel=4,
         )
         return "naive"
