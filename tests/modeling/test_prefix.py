@@ -293,7 +293,7 @@ def test_an_adapter_without_prefix_in_the_weights_is_refused(tmp_path):
     model.save_pretrained(tmp_path)  # plain transformers leaves the adapter in the folder
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="subfolder 'prefix' that its weights were saved without"):
+    with pytest.raises(UserError, match="subfolder 'prefix', but its weights contain no prefix"):
         load_model(tmp_path)
 
 
