@@ -25,7 +25,7 @@ from oasis_attn.records import BenchmarkRecord, Metric
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "healing"
 BUDGET = "--corpus imdb --steps 240 --batch-size 2 --block-length 256 --eval-windows 16"
 BUDGET += " --save-every 120"
-RATES = "--rate router=1e-3 --rate coupling=1e-2"
+RATES = "--rate router=1e-3 --rate beta=1e-2"
 CONVERTED = "converted"
 RECIPES = {
     "vanilla": "--from smollm2",

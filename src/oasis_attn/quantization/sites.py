@@ -65,8 +65,8 @@ def tensor_sites(model: PreTrainedModel) -> tuple[str, ...]:
     With depth routing, what is read is each mix h_l (the authors' form: each state), and the
     sources are quantised where they arise, as the outputs of attention and MLP; of a block of
     several sublayers, its members are.  The routers themselves stay in floating point: scores,
-    weights over depth, null logits, null mass and its coupling are a few numbers per token, and no
-    integer kernel computes them.
+    weights over depth, null logits and the null signal are a few numbers per token, and no integer
+    kernel computes them.
 
     Raises:
         UserError: a family without a row in `modeling.families`, which tells where its norms are.
