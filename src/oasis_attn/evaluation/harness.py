@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from oasis_attn.data.problems import Problem
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.hf_compat import lm_eval_task_file
 
 SHOT_SEED = 1234  # the default of lm-eval, which chooses new shots for each problem
 
@@ -45,7 +45,7 @@ class HarnessGsm8k:
             )
 
         with _quiet():
-            from lm_eval.api.task import ConfigurableTask
+            from oasis_attn.modeling.hf_compat import ConfigurableTask
 
             self._config = _definition() | {"num_fewshot": shots, "custom_dataset": dataset}
             self._task = ConfigurableTask(config=dict(self._config))
@@ -88,7 +88,7 @@ def check_harness() -> None:
     """Raise `UserError` unless lm-eval can be imported."""
     try:
         with _quiet():
-            import lm_eval.api.task  # noqa: F401
+            from oasis_attn.modeling.hf_compat import ConfigurableTask  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"tasks: 'gsm8k' needs lm-eval: pip install 'oasis-attn[evaluate]' ({error})"
@@ -96,11 +96,9 @@ def check_harness() -> None:
 
 
 def _definition() -> dict[str, Any]:
-    import lm_eval.tasks
     import yaml
 
-    folder = Path(str(lm_eval.tasks.__file__)).parent
-    config = yaml.safe_load((folder / "gsm8k" / "gsm8k.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load(lm_eval_task_file("gsm8k").read_text(encoding="utf-8"))
     return {name: config[name] for name in config if name not in ("dataset_path", "dataset_name")}
 
 

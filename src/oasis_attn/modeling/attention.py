@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import (
-    create_position_bias_mask,
-    sdpa_attention_forward,
-)
-from transformers.masking_utils import sdpa_mask
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import ATTENTION
+from oasis_attn.modeling.hf_compat import (
+    attention_implementation,
+    create_position_bias_mask,
+    sdpa_attention_forward,
+    sdpa_mask,
+)
 from oasis_attn.ops.normalizers import TokenNormalizer, resolve_normalizer
 from oasis_attn.ops.null_attention import (
     attend,
@@ -229,7 +230,7 @@ def observe_attention(
         if module in modules:
             callback(call)
 
-    before = model.config._attn_implementation
+    before = attention_implementation(model.config)
     if before != ATTENTION:
         model.set_attn_implementation(ATTENTION)
     try:

@@ -23,10 +23,9 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from transformers import PreTrainedConfig
-from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import cached_file
 
 from oasis_attn.errors import UserError, one_line, parse_json
+from oasis_attn.modeling.hf_compat import IMPLEMENTATION_KEYS, AutoHfQuantizer, find_file
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OBJECTS = (  # files that must hold a JSON object where they are present
@@ -36,10 +35,6 @@ _OBJECTS = (  # files that must hold a JSON object where they are present
 _COUNT = re.compile(r"(layers?|blocks|labels)$")  # config classes build a list of this length
 MOST_COUNTED = 10_000
 _BUFFER_ALLOWANCE = 2**28  # elements of buffers that are not stored in a file (causal masks)
-_KERNEL_SETTINGS = (
-    *("attn_implementation", "_attn_implementation"),
-    *("experts_implementation", "_experts_implementation"),
-)
 
 
 @dataclass(frozen=True)
@@ -89,12 +84,7 @@ class Checkpoint:
         """The object in one of the files; None if the file does not exist."""
         with self.foreign(name):
             required = name == "config.json"
-            path = cached_file(
-                self.source,
-                name,
-                _raise_exceptions_for_missing_entries=required,
-                _raise_exceptions_for_connection_errors=required,
-            )
+            path = find_file(self.source, name, absent_ok=not required, offline_ok=not required)
             return None if path is None else read_object(path)
 
     def check_json(self) -> bool:
@@ -161,7 +151,7 @@ class Checkpoint:
 
     def _file(self, name: str) -> str | None:
         with self.foreign(name):
-            return cached_file(self.source, name, _raise_exceptions_for_missing_entries=False)
+            return find_file(self.source, name, absent_ok=True)
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -184,7 +174,7 @@ def check_config(config: dict[str, Any], *, trust_remote_code: bool) -> bool:
             raise ValueError(f"{key} is not a config field; it would replace a method")
         if _COUNT.search(key) and isinstance(value, int) and abs(value) > MOST_COUNTED:
             raise ValueError(f"{key}: {value!r} is more than {MOST_COUNTED}")
-        if key in _KERNEL_SETTINGS and "/" in str(value) and not trust_remote_code:
+        if key in IMPLEMENTATION_KEYS and "/" in str(value) and not trust_remote_code:
             raise ValueError(
                 f"{key}: {value!r} names code on the Hub; allow it with --trust-remote-code"
             )

@@ -21,6 +21,7 @@ from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.configuration import OasisConfig, check_settings
 from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.families import family_of
+from oasis_attn.modeling.hf_compat import experts_implementation, set_experts_implementation
 from oasis_attn.modeling.loading import load_model, quiet
 from oasis_attn.modeling.model import OasisForCausalLM
 from oasis_attn.modeling.prefix import prefix_of
@@ -107,7 +108,7 @@ def to_vanilla(model: OasisForCausalLM) -> PreTrainedModel:
         raise UserError(f"to_vanilla: {reason}; the family's own model cannot compute this")
     text = model.config.text_config
     config = type(text).from_dict(text.to_dict())  # resets both implementations to the defaults:
-    config._experts_implementation = text._experts_implementation  # keep this one
+    set_experts_implementation(config, experts_implementation(text))  # keep this one
     with torch.device("meta"):
         native: PreTrainedModel = _native_class(config)(config)
     _share(native, model)

@@ -26,16 +26,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import GGUF_CONFIG_MAPPING
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, get_gguf_config, read_gguf_metadata
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
 
 from oasis_attn.errors import UserError, one_line
 from oasis_attn.modeling.checkpoint import MOST_COUNTED, parameter_limit
+from oasis_attn.modeling.hf_compat import (
+    GGUF_CONFIG_ARCHS,
+    GGUF_CONFIG_MAPPING,
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_config,
+    get_gguf_hf_weights_map,
+    read_gguf_metadata,
+)
 
 _FAMILIES = {  # architectures that have another name in the mapping of transformers
     "qwen2moe": "qwen2_moe",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import BROKEN, OasisConfig
+from oasis_attn.modeling.hf_compat import PROVENANCE_KEYS
 from oasis_attn.modeling.prefix import prefix_of
 from oasis_attn.records import ModelInfo
 
@@ -36,7 +37,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     differ.  The name or path that the model was loaded from is not included.
     """
     config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
+    for name in PROVENANCE_KEYS:
         config.pop(name, None)
     digest = hashlib.sha256(f"{model}\n{sorted(config.items())}".encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
-from transformers.utils import is_tracing
 
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.hf_compat import create_masks_for_generate, is_tracing
+from oasis_attn.ops.torch_compat import assert_async
 
 _NOT_WITH_A_CACHE = (
     "position_ids: they restart within a row, but a cache holds one sequence per row; for packed"
@@ -56,7 +56,7 @@ def with_packed_masks(
         if mask is None and cache is None and not use_cache:
             return kwargs | _separate(model, input_of(args, kwargs), positions)
         # Not torch_compilable_check of transformers: it synchronises, and an export removes it.
-        torch._assert_async(single, _NOT_WITH_A_CACHE)
+        assert_async(single, _NOT_WITH_A_CACHE)
         return kwargs
     if single:
         return kwargs

@@ -31,10 +31,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from oasis_attn.errors import UserError, one_line
 from oasis_attn.files import write_bytes, write_text
+from oasis_attn.modeling.hf_compat import find_file
 from oasis_attn.modeling.packing import input_of, is_one_sequence
 from oasis_attn.modeling.prefix_storage import prefix_hf_quantizer
 
@@ -106,13 +107,7 @@ class Prefix:
 def load_prefix(source: str | os.PathLike[str]) -> Prefix | None:
     """Load the adapter in the subfolder `prefix` of `source` (folder or Hub id), or None."""
     config, weights = (
-        cached_file(
-            source,
-            name,
-            subfolder=FOLDER,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        find_file(source, name, subfolder=FOLDER, absent_ok=True, offline_ok=True)
         for name in (_CONFIG, _WEIGHTS)
     )
     if config is None and weights is None:

@@ -20,11 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.hf_compat import (
+    HfQuantizer,
+    QuantizationConfigMixin,
+    before_upload,
+    has_adapter,
+    register_quantization_config,
+    register_quantizer,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +97,7 @@ class PrefixHfQuantizer(HfQuantizer):
         """The tensors to save."""
         from oasis_attn.modeling.prefix import prefix_of
 
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if has_adapter(model):
             return None, {}  # transformers saves only the adapter
         state = dict(model.state_dict() if self.state_dict is None else self.state_dict)
         if any(tensor.is_meta for tensor in state.values()):
@@ -158,7 +163,7 @@ def set_hf_quantizer(model: PreTrainedModel, quantizer: PrefixHfQuantizer) -> No
     text.quantization_config = quantizer.quantization_config
     vars(model)["hf_quantizer"] = quantizer
     vars(model)["save_pretrained"] = partial(_save_pretrained, model)
-    vars(model)["_upload_modified_files"] = partial(_upload_modified_files, model)
+    before_upload(model, _write_card)
 
 
 def prefix_hf_quantizer(model: PreTrainedModel) -> PrefixHfQuantizer:
@@ -194,15 +199,13 @@ def _save_pretrained(
         type(model).save_pretrained(model, save_directory, is_main_process, None, *args, **kwargs)
     finally:
         quantizer.state_dict = None
-    if is_main_process and not getattr(model, "_hf_peft_config_loaded", False):
+    if is_main_process and not has_adapter(model):
         write_card(model, save_directory)
         copy_prefix(model, save_directory)
 
 
-def _upload_modified_files(
-    model: PreTrainedModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
-) -> Any:
+def _write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Replace the model card that transformers has written."""
     from oasis_attn.modeling.model_card import write_card
 
-    write_card(model, working_dir)  # replaces the template that transformers has written
-    return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
+    write_card(model, folder)

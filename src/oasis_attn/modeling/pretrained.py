@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any, Self
 
-import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
 from oasis_attn.modeling.depth_cache import DepthRouter
+from oasis_attn.modeling.hf_compat import can_set_experts_implementation
 from oasis_attn.modeling.model_card import write_card
 from oasis_attn.modeling.prefix import copy_prefix
+from oasis_attn.ops.torch_compat import allow_side_effects_in_checkpoints
 
 
 class OasisPreTrainedModel(PreTrainedModel):
@@ -71,7 +72,7 @@ class OasisPreTrainedModel(PreTrainedModel):
         from transformers import MODEL_MAPPING  # not at import time: it imports this module
 
         family: Any = MODEL_MAPPING[type(self.config.get_text_config())]
-        if not family._can_set_experts_implementation():
+        if not can_set_experts_implementation(family):
             raise UserError(
                 f"experts_implementation: {family.__name__} does not support 'grouped_mm'"
             )
@@ -104,7 +105,7 @@ class OasisPreTrainedModel(PreTrainedModel):
             # A layer passes its sources on through the depth cache.  torch.compile refuses such a
             # side effect in a checkpointed layer, because it does not repeat it in the backward
             # pass; the depth cache does not need it repeated.
-            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+            allow_side_effects_in_checkpoints()
         super()._activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     def save_pretrained(

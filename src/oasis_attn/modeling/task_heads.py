@@ -11,13 +11,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.modeling_layers import (
+
+from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.hf_compat import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-
-from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 
 

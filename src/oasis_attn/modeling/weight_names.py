@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from transformers.conversion_mapping import (
+from oasis_attn.modeling.hf_compat import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )

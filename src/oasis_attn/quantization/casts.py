@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from oasis_attn.ops.torch_compat import apply_to_tensors, replace_apply
+
 
 class FixedPrecisionModule(nn.Module):
     """A module whose `fixed_buffers` hold quantisation parameters; casts keep their dtype."""
@@ -29,7 +31,7 @@ def apply_keeping_dtype(
     They are moved to the new device.
     """
     before = {name: getattr(module, name) for name in names}
-    nn.Module._apply(module, function, recurse)
+    apply_to_tensors(module, function, recurse)
     for name, buffer in before.items():
         moved: Tensor = getattr(module, name)
         if moved.dtype != buffer.dtype:
@@ -53,7 +55,7 @@ def guard_computed_buffers(model: nn.Module) -> None:
         names = {name.removeprefix(f"{path}.") for name in computed}
         if names and not path.endswith("kv_prefix"):  # `prefix_storage` saves the prefix
             rotary = {name for name in names if "inv_freq" in name}
-            vars(module)["_apply"] = partial(_apply_recording, module, rotary, names - rotary)
+            replace_apply(module, partial(_apply_recording, module, rotary, names - rotary))
 
 
 def changed_by_cast(module: nn.Module) -> str | None:

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from oasis_attn.errors import UserError, check_choice
+from oasis_attn.modeling.hf_compat import register_quantization_config, register_quantizer
 from oasis_attn.modeling.prefix_storage import PrefixConfig, PrefixHfQuantizer, set_hf_quantizer
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class OasisHfQuantizer(PrefixHfQuantizer):
         dtype = model.dtype
         for layer in model.modules():
             if isinstance(layer, QuantizedLinear):
-                codes: Any = layer._buffers.pop(CODES)
+                codes: Any = getattr(layer, CODES)
+                delattr(layer, CODES)
                 layer.weight = torch.nn.Parameter(layer.decode(codes, dtype), False)
         set_quantization_config(model, vars(self.quantization_config))
         if self.quantization_config.arithmetic == "int8":

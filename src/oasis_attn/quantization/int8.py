@@ -43,9 +43,11 @@ def check_kernels(scheme: Scheme, device: torch.device) -> None:
     if reason:
         raise UserError(f"scheme: {scheme.name!r} can only be simulated: {reason}")
     try:
-        from torchao.utils import should_reduce_range
+        from oasis_attn.modeling.hf_compat import should_reduce_range
     except ImportError as error:
-        raise UserError("scheme: int8 kernels need `pip install torchao`") from error
+        raise UserError(
+            f"scheme: int8 kernels need torchao: pip install 'oasis-attn[int8]' ({error})"
+        ) from error
     if should_reduce_range(device):
         raise UserError(
             f"scheme: {scheme.name!r} can only be simulated: 8-bit sums overflow on this processor,"
@@ -90,9 +92,13 @@ class Int8Linear(QuantizedLinear):
 @cache
 def _torchao() -> tuple[Any, Any, Any]:
     """torchao's int8 tensor class, and its input quantisation per tensor and per token."""
-    from torchao.quantization import Int8Tensor, PerRow, PerTensor
-    from torchao.quantization.quant_primitives import MappingType
-    from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+    from oasis_attn.modeling.hf_compat import (
+        Int8Tensor,
+        MappingType,
+        PerRow,
+        PerTensor,
+        QuantizeTensorToInt8Kwargs,
+    )
 
     per_tensor, per_token = (
         QuantizeTensorToInt8Kwargs(granularity=kind, mapping_type=MappingType.ASYMMETRIC)

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicLayer, PreTrainedConfig
 
 from oasis_attn.errors import UserError, check_whole
 from oasis_attn.quantization.observers import finite_range

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from oasis_attn.modeling.hf_compat import experts_gate
+
 
 class Expert(nn.Module):
     """The linear layers of one expert, in the order in which they are applied."""
@@ -89,7 +91,7 @@ class LinearExperts(nn.Module):
         vars(self).update({k: v for k, v in vars(packed).items() if not k.startswith("_")})
         for name, child in packed.named_children():
             self.add_module(name, child)
-        self.gate = type(packed)._apply_gate
+        self.gate = experts_gate(packed)
         _unpack(packed, self)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

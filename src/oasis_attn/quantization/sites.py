@@ -16,11 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
 
 from oasis_attn.modeling.attention import oasis_attention, observed
 from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
 from oasis_attn.modeling.families import family_of
+from oasis_attn.modeling.hf_compat import (
+    attention_implementation,
+    sdpa_mask,
+    set_attention_implementation,
+)
 from oasis_attn.ops.null_attention import naive_mix
 from oasis_attn.quantization.branches import decoder_layers, decoder_of
 from oasis_attn.quantization.linearize import linear_names
@@ -109,12 +113,12 @@ def add_quantizer(model: PreTrainedModel, site: str, scheme: Scheme) -> StaticQu
         # A sum's hidden state is read by the norm and carried on past it: both must see the levels.
         hook = _quantize_input if layer or routed or _is_last(model, module) else _overwrite_input
         module.register_forward_pre_hook(hook)
-    elif module.config._attn_implementation != QUANTIZED_ATTENTION:
-        if model.config._attn_implementation != ATTENTION:
+    elif attention_implementation(module.config) != QUANTIZED_ATTENTION:
+        if attention_implementation(model.config) != ATTENTION:
             model.set_attn_implementation(ATTENTION)
         # A config of its own, so that whoever switches the model's function leaves this one.
         module.config = copy.copy(module.config)
-        module.config._attn_implementation = QUANTIZED_ATTENTION
+        set_attention_implementation(module.config, QUANTIZED_ATTENTION)
     return quantizer
 
 

@@ -24,7 +24,7 @@ def adapt(model: PreTrainedModel, rank: int, seed: int) -> LoraModel:
     try:
         from peft import LoraConfig, LoraModel
     except ImportError as error:
-        raise UserError("lora_rank: LoRA needs the package peft; run `pip install peft`") from error
+        raise UserError("lora_rank: LoRA needs peft: pip install 'oasis-attn[lora]'") from error
     config: Any = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

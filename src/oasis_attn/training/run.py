@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
 from oasis_attn.data import collate

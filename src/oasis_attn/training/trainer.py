@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
-from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import writing
 from oasis_attn.modeling.depth_cache import DepthRouter
+from oasis_attn.modeling.hf_compat import SAFE_WEIGHTS_NAME, parse_flag_from_env
 from oasis_attn.training.checkpoints import publish
 from oasis_attn.training.outliers import OutlierPenalty
 from oasis_attn.training.parameters import GROUPS, group_of, trained

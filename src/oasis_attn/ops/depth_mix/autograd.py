@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from oasis_attn.ops.autograd import HandWritten, first_order
 from oasis_attn.ops.depth_mix.naive import at_least_float32, naive_scores
 from oasis_attn.ops.depth_mix.routers import Routers, rms_scale
 from oasis_attn.ops.normalizers import normalize, null_softmax
+from oasis_attn.ops.torch_compat import tree_map_only
 
 
 class RouterWeights(NamedTuple):

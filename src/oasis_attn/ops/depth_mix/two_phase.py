@@ -21,9 +21,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from oasis_attn.ops.depth_mix.routers import Routers, rms_scale
+from oasis_attn.ops.torch_compat import tree_map_only
 
 GROUP = 8
 

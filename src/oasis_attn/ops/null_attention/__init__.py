@@ -24,7 +24,7 @@ from torch import Tensor
 
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.ops import native
-from oasis_attn.ops.null_attention.cpu_flash import CpuFlash, flash, pad_head_width
+from oasis_attn.ops.null_attention.cpu_flash import CpuFlash, pad_head_width
 from oasis_attn.ops.null_attention.cuda_flash import cuda_flash
 from oasis_attn.ops.null_attention.flex import flex
 from oasis_attn.ops.null_attention.naive import (
@@ -33,6 +33,7 @@ from oasis_attn.ops.null_attention.naive import (
     naive_weights,
     to_four_axes,
 )
+from oasis_attn.ops.torch_compat import flash_attention_for_cpu
 
 __all__ = [
     "AttentionOutput",
@@ -176,7 +177,7 @@ def decode_attention(
     """
     width = query_BH1d.shape[-1]
     query_BH1d, key, value = (pad_head_width(x, width) for x in (query_BH1d, key, value))
-    out, lse_BH1 = flash(query_BH1d, key, value, 0.0, False, scale=scale)
+    out, lse_BH1 = flash_attention_for_cpu(query_BH1d, key, value, 0.0, False, scale=scale)
     null_BH1 = torch.empty_like(lse_BH1)
     logits, logit = None, 0.0
     if isinstance(null_logit, Tensor):

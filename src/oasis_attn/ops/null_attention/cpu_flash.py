@@ -21,9 +21,10 @@ from oasis_attn.ops.null_attention.naive import (
     naive_mix,
     naive_weights,
 )
-
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+from oasis_attn.ops.torch_compat import (
+    flash_attention_for_cpu,
+    flash_attention_for_cpu_backward,
+)
 
 _LARGEST_LSE = 4096.0
 """Above it, float32 rounds the log-sum-exp so coarsely that exp(s - lse) does not sum to one."""
@@ -48,7 +49,9 @@ class CpuFlash(HandWritten):
     ) -> tuple[Tensor, Tensor, Tensor]:
         c = null_logit_H[:, None]
         additive = _additive(mask, query)
-        out, lse = flash(query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale)
+        out, lse = flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale
+        )
         if additive is not None:  # for a fully masked row the kernel returns lse 0, not -inf
             fully_masked = additive.amax(-1) == -math.inf
             lse = lse.masked_fill(fully_masked, -math.inf)
@@ -113,7 +116,7 @@ def _gradients(
         grad_c = grad_c.sum((0, 2))
     arguments = (grad_out, query, key, value, out, lse)
     if grad_null is None:
-        grads = _flash_backward(
+        grads = flash_attention_for_cpu_backward(
             *arguments, 0.0, is_causal, attn_mask=_additive(mask, query), scale=scale
         )
     else:
@@ -144,7 +147,7 @@ def _shifted_backward(
     def gradients(part: slice = slice(None)) -> tuple[Tensor, ...]:
         grad_out_part, out_part = _delta_shifted(grad_out[part], out[part], shift[part])
         mask_part = mask if mask is None or mask.shape[0] == 1 else mask[part]
-        results: tuple[Tensor, ...] = _flash_backward(
+        results: tuple[Tensor, ...] = flash_attention_for_cpu_backward(
             *(grad_out_part, query[part], key[part], value[part], out_part, lse[part]),
             *(0.0, is_causal),
             attn_mask=_additive(mask_part, query),

@@ -20,6 +20,15 @@ from torch.nn.attention import SDPBackend
 from oasis_attn.ops.autograd import HandWritten, first_order
 from oasis_attn.ops.null_attention.cpu_flash import pad_head_width
 from oasis_attn.ops.null_attention.naive import lse_with_null
+from oasis_attn.ops.torch_compat import (
+    cudnn_attention,
+    cudnn_attention_backward,
+    efficient_attention,
+    efficient_attention_backward,
+    flash_attention,
+    flash_attention_backward,
+    fused_sdp_choice,
+)
 
 _ALIGNMENT = 8  # the kernels require head widths and mask rows that are multiples of it
 _FLASH, _EFFICIENT, _CUDNN = (
@@ -31,7 +40,6 @@ _FLASH, _EFFICIENT, _CUDNN = (
     )
 )
 _LARGEST_FLASH_WIDTH = 256
-_aten: Any = torch.ops.aten
 
 
 def cuda_flash(
@@ -185,9 +193,7 @@ def _chosen_kernel(
         additive = additive.expand(query.shape[0], query.shape[1], -1, -1)
     grouped = query.shape[1] != key.shape[1]
     try:
-        chosen = torch._fused_sdp_choice(
-            query, key, value, additive, 0.0, is_causal, enable_gqa=grouped
-        )
+        chosen = fused_sdp_choice(query, key, value, additive, 0.0, is_causal, enable_gqa=grouped)
     except RuntimeError:  # only memory-efficient attention is allowed: it has no groups by itself
         return _EFFICIENT
     return chosen if chosen in (_FLASH, _CUDNN) else _EFFICIENT
@@ -204,20 +210,14 @@ def _forward(
     """Softmax attention, and its log-sum-exp `[B, H, T]`."""
     kernel = _chosen_kernel(query, key, value, additive, is_causal)
     if kernel == _FLASH:
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, is_causal, scale=scale
-        )
+        out, lse, *_ = flash_attention(query, key, value, 0.0, is_causal, scale=scale)
         return out, lse
     full = _expanded(additive, query, key)
     if kernel == _CUDNN:
-        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            query, key, value, full, True, 0.0, is_causal, scale=scale
-        )
+        out, lse, *_ = cudnn_attention(query, key, value, full, True, 0.0, is_causal, scale=scale)
         return out, lse.squeeze(-1)
     key, value = _by_query_head(key, query), _by_query_head(value, query)
-    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
-        query, key, value, full, True, 0.0, is_causal, scale=scale
-    )
+    out, lse, *_ = efficient_attention(query, key, value, full, True, 0.0, is_causal, scale=scale)
     return out, lse[..., : query.shape[2]]
 
 
@@ -239,7 +239,7 @@ def _backward(
     if kernel == _EFFICIENT:
         lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)  # whole vectors
         keys, values = _by_query_head(key, query), _by_query_head(value, query)
-        grad_query, *grads, _ = _aten._scaled_dot_product_efficient_attention_backward(
+        grad_query, *grads, _ = efficient_attention_backward(
             _token_major(grad_out), query, keys, values, full, _token_major(out), lse, *unused,
             0.0, (True, True, True, False), is_causal, scale=scale,
         )  # fmt: skip
@@ -249,11 +249,11 @@ def _backward(
         return grad_query, *grads
     arguments, lengths = (grad_out, query, key, value, out), (query.shape[2], key.shape[2])
     if kernel == _FLASH:
-        grad_query, grad_key, grad_value = _aten._scaled_dot_product_flash_attention_backward(
+        grad_query, grad_key, grad_value = flash_attention_backward(
             *arguments, lse, None, None, *lengths, 0.0, is_causal, *unused, scale=scale
         )
     else:
-        grad_query, grad_key, grad_value = _aten._scaled_dot_product_cudnn_attention_backward(
+        grad_query, grad_key, grad_value = cudnn_attention_backward(
             *arguments, lse.unsqueeze(-1), *unused, full, None, None, *lengths, 0.0, is_causal,
             scale=scale,
         )  # fmt: skip
