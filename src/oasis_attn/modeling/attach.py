@@ -7,8 +7,12 @@ from functools import cache
 from typing import Any
 
 from transformers import MODEL_MAPPING
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
+from oasis_attn.modeling.hf_compat import (
+    OutputRecorder,
+    recorded_outputs,
+    register_recorded_outputs,
+)
 from oasis_attn.modeling.weight_names import register_conversions
 
 
@@ -37,7 +41,7 @@ def attached_layer(mixin: Any, native: Any) -> Any:
 def attached_model(mixin: Any, text_config_class: Any) -> Any:
     """`mixin` over the base model class of the family whose config class is given."""
     native: Any = MODEL_MAPPING[text_config_class]
-    recorded = dict(native._can_record_outputs or {})
+    recorded = recorded_outputs(native)
     attention = recorded.pop("attentions", None)
     if attention is not None:  # our function returns the null probability in the map's place
         target = attention.target_class if isinstance(attention, OutputRecorder) else attention
@@ -47,5 +51,5 @@ def attached_model(mixin: Any, text_config_class: Any) -> Any:
     origin = (attached_model, mixin, text_config_class)
     members = {"origin": origin, "_can_record_outputs": recorded}
     attached = type(name, (mixin, native), members)
-    _CAN_RECORD_REGISTRY.update({str(attached): recorded})  # __init__ does; unpickling skips it
+    register_recorded_outputs(attached, recorded)  # __init__ does; unpickling skips it
     return attached

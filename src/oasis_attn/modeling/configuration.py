@@ -12,10 +12,14 @@ from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
 from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS
+from oasis_attn.modeling.hf_compat import (
+    SubConfigSpec,
+    experts_implementation,
+    set_attention_implementation,
+)
 from oasis_attn.ops.normalizers import (
     TOKEN_NORMALIZERS,
     TokenNormalizer,
@@ -123,7 +127,7 @@ class OasisConfig(PreTrainedConfig):
             # Ours from here on: the caller's object keeps its own attention implementation.
             self.text_config = copy.deepcopy(self.text_config)
             # The top config hands its own down, and would forget the family's.
-            kwargs.setdefault("experts_implementation", self.text_config._experts_implementation)
+            kwargs.setdefault("experts_implementation", experts_implementation(self.text_config))
         labelled = self.id2label is not None or "num_labels" in kwargs
         try:
             super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
@@ -141,7 +145,7 @@ class OasisConfig(PreTrainedConfig):
         if text.output_attentions:  # which it could not be saved with beside our function
             self.output_attentions, text.output_attentions = True, False
         self.check()
-        self._attn_implementation = ATTENTION
+        set_attention_implementation(self, ATTENTION)
 
     def __getattr__(self, name: str) -> Any:
         # An open fall-through would leak the family's fields into this config's own.

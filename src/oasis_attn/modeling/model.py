@@ -22,9 +22,7 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin
-from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.attach import Attached, attached_layer, attached_model
@@ -40,6 +38,8 @@ from oasis_attn.modeling.extensions import (
     null_signal_module,
 )
 from oasis_attn.modeling.families import Family, check_fits
+from oasis_attn.modeling.hf_compat import can_return_tuple, no_split_modules
+from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.modeling.official import OfficialCache, OfficialRouter
 from oasis_attn.modeling.packing import input_of, with_packed_masks
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
@@ -286,7 +286,7 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
         bias = getattr(config.text_config, "lm_head_bias", False)  # phimoe
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=bias)
         self.post_init()  # type: ignore[no-untyped-call]
-        self._no_split_modules = self.model._no_split_modules
+        self._no_split_modules = no_split_modules(self.model)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.depth_cache import Router, RouterCall, SumCache, beta_of
+from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.ops.depth_mix.autograd import (
     RouterWeights,
     depth_weights,
