@@ -49,7 +49,6 @@ def attached_model(mixin: Any, text_config_class: Any) -> Any:
     name = f"Routed{native.__name__}"
     register_conversions(name, native, text_config_class.model_type)
     origin = (attached_model, mixin, text_config_class)
-    members = {"origin": origin, "_can_record_outputs": recorded}
-    attached = type(name, (mixin, native), members)
+    attached = type(name, (mixin, native), {"origin": origin, "_can_record_outputs": recorded})
     register_recorded_outputs(attached, recorded)  # __init__ does; unpickling skips it
     return attached
