@@ -129,7 +129,7 @@ training: {learning_rate: 4e-3, bf16: False}
         ({"seeds": [2**32]}, "seeds: 4294967296 is not a whole number from 0 to"),
         ({"corpora": {"pydoc": ["perplexity"]}}, "every trial measures perplexity"),
         ({"training": {"bf16": "maybe"}}, "bf16: 'maybe' is neither true nor false"),
-        ({"training": {"learning_rates": 3}}, "learning_rates: 3 does not map"),
+        ({"training": {"learning_rates": 3}}, "learning_rates: 3 is not a mapping"),
         ({"training": {"trainable": 5}}, "trainable: 5 is not a list"),
         ({"seeds": [1, 1]}, "has duplicates"),
         ({"noise_seeds": [0]}, "noise_seeds: 0 is already one of seeds"),
