@@ -84,4 +84,4 @@ def convert(
         print_json(facts)
     else:
         rows = tuple((name, str(value)) for name, value in facts.items())
-        print_table(Table(title="Converted", columns=("", ""), rows=rows))
+        print_table(Table(title="Converted", columns=("", ""), rows=rows, text_columns=2))
