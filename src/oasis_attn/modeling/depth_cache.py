@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.ops.depth_mix import AutogradMix, Mix, inference_mix, needs_autograd_mix
-from oasis_attn.ops.depth_mix.autograd import RouterWeights, null_shift
+from oasis_attn.ops.depth_mix.autograd import null_shift
+from oasis_attn.ops.depth_mix.autograd_mix import RouterWeights
 from oasis_attn.ops.depth_mix.routers import Routers
 
 BETA_MAX = 10.0

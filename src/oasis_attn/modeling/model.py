@@ -7,17 +7,17 @@
     output:  logits = head(norm(h))
 
 The decoder loop, the rotary embeddings, the masks, the key-value cache, the norms, the attention
-projections and the MLPs are the family's own.  `RoutedLayer` replaces only what a layer does
-between its branches; `OasisModel` makes the cache (see `depth_cache.py`) and hands it to the
-layers.  Names on disk are the family's names, plus `model.depth.*` and, per layer, `output_gate`,
-`null_logit` and `attn_res_*`, each where a setting asks for it.
+projections and the MLPs are the family's own.  `RoutedLayer` (layer.py) replaces only what a layer
+does between its branches.  `OasisModel` makes the cache (depth_cache.py) for each forward pass and
+passes it to the layers.  Parameters on disk have the family's names, plus `model.depth.*` and
+`model.null_signal.*` and, in each layer, `output_gate`, `null_logit` and `attn_res_*`, each only if
+a setting needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,119 +29,21 @@ from oasis_attn.modeling.attach import Attached, attached_layer, attached_model
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.configuration import OasisConfig, refuse_unknown
 from oasis_attn.modeling.depth_cache import DepthCache, DepthRouter, SumCache
-from oasis_attn.modeling.extensions import (
-    BRANCH_NORMS,
-    NULL_SIGNALS,
-    BranchNorm,
-    NullSignal,
-    null_evidence,
-    null_signal_module,
-)
-from oasis_attn.modeling.families import Family, check_fits
+from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS, null_signal_module
+from oasis_attn.modeling.families import check_fits
 from oasis_attn.modeling.hf_compat import can_return_tuple, no_split_modules
 from oasis_attn.modeling.hf_compat import initialization as init
+from oasis_attn.modeling.layer import LayerArgs, RoutedLayer
 from oasis_attn.modeling.official import OfficialCache, OfficialRouter
 from oasis_attn.modeling.packing import input_of, with_packed_masks
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 
 
-class LayerArgs(NamedTuple):
-    """What layers read of the settings, once a forward pass: transformers' configs are slow."""
-
-    attention: dict[str, Any]
-    null_signal: NullSignal | None
-    branch_norm: BranchNorm | None
-
-
-class RoutedLayer(Attached):
-    """Mixed into a family's decoder layer: the same branches around another residual."""
-
-    oasis_config: OasisConfig
-    family: Family
-    index: int
-    self_attn: nn.Module
-    mlp: nn.Module
-
-    def attach(self, config: OasisConfig, index: int) -> None:
-        """Take the settings, and add the parameters that they ask for."""
-        text = config.text_config
-        self.oasis_config, self.index, self.family = config, index, check_fits(config)
-        heads = text.num_attention_heads
-        width = getattr(self.self_attn, "v_head_dim", None) or getattr(text, "head_dim", None)
-        width = width or text.hidden_size // heads
-        self.null_logit = self.output_gate = None
-        own_sinks = getattr(self.self_attn, "sinks", None)  # gpt-oss: null logits already
-        if config.normalizer.name == "learned_sink" and own_sinks is None:
-            self.null_logit = nn.Parameter(torch.zeros(heads))
-        if config.output_gate != "none":
-            head_wise = config.output_gate == "head"
-            gates = heads if head_wise else heads * width
-            self.output_gate = nn.Linear(text.hidden_size, gates, bias=head_wise)
-        if config.residual == "official":
-            self.attn_res_sa, self.attn_res_mlp = OfficialRouter(config), OfficialRouter(config)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        depth_cache: SumCache,
-        layer_args: LayerArgs,
-        **kwargs: Any,
-    ) -> Tensor:
-        family, cache, norm = self.family, depth_cache, layer_args.branch_norm
-        attention_args, sublayer = layer_args.attention, 2 * self.index
-        cache.to(hidden_states.device)
-        if self.index == 0:
-            if norm:
-                hidden_states = norm(hidden_states, "embedding")
-            hidden_states = cache.start(hidden_states)
-
-        normed = cache.read(hidden_states, self._named(family.pre_attention), sublayer)
-        if self.null_logit is not None:
-            attention_args = attention_args | {"null_logit": self.null_logit}
-        if self.output_gate is not None:
-            attention_args = attention_args | {"output_gate": self.output_gate(normed)}
-        branch, null_BHT = self.self_attn(
-            hidden_states=normed, attention_mask=attention_mask, **attention_args, **kwargs
-        )
-        branch = self._finish(branch, family.post_attention, family.attention_dropout)
-        psi_BT, mlp_psi_BT = null_evidence(layer_args.null_signal, null_BHT, self.index)
-        if norm:
-            branch = norm(branch, "attention")
-        hidden_states = cache.update(hidden_states, branch, psi_BT, sublayer + 1)
-
-        normed_mlp = cache.read(hidden_states, self._named(family.pre_mlp), sublayer + 1)
-        branch = self._named(family.mlp)(normed_mlp)
-        if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too,
-            branch = branch[0].view_as(normed)  # and its tokens in one row
-        branch = self._finish(branch, family.post_mlp, family.mlp_dropout)
-        if norm:
-            branch = norm(branch, "mlp")
-        return cache.update(hidden_states, branch, mlp_psi_BT, sublayer + 2)
-
-    def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
-        return getattr(self, name) if name else _same
-
-    def _finish(self, branch_BTD: Tensor, norm: str | None, dropout: str | None) -> Tensor:
-        if norm:
-            branch_BTD = getattr(self, norm)(branch_BTD)
-        if dropout:
-            branch_BTD = getattr(self, dropout)(branch_BTD)
-        if self.family.multiplier:
-            branch_BTD = branch_BTD * getattr(self, self.family.multiplier)
-        return branch_BTD
-
-
-def _same(x_BTD: Tensor) -> Tensor:
-    return x_BTD
-
-
 class OasisModel(Attached, OasisPreTrainedModel):
-    """A family's base model, without a head: layers that route, and the routers they share.
+    """A family's base model, without a head, with layers that use the depth cache.
 
-    `OasisModel(config)` makes one of the subclass that is mixed into `config`'s family.  Its
-    `config` is the family's; `oasis_config` holds the settings.
+    `OasisModel(config)` makes an object of the subclass for `config`'s family.  Its `config` is the
+    family's; `oasis_config` has the settings.
     """
 
     layers: nn.ModuleList
@@ -213,16 +115,18 @@ class OasisModel(Attached, OasisPreTrainedModel):
 
     def _depth_cache(self) -> SumCache:
         if self.depth is not None:
-            return DepthCache(self.depth, one_device=not self._spread())
+            return DepthCache(self.depth, one_device=not self._on_accelerator())
         if self.oasis_config.residual == "official":
             layers = [cast(Any, layer) for layer in self.layers]
             return OfficialCache([(layer.attn_res_sa, layer.attn_res_mlp) for layer in layers])
         return SumCache()
 
-    def _spread(self) -> bool:
-        """Whether layers run on an accelerator beside the CPU, by a device map."""
-        devices = getattr(self, "hf_device_map", {}).values()
-        return any(device not in ("cpu", "disk") for device in devices)
+    def _on_accelerator(self) -> bool:
+        """Whether a layer's weights are on an accelerator."""
+        if not torch.accelerator.is_available():
+            return False
+        devices = (next(layer.parameters()).device.type for layer in self.layers)
+        return any(device not in ("cpu", "meta") for device in devices)
 
     def _layer_args(self) -> LayerArgs:
         config = self.oasis_config
@@ -250,7 +154,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
 
 
 def checked(config: OasisConfig | None) -> OasisConfig:
-    """`config`, whose settings are found to be in order; `UserError` otherwise."""
+    """`config`, if it is ours and its settings are valid; `UserError` otherwise."""
     if not isinstance(config, OasisConfig):
         raise UserError(f"config: {type(config).__name__} is not OasisConfig; wrap it in one")
     config.check()
@@ -259,7 +163,7 @@ def checked(config: OasisConfig | None) -> OasisConfig:
 
 @dataclass
 class OasisOutput(CausalLMOutputWithPast):
-    """`null_mass`: `[B, H, T]` a layer, what each head left unspent; None without a null option."""
+    """`null_mass`: null probability `[B, H, T]` of each layer; None without a null option."""
 
     null_mass: tuple[Tensor, ...] | None = None
 
@@ -306,8 +210,8 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
         Arguments are those of any transformers causal model; padding by `attention_mask`, packing
         by `position_ids` that restart within a row (no cache is returned then).  With
         `output_attentions=True`, `attentions` are the maps `[B, H, T, S]`, whose rows sum to
-        1 - null (attention then stores them); with `output_null_mass=True`, `null_mass` is what
-        each head left unspent, `[B, H, T]`.
+        1 - null (attention then stores them).  With `output_null_mass=True`, `null_mass` is the
+        null probability of each head, `[B, H, T]` a layer.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -16,12 +16,12 @@ from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.depth_cache import Router, RouterCall, SumCache, beta_of
 from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.ops.depth_mix.autograd import (
-    RouterWeights,
     depth_weights,
     null_shift,
     row_products,
     weighted_sum,
 )
+from oasis_attn.ops.depth_mix.autograd_mix import RouterWeights
 
 
 class KeyProjection(nn.Module):

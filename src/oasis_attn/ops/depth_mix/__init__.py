@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.ops.depth_mix.autograd import AutogradMix, depth_scores, depth_weights, weighted_sum
+from oasis_attn.ops.depth_mix.autograd import depth_scores, depth_weights, weighted_sum
+from oasis_attn.ops.depth_mix.autograd_mix import AutogradMix
 from oasis_attn.ops.depth_mix.cpu_native import NativeMix, can_use_native
 from oasis_attn.ops.depth_mix.naive import naive_scores, naive_sum
 from oasis_attn.ops.depth_mix.routers import Routers

@@ -1,0 +1,114 @@
+"""A family's decoder layer around another residual.
+
+Axes: B batch, H heads, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from oasis_attn.modeling.attach import Attached
+from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.depth_cache import SumCache
+from oasis_attn.modeling.extensions import BranchNorm, NullSignal, null_evidence
+from oasis_attn.modeling.families import Family, check_fits
+from oasis_attn.modeling.official import OfficialRouter
+
+
+class LayerArgs(NamedTuple):
+    """Settings for the layers, read once a forward pass, because transformers' configs are slow.
+
+    `attention` are keyword arguments of `oasis_attention`.
+    """
+
+    attention: dict[str, Any]
+    null_signal: NullSignal | None
+    branch_norm: BranchNorm | None
+
+
+class RoutedLayer(Attached):
+    """Mixed into a family's decoder layer: the same branches, and the residual of the cache."""
+
+    oasis_config: OasisConfig
+    family: Family
+    index: int
+    self_attn: nn.Module
+    mlp: nn.Module
+
+    def attach(self, config: OasisConfig, index: int) -> None:
+        """Set the configuration, and add the parameters that it needs."""
+        text = config.text_config
+        self.oasis_config, self.index, self.family = config, index, check_fits(config)
+        heads = text.num_attention_heads
+        width = getattr(self.self_attn, "v_head_dim", None) or getattr(text, "head_dim", None)
+        width = width or text.hidden_size // heads
+        self.null_logit = self.output_gate = None
+        own_sinks = getattr(self.self_attn, "sinks", None)  # gpt-oss: null logits already
+        if config.normalizer.name == "learned_sink" and own_sinks is None:
+            self.null_logit = nn.Parameter(torch.zeros(heads))
+        if config.output_gate != "none":
+            head_wise = config.output_gate == "head"
+            gates = heads if head_wise else heads * width
+            self.output_gate = nn.Linear(text.hidden_size, gates, bias=head_wise)
+        if config.residual == "official":
+            self.attn_res_sa, self.attn_res_mlp = OfficialRouter(config), OfficialRouter(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        depth_cache: SumCache,
+        layer_args: LayerArgs,
+        **kwargs: Any,
+    ) -> Tensor:
+        family, cache, norm = self.family, depth_cache, layer_args.branch_norm
+        attention_args, sublayer = layer_args.attention, 2 * self.index
+        cache.to(hidden_states.device)
+        if self.index == 0:
+            if norm:
+                hidden_states = norm(hidden_states, "embedding")
+            hidden_states = cache.start(hidden_states)
+
+        normed = cache.read(hidden_states, self._named(family.pre_attention), sublayer)
+        if self.null_logit is not None:
+            attention_args = attention_args | {"null_logit": self.null_logit}
+        if self.output_gate is not None:
+            attention_args = attention_args | {"output_gate": self.output_gate(normed)}
+        branch, null_BHT = self.self_attn(
+            hidden_states=normed, attention_mask=attention_mask, **attention_args, **kwargs
+        )
+        branch = self._finish(branch, family.post_attention, family.attention_dropout)
+        psi_BT, mlp_psi_BT = null_evidence(layer_args.null_signal, null_BHT, self.index)
+        if norm:
+            branch = norm(branch, "attention")
+        hidden_states = cache.update(hidden_states, branch, psi_BT, sublayer + 1)
+
+        normed_mlp = cache.read(hidden_states, self._named(family.pre_mlp), sublayer + 1)
+        branch = self._named(family.mlp)(normed_mlp)
+        if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too,
+            branch = branch[0].view_as(normed)  # and its tokens in one row
+        branch = self._finish(branch, family.post_mlp, family.mlp_dropout)
+        if norm:
+            branch = norm(branch, "mlp")
+        return cache.update(hidden_states, branch, mlp_psi_BT, sublayer + 2)
+
+    def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
+        return getattr(self, name) if name else _same
+
+    def _finish(self, branch_BTD: Tensor, norm: str | None, dropout: str | None) -> Tensor:
+        if norm:
+            branch_BTD = getattr(self, norm)(branch_BTD)
+        if dropout:
+            branch_BTD = getattr(self, dropout)(branch_BTD)
+        if self.family.multiplier:
+            branch_BTD = branch_BTD * getattr(self, self.family.multiplier)
+        return branch_BTD
+
+
+def _same(x_BTD: Tensor) -> Tensor:
+    return x_BTD
