@@ -29,9 +29,11 @@ from oasis_attn.cli.train import train
 from oasis_attn.cli.variants import variants
 from oasis_attn.errors import UserError, shown
 from oasis_attn.files import refusal
+from oasis_attn.registry import load_extensions
 
 INTERRUPTED = 130
 _MAX_MESSAGE_LENGTH = 3000
+_EXTENSIONS = "OASIS_EXTENSIONS"  # environment variable: paths, separated as those of PATH
 
 app = typer.Typer(
     name="oasis",
@@ -46,11 +48,24 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def top(
     version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
+    extensions: Annotated[
+        list[str] | None,
+        Option(
+            "--extension",
+            metavar="FILE",
+            help="Python file that registers null signals, branch norms or token normalisers; it is"
+            " run before the command. Repeatable; or paths in OASIS_EXTENSIONS.",
+        ),
+    ] = None,
 ) -> None:
     """Attention with a null option, and depth routing that uses the null probability."""
     if version:
         print(f"oasis-attn {__version__}")
         raise Exit
+    paths = [path for path in os.environ.get(_EXTENSIONS, "").split(os.pathsep) if path]
+    paths += extensions or []
+    load_extensions(paths)
+    os.environ[_EXTENSIONS] = os.pathsep.join(map(os.path.abspath, paths))  # for child processes
 
 
 for command in (demo, diagnose, convert, train, evaluate, prefix, quantize, variants, metrics):

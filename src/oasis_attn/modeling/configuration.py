@@ -226,8 +226,8 @@ class OasisConfig(PreTrainedConfig):
         for name, allowed in _CHOICES.items():
             value = normalizer.name if name == "token_normalizer" else getattr(self, name)
             check_choice(name, value, tuple(allowed))
-        check_choice("branch_norm", self.branch_norm, ("none", *BRANCH_NORMS))
-        check_choice("null_signal", self.null_signal, ("off", *NULL_SIGNALS))
+        BRANCH_NORMS.check(self.branch_norm, "none")
+        NULL_SIGNALS.check(self.null_signal, "off")
         check_whole("depth_block_size", self.depth_block_size, 1)
         for name in ("null_logit", "beta_init"):
             value = getattr(self, name)

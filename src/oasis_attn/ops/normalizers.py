@@ -200,7 +200,10 @@ def resolve_normalizer(argument: str, value: str | dict[str, Any]) -> TokenNorma
     """
     given: dict[str, Any] = dict(value) if isinstance(value, dict) else {"name": value}
     name: Any = given.pop("name", None)
-    check_choice(argument, name, (*TOKEN_NORMALIZERS, *(["sigmoid"] * (argument == "normalizer"))))
+    if argument == "token_normalizer":
+        TOKEN_NORMALIZERS.check(name)
+    else:
+        check_choice(argument, name, (*TOKEN_NORMALIZERS, "sigmoid"))
     for argument_name, number in given.items():
         if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
             raise UserError(f"{argument}: {argument_name} {number!r} is not a number")

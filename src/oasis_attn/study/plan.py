@@ -18,7 +18,7 @@ from oasis_attn.modeling.configuration import OasisConfig, check_settings
 from oasis_attn.modeling.model_sizes import text_config
 from oasis_attn.modeling.variants import settings_of, variants
 from oasis_attn.quantization.schemes import schemes
-from oasis_attn.study.extensions import load_extensions
+from oasis_attn.registry import load_extensions
 from oasis_attn.training import TrainingConfig
 
 _SET_BY_TRIAL = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}

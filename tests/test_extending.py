@@ -1,0 +1,104 @@
+"""docs/extending.md runs as written; extensions that fail are one clear line."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oasis_attn import OasisConfig, UserError, register_branch_norm, register_null_signal
+from oasis_attn.cli import main
+from oasis_attn.modeling.configuration import SETTINGS
+from oasis_attn.registry import load_extensions
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    monkeypatch.setenv("OASIS_EXTENSIONS", "")
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["oasis", *map(str, words)])
+        return main(), capfd.readouterr()
+
+    return run
+
+
+def test_a_new_null_signal_is_trained_and_compared(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    for language, text in BLOCKS:
+        if named := re.match(r"# (\w+\.(?:py|yaml))\n", text):
+            Path(named[1]).write_text(text)
+        elif language == "sh":
+            for line in text.splitlines():
+                code, shown = run(*shlex.split(line)[1:])
+                assert code == 0, shown.err
+    assert Path("largest_head.py").read_text().count("\n") < 30
+    assert "largest_head" in shown.out
+    # the checkpoint needs the file again
+    monkeypatch.setenv("OASIS_EXTENSIONS", "")
+    command = [sys.executable, "-m", "oasis_attn", "convert", "run", "out", "--to-vanilla"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "null_signal: 'largest_head' is not one of off, on, shuffled" in done.stderr
+    assert "--extension FILE" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"][1:])
+def test_the_other_examples_run(code):
+    exec(compile(code, PAGE.name, "exec"), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import torch\n1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
+        ("import torch\n\ndef (\n", "line 3: SyntaxError"),
+        ("from oasis_attn import register_null_signal as r\nr('on', abs)\n", "'on' is the library"),
+        (
+            "from oasis_attn import register_null_signal as r\nr('a b', abs)\n",
+            "'a b' is not a name",
+        ),
+        ("from oasis_attn import register_null_signal as r\nr('a', 1)\n", "1 is not a function"),
+    ],
+)
+def test_an_extension_that_fails_is_one_line(text, message, tmp_path, run):
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    code, shown = run("--extension", file, "variants")
+    assert code == 2
+    assert message in shown.err
+    assert len(shown.err.splitlines()) == 1
+
+
+def test_an_extension_is_run_once_and_reaches_child_processes(tmp_path, run, monkeypatch):
+    file = tmp_path / "counted.py"
+    file.write_text(f"with open({str(tmp_path / 'runs')!r}, 'a') as f: f.write('x')\n")
+    for _ in range(2):
+        assert run("--extension", file, "variants")[0] == 0
+    load_extensions([str(file)])
+    assert (tmp_path / "runs").read_text() == "x"
+    monkeypatch.chdir("/")
+    subprocess.run(
+        [sys.executable, "-m", "oasis_attn", "variants"], check=True, capture_output=True
+    )
+    assert (tmp_path / "runs").read_text() == "xx"
+
+
+def test_a_name_of_ones_own_may_be_registered_again():
+    for factor in (1.0, 2.0):
+        register_branch_norm("test_again", lambda x, _kind, factor=factor: x * factor)
+    OasisConfig(branch_norm="test_again").check()
+    with pytest.raises(UserError, match="branch_norm: 'none' is the library's"):
+        register_branch_norm("none", abs)
+    with pytest.raises(UserError, match="null_signal: 'off' is the library's"):
+        register_null_signal("off", abs)
+
+
+def test_there_are_at_most_ten_settings():
+    assert len(SETTINGS) <= 10
