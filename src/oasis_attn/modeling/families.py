@@ -33,6 +33,11 @@ class Family:
     mlp_dropout: str | None = None
     sinks: bool = False
 
+    @property
+    def norms(self) -> tuple[str | None, str | None, str | None, str | None]:
+        """The norms before and after attention, then before and after the MLP."""
+        return self.pre_attention, self.post_attention, self.pre_mlp, self.post_mlp
+
 
 _PRE_NORM = Family()
 _WITH_SINKS = Family(sinks=True)
@@ -124,6 +129,20 @@ FAMILIES = {
     "vaultgemma": Family(pre_mlp="pre_feedforward_layernorm"),
     "youtu": _PRE_NORM,
 }
+
+DEPARTURES = {
+    "lfm3": Family(
+        pre_attention="operator_norm",
+        post_attention="post_operator_norm",
+        pre_mlp="ffn_norm",
+        post_mlp="post_ffn_norm",
+        mlp="feed_forward",
+    ),
+    "modernbert-decoder": Family(pre_attention="attn_norm", pre_mlp="mlp_norm"),
+    "openai-gpt": Family(pre_attention=None, pre_mlp=None),  # its norms are of the sums
+    "rwkv": Family(pre_attention="ln1", pre_mlp="ln2", mlp="feed_forward"),
+}
+"""Families that cannot be converted, and whose norms `decoder_map` would take for others."""
 
 _PARALLEL = "its attention and MLP run in parallel, on one input"
 _REFUSED = {
