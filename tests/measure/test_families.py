@@ -34,15 +34,16 @@ CHANGES = {
 }  # fmt: skip
 REFUSED = {
     **dict.fromkeys(("bloom", "mpt", "xglm", "gpt_neox_japanese"), "of transformers 0 times"),
-    **dict.fromkeys(("minimax", "bailing_hybrid"), "of transformers 0 times"),
+    "minimax": "layers.1 has no softmax attention, but a MiniMaxLightningAttention",
+    "bailing_hybrid": "layers.0 has no softmax attention, but a BailingHybridDeltaAttention",
     "diffllama": "of transformers 2 times",
     "hy_v4": "keys that an indexer selects",  # it has several streams too
     "deepseek_v32": "keys that an indexer selects",
     "gemma3n_text": r"layers.0 is \[2, 1, 20, 32\], not one vector for each",
-    "mamba": "0 modules look like its attention",
+    "mamba": "layers.0 has no softmax attention, but a MambaMixer",
     "bert": "0 modules look like its list of 4 layers",
-    "jetmoe": "0 modules look like its out-projection",
-    "openai-gpt": "0 modules look like its final norm",
+    "jetmoe": "output projection of model.layers.0.self_attention was not found",
+    "openai-gpt": "final norm was not found",
 }
 
 

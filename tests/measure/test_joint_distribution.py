@@ -16,11 +16,11 @@ from oasis_attn import convert
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose, joint_distribution
 from oasis_attn.measure.joint_distribution import Rows, compare_joint, joint_statistics, routes
-from oasis_attn.measure.parts import find_taps
-from oasis_attn.measure.updates import observe_updates
+from oasis_attn.measure.residual_updates import observe_updates
 from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.modeling.depth_cache import observe_depth
-from oasis_attn.modeling.families import family_of
+from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.records import DiagnosisRecord
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
@@ -174,15 +174,15 @@ def test_equal_weights_over_depth_are_the_residual_sum():
 def test_an_update_is_what_the_stream_gains(family):
     """In a plain sum, what the next part reads less what this one read."""
     model, ids, ratios = tiny_model("vanilla", family), tokens(), {}
-    layers = [tap.module for tap in find_taps(model) if tap.kind == "layer"]
-    adapter = family_of(model.config.text_config)
+    layers = decoder_map(model).layers
+    row = FAMILIES[family]
     between = []
     for layer in layers:
-        reader = getattr(layer, adapter.pre_mlp or adapter.mlp)
+        reader = getattr(layer.module, row.pre_mlp or row.mlp)
         reader.register_forward_pre_hook(lambda _m, x: between.append(x[0]))
     last = []
     model.model.norm.register_forward_pre_hook(lambda _m, x: last.append(x[0]))
-    with torch.no_grad(), observe_updates(layers, adapter, ratios.__setitem__):
+    with torch.no_grad(), observe_updates(layers, ratios.__setitem__):
         states = [*model(ids, output_hidden_states=True).hidden_states[:-1], *last]
     for layer in range(4):
         for part, (h, after) in enumerate(

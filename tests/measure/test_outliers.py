@@ -5,6 +5,7 @@ import torch
 from scipy import stats
 
 from oasis_attn.measure import diagnose
+from oasis_attn.measure.hooks import HookPoint
 from oasis_attn.measure.outliers import (
     SILENT,
     Outliers,
@@ -13,12 +14,11 @@ from oasis_attn.measure.outliers import (
     moments,
     pearson_kurtosis,
 )
-from oasis_attn.measure.parts import Tap
 
 from .models import native, tokens
 
-LAYER = Tap(name="layers.0", kind="layer", layer=0, module=torch.nn.Identity())
-MLP = Tap(name="layers.0.mlp", kind="mlp", layer=0, module=torch.nn.Identity())
+LAYER = HookPoint(name="layers.0", kind="layer", layer=0, module=torch.nn.Identity())
+MLP = HookPoint(name="layers.0.mlp", kind="mlp", layer=0, module=torch.nn.Identity())
 
 
 def kurtosis(x_BM):
@@ -131,15 +131,15 @@ def test_what_is_not_finite_has_no_kurtosis():
 
 def seen(*scales):
     """One tensor of standard normal values for each scale, in two sequences; 0 is a zero tensor."""
-    taps = [
-        Tap(name=f"x{index}", kind=kind, layer=0, module=torch.nn.Identity())
+    points = [
+        HookPoint(name=f"x{index}", kind=kind, layer=0, module=torch.nn.Identity())
         for index, kind in enumerate(["layer", "mlp", *["norm"] * (len(scales) - 2)])
     ]
-    outliers, ids_BT = Outliers(taps), torch.zeros(1, 16, dtype=torch.long)
+    outliers, ids_BT = Outliers(points), torch.zeros(1, 16, dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
     for _sequence in range(2):
-        for tap, scale in zip(taps, scales, strict=True):
-            outliers.update(tap, torch.randn(1, 16, 32, generator=generator) * scale, ids_BT)
+        for point, scale in zip(points, scales, strict=True):
+            outliers.update(point, torch.randn(1, 16, 32, generator=generator) * scale, ids_BT)
     return {(m.name, m.where): m.value for m in outliers.metrics()}, outliers.tables()
 
 

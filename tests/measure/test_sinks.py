@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from oasis_attn.measure import diagnose
-from oasis_attn.measure.parts import Tap
+from oasis_attn.measure.hooks import HookPoint
 from oasis_attn.measure.secondary_sinks import SecondarySinks, Sink, large_states
 from oasis_attn.measure.sinks import Sinks, first_position_norms
 
@@ -164,7 +164,7 @@ def test_the_score_is_the_attention_that_a_secondary_sink_receives():
 
 
 def test_rows_that_attend_to_nothing_have_no_renormalised_mass():
-    sinks = Sinks([Tap(name="o", kind="attention", layer=0, module=nn.Linear(8, 8))])
+    sinks = Sinks([HookPoint(name="o", kind="attention", layer=0, module=nn.Linear(8, 8))])
     p_BHT = torch.tensor([[[1.0, 0.2, 0.0, 0.1]]])
     call = SimpleNamespace(
         layer=0,

@@ -325,12 +325,12 @@ def test_parameters_that_are_none_of_the_parts_are_unknown():
 
 @pytest.mark.parametrize("build_it", [lambda: build("bert"), lambda: build("xlm")])
 def test_other_trees_are_refused(build_it):
-    with pytest.raises(UserError, match=r"model: \d modules of family .* look like its list of 4"):
+    with pytest.raises(UserError, match=r"is not supported: \d modules look like its list of 4"):
         find_decoder(build_it())
 
 
 def test_an_encoder_and_a_decoder_of_one_length_are_refused():
     with torch.device("meta"):
         model = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=2))
-    with pytest.raises(UserError, match="2 modules of family 't5' look like its list of 2 layers"):
+    with pytest.raises(UserError, match=r"family 't5' .* 2 modules look like its list of 2 layers"):
         decoder_map(model)

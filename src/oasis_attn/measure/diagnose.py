@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oasis_attn.data import Corpus, Windows, as_windows
 from oasis_attn.errors import check_whole
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
+from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
 from oasis_attn.measure.joint_distribution import Joint
 from oasis_attn.measure.outliers import Outliers
-from oasis_attn.measure.parts import Tap, check_output, find_taps
 from oasis_attn.measure.secondary_sinks import SecondarySinks
 from oasis_attn.measure.sinks import Sinks
 from oasis_attn.measure.statistics import mean_metric
@@ -73,7 +73,7 @@ def diagnose(
             or of a source that it has not.
     """
     check_whole("batch_size", batch_size, 1)
-    taps, dropped = find_taps(model), causal_sources(model, causal)
+    points, dropped = find_hook_points(model), causal_sources(model, causal)
     joint_measures = Joint(model) if joint else None
     embedding: Any = model.get_input_embeddings()
     read = as_windows(
@@ -86,15 +86,15 @@ def diagnose(
     )
     ids_NT = read.ids_NT
     check_lengths(model, ids_NT.shape[1:], "window")
-    layers = sum(tap.kind == "layer" for tap in taps)
-    outliers, depth = Outliers(taps), Depth()
-    sinks, secondary = Sinks(taps), SecondarySinks(layers)
+    layers = sum(point.kind == "layer" for point in points)
+    outliers, depth = Outliers(points), Depth()
+    sinks, secondary = Sinks(points), SecondarySinks(layers)
 
-    def see(tap: Tap, output: Any) -> None:
+    def see(point: HookPoint, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
-        check_output(model, tap, x, ids_BT)
-        outliers.update(tap, x, ids_BT)
-        if tap.kind == "final_norm" or (tap.kind == "layer" and tap.layer != layers - 1):
+        check_output(model, point, x, ids_BT)
+        outliers.update(point, x, ids_BT)
+        if point.kind == "final_norm" or (point.kind == "layer" and point.layer != layers - 1):
             secondary.update(x, ids_BT)
 
     def losses(ids_BT: Tensor) -> Tensor:
@@ -105,10 +105,10 @@ def diagnose(
         with ExitStack() as stack:
             stack.enter_context(observe_attention(model, sinks.update))
             stack.enter_context(observe_depth(model, depth.update))
-            for tap in taps:
-                stack.enter_context(_hooked(tap, see))
+            for point in points:
+                stack.enter_context(_hooked(point, see))
             if joint_measures:
-                stack.enter_context(joint_measures.observe(taps))
+                stack.enter_context(joint_measures.observe())
             for ids_BT in batches:
                 losses_N.append(losses(ids_BT))
                 sinks.check(model)
@@ -141,8 +141,8 @@ def diagnose(
 
 
 @contextmanager
-def _hooked(tap: Tap, see: Any) -> Iterator[None]:
-    handle = tap.module.register_forward_hook(lambda _module, _inputs, output: see(tap, output))
+def _hooked(point: HookPoint, see: Any) -> Iterator[None]:
+    handle = point.module.register_forward_hook(lambda _module, _inputs, output: see(point, output))
     try:
         yield
     finally:

@@ -42,11 +42,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_whole
-from oasis_attn.measure.parts import Tap
+from oasis_attn.measure.residual_updates import observe_updates
 from oasis_attn.measure.statistics import mean_metric
-from oasis_attn.measure.updates import observe_updates
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.modeling.depth_cache import RouterCall, observe_depth
 from oasis_attn.modeling.families import family_of
 from oasis_attn.records import DiagnosisRecord, Metric
@@ -121,7 +121,8 @@ class Joint:
         config = model.config
         ours = isinstance(config, OasisConfig)
         self._model = model
-        self._family = family_of(config.get_text_config(decoder=True))
+        family_of(config.get_text_config(decoder=True))  # raises if it has no row
+        self._layers = decoder_map(model).layers
         self._residual: str = config.residual if ours else "sum"
         self._block: int = config.depth_block_size if ours else 1
         self._rows: dict[int, Rows] = {}
@@ -129,13 +130,12 @@ class Joint:
         self._series: dict[str, dict[int, list[Tensor]]] = {}
 
     @contextmanager
-    def observe(self, taps: Sequence[Tap]) -> Iterator[None]:
+    def observe(self) -> Iterator[None]:
         """Context in which forward passes of the model, on windows without padding, are added."""
-        layers = [tap.module for tap in taps if tap.kind == "layer"]
         with ExitStack() as stack:
             stack.enter_context(observe_attention(self._model, self._on_attention))
             stack.enter_context(observe_depth(self._model, self._on_router))
-            stack.enter_context(observe_updates(layers, self._family, self._on_update))
+            stack.enter_context(observe_updates(self._layers, self._on_update))
             yield
 
     def _on_attention(self, call: AttentionCall) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oasis_attn.measure.parts import Tap
+from oasis_attn.measure.hooks import HookPoint
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.records import Metric
 
@@ -110,34 +110,34 @@ def pearson_kurtosis(row: Moments) -> Tensor:
 class Outliers:
     """Computes the outlier.* metrics during one pass over the windows."""
 
-    def __init__(self, taps: list[Tap]) -> None:
-        self._taps = taps
-        self._inf_norms: dict[str, list[Tensor]] = {tap.name: [] for tap in taps}
-        self._moments: dict[str, list[Moments]] = {tap.name: [] for tap in taps}
+    def __init__(self, points: list[HookPoint]) -> None:
+        self._points = points
+        self._inf_norms: dict[str, list[Tensor]] = {point.name: [] for point in points}
+        self._moments: dict[str, list[Moments]] = {point.name: [] for point in points}
         self._non_finite = dict.fromkeys(self._inf_norms, 0)
         self._massive: dict[tuple[int, int, int], dict[str, Any]] = {}
 
-    def update(self, tap: Tap, x: Tensor, ids_BT: Tensor) -> None:
+    def update(self, point: HookPoint, x: Tensor, ids_BT: Tensor) -> None:
         """Add the output `x` of one module, [B, T, D] or (for some MLPs) [B * T, D]."""
         x_BM = x.detach().reshape(len(ids_BT), -1)
         peaks_B = inf_norm(x_BM)
-        self._inf_norms[tap.name].append(peaks_B)
-        self._moments[tap.name].append(moments(x_BM))
+        self._inf_norms[point.name].append(peaks_B)
+        self._moments[point.name].append(moments(x_BM))
         for sequence, peak in enumerate(peaks_B.tolist()):
             if not abs(peak) < float("inf"):
                 broken = x_BM[sequence].isfinite().logical_not().sum()
-                self._non_finite[tap.name] += int(broken)
-            elif tap.kind == "layer" and peak > MASSIVE:
+                self._non_finite[point.name] += int(broken)
+            elif point.kind == "layer" and peak > MASSIVE:
                 self._record_massive(
-                    tap, x_BM[sequence].view(ids_BT.shape[1], -1), ids_BT[sequence]
+                    point, x_BM[sequence].view(ids_BT.shape[1], -1), ids_BT[sequence]
                 )
 
-    def _record_massive(self, tap: Tap, x_TD: Tensor, ids_T: Tensor) -> None:
-        assert tap.layer is not None
+    def _record_massive(self, point: HookPoint, x_TD: Tensor, ids_T: Tensor) -> None:
+        assert point.layer is not None
         sizes_TD = x_TD.abs()
         massive = sizes_TD > max(MASSIVE, MASSIVE_RATIO * float(sizes_TD.median()))
         for position, channel in massive.nonzero().tolist():
-            key = (tap.layer, channel, int(ids_T[position]))
+            key = (point.layer, channel, int(ids_T[position]))
             value = float(x_TD[position, channel])
             row = self._massive.setdefault(
                 key, {"count": 0, "largest": value, "first_position": position}
@@ -165,7 +165,7 @@ class Outliers:
 
         Both depend on the mean of a tensor's standard deviation over sequences.
         """
-        rows = {tap.name: self._rows(tap.name) for tap in self._taps}
+        rows = {point.name: self._rows(point.name) for point in self._points}
         sizes = torch.stack([r.standard_deviation.mean() for r in rows.values()])
         constant = torch.stack([r.constant.all() for r in rows.values()])
         silent = constant | (sizes <= SILENT * sizes.nanmedian())
@@ -178,17 +178,19 @@ class Outliers:
         The mean and maximum of the scale-free kurtosis exclude silent tensors.
         """
         inf_norms = {
-            tap: mean_metric("outlier.max_inf_norm", torch.cat(self._inf_norms[tap.name]), tap.name)
-            for tap in self._taps
+            point: mean_metric(
+                "outlier.max_inf_norm", torch.cat(self._inf_norms[point.name]), point.name
+            )
+            for point in self._points
         }
         literature = [
-            mean_metric("outlier.kurtosis", literature_kurtosis(self._rows(tap.name)), tap.name)
-            for tap in self._taps
+            mean_metric("outlier.kurtosis", literature_kurtosis(self._rows(point.name)), point.name)
+            for point in self._points
         ]
         pearson = [
-            mean_metric("outlier.pearson_kurtosis", kurtosis_N, tap.name)
-            for tap in self._taps
-            if len(kurtosis_N := self._pearson(tap.name))
+            mean_metric("outlier.pearson_kurtosis", kurtosis_N, point.name)
+            for point in self._points
+            if len(kurtosis_N := self._pearson(point.name))
         ]
         silent, understated = self._silent_and_understated()
         n = literature[0].n
@@ -197,7 +199,7 @@ class Outliers:
             return Metric(name=name, value=float(value), where=where, n=n)
 
         def largest(kind: str = "") -> Tensor:
-            return _values(m for tap, m in inf_norms.items() if kind in ("", tap.kind)).max()
+            return _values(m for point, m in inf_norms.items() if kind in ("", point.kind)).max()
 
         def counted(name: str, counts: dict[str, int]) -> list[Metric]:
             """The sum, and each count that is not 0."""
@@ -229,7 +231,7 @@ class Outliers:
         for a constant output), all [L]; and `outlier.massive`, one row per layer, channel and token
         with massive activations.
         """
-        layers = [tap.name for tap in self._taps if tap.kind == "layer"]
+        layers = [point.name for point in self._points if point.kind == "layer"]
         return {
             "outlier.inf_norm_layer": [_mean(torch.cat(self._inf_norms[name])) for name in layers],
             "outlier.kurtosis_layer": [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.measure.parts import Tap
+from oasis_attn.measure.hooks import HookPoint
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import AttentionCall
 from oasis_attn.records import Metric
@@ -45,8 +45,8 @@ def first_position_norms(p_BHT: Tensor, value_BHd: Tensor, out_projection: nn.Mo
 class Sinks:
     """Computes the sink.* metrics of attention, and null.mass, during one pass over windows."""
 
-    def __init__(self, taps: list[Tap]) -> None:
-        self._out_projections = [tap.module for tap in taps if tap.kind == "attention"]
+    def __init__(self, points: list[HookPoint]) -> None:
+        self._out_projections = [point.module for point in points if point.kind == "attention"]
         self._series: dict[str, list[list[Tensor]]] = {}
         self._window = 0
         self._calls: Counter[int] = Counter()

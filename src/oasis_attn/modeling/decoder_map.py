@@ -227,8 +227,7 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     depth = getattr(text, "num_hidden_layers", None)
     if depth is None:
         raise UserError(
-            f"model: the configuration of family {model.config.model_type!r} has no"
-            " num_hidden_layers"
+            f"model: the configuration of family {text.model_type!r} has no num_hidden_layers"
         )
     found = [
         (_join(name, child_name), child)
@@ -239,8 +238,8 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ]
     if len(found) != 1:
         raise UserError(
-            f"model: {len(found)} modules of family {model.config.model_type!r} look like its list"
-            f" of {depth} layers"
+            f"model: family {model.config.model_type!r} is not supported: {len(found)} modules look"
+            f" like its list of {depth} layers"
         )
     return found[0]
 

@@ -5,7 +5,7 @@ import torch
 from transformers import BertConfig, BertModel, MambaConfig, MambaForCausalLM, PreTrainedConfig
 
 from oasis_attn.errors import UserError
-from oasis_attn.measure.parts import find_taps
+from oasis_attn.measure.hooks import find_hook_points
 
 from .models import native, ours
 
@@ -24,34 +24,42 @@ LAYERS_AND_NORM = {"gpt2": ("h", "ln_f"), "opt": ("layers", "final_layer_norm")}
 
 @pytest.mark.parametrize("family", list(FIRST_LAYER))
 def test_exactly_the_hooked_tensors_are_found(family):
-    taps = find_taps(native(family))
+    points = find_hook_points(native(family))
     layers, norm = LAYERS_AND_NORM.get(family, ("layers", "norm"))
-    first = {tap.name for tap in taps if tap.layer == 0}
+    first = {point.name for point in points if point.layer == 0}
     assert first == {f"{layers}.0{part}" for part in FIRST_LAYER[family]}
-    assert [(tap.name, tap.kind) for tap in taps if tap.layer is None] == [(norm, "final_norm")]
-    assert len(taps) == 3 * len(first) + 1
+    assert [(point.name, point.kind) for point in points if point.layer is None] == [
+        (norm, "final_norm")
+    ]
+    assert len(points) == 3 * len(first) + 1
     for kind in ("layer", "attention", "mlp"):
-        assert [tap.layer for tap in taps if tap.kind == kind] == [0, 1, 2]
+        assert [point.layer for point in points if point.kind == kind] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("variant", ["vanilla", "oasis", "gated_elementwise", "learned_sink"])
 def test_ours_has_the_tensors_of_its_family(variant):
-    native_names = [tap.name for tap in find_taps(native("llama"))]
-    assert [tap.name for tap in find_taps(ours(variant))] == native_names
+    native_names = [point.name for point in find_hook_points(native("llama"))]
+    assert [point.name for point in find_hook_points(ours(variant))] == native_names
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "reason"),
     [
-        lambda: BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)),
-        lambda: MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)),
+        (
+            lambda: BertModel(BertConfig(hidden_size=8, num_attention_heads=2)),
+            "is not supported: 0 modules look like its list of 12 layers",
+        ),
+        (
+            lambda: MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8)),
+            "cannot be diagnosed: .* has no softmax attention, but a MambaMixer",
+        ),
     ],
 )
-def test_other_trees_are_refused_by_name(model):
+def test_other_trees_are_refused_by_name(model, reason):
     with torch.device("meta"):
         model = model()
-    with pytest.raises(UserError, match=f"family '{model.config.model_type}' cannot be diagnosed"):
-        find_taps(model)
+    with pytest.raises(UserError, match=f"family '{model.config.model_type}' {reason}"):
+        find_hook_points(model)
 
 
 def test_a_configuration_without_a_number_of_layers_is_refused_by_name():
@@ -60,6 +68,6 @@ def test_a_configuration_without_a_number_of_layers_is_refused_by_name():
     model.config = PreTrainedConfig()
     model.config.model_type = "several"
     with pytest.raises(
-        UserError, match=r"family 'several' cannot be diagnosed: .* num_hidden_layers"
+        UserError, match="configuration of family 'several' has no num_hidden_layers"
     ):
-        find_taps(model)
+        find_hook_points(model)
