@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oasis_attn.modeling.loading import load_model, quiet
-from oasis_attn.quantization import linear_sites, quantized_modules, tensor_sites
+from oasis_attn.quantization import linear_targets, quantized_modules, tensor_targets
 from oasis_attn.records import QuantizationRecord
 from tiny_models import tiny_config
 
@@ -46,7 +46,7 @@ def test_simulated(oasis, model, shape, tmp_path):
     assert json.loads(shown.out)["kind"] == record.kind == "quantization"
     loaded, _ = load_model(out)
     original, _ = load_model(model)
-    every = {*linear_sites(original), *tensor_sites(original)}
+    every = {*linear_targets(original), *tensor_targets(original)}
     targets = {name for name in every if ".1.mlp." not in name}
     assert set(quantized_modules(loaded)) == set(record.targets) == targets
     assert record.scheme["weight"]["bits"] == 6

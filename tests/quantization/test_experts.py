@@ -24,7 +24,7 @@ from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.loading import quiet
 from oasis_attn.quantization import (
     QuantSpec,
-    linear_sites,
+    linear_targets,
     quantize,
     quantized_modules,
     schemes,
@@ -124,7 +124,7 @@ def transposed(experts):
 @torch.no_grad()
 def weights_rounded(model, spec):
     quantized_model = copy.deepcopy(model)
-    for name in linear_sites(quantized_model):
+    for name in linear_targets(quantized_model):
         if ".experts." not in name or ".shared_experts." in name:
             weight = quantized_model.get_submodule(name).weight
             weight.copy_(rounded(weight, spec))
@@ -140,7 +140,7 @@ def weights_rounded(model, spec):
 def inputs_through(model, function):
     """Inside the context, each quantised layer gets `function(name, x)` as its input."""
     undo = []
-    for name in linear_sites(model):
+    for name in linear_targets(model):
         if ".experts." not in name or ".shared_experts." in name:
             layer = model.get_submodule(name)
             hook = layer.register_forward_pre_hook(lambda _, args, n=name: function(n, args[0]))
@@ -234,7 +234,7 @@ def test_linear_layers_equal_the_default_experts_implementation(family):
     assert experts_of(model)
     assert model.config._experts_implementation == ("eager" if family in EAGER else "grouped_mm")
     quantized_model = copy.deepcopy(model)
-    linearize(quantized_model, linear_sites(quantized_model))
+    linearize(quantized_model, linear_targets(quantized_model))
     assert not experts_of(quantized_model)
     torch.testing.assert_close(logits(quantized_model, ids), logits(model, ids), rtol=0, atol=1e-5)
 
@@ -364,7 +364,7 @@ def test_a_model_with_depth_routing(name, tmp_path):
 
 def test_experts_that_are_no_targets_do_not_change(tmp_path):
     model, ids = make("mixtral"), tokens()
-    targets = [name for name in linear_sites(model) if ".layers.0.mlp.experts." not in name]
+    targets = [name for name in linear_targets(model) if ".layers.0.mlp.experts." not in name]
     quantized_model = quantize(model, SCHEMES["dynamic"], targets=targets)
     assert list(quantized_modules(quantized_model)) == targets
     own = model.model.layers[0].mlp.experts
@@ -385,7 +385,7 @@ def test_transforms_do_not_change_the_function(changes):
     model = copy.deepcopy(make("mixtral")).double()
     model.set_experts_implementation("eager")  # the default kernel does not support float64
     scheme = replace(SCHEMES["w4a16"], **changes)
-    quantized_model = transformed_copy(model, scheme, batches(), linear_sites(model), 0)
+    quantized_model = transformed_copy(model, scheme, batches(), linear_targets(model), 0)
     torch.testing.assert_close(
         logits(quantized_model, tokens()), logits(model, tokens()), rtol=0, atol=1e-6
     )

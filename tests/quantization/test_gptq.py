@@ -14,7 +14,7 @@ from oasis_attn.quantization.gptq import DAMPENING, gptq, inverse_factor, round_
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.primitives import QParams, fake_quantize, to_blocks
 from oasis_attn.quantization.quantizers import fake_quantize_dynamic, observe_qparams
-from oasis_attn.quantization.sites import linear_sites
+from oasis_attn.quantization.targets import linear_targets
 from oasis_attn.quantization.transforms import Rotation
 from tiny_models import tiny_model
 
@@ -118,7 +118,7 @@ def test_a_model_layer_by_layer(variant):
     """Each layer is rounded for the input that the rounded earlier layers compute."""
     model, spec = tiny_model(variant), SPECS["channel"]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    names = linear_sites(model, head=True)
+    names = linear_targets(model, head=True)
     batches = [IDS, IDS.flip(1)]
     found = gptq(model, batches, names, spec)
     assert list(found) == list(names)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import quiet
-from oasis_attn.quantization import QuantSpec, linear_sites, quantize, schemes
+from oasis_attn.quantization import QuantSpec, linear_targets, quantize, schemes
 from oasis_attn.quantization.int8 import Int8Linear, check_kernels, to_int8
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
@@ -69,7 +69,7 @@ def test_equals_the_simulation_and_can_be_saved(kind, name, ids, tmp_path):
     expected, exact = logits(quantized_model, ids), logits(make(kind), ids)
     int8_model = to_int8(copy.deepcopy(quantized_model))
     layers = [m for m in int8_model.modules() if isinstance(m, Int8Linear)]
-    assert len(layers) == len(linear_sites(make(kind), head=SCHEMES[name].head))
+    assert len(layers) == len(linear_targets(make(kind), head=SCHEMES[name].head))
     assert all(layer.weight is None for layer in layers)
     found = logits(int8_model, ids)
     # A value half way between two codes may be rounded in either direction.

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, FalconMambaConfig
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.loading import quiet
-from oasis_attn.quantization import linear_sites, quantize, quantized_modules, schemes
+from oasis_attn.quantization import linear_targets, quantize, quantized_modules, schemes
 from oasis_attn.quantization.coverage import float_weights, quantized_share
 from oasis_attn.quantization.linearize import linear_names, linearize
 from oasis_attn.quantization.simulate import transformed_copy
@@ -77,7 +77,7 @@ def with_linears(model):
 def test_every_layer_is_found(kind):
     model = make(kind)
     expected = [f"transformer.h.{i}.{name}" for i in range(2) for name in TARGETS[kind]]
-    assert list(linear_sites(model)) == expected
+    assert list(linear_targets(model)) == expected
     quantized_model = quantize(model, "w8a8-dynamic")
     assert list(quantized_modules(quantized_model)) == expected
     assert (quantized_share(quantized_model), float_weights(quantized_model)) == (1.0, {})
@@ -104,7 +104,7 @@ def test_is_quantised_like_the_equivalent_linear_layer(kind, name, ids, tmp_path
 
 def test_layers_that_are_no_targets_do_not_change(ids):
     model = make("gpt2")
-    targets = [name for name in linear_sites(model) if "c_attn" not in name]
+    targets = [name for name in linear_targets(model) if "c_attn" not in name]
     quantized_model = quantize(model, SCHEMES["smoothed"], calibration=batches(), targets=targets)
     assert type(quantized_model.transformer.h[0].attn.c_attn) is type(
         model.transformer.h[0].attn.c_attn
@@ -133,7 +133,7 @@ def test_a_weight_used_without_its_layer_is_not_quantised(ids, tmp_path):
     )
     model = AutoModelForCausalLM.from_config(config).eval()
     scheme = SCHEMES["rotated"]
-    targets = linear_sites(model)
+    targets = linear_targets(model)
     quantized_model = transformed_copy(model, scheme, None, targets, 0)
     torch.testing.assert_close(logits(quantized_model, ids), logits(model, ids), rtol=0, atol=1e-5)
     quantized_model = quantize(model, scheme)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization import linear_sites, quantize, quantized_modules, schemes
+from oasis_attn.quantization import linear_targets, quantize, quantized_modules, schemes
 from oasis_attn.quantization.quantizers import fake_quantize_dynamic
 from oasis_attn.quantization.sensitivity import measure_sensitivity, perplexity, target_metrics
 from tiny_models import VOCABULARY, tiny_config
@@ -42,7 +42,7 @@ def test_errors_and_ranges_by_target(model):
     targets = quantized_modules(quantized_model)
     assert {where for name, where in values if name.endswith("activation_error")} == set(targets)
     assert {where for name, where in values if name.endswith("weight_error")} == set(
-        linear_sites(model)
+        linear_targets(model)
     )
     name = "model.layers.1.mlp.down_proj"
     weight = model.get_submodule(name).weight
@@ -74,13 +74,13 @@ def test_only_one_group_equals_quantising_that_group_alone(model, rotation):
     scores = measure_sensitivity(
         model, scheme, lambda quantized_model: perplexity(quantized_model, ids)
     )
-    kinds = [name.split(".", 3)[3] for name in linear_sites(model)[:7]]
+    kinds = [name.split(".", 3)[3] for name in linear_targets(model)[:7]]
     assert list(scores) == ["all", "none", *kinds]
     assert scores["all"][0] == perplexity(quantize(model, scheme), ids)
     assert scores["none"][0] == pytest.approx(perplexity(model, ids), rel=1e-4)
     for kind in ("mlp.down_proj", "self_attn.q_proj"):
-        alone = [name for name in linear_sites(model) if name.endswith(kind)]
-        others = [name for name in linear_sites(model) if not name.endswith(kind)]
+        alone = [name for name in linear_targets(model) if name.endswith(kind)]
+        others = [name for name in linear_targets(model) if not name.endswith(kind)]
         expected = [
             perplexity(quantize(model, scheme, targets=targets), ids) for targets in (others, alone)
         ]

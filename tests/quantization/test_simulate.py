@@ -14,7 +14,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.model import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
-from oasis_attn.quantization import QuantSpec, linear_sites, quantize, quantized_modules, schemes
+from oasis_attn.quantization import QuantSpec, linear_targets, quantize, quantized_modules, schemes
 from oasis_attn.quantization.linear import QuantizedLinear
 from oasis_attn.quantization.quantizers import fake_quantize_dynamic
 
@@ -77,7 +77,7 @@ def test_changes_exactly_the_targets(kind):
     before, after = dict(model.named_modules()), dict(quantized_model.named_modules())
     changed = {name for name in before if type(before[name]) is not type(after[name])}
     assert (
-        set(linear_sites(model)) == set(quantized_modules(quantized_model)) == changed == expected
+        set(linear_targets(model)) == set(quantized_modules(quantized_model)) == changed == expected
     )
     assert set(after) - set(before) == {f"{name}.input_quantizer" for name in expected}
     assert logits(quantized_model, tokens(9)).isfinite().all()
@@ -100,7 +100,7 @@ def test_the_original_does_not_change_and_shares_other_tensors(scheme):
 def reference_logits(model, token_ids, scheme, ranges=None):
     """Fake quantisation by hooks on the unquantised model."""
     hooks, saved = [], {}
-    for name in linear_sites(model):
+    for name in linear_targets(model):
         linear = model.get_submodule(name)
         saved[name] = linear.weight.data
         linear.weight.data = fake_quantize_dynamic(linear.weight.data, scheme.weight)
@@ -192,8 +192,8 @@ def test_the_bias_is_not_quantised():
 @pytest.mark.parametrize("kind", ["llama", "oasis"])
 def test_a_quantised_head_stays_quantised(kind):
     model = make_model(kind)
-    targets = linear_sites(model, head=True)
-    assert set(targets) - set(linear_sites(model)) == {"lm_head"}
+    targets = linear_targets(model, head=True)
+    assert set(targets) - set(linear_targets(model)) == {"lm_head"}
     quantized_model = quantize(model, STATIC, calibration=batches(), targets=targets)
     weight = quantized_model.lm_head.weight
     quantized_model.tie_weights()

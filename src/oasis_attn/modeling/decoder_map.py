@@ -149,7 +149,7 @@ class DecoderMap:
     Attributes:
         name: the decoder's name in the model; empty if it is the model itself.
         module: the decoder, which has no head.
-        has_row: whether `FAMILIES` has the family, so that the roles of all norms are certain.
+        has_row: whether `FAMILIES` has a row for it, so that the roles of all norms are certain.
         layers: its layers in order.
         embedding: the token embedding.
         final_norm: the norm after the last layer.
@@ -175,8 +175,10 @@ def decoder_map(model: PreTrainedModel) -> DecoderMap:
     """
     path, layers = _find_layers(model)
     decoder = find_decoder(model)
-    family = model.config.get_text_config(decoder=True).model_type
-    row = (FAMILIES | DEPARTURES).get(family)
+    text = model.config.get_text_config(decoder=True)
+    parallel = getattr(text, "use_parallel_residual", False)
+    row = None if parallel else FAMILIES.get(text.model_type)
+    departure = DEPARTURES.get(text.model_type)
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = (
         Part(names[id(module)], module) if module is not None else None
@@ -191,9 +193,10 @@ def decoder_map(model: PreTrainedModel) -> DecoderMap:
     return DecoderMap(
         name=decoder.name,
         module=decoder.module,
-        has_row=family in FAMILIES,
+        has_row=row is not None,
         layers=tuple(
-            _map_layer(Part(f"{path}.{index}", layer), row) for index, layer in enumerate(layers)
+            _map_layer(Part(f"{path}.{index}", layer), row or departure)
+            for index, layer in enumerate(layers)
         ),
         embedding=embedding,
         final_norm=final_norm,

@@ -15,27 +15,27 @@ from oasis_attn.quantization.schemes import Scheme, schemes
 if TYPE_CHECKING:  # for type checkers: the names that `__getattr__` imports
     from oasis_attn.quantization.kv_cache import QuantizedCache
     from oasis_attn.quantization.simulate import quantize, quantized_modules, scheme_targets
-    from oasis_attn.quantization.sites import linear_sites, tensor_sites
+    from oasis_attn.quantization.targets import linear_targets, tensor_targets
 
 _HOMES = {
     "QuantizedCache": "oasis_attn.quantization.kv_cache",
-    "linear_sites": "oasis_attn.quantization.sites",
+    "linear_targets": "oasis_attn.quantization.targets",
     "quantize": "oasis_attn.quantization.simulate",
     "quantized_modules": "oasis_attn.quantization.simulate",
     "scheme_targets": "oasis_attn.quantization.simulate",
-    "tensor_sites": "oasis_attn.quantization.sites",
+    "tensor_targets": "oasis_attn.quantization.targets",
 }
 
 __all__ = [
     "QuantSpec",
     "QuantizedCache",
     "Scheme",
-    "linear_sites",
+    "linear_targets",
     "quantize",
     "quantized_modules",
     "scheme_targets",
     "schemes",
-    "tensor_sites",
+    "tensor_targets",
 ]
 
 if not TYPE_CHECKING:  # type checkers would conclude that every name exists

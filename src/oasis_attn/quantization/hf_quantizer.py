@@ -115,7 +115,7 @@ class OasisHfQuantizer(PrefixHfQuantizer):
         from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
         from oasis_attn.quantization.linearize import linearize
         from oasis_attn.quantization.schemes import Scheme
-        from oasis_attn.quantization.sites import add_quantizer
+        from oasis_attn.quantization.targets import add_quantizer
         from oasis_attn.quantization.transforms import Rotation, Scale
 
         super()._process_model_before_weight_loading(model, **kwargs)

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
+from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.modeling.prefix import Prefix, prefix_of, prefix_replaced, with_prefix
-from oasis_attn.quantization.branches import decoder_layers
-from oasis_attn.quantization.sites import linear_sites
+from oasis_attn.quantization.targets import linear_targets
 
 METHODS = ("greedy", "frequency")
 OUTLIER = 64.0  # max|x| of a token over that of the median token (PrefixQuant, section 4.1)
@@ -257,12 +257,12 @@ def _observed(
             observe(kind, x.reshape(*ids_BT.shape, -1))
 
     with ExitStack() as stack:
-        names = set(linear_sites(model))
+        names = set(linear_targets(model))
         for name, module in model.named_modules():
             if name in names:
                 handle = module.register_forward_pre_hook(lambda _, args: report("linear", args[0]))
                 stack.callback(handle.remove)
-        for layer in decoder_layers(model)[1]:
+        for layer in [layer.module for layer in decoder_map(model).layers]:
             handle = layer.register_forward_hook(lambda _module, _args, out: report("hidden", out))
             stack.callback(handle.remove)
         yield

@@ -19,18 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.decoder_map import DecoderMap, decoder_map
 from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.official import KeyProjection, OfficialRouter
-from oasis_attn.quantization.branches import (
-    Branch,
-    branches,
-    decoder_layers,
-    decoder_of,
-    gain_of,
-    like,
-)
-from oasis_attn.quantization.sites import linear_layers
+from oasis_attn.quantization.sublayers import Sublayer, gain_of, like, sublayers_of
+from oasis_attn.quantization.targets import linear_layers
 from oasis_attn.quantization.transforms import Rotation
 
 _ROWS = 8192  # rows rotated at once: a float64 copy of a whole embedding would be large
@@ -56,11 +50,14 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
             between sublayers and residual stream, norms other than RMSNorm, experts, or unknown
             parameters.
     """
-    sublayers = branches(model)
-    embedding, final, head = _ends(model)
+    text = model.config.get_text_config(decoder=True)
+    family_of(text)  # raises if it has no row
+    decoder = decoder_map(model)
+    sublayers = sublayers_of(decoder, text.num_attention_heads)
+    embedding, final, head = _ends(model, decoder)
     norms = [(sublayer.norm, sublayer.readers) for sublayer in sublayers]
     norms.append((final, {"head": head}))
-    gains = _checked_gains(model, sublayers, norms)
+    gains = _checked_gains(model, decoder, sublayers, norms, embedding.embedding_dim)
 
     generator = torch.Generator().manual_seed(seed)
     stream = _rotation(embedding.weight, generator)
@@ -107,10 +104,11 @@ def _rotate_inputs(
     return rotations
 
 
-def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Module, nn.Linear]:
+def _ends(model: PreTrainedModel, decoder: DecoderMap) -> tuple[nn.Embedding, nn.Module, nn.Linear]:
     """The embedding, the final norm and the head."""
-    embedding, norm = model.get_input_embeddings(), getattr(decoder_of(model), "norm", None)
-    head = model.get_output_embeddings()
+    embedding, norm, head = (
+        part and part.module for part in (decoder.embedding, decoder.final_norm, decoder.head)
+    )
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or norm is None:
         raise _refusal(model, "its embedding, its final norm or its linear head was not found")
     return embedding, norm, head
@@ -118,26 +116,24 @@ def _ends(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Module, nn.Linear]:
 
 def _checked_gains(
     model: PreTrainedModel,
-    sublayers: list[Branch],
+    decoder: DecoderMap,
+    sublayers: list[Sublayer],
     norms: list[tuple[nn.Module | None, dict[str, nn.Linear]]],
+    width: int,
 ) -> list[tuple[Tensor, float]]:
     """The gain and the neutral weight of each norm; `UserError` if the model cannot be rotated."""
-    family = family_of(model.config.get_text_config())
-    if family.post_attention or family.post_mlp or not (family.pre_attention and family.pre_mlp):
-        raise _refusal(model, "its norms stand between sublayers and residual stream")
-    for sublayer in sublayers:
-        if sublayer.stranger is not None:
-            raise _refusal(model, f"it is unknown how {sublayer.stranger} uses the residual stream")
-    embedding, final, head = _ends(model)
-    known = {id(p) for part in (embedding, final, head) for p in part.parameters()}
-    known.update(id(p) for p in decoder_layers(model)[1].parameters())
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in known and ".depth." not in name:
+    for layer in decoder.layers:
+        for sublayer in (layer.attention, layer.mlp):
+            if sublayer is None or sublayer.post_norm or not sublayer.pre_norm:
+                raise _refusal(model, "its norms stand between sublayers and residual stream")
+    unknown = [sublayer.unknown_parameter for sublayer in sublayers]
+    for name in (*unknown, *decoder.unknown):
+        if name is not None and ".depth." not in name:
             raise _refusal(model, f"it is unknown how {name} uses the residual stream")
     gains = []
     for norm, _ in norms:
         assert norm is not None
-        gain = gain_of(norm, embedding.embedding_dim)
+        gain = gain_of(norm, width)
         if gain is None:
             raise _refusal(model, f"its {type(norm).__name__} is not an RMSNorm")
         gains.append(gain)

@@ -27,7 +27,7 @@ class Scheme:
             that is computed from each input.
         observer: a name in `OBSERVERS`, for weights and static ranges; dynamic ranges are min-max.
         targets: `linear` quantises the weights and inputs of linear layers; `full` also quantises
-            the tensors between linear layers, see `tensor_sites`.
+            the tensors between linear layers, see `tensor_targets`.
         head: also quantise the output head.
         smooth_alpha: migration strength of SmoothQuant (2211.10438), which moves outliers from
             activations to weights before quantisation: 0 moves nothing, 1 everything; None

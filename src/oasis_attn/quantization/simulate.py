@@ -22,14 +22,14 @@ from oasis_attn.quantization.linearize import expert_of, linear_names, linearize
 from oasis_attn.quantization.quantizers import StaticQuantizer, calibrating_together
 from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual
 from oasis_attn.quantization.schemes import Scheme, get_scheme
-from oasis_attn.quantization.sites import add_quantizer, linear_sites, tensor_sites
 from oasis_attn.quantization.smoothquant import smooth
+from oasis_attn.quantization.targets import add_quantizer, linear_targets, tensor_targets
 
 
 def scheme_targets(model: PreTrainedModel, scheme: Scheme) -> tuple[str, ...]:
     """The names of everything that `scheme` quantises in `model`."""
-    tensors = tensor_sites(model) if scheme.targets == "full" else ()
-    return *linear_sites(model, head=scheme.head), *tensors
+    tensors = tensor_targets(model) if scheme.targets == "full" else ()
+    return *linear_targets(model, head=scheme.head), *tensors
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear | StaticQuantizer]:
@@ -163,7 +163,7 @@ def _checked_targets(
     if targets is None:
         names = scheme_targets(model, scheme)
     else:
-        tensors = tensor_sites(model) if scheme.targets == "full" else ()
+        tensors = tensor_targets(model) if scheme.targets == "full" else ()
         known = dict.fromkeys([*linear_names(model), *tensors])
         chosen = set(targets)
         for name in targets:

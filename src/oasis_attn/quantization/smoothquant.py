@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.families import FAMILIES
-from oasis_attn.quantization.branches import Branch, Source, branches, gain_of, like
-from oasis_attn.quantization.sites import linear_layers
+from oasis_attn.modeling.decoder_map import decoder_map
+from oasis_attn.quantization.sublayers import Source, Sublayer, gain_of, like, sublayers_of
+from oasis_attn.quantization.targets import linear_layers
 from oasis_attn.quantization.transforms import Scale
 
 _MIN_SCALE = 1e-5  # as in the authors' code
@@ -99,10 +99,14 @@ def _largest_inputs(
     return {name: largest_D.double() for name, largest_D in largest.items()}
 
 
-def _foldable(model: PreTrainedModel) -> list[Branch]:
-    if model.config.get_text_config().model_type not in FAMILIES:
+def _foldable(model: PreTrainedModel) -> list[Sublayer]:
+    """The sublayers of which all parameters are known; none if the family has no row."""
+    text = model.config.get_text_config(decoder=True)
+    decoder = decoder_map(model)
+    if not decoder.has_row:
         return []
-    return [sublayer for sublayer in branches(model) if sublayer.stranger is None]
+    sublayers = sublayers_of(decoder, text.num_attention_heads)
+    return [sublayer for sublayer in sublayers if sublayer.unknown_parameter is None]
 
 
 def _smooth_writer(
@@ -125,7 +129,7 @@ def _smooth_writer(
             setattr(rows, name, like(parameter, divided))
 
 
-def _smooth_readers(sublayer: Branch, largest: dict[str, Tensor], alpha: float) -> bool:
+def _smooth_readers(sublayer: Sublayer, largest: dict[str, Tensor], alpha: float) -> bool:
     """Fold the division into the norm; returns False if the norm has no gain."""
     norm, targets = sublayer.norm, [name for name in sublayer.readers if name in largest]
     weight = getattr(norm, "weight", None)

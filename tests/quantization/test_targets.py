@@ -13,12 +13,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.quantization import (
-    linear_sites,
+    linear_targets,
     quantize,
     quantized_modules,
     scheme_targets,
     schemes,
-    tensor_sites,
+    tensor_targets,
 )
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from tiny_models import VOCABULARY, tiny_config, tiny_model
@@ -26,7 +26,7 @@ from tiny_models import VOCABULARY, tiny_config, tiny_model
 SCHEME = schemes()["w8a8-static"]
 ATTENTION = ("self_attn:probabilities", "self_attn:context")
 PRE_NORM = (
-    *("{}:input", "{}.input_layernorm:output", *(f"{{}}.{site}" for site in ATTENTION)),
+    *("{}:input", "{}.input_layernorm:output", *(f"{{}}.{target}" for target in ATTENTION)),
     *("{}.post_attention_layernorm:input", "{}.post_attention_layernorm:output"),
 )
 ROUTED = (*PRE_NORM[:4], "{}.self_attn:output", *PRE_NORM[4:], "{}.mlp:output")
@@ -35,7 +35,7 @@ TARGETS = {
     "gpt_oss": PRE_NORM,
     "granite": PRE_NORM,
     "olmo2": (
-        *("{}:input", *(f"{{}}.{site}" for site in ATTENTION)),
+        *("{}:input", *(f"{{}}.{target}" for target in ATTENTION)),
         *("{}.post_attention_layernorm:output", "{}.mlp:input"),
         "{}.post_feedforward_layernorm:output",
     ),
@@ -73,13 +73,13 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_the_sites_are_exactly_these_and_all_of_them_act(kind, ids):
+def test_the_targets_are_exactly_these_and_all_of_them_act(kind, ids):
     model = make(kind)
     layers = model.config.get_text_config().num_hidden_layers
-    named = [site.format(f"model.layers.{i}") for i in range(layers) for site in TARGETS[kind]]
+    named = [target.format(f"model.layers.{i}") for i in range(layers) for target in TARGETS[kind]]
     expected = (*named, "model.norm:input", "model.norm:output")
-    assert tensor_sites(model) == expected
-    assert scheme_targets(model, SCHEME) == (*linear_sites(model), *expected)
+    assert tensor_targets(model) == expected
+    assert scheme_targets(model, SCHEME) == (*linear_targets(model), *expected)
     quantized_model = quantize(model, SCHEME, calibration=batches(), targets=expected)
     quantizers, exact = quantized_modules(quantized_model), logits(model, ids)
     assert set(quantizers) == set(expected)
@@ -87,17 +87,17 @@ def test_the_sites_are_exactly_these_and_all_of_them_act(kind, ids):
         quantizer.enabled = False
     close = {"rtol": 1e-3, "atol": 1e-4}
     torch.testing.assert_close(logits(quantized_model, ids), exact, **close)
-    for site, quantizer in quantizers.items():
+    for target, quantizer in quantizers.items():
         quantizer.enabled = True
-        assert not torch.allclose(logits(quantized_model, ids), exact, **close), site
+        assert not torch.allclose(logits(quantized_model, ids), exact, **close), target
         quantizer.enabled = False
 
 
 def reference(model, ids, ranges):
     """Llama, written out, with the tensors named in `ranges` on the specs of these ranges."""
 
-    def q(site, x):
-        low, high = ranges[site]
+    def q(target, x):
+        low, high = ranges[target]
         step = (high - low) / 255
         zero = round(-low / step)
         return step * (x / step).round().clamp(-zero, 255 - zero)
@@ -145,8 +145,8 @@ def test_computes_what_the_model_written_out_computes(ids):
     model = make("llama").double()
     quantized_model = quantize(model, SCHEME, calibration=batches())
     ranges = {
-        name: getattr(site, "input_quantizer", site).range
-        for name, site in quantized_modules(quantized_model).items()
+        name: getattr(target, "input_quantizer", target).range
+        for name, target in quantized_modules(quantized_model).items()
     }
     torch.testing.assert_close(logits(quantized_model, ids), reference(model, ids, ranges))
     assert len(ranges) == 2 * (7 + 6) + 2
@@ -220,7 +220,7 @@ def test_padding_changes_nothing(ids):
     torch.testing.assert_close(shown, logits(quantized_model, ids), rtol=1e-2, atol=1e-2)
 
 
-def test_names_that_are_no_sites():
+def test_names_that_are_no_targets():
     model = make("llama")
     with pytest.raises(UserError, match=r"did you mean 'model\.norm:output'"):
         quantize(model, SCHEME, calibration=batches(), targets=["model.norm:outputs"])
@@ -232,8 +232,8 @@ def test_a_family_without_adapter_is_refused():
     config = tiny_config("opt", ffn_dim=48, word_embed_proj_dim=32)
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match="'opt' "):
-        tensor_sites(model)
-    assert linear_sites(model)
+        tensor_targets(model)
+    assert linear_targets(model)
 
 
 def test_a_copy_runs_its_own_quantisers(ids):
