@@ -35,6 +35,7 @@ from transformers.utils import ModelOutput
 
 from oasis_attn.errors import UserError, one_line
 from oasis_attn.files import write_bytes, write_text
+from oasis_attn.modeling.decoder_map import find_decoder
 from oasis_attn.modeling.hf_compat import find_file
 from oasis_attn.modeling.packing import input_of, is_one_sequence
 from oasis_attn.modeling.prefix_storage import prefix_hf_quantizer
@@ -144,7 +145,7 @@ def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> Prefix:
         raise UserError(
             f"tokens: {list(tokens)} is not a list of one or more ids in 0 .. {size - 1}"
         )
-    decoder: Any = model.get_decoder()
+    decoder: Any = find_decoder(model).module
     training = model.training
     cache = DynamicCache(config=decoder.config.get_text_config(decoder=True))
     ids_1P = torch.tensor([list(tokens)], device=model.device)
@@ -202,7 +203,7 @@ def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
     if positions is not None and positions <= P:
         raise UserError(f"prefix: it has {P} tokens, but the model has only {positions} positions")
     prefix_hf_quantizer(model).quantization_config.prefix = prefix.describe()
-    decoder: Any = model.get_decoder()
+    decoder: Any = find_decoder(model).module
     decoder.add_module("kv_prefix", _Store(prefix, model))
     decoder.register_forward_pre_hook(_prepend_prefix, with_kwargs=True)
     decoder.register_forward_hook(_restore_cache, with_kwargs=True)
@@ -211,7 +212,7 @@ def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
 
 def prefix_of(model: PreTrainedModel) -> Prefix | None:
     """The prefix of `model`; None if there is none."""
-    store: Any = getattr(model.get_decoder(), "kv_prefix", None)
+    store: Any = _find_store(model)
     if store is not None:
         return Prefix(tokens=store.tokens, keys_LGPd=store.keys, values_LGPd=store.values)
     return None
@@ -222,12 +223,16 @@ def prefix_replaced(
     model: PreTrainedModel, keys_LGPd: Tensor, values_LGPd: Tensor
 ) -> Iterator[None]:
     """Inside the context, `model` uses these keys and values, which may require gradients."""
-    store: Any = model.get_decoder().kv_prefix
+    store: Any = _find_store(model)
     before, store.keys, store.values = (store.keys, store.values), keys_LGPd, values_LGPd
     try:
         yield
     finally:
         store.keys, store.values = before
+
+
+def _find_store(model: PreTrainedModel) -> _Store | None:
+    return next((module for module in model.modules() if isinstance(module, _Store)), None)
 
 
 class _Store(nn.Module):

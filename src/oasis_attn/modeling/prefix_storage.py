@@ -95,6 +95,7 @@ class PrefixHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The tensors to save."""
+        from oasis_attn.modeling.decoder_map import find_decoder
         from oasis_attn.modeling.prefix import prefix_of
 
         if has_adapter(model):
@@ -104,9 +105,8 @@ class PrefixHfQuantizer(HfQuantizer):
             raise UserError("model: it is offloaded; load it without offloading to save it")
         prefix = prefix_of(model)
         if prefix is not None:
-            decoder = model.get_decoder()
-            path = next(name for name, module in model.named_modules() if module is decoder)
-            path = f"{path}." if path else ""
+            decoder = find_decoder(model)
+            path = f"{decoder.name}." if decoder.name else ""
             state[f"{path}kv_prefix.keys"] = prefix.keys_LGPd
             state[f"{path}kv_prefix.values"] = prefix.values_LGPd
         embedding = model.get_input_embeddings().weight
@@ -118,18 +118,21 @@ class PrefixHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **_kwargs: Any
     ) -> PreTrainedModel:
+        from oasis_attn.modeling.decoder_map import find_decoder
+
         embedding: Any = model.get_input_embeddings()
         embedding.weight.data = embedding.weight.data.unsqueeze(-1)
         if self.quantization_config.prefix is not None:
             stored, shape = nn.Module(), self.quantization_config.prefix["shape"]
             for name in ("keys", "values"):
                 stored.register_buffer(name, torch.empty(shape, device="meta", dtype=model.dtype))
-            model.get_decoder().add_module("kv_prefix", stored)
+            find_decoder(model).module.add_module("kv_prefix", stored)
         return model
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_kwargs: Any
     ) -> PreTrainedModel:
+        from oasis_attn.modeling.decoder_map import find_decoder
         from oasis_attn.modeling.prefix import Prefix, attach_prefix
 
         devices = set(getattr(model, "hf_device_map", {}).values())
@@ -142,7 +145,7 @@ class PrefixHfQuantizer(HfQuantizer):
         set_hf_quantizer(model, self)
         fields = self.quantization_config.prefix
         if fields is not None:
-            decoder: Any = model.get_decoder()
+            decoder: Any = find_decoder(model).module
             stored = decoder.kv_prefix
             del decoder.kv_prefix
             tokens = tuple(fields["tokens"])
