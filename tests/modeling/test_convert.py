@@ -72,7 +72,7 @@ def test_each_variant_keeps_the_function_or_is_refused(variant, ids):
         ("llama", {"branch_norm": "rms"}, "branch_norm: 'rms' scales the branches"),
         ("llama", {"residual": "official"}, "residual: 'official' cannot equal"),
         ("gpt_oss", {"beta_init": -5.0}, "beta_raw: -5 makes routing depend"),
-        ("gpt_oss", {"token_normalizer": "softmax1"}, "has learned sinks of its own"),
+        ("gpt_oss", {"token_normalizer": "softmax1"}, "already has learned sinks"),
         ("llama", {"depth_blocks": 2}, "did you mean 'depth_block_size'"),
         ("llama", {"tie_word_embeddings": True}, "settings: 'tie_word_embeddings' is none of"),
         ("llama", {"output_attentions": True}, "settings: 'output_attentions' is none of"),

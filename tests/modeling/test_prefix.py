@@ -36,7 +36,10 @@ from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 from tiny_models import VOCABULARY, cast, tiny_config, tiny_model
 
 TOKENS = (5, 6, 7)
-FAMILIES = ("llama", "gpt2", "opt", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "granite")
+FAMILIES = (
+    *("llama", "gpt2", "opt", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "granite"),
+    "llama4_text",
+)
 VARIANTS = ("oasis", "attn_residual", "softpick", "clipped_softmax", "learned_sink")
 
 

@@ -42,8 +42,8 @@ def diagnose(
     """Measure perplexity, outliers, attention sinks, null probability and depth routing.
 
     Args:
-        model: any decoder family of transformers whose attention goes through its attention
-            interface, or ours.  It is run as it stands, in eval mode, and left as it was.
+        model: a decoder of this library, or of a family of transformers that uses its attention
+            interface.  It runs in eval mode and is not changed.
         texts_or_tokens: a corpus, a text, or an iterable of texts, cut by `read_windows`; rows of
             token ids ([N, T] or a sequence of [T]), each a window; or `Windows`, all of which are
             read.
@@ -53,11 +53,11 @@ def diagnose(
         batch_size: windows in one forward pass; it changes the speed and not the numbers.
         data: where texts or rows come from, for the record: `corpus`, `split`, `sha256`.  A corpus
             and `Windows` have their own.
-        seed: what the text was drawn with, for the record.
-        joint: measure joint.* too, the joint distribution over depth and positions; it computes
-            each attention map once more, some queries at a time.
-        causal: measure depth.causal too, the loss without a depth source: of every source for True,
-            or of those named.  Each is one more pass over the windows.
+        seed: the random seed with which the text was chosen, for the record.
+        joint: also measure joint.*, the joint distribution over depth and positions; this computes
+            each attention map a second time, for some queries at a time.
+        causal: also measure depth.causal, the loss without a depth source: for all sources if True,
+            or for the given ones.  Each source needs one more pass over the windows.
 
     Returns:
         Metrics: `perplexity.windowed`, the exponential of `loss.windowed` (nats per token, disjoint
@@ -68,9 +68,9 @@ def diagnose(
 
     Raises:
         UserError: text or tokens that make no window (see `as_windows`) or a longer one than the
-            model has positions; a model whose layers, attention, MLPs or norms cannot be found;
-            `joint` of a family without adapter; `causal` of a model that does not route over depth,
-            or of a source that it has not.
+            model has positions; a model whose layers, attention, MLPs or norms were not found;
+            `joint` for a family without a row in `modeling.families`; `causal` for a model without
+            depth routing, or a source that the model does not have.
     """
     check_whole("batch_size", batch_size, 1)
     points, dropped = find_hook_points(model), causal_sources(model, causal)

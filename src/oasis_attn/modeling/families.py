@@ -1,8 +1,9 @@
-"""What our layers must know of a family's own: where its norms stand, and any residual multiplier.
+"""The families of decoders that can be converted, one row each, and why others cannot.
 
-A decoder layer is `x + m * post(branch(pre(x)))`, twice.  `None` marks a norm the family lacks.
-What proves a row is that the plain residual sum through it equals the native model to the last bit;
-that is a test over all rows.  A family that no row can make exact is refused with the reason.
+A decoder layer computes `x + m * post(branch(pre(x)))` twice, for attention and for the MLP.  A row
+gives the names of the norms, of the multiplier m and of the MLP in the family's layer.  A test over
+all rows shows that a converted model with the plain residual sum has exactly the logits of the
+native model.  `decoder_map` finds everything else, in families without a row too.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from oasis_attn.modeling.configuration import OasisConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Attribute names on the family's decoder layer.
+    """Names of attributes of the family's decoder layer.
 
-    `sinks` says that the family's attention has learned sinks of its own: null logits.
+    Attributes:
+        pre_attention, post_attention: the norms before and after attention; None if there is none.
+        pre_mlp, post_mlp: the norms before and after the MLP.
+        mlp: the MLP.
+        multiplier: the number that multiplies the outputs of attention and MLP.
+        attention_dropout, mlp_dropout: the dropout of these outputs.
+        sinks: whether the family's attention has learned sinks, which are null logits.
     """
 
     pre_attention: str | None = "input_layernorm"
@@ -139,72 +146,74 @@ DEPARTURES = {
         mlp="feed_forward",
     ),
     "modernbert-decoder": Family(pre_attention="attn_norm", pre_mlp="mlp_norm"),
-    "openai-gpt": Family(pre_attention=None, pre_mlp=None),  # its norms are of the sums
+    "openai-gpt": Family(pre_attention=None, pre_mlp=None),  # it normalises the sums
     "rwkv": Family(pre_attention="ln1", pre_mlp="ln2", mlp="feed_forward"),
 }
-"""Families that cannot be converted, and whose norms `decoder_map` would take for others."""
+"""Families that cannot be converted and in which the heuristic of `decoder_map` would be wrong."""
 
-_PARALLEL = "its attention and MLP run in parallel, on one input"
+_PARALLEL = "its attention and its MLP run in parallel and read the same input"
 _REFUSED = {
     _PARALLEL: (
         *("codegen", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "falcon"),
         *("gpt_neox", "gptj", "phi"),
     ),
-    "some of its layers have no softmax attention, and so no null mass": (
+    "some of its layers have no softmax attention and therefore no null probability": (
         *("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba"),
         *("kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "nemotron_h"),
         *("olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
         *("qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"),
     ),
-    "its residual is not a plain sum of branches": (
+    "its residual stream is not the sum of the outputs of its sublayers": (
         *("beam", "bloom", "deepseek_v4", "doge", "gemma3n", "gemma3n_text", "gemma4"),
         *("gemma4_text", "gemma4_unified", "gemma4_unified_text", "hy_v4", "inkling2_text"),
         *("minimax", "openai-gpt", "qwen4_exp", "qwen4_exp_text", "xlnet", "zaya"),
     ),
-    "an indexer picks the keys its attention sees": (
+    "an indexer selects the keys that its attention reads": (
         *("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa"),
         *("minimax_m3_vl", "minimax_m3_vl_text"),
     ),
-    "its layers have two attentions each": ("longcat_flash",),
+    "each of its layers has two attention modules": ("longcat_flash",),
     "its attention is a difference of two softmaxes": ("diffllama",),
 }
 _REASONS = {family: reason for reason, families in _REFUSED.items() for family in families}
 
 
 def check_fits(config: OasisConfig) -> Family:
-    """The adapter of `config`'s family, whose needs its settings meet; `UserError` otherwise."""
+    """The row of the family of `config`; `UserError` if there is none or a setting does not fit."""
     kind, family = config.text_config.model_type, family_of(config.text_config)
     if config.residual == "depth" and config.mix_scale != "sum" and family.pre_mlp is None:
-        # No pre-norm undoes the scale of the mix.
+        # The family has no norm before the MLP that would undo the scale of the mix.
         raise UserError(
-            f"mix_scale: {config.mix_scale!r} would set the scale of the inputs of {kind!r}, a"
-            " post-norm family; it needs 'sum'"
+            f"mix_scale: {config.mix_scale!r} would change the scale of the inputs of attention and"
+            f" MLP, because {kind!r} has no norms before them; use 'sum'"
         )
     if getattr(config.text_config, "output_router_logits", False):
         raise UserError(
-            "output_router_logits: True asks for the experts' balancing loss, which is not computed"
-            " here; set it to False in the model's configuration"
+            "output_router_logits: True requests the load-balancing loss of the experts, which is"
+            " not computed; set it to False in the model's configuration"
         )
     if family.sinks and config.normalizer.name != "learned_sink":
         raise UserError(
-            f"token_normalizer: {config.token_normalizer!r} is not for {kind!r}, whose attention"
-            " has learned sinks of its own; it needs 'learned_sink'"
+            f"token_normalizer: {config.token_normalizer!r} does not work with {kind!r}, because"
+            " its attention already has learned sinks; use 'learned_sink'"
         )
     return family
 
 
 def family_of(text_config: PreTrainedConfig) -> Family:
-    """The adapter for this config's `model_type`; `UserError` with the reason if there is none."""
+    """The row of this config's `model_type`; `UserError` with the reason if there is none."""
     kind = text_config.model_type
     if getattr(text_config, "is_encoder_decoder", False):
-        raise UserError(f"model_type: {kind!r} has an encoder; only decoders fit")
+        raise UserError(f"model_type: {kind!r} has an encoder; only decoders are supported")
     reason = _REASONS.get(kind)
     if kind in FAMILIES and getattr(text_config, "use_parallel_residual", False):
         reason = _PARALLEL
     if reason:
-        raise UserError(f"model_type: {kind!r} cannot be exact: {reason}")
+        raise UserError(f"model_type: {kind!r} cannot be converted exactly: {reason}")
     if kind not in FAMILIES:
         near = difflib.get_close_matches(kind, FAMILIES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"model_type: {kind!r} has no adapter; {', '.join(FAMILIES)} have{hint}")
+        raise UserError(
+            f"model_type: {kind!r} is not supported; supported are {', '.join(FAMILIES)}{hint}"
+        )
     return FAMILIES[kind]
