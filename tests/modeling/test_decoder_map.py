@@ -1,5 +1,7 @@
 """The map of a decoder finds the right modules in every family, and says what it did not find."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,6 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import oasis_attn
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.decoder_map import decoder_map, find_decoder
 from oasis_attn.modeling.families import FAMILIES
@@ -334,3 +337,9 @@ def test_an_encoder_and_a_decoder_of_one_length_are_refused():
         model = T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=2))
     with pytest.raises(UserError, match=r"family 't5' .* 2 modules look like its list of 2 layers"):
         decoder_map(model)
+
+
+def test_no_other_file_looks_for_the_decoder():
+    """transformers' `get_decoder` does not find it in every family."""
+    for path in Path(oasis_attn.__file__).parent.rglob("*.py"):
+        assert "get_decoder" not in path.read_text(encoding="utf-8"), path

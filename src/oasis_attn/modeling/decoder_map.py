@@ -24,7 +24,7 @@ What was not found, or is ambiguous, is None; parameters whose role is not known
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -248,15 +248,12 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _map_layer(layer: Part, row: Family | None) -> LayerMap:
-    children = dict(layer.module.named_children())
     norms = _children(layer, _NORM_CLASS)
     attention = _only(_children(layer, _SOFTMAX_CLASS))
     mixer = _only(_children(layer, _MIXER_CLASS))
-    usual = [row.mlp] if row else [name for name in MLP_NAMES if name in children]
-    mlps = [Part(_join(layer.name, name), children[name]) for name in usual if name in children]
-    mlp = _only(mlps if row else [*_unique(*mlps, *_children(layer, _MLP_CLASS))])
-    if mlp is None and "fc1" in children and "fc2" in children:
-        mlp = Part(_join(layer.name, "fc2"), children["fc2"])
+    mlp_names = (row.mlp,) if row else MLP_NAMES
+    mlps = _unique(*_named(layer, mlp_names), *([] if row else _children(layer, _MLP_CLASS)))
+    mlp = _only(mlps) or (_child(layer, ("fc2",)) if _child(layer, ("fc1",)) else None)
     pre_attention, post_attention, pre_mlp, post_mlp = _norm_roles(norms, row)
     parts = [part.name for part in (attention, mixer, mlp, *norms) if part]
     known = (*parts, *(_join(layer.name, name) for name in (*_OURS, "fc1", "fc2")))
@@ -289,7 +286,7 @@ def _norm_roles(norms: list[Part], row: Family | None) -> list[Part | None]:
 
 def _map_attention(part: Part, pre_norm: Part | None, post_norm: Part | None) -> AttentionMap:
     query, key, value, gate = (_child(part, names) for names in (_QUERY, _KEY, _VALUE, _GATE))
-    depth = {  # of some families, the projection is inside a module of the attention
+    depth = {  # In some families, the projection is inside a module of the attention.
         name: name.count(".")
         for name, _ in part.module.named_modules()
         if name.rpartition(".")[2] in _ATTENTION_OUTPUT
@@ -342,13 +339,15 @@ def _children(parent: Part, kind: re.Pattern[str]) -> list[Part]:
 
 def _child(parent: Part, names: Iterable[str]) -> Part | None:
     """The only child that has one of `names`."""
+    return _only(_named(parent, names))
+
+
+def _named(parent: Part, names: Iterable[str]) -> list[Part]:
     children = dict(parent.module.named_children())
-    return _only(
-        [Part(_join(parent.name, name), children[name]) for name in names if name in children]
-    )
+    return [Part(_join(parent.name, name), children[name]) for name in names if name in children]
 
 
-def _only(found: list[Part]) -> Part | None:
+def _only(found: Sequence[Part]) -> Part | None:
     return found[0] if len(found) == 1 else None
 
 
