@@ -37,6 +37,19 @@ def tiny_config(family="llama", **changes):
     return kind(**keywords | changes)
 
 
+def tiny_wrapper_config(family):
+    """A vision-language model whose vision tower has as many layers as its text decoder."""
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    if family == "llama4":
+        vision |= {"vision_output_dim": 16, "projector_input_dim": 16}
+        vision |= {"projector_output_dim": 16, "pixel_shuffle_ratio": 0.5}
+    text = tiny_config(f"{family}_text")
+    return CONFIG_MAPPING[family](text_config=text, vision_config=vision)
+
+
 def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, text=None, **settings):
     """An OASIS model whose routers, sinks and betas are not at their initial values."""
     torch.manual_seed(seed)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
-from tiny_models import VOCABULARY, tiny_config
+from tiny_models import VOCABULARY, tiny_config, tiny_wrapper_config
 
 # Values narrower than keys, or a softcap: not for the fused kernel on the CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
@@ -79,6 +79,22 @@ def test_what_is_measured_is_what_the_family_computes(family):
         torch.testing.assert_close(
             torch.tensor(record.tables["sink.mass"]), mass_LH, atol=1e-4, rtol=1e-3
         )
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama4"])
+def test_a_vision_language_model_is_diagnosed_by_its_text_decoder(family):
+    torch.manual_seed(0)
+    model, ids = AutoModelForImageTextToText.from_config(tiny_wrapper_config(family)), tokens()
+    record = diagnose(model.eval(), ids)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    assert record["loss.windowed"] == pytest.approx(float(loss), abs=1e-4)
+    assert len(record.tables["outlier.inf_norm_layer"]) == len(record.tables["sink.mass"]) == 4
+    assert all(
+        metric.where.startswith(("layers.", "norm"))
+        for metric in record.metrics
+        if metric.name == "outlier.max_inf_norm" and metric.where
+    )
 
 
 @pytest.mark.parametrize("family", REFUSED)

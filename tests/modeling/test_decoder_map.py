@@ -11,9 +11,7 @@ from transformers import (
     AutoModelForImageTextToText,
     BambaConfig,
     FalconConfig,
-    Gemma3Config,
     GraniteMoeHybridConfig,
-    Llama4Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -22,12 +20,7 @@ import oasis_attn
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.decoder_map import decoder_map, find_decoder
 from oasis_attn.modeling.families import FAMILIES
-from tiny_models import tiny_config, tiny_model
-
-VISION = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
-    "image_size": 28, "patch_size": 14,
-}  # fmt: skip
+from tiny_models import tiny_config, tiny_model, tiny_wrapper_config
 
 
 def build(family, auto=AutoModelForCausalLM, **changes):
@@ -205,20 +198,10 @@ def test_the_heuristic_agrees_with_the_rows(family, monkeypatch):
     assert [names(layer) for layer in without.layers] == with_row
 
 
-def wrapper(kind):
-    if kind == "gemma3":
-        config = Gemma3Config(text_config=tiny_config("gemma3_text"), vision_config=VISION)
-    else:
-        vision = VISION | {"vision_output_dim": 16, "projector_input_dim": 16}
-        vision |= {"projector_output_dim": 16, "pixel_shuffle_ratio": 0.5}
-        config = Llama4Config(text_config=tiny_config("llama4_text"), vision_config=vision)
-    return build(config, AutoModelForImageTextToText)
-
-
 @pytest.mark.parametrize("kind", ["gemma3", "llama4"])
 def test_the_text_decoder_of_a_vision_language_model(kind):
     """Its vision tower has as many layers."""
-    model = wrapper(kind)
+    model = build(tiny_wrapper_config(kind), AutoModelForImageTextToText)
     found = decoder_map(model)
     assert (
         type(found.module).__name__
