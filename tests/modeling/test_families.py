@@ -122,7 +122,7 @@ def test_own_sinks_are_the_null_logits(family, ids):
 
 
 def test_own_sinks_take_no_other_normalizer():
-    with pytest.raises(UserError, match=r"'softmax1' does not work with 'gpt_oss', .* 'learned_sink'"):
+    with pytest.raises(UserError, match=r"not work with 'gpt_oss', .* 'learned_sink'"):
         OasisForCausalLM(OasisConfig(text_config=tiny_config("gpt_oss")))
 
 
@@ -280,9 +280,9 @@ def test_a_post_norm_family_needs_the_scaled_mix():
         (GPT2Config(n_layer=1), "model_type: 'gpt2' is not supported; supported are .*$"),
         (BertConfig(num_hidden_layers=1), "model_type: 'bert' is not supported"),
         (T5Config(num_layers=1), "model_type: 't5' has an encoder"),
-        ({"model_type": "gptj"}, "model_type: 'gptj' cannot be converted exactly: .* in parallel"),
-        ({"model_type": "mamba"}, "model_type: 'mamba' cannot be converted exactly: .* no softmax attention"),
-        ({"model_type": "minimax"}, "model_type: 'minimax' cannot be converted exactly: its residual stream"),
+        ({"model_type": "gptj"}, "'gptj' cannot be converted exactly: .* in parallel"),
+        ({"model_type": "mamba"}, "'mamba' cannot be converted exactly: .* no softmax attention"),
+        ({"model_type": "minimax"}, "'minimax' cannot be converted exactly: its residual stream"),
         ({"model_type": "stablelm", "use_parallel_residual": True}, "'stablelm' .* in parallel"),
         ({"model_type": "lama"}, "text_config: .*lama"),
     ],
