@@ -7,12 +7,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from oasis_attn.errors import UserError
+
+
+class _WithoutDefaults(inspect.Signature):
+    """Of a function that is called with all its arguments, by position.
+
+    To bind them to their names, as `inspect.Signature` does, takes longer than such a call.
+    """
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return _Bound(args, kwargs)
+
+
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        pass
 
 
 class HandWritten(torch.autograd.Function):
@@ -25,7 +43,7 @@ class HandWritten(torch.autograd.Function):
     def __init_subclass__(cls) -> None:
         # Cache the signature: PyTorch inspects it at every call, which is slower than the call.
         super().__init_subclass__()
-        signature = inspect.signature(cls.forward)
+        signature = _WithoutDefaults(list(inspect.signature(cls.forward).parameters.values()))
         cls.forward.__signature__ = signature  # type: ignore[attr-defined]
 
     @classmethod

@@ -11,8 +11,8 @@ OASIS (arXiv 2605.17887) lowers the logits of branches whose attention put weigh
     g'_{l,i}  = g_{l,i} - beta_l (psi_i - mean_r psi_r)
 
 `depth_mix` is one router alone.  A model uses an object that holds the sources of one forward pass:
-`AutogradMix` where gradients are needed, `TwoPhaseMix` where not, and `NativeMix` in its place on
-CPUs with a C compiler.  Each is tested against `naive.py` in float64.
+`AutogradMix` where gradients are needed, `TwoPhaseMix` where not, and in its place `NativeMix` on
+CPUs with a C compiler and `TritonMix` on CUDA with Triton.  Each is tested against `naive.py`.
 
 Axes: B batch, T tokens, D width, S sources, R routers.
 """
@@ -30,7 +30,9 @@ from oasis_attn.ops.depth_mix.autograd import depth_scores, depth_weights, weigh
 from oasis_attn.ops.depth_mix.autograd_mix import AutogradMix
 from oasis_attn.ops.depth_mix.cpu_native import NativeMix, can_use_native
 from oasis_attn.ops.depth_mix.naive import naive_scores, naive_sum
+from oasis_attn.ops.depth_mix.passes import kernels_for
 from oasis_attn.ops.depth_mix.routers import Routers
+from oasis_attn.ops.depth_mix.triton_mix import TritonMix
 from oasis_attn.ops.depth_mix.two_phase import TwoPhaseMix
 
 __all__ = [
@@ -38,13 +40,14 @@ __all__ = [
     "Mix",
     "NativeMix",
     "Routers",
+    "TritonMix",
     "TwoPhaseMix",
     "depth_mix",
     "inference_mix",
     "needs_autograd_mix",
 ]
 BACKENDS = ("auto", "naive", "fused")
-Mix = AutogradMix | TwoPhaseMix | NativeMix
+Mix = AutogradMix | TwoPhaseMix | NativeMix | TritonMix
 
 
 def depth_mix(
@@ -106,11 +109,14 @@ def needs_autograd_mix(routers: Routers) -> bool:
 
 def inference_mix(
     embedding_BTD: Tensor, routers: Routers, *, one_device: bool = True
-) -> TwoPhaseMix | NativeMix:
+) -> TwoPhaseMix | NativeMix | TritonMix:
     """The implementation without gradients for one forward pass, whose first source is given.
 
     `one_device` says that all layers are on its device.
     """
+    kernels = kernels_for([embedding_BTD])
+    if kernels is not None:
+        return TritonMix(embedding_BTD, routers, kernels)
     native = one_device and can_use_native(embedding_BTD)
     return (NativeMix if native else TwoPhaseMix)(embedding_BTD, routers)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from oasis_attn.ops.autograd import HandWritten, first_order
-from oasis_attn.ops.depth_mix.naive import at_least_float32, naive_scores
+from oasis_attn.ops.depth_mix import passes
+from oasis_attn.ops.depth_mix.naive import naive_scores
 from oasis_attn.ops.normalizers import normalize, null_softmax
 
 
@@ -45,6 +46,16 @@ def depth_weights(
 
     With the softmax, the mean over sources cancels; with Softmax1 it moves the null's own logit.
     """
+    kernels = passes.kernels_for([scores_BTS])
+    if kernels is not None and normalizer in ("softmax", "softmax1"):
+        strength = None
+        if psi_BTS is not None:
+            strength = beta if isinstance(beta, Tensor) else scores_BTS.new_full((), beta)
+        arguments = (scores_BTS, psi_BTS, strength, normalizer == "softmax1")
+        if _differentiable(*(x for x in arguments if isinstance(x, Tensor))):
+            weights_BTS, null_BT = _Weights.apply(*arguments)  # type: ignore[no-untyped-call]
+            return weights_BTS, null_BT
+        return _Weights.forward(*arguments)
     if psi_BTS is not None:
         scores_BTS = scores_BTS + null_shift(psi_BTS, beta)
     if normalizer == "softmax1":
@@ -80,7 +91,8 @@ def carried_sum(
         arguments = (weights_BTS, carried, known_BTD, *sources)
         mixed, *rest = _WeightedSum.apply(*arguments)  # type: ignore[no-untyped-call]
         return mixed, rest
-    return _sum(sources, weights_BTS).to(sources[0].dtype), list(sources[:carried])
+    mixed_BTD = passes.weighted_sum(sources, weights_BTS, sources[0].dtype)
+    return mixed_BTD, list(sources[:carried])
 
 
 def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
@@ -90,7 +102,7 @@ def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
             query_BTD, *sources
         )
         return products_BTS
-    return _row_products(sources, query_BTD)
+    return passes.row_products(sources, query_BTD)
 
 
 # ---------------------------------------------------------------------------------------- fused
@@ -101,12 +113,7 @@ class _Scores(HandWritten):
 
     @staticmethod
     def forward(source: Tensor, queries: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        value = at_least_float32(source)
-        square = torch.linalg.vector_norm(value, dim=-1, keepdim=True).square_()
-        inverse_rms = (square / value.shape[-1] + eps).rsqrt_()
-        with torch.autocast(source.device.type, enabled=False):
-            scores = (value @ queries.to(value.dtype).T).mul_(inverse_rms)
-        return scores, inverse_rms
+        return passes.scores(source, queries, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -120,33 +127,41 @@ class _Scores(HandWritten):
     ) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None
-        gradients = partial(_score_gradients, ctx.needs_input_grad)
+        gradients = partial(passes.score_gradients, needed=ctx.needs_input_grad)
         return *first_order(gradients, grad, *ctx.saved_tensors), None
 
 
-def _score_gradients(
-    needed: Sequence[bool],
-    grad: Tensor,
-    source: Tensor,
-    queries: Tensor,
-    scores: Tensor,
-    inverse_rms: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    raw = grad * inverse_rms  # gradient of v @ W^T
-    grad_source = grad_queries = None
-    if needed[0]:
-        # d r / d v = -r^3 v / D, and scores = raw product * r
-        radial = (grad * scores).sum(-1, keepdim=True) * inverse_rms.square() / source.shape[-1]
-        grad_source = (raw @ queries.to(raw.dtype)).addcmul_(source, radial, value=-1)
-        grad_source = grad_source.to(source.dtype)
-    if needed[1]:
-        grad_queries = raw.flatten(0, -2).T @ at_least_float32(source).flatten(0, -2)
-        grad_queries = grad_queries.to(queries.dtype)
-    return grad_source, grad_queries
+class _Weights(HandWritten):
+    """`depth_weights` by Triton: elsewhere, PyTorch differentiates it."""
+
+    @staticmethod
+    def forward(
+        scores: Tensor, psi: Tensor | None, beta: Tensor | None, with_null: bool
+    ) -> tuple[Tensor, Tensor]:
+        kernels = passes.kernels_for([scores])
+        assert kernels is not None
+        found: tuple[Tensor, Tensor] = kernels.weights(scores, psi, beta, with_null)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*output, *inputs[1:3])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_null: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad is None and grad_null is None:
+            return None, None, None, None
+        found = ctx.saved_tensors
+        kernels = passes.kernels_for(found[:1])
+        assert kernels is not None
+        return *first_order(kernels.weight_gradients, grad, grad_null, *found), None
 
 
 class _WeightedSum(HandWritten):
-    """One pass over the sources each way, in blocks of tokens small enough to stay in cache."""
+    """One pass over the sources each way."""
 
     @staticmethod
     def forward(
@@ -154,7 +169,7 @@ class _WeightedSum(HandWritten):
     ) -> tuple[Tensor, ...]:
         handed_on = [source.view_as(source) for source in sources[:carried]]
         if known is None:
-            known = _sum(sources, weights).to(sources[0].dtype)
+            known = passes.weighted_sum(sources, weights, sources[0].dtype)
         return known, *handed_on
 
     @staticmethod
@@ -181,9 +196,10 @@ def _sum_gradients(
 ) -> tuple[Tensor | None, ...]:
     half = len(sources_and_onto) // 2
     sources, onto = sources_and_onto[:half], sources_and_onto[half:]
-    grad = grad.to(weights.dtype)
-    grad_weights = _row_products(sources, grad).to(weights.dtype) if needed[0] else None
-    return grad_weights, *_scaled(grad, weights, sources, needed[3:], onto, in_place)
+    grad_weights, grads = passes.sum_gradients(
+        sources, weights, grad, needed[3:], onto, in_place=in_place, products=needed[0]
+    )
+    return grad_weights, *grads
 
 
 class _RowProducts(HandWritten):
@@ -191,7 +207,7 @@ class _RowProducts(HandWritten):
 
     @staticmethod
     def forward(query: Tensor, *sources: Tensor) -> Tensor:
-        return _row_products(sources, query)
+        return passes.row_products(sources, query)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
@@ -207,61 +223,12 @@ class _RowProducts(HandWritten):
 def _product_gradients(
     needed: Sequence[bool], grad: Tensor, query: Tensor, *sources: Tensor
 ) -> tuple[Tensor | None, ...]:
-    grad_query = _sum(sources, grad).to(query.dtype) if needed[0] else None
-    return grad_query, *_scaled(query, grad, sources, needed[1:])
+    grad_query = passes.weighted_sum(sources, grad, query.dtype) if needed[0] else None
+    _, grads = passes.sum_gradients(sources, grad, query, needed[1:], products=False)
+    return grad_query, *grads
 
 
 def _differentiable(*tensors: Tensor) -> bool:
     """Whether to differentiate by hand; torch.compile itself decides what to keep for backward."""
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return wanted and not torch.compiler.is_compiling()
-
-
-def _sum(sources: Sequence[Tensor], weights: Tensor) -> Tensor:
-    total = sources[0] * weights[..., :1]
-    for index, source in enumerate(sources[1:], start=1):
-        total.addcmul_(source, weights[..., index : index + 1])
-    return total
-
-
-def _scaled(
-    tensor: Tensor,
-    weights: Tensor,
-    sources: Sequence[Tensor],
-    needed: Sequence[bool],
-    onto: Sequence[Tensor | None] | None = None,
-    in_place: bool = False,
-) -> list[Tensor | None]:
-    """`weights_i * tensor` for each source that needs it, added to `onto_i` if given."""
-    results: list[Tensor | None] = []
-    for index, (source, need) in enumerate(zip(sources, needed, strict=True)):
-        weight = weights[..., index : index + 1]
-        if not need:
-            results.append(None)
-            continue
-        before = None if onto is None else onto[index]
-        if before is None:
-            results.append((tensor * weight).to(source.dtype))
-        elif in_place:
-            results.append(before.addcmul_(tensor, weight))
-        else:
-            results.append(torch.addcmul(before, tensor, weight).to(source.dtype))
-    return results
-
-
-def _row_products(sources: Sequence[Tensor], other: Tensor) -> Tensor:
-    """`<source_i, other>` over the width, `[..., S]`."""
-    if torch.compiler.is_compiling():
-        return torch.stack([(source * other).sum(-1) for source in sources], -1)
-    width = other.shape[-1]
-    flat = other.reshape(-1, width)
-    rows = max(1, flat.shape[0] if flat.is_cuda else 2**17 // width)
-    products = flat.new_empty(len(sources), flat.shape[0])
-    scratch = flat.new_empty(min(rows, flat.shape[0]), width)
-    flat_sources = [source.reshape(-1, width) for source in sources]
-    for start in range(0, flat.shape[0], rows):
-        part = flat[start : start + rows]
-        for index, source in enumerate(flat_sources):
-            product = torch.mul(source[start : start + rows], part, out=scratch[: part.shape[0]])
-            torch.sum(product, -1, out=products[index, start : start + rows])
-    return products.T.reshape(*other.shape[:-1], len(sources))

@@ -43,8 +43,10 @@ class AutogradMix:
     def __init__(self, routers: Routers, *, recompute: bool = False):
         """`recompute` remembers what was mixed, for `read`."""
         self.routers, self.recompute = routers, recompute
+        self.betas = None if routers.beta_R is None else routers.beta_R.unbind()
         self.sources: list[Tensor] = []  # the embedding, then the finished blocks
-        self.scores: list[Tensor] = []  # of each source under all routers, [R, B, T]
+        # Of each source under the routers that read it, the earliest first, [B, T] each.
+        self.scores: list[tuple[Tensor, ...]] = []
         self.psi_BTS: Tensor | None = None  # of each source; None without the null signal
         self.sublayer = -1  # the last one so far
         self.last: RouterWeights | None = None  # of the last router, in its first run
@@ -100,34 +102,37 @@ class AutogradMix:
             branch_BTD = sum_BTD + branch_BTD
             psi_BT = None if psi_BT is None or psi_sum_BT is None else psi_sum_BT + psi_BT
 
-        if sublayer % routers.block_size == 0:  # a source is finished: scored for all routers
-            scores_BTR = depth_scores(branch_BTD, routers.queries_RD, routers.eps)
-            scores_RBT = scores_BTR.movedim(-1, 0)
-            score_BT = scores_RBT[sublayer]
-        else:
-            query_1D = routers.queries_RD[sublayer : sublayer + 1]
-            score_BT = depth_scores(branch_BTD, query_1D, routers.eps).squeeze(-1)
-        before = [scores_RBT[sublayer] for scores_RBT in self.scores[:earlier]]
-        scores_BTS = torch.stack([*before, score_BT], -1)
+        # A finished source is scored for all routers that will read it, an unfinished one for one.
+        finished = sublayer % routers.block_size == 0
+        ahead = slice(sublayer, None if finished else sublayer + 1)
+        scores = depth_scores(branch_BTD, routers.queries_RD[ahead], routers.eps).unbind(-1)
+        before = [
+            known[sublayer - source * routers.block_size]
+            for source, known in enumerate(self.scores[:earlier])
+        ]
+        scores_BTS = torch.stack([*before, scores[0]], -1)
         psi_BTS = None
         if psi_BT is not None:
             psi_BTS = (psi_BT / members if members > 1 else psi_BT).unsqueeze(-1)
             if self.psi_BTS is not None and earlier:
-                psi_BTS = torch.cat([self.psi_BTS[..., :earlier], psi_BTS], -1)
+                known_BTS = self.psi_BTS
+                if known_BTS.shape[-1] > earlier:  # in a layer that runs again
+                    known_BTS = known_BTS[..., :earlier]
+                psi_BTS = torch.cat([known_BTS, psi_BTS], -1)
         sources = [*self.sources[:earlier], branch_BTD]
         if sublayer % routers.block_size:
             if first or sublayer % 2:
                 self._running[sublayer] = branch_BTD, psi_BT
         elif first:
             self.sources.append(branch_BTD)
-            self.scores.append(scores_RBT)
+            self.scores.append(scores)
             self.psi_BTS = psi_BTS
 
         dropped = routers.dropped
         if dropped is not None and dropped < len(sources) > 1:
             is_dropped = torch.arange(len(sources), device=scores_BTS.device) == dropped
             scores_BTS = scores_BTS.masked_fill(is_dropped, -torch.inf)
-        beta = 0.0 if routers.beta_R is None else routers.beta_R[sublayer]
+        beta = 0.0 if self.betas is None else self.betas[sublayer]
         weights = depth_weights(scores_BTS, psi_BTS, beta, routers.normalizer)
         return sources, RouterWeights(*weights, psi_BTS)
 
