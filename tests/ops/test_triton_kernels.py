@@ -36,7 +36,7 @@ runs_kernels = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="no GPU: see
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run the kernels")
 def test_the_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -261,6 +261,13 @@ def test_what_the_kernels_cannot_read_falls_back(kernels, change):
     }[change]
     assert not kernels.fits([source, other, source])
     assert not kernels.can_add([other, None], [source, source])
+
+
+@runs_kernels
+def test_inside_vmap_they_cannot_be_used(kernels):
+    found = []
+    torch.vmap(lambda x: (found.append(kernels.fits([x])), x)[1])(torch.zeros(2, 1, 4, 16))
+    assert found == [False]
 
 
 def test_nothing_else_uses_them():

@@ -132,13 +132,13 @@ class _Scores(HandWritten):
 
 
 class _Weights(HandWritten):
-    """`depth_weights` by Triton: elsewhere, PyTorch differentiates it."""
+    """`depth_weights` as one kernel of `triton_kernels`; elsewhere PyTorch differentiates it."""
 
     @staticmethod
     def forward(
         scores: Tensor, psi: Tensor | None, beta: Tensor | None, with_null: bool
     ) -> tuple[Tensor, Tensor]:
-        kernels = passes.kernels_for([scores])
+        kernels = passes.triton_kernels()
         assert kernels is not None
         found: tuple[Tensor, Tensor] = kernels.weights(scores, psi, beta, with_null)
         return found
@@ -154,10 +154,10 @@ class _Weights(HandWritten):
     ) -> tuple[Tensor | None, ...]:
         if grad is None and grad_null is None:
             return None, None, None, None
-        found = ctx.saved_tensors
-        kernels = passes.kernels_for(found[:1])
+        kernels = passes.triton_kernels()
         assert kernels is not None
-        return *first_order(kernels.weight_gradients, grad, grad_null, *found), None
+        saved = ctx.saved_tensors
+        return *first_order(kernels.weight_gradients, grad, grad_null, *saved), None
 
 
 class _WeightedSum(HandWritten):

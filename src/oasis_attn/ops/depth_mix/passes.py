@@ -1,7 +1,7 @@
 """The passes over the sources that the mix and its hand-written gradients are made of.
 
-On CUDA, where Triton is installed, one kernel does a pass (`triton_kernels.py`); elsewhere PyTorch
-does, a source at a time.
+On CUDA with Triton, a pass is one kernel of the package `triton_kernels`; elsewhere PyTorch takes
+one source at a time.
 
 Axes: B batch, T tokens, D width, S sources, R routers.
 """
@@ -19,26 +19,27 @@ from oasis_attn.ops.depth_mix.naive import at_least_float32
 
 
 def kernels_for(sources: Sequence[Tensor]) -> ModuleType | None:
-    """`triton_kernels` where it can read `sources`: see its `fits`; else None.
+    """`triton_kernels` if Triton is installed and its `fits` accepts the CUDA tensors `sources`.
 
-    None too under torch.compile, which writes kernels of its own, and while a CUDA graph is
-    captured, which would keep the addresses but not the tensor that holds them.
+    None otherwise, and under torch.compile, which writes kernels of its own, and while a CUDA graph
+    is captured: the graph would keep the address of a table of addresses, but not the table.
     """
-    if not sources[0].is_cuda or torch.compiler.is_compiling():
+    if not sources[0].is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    kernels = _triton_kernels()
+    kernels = triton_kernels()
     if kernels is None or torch.cuda.is_current_stream_capturing() or not kernels.fits(sources):
         return None
     return kernels
 
 
 @cache
-def _triton_kernels() -> ModuleType | None:
+def triton_kernels() -> ModuleType | None:
+    """The package of that name; None without Triton."""
     try:
-        from oasis_attn.ops.depth_mix import triton_kernels
+        from oasis_attn.ops.depth_mix import triton_kernels as package
     except ImportError:
         return None
-    return triton_kernels
+    return package
 
 
 def weighted_sum(sources: Sequence[Tensor], weights_BTS: Tensor, dtype: torch.dtype) -> Tensor:

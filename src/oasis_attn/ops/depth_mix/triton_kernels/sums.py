@@ -1,4 +1,4 @@
-"""The weighted sum of the sources and its gradients: see `fits` for what can be read.
+"""The weighted sum of the sources, and its gradients; `fits` says what can be read.
 
 Axes: N tokens, D width, S sources.
 """
@@ -24,28 +24,30 @@ DTYPES = {
 
 
 def fits(sources: Sequence[Tensor]) -> bool:
-    """Whether the kernels can read the sources, of one shape: contiguous, and of known dtypes.
+    """Whether the kernels can read the sources, which must have one shape.
 
-    The first source may differ from the others in dtype, as an embedding does under autocast.
+    They must be contiguous, aligned and of one floating-point dtype; the first may differ from the
+    others in dtype, as an embedding does under autocast.
     """
-    first, rest = sources[0], sources[-1]
-    if first.dtype not in DTYPES or rest.dtype not in DTYPES or first.shape[-1] > MAX_WIDTH:
+    first, last = sources[0], sources[-1]
+    if first.dtype not in DTYPES or last.dtype not in DTYPES or first.shape[-1] > MAX_WIDTH:
         return False
-    dtype = first.dtype
-    for source in sources:
-        if source.dtype != dtype or not source.is_contiguous() or source.data_ptr() % 16:
-            return False
-        dtype = rest.dtype
-    return first.numel() > 0
+    return _readable(first, first.dtype) and all(_readable(x, last.dtype) for x in sources[1:])
 
 
 def can_add(onto: Sequence[Tensor | None], sources: Sequence[Tensor]) -> bool:
-    """Whether `sum_gradients` can add to `onto`: in the form of the sources, where it is given."""
-    return all(
-        old is None
-        or (old.dtype == source.dtype and old.is_contiguous() and old.data_ptr() % 16 == 0)
-        for old, source in zip(onto, sources, strict=True)
-    )
+    """Whether `sum_gradients` can add to `onto`, where it is given."""
+    pairs = zip(onto, sources, strict=True)
+    return all(old is None or _readable(old, source.dtype) for old, source in pairs)
+
+
+def _readable(tensor: Tensor, dtype: torch.dtype) -> bool:
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # inside vmap, or a transform of torch.func
+        return False
+    aligned = address != 0 and address % 16 == 0  # 0: empty, or without data
+    return aligned and tensor.dtype == dtype and tensor.is_contiguous()
 
 
 def weighted_sum(sources: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> Tensor:

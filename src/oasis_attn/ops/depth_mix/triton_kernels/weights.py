@@ -83,13 +83,13 @@ def _weights_kernel(
     at = rows[:, None] * S + columns[None, :]
     inside = (rows < N)[:, None] & (columns < S)[None, :]
     wide = scores.dtype.element_ty
-    logits = tl.load(scores + at, mask=inside, other=float("-inf"))
+    logits = tl.load(scores + at, mask=inside, other=0.0)
     if psi is not None:
         logits += tl.load(beta).to(wide) * _evidence(psi, at, inside, S, wide)
+    logits = tl.where((columns < S)[None, :], logits, float("-inf"))
     largest = tl.max(logits, 1)
     if WITH_NULL:
         largest = tl.maximum(largest, 0.0)
-    largest = tl.where(rows < N, largest, 0.0)
     exponentials = tl.exp(logits - largest[:, None])
     total = tl.sum(exponentials, 1)
     if WITH_NULL:
