@@ -47,7 +47,8 @@ class Registry:
             raise UserError(f"{error}; --extension FILE loads a file that registers more") from None
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        self.check(name)
+        if name not in self._entries:
+            self.check(name)
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
