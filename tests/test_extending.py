@@ -7,14 +7,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
-from oasis_attn import OasisConfig, UserError, register_branch_norm, register_null_signal
+from oasis_attn import (
+    OasisConfig,
+    UserError,
+    convert,
+    register_branch_norm,
+    register_null_signal,
+    register_token_normalizer,
+)
 from oasis_attn.cli import main
 from oasis_attn.modeling.configuration import SETTINGS
 from oasis_attn.registry import load_extensions
+from tiny_models import tiny_config, tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 90, (2, 11))
 
 
 @pytest.fixture
@@ -102,3 +117,60 @@ def test_a_name_of_ones_own_may_be_registered_again():
 
 def test_there_are_at_most_ten_settings():
     assert len(SETTINGS) <= 10
+
+
+@pytest.mark.parametrize(
+    "signal",
+    [
+        lambda null, layer: null.mean(),  # noqa: ARG005
+        lambda null, layer: null,  # noqa: ARG005
+        lambda null, layer: null.mean(1, keepdim=True),  # noqa: ARG005
+        lambda null, layer: 0.5,  # noqa: ARG005
+        lambda null, layer: (None, None, None),  # noqa: ARG005
+    ],
+)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("residual", ["depth", "official"])
+def test_psi_of_another_shape_is_one_line(signal, grad, residual, ids):
+    register_null_signal("test_wrong", signal)
+    model = tiny_model(null_signal="test_wrong", residual=residual)
+    with torch.set_grad_enabled(grad), pytest.raises(UserError, match=r"in layer 0 it returned"):
+        model(ids)
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.full((config.num_attention_heads,), 0.3))
+
+    def forward(self, null_BHT, layer):  # noqa: ARG002
+        return 0.1 + (null_BHT * self.weights.unsqueeze(-1)).sum(1)
+
+
+def test_a_converted_model_has_the_parameters_of_its_signal(ids):
+    register_null_signal("test_weighted", Weighted)
+    native = LlamaForCausalLM(tiny_config()).eval()
+    model = convert(native, null_signal="test_weighted")
+    assert model.model.null_signal.weights.tolist() == pytest.approx([0.3] * 4)
+    torch.testing.assert_close(model(ids).logits, native(ids).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("register", "message"),
+    [
+        (lambda: register_null_signal("x", torch.nn.Identity()), "Identity is an object"),
+        (lambda: register_branch_norm("x", torch.nn.Identity), "a module or a class"),
+        (
+            lambda: register_token_normalizer("x", torch.nn.Identity, has_null=False),
+            "only a function",
+        ),
+        (
+            lambda: OasisConfig(token_normalizer={"name": "clipped_softmax", "gamma": -(10**400)}),
+            "token_normalizer: gamma",
+        ),
+        (lambda: OasisConfig(token_normalizer={"name": "softmax1", 3: 1}), "3 is not the name"),
+    ],
+)
+def test_what_cannot_be_registered_or_computed_is_one_line(register, message):
+    with pytest.raises(UserError, match=message):
+        register()

@@ -85,8 +85,8 @@ def _load(path: str) -> None:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1]
+        line = error.lineno if isinstance(error, SyntaxError) and error.lineno else lines[-1]
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"extensions: {shown(path)} fails in line {line}: {what}") from error

@@ -122,7 +122,7 @@ def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
         ),
         (
             {"token_normalizer": {"name": "clipped_softmax", "gamma": "low"}},
-            "token_normalizer: gamma 'low' is not a number",
+            "token_normalizer: gamma: 'low' is not a number",
         ),
         ({"null_logit": float("nan")}, "null_logit: nan is not a number"),
         ({"attn_implementation": "sdpa"}, "attn_implementation: 'sdpa' has no null option"),

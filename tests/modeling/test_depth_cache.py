@@ -2,9 +2,12 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from oasis_attn import UserError
 from oasis_attn.modeling.depth_cache import observe_depth
@@ -115,6 +118,73 @@ def test_a_recomputed_layer_keeps_nothing_alive(variant, ids):
     loss.backward()
     assert len(again) == len(model.model.layers)
     assert alive == [0]
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-10, msg=name)
+
+
+SAVED = {
+    "products": lambda op: op is torch.ops.aten.mm.default,
+    "attention": lambda op: "attention" in str(op),
+    "nothing": lambda op: False,  # noqa: ARG005
+}
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("variant", [*VARIANTS, "softmax1", "oasis_unit"])
+def test_selective_checkpointing(variant, saved, ids):
+    """It keeps some operations' results as they are, and repeats the others in order."""
+    model = tiny_model(variant, dtype=torch.float64).train()
+    expected = gradients(model, ids)
+
+    def policy(_context, op, *_args, **_keywords):
+        kept = SAVED[saved](op)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    assert_equal(gradients(model, ids), expected)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("variant", ["oasis", "oasis_block", "official"])
+def test_observers_and_checkpointed_layers(variant, forward, backward, ids):
+    model, calls = tiny_model(variant, dtype=torch.float64).train(), []
+    expected = gradients(model, ids)
+    model.gradient_checkpointing_enable()
+    model.zero_grad()
+    with observe_depth(model, calls.append) if forward else nullcontext():
+        loss = model(ids, labels=ids, use_cache=False).loss
+    with observe_depth(model, calls.append) if backward else nullcontext():
+        loss.backward()
+    assert_equal({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+    assert len(calls) == forward * (8 if variant == "official" else 9)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("variant", ["oasis", "oasis_block", "oasis_unit", "official"])
+def test_recomputed_mixes_do_as_hooks_ask(variant, checkpointing, ids):
+    model = tiny_model(variant, dtype=torch.float64).train()
+    shift = torch.nn.Parameter(torch.linspace(-1, 1, 32, dtype=torch.float64))
+    model.model.register_parameter("shift", shift)
+    model.model.layers[1].register_forward_hook(lambda *call: call[-1] + shift)
+    model.model.layers[2].register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:]))
+    expected = gradients(model, ids)
+    model.recompute_mixes()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    assert "model.shift" in expected
+    assert_equal(gradients(model, ids), expected)
 
 
 def test_no_observer_stays(ids):

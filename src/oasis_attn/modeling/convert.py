@@ -20,6 +20,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.modeling.configuration import OasisConfig, check_settings
 from oasis_attn.modeling.depth_cache import DepthRouter
+from oasis_attn.modeling.extensions import NULL_SIGNALS, null_signal_module
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.hf_compat import experts_implementation, set_experts_implementation
 from oasis_attn.modeling.loading import load_model, quiet
@@ -198,7 +199,8 @@ def _initial_settings(
         off["null_logit"] = NULL_OFF
     if settings["residual"] == "depth":
         off["mix_scale"] = "sum"
-    if sinks and settings["null_signal"] != "off":
+    registered = settings["null_signal"] not in ("off", *NULL_SIGNALS.own)  # may be above 0
+    if registered or (sinks and settings["null_signal"] != "off"):
         off["beta_init"] = BETA_OFF
     return off | settings
 
@@ -276,3 +278,6 @@ def _initialise_added(model: OasisForCausalLM, native: PreTrainedModel) -> None:
         # At least float32; from_pretrained keeps these parameters so too.
         precise = torch.promote_types(native.dtype, torch.float32)
         model.model.depth = DepthRouter(model.config).to(native.device, precise)
+    if model.model.null_signal is not None:
+        signal = null_signal_module(model.config)
+        model.model.null_signal = None if signal is None else signal.to(native.device)

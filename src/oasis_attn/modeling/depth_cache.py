@@ -48,8 +48,10 @@ class RouterCall(NamedTuple):
 
     @classmethod
     def of(cls, router: int, found: RouterWeights, beta: Tensor | None) -> RouterCall:
-        psi_BTS = found.psi_BTS
-        signal_BTS = None if beta is None or psi_BTS is None else null_shift(psi_BTS, beta)
+        psi_BTS, signal_BTS = found.psi_BTS, None
+        if beta is not None and psi_BTS is not None:
+            with torch.no_grad():  # a checkpointed layer must keep as much as without observers
+                signal_BTS = null_shift(psi_BTS, beta)
         return cls(router, found.weights_BTS, found.null_BT, signal_BTS)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oasis_attn.errors import UserError
 from oasis_attn.registry import Registry
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ def register_null_signal(name: str, signal: NullSignal | type[nn.Module]) -> Non
     Raises:
         UserError: the name is the library's or not a name, or `signal` cannot be called.
     """
+    if isinstance(signal, nn.Module):
+        raise UserError(
+            f"null_signal: {type(signal).__name__} is an object; register its class, so that each"
+            " model has parameters of its own"
+        )
     NULL_SIGNALS.register(name, signal)
 
 
@@ -86,6 +92,8 @@ def register_branch_norm(name: str, norm: BranchNorm) -> None:
     Raises:
         UserError: as `register_null_signal`.
     """
+    if isinstance(norm, type | nn.Module):
+        raise UserError("branch_norm: a module or a class cannot be registered; give a function")
     BRANCH_NORMS.register(name, norm)
 
 
@@ -104,4 +112,13 @@ def null_evidence(
     if signal is None or null_BHT is None:
         return None, None
     psi = signal(null_BHT, layer)
-    return psi if isinstance(psi, tuple) else (psi, psi)
+    both = psi if isinstance(psi, tuple) else (psi, psi)
+    expected = null_BHT.shape[0], null_BHT.shape[2]
+    for each in both:
+        if (each is not None and getattr(each, "shape", None) != expected) or len(both) != 2:
+            found = [getattr(part, "shape", type(part).__name__) for part in both]
+            raise UserError(
+                f"null_signal: in layer {layer} it returned {found}; psi must be a tensor"
+                f" {list(expected)}, None, or a tuple of two of these"
+            )
+    return both

@@ -65,7 +65,9 @@ class OasisModel(Attached, OasisPreTrainedModel):
         self.depth = DepthRouter(config) if config.residual == "depth" else None
         self.null_signal = null_signal_module(config)
         ours = {"depth": self.depth, "null_signal": self.null_signal}
-        self._keep_in_fp32_modules_strict |= {name for name, part in ours.items() if part}
+        self._keep_in_fp32_modules_strict |= {
+            name for name, part in ours.items() if part is not None
+        }
         self._no_split_modules = [layer_class.__name__]
 
     @property
@@ -132,7 +134,9 @@ class OasisModel(Attached, OasisPreTrainedModel):
         config = self.oasis_config
         signal: Any = None
         if config.null_signal != "off":
-            signal = self.null_signal or NULL_SIGNALS[config.null_signal]
+            signal = self.null_signal
+            if signal is None:
+                signal = NULL_SIGNALS[config.null_signal]
         attention = {"normalizer": config.normalizer, "null_logit": config.null_logit}
         norm = None if config.branch_norm == "none" else BRANCH_NORMS[config.branch_norm]
         return LayerArgs(attention, signal, norm)

@@ -96,6 +96,7 @@ class OfficialCache(SumCache):
         self.routers = routers  # of each layer: after attention, after the MLP
         self.states: dict[int, Tensor] = {}  # by layer: what it reads
         self.psi: dict[int, Tensor] = {}  # by layer
+        self.sublayer = 0  # the last one so far
         self.inside: Tensor | None = None  # x + a, between attention and MLP
 
     def to(self, device: torch.device) -> None:
@@ -108,6 +109,7 @@ class OfficialCache(SumCache):
     ) -> Tensor:
         """Mix the states so far and those inside the layer, each with its layer's psi."""
         layer, after_mlp = divmod(sublayer - 1, 2)
+        first, self.sublayer = sublayer > self.sublayer, max(sublayer, self.sublayer)
         if layer not in self.states:
             precise = torch.float64 if hidden_BTD.dtype == torch.float64 else torch.float32
             zero_BT = hidden_BTD.new_zeros(hidden_BTD.shape[:-1], dtype=precise)
@@ -126,7 +128,9 @@ class OfficialCache(SumCache):
         router = self.routers[layer][after_mlp]
         mixed_BTD: Tensor
         mixed_BTD, weights_BTS, null_BT = router([*states, after_BTD], psi_BTS)
-        if router.observers:
+        if router.observers and first:
             found = RouterWeights(weights_BTS, null_BT, psi_BTS)
-            router.observed(RouterCall.of(sublayer - 1, found, router.beta))
+            with torch.no_grad():
+                beta = router.beta
+            router.observed(RouterCall.of(sublayer - 1, found, beta))
         return mixed_BTD

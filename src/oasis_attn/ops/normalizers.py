@@ -19,7 +19,6 @@ values stay accurate.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oasis_attn.errors import UserError, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.registry import Registry
 
 
@@ -148,6 +147,7 @@ def _entmax(scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 _WITH_NULL_LOGIT = ("softmax1", "learned_sink")
+_LARGEST = 1e6  # of arguments
 _HAS_NULL = {"softmax1", "learned_sink", "clipped_softmax", "softpick"}
 TOKEN_NORMALIZERS = Registry(
     "token_normalizer",
@@ -182,6 +182,10 @@ def register_token_normalizer(
     Raises:
         UserError: the name is the library's or not a name, or `function` cannot be called.
     """
+    if isinstance(function, type | torch.nn.Module):
+        raise UserError(
+            "token_normalizer: a module or a class cannot be registered, only a function"
+        )
     TOKEN_NORMALIZERS.register(name, function)
     (_HAS_NULL.add if has_null else _HAS_NULL.discard)(name)
     _RESOLVED.clear()
@@ -205,8 +209,9 @@ def resolve_normalizer(argument: str, value: str | dict[str, Any]) -> TokenNorma
     else:
         check_choice(argument, name, (*TOKEN_NORMALIZERS, "sigmoid"))
     for argument_name, number in given.items():
-        if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
-            raise UserError(f"{argument}: {argument_name} {number!r} is not a number")
+        if not isinstance(argument_name, str):
+            raise UserError(f"{argument}: {argument_name!r} is not the name of an argument")
+        check_at_least(f"{argument}: {argument_name}", number, -_LARGEST, _LARGEST)
     key = name, tuple(sorted(given.items()))
     if key not in _RESOLVED:  # once: models ask in each forward pass
         _RESOLVED[key] = _resolved(argument, name, given)
@@ -215,7 +220,11 @@ def resolve_normalizer(argument: str, value: str | dict[str, Any]) -> TokenNorma
 
 def _resolved(argument: str, name: str, arguments: dict[str, float]) -> TokenNormalizer:
     function = _sigmoid if name == "sigmoid" else TOKEN_NORMALIZERS[name]
-    taken = list(inspect.signature(function).parameters.values())[1:]
+    taken = [
+        parameter
+        for parameter in list(inspect.signature(function).parameters.values())[1:]
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
     names = [parameter.name for parameter in taken if parameter.name != "null_logit"]
     needed = [parameter.name for parameter in taken if parameter.default is parameter.empty]
     for key in arguments:

@@ -19,6 +19,7 @@ __all__ = [
     "assert_async",
     "cudnn_attention",
     "cudnn_attention_backward",
+    "dispatch_modes",
     "efficient_attention",
     "efficient_attention_backward",
     "flash_attention",
@@ -27,10 +28,15 @@ __all__ = [
     "flash_attention_for_cpu_backward",
     "fused_sdp_choice",
     "replace_apply",
+    "tensor_version",
     "tree_map_only",
 ]
 # tree_map_only moves all tensors of a nested state to another device; without it, depth routing
 # fails as soon as the layers of a model are on several devices.
+
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many dispatch modes are active; without it, selective activation checkpointing fails where an
+operation's result is changed in place."""
 
 flash_attention_for_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """The only CPU kernel that returns the log-sum-exp; without it, no null probability on the CPU."""
@@ -89,3 +95,8 @@ def allow_side_effects_in_checkpoints() -> None:
     it, a compiled model with depth routing cannot be trained with activation checkpointing.
     """
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def tensor_version(tensor: Tensor) -> int:
+    """How often `tensor` was changed in place; without it, `recompute_mixes` misses a change."""
+    return tensor._version

@@ -5,6 +5,7 @@ Axes: B batch, T tokens, D width, S sources, R routers.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from oasis_attn.ops.depth_mix.autograd import (
     weighted_sum,
 )
 from oasis_attn.ops.depth_mix.routers import Routers, rms_scale
-from oasis_attn.ops.torch_compat import tree_map_only
+from oasis_attn.ops.torch_compat import tensor_version, tree_map_only
 
 
 class RouterWeights(NamedTuple):
@@ -52,6 +53,8 @@ class AutogradMix:
         self.last: RouterWeights | None = None  # of the last router, in its first run
         self._running: dict[int, tuple[Tensor, Tensor | None]] = {}  # of unfinished blocks
         self._kept: dict[int, tuple[list[Tensor], Tensor]] = {}  # see `read`
+        self._mixed: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # and the version of each
+        self._is_read: dict[int, bool] = {}  # whether a mix was read as it was, in the first run
 
     def update(self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int) -> Tensor:
         """Take a sublayer's output as a source, and return what the next sublayer reads.
@@ -75,7 +78,11 @@ class AutogradMix:
             self.sources = carried
             if self.recompute:
                 self._kept[sublayer] = [*carried, *sources[finished:]], weights_BTS
-        return rms_scale(mixed_BTD) if self.routers.mix_scale == "rms" else mixed_BTD
+        if self.routers.mix_scale == "rms":
+            mixed_BTD = rms_scale(mixed_BTD)
+        if self.recompute and first and not torch.compiler.is_compiling():
+            self._mixed[sublayer] = weakref.ref(mixed_BTD), tensor_version(mixed_BTD)
+        return mixed_BTD
 
     def weigh(
         self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int
@@ -115,10 +122,8 @@ class AutogradMix:
         if psi_BT is not None:
             psi_BTS = (psi_BT / members if members > 1 else psi_BT).unsqueeze(-1)
             if self.psi_BTS is not None and earlier:
-                known_BTS = self.psi_BTS
-                if known_BTS.shape[-1] > earlier:  # in a layer that runs again
-                    known_BTS = known_BTS[..., :earlier]
-                psi_BTS = torch.cat([known_BTS, psi_BTS], -1)
+                # In a layer that runs again there are more, and it must run the same operations.
+                psi_BTS = torch.cat([self.psi_BTS.narrow(-1, 0, earlier), psi_BTS], -1)
         sources = [*self.sources[:earlier], branch_BTD]
         if sublayer % routers.block_size:
             if first or sublayer % 2:
@@ -137,8 +142,15 @@ class AutogradMix:
         return sources, RouterWeights(*weights, psi_BTS)
 
     def read(self, hidden_BTD: Tensor, norm: Callable[[Tensor], Tensor], sublayer: int) -> Tensor:
-        """`norm(hidden)` of the mix that `update` kept; nothing in between is kept for backward,
-        where the mix and the norm are computed once more."""
+        """`norm(hidden)`; for the mix that `update` returned, nothing in between is kept for
+        backward, where the mix and the norm are computed again.
+
+        A hidden state that a hook has replaced or changed is an ordinary input of the norm.
+        """
+        if sublayer not in self._is_read:
+            self._is_read[sublayer] = self._is_mix(hidden_BTD, sublayer)
+        if not self._is_read[sublayer]:
+            return norm(hidden_BTD)
         sources, weights_BTS = self._kept[sublayer]
         unit = self.routers.mix_scale == "rms"
         known = [] if unit else [hidden_BTD.detach()]  # not in backward
@@ -151,6 +163,15 @@ class AutogradMix:
             normed, weights_BTS, *sources, use_reentrant=False, preserve_rng_state=False
         )
         return result
+
+    def _is_mix(self, hidden_BTD: Tensor, sublayer: int) -> bool:
+        """Whether `hidden_BTD` is what `update` returned, as it was and with its gradient."""
+        if torch.compiler.is_compiling():
+            return sublayer in self._kept
+        if sublayer not in self._mixed or not hidden_BTD.requires_grad:
+            return False
+        mixed, version = self._mixed[sublayer]
+        return mixed() is hidden_BTD and version == tensor_version(hidden_BTD)
 
     def to(self, device: torch.device) -> None:
         """Move the whole state to `device`."""

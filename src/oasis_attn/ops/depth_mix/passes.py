@@ -128,7 +128,7 @@ def scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> tuple[Tensor, 
     square_BT1 = torch.linalg.vector_norm(value_BTD, dim=-1, keepdim=True).square_()
     inverse_BT1 = (square_BT1 / value_BTD.shape[-1] + eps).rsqrt_()
     with torch.autocast(source_BTD.device.type, enabled=False):
-        scores_BTR = (value_BTD @ queries_RD.to(value_BTD.dtype).T).mul_(inverse_BT1)
+        scores_BTR = value_BTD @ queries_RD.to(value_BTD.dtype).T * inverse_BT1
     return scores_BTR, inverse_BT1
 
 

@@ -12,9 +12,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from oasis_attn.ops.depth_mix.routers import Routers
+from oasis_attn.ops.torch_compat import tree_map_only
 
 
 class TritonMix:

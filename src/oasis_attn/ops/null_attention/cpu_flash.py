@@ -22,6 +22,7 @@ from oasis_attn.ops.null_attention.naive import (
     naive_weights,
 )
 from oasis_attn.ops.torch_compat import (
+    dispatch_modes,
     flash_attention_for_cpu,
     flash_attention_for_cpu_backward,
 )
@@ -59,7 +60,11 @@ class CpuFlash(HandWritten):
         keep, null = torch.sigmoid(excess), torch.sigmoid(-excess)
         if additive is not None:  # set, because c = -inf gives NaN above
             keep, null = keep.masked_fill(fully_masked, 0), null.masked_fill(fully_masked, 1)
-        return out.mul_(keep.unsqueeze(-1)), null, lse_with_null(lse, c)
+        keep = keep.unsqueeze(-1)
+        # A dispatch mode (selective checkpointing) may keep the kernel's out.
+        observed = not torch.compiler.is_compiling() and dispatch_modes()
+        out = out * keep if observed else out.mul_(keep)
+        return out, null, lse_with_null(lse, c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -23,6 +23,7 @@ from oasis_attn.ops.null_attention.naive import lse_with_null
 from oasis_attn.ops.torch_compat import (
     cudnn_attention,
     cudnn_attention_backward,
+    dispatch_modes,
     efficient_attention,
     efficient_attention_backward,
     flash_attention,
@@ -84,7 +85,8 @@ class CudaFlash(HandWritten):
         excess = lse - c
         keep, null = torch.sigmoid(excess), torch.sigmoid(-excess)
         keep = keep.unsqueeze(-1)
-        out = (out * keep).to(out.dtype) if traced else out.mul_(keep)
+        # A dispatch mode (selective checkpointing) may keep the kernel's out.
+        out = (out * keep).to(out.dtype) if traced or dispatch_modes() else out.mul_(keep)
         if additive is not None:  # set, because c = -inf gives NaN above
             null, out = (
                 null.masked_fill(fully_masked, 1),
