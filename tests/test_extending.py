@@ -1,5 +1,7 @@
 """docs/extending.md runs as written; extensions that fail are one clear line."""
 
+import hashlib
+import os
 import re
 import shlex
 import subprocess
@@ -10,17 +12,20 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from example_records import diagnosis
 from oasis_attn import (
     OasisConfig,
     UserError,
     convert,
+    extension_files,
     register_branch_norm,
     register_null_signal,
     register_token_normalizer,
 )
 from oasis_attn.cli import main
+from oasis_attn.extension_files import load_extensions
 from oasis_attn.modeling.configuration import SETTINGS
-from oasis_attn.registry import load_extensions
+from oasis_attn.records import Record, current_environment
 from tiny_models import tiny_config, tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -34,7 +39,8 @@ def ids():
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    monkeypatch.setenv("OASIS_EXTENSIONS", "")
+    monkeypatch.delenv("OASIS_EXTENSIONS", raising=False)
+    monkeypatch.setattr(extension_files, "_loaded", {})
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["oasis", *map(str, words)])
@@ -54,13 +60,12 @@ def test_a_new_null_signal_is_trained_and_compared(tmp_path, monkeypatch, run):
                 assert code == 0, shown.err
     assert Path("largest_head.py").read_text().count("\n") < 30
     assert "largest_head" in shown.out
-    # the checkpoint needs the file again
-    monkeypatch.setenv("OASIS_EXTENSIONS", "")
+    # The checkpoint does not contain the function.
     command = [sys.executable, "-m", "oasis_attn", "convert", "run", "out", "--to-vanilla"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "null_signal: 'largest_head' is not one of off, on, shuffled" in done.stderr
-    assert "--extension FILE" in done.stderr
+    assert "register it with register_null_signal, or load its file with --extension" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -73,13 +78,23 @@ def test_the_other_examples_run(code):
     ("text", "message"),
     [
         ("import torch\n1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
-        ("import torch\n\ndef (\n", "line 3: SyntaxError"),
-        ("from oasis_attn import register_null_signal as r\nr('on', abs)\n", "'on' is the library"),
+        ("\nimport torch\n\ndef (\n", "line 4: SyntaxError: invalid syntax\n"),
+        ("import json\njson.loads('{')\n", "line 2: JSONDecodeError: Expecting"),
+        ("import sys\nsys.exit('done')\n", "line 2: SystemExit: done"),
+        ("import absent_module\n", "line 1: ModuleNotFoundError: No module"),
+        ("\0", "line 1: "),
+        (
+            "from oasis_attn import register_null_signal as r\nr('on', abs)\n",
+            "line 2: null_signal: 'on' is the library",
+        ),
         (
             "from oasis_attn import register_null_signal as r\nr('a b', abs)\n",
-            "'a b' is not a name",
+            "line 2: null_signal: 'a b' is not a name",
         ),
-        ("from oasis_attn import register_null_signal as r\nr('a', 1)\n", "1 is not a function"),
+        (
+            "from oasis_attn import register_null_signal as r\nr('a', 1)\n",
+            "line 2: null_signal: 1 is not a function",
+        ),
     ],
 )
 def test_an_extension_that_fails_is_one_line(text, message, tmp_path, run):
@@ -87,22 +102,63 @@ def test_an_extension_that_fails_is_one_line(text, message, tmp_path, run):
     file.write_text(text)
     code, shown = run("--extension", file, "variants")
     assert code == 2
+    assert shown.err.startswith(f"oasis: extension: '{file}', {message.partition(':')[0]}: ")
+    assert message in shown.err
+    assert len(shown.err.splitlines()) == 1
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("absent.py", "'absent.py' cannot be read (No such file or directory)"),
+        (".", "'.' cannot be read (Is a directory)"),
+        ("", "'' cannot be read (Is a directory)"),
+        ("a" * 5000, "cannot be read (File name too long)"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(path, message, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, shown = run("--extension", path, "variants")
+    assert (code, shown.out) == (2, "")
     assert message in shown.err
     assert len(shown.err.splitlines()) == 1
 
 
-def test_an_extension_is_run_once_and_reaches_child_processes(tmp_path, run, monkeypatch):
-    file = tmp_path / "counted.py"
-    file.write_text(f"with open({str(tmp_path / 'runs')!r}, 'a') as f: f.write('x')\n")
-    for _ in range(2):
-        assert run("--extension", file, "variants")[0] == 0
-    load_extensions([str(file)])
-    assert (tmp_path / "runs").read_text() == "x"
-    monkeypatch.chdir("/")
-    subprocess.run(
-        [sys.executable, "-m", "oasis_attn", "variants"], check=True, capture_output=True
-    )
-    assert (tmp_path / "runs").read_text() == "xx"
+def test_two_files_of_one_name_are_refused(tmp_path, run):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "signals.py").write_text("")
+    first, second = (tmp_path / folder / "signals.py" for folder in ("a", "b"))
+    code, shown = run("--extension", first, "--extension", second, "variants")
+    assert code == 2
+    assert f"'{second}' has the name of a file that was run already" in shown.err
+
+
+def test_an_extension_is_run_once_and_not_for_help(tmp_path, run, monkeypatch):
+    files = [tmp_path / f"{name}.py" for name in ("first", "second", "third")]
+    for file in files:
+        file.write_text(f"with open({str(tmp_path / 'runs')!r}, 'a') as f: f.write('{file.stem} ')")
+    monkeypatch.setenv("OASIS_EXTENSIONS", os.pathsep.join(map(str, files[:2])))
+    given = ("--extension", files[1], "--extension", files[2])
+    for words in (["--help"], ["study", "--help"], ["study", "run", "--help"], ["--version"]):
+        assert run(*given, *words)[0] == 0
+    assert not (tmp_path / "runs").exists()
+    for words in (["variants"], ["study", "plans"]):
+        assert run(*given, *words)[0] == 0
+    load_extensions(files)
+    assert (tmp_path / "runs").read_text() == "first second third "
+
+
+def test_records_name_the_extensions_with_their_hashes(tmp_path, run):
+    assert "extensions" not in diagnosis(environment=current_environment()).to_dict()["environment"]
+    file = tmp_path / "signals.py"
+    file.write_text("value = 1\n")
+    assert run("--extension", file, "variants")[0] == 0
+    record = diagnosis(environment=current_environment())
+    hashes = {"signals.py": hashlib.sha256(b"value = 1\n").hexdigest()}
+    assert record.to_dict()["environment"]["extensions"] == hashes
+    assert Record.load(record.save(tmp_path / "record.json")) == record
 
 
 def test_a_name_of_ones_own_may_be_registered_again():

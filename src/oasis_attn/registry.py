@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from oasis_attn.errors import UserError, check_choice, shown
+from oasis_attn.errors import UserError, check_choice
 
 
 class Registry:
@@ -44,7 +39,10 @@ class Registry:
         try:
             check_choice(self.setting, name, (*others, *self))
         except UserError as error:
-            raise UserError(f"{error}; --extension FILE loads a file that registers more") from None
+            raise UserError(
+                f"{error}; register it with register_{self.setting}, or load its file with"
+                " --extension"
+            ) from None
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         if name not in self._entries:
@@ -53,40 +51,3 @@ class Registry:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
-
-
-def load_extensions(paths: Iterable[str]) -> None:
-    """Run Python files that register null signals, branch norms or token normalisers, once each.
-
-    Args:
-        paths: paths of Python files; relative paths start at the current folder.
-
-    Raises:
-        UserError: a path is not a Python file, or the file fails; the message has its line.
-    """
-    for path in paths:
-        if not (path.endswith(".py") and os.path.isfile(path)):
-            raise UserError(
-                f"extensions: {shown(path)} is not a Python file; relative paths start at the"
-                " current folder"
-            )
-        _load(os.path.realpath(path))
-
-
-@cache
-def _load(path: str) -> None:
-    name = f"oasis_attn_extension_{len(sys.modules)}"
-    spec = spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[name] = module  # classes of a module are found by its name
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
-        line = error.lineno if isinstance(error, SyntaxError) and error.lineno else lines[-1]
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"extensions: {shown(path)} fails in line {line}: {what}") from error

@@ -70,7 +70,8 @@ COMMANDS = all_commands()
 @st.composite
 def command_lines(draw):
     command = draw(st.sampled_from(sorted(COMMANDS)))
-    words = list(command)
+    words = [] if draw(st.integers(0, 9)) else ["--extension", draw(VALUES)]
+    words += command
     for parameter in COMMANDS[command]:
         if parameter.param_type_name == "argument":
             if draw(st.integers(0, 9)):

@@ -213,7 +213,7 @@ def test_an_extension_registers_what_a_plan_uses(tiny, tmp_path):
     with pytest.raises(UserError, match="null_signal: 'largest_head' is not one of"):
         tiny(**plan).check()
     tiny(**plan, extensions=[str(file)]).check()
-    with pytest.raises(UserError, match=r"extensions: 'absent\.py' is not a Python file"):
+    with pytest.raises(UserError, match=r"extension: 'absent\.py' cannot be read"):
         tiny(extensions=["absent.py"]).check()
 
 

@@ -16,24 +16,23 @@ import typer
 from typer import Exit, Option
 
 from oasis_attn import __version__
+from oasis_attn.cli.command import Command
 from oasis_attn.cli.convert import convert
 from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
 from oasis_attn.cli.evaluate import evaluate
 from oasis_attn.cli.metrics import metrics
-from oasis_attn.cli.option_names import Command
 from oasis_attn.cli.prefix import prefix
 from oasis_attn.cli.quantize import quantize
 from oasis_attn.cli.study import study
 from oasis_attn.cli.train import train
 from oasis_attn.cli.variants import variants
 from oasis_attn.errors import UserError, shown
+from oasis_attn.extension_files import EXTENSIONS_VARIABLE
 from oasis_attn.files import refusal
-from oasis_attn.registry import load_extensions
 
 INTERRUPTED = 130
 _MAX_MESSAGE_LENGTH = 3000
-_EXTENSIONS = "OASIS_EXTENSIONS"  # environment variable: paths, separated as those of PATH
 
 app = typer.Typer(
     name="oasis",
@@ -47,14 +46,14 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def top(
+    ctx: typer.Context,
     version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
-    extensions: Annotated[
+    extension: Annotated[
         list[str] | None,
         Option(
-            "--extension",
             metavar="FILE",
-            help="Python file that registers null signals, branch norms or token normalisers; it is"
-            " run before the command. Repeatable; or paths in OASIS_EXTENSIONS.",
+            help="Run a Python file before the command, to register null signals, branch norms or"
+            " token normalisers; repeatable. Paths in OASIS_EXTENSIONS are run first.",
         ),
     ] = None,
 ) -> None:
@@ -62,10 +61,8 @@ def top(
     if version:
         print(f"oasis-attn {__version__}")
         raise Exit
-    paths = [path for path in os.environ.get(_EXTENSIONS, "").split(os.pathsep) if path]
-    paths += extensions or []
-    load_extensions(paths)
-    os.environ[_EXTENSIONS] = os.pathsep.join(map(os.path.abspath, paths))  # for child processes
+    paths = os.environ.get(EXTENSIONS_VARIABLE, "").split(os.pathsep)
+    ctx.obj = [*filter(None, paths), *(extension or ())]  # `Command` runs these files
 
 
 for command in (demo, diagnose, convert, train, evaluate, prefix, quantize, variants, metrics):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from oasis_attn.cli.option_names import Command
+from oasis_attn.cli.command import Command
 from oasis_attn.cli.terminal import AsJson, pairs, print_json, print_table
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -84,7 +84,7 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON holds it; a number that is not finite is a string (`nan`, `-inf`)."""
-        values: dict[str, Any] = encode(asdict(self))
+        values: dict[str, Any] = encode(self)
         common = {each.name: values.pop(each.name) for each in fields(Record)}
         return {"kind": self.kind, "version": self.version} | values | common
 

@@ -6,10 +6,13 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+
+from oasis_attn.extension_files import extension_hashes
+from oasis_attn.records.schema import OPTIONAL
 
 _PACKAGES = ("oasis-attn", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy")
 
@@ -26,6 +29,8 @@ class Environment:
         platform: the operating system.
         commit: git commit of the package's source, with `+` if files were changed since; None
             if the package does not run from a git checkout.
+        extensions: the user's extension files that were run: name -> SHA-256; absent from the file
+            if there were none.
     """
 
     versions: dict[str, str]
@@ -34,11 +39,16 @@ class Environment:
     threads: int
     platform: str
     commit: str | None
+    extensions: dict[str, str] = field(default_factory=dict, metadata=OPTIONAL)
+
+
+def current_environment() -> Environment:
+    """The environment of this process; all but the extensions is determined once."""
+    return replace(_environment(), extensions=extension_hashes())
 
 
 @cache
-def current_environment() -> Environment:
-    """The environment of this process, determined once."""
+def _environment() -> Environment:
     import torch
 
     versions = {"python": platform.python_version()}

@@ -10,9 +10,16 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from oasis_attn.errors import shown
 
+OPTIONAL = {"optional": True}
+"""Metadata of a dataclass field that is absent from JSON where it is empty."""
+
 
 def encode(value: Any) -> Any:
     """`value` as JSON holds it: mappings, lists, and a string for a number that is not finite."""
+    if is_dataclass(value) and not isinstance(value, type):
+        empty = {name for name in _optional(type(value)) if not getattr(value, name)}
+        names = (each.name for each in fields(value) if each.name not in empty)
+        return {name: encode(getattr(value, name)) for name in names}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -20,6 +27,12 @@ def encode(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [encode(item) for item in value]
     return value
+
+
+@cache
+def _optional(kind: type) -> frozenset[str]:
+    """Names of the fields of a dataclass that may be absent."""
+    return frozenset(each.name for each in fields(kind) if each.metadata.get("optional"))
 
 
 @cache
@@ -42,12 +55,13 @@ def decode(expected: Any, found: Any, key: str) -> Any:
         case _ if isinstance(expected, type) and is_dataclass(expected):
             schema = _schema(expected)
             _check_type(dict, found, key)
-            if found.keys() != schema.keys():
-                wrong = sorted(found.keys() ^ schema.keys())[0]
+            different = (found.keys() ^ schema.keys()) - _optional(expected)
+            if different:
+                wrong = min(different)
                 problem = "missing" if wrong in schema else "unknown"
                 names = ", ".join(schema)
                 raise ValueError(f"{key}: key {shown(wrong)} is {problem}; allowed are {names}")
-            return expected(**{n: decode(t, found[n], f"{key}.{n}") for n, t in schema.items()})
+            return expected(**{n: decode(schema[n], x, f"{key}.{n}") for n, x in found.items()})
         case origin if origin is UnionType:
             (other,) = (each for each in arguments if each is not NoneType)
             return None if found is None else decode(other, found, key)

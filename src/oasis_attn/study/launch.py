@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from oasis_attn.errors import UserError, check_choice
+from oasis_attn.extension_files import load_extensions, loaded_extensions
 from oasis_attn.files import write_text
 from oasis_attn.study.plan import Trial
 
@@ -64,10 +65,12 @@ class _ProcessJob:
         self._record, self._failure = folder.record_path(trial), folder.failure_path(trial)
         self._log = log
         threads = str(trial.threads)
-        command = [sys.executable, "-m", "oasis_attn", "study", "trial", str(folder.path), trial.id]
+        command = [sys.executable, "-m", "oasis_attn"]
+        command += [word for path in loaded_extensions() for word in ("--extension", path)]
+        command += ["study", "trial", str(folder.path), trial.id, "--exit-with-parent"]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [*command, "--exit-with-parent"],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=file,
@@ -140,7 +143,8 @@ class ClusterLauncher:
 
     def start(self, folder: StudyFolder, trial: Trial) -> Job:
         self._executor.update_parameters(name=trial.id)
-        job = self._executor.submit(run_in_job, str(folder.path.resolve()), trial.id)
+        path = str(folder.path.resolve())
+        job = self._executor.submit(run_in_job, path, trial.id, loaded_extensions())
         return _ClusterJob(job, folder, trial)
 
 
@@ -162,8 +166,9 @@ class _ClusterJob:
         """Do nothing: the job continues, and the next run finds its record."""
 
 
-def run_in_job(folder: str, trial_id: str) -> None:
-    """Run one trial; the function of a cluster job."""
+def run_in_job(folder: str, trial_id: str, extensions: Sequence[str]) -> None:
+    """Run one trial, with the extension files of the study; the function of a cluster job."""
     from oasis_attn.study.storage import StudyFolder
 
+    load_extensions(extensions)
     StudyFolder.open(folder).run(trial_id)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 
 from oasis_attn.errors import UserError
+from oasis_attn.extension_files import extension_hashes
 from oasis_attn.files import check_free, is_locked, write_text
 from oasis_attn.records import TrialRecord
 from oasis_attn.study.lookup import PLAN_FILE, plan_path, shipped_plans
@@ -204,8 +206,12 @@ def rerun_command(plan: Plan, trial: Trial) -> str:
     """The command that runs `trial` again.
 
     It names the plan if it is one of the package; otherwise `plan.yaml`, the file in the folder of
-    the study.
+    the study.  It names the extension files of this process without their folders.
     """
     shipped = shipped_plans().get(plan.name)
     same = shipped is not None and parse_plan(shipped, plan.name) == plan
-    return f"oasis study trial {plan.name if same else 'plan.yaml'} {trial.id} --out trial.json"
+    extensions = [word for name in extension_hashes() for word in ("--extension", name)]
+    name = plan.name if same else PLAN_FILE
+    return shlex.join(
+        ["oasis", *extensions, "study", "trial", name, trial.id, "--out", "trial.json"]
+    )

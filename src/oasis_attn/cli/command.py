@@ -1,4 +1,4 @@
-"""Errors of the library name parameters; errors of the command line should name options."""
+"""What all commands do: run the extension files first, and name options in errors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Any
 from typer.core import TyperCommand
 
 from oasis_attn.errors import UserError
+from oasis_attn.extension_files import load_extensions
 
 _QUOTED = re.compile(r"('[^']*'|\"[^\"]*\")")
 
 
 class Command(TyperCommand):
-    """A command whose errors name its options: `--save-every` instead of `save_every`."""
+    """A command that runs the user's extension files first; `--help` does not run them.
+
+    Errors of the library name parameters; the errors of a command name its options instead:
+    `--save-every` for `save_every`.
+    """
 
     def invoke(self, ctx: Any) -> Any:
+        load_extensions(ctx.obj or ())
         try:
             return super().invoke(ctx)
         except UserError as error:
