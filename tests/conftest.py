@@ -15,6 +15,19 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def own_extensions(monkeypatch):
+    """What a test registers is gone when it ends."""
+    from oasis_attn import extension_files
+    from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS
+    from oasis_attn.ops.normalizers import TOKEN_NORMALIZERS
+
+    monkeypatch.delenv(extension_files.EXTENSIONS_VARIABLE, raising=False)
+    monkeypatch.setattr(extension_files, "_loaded", {})
+    for registry in (BRANCH_NORMS, NULL_SIGNALS, TOKEN_NORMALIZERS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> str:
     """Sums, written out: the same text on every machine."""

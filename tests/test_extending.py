@@ -17,7 +17,6 @@ from oasis_attn import (
     OasisConfig,
     UserError,
     convert,
-    extension_files,
     register_branch_norm,
     register_null_signal,
     register_token_normalizer,
@@ -32,6 +31,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 
+pytestmark = pytest.mark.usefixtures("own_extensions")
+
+
 @pytest.fixture
 def ids():
     return torch.randint(3, 90, (2, 11))
@@ -39,9 +41,6 @@ def ids():
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    monkeypatch.delenv("OASIS_EXTENSIONS", raising=False)
-    monkeypatch.setattr(extension_files, "_loaded", {})
-
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["oasis", *map(str, words)])
         return main(), capfd.readouterr()
@@ -60,6 +59,13 @@ def test_a_new_null_signal_is_trained_and_compared(tmp_path, monkeypatch, run):
                 assert code == 0, shown.err
     assert Path("largest_head.py").read_text().count("\n") < 30
     assert "largest_head" in shown.out
+    records = [Record.load(path) for path in Path("signals", "trials").glob("*.json")]
+    assert len(records) == 4
+    for record in [*records, Record.load("run/record.json")]:
+        assert list(record.environment.extensions) == ["largest_head.py"]
+    assert {record.command.partition(" study ")[0] for record in records} == {
+        "oasis --extension largest_head.py"
+    }
     # The checkpoint does not contain the function.
     command = [sys.executable, "-m", "oasis_attn", "convert", "run", "out", "--to-vanilla"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,18 +6,31 @@ from pathlib import Path
 
 import pytest
 
+from oasis_attn import register_null_signal
 from oasis_attn.errors import UserError
+from oasis_attn.extension_files import load_extensions
 from oasis_attn.modeling.variants import variants
 from oasis_attn.study.lookup import shipped_plans
 from oasis_attn.study.plan import Plan
 from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text
+from oasis_attn.study.run import run_study
+from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.verdict import BASELINES
+from oasis_attn.study.worker import run_alone
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
+@pytest.mark.usefixtures("own_extensions")
 def test_every_shipped_plan_can_be_run():
     assert {"smoke", "paper", "isolate", "signal", "beyond", "confirm"} <= set(shipped_plans())
     for name in shipped_plans():
         plan = load_plan(name)
+        if name == "beyond":
+            with pytest.raises(UserError, match="'attention_only' is not one of off, on, shuffled"):
+                plan.check()
+            plan.check(["oasis"])
+            load_extensions(EXPERIMENTS.glob("*.py"))
         plan.check()
         assert plan.name == name
         assert len({trial.id for trial in plan.trials}) == len(plan.trials)
@@ -202,19 +215,27 @@ def test_an_error_for_an_unknown_plan_names_the_nearest():
         load_plan("absent.yaml")
 
 
-def test_an_extension_registers_what_a_plan_uses(tiny, tmp_path):
-    file = tmp_path / "largest_head.py"
-    file.write_text(
-        "from oasis_attn import register_null_signal\n"
-        "register_null_signal('largest_head', lambda null_BHT, layer: null_BHT.amax(1))\n"
-    )
-    entry = {"base": "oasis", "overrides": {"null_signal": "largest_head"}}
-    plan = {"variants": {"vanilla": None, "largest": entry}, "compare": {}}
-    with pytest.raises(UserError, match="null_signal: 'largest_head' is not one of"):
-        tiny(**plan).check()
-    tiny(**plan, extensions=[str(file)]).check()
-    with pytest.raises(UserError, match=r"extension: 'absent\.py' cannot be read"):
-        tiny(extensions=["absent.py"]).check()
+@pytest.mark.usefixtures("own_extensions")
+def test_an_unregistered_name_is_an_error_of_running_a_study_only(tiny, tmp_path):
+    entry = {"base": "oasis", "overrides": {"null_signal": "largest"}}
+    plan = tiny(variants={"vanilla": None, "largest": entry}, compare={})
+    message = "null_signal: 'largest' is not one of off, on, shuffled; register it with"
+    with pytest.raises(UserError, match=f"^{message} register_null_signal, or load its file with"):
+        run_study(plan, tmp_path / "out", show=False)
+    assert not (tmp_path / "out").exists()
+    folder = StudyFolder.begin(tmp_path / "out", plan)
+    assert folder.status().total == 2
+    with pytest.raises(UserError, match=message):
+        run_alone(str(folder.path), plan.trials[1].id)
+    assert [path.name for path in folder.path.iterdir()] == ["plan.yaml"]
+    plan.check(["vanilla"])
+    register_null_signal("largest", lambda null_BHT, _layer: null_BHT.amax(1))
+    plan.check()
+
+
+def test_a_plan_cannot_name_files_to_run(plain):
+    with pytest.raises(UserError, match="plan: 'extensions' is not one of"):
+        Plan.from_dict(plain() | {"extensions": ["signals.py"]})
 
 
 def test_published_results_can_be_read_after_a_setting_is_removed(tiny):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from oasis_attn.errors import UserError
+from oasis_attn.extension_files import load_extensions
 from oasis_attn.files import lock
 from oasis_attn.records import Record
 from oasis_attn.study import run as runs
@@ -199,6 +200,7 @@ def _run_study(plan, out: Path) -> None:
     run_study(plan, out, show=False)
 
 
+@pytest.mark.usefixtures("own_extensions")
 def test_real_trials_end_with_their_parent_and_are_resumed(tiny, tmp_path):
     """Kill the study with SIGKILL while a trial trains; then finish the study on a cluster."""
     training = dict(tiny().training) | {"steps": 150, "save_every": 25}
@@ -217,9 +219,14 @@ def test_real_trials_end_with_their_parent_and_are_resumed(tiny, tmp_path):
     folder = StudyFolder.open(out)
     assert folder.missing() == [trial]
 
+    extension = tmp_path / "signals.py"
+    extension.write_text("")
+    load_extensions([extension])
     cluster = ClusterLauncher("local", {"timeout_min": 10})
     status = run_study(plan, out, launcher=cluster, show=False)
     assert (status.left, status.failed) == (0, {})
+
+    assert list(folder.records()[trial].environment.extensions) == ["signals.py"]
 
     # The recorded command in this process has the same results as the resumed trial.
     again, different = run_alone(

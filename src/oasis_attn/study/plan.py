@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from oasis_attn.data import load_corpus
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
 from oasis_attn.evaluation import EvaluationConfig
-from oasis_attn.extension_files import load_extensions
 from oasis_attn.modeling.configuration import OasisConfig, check_settings
 from oasis_attn.modeling.model_sizes import text_config
 from oasis_attn.modeling.variants import settings_of, variants
@@ -123,8 +122,6 @@ class Plan:
         reference: the variant that the noise floor is estimated from.
         training: fields of `TrainingConfig` for all trials.
         windows, schemes, evaluation, threads: see `Trial`.
-        extensions: Python files that register null signals, branch norms or token normalisers;
-            `check` runs them.
 
     Raises:
         UserError: at construction, for values that contradict each other.  `check` raises it for
@@ -146,7 +143,6 @@ class Plan:
     schemes: tuple[str, ...] = ()
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     threads: int = 1
-    extensions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.variants):
@@ -184,13 +180,15 @@ class Plan:
                     f"name: trial id {shown(trial.id)} has more than {_MAX_ID_LENGTH} bytes"
                 )
 
-    def check(self) -> None:
-        """Check that every trial can run; a plan of published results need not be runnable.
+    def check(self, variants: Iterable[str] | None = None) -> None:
+        """Check that trials can run; a plan of published results need not be runnable.
+
+        Args:
+            variants: names of the variants whose trials will run; by default, all.
 
         Raises:
             UserError: a setting, scheme, task, size or corpus is unknown or invalid.
         """
-        load_extensions(self.extensions)
         for scheme in self.schemes:
             check_choice("schemes", scheme, schemes())
         for name in self.training:
@@ -207,7 +205,7 @@ class Plan:
                 )
             if tasks:
                 EvaluationConfig(tasks=tasks, **self.evaluation)
-        for name in self.variants:
+        for name in self.variants if variants is None else variants:
             self._check_variant(name)
 
     @property
@@ -293,7 +291,6 @@ class Plan:
                 raise UserError(f"{name}: {shown(plain[name])} is not text")
         kinds = {
             "seeds": int, "noise_seeds": int, "candidates": str, "sizes": str, "schemes": str,
-            "extensions": str,
         }  # fmt: skip
         for name, kind in kinds.items():
             if name in plain:

@@ -111,8 +111,8 @@ class StudyFolder:
 
     def run(self, trial_id: str) -> TrialRecord:
         """Run one trial in this process."""
-        self.plan.check()
         trial = self.plan.trial(trial_id)
+        self.plan.check([trial.variant])
         command = rerun_command(self.plan, trial)
         return run_trial(trial, self.record_path(trial), self.work_path(trial), command=command)
 

@@ -59,8 +59,8 @@ def run_alone(
     else:
         check_free(out)
         plan = StudyFolder.open(where).plan if os.path.isdir(where) else load_plan(where)
-        plan.check()
         trial = plan.trial(trial_id)
+        plan.check([trial.variant])
         work = out.with_name(f".{out.name}.work")
         record = run_trial(trial, out, work, command=rerun_command(plan, trial))
     return record, [] if expected is None else differences(expected, record)
