@@ -274,10 +274,9 @@ def _initialise_added(model: OasisForCausalLM, native: PreTrainedModel) -> None:
         if layer.null_logit is not None:
             off = torch.full(layer.null_logit.shape, _SINK_OFF, dtype=native.dtype)
             layer.null_logit = nn.Parameter(off.to(native.device))
+    # At least float32; from_pretrained keeps these parameters so too.
+    precise = torch.promote_types(native.dtype, torch.float32)
     if model.model.depth is not None:
-        # At least float32; from_pretrained keeps these parameters so too.
-        precise = torch.promote_types(native.dtype, torch.float32)
         model.model.depth = DepthRouter(model.config).to(native.device, precise)
-    if model.model.null_signal is not None:
-        signal = null_signal_module(model.config)
-        model.model.null_signal = None if signal is None else signal.to(native.device)
+    if (signal := null_signal_module(model.config)) is not None:
+        model.model.null_signal = signal.to(native.device, precise)

@@ -16,6 +16,7 @@ a setting needs it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -155,6 +156,16 @@ class OasisModel(Attached, OasisPreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, RoutedLayer) and module.null_logit is not None:
             init.zeros_(module.null_logit)
+        elif module is getattr(self, "null_signal", None):
+            initial: Any = null_signal_module(self.oasis_config)  # values of its constructor
+            for tensors in zip(_tensors(module), _tensors(initial), strict=True):
+                init.copy_(*tensors)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a module."""
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def checked(config: OasisConfig | None) -> OasisConfig:

@@ -1,0 +1,176 @@
+"""Null signals, branch norms and token normalisers of a user act as the library's own do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from oasis_attn import (
+    OasisConfig,
+    OasisForCausalLM,
+    UserError,
+    convert,
+    register_branch_norm,
+    register_null_signal,
+    register_token_normalizer,
+)
+from oasis_attn.extension_files import load_extensions
+from oasis_attn.ops import normalize
+from tiny_models import tiny_config, tiny_model
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
+EXPERIMENTAL = [
+    ("null_signal", "log"),
+    ("null_signal", "attention_only"),
+    ("null_signal", "by_head"),
+    ("branch_norm", "bounded"),
+]
+
+
+@pytest.fixture(autouse=True)
+def experiments(own_extensions):  # noqa: ARG001
+    load_extensions(EXPERIMENTS)
+
+
+def logits_of(ids, **settings):
+    model = tiny_model(**settings)
+    if model.model.null_signal is not None:
+        model.model.null_signal.weights_LH.data.uniform_(0, 2)
+    return model(ids).logits
+
+
+@pytest.mark.parametrize(("setting", "name"), EXPERIMENTAL)
+def test_each_experiment_has_an_effect_and_gradients(setting, name, ids):
+    logits = logits_of(ids, **{setting: name})
+    assert (logits - logits_of(ids)).abs().max() > 1e-3
+    model = tiny_model(**{setting: name}).train()
+    model(ids, labels=ids).loss.backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize(("setting", "name"), EXPERIMENTAL)
+def test_cached_decoding_equals_the_full_pass(setting, name, ids):
+    model = tiny_model(dtype=torch.float64, **{setting: name})
+    cache, steps = None, []
+    with torch.no_grad():
+        for token in ids.split(1, dim=1):
+            out = model(token, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+        torch.testing.assert_close(torch.cat(steps, 1), model(ids).logits, rtol=0, atol=2e-5)
+
+
+def test_a_signal_with_parameters_is_saved_and_starts_at_its_own_values(tmp_path, ids):
+    model = tiny_model(null_signal="by_head")
+    assert torch.equal(model(ids).logits, tiny_model()(ids).logits)  # the mean over heads
+    model.model.null_signal.weights_LH.data.uniform_(0, 2)
+    model.save_pretrained(tmp_path / "model")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+    native = AutoModelForCausalLM.from_config(tiny_config()).eval()
+    converted = convert(native, null_signal="by_head")
+    torch.testing.assert_close(converted(ids).logits, native(ids).logits, rtol=0, atol=1e-5)
+    native.save_pretrained(tmp_path / "native")
+    direct = OasisForCausalLM.from_pretrained(tmp_path / "native", null_signal="by_head")
+    for new in (converted, direct):
+        assert new.model.null_signal.weights_LH.eq(1).all()
+
+
+def test_a_checkpoint_needs_the_registration_and_says_so(tmp_path):
+    tiny_model(null_signal="log").save_pretrained(tmp_path)
+    code = "import sys; from transformers import AutoModelForCausalLM as A; import oasis_attn\n"
+    code += "try: A.from_pretrained(sys.argv[1])\nexcept oasis_attn.UserError as e: print(e)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "null_signal: 'log' is not one of off, on, shuffled; register it with"
+        " register_null_signal, or load its file with --extension\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        ({"null_signal": "mine"}, "null_signal: 'mine' is not one of off, on, shuffled"),
+        ({"branch_norm": "mine"}, "branch_norm: 'mine' is not one of none, rms, rms_mlp"),
+        ({"token_normalizer": "mine"}, "token_normalizer: 'mine' is not one of softmax, softmax1"),
+        ({"token_normalizer": {"name": "mine", "a": 1.0}}, "token_normalizer: 'mine' is not one"),
+    ],
+)
+def test_a_name_that_is_not_registered_is_refused_with_the_remedy(settings, start):
+    (setting,) = settings
+    with pytest.raises(UserError) as raised:
+        OasisConfig(text_config=tiny_config(), **settings)
+    assert str(raised.value).startswith(start)
+    end = f"register it with register_{setting}, or load its file with --extension"
+    assert str(raised.value).endswith(end)
+
+
+def test_a_signal_reads_each_layers_null_and_may_differ_for_the_mlp(ids):
+    seen = []
+
+    def spy(null_BHT, layer):
+        seen.append((layer, null_BHT.shape))
+        return null_BHT.mean(1), torch.zeros_like(null_BHT[:, 0])
+
+    register_null_signal("spy", spy)
+    logits = logits_of(ids, null_signal="spy")
+    assert seen == [(layer, (2, 4, 12)) for layer in range(4)]
+    assert torch.equal(logits, logits_of(ids, null_signal="attention_only"))  # None is 0
+
+
+def test_a_branch_norm_reads_the_embedding_and_every_branch(ids):
+    seen = []
+
+    def spy(x_BTD, kind):
+        seen.append((kind, x_BTD.shape))
+        return x_BTD
+
+    register_branch_norm("spy", spy)
+    assert torch.equal(logits_of(ids, branch_norm="spy"), logits_of(ids))
+    kinds = ["embedding", *["attention", "mlp"] * 4]
+    assert seen == [(kind, (2, 12, 32)) for kind in kinds]
+
+
+def softmax1_with_temperature(scores, temperature=1.0):
+    weights = nn.functional.pad(scores / temperature, (0, 1)).softmax(-1)
+    return weights[..., :-1], weights[..., -1]
+
+
+def test_a_token_normalizer_is_the_same_as_the_library_s_with_the_same_formula(ids, tmp_path):
+    register_token_normalizer("warm", softmax1_with_temperature, has_null=True)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    results = []
+    for normalizer in ("softmax1", "warm", {"name": "warm", "temperature": 2.0}):
+        model = tiny_model(token_normalizer=normalizer, dtype=torch.float64)
+        with torch.no_grad():
+            results.append(model(ids, attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=2e-5)
+    assert (results[0] - results[2]).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert again.config.token_normalizer == {"name": "warm", "temperature": 2.0}
+    with torch.no_grad():
+        logits = again(ids, attention_mask=mask).logits[mask.bool()]
+    assert torch.equal(logits, results[2])
+
+
+def test_masked_keys_have_no_weight_whatever_a_token_normalizer_returns():
+    register_token_normalizer("all_ones", lambda s: (s * 0 + 1, s[..., 0] * 0), has_null=False)
+    scores, mask = torch.zeros(2, 3), torch.tensor([[True, True, False], [False] * 3])
+    weights, null = normalize(scores, "all_ones", mask=mask)
+    assert weights.tolist() == [[1, 1, 0], [0, 0, 0]]
+    assert null.tolist()[1] == 1
+    with pytest.raises(UserError, match="needs a token_normalizer with a null"):
+        OasisConfig(text_config=tiny_config(), token_normalizer="all_ones")
