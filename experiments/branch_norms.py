@@ -1,7 +1,9 @@
-"""A branch norm that was tried and not found better.  Import the file to register it.
+"""A branch norm that was tried and is not better than those of the library.
 
-`bounded`   divides by sqrt(mean square + 0.1): no branch becomes larger than 1, and what is small
-            stays small, so that a null can still silence a branch
+`bounded`   divides by sqrt(mean square + 0.1): the root mean square of a branch becomes at most 1,
+            and small branches stay small, so that the null can still switch a branch off
+
+Use it with `oasis --extension experiments/branch_norms.py ...`, or import the file in Python.
 """
 
 import torch.nn.functional as F

@@ -1,8 +1,12 @@
-"""Null signals beyond the paper's, tried and not found better.  Import the file to register them.
+"""Null signals that were tried and are not better than that of the paper.
 
-`log`              log(1 + null / 0.001): a null of a hundredth says nearly as much as one of a half
-`attention_only`   the psi of an MLP is 0, so it is not avoided for what its attention did not find
-`by_head`          psi is a learned combination of the heads, which starts at their mean
+`log`              mean of log(1 + null / 0.001): null probabilities of 0.01 and 0.5 differ by less
+                   than a factor of three
+`attention_only`   psi of an MLP is 0: the null probability of an attention layer does not reduce
+                   the weight of the following MLP
+`by_head`          psi is a learned combination of the heads; its initial value is their mean
+
+Use them with `oasis --extension experiments/null_signals.py ...`, or import the file in Python.
 
 Axes: B batch, H heads, T tokens, L layers.
 """
@@ -13,7 +17,7 @@ from torch import Tensor, nn
 from oasis_attn import register_null_signal
 
 LOG_FLOOR = 1e-3
-"""The null probability from which on `log` grows with its logarithm."""
+"""Below this null probability `log` is about linear; above it grows like the logarithm."""
 
 
 def log(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001

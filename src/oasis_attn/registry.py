@@ -1,4 +1,4 @@
-"""Named functions that a setting of `OasisConfig` may choose, and that users may add to."""
+"""Registries: the named functions that a setting of `OasisConfig` selects; users can add more."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from oasis_attn.errors import UserError, check_choice
 
 
 class Registry:
-    """The values of one setting.
+    """The functions that one setting can select.
 
     Args:
-        setting: its name, for messages.
-        entries: those of the library; they cannot be replaced.
+        setting: name of the setting.
+        entries: the functions of the library, by name; they cannot be replaced.
     """
 
     def __init__(self, setting: str, entries: dict[str, Callable[..., Any]]):
@@ -21,10 +21,11 @@ class Registry:
         self.own, self._entries = frozenset(entries), dict(entries)
 
     def register(self, name: str, entry: Callable[..., Any]) -> None:
-        """Add `entry` as `name`; a user's own entry of that name is replaced.
+        """Add `entry` as `name`, or replace it if the user has added it before.
 
         Raises:
-            UserError: the name is the library's, or no identifier; the entry cannot be called.
+            UserError: `name` is not an identifier or is a name of the library, or `entry` is not
+                callable.
         """
         if not isinstance(name, str) or not name.isidentifier():
             raise UserError(f"{self.setting}: {name!r} is not a name of letters, digits and _")

@@ -1,4 +1,4 @@
-"""Null signals and branch norms: settings of `OasisConfig` that users extend by one function.
+"""Null signals and branch norms: settings of `OasisConfig` to which users can add a function.
 
     def largest_head(null_BHT, layer):
         return null_BHT.amax(1)
@@ -6,7 +6,8 @@
     register_null_signal("largest_head", largest_head)
     OasisConfig(null_signal="largest_head")
 
-A checkpoint keeps the name; whoever loads it must have registered it.
+A checkpoint contains only the name, which must be registered before the checkpoint is loaded.
+docs/extending.md explains how, on the command line and in studies.
 
 Axes: B batch, H heads, T tokens, D width.
 """
@@ -36,10 +37,10 @@ def mean_over_heads(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
 
 
 def shuffled(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
-    """psi of OASIS at other tokens, a control: the distribution stays, the information is lost.
+    """psi of OASIS, permuted over all tokens of the batch: a control without the information.
 
-    One random permutation of all tokens of the batch in each layer, so that a layer's attention and
-    MLP share psi as they do without it.  It is not causal.
+    Each layer draws one random permutation, so that its attention and its MLP have the same psi.
+    The result uses values of future tokens.
     """
     psi_BT = null_BHT.mean(1)
     order = torch.randperm(psi_BT.numel(), device=psi_BT.device)
@@ -48,11 +49,13 @@ def shuffled(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
 
 def rms(x_BTD: Tensor, kind: str) -> Tensor:  # noqa: ARG001
     """Root mean square 1 at each token: Peri-LN (arXiv 2502.02732) without its gain."""
-    return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)  # as large as the families', for gradients
+    return F.rms_norm(
+        x_BTD, x_BTD.shape[-1:], eps=1e-6
+    )  # eps of most families; a smaller one allows larger gradients
 
 
 def rms_mlp(x_BTD: Tensor, kind: str) -> Tensor:
-    """`rms` of the MLPs alone: the null may still make attention's output small."""
+    """`rms` for MLPs only, so that the null can still make attention outputs small."""
     return rms(x_BTD, kind) if kind == "mlp" else x_BTD
 
 
@@ -61,17 +64,17 @@ BRANCH_NORMS = Registry("branch_norm", {"rms": rms, "rms_mlp": rms_mlp})
 
 
 def register_null_signal(name: str, signal: NullSignal | type[nn.Module]) -> None:
-    """Make `null_signal=name` a choice of `OasisConfig`.
+    """Add `name` to the values of `OasisConfig.null_signal`.
 
     Args:
-        name: letters, digits and `_`; none of the library's.
-        signal: called in each layer with the null probabilities `[B, H, T]` and the layer's index.
-            It returns psi `[B, T]` for both branches, or a tuple of the attention's and the MLP's;
-            None is 0.  A class of modules is made from the `OasisConfig`; its parameters are saved
-            with the model's, as `null_signal.*`.
+        name: letters, digits and `_`; not a name of the library.
+        signal: a function that each layer calls with its null probabilities `[B, H, T]` and its
+            index.  It returns psi `[B, T]` for attention and MLP, or a tuple of one for each; None
+            stands for 0.  Or a subclass of `nn.Module` with such a `forward`: a model constructs it
+            from its `OasisConfig` and saves its parameters as `model.null_signal.*`.
 
     Raises:
-        UserError: the name is the library's or not a name, or `signal` cannot be called.
+        UserError: `name` is not valid or is a name of the library, or `signal` is not callable.
     """
     if isinstance(signal, nn.Module):
         raise UserError(
@@ -82,12 +85,13 @@ def register_null_signal(name: str, signal: NullSignal | type[nn.Module]) -> Non
 
 
 def register_branch_norm(name: str, norm: BranchNorm) -> None:
-    """Make `branch_norm=name` a choice of `OasisConfig`.
+    """Add `name` to the values of `OasisConfig.branch_norm`.
 
     Args:
-        name: letters, digits and `_`; none of the library's.
-        norm: called with the embedding and each branch's output `[B, T, D]` before they join the
-            residual, and with "embedding", "attention" or "mlp"; it returns `[B, T, D]`.
+        name: letters, digits and `_`; not a name of the library.
+        norm: a function that is called with the embedding and the output of each branch,
+            `[B, T, D]`, before they are added to the residual, and with their kind, "embedding",
+            "attention" or "mlp".  It returns `[B, T, D]`.
 
     Raises:
         UserError: as `register_null_signal`.
@@ -98,7 +102,7 @@ def register_branch_norm(name: str, norm: BranchNorm) -> None:
 
 
 def null_signal_module(config: OasisConfig) -> nn.Module | None:
-    """A new module of `config.null_signal`, if that is a class of modules."""
+    """A new module for `config.null_signal`, if a module class is registered for it."""
     signal = None if config.null_signal == "off" else NULL_SIGNALS[config.null_signal]
     if isinstance(signal, type) and issubclass(signal, nn.Module):
         return signal(config)

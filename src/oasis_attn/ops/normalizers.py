@@ -169,18 +169,18 @@ NORMALIZERS = (*TOKEN_NORMALIZERS, "sigmoid")
 def register_token_normalizer(
     name: str, function: Callable[..., tuple[Tensor, Tensor]], *, has_null: bool
 ) -> None:
-    """Make `token_normalizer=name` a choice of `OasisConfig`.
+    """Add `name` to the values of `OasisConfig.token_normalizer`.
 
-    It runs on the attention map itself, without a fused kernel.
+    Attention with this normaliser has no fused kernel; it stores the whole attention map.
 
     Args:
-        name: letters, digits and `_`; none of the library's.
+        name: letters, digits and `_`; not a name of the library.
         function: maps logits `[..., n]`, -inf where masked, to weights `[..., n]` and the null
-            probability `[...]`.  Further parameters are the normaliser's arguments, numbers.
-        has_null: whether the null probability can be read by a null signal.
+            probability `[...]`.  Its other parameters are numbers that the configuration sets.
+        has_null: whether null signals can use the null probability.
 
     Raises:
-        UserError: the name is the library's or not a name, or `function` cannot be called.
+        UserError: `name` is not valid or is a name of the library, or `function` is not callable.
     """
     if isinstance(function, type | torch.nn.Module):
         raise UserError(
