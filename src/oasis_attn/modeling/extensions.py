@@ -49,9 +49,8 @@ def shuffled(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
 
 def rms(x_BTD: Tensor, kind: str) -> Tensor:  # noqa: ARG001
     """Root mean square 1 at each token: Peri-LN (arXiv 2502.02732) without its gain."""
-    return F.rms_norm(
-        x_BTD, x_BTD.shape[-1:], eps=1e-6
-    )  # eps of most families; a smaller one allows larger gradients
+    # The eps of most families; a smaller one allows larger gradients.
+    return F.rms_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6)
 
 
 def rms_mlp(x_BTD: Tensor, kind: str) -> Tensor:
