@@ -6,11 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedConfig
 
 from example_records import diagnosis
 from oasis_attn import (
@@ -63,6 +64,8 @@ def test_a_new_null_signal_is_trained_and_compared(tmp_path, monkeypatch, run):
     assert len(records) == 4
     for record in [*records, Record.load("run/record.json")]:
         assert list(record.environment.extensions) == ["largest_head.py"]
+    digest = record.environment.extensions["largest_head.py"]
+    assert f"| largest_head.py | `{digest}` |" in Path("run", "README.md").read_text()
     assert {record.command.partition(" study ")[0] for record in records} == {
         "oasis --extension largest_head.py"
     }
@@ -236,3 +239,8 @@ def test_a_converted_model_has_the_parameters_of_its_signal(ids):
 def test_what_cannot_be_registered_or_computed_is_one_line(register, message):
     with pytest.raises(UserError, match=message):
         register()
+
+    ours, theirs = (
+        {field.name for field in fields(kind)} for kind in (OasisConfig, PreTrainedConfig)
+    )
+    assert ours - theirs - {"text_config", "tie_word_embeddings"} == set(SETTINGS)

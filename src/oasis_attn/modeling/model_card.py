@@ -187,6 +187,7 @@ def _measured(record: Record, origin: str) -> str:
     environment = record.environment
     facts = record.to_dict()["data"] | {"seed": record.seed, "date": record.created}
     facts |= {"device": environment.device, "commit": environment.commit} | environment.versions
+    facts |= environment.extensions
     known = {name: fact for name, fact in facts.items() if isinstance(fact, str | int | float)}
     return _MEASURED.format(
         origin=origin,
