@@ -17,7 +17,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def own_extensions(monkeypatch):
-    """What a test registers is gone when it ends."""
+    """The library's own names alone are registered; what a test registers is gone when it ends."""
     from oasis_attn import extension_files
     from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS
     from oasis_attn.ops.normalizers import TOKEN_NORMALIZERS
@@ -25,7 +25,8 @@ def own_extensions(monkeypatch):
     monkeypatch.delenv(extension_files.EXTENSIONS_VARIABLE, raising=False)
     monkeypatch.setattr(extension_files, "_loaded", {})
     for registry in (BRANCH_NORMS, NULL_SIGNALS, TOKEN_NORMALIZERS):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+        own = {name: registry[name] for name in registry if name in registry.own}
+        monkeypatch.setattr(registry, "_entries", own)
 
 
 @pytest.fixture(scope="session")
