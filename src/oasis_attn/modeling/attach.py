@@ -17,7 +17,7 @@ from oasis_attn.modeling.weight_names import register_conversions
 
 
 class Attached:
-    """A mixin whose classes are made from `origin`, when an object is unpickled too."""
+    """Mixin for classes that are created at run time; `origin` lets pickle create them again."""
 
     origin: tuple[Callable[..., type], type, type]
 

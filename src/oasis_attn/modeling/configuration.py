@@ -244,8 +244,8 @@ class OasisConfig(PreTrainedConfig):
             self._needs("beta_init", "null_signal", "one that is not off")
         elif self.residual == "sum":
             raise UserError(
-                f"null_signal: {self.null_signal!r} needs residual 'depth', for a sum has"
-                " no router; set null_signal='off'"
+                f"null_signal: {self.null_signal!r} needs residual 'depth' or 'official', for a"
+                " sum has no router; set null_signal='off'"
             )
         elif not normalizer.has_null:
             raise UserError(

@@ -159,8 +159,8 @@ class DepthCache(SumCache):
             config.mix_scale,
             router.dropped,
         )
-        # Made here, not by the first layer: torch.compile follows what a checkpointed layer does to
-        # objects from outside, and not objects from inside.
+        # Created here, not in the first layer: torch.compile cannot track an object that is created
+        # inside a checkpointed layer.
         autograd = needs_autograd_mix(self.routers)
         self.recompute = router.recompute and torch.is_grad_enabled()
         self.mix: Mix | None = None

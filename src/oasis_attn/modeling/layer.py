@@ -1,4 +1,7 @@
-"""A family's decoder layer around another residual.
+"""The family's decoder layer, with its residual connection replaced.
+
+transformers wraps `RoutedLayer.forward` for activation checkpointing.  `depth_cache` and
+`layer_args` reach it through the keyword arguments of the family's own model.
 
 Axes: B batch, H heads, T tokens, D width.
 """
@@ -31,7 +34,7 @@ class LayerArgs(NamedTuple):
 
 
 class RoutedLayer(Attached):
-    """Mixed into a family's decoder layer: the same branches, and the residual of the cache."""
+    """Mixin that runs the family's attention and MLP; `depth_cache` combines their outputs."""
 
     oasis_config: OasisConfig
     family: Family

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration import OasisConfig
 from oasis_attn.modeling.depth_cache import Router, RouterCall, SumCache, beta_of
 from oasis_attn.modeling.hf_compat import initialization as init
@@ -97,6 +98,7 @@ class OfficialCache(SumCache):
         self.states: dict[int, Tensor] = {}  # by layer: what it reads
         self.psi: dict[int, Tensor] = {}  # by layer
         self.sublayer = 0  # the last one so far
+        self.given: Tensor | None = None  # psi of the layer's attention, as given
         self.inside: Tensor | None = None  # x + a, between attention and MLP
 
     def to(self, device: torch.device) -> None:
@@ -110,6 +112,13 @@ class OfficialCache(SumCache):
         """Mix the states so far and those inside the layer, each with its layer's psi."""
         layer, after_mlp = divmod(sublayer - 1, 2)
         first, self.sublayer = sublayer > self.sublayer, max(sublayer, self.sublayer)
+        if not after_mlp:
+            self.given = psi_BT
+        elif psi_BT is not self.given:
+            raise UserError(
+                "null_signal: with residual 'official' the attention and the MLP of a layer share"
+                " psi; it must return one tensor"
+            )
         if layer not in self.states:
             precise = torch.float64 if hidden_BTD.dtype == torch.float64 else torch.float32
             zero_BT = hidden_BTD.new_zeros(hidden_BTD.shape[:-1], dtype=precise)

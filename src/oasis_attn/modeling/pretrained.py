@@ -82,7 +82,7 @@ class OasisPreTrainedModel(PreTrainedModel):
         """Recompute each depth mix, and the norm after it, in backward instead of storing them.
 
         A sublayer then stores no more than with a residual sum, and the sources are read once more
-        in the forward pass and once more in the backward pass.
+        in the backward pass.  It has an effect with residual `depth` only.
         """
         for module in self.modules():
             if isinstance(module, DepthRouter):

@@ -1,8 +1,8 @@
 """Functions from attention logits to attention weights and the null probability.
 
 `normalize(scores, name)` returns `(weights, null)`: weights over the last axis, and the null
-probability, which is `1 - sum(weights)` but is computed without this subtraction, so that small
-values stay accurate.
+probability, `1 - sum(weights)`.  For the forms with a null logit and softpick it is computed
+without this subtraction, so that small values stay accurate.
 
     softmax          null 0 (1 if the whole row is masked)
     softmax1         a null logit c in the denominator; Miller 2023, OutEffHop arXiv 2404.03828
