@@ -1,0 +1,129 @@
+"""The trigger-conditional task, for which softmax attention provably needs a sink.
+
+At a trigger, the target is the mean of the tokens from position 1 to the trigger; at all other
+tokens it is 0.  Softmax weights sum to 1, so at the other tokens a head must put its weight on a
+token whose value it can set to 0: the first one (arXiv 2603.11487).
+
+Axes: B sequences, T tokens, N coordinates of a token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oasis_attn.errors import UserError, check_at_least, check_whole, shown
+
+FIRST, TRIGGER = 0, 1
+"""Coordinates that are 1 at the first token, and at triggers; the last one is 1 at the others."""
+_MIN_TRIGGER = 2  # its first position, from 0
+_NAME = re.compile(r"trigger(?:-every)?(?:-(?P<length>[0-9]{1,5}))?")
+
+
+class TriggerBatch(NamedTuple):
+    """Sequences of the task.
+
+    Attributes:
+        x_BTN: the tokens, float32.
+        y_BTN: the targets, float32: at triggers, the mean of the tokens from position 1 on; else 0.
+        trigger_BT: True at triggers.
+    """
+
+    x_BTN: Tensor
+    y_BTN: Tensor
+    trigger_BT: Tensor
+
+    @property
+    def idle_BT(self) -> Tensor:
+        """True at tokens that are neither triggers nor the first: the target is 0."""
+        idle_BT = ~self.trigger_BT
+        idle_BT[:, FIRST] = False
+        return idle_BT
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerTask:
+    """Generates the sequences of arXiv 2603.11487.
+
+    Token 0 has coordinate 0 equal to 1.  Tokens after it have coordinates 2 to N - 2 uniform in
+    (-1, 1).  At a trigger, coordinate 1 is 1; at the other tokens, the last coordinate is 1.  All
+    other coordinates are 0.
+
+    Args:
+        length: T; at least 4.
+        width: N; at least 4.
+        rate: the probability that a token from position 2 on is a trigger; None is the task of the
+            paper: exactly one, at a uniform position from 2 on.
+
+    Raises:
+        UserError: a value outside these ranges.
+    """
+
+    length: int = 16
+    width: int = 16
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("length", self.length, 4)
+        check_whole("width", self.width, 4)
+        if self.rate is not None:
+            check_at_least("rate", self.rate, 0, 1)
+
+    def batch(
+        self, size: int, generator: torch.Generator | None = None, *, trigger: int | None = None
+    ) -> TriggerBatch:
+        """`size` sequences; `trigger` fixes the position of the only trigger.
+
+        Raises:
+            UserError: `trigger` is not a position from 2 to T - 1.
+        """
+        T = self.length
+        x_BTN = torch.zeros(size, T, self.width)
+        noise = x_BTN[:, 1:, 2:-1]
+        noise.copy_(torch.rand(noise.shape, generator=generator) * 2 - 1)
+        if trigger is not None:
+            check_whole("trigger", trigger, _MIN_TRIGGER, T - 1)
+            trigger_BT = (torch.arange(T) == trigger).expand(size, T).clone()
+        elif self.rate is None:
+            position_B = torch.randint(_MIN_TRIGGER, T, (size,), generator=generator)
+            trigger_BT = torch.arange(T) == position_B.unsqueeze(1)
+        else:
+            trigger_BT = torch.rand(size, T, generator=generator) < self.rate
+            trigger_BT[:, :_MIN_TRIGGER] = False
+        x_BTN[:, FIRST, FIRST] = 1
+        x_BTN[..., TRIGGER] = trigger_BT.float()
+        x_BTN[:, 1:, -1] = (~trigger_BT[:, 1:]).float()
+        y_BTN = torch.zeros_like(x_BTN)
+        count_T1 = torch.arange(1, T).unsqueeze(-1)  # position 0 is not in the mean
+        y_BTN[:, 1:] = x_BTN[:, 1:].cumsum(1) / count_T1 * trigger_BT[:, 1:].unsqueeze(-1)
+        return TriggerBatch(x_BTN, y_BTN, trigger_BT)
+
+
+TASKS: Mapping[str, str] = MappingProxyType(
+    {
+        "trigger": "one trigger in each sequence (arXiv 2603.11487)",
+        "trigger-every": "each token is a trigger with probability 0.25",
+    }
+)
+"""Names of the task; `-LENGTH` may follow, as in `trigger-64`."""
+
+
+def trigger_task(name: str) -> TriggerTask:
+    """The task with this name, such as `trigger`, `trigger-64` or `trigger-every-32`.
+
+    Raises:
+        UserError: the name is none of `TASKS`, or the length is not valid.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"task: {shown(name)} is none of {', '.join(TASKS)}, with or without -LENGTH"
+        )
+    length = int(match["length"] or 16)
+    return TriggerTask(length=length, rate=0.25 if "every" in name else None)
