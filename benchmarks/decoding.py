@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from harness import medians
 from oasis_attn import convert
-from oasis_attn.modeling.loading import load_model
+from oasis_attn.hub.loading import load_model
 from oasis_attn.ops import native
 
 MODEL = "smollm2"

@@ -19,7 +19,7 @@ from pathlib import Path
 from oasis_attn import diagnose, quantize
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.files import write_text
-from oasis_attn.modeling.loading import load_model
+from oasis_attn.hub.loading import load_model
 from oasis_attn.records import BenchmarkRecord, Metric
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "healing"

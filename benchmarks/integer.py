@@ -11,7 +11,7 @@ import torch
 
 from harness import medians
 from oasis_attn import quantize
-from oasis_attn.modeling.loading import load_model, quiet
+from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.quantization import quantized_modules, schemes
 from oasis_attn.quantization.int8 import to_int8
 

@@ -10,7 +10,7 @@ import torch
 
 from harness import in_new_process, peak_memory
 from oasis_attn import convert
-from oasis_attn.modeling.loading import load_model
+from oasis_attn.hub.loading import load_model
 
 MODEL = "smollm2"
 CASES = {"load": lambda: load_model(MODEL), "convert": lambda: convert(MODEL)}

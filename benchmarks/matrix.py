@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.model_info import describe_model
-from oasis_attn.modeling.prefix import prefix_of
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_info import describe_model
+from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.quantization import quantize, schemes
 from oasis_attn.quantization.sensitivity import perplexity
 from oasis_attn.records import BenchmarkRecord, Metric

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
-from oasis_attn.modeling.configuration import OasisConfig
-from oasis_attn.modeling.model import OasisForCausalLM
-from oasis_attn.modeling.model_sizes import text_config
+from oasis_attn.hub.model_sizes import text_config
+from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table

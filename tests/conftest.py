@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tiny_models import VOCABULARY
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -27,6 +29,12 @@ def own_extensions(monkeypatch):
     for registry in (BRANCH_NORMS, NULL_SIGNALS, TOKEN_NORMALIZERS):
         own = {name: registry[name] for name in registry if name in registry.own}
         monkeypatch.setattr(registry, "_entries", own)
+
+
+@pytest.fixture
+def ids():
+    """Tokens for a model of `tiny_models`: 2 sequences of 12."""
+    return torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="session")

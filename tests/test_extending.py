@@ -24,7 +24,7 @@ from oasis_attn import (
 )
 from oasis_attn.cli import main
 from oasis_attn.extension_files import load_extensions
-from oasis_attn.modeling.configuration import SETTINGS
+from oasis_attn.modeling.configuration_oasis import SETTINGS
 from oasis_attn.records import Record, current_environment
 from tiny_models import tiny_config, tiny_model
 

@@ -1,5 +1,6 @@
-"""Importing is cheap, and the Auto classes know our checkpoints whoever is imported first."""
+"""Importing is cheap, packages import downwards, and the order of imports makes no difference."""
 
+import ast
 import os
 import re
 import subprocess
@@ -8,7 +9,21 @@ from pathlib import Path
 
 import pytest
 
+import oasis_attn
 from tiny_models import tiny_model
+
+ROOT = Path(oasis_attn.__file__).parent
+LAYERS = [  # as in CONTRIBUTING.md
+    {"cli"},
+    {"study"},
+    {"report"},
+    {"training", "measure", "quantization", "evaluation"},
+    {"data"},
+    {"hub"},
+    {"modeling"},
+    {"ops"},
+    {"records", "metrics", "registry", "extension_files", "files", "errors"},
+]
 
 
 def python(code, *args):
@@ -62,8 +77,6 @@ print([m for m in ("torch", "transformers", "datasets", "matplotlib") if m in sy
 def test_public_names_have_types(tmp_path):
     """Of none is the type Any, and a name that does not exist is an error, below the top too."""
     pytest.importorskip("mypy")
-    import oasis_attn
-
     names = [name for name in oasis_attn.__all__ if name != "ops"]
     snippet = tmp_path / "snippet.py"
     snippet.write_text(
@@ -89,7 +102,7 @@ def test_public_names_have_types(tmp_path):
     revealed = re.findall(r'Revealed type is "(.*)"', done.stdout)
     assert len(revealed) == len(names) + 4, done.stdout + done.stderr
     assert "Any" not in revealed
-    assert revealed[-3:] == ["int", *["oasis_attn.modeling.model.OasisForCausalLM"] * 2]
+    assert revealed[-3:] == ["int", *["oasis_attn.modeling.modeling_oasis.OasisForCausalLM"] * 2]
     # Without this file, type checkers take an installed package for untyped.
     assert Path(oasis_attn.__file__).with_name("py.typed").is_file()
     errors = re.findall(r"error: (.*)  \[", done.stdout)
@@ -100,10 +113,70 @@ def test_public_names_have_types(tmp_path):
 
 
 def test_public_names():
-    import oasis_attn
-
     assert {*oasis_attn._HOMES, "ops", "__version__"} == {*oasis_attn.__all__}
     for name in oasis_attn.__all__:
         assert getattr(oasis_attn, name) is not None
     with pytest.raises(AttributeError, match="nothing_here"):
         oasis_attn.nothing_here  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import oasis_attn.modeling.modeling_oasis",
+        "import oasis_attn.modeling.pretrained",
+        "from transformers import AutoModel; import oasis_attn",
+    ],
+)
+def test_a_saved_model_has_its_card_whatever_was_imported(tmp_path, imports):
+    code = f"""
+import sys
+{imports}
+from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
+from transformers import LlamaConfig
+size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+OasisForCausalLM(OasisConfig(text_config=LlamaConfig(**size, vocab_size=64))).save_pretrained(
+    sys.argv[1]
+)
+"""
+    stale = tmp_path / "prefix" / "adapter_config.json"  # of a model that was here before
+    stale.parent.mkdir()
+    stale.touch()
+    python(code, tmp_path)
+    assert "variant `oasis` of" in (tmp_path / "README.md").read_text()
+    assert not stale.exists()
+
+
+def imports(path: Path) -> set[str]:
+    """The packages and modules of ours, one level below the top, that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            assert node.module
+            found |= {
+                oasis_attn._HOMES.get(alias.name, f"oasis_attn.{alias.name}")
+                if node.module == "oasis_attn"
+                else node.module
+                for alias in node.names
+            }
+    found.discard("oasis_attn.__version__")
+    return {name.split(".")[1] for name in found if name.startswith("oasis_attn.")}
+
+
+def test_packages_import_only_what_is_below_them():
+    level = {name: depth for depth, layer in enumerate(LAYERS) for name in layer}
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        ours = path.relative_to(ROOT).with_suffix("").parts[0]
+        if ours in ("__init__", "__main__", "_registration"):
+            continue
+        assert ours in level, f"{ours} is in no layer"
+        for theirs in imports(path) - {ours}:
+            lowest = level[ours] == len(LAYERS) - 1
+            if level.get(theirs, -1) < level[ours] + (not lowest):
+                wrong.append(f"{path.relative_to(ROOT)} imports {theirs}")
+    assert not wrong

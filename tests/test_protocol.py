@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from oasis_attn import diagnose
 from oasis_attn.data import held_out_windows, load_corpus
 from oasis_attn.evaluation import evaluate
-from oasis_attn.modeling.loading import load_model
+from oasis_attn.hub.loading import load_model
 from oasis_attn.quantization import prefix_checkpoint as prefix_checkpoint_module
 from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint

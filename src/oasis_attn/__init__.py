@@ -16,11 +16,11 @@ if TYPE_CHECKING:  # the names that `__getattr__` imports, for type checkers
     from oasis_attn import ops
     from oasis_attn.errors import UserError
     from oasis_attn.evaluation import evaluate
+    from oasis_attn.hub.convert import convert
     from oasis_attn.measure import diagnose
-    from oasis_attn.modeling.configuration import OasisConfig
-    from oasis_attn.modeling.convert import convert
+    from oasis_attn.modeling.configuration_oasis import OasisConfig
     from oasis_attn.modeling.extensions import register_branch_norm, register_null_signal
-    from oasis_attn.modeling.model import OasisForCausalLM
+    from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
     from oasis_attn.modeling.variants import variants
     from oasis_attn.ops.normalizers import register_token_normalizer
     from oasis_attn.quantization import quantize
@@ -29,11 +29,11 @@ if TYPE_CHECKING:  # the names that `__getattr__` imports, for type checkers
 __version__ = metadata.version("oasis-attn")
 
 _HOMES = {
-    "OasisConfig": "oasis_attn.modeling.configuration",
-    "OasisForCausalLM": "oasis_attn.modeling.model",
+    "OasisConfig": "oasis_attn.modeling.configuration_oasis",
+    "OasisForCausalLM": "oasis_attn.modeling.modeling_oasis",
     "Record": "oasis_attn.records",
     "UserError": "oasis_attn.errors",
-    "convert": "oasis_attn.modeling.convert",
+    "convert": "oasis_attn.hub.convert",
     "diagnose": "oasis_attn.measure",
     "evaluate": "oasis_attn.evaluation",
     "quantize": "oasis_attn.quantization",

@@ -14,10 +14,12 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _MODULES_AFTER = {
-    "transformers.models.auto.configuration_auto": ("oasis_attn.modeling.configuration",),
+    "transformers.models.auto.configuration_auto": ("oasis_attn.modeling.configuration_oasis",),
     "transformers.models.auto.modeling_auto": (
-        "oasis_attn.modeling.model",
+        "oasis_attn.modeling.modeling_oasis",
         "transformers.modeling_layers",  # it may be importing this module, and be incomplete
+        "oasis_attn.hub.model_card",  # adds a function to `SAVE_HOOKS`
+        "oasis_attn.hub.prefix",  # adds another
     ),
     "transformers.modeling_layers": ("oasis_attn.modeling.task_heads",),
     "transformers.quantizers.auto": ("oasis_attn.quantization.hf_quantizer",),

@@ -21,8 +21,8 @@ from oasis_attn.errors import UserError
 
 STOPS = {
     "evaluation.evaluate": "load_model",
-    "modeling.convert": "load_model",
-    "modeling.loading": "load_model",
+    "hub.convert": "load_model",
+    "hub.loading": "load_model",
     "quantization.quantize_checkpoint": "load_model",
     "quantization.prefix_checkpoint": "load_model",
     "study.demo": "load_model",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from oasis_attn.modeling.loading import load_model, quiet
-from oasis_attn.modeling.prefix import prefix_of
+from oasis_attn.hub.loading import load_model, quiet
+from oasis_attn.hub.prefix import prefix_of
 from tiny_models import tiny_config
 
 

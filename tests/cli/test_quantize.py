@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from oasis_attn.modeling.loading import load_model, quiet
+from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.quantization import linear_targets, quantized_modules, tensor_targets
 from oasis_attn.records import QuantizationRecord
 from tiny_models import tiny_config

@@ -175,7 +175,7 @@ def test_settings_below_one_are_refused(setting):
 _BIG = """
 import resource, torch
 from oasis_attn.measure import diagnose
-from oasis_attn.modeling.loading import load_model
+from oasis_attn.hub.loading import load_model
 torch.set_num_threads(1)
 model, _ = load_model("smollm2")
 ids = torch.randint(0, 40000, (1, 2048), generator=torch.Generator().manual_seed(0))
@@ -194,7 +194,7 @@ def test_a_window_of_2048_tokens_fits_in_4_gib():
 def test_a_real_model_shows_its_massive_activations():
     import pydoc_data.topics
 
-    from oasis_attn.modeling.loading import load_model
+    from oasis_attn.hub.loading import load_model
 
     model, tokenizer = load_model("smollm2")
     texts = pydoc_data.topics.topics.values()

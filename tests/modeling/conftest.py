@@ -1,14 +1,3 @@
-import pytest
-import torch
-
-from tiny_models import VOCABULARY
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
 def pytest_configure(config):
     """Register the marks on transformers' own tests."""
     tests = ["slow", "accelerate_tests", "torch_compile_test", "flash_attn_test"]

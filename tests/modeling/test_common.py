@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from oasis_attn import OasisConfig, OasisForCausalLM
-from oasis_attn.modeling.configuration import ATTENTION
+from oasis_attn.modeling.configuration_oasis import ATTENTION
 from oasis_attn.modeling.task_heads import (
     OasisForQuestionAnswering,
     OasisForSequenceClassification,

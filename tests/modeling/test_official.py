@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from authors_form import AuthorsForm
 from oasis_attn import OasisForCausalLM, UserError, convert
 from oasis_attn.data import train_tokenizer
-from oasis_attn.modeling.convert import convert_checkpoint
+from oasis_attn.hub.convert import convert_checkpoint
 from tiny_models import tiny_config, tiny_model
 
 

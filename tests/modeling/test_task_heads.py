@@ -19,8 +19,8 @@ from transformers import (
 
 from oasis_attn import OasisConfig, UserError, convert
 from oasis_attn.data import train_tokenizer
-from oasis_attn.modeling.model import OasisModel
-from oasis_attn.modeling.prefix import attach_prefix, compute_prefix, prefix_of
+from oasis_attn.hub.prefix import attach_prefix, compute_prefix, prefix_of
+from oasis_attn.modeling.modeling_oasis import OasisModel
 from tiny_models import tiny_config, tiny_model
 
 HEADS = {

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
+from oasis_attn.hub.loading import quiet
 from oasis_attn.modeling.families import FAMILIES
-from oasis_attn.modeling.loading import quiet
 from oasis_attn.quantization import (
     QuantSpec,
     linear_targets,

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.loading import quiet
-from oasis_attn.modeling.prefix import compute_prefix, prefix_of, with_prefix
+from oasis_attn.hub.loading import quiet
+from oasis_attn.hub.prefix import compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import QuantSpec, Scheme, quantize, quantized_modules, schemes
 from oasis_attn.quantization.hf_quantizer import OasisQuantizationConfig
 from oasis_attn.quantization.quantizers import StaticQuantizer

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.loading import quiet
+from oasis_attn.hub.loading import quiet
 from oasis_attn.quantization import QuantSpec, linear_targets, quantize, schemes
 from oasis_attn.quantization.int8 import Int8Linear, check_kernels, to_int8
 from tiny_models import VOCABULARY, tiny_config, tiny_model

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig, FalconMambaConfig
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.loading import quiet
+from oasis_attn.hub.loading import quiet
 from oasis_attn.quantization import linear_targets, quantize, quantized_modules, schemes
 from oasis_attn.quantization.coverage import float_weights, quantized_share
 from oasis_attn.quantization.linearize import linear_names, linearize

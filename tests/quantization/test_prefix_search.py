@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.prefix import Prefix, compute_prefix, prefix_of, with_prefix
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.prefix import Prefix, compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import quantize, schemes
 from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.prefix_search import (

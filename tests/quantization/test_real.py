@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oasis_attn.data import load_corpus, token_blocks
-from oasis_attn.modeling.loading import load_model
+from oasis_attn.hub.loading import load_model
 from oasis_attn.quantization import quantize
 from oasis_attn.quantization.sensitivity import perplexity
 

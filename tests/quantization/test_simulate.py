@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.configuration import OasisConfig
-from oasis_attn.modeling.model import OasisForCausalLM
+from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.quantization import QuantSpec, linear_targets, quantize, quantized_modules, schemes
 from oasis_attn.quantization.linear import QuantizedLinear

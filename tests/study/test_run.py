@@ -193,7 +193,7 @@ def test_an_unknown_trial_and_an_existing_record(tiny, tmp_path):
 
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["oasis_attn.training.run", "oasis_attn.modeling.model"])
+_context.set_forkserver_preload(["oasis_attn.training.run", "oasis_attn.modeling.modeling_oasis"])
 
 
 def _run_study(plan, out: Path) -> None:

@@ -9,7 +9,7 @@ import socket
 from oasis_attn.training import TrainingConfig
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["oasis_attn.training.run", "oasis_attn.modeling.model"])
+_context.set_forkserver_preload(["oasis_attn.training.run", "oasis_attn.modeling.modeling_oasis"])
 
 DDP: dict[str, str] = {}
 FSDP2 = {

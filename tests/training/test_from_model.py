@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from oasis_attn import convert
 from oasis_attn.data import load_corpus, train_tokenizer
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.prefix import attach_prefix, compute_prefix, prefix_of, with_prefix
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.prefix import attach_prefix, compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import quantize
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train

@@ -59,7 +59,7 @@ def convert(
     if variant is not None:
         check_choice("variant", variant, variants())
 
-    from oasis_attn.modeling.convert import convert_checkpoint
+    from oasis_attn.hub.convert import convert_checkpoint
     from oasis_attn.report import Table
 
     with working(f"converting {model}"):

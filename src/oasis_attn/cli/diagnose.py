@@ -58,8 +58,8 @@ def diagnose(
     source = load_corpus(corpus, split) if text is None else whole_file(text)
     _ = source.sha256  # reads the text, so that errors in it are reported before the model loads
 
+    from oasis_attn.hub.loading import load_model
     from oasis_attn.measure import diagnose as measure
-    from oasis_attn.modeling.loading import load_model
     from oasis_attn.report import layer_table, summary_table
     from oasis_attn.report.figures import save_figures
 

@@ -23,8 +23,8 @@ from oasis_attn.evaluation.likelihood import LOSS_FIELDS, score_continuations, s
 from oasis_attn.evaluation.problems import Interval, by_steps, pass_metrics
 from oasis_attn.evaluation.samples import Sample, SampleLog, check_log
 from oasis_attn.evaluation.scoring import Z95, score_answer
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.model_info import check_lengths, describe_model, fingerprint
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_info import check_lengths, describe_model, fingerprint
 from oasis_attn.records import EvaluationRecord, Metric
 
 

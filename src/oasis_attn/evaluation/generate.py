@@ -27,7 +27,7 @@ from transformers import (
 
 from oasis_attn.data.tokens import prompt_ids
 from oasis_attn.evaluation.samples import Sample, SampleLog
-from oasis_attn.modeling.model_info import check_lengths, eval_mode
+from oasis_attn.hub.model_info import check_lengths, eval_mode
 
 ANSWER_FIELDS = {"prompt": str, "response": str}
 """The fields of a logged sample."""

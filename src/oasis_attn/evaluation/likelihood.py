@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTok
 from oasis_attn.data.tokens import continuation_ids
 from oasis_attn.data.windows import Windows
 from oasis_attn.evaluation.samples import Sample, SampleLog
-from oasis_attn.modeling.model_info import check_lengths, eval_mode
+from oasis_attn.hub.model_info import check_lengths, eval_mode
 from oasis_attn.ops.token_losses import token_losses
 
 LOSS_FIELDS = {"tokens": int, "loss": float}

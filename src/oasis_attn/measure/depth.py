@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.measure.sinks import RATE_THRESHOLDS
 from oasis_attn.measure.statistics import mean_metric
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import RouterCall, drop_source
 from oasis_attn.records import Metric
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Corpus, Windows, as_windows
 from oasis_attn.errors import check_whole
+from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
 from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
 from oasis_attn.measure.joint_distribution import Joint
@@ -21,7 +22,6 @@ from oasis_attn.measure.sinks import Sinks
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.depth_cache import observe_depth
-from oasis_attn.modeling.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.records import DiagnosisRecord, Metric
 

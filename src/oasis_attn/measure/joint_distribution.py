@@ -45,7 +45,7 @@ from oasis_attn.errors import UserError, check_whole
 from oasis_attn.measure.residual_updates import observe_updates
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.modeling.depth_cache import RouterCall, observe_depth
 from oasis_attn.modeling.families import family_of

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.configuration import ATTENTION
+from oasis_attn.modeling.configuration_oasis import ATTENTION
 from oasis_attn.modeling.hf_compat import (
     attention_implementation,
     create_position_bias_mask,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.ops.depth_mix import AutogradMix, Mix, inference_mix, needs_autograd_mix
 from oasis_attn.ops.depth_mix.autograd import null_shift

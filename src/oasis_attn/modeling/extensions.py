@@ -25,7 +25,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.registry import Registry
 
 if TYPE_CHECKING:
-    from oasis_attn.modeling.configuration import OasisConfig
+    from oasis_attn.modeling.configuration_oasis import OasisConfig
 
 NullSignal = Callable[[Tensor, int], Tensor | tuple[Tensor | None, Tensor | None] | None]
 BranchNorm = Callable[[Tensor, str], Tensor]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 
 
 @dataclass(frozen=True, kw_only=True)

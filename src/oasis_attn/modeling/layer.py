@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from oasis_attn.modeling.attach import Attached
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import SumCache
 from oasis_attn.modeling.extensions import BranchNorm, NullSignal, null_evidence
 from oasis_attn.modeling.families import Family, check_fits

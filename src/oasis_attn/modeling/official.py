@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import Router, RouterCall, SumCache, beta_of
 from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.ops.depth_mix.autograd import (

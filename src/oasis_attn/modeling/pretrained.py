@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Self
 
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
+from oasis_attn.modeling.configuration_oasis import ATTENTION, OasisConfig
 from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.hf_compat import can_set_experts_implementation
-from oasis_attn.modeling.model_card import write_card
-from oasis_attn.modeling.prefix import copy_prefix
 from oasis_attn.ops.torch_compat import allow_side_effects_in_checkpoints
+
+SAVE_HOOKS: list[Callable[[PreTrainedModel, str | os.PathLike[str]], None]] = []
+"""Functions that write further files: called with a model and the folder it was saved in.
+
+The package `hub` appends its own, for the model card and the copy of a stored prefix.  It is above
+this package, which cannot import it; `oasis_attn._registration` does when transformers is imported.
+"""
 
 
 class OasisPreTrainedModel(PreTrainedModel):
-    """Class attributes for transformers, memory options, and saving with a model card."""
+    """Class attributes for transformers, memory options, and saving with `SAVE_HOOKS`."""
 
     config_class = OasisConfig
     config: OasisConfig
@@ -118,14 +124,17 @@ class OasisPreTrainedModel(PreTrainedModel):
         """See `PreTrainedModel.save_pretrained`; also saves a model card and the stored prefix."""
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
-            write_card(self, save_directory)
-            copy_prefix(self, save_directory)
+            self._run_save_hooks(save_directory)
 
     def _upload_modified_files(
         self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        write_card(self, working_dir)  # replaces the template that transformers has written
+        self._run_save_hooks(working_dir)  # transformers has written a model card of its own
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _run_save_hooks(self, folder: str | os.PathLike[str]) -> None:
+        for write in SAVE_HOOKS:
+            write(self, folder)
 
 
 def _check_attention(implementation: str | dict[Any, Any] | None) -> None:

@@ -12,7 +12,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.hf_compat import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oasis_attn.errors import UserError, check_choice
+from oasis_attn.hub.prefix_storage import PrefixConfig, PrefixHfQuantizer, set_hf_quantizer
 from oasis_attn.modeling.hf_compat import register_quantization_config, register_quantizer
-from oasis_attn.modeling.prefix_storage import PrefixConfig, PrefixHfQuantizer, set_hf_quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -234,7 +234,7 @@ def set_quantization_config(model: PreTrainedModel, fields: Mapping[str, Any]) -
 
     `fields` are the arguments of `OasisQuantizationConfig`; the prefix is taken from the model.
     """
-    from oasis_attn.modeling.prefix import prefix_of
+    from oasis_attn.hub.prefix import prefix_of
     from oasis_attn.quantization.casts import guard_computed_buffers
 
     guard_computed_buffers(model)

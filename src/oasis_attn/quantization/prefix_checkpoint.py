@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.errors import UserError, check_choice, check_whole
 from oasis_attn.files import check_free, staged_folder
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.model_card import write_card
-from oasis_attn.modeling.model_info import check_lengths, describe_model
-from oasis_attn.modeling.prefix import compute_prefix, with_prefix
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_card import write_card
+from oasis_attn.hub.model_info import check_lengths, describe_model
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization.prefix_search import (
     METHODS,
     find_prefix,

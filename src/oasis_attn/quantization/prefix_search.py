@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
+from oasis_attn.hub.prefix import Prefix, prefix_of, prefix_replaced, with_prefix
 from oasis_attn.modeling.decoder_map import decoder_map
-from oasis_attn.modeling.prefix import Prefix, prefix_of, prefix_replaced, with_prefix
 from oasis_attn.quantization.targets import linear_targets
 
 METHODS = ("greedy", "frequency")

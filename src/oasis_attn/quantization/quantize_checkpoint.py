@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole
 from oasis_attn.files import check_free, staged_folder
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.model_card import write_card
-from oasis_attn.modeling.model_info import check_lengths
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_card import write_card
+from oasis_attn.hub.model_info import check_lengths
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8

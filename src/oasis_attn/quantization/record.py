@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from oasis_attn.modeling.model_info import describe_model
-from oasis_attn.modeling.prefix import prefix_of
+from oasis_attn.hub.model_info import describe_model
+from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.quantization.coverage import float_weights, rounded_to_nearest
 from oasis_attn.quantization.hf_quantizer import get_quantization_config
 from oasis_attn.records import QuantizationRecord, TextInfo

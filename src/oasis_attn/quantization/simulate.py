@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_choice, check_seed
-from oasis_attn.modeling.prefix_storage import PrefixHfQuantizer
+from oasis_attn.hub.prefix_storage import PrefixHfQuantizer
 from oasis_attn.quantization.gptq import gptq
 from oasis_attn.quantization.hf_quantizer import set_quantization_config
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from oasis_attn.modeling.attention import oasis_attention, observed
-from oasis_attn.modeling.configuration import ATTENTION, OasisConfig
+from oasis_attn.modeling.configuration_oasis import ATTENTION, OasisConfig
 from oasis_attn.modeling.decoder_map import SublayerMap, decoder_map, is_router
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.hf_compat import (

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from oasis_attn.data import HeldOut, held_out_windows, load_corpus
 from oasis_attn.errors import check_whole
 from oasis_attn.files import staged_folder
+from oasis_attn.hub.loading import load_model
 from oasis_attn.measure import diagnose
-from oasis_attn.modeling.loading import load_model
 from oasis_attn.quantization import quantize
 from oasis_attn.quantization.record import quantization_record
 from oasis_attn.report import Table, comparison

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from oasis_attn.data import load_corpus
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
 from oasis_attn.evaluation import EvaluationConfig
-from oasis_attn.modeling.configuration import OasisConfig, check_settings
-from oasis_attn.modeling.model_sizes import text_config
+from oasis_attn.hub.model_sizes import text_config
+from oasis_attn.modeling.configuration_oasis import OasisConfig, check_settings
 from oasis_attn.modeling.variants import settings_of, variants
 from oasis_attn.quantization.schemes import schemes
 from oasis_attn.training import TrainingConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from oasis_attn.data import corpus_tokenizer, load_corpus, token_blocks
 from oasis_attn.errors import check_whole
 from oasis_attn.files import lock
-from oasis_attn.modeling.model_sizes import text_config
+from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.study.launch import Job, Launcher, ProcessLauncher
 from oasis_attn.study.plan import Plan, Trial
 from oasis_attn.study.progress import ProgressTable

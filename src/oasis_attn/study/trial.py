@@ -18,9 +18,9 @@ from oasis_attn.data import HeldOut, held_out_windows, load_corpus
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation import evaluate
 from oasis_attn.files import lock, write_bytes
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_info import describe_model
 from oasis_attn.measure import diagnose
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.model_info import describe_model
 from oasis_attn.quantization import quantize, quantized_modules, schemes
 from oasis_attn.records import Metric, TrainingRecord, TrialRecord
 from oasis_attn.study.plan import Trial

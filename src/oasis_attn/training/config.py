@@ -149,9 +149,9 @@ class TrainingConfig:
 
     def _check_model(self) -> None:
         # These imports take seconds; all other checks come first.
-        from oasis_attn.modeling.configuration import OasisConfig, check_settings
+        from oasis_attn.hub.model_sizes import text_config
+        from oasis_attn.modeling.configuration_oasis import OasisConfig, check_settings
         from oasis_attn.modeling.families import check_fits
-        from oasis_attn.modeling.model_sizes import text_config
         from oasis_attn.modeling.variants import settings_of
 
         check_settings(self.settings)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 if TYPE_CHECKING:
-    from oasis_attn.modeling.model import OasisForCausalLM
+    from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 
 
 def build_model(
@@ -20,8 +20,8 @@ def build_model(
     variant's model.  So the backbone's weights are the same for all variants.  The caller's random
     state does not change.
     """
-    from oasis_attn.modeling.configuration import OasisConfig
-    from oasis_attn.modeling.model import OasisForCausalLM
+    from oasis_attn.modeling.configuration_oasis import OasisConfig
+    from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -21,10 +21,10 @@ from oasis_attn.data import (
     tokenizer_sha256,
 )
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.model_info import check_savable
-from oasis_attn.modeling.model_sizes import text_config
-from oasis_attn.modeling.prefix import prefix_of
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_info import check_savable
+from oasis_attn.hub.model_sizes import text_config
+from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.anneal import NullAnneal
 from oasis_attn.training.config import TrainingConfig

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Windows, collate
-from oasis_attn.modeling.model_info import describe_model
+from oasis_attn.hub.model_info import describe_model
 from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord
 from oasis_attn.training.checkpoints import STAGING
 from oasis_attn.training.config import TrainingConfig

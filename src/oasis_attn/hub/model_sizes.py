@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from oasis_attn.errors import UserError, check_choice, check_whole, one_line
-from oasis_attn.modeling.checkpoint import check_config, parameter_limit, read_object
+from oasis_attn.hub.checkpoint import check_config, parameter_limit, read_object
 
 _LARGEST_VOCABULARY = 2**24
 

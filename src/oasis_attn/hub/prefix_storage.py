@@ -95,8 +95,8 @@ class PrefixHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The tensors to save."""
+        from oasis_attn.hub.prefix import prefix_of
         from oasis_attn.modeling.decoder_map import find_decoder
-        from oasis_attn.modeling.prefix import prefix_of
 
         if has_adapter(model):
             return None, {}  # transformers saves only the adapter
@@ -132,8 +132,8 @@ class PrefixHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **_kwargs: Any
     ) -> PreTrainedModel:
+        from oasis_attn.hub.prefix import Prefix, attach_prefix
         from oasis_attn.modeling.decoder_map import find_decoder
-        from oasis_attn.modeling.prefix import Prefix, attach_prefix
 
         devices = set(getattr(model, "hf_device_map", {}).values())
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
@@ -193,8 +193,8 @@ def _save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    from oasis_attn.modeling.model_card import write_card
-    from oasis_attn.modeling.prefix import copy_prefix
+    from oasis_attn.hub.model_card import write_card
+    from oasis_attn.hub.prefix import copy_prefix
 
     quantizer = prefix_hf_quantizer(model)
     quantizer.state_dict = state_dict
@@ -209,6 +209,6 @@ def _save_pretrained(
 
 def _write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """Replace the model card that transformers has written."""
-    from oasis_attn.modeling.model_card import write_card
+    from oasis_attn.hub.model_card import write_card
 
     write_card(model, folder)

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from oasis_attn.errors import UserError, one_line
-from oasis_attn.modeling.checkpoint import MOST_COUNTED, parameter_limit
+from oasis_attn.hub.checkpoint import MOST_COUNTED, parameter_limit
 from oasis_attn.modeling.hf_compat import (
     GGUF_CONFIG_ARCHS,
     GGUF_CONFIG_MAPPING,

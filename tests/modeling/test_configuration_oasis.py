@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert, variants
-from oasis_attn.modeling.configuration import SETTINGS
-from oasis_attn.modeling.model_info import check_savable
+from oasis_attn.hub.model_info import check_savable
+from oasis_attn.modeling.configuration_oasis import SETTINGS
 from oasis_attn.modeling.variants import settings_of
 from tiny_models import tiny_config, tiny_model
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
 from oasis_attn import OasisForCausalLM, UserError, convert, variants
-from oasis_attn.modeling.convert import NULL_OFF, convert_checkpoint, to_vanilla
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.prefix import attach_prefix, compute_prefix
+from oasis_attn.hub.convert import NULL_OFF, convert_checkpoint, to_vanilla
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.prefix import attach_prefix, compute_prefix
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 INEXACT = {

@@ -17,8 +17,8 @@ from transformers.utils import logging
 
 from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.errors import UserError
-from oasis_attn.modeling import loading
-from oasis_attn.modeling.loading import load_model
+from oasis_attn.hub import loading
+from oasis_attn.hub.loading import load_model
 
 TEXT = LlamaConfig(
     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,

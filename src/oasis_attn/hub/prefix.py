@@ -35,10 +35,11 @@ from transformers.utils import ModelOutput
 
 from oasis_attn.errors import UserError, one_line
 from oasis_attn.files import write_bytes, write_text
+from oasis_attn.hub.prefix_storage import prefix_hf_quantizer
 from oasis_attn.modeling.decoder_map import find_decoder
 from oasis_attn.modeling.hf_compat import find_file
 from oasis_attn.modeling.packing import input_of, is_one_sequence
-from oasis_attn.modeling.prefix_storage import prefix_hf_quantizer
+from oasis_attn.modeling.pretrained import SAVE_HOOKS
 
 FOLDER = "prefix"
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -345,3 +346,6 @@ def _restore_cache(
 def _check_no_prefix(model: PreTrainedModel) -> None:
     if prefix_of(model) is not None:
         raise UserError("model: it already has a prefix; use the model without it")
+
+
+SAVE_HOOKS.append(copy_prefix)

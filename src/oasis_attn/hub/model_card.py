@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from oasis_attn.files import write_text
-from oasis_attn.modeling.configuration import SETTINGS, OasisConfig
+from oasis_attn.modeling.configuration_oasis import SETTINGS, OasisConfig
+from oasis_attn.modeling.pretrained import SAVE_HOOKS
 from oasis_attn.modeling.variants import variants
 from oasis_attn.modeling.weight_names import is_ours
 from oasis_attn.records import Record
@@ -203,3 +204,6 @@ def _error(standard_error: float | None) -> str:
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+SAVE_HOOKS.append(write_card)

@@ -22,16 +22,16 @@ from transformers.trainer_utils import validate_quantization_for_training
 
 from oasis_attn import OasisForCausalLM
 from oasis_attn.errors import UserError
-from oasis_attn.measure import diagnose
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.model_info import fingerprint
-from oasis_attn.modeling.prefix import (
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_info import fingerprint
+from oasis_attn.hub.prefix import (
     attach_prefix,
     compute_prefix,
     load_prefix,
     prefix_of,
     with_prefix,
 )
+from oasis_attn.measure import diagnose
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 from tiny_models import VOCABULARY, cast, tiny_config, tiny_model
 

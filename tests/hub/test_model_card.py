@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from example_records import diagnosis
 from oasis_attn import OasisForCausalLM, variants
-from oasis_attn.modeling.model_card import variant_of, write_card
-from oasis_attn.modeling.prefix import compute_prefix, with_prefix
+from oasis_attn.hub.model_card import variant_of, write_card
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
 from oasis_attn.records import Metric
 from tiny_models import tiny_config, tiny_model

@@ -23,10 +23,10 @@ from transformers.utils import logging
 
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import cache_folder, staged_folder
-from oasis_attn.modeling.checkpoint import Checkpoint, parameter_limit
-from oasis_attn.modeling.configuration import OasisConfig
-from oasis_attn.modeling.gguf_file import check_loading_info, read_gguf
-from oasis_attn.modeling.prefix import load_prefix, prefix_of
+from oasis_attn.hub.checkpoint import Checkpoint, parameter_limit
+from oasis_attn.hub.gguf_file import check_loading_info, read_gguf
+from oasis_attn.hub.prefix import load_prefix, prefix_of
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 
 _GGUF_FORMAT = 2
 """Version of converted GGUF files in the cache; increase it when `read_gguf` changes."""

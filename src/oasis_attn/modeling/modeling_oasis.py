@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.attach import Attached, attached_layer, attached_model
 from oasis_attn.modeling.attention import observe_attention
-from oasis_attn.modeling.configuration import OasisConfig, refuse_unknown
+from oasis_attn.modeling.configuration_oasis import OasisConfig, refuse_unknown
 from oasis_attn.modeling.depth_cache import DepthCache, DepthRouter, SumCache
 from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS, null_signal_module
 from oasis_attn.modeling.families import check_fits

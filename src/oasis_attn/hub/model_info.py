@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.configuration import BROKEN, OasisConfig
+from oasis_attn.hub.prefix import prefix_of
+from oasis_attn.modeling.configuration_oasis import BROKEN, OasisConfig
 from oasis_attn.modeling.hf_compat import PROVENANCE_KEYS
-from oasis_attn.modeling.prefix import prefix_of
 from oasis_attn.records import ModelInfo
 
 

@@ -14,9 +14,9 @@ from oasis_attn import OasisForCausalLM, quantize
 from oasis_attn.cli import main
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation import evaluate
-from oasis_attn.modeling import convert as converting
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.model_sizes import text_config
+from oasis_attn.hub import convert as converting
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.training import TrainingConfig, train

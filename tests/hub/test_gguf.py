@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling import loading
-from oasis_attn.modeling.loading import load_model
+from oasis_attn.hub import loading
+from oasis_attn.hub.loading import load_model
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

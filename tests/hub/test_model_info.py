@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from oasis_attn.modeling.model_info import describe_model, eval_mode, fingerprint
+from oasis_attn.hub.model_info import describe_model, eval_mode, fingerprint
 from oasis_attn.quantization import quantize
 from tiny_models import tiny_config, tiny_model
 

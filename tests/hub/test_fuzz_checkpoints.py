@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from oasis_attn import quantize
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.loading import load_model
-from oasis_attn.modeling.model_sizes import text_config
-from oasis_attn.modeling.prefix import compute_prefix, with_prefix
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_sizes import text_config
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from tiny_models import tiny_config, tiny_model, word_tokenizer
 
 SECONDS, MEGABYTES = 5.0, 512  # that one folder may take

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM, Qwen3Config
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.model_sizes import SIZES, text_config
+from oasis_attn.hub.model_sizes import SIZES, text_config
 
 
 @pytest.mark.parametrize(

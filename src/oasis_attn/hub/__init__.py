@@ -1,0 +1,1 @@
+"""Models as files: loading, conversion, model cards, stored prefixes and other formats."""
