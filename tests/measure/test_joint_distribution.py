@@ -63,7 +63,7 @@ def eager_map(call, null_logit):
 
 
 def brute_force(model, ids):
-    """name -> [N, sublayers], and the same over near-no-op queries."""
+    """name -> [N, routers], and the same over near-no-op queries."""
     weights, maps, states, updates = {}, [], [], []
 
     def see_attention(call):
@@ -96,20 +96,20 @@ def brute_force(model, ids):
     config, (N, T) = model.config, ids.shape
     itself = torch.eye(T, dtype=torch.float64).expand(N, T, T)
     found = {}
-    for sublayer in range(1, 2 * len(maps)):
-        rows = [itself, *(maps[done // 2] for done in range(sublayer))]
+    for router in range(1, 2 * len(maps)):
+        rows = [itself, *(maps[done // 2] for done in range(router))]
         if config.residual == "sum":
             alpha = [torch.ones(N, T).double() / len(rows)] * len(rows)
         elif config.residual == "depth":
-            alpha = [weights[sublayer][..., 0]]
-            for start in range(0, sublayer, config.depth_block_size):
-                block = range(start, min(start + config.depth_block_size, sublayer))
-                share = weights[sublayer][..., 1 + start // config.depth_block_size] / len(block)
+            alpha = [weights[router][..., 0]]
+            for start in range(0, router, config.depth_block_size):
+                block = range(start, min(start + config.depth_block_size, router))
+                share = weights[router][..., 1 + start // config.depth_block_size] / len(block)
                 alpha += [share] * len(block)
         else:  # x_0, x_1, ..., then what is within the layer whose router this is
-            layer, after_mlp = (sublayer - 1) // 2, (sublayer - 1) % 2
+            layer, after_mlp = (router - 1) // 2, (router - 1) % 2
             rows = [itself, *maps[:layer], maps[layer], *([maps[layer]] if after_mlp else [])]
-            alpha = weights[sublayer - 1].unbind(-1)
+            alpha = weights[router].unbind(-1)
         q = torch.stack([a.unsqueeze(-1) * p for a, p in zip(alpha, rows, strict=True)], 2).double()
         mass = q.sum((2, 3))
         values = {"mass": mass}
@@ -118,13 +118,13 @@ def brute_force(model, ids):
             values["concentration" + form] = x.flatten(2).amax(-1)
             logs = x.log().masked_fill(x == 0, 0)
             values["neg_entropy" + form] = (x * logs).sum((2, 3))
-        ratio = updates[sublayer].norm(dim=-1) / states[sublayer].norm(dim=-1)
+        ratio = updates[router].norm(dim=-1) / states[router].norm(dim=-1)
         for window in range(N):
             order = ratio[window, 1:].argsort()[: math.ceil(0.1 * (T - 1))] + 1
             for name, value in values.items():
-                found.setdefault(f"joint.{name}", {})[window, sublayer] = value[window, 1:].mean()
+                found.setdefault(f"joint.{name}", {})[window, router] = value[window, 1:].mean()
                 some = found.setdefault(f"joint.{name}_no_op@0.1", {})
-                some[window, sublayer] = value[window, order].mean()
+                some[window, router] = value[window, order].mean()
     return {
         name: torch.stack(list(values.values())).view(-1, N).T for name, values in found.items()
     }
@@ -260,7 +260,7 @@ def test_the_closed_form_is_that_of_q(seed, count, keys, spent, peaked):
 
 
 @pytest.mark.parametrize(
-    ("form", "sublayer", "sources", "layers"),
+    ("form", "router", "sources", "layers"),
     [
         (("sum", 1), 1, [0, 0], [-1, 0]),
         (("sum", 1), 4, [0, 0, 0, 0, 0], [-1, 0, 0, 1, 1]),
@@ -273,8 +273,8 @@ def test_the_closed_form_is_that_of_q(seed, count, keys, spent, peaked):
         (("official", 1), 5, [0, 1, 2, 3], [-1, 0, 1, 2]),
     ],
 )
-def test_routes(form, sublayer, sources, layers):
-    assert routes(*form, sublayer) == (sources, layers)
+def test_routes(form, router, sources, layers):
+    assert routes(*form, router) == (sources, layers)
 
 
 def record_of(values: list[float | str], sha: str = "same") -> DiagnosisRecord:

@@ -125,6 +125,11 @@ def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
             "token_normalizer: gamma: 'low' is not a number",
         ),
         ({"null_logit": float("nan")}, "null_logit: nan is not a number"),
+        ({"null_logit": -float("inf")}, "null_signal: 'on' has no effect with null_logit=-inf"),
+        (
+            {"null_logit": -float("inf"), "null_signal": "shuffled", "residual": "official"},
+            "null_signal: 'shuffled' has no effect with null_logit=-inf",
+        ),
         ({"attn_implementation": "sdpa"}, "attn_implementation: 'sdpa' has no null option"),
     ],
 )

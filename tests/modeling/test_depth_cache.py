@@ -11,8 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from oasis_attn import UserError
 from oasis_attn.modeling.depth_cache import observe_depth
-from oasis_attn.ops import native
-from oasis_attn.ops.depth_mix import AutogradMix, NativeMix, TwoPhaseMix
+from oasis_attn.ops import c_kernels
+from oasis_attn.ops.depth_mix import AutogradMixer, CMixer, TwoPhaseMixer
 from tiny_models import tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "official", "oasis_depth_sigmoid", "vanilla"]
@@ -20,15 +20,15 @@ VARIANTS = ["oasis", "oasis_block", "attn_residual", "official", "oasis_depth_si
 
 @pytest.fixture
 def mixes(monkeypatch):
-    """Which implementation ran, one entry a sublayer."""
+    """The class of the mixer that ran, one entry per router."""
     ran = []
-    for form in (AutogradMix, NativeMix, TwoPhaseMix):
+    for mixer in (AutogradMixer, CMixer, TwoPhaseMixer):
 
-        def counted(self, *args, form=form, update=form.update, **keywords):
-            ran.append(form.__name__)
+        def counted(self, *args, mixer=mixer, update=mixer.update, **keywords):
+            ran.append(mixer.__name__)
             return update(self, *args, **keywords)
 
-        monkeypatch.setattr(form, "update", counted)
+        monkeypatch.setattr(mixer, "update", counted)
     return ran
 
 
@@ -66,10 +66,10 @@ def test_a_hook_can_change_what_the_next_layer_reads(variant, ids):
 def test_observers_change_neither_the_form_nor_a_bit(
     variant, compiler, grad, ids, mixes, monkeypatch
 ):
-    if compiler and native.library() is None:
+    if compiler and c_kernels.library() is None:
         pytest.skip("there is no C compiler")
     if not compiler:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(c_kernels, "library", lambda: None)
     model, calls = tiny_model(variant), []
     with torch.set_grad_enabled(grad):
         alone = model(ids).logits

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from oasis_attn.modeling.depth_cache import observe_depth
-from oasis_attn.ops import native
-from oasis_attn.ops.depth_mix import NativeMix, TwoPhaseMix, cpu_native
+from oasis_attn.ops import c_kernels
+from oasis_attn.ops.depth_mix import CMixer, TwoPhaseMixer, c_mixer
 from oasis_attn.ops.null_attention import decode_attention, null_attention
 from tiny_models import tiny_config, tiny_model
 
@@ -20,21 +20,21 @@ SETTINGS = [
     {"depth_block_size": 3},
     {"depth_block_size": 100_000},
 ]
-compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+compiled = pytest.mark.skipif(c_kernels.library() is None, reason="there is no C compiler")
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Which form went how many sublayers."""
+    """The class of the mixer, once for each sublayer."""
     seen = []
-    for form in (NativeMix, TwoPhaseMix):
+    for mixer in (CMixer, TwoPhaseMixer):
 
-        def counted(self, branch, psi, sublayer, form=form, update=form.update):
-            if sublayer:
-                seen.append(form.__name__)
-            return update(self, branch, psi, sublayer)
+        def counted(self, branch, psi, router, mixer=mixer, update=mixer.update):
+            if router:
+                seen.append(mixer.__name__)
+            return update(self, branch, psi, router)
 
-        monkeypatch.setattr(form, "update", counted)
+        monkeypatch.setattr(mixer, "update", counted)
     return seen
 
 
@@ -68,7 +68,7 @@ def test_one_token_at_a_time(variant, settings, batch, steps):
     whole = differentiable(model, ids)[:, 3:]
     with torch.no_grad():
         torch.testing.assert_close(decoded(model, ids), whole, rtol=0, atol=1e-4)
-    assert steps == ["NativeMix"] * 7 * 10
+    assert steps == ["CMixer"] * 7 * 10
 
 
 @compiled
@@ -85,14 +85,14 @@ def test_a_prompt(variant, settings, threads, steps, monkeypatch):
     with torch.no_grad():
         fast = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(fast[mask > 0], whole[mask > 0], rtol=0, atol=1e-4)
-    assert set(steps) == {"NativeMix"}
+    assert set(steps) == {"CMixer"}
 
 
 @pytest.mark.parametrize("signal", ["log", "attention_only", "by_head"])
 @pytest.mark.parametrize("compiler", [pytest.param(True, marks=compiled), False])
 def test_other_null_signals(signal, compiler, steps, monkeypatch):
     if not compiler:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(c_kernels, "library", lambda: None)
     model = build("oasis", null_signal=signal)
     ids = torch.randint(3, 90, (2, 9))
     whole = differentiable(model, ids)[:, 3:]
@@ -109,7 +109,7 @@ def test_the_shuffled_signal_is_drawn_alike_in_all_forms(
 ):
     """One permutation a layer, whatever the form."""
     if not compiler:
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(c_kernels, "library", lambda: None)
     model, draws, randperm = build("oasis_signal_shuffled", **settings), [], torch.randperm
 
     def counted(n, **keywords):
@@ -127,7 +127,7 @@ def test_the_shuffled_signal_is_drawn_alike_in_all_forms(
         assert len(steps) == 10
         assert draws == [9 * batch] * 10
         model(ids[:, :1])
-    assert steps == ["NativeMix" if compiler else "TwoPhaseMix"] * 20
+    assert steps == ["CMixer" if compiler else "TwoPhaseMixer"] * 20
 
 
 def test_the_shuffled_signal_is_one_for_the_attention_and_the_mlp_of_a_layer(monkeypatch):
@@ -160,19 +160,19 @@ def test_the_null_of_one_token(null_logit):
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_without_a_compiler(variant, settings, steps, monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(c_kernels, "library", lambda: None)
     model = build(variant, **settings)
     ids = torch.randint(3, 90, (2, 9))
     whole = differentiable(model, ids)[:, 3:]
     with torch.no_grad():
         torch.testing.assert_close(decoded(model, ids), whole, rtol=0, atol=1e-4)
-    assert set(steps) == {"TwoPhaseMix"}
+    assert set(steps) == {"TwoPhaseMixer"}
 
 
 def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "false")
     monkeypatch.setenv("OASIS_CACHE", str(tmp_path))
-    assert native.library.__wrapped__() is None
+    assert c_kernels.library.__wrapped__() is None
     assert not list(tmp_path.iterdir())
 
 
@@ -183,7 +183,7 @@ def test_autocast_keeps_the_stream_in_float32(steps):
     whole = differentiable(model, ids)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = model(ids).logits
-    assert set(steps) == {"NativeMix"}
+    assert set(steps) == {"CMixer"}
     assert (logits.float() - whole).norm() < 0.1 * whole.norm()  # the differentiable form: 0.07
 
 
@@ -192,7 +192,7 @@ def test_a_branch_of_another_shape_is_refused():
     model = build("oasis")
     layer = model.model.layers[1].mlp
     layer.register_forward_hook(lambda _module, _inputs, output: output[:, :-1])
-    with torch.no_grad(), pytest.raises(ValueError, match=r"sublayer 4 of 10 gave \[1, 4, "):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"router 4 .* branch is \[1, 4, "):
         model(torch.randint(3, 90, (1, 5)))
 
 
@@ -204,7 +204,7 @@ def test_a_block_larger_than_the_model_takes_no_more_memory_than_one_as_large(id
         sizes.append(size)
         return torch.empty(size)
 
-    monkeypatch.setattr(cpu_native, "_allocate", allocate)
+    monkeypatch.setattr(c_mixer, "_allocate", allocate)
     large = build("oasis", depth_block_size=100_000)
     fitting = build("oasis", depth_block_size=11)  # all routers
     with torch.no_grad():

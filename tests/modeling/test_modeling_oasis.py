@@ -96,8 +96,8 @@ def test_every_parameter_gets_a_gradient_and_recomputing_changes_none(model, ids
             torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-12)
 
 
-def test_recomputed_mixes_are_not_kept(ids):
-    """A sublayer then keeps its source, as a residual sum keeps its state, and no mix beside it."""
+def test_recomputed_mixes_are_not_stored(ids):
+    """A sublayer then stores its output, as a residual sum stores its state, and no mix."""
 
     def kept_bytes(model):
         storages = {}

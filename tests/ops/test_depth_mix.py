@@ -6,12 +6,12 @@ import torch
 from oasis_attn import UserError
 from oasis_attn.ops import depth_mix
 from oasis_attn.ops.depth_mix.autograd import (
-    carried_sum,
+    chained_sum,
     depth_scores,
     depth_weights,
     weighted_sum,
 )
-from oasis_attn.ops.depth_mix.two_phase import fold_sources, merge_recent
+from oasis_attn.ops.depth_mix.two_phase_mixer import merge_recent, mix_earlier
 
 
 def inputs(S=5, T=7, D=9, dtype=torch.float64, seed=0):
@@ -154,17 +154,17 @@ def test_two_phase_inference_equals_one_mix(normalizer, signal, recent):
     scores_SBTR = torch.stack([depth_scores(v, queries, 1e-6) for v in sources])
     psi_BTS = torch.stack(evidence, -1)
     logits_SBTR = scores_SBTR - beta * psi_BTS.movedim(-1, 0).unsqueeze(-1)  # psi uncentred
-    stacked, folded, scales = torch.stack(sources), 5 - recent, torch.tensor([1.0, 5.0, 6.0])
-    mixes, lses = fold_sources(stacked[:folded], logits_SBTR[:folded], scales)
+    stacked, earlier, scales = torch.stack(sources), 5 - recent, torch.tensor([1.0, 5.0, 6.0])
+    mixes, lses = mix_earlier(stacked[:earlier], logits_SBTR[:earlier], scales)
     for r in range(3):
         scores_BTS = scores_SBTR[..., r].movedim(0, -1)
         weights, _ = depth_weights(scores_BTS, psi_BTS, beta[r], normalizer)
         logits = [lses[..., r : r + 1]]
         if normalizer == "softmax1":
             logits.append(-beta[r] * psi_BTS.mean(-1, keepdim=True))
-        logits += logits_SBTR[folded:, ..., r].unsqueeze(-1)
+        logits += logits_SBTR[earlier:, ..., r].unsqueeze(-1)
         scale = float(scales[r])
-        merged = merge_recent(mixes[:, :, r], sources[folded:], torch.cat(logits, -1), scale)
+        merged = merge_recent(mixes[:, :, r], sources[earlier:], torch.cat(logits, -1), scale)
         expected = weighted_sum(sources, weights) * scale
         torch.testing.assert_close(merged, expected, rtol=0, atol=1e-12)
 
@@ -195,17 +195,17 @@ def test_bad_input_is_one_clear_line(change, message):
         depth_mix(**keywords)
 
 
-def test_a_chain_of_carried_sums_has_the_gradients_of_separate_ones():
+def test_a_chain_of_sums_has_the_gradients_of_separate_sums():
     sources, *_ = inputs(4)
     weights = [torch.rand(2, 7, S, dtype=torch.float64, requires_grad=True) for S in (2, 3, 4)]
     upstream = [torch.randn(2, 7, 9, dtype=torch.float64) for _ in weights]
     gradients = []
-    for carried in (True, False):
+    for chained in (True, False):
         loss, chain = 0, []
         for S, weight, grad in zip((2, 3, 4), weights, upstream, strict=True):
             chain = [*chain, *sources[len(chain) : S]]
-            mixed, handed_on = carried_sum(chain, weight, len(chain))
-            chain = handed_on if carried else sources[:S]
+            mixed, returned = chained_sum(chain, weight, len(chain))
+            chain = returned if chained else sources[:S]
             loss = loss + (mixed * grad).sum()
         gradients.append(torch.autograd.grad(loss, [*sources, *weights]))
     for got, wanted in zip(*gradients, strict=True):

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from oasis_attn.ops.depth_mix import (
-    AutogradMix,
+    AutogradMixer,
     Routers,
-    TritonMix,
-    TwoPhaseMix,
+    TritonMixer,
+    TwoPhaseMixer,
     depth_mix,
     passes,
 )
@@ -220,8 +220,8 @@ def test_a_model_of_routers(used, case, branches_dtype):
         with pytest.MonkeyPatch.context() as patch:
             if not with_kernels:
                 patch.setattr(passes, "kernels_for", lambda _: None)
-            mix = AutogradMix(Routers(queries, beta, 1e-6, normalizer="softmax1", **case))
-            mixes = [mix.update(branches[i], psi[i] if i else None, i) for i in range(R)]
+            mixer = AutogradMixer(Routers(queries, beta, 1e-6, normalizer="softmax1", **case))
+            mixes = [mixer.update(branches[i], psi[i] if i else None, i) for i in range(R)]
             loss = sum((x.to(wide) * draw(2, 5, 24, dtype=wide)).sum() for x in mixes)
             results.append([*mixes, *torch.autograd.grad(loss, leaves)])
         assert used
@@ -234,7 +234,7 @@ def test_a_model_of_routers(used, case, branches_dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_inference(kernels, case, dtype):
-    """Against the same mixes as the other implementations, from the same rounded sources."""
+    """The mixes of `TwoPhaseMixer`, from the same rounded sources."""
     R, B, T, D, wide = 9, 2, 3, 24, torch.promote_types(dtype, torch.float32)
     torch.manual_seed(0)
     branches = [draw(B, T, D, dtype=dtype) for _ in range(R)]
@@ -243,10 +243,11 @@ def test_inference(kernels, case, dtype):
     beta = draw(R, dtype=wide).exp() if signal else None
     rest = {name: value for name, value in case.items() if name != "signal"}
     routers = Routers(draw(R, D, dtype=wide), beta, 1e-6, **rest)
-    triton, torch_mix = TritonMix(branches[0], routers, kernels), TwoPhaseMix(branches[0], routers)
-    for sublayer in range(R):
-        arguments = branches[sublayer], psi[sublayer] if signal else None, sublayer
-        close(triton.update(*arguments), torch_mix.update(*arguments), dtype)
+    triton = TritonMixer(branches[0], routers, kernels)
+    two_phase = TwoPhaseMixer(branches[0], routers)
+    for router in range(R):
+        arguments = branches[router], psi[router] if signal else None, router
+        close(triton.update(*arguments), two_phase.update(*arguments), dtype)
 
 
 @runs_kernels

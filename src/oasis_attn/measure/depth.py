@@ -87,7 +87,8 @@ class Depth:
 
     def tables(self) -> dict[str, Any]:
         """For a model with depth routing: `depth.weights` [router][source], and `depth.entropy`,
-        `depth.null` and `depth.signal` (the last two if the model has them), each [router]."""
+        `depth.null` and `depth.signal` (the last two if the model has them), each [router].
+        Rows begin with router 0; with `residual="official"`, with router 1."""
         if not self._series:
             return {}
         names = ("weights", "entropy", *self._optional)

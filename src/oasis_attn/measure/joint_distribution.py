@@ -1,6 +1,6 @@
 """The joint distribution over depth sources and positions (OASIS, assumption D.4).
 
-Sublayer l reads route i with weight alpha_i, and route i has attended to position j with p_i(j):
+Router r reads route i with weight alpha_i, and route i has attended to position j with p_i(j):
 
     q(i, j) = alpha_i p_i(j)        mass Z = sum q;  leakage L = q on position 0, the sink;
                                     concentration C = max q;  negative entropy E = sum q log q
@@ -24,8 +24,8 @@ A route is a part of a source, with these rows p_i:
   weights are equal;
 - in the authors' form, a state counts as the sublayer whose output it is.
 
-Queries: all sublayers but the first, which reads only the embedding, and all tokens but the first,
-which attends only to itself.
+Queries: routers 1 to 2L - 1 (router 0 reads only the embedding, and no sublayer reads the mix of
+router 2L), and all tokens but the first, which attends only to itself.
 
 Axes: N windows, B windows in a batch, T tokens (queries), S keys, R routes, H heads.
 """
@@ -78,21 +78,21 @@ def row_statistics(call: AttentionCall) -> Rows:
     return Rows(*(torch.cat(values, dim=1) for values in zip(*blocks, strict=True)))
 
 
-def routes(residual: str, block: int, sublayer: int) -> tuple[list[int], list[int]]:
-    """The routes that sublayer `sublayer` reads.
+def routes(residual: str, block: int, router: int) -> tuple[list[int], list[int]]:
+    """The routes that `router` reads.
 
     Returns:
         For each route, the index of the source that it is a part of, and the index of the layer
         whose attention gives its row (-1 for the embedding).
     """
     if residual == "official":
-        layer, after_mlp = divmod(sublayer - 1, 2)
+        layer, after_mlp = divmod(router - 1, 2)
         layers = [_EMBEDDING, *range(layer + 1), *[layer] * after_mlp]
         return list(range(len(layers))), layers
-    layers = [_EMBEDDING, *(done // 2 for done in range(sublayer))]
+    layers = [_EMBEDDING, *(done // 2 for done in range(router))]
     if residual == "sum":
         return [0] * len(layers), layers
-    return [0, *(1 + done // block for done in range(sublayer))], layers
+    return [0, *(1 + done // block for done in range(router))], layers
 
 
 def joint_statistics(alpha_BTR: Tensor, routes_R: Sequence[Rows]) -> dict[str, Tensor]:
@@ -145,33 +145,32 @@ class Joint:
         self._rows[_EMBEDDING] = Rows(ones, zeros, ones, zeros)
 
     def _on_router(self, call: RouterCall) -> None:
-        # In the authors' form, a router follows its sublayer; the next sublayer reads its result.
-        self._weights[call.router + (self._residual == "official")] = call.weights_BTS.double()
+        self._weights[call.router] = call.weights_BTS.double()
 
-    def _on_update(self, sublayer: int, ratio_BT: Tensor) -> None:
-        if sublayer == 0:
+    def _on_update(self, router: int, ratio_BT: Tensor) -> None:
+        if router == 0:
             return
-        sources, layers = routes(self._residual, self._block, sublayer)
+        sources, layers = routes(self._residual, self._block, router)
         sizes_S = torch.tensor(sources, device=ratio_BT.device).bincount()
         if self._residual == "sum":
             weights_BTS = torch.ones_like(ratio_BT).unsqueeze(-1)
         else:
-            weights_BTS = self._weights[sublayer]
+            weights_BTS = self._weights[router]
         alpha_BTR = (weights_BTS / sizes_S)[..., sources]
         values = joint_statistics(alpha_BTR, [self._rows[layer] for layer in layers])
         count = math.ceil(NO_OP * (ratio_BT.shape[1] - 1))
         smallest_BT = ratio_BT[:, 1:].topk(count, largest=False).indices
         for name, values_BT in values.items():
             queries_BT = values_BT[:, 1:]
-            self._record(name, sublayer, queries_BT)
-            self._record(f"{name}_no_op@{NO_OP}", sublayer, queries_BT.gather(1, smallest_BT))
+            self._record(name, router, queries_BT)
+            self._record(f"{name}_no_op@{NO_OP}", router, queries_BT.gather(1, smallest_BT))
 
-    def _record(self, name: str, sublayer: int, values_BT: Tensor) -> None:
+    def _record(self, name: str, router: int, values_BT: Tensor) -> None:
         series = self._series.setdefault(name, {})
-        series.setdefault(sublayer, []).append(values_BT.mean(1).cpu())
+        series.setdefault(router, []).append(values_BT.mean(1).cpu())
 
     def _stacks(self) -> dict[str, Tensor]:
-        """Each series for all windows and sublayers, [N, 2L - 1]."""
+        """Each series for all windows and routers 1 to 2L - 1, [N, 2L - 1]."""
         return {
             name: torch.stack([torch.cat(x) for x in series.values()], dim=1)
             for name, series in self._series.items()
@@ -190,7 +189,7 @@ class Joint:
 
     def tables(self) -> dict[str, Any]:
         """`joint.sequences`: for each metric its value in each window [N], for `compare_joint`.
-        `joint.sublayers`: for each metric its value at sublayers 1 to 2L - 1."""
+        `joint.sublayers`: for each metric its value for routers 1 to 2L - 1."""
         stacks = {f"joint.{name}": values for name, values in self._stacks().items()}
         return {
             "joint.sequences": {name: values.mean(1).tolist() for name, values in stacks.items()},

@@ -20,12 +20,13 @@ from oasis_attn.modeling.decoder_map import LayerMap
 def observe_updates(
     layers: Sequence[LayerMap], callback: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """Inside the context, each sublayer calls `callback(sublayer, ratio_BT)`.
+    """Context in which `callback(router, ratio_BT)` receives the update of each sublayer.
 
     The ratio is ||v|| / ||h||, float64 [B, T].  h is the hidden state that the sublayer reads,
     before its norm; v is its output after the family's own post-norm.  Residual multipliers are not
     included, because they are the same for all tokens; nor is `branch_norm`, which gives all
-    updates a similar size.  Sublayers 2l and 2l + 1 are the attention and the MLP of layer l.
+    updates a similar size.  `router` is the index of the router whose mix is h (see
+    `modeling.depth_cache`): 2l for the attention of layer l and 2l + 1 for its MLP.
 
     Args:
         layers: the layers of a decoder whose family has a row in `modeling.families`.
@@ -33,13 +34,13 @@ def observe_updates(
     """
     norm_of_state_BT: dict[int, Tensor] = {}
 
-    def observe(sublayer: int, reader: nn.Module, writer: nn.Module) -> Iterator[RemovableHandle]:
+    def observe(router: int, reader: nn.Module, writer: nn.Module) -> Iterator[RemovableHandle]:
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            norm_of_state_BT[sublayer] = _norm(args[0] if args else kwargs["hidden_states"])
+            norm_of_state_BT[router] = _norm(args[0] if args else kwargs["hidden_states"])
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            norm_BT = norm_of_state_BT.pop(sublayer)
-            callback(sublayer, _norm(output).view_as(norm_BT) / norm_BT)
+            norm_BT = norm_of_state_BT.pop(router)
+            callback(router, _norm(output).view_as(norm_BT) / norm_BT)
 
         yield reader.register_forward_pre_hook(before, with_kwargs=True)
         yield writer.register_forward_hook(after)

@@ -67,7 +67,7 @@ class OasisConfig(PreTrainedConfig):
         token_normalizer: of token attention, one of `oasis_attn.ops.normalizers.NORMALIZERS` but
             `sigmoid`, or registered by `register_token_normalizer`.  One that takes arguments is
             given as a mapping: `{"name": "clipped_softmax", "gamma": -0.03}`.
-        null_logit: c of `softmax1`; 0 is Softmax1, very negative values switch the null off.
+        null_logit: c of `softmax1`; 0 is Softmax1, and -inf switches the null off.
         output_gate: sigmoid gate on the attention output before its projection: one per `head`
             and token (Bondarenko 2023), or `elementwise` (arXiv 2505.06708).
         residual: `sum`, attention over `depth` (arXiv 2603.15031), or the `official` form of the
@@ -88,7 +88,8 @@ class OasisConfig(PreTrainedConfig):
         null_signal: the null evidence psi that lowers the depth logits: `on` (OASIS), `shuffled`
             over all tokens of the batch (a control, not causal), `off`, or registered by
             `register_null_signal`.
-        beta_init: initial value of beta, the strength of the null signal, before the softplus.
+        beta_init: initial value of the parameter `raw` in beta = softplus(raw), not of beta itself;
+            beta is the strength of the null signal.  The default of -5 is a beta of 0.0067.
 
     Raises:
         UserError: on an unknown setting or value, or settings that exclude each other.
@@ -251,6 +252,11 @@ class OasisConfig(PreTrainedConfig):
             raise UserError(
                 f"null_signal: {self.null_signal!r} needs a token_normalizer with a null,"
                 f" one of {', '.join(with_null())}; {normalizer.name!r} has none"
+            )
+        elif self.null_logit == -math.inf:
+            raise UserError(
+                f"null_signal: {self.null_signal!r} has no effect with null_logit=-inf, which makes"
+                " every null probability 0; set null_signal='off' or a finite null_logit"
             )
 
     @property

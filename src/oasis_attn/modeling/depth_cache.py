@@ -1,10 +1,19 @@
 """The residual of one forward pass: a plain sum, or attention over depth (arXiv 2603.15031).
 
-A cache is made for each forward pass and handed to the layers as a keyword argument; layers take
-and return plain hidden states `[B, T, D]`.  Before a sublayer's norm, `read` gives its input; after
-the sublayer, `update` takes its output and returns what the next sublayer reads.
+`OasisModel` creates a depth cache for each forward pass and passes it to its layers, as
+transformers passes its key-value cache (`past_key_values`, which this module does not concern).
+A layer uses it twice, for attention and for the MLP:
 
-Axes: B batch, T tokens, D width, S sources so far, R routers (two a layer, and the output's).
+    hidden = cache.start(embedding)                    in the first layer: the mix of router 0
+    normed = cache.read(hidden, norm, r)               the input of sublayer r + 1: norm(hidden)
+    hidden = cache.update(hidden, branch, psi, r + 1)  its output is added: the mix of router r + 1
+
+The 2L sublayers are numbered from 1: attention of layer 0, MLP of layer 0, attention of layer 1,
+and so on; "sublayer 0" is the embedding.  Router r follows sublayer r: it reads the outputs of
+sublayers 0 ... r, and its mix is the input of sublayer r + 1.  Router 2L gives the output of the
+decoder.  All code counts routers in this way; `oasis_attn.ops.depth_mix` explains the other words.
+
+Axes: B batch, T tokens, D width, S sources so far, R = 2L + 1 routers.
 """
 
 from __future__ import annotations
@@ -19,26 +28,35 @@ from torch import Tensor, nn
 
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.hf_compat import initialization as init
-from oasis_attn.ops.depth_mix import AutogradMix, Mix, inference_mix, needs_autograd_mix
+from oasis_attn.ops.depth_mix import (
+    AutogradMixer,
+    Mixer,
+    Routers,
+    inference_mixer,
+    needs_autograd_mixer,
+)
 from oasis_attn.ops.depth_mix.autograd import null_shift
-from oasis_attn.ops.depth_mix.autograd_mix import RouterWeights
-from oasis_attn.ops.depth_mix.routers import Routers
+from oasis_attn.ops.depth_mix.autograd_mixer import RouterWeights
 
 BETA_MAX = 10.0
 Norm = Callable[[Tensor], Tensor]
 
 
 def beta_of(raw: Tensor) -> Tensor:
-    """beta from its raw parameter: softplus, at most `BETA_MAX` (OASIS section 3)."""
+    """beta = softplus(raw), at most `BETA_MAX` (OASIS section 3)."""
     return F.softplus(raw).clamp(max=BETA_MAX)
 
 
 class RouterCall(NamedTuple):
-    """What one router computed in one forward pass, for measuring.
+    """The results of one router in one forward pass, for measurements.
 
-    `weights_BTS` are alpha before any `mix_scale`; source 0 is the embedding, and a partial block
-    comes last.  `null_BT` is 0 where the depth normaliser has no null.  `signal_BTS` is what the
-    null signal added to the logits; None without it.
+    Attributes:
+        router: its index r: it reads the outputs of sublayers 0 (the embedding) to r.  With
+            `residual="official"` there is no router 0.
+        weights_BTS: alpha, before `mix_scale`; source 0 is the embedding, and an unfinished block
+            is the last source.
+        null_BT: the depth null probability; 0 if the depth normalizer has no null.
+        signal_BTS: what the null signal added to the logits; None without the signal.
     """
 
     router: int
@@ -47,16 +65,17 @@ class RouterCall(NamedTuple):
     signal_BTS: Tensor | None
 
     @classmethod
-    def of(cls, router: int, found: RouterWeights, beta: Tensor | None) -> RouterCall:
-        psi_BTS, signal_BTS = found.psi_BTS, None
+    def of(cls, router: int, results: RouterWeights, beta: Tensor | None) -> RouterCall:
+        """The call of `router`, which has strength `beta` (None without the null signal)."""
+        psi_BTS, signal_BTS = results.psi_BTS, None
         if beta is not None and psi_BTS is not None:
-            with torch.no_grad():  # a checkpointed layer must keep as much as without observers
+            with torch.no_grad():  # a checkpointed layer must not save more than without observers
                 signal_BTS = null_shift(psi_BTS, beta)
-        return cls(router, found.weights_BTS, found.null_BT, signal_BTS)
+        return cls(router, results.weights_BTS, results.null_BT, signal_BTS)
 
 
 class Router(nn.Module):
-    """Parameters that weigh sources; `observers` are called with each `RouterCall`."""
+    """Base class of modules with router parameters; calls `observers` with each `RouterCall`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,16 +87,15 @@ class Router(nn.Module):
 
 
 class DepthRouter(Router):
-    """All routers of a model: router r reads the sources before sublayer r + 1, the last one gives
-    the output.
+    """The parameters of all routers of a model.
 
-    They are in one module, not in their layers, so that a source is scored for all of them in one
-    matrix product, and so that sharding keeps them whole during a forward pass.
+    They are in one module, not in the layers, for two reasons: one matrix product scores a source
+    for all routers, and sharding (FSDP2) keeps them gathered during the whole forward pass.
 
     Attributes:
-        queries: pseudo-queries w, `[R, D]`, initially zero: equal weights.
+        queries: pseudo-queries w, `[R, D]`; initially zero, so that all weights are equal.
         key_norm: gain of each router's RMSNorm on its keys, `[R, D]`.
-        beta_raw: beta before softplus, `[R]`; absent without the null signal.
+        beta_raw: beta before the softplus, `[R]`; None without the null signal.
     """
 
     def __init__(self, config: OasisConfig):
@@ -108,17 +126,17 @@ class DepthRouter(Router):
 
 
 class SumCache:
-    """x + f_1 + f_2 + ...; it has no state."""
+    """The residual sum x + f_1 + f_2 + ...; it has no state."""
 
     def to(self, device: torch.device) -> None:
         """Nothing to move."""
 
     def start(self, embedding_BTD: Tensor) -> Tensor:
-        """What the first sublayer reads."""
+        """The hidden state that sublayer 1 reads, from the embedding (router 0)."""
         return embedding_BTD
 
-    def read(self, hidden_BTD: Tensor, norm: Norm, sublayer: int) -> Tensor:  # noqa: ARG002
-        """`norm(hidden)`, the input of the sublayer after `sublayer`."""
+    def read(self, hidden_BTD: Tensor, norm: Norm, router: int) -> Tensor:  # noqa: ARG002
+        """`norm(hidden)`, the input of sublayer `router + 1`; `hidden` is the mix of `router`."""
         return norm(hidden_BTD)
 
     def update(
@@ -126,23 +144,28 @@ class SumCache:
         hidden_BTD: Tensor,
         branch_BTD: Tensor,
         psi_BT: Tensor | None,  # noqa: ARG002
-        sublayer: int,  # noqa: ARG002
+        router: int,  # noqa: ARG002
     ) -> Tensor:
-        """Take the output of `sublayer` (1 to 2L), and return what the next sublayer reads.
+        """Add the output of sublayer `router` (1 to 2L), and return the mix of `router`.
 
         Args:
-            hidden_BTD: what the sublayer read, before its norm.
-            branch_BTD: its output.
+            hidden_BTD: the hidden state that the sublayer read, before its norm.
+            branch_BTD: the output of the sublayer.
             psi_BT: its null evidence, float32; None for 0.
+            router: the index of the router, which is that of the sublayer.
+
+        Returns:
+            `[B, T, D]`: the hidden state that sublayer `router + 1` reads before its norm, or the
+            output of the last layer.
         """
         return hidden_BTD + branch_BTD
 
 
 class DepthCache(SumCache):
-    """The sublayers' outputs as sources; each router mixes those before it.
+    """Attention over depth: stores the outputs of the sublayers, and each router mixes them.
 
-    How the mix is computed is chosen once: see `oasis_attn.ops.depth_mix`.  Observers change
-    neither that choice nor the result.
+    The mixer, which computes the mixes, is chosen once per forward pass: see
+    `oasis_attn.ops.depth_mix`.  Observers change neither this choice nor the result.
     """
 
     def __init__(self, router: DepthRouter, *, one_device: bool = True):
@@ -159,33 +182,33 @@ class DepthCache(SumCache):
             config.mix_scale,
             router.dropped,
         )
-        # Created here, not in the first layer: torch.compile cannot track an object that is created
-        # inside a checkpointed layer.
-        autograd = needs_autograd_mix(self.routers)
         self.recompute = router.recompute and torch.is_grad_enabled()
-        self.mix: Mix | None = None
-        if autograd:
-            self.mix = AutogradMix(self.routers, recompute=self.recompute)
-        self.weights: AutogradMix | None = None  # for observers of a mix that shows no weights
+        # `AutogradMixer` is created here, not in `start`: torch.compile cannot track an object that
+        # is created inside a checkpointed layer.
+        self.mixer: Mixer | None = None
+        if needs_autograd_mixer(self.routers):
+            self.mixer = AutogradMixer(self.routers, recompute=self.recompute)
+        # Computes the weights for observers if `mixer` does not return them.
+        self.observer_mixer: AutogradMixer | None = None
 
     def to(self, device: torch.device) -> None:
         """Move the state to a layer's device."""
         if self.routers.queries_RD.device != device:
             self.routers = self.routers.to(device)
-            for state in (self.mix, self.weights):
-                if state is not None:
-                    state.to(device)
+            for mixer in (self.mixer, self.observer_mixer):
+                if mixer is not None:
+                    mixer.to(device)
 
     def start(self, embedding_BTD: Tensor) -> Tensor:
-        if self.mix is None:
-            self.mix = inference_mix(embedding_BTD, self.routers, one_device=self.one_device)
+        if self.mixer is None:
+            self.mixer = inference_mixer(embedding_BTD, self.routers, one_device=self.one_device)
             if self.observers:
-                self.weights = AutogradMix(self.routers)
+                self.observer_mixer = AutogradMixer(self.routers)
         return self.update(embedding_BTD, embedding_BTD, None, 0)
 
-    def read(self, hidden_BTD: Tensor, norm: Norm, sublayer: int) -> Tensor:
-        if self.recompute and isinstance(self.mix, AutogradMix):
-            return self.mix.read(hidden_BTD, norm, sublayer)
+    def read(self, hidden_BTD: Tensor, norm: Norm, router: int) -> Tensor:
+        if self.recompute and isinstance(self.mixer, AutogradMixer):
+            return self.mixer.read(hidden_BTD, norm, router)
         return norm(hidden_BTD)
 
     def update(
@@ -193,29 +216,29 @@ class DepthCache(SumCache):
         hidden_BTD: Tensor,  # noqa: ARG002
         branch_BTD: Tensor,
         psi_BT: Tensor | None,
-        sublayer: int,
+        router: int,
     ) -> Tensor:
-        assert self.mix is not None, "update before start"
-        mixed_BTD = self.mix.update(branch_BTD, psi_BT, sublayer)
+        assert self.mixer is not None, "update before start"
+        mixed_BTD = self.mixer.update(branch_BTD, psi_BT, router)
         if self.observers:
-            self._observe(branch_BTD, psi_BT, sublayer)
+            self._observe(branch_BTD, psi_BT, router)
         return mixed_BTD
 
-    def _observe(self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int) -> None:
-        found = None
-        if isinstance(self.mix, AutogradMix):
-            found = self.mix.last
-        elif self.weights is not None:
-            _, found = self.weights.weigh(branch_BTD, psi_BT, sublayer)
-        if found is not None:
+    def _observe(self, branch_BTD: Tensor, psi_BT: Tensor | None, router: int) -> None:
+        results = None
+        if isinstance(self.mixer, AutogradMixer):
+            results = self.mixer.latest_weights
+        elif self.observer_mixer is not None:
+            _, results = self.observer_mixer.weigh(branch_BTD, psi_BT, router)
+        if results is not None:
             beta_R = self.routers.beta_R
-            beta = None if beta_R is None else beta_R[sublayer]
-            self.observed(RouterCall.of(sublayer, found, beta))
+            beta = None if beta_R is None else beta_R[router]
+            self.observed(RouterCall.of(router, results, beta))
 
 
 @contextmanager
 def observe_depth(model: nn.Module, callback: Callable[[RouterCall], None]) -> Iterator[None]:
-    """While open, each router of `model` hands what it computed to `callback`."""
+    """Context in which `callback` receives every router call of `model`."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router in routers:
         router.observers.append(callback)
@@ -228,15 +251,16 @@ def observe_depth(model: nn.Module, callback: Callable[[RouterCall], None]) -> I
 
 @contextmanager
 def drop_source(model: nn.Module, source: int | None) -> Iterator[None]:
-    """While open, no router of `model` reads `source`, save those that have no other.
+    """Context in which no router of `model` reads `source`, except routers with no other source.
 
-    Its logit is -inf, whether its block is finished or not, so that the others share as the depth
-    normaliser has it; psi stays centred over all sources.  None drops nothing, in the same
-    implementation of the mix.  For residual `depth`.
+    The logit of the source is -inf, whether its block is finished or not, and the depth normalizer
+    weighs the remaining sources; the mean of psi is still over all sources.  None drops nothing,
+    but uses the same mixer, so that results can be compared.  It has an effect with residual
+    `depth` only.
     """
     routers = [module for module in model.modules() if isinstance(module, DepthRouter)]
     for router in routers:
-        router.dropped = len(router.queries) if source is None else source  # no source has that
+        router.dropped = len(router.queries) if source is None else source  # no such source
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
-"""The family's decoder layer, with its residual connection replaced.
+"""The family's decoder layer, with its residual connection replaced by the depth cache.
 
-transformers wraps `RoutedLayer.forward` for activation checkpointing.  `depth_cache` and
-`layer_args` reach it through the keyword arguments of the family's own model.
+`OasisModel.forward` passes `depth_cache` and `layer_args` as keyword arguments to the family's own
+model, which passes them on to each layer.  With activation checkpointing, transformers runs
+`RoutedLayer.forward` a second time in backward.
 
 Axes: B batch, H heads, T tokens, D width.
 """
@@ -23,9 +24,12 @@ from oasis_attn.modeling.official import OfficialRouter
 
 
 class LayerArgs(NamedTuple):
-    """Settings for the layers, read once a forward pass, because transformers' configs are slow.
+    """Settings of all layers, read once per forward pass, because transformers' configs are slow.
 
-    `attention` are keyword arguments of `oasis_attention`.
+    Attributes:
+        attention: keyword arguments for `oasis_attention`.
+        null_signal: the function or module that computes psi; None if the null signal is off.
+        branch_norm: None without one.
     """
 
     attention: dict[str, Any]
@@ -34,7 +38,7 @@ class LayerArgs(NamedTuple):
 
 
 class RoutedLayer(Attached):
-    """Mixin that runs the family's attention and MLP; `depth_cache` combines their outputs."""
+    """Mixin over the family's layer class: `depth_cache` combines attention and MLP outputs."""
 
     oasis_config: OasisConfig
     family: Family
@@ -50,7 +54,7 @@ class RoutedLayer(Attached):
         width = getattr(self.self_attn, "v_head_dim", None) or getattr(text, "head_dim", None)
         width = width or text.hidden_size // heads
         self.null_logit = self.output_gate = None
-        own_sinks = getattr(self.self_attn, "sinks", None)  # gpt-oss: null logits already
+        own_sinks = getattr(self.self_attn, "sinks", None)  # gpt-oss has learned null logits
         if config.normalizer.name == "learned_sink" and own_sinks is None:
             self.null_logit = nn.Parameter(torch.zeros(heads))
         if config.output_gate != "none":
@@ -70,14 +74,14 @@ class RoutedLayer(Attached):
         **kwargs: Any,
     ) -> Tensor:
         family, cache, norm = self.family, depth_cache, layer_args.branch_norm
-        attention_args, sublayer = layer_args.attention, 2 * self.index
+        attention_args, router = layer_args.attention, 2 * self.index  # see depth_cache.py
         cache.to(hidden_states.device)
         if self.index == 0:
             if norm:
                 hidden_states = norm(hidden_states, "embedding")
             hidden_states = cache.start(hidden_states)
 
-        normed = cache.read(hidden_states, self._named(family.pre_attention), sublayer)
+        normed = cache.read(hidden_states, self._named(family.pre_attention), router)
         if self.null_logit is not None:
             attention_args = attention_args | {"null_logit": self.null_logit}
         if self.output_gate is not None:
@@ -89,21 +93,23 @@ class RoutedLayer(Attached):
         psi_BT, mlp_psi_BT = null_evidence(layer_args.null_signal, null_BHT, self.index)
         if norm:
             branch = norm(branch, "attention")
-        hidden_states = cache.update(hidden_states, branch, psi_BT, sublayer + 1)
+        hidden_states = cache.update(hidden_states, branch, psi_BT, router + 1)
 
-        normed_mlp = cache.read(hidden_states, self._named(family.pre_mlp), sublayer + 1)
+        normed_mlp = cache.read(hidden_states, self._named(family.pre_mlp), router + 1)
         branch = self._named(family.mlp)(normed_mlp)
-        if isinstance(branch, tuple):  # a mixture of experts may return its router's scores too,
-            branch = branch[0].view_as(normed)  # and its tokens in one row
+        if isinstance(branch, tuple):  # a mixture of experts may return [B * T, D], and scores
+            branch = branch[0].view_as(normed)
         branch = self._finish(branch, family.post_mlp, family.mlp_dropout)
         if norm:
             branch = norm(branch, "mlp")
-        return cache.update(hidden_states, branch, mlp_psi_BT, sublayer + 2)
+        return cache.update(hidden_states, branch, mlp_psi_BT, router + 2)
 
     def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
-        return getattr(self, name) if name else _same
+        """The family's module of this name; the identity if the family has none."""
+        return getattr(self, name) if name else _identity
 
     def _finish(self, branch_BTD: Tensor, norm: str | None, dropout: str | None) -> Tensor:
+        """Apply the family's post-norm, dropout and residual multiplier, if it has them."""
         if norm:
             branch_BTD = getattr(self, norm)(branch_BTD)
         if dropout:
@@ -113,5 +119,5 @@ class RoutedLayer(Attached):
         return branch_BTD
 
 
-def _same(x_BTD: Tensor) -> Tensor:
+def _identity(x_BTD: Tensor) -> Tensor:
     return x_BTD

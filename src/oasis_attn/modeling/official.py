@@ -1,8 +1,12 @@
-"""The form of the OASIS authors' public code: sources are hidden states, and routers project them.
+"""The form of the OASIS authors' public code: routers over hidden states, with projected queries.
 
-Each layer has two routers.  Both read the states x_0 (the embedding), x_1, ... after each layer,
-and those inside the layer; the last state gives the query.  Names and shapes are those of the
-authors' checkpoints.
+Each layer has two routers, one after attention and one after the MLP.  Both read the hidden states
+that each layer so far has read (x_0, the embedding, for the first layer), and the states inside the
+layer: x + attention and, after the MLP, x + MLP.  The newest state gives the query.  Names and
+shapes of the parameters are those of the authors' checkpoints.
+
+Routers are counted as in depth_cache.py: router r follows sublayer r.  There is no router 0,
+because sublayer 1 reads the embedding itself.
 
 Axes: B batch, T tokens, D width, A width of the routers' keys, S states so far.
 """
@@ -22,14 +26,14 @@ from oasis_attn.ops.depth_mix.autograd import (
     row_products,
     weighted_sum,
 )
-from oasis_attn.ops.depth_mix.autograd_mix import RouterWeights
+from oasis_attn.ops.depth_mix.autograd_mixer import RouterWeights
 
 
 class KeyProjection(nn.Module):
     """The authors' `k_proj`, `[A, D]`, applied to the query: q . (K y) = (K^T q) . y.
 
-    So the query is projected once, and not every state.  It is no `nn.Linear`, because what wraps
-    those (adapters, quantisers) would compute K y.
+    Thus one query is projected instead of all states.  It is not an `nn.Linear`, because adapters
+    and quantizers that wrap those would compute K y.
     """
 
     def __init__(self, width: int, rank: int):
@@ -42,9 +46,10 @@ class KeyProjection(nn.Module):
 
 
 class OfficialRouter(Router):
-    """A router with low-rank queries and keys over states, of which the last one gives the query.
+    """A router with low-rank queries and keys; the newest state y_last gives the query.
 
-    score_i = (q_proj(y_last) . k_proj(y_i)) A^-1/2 + recency_bias i / (S - 1) - beta dpsi_i
+    score_i = (q_proj(y_last) . k_proj(y_i)) A^-1/2 + recency_bias i / (S - 1)
+              - beta (psi_i - mean_r psi_r)
     """
 
     def __init__(self, config: OasisConfig):
@@ -61,7 +66,7 @@ class OfficialRouter(Router):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As the authors' code: no bias towards late states (one of its two files has 8.0)."""
+        """As in the authors' code; `recency_bias` is 0 there in one file and 8.0 in another."""
         for projection in (self.q_proj, self.k_proj):
             init.normal_(projection.weight, std=0.02 / self.rank**0.5)
         init.zeros_(self.recency_bias)
@@ -70,7 +75,7 @@ class OfficialRouter(Router):
 
     @property
     def beta(self) -> Tensor | None:
-        """`[1]`; None without the null signal."""
+        """Strength of the null signal, `[1]`; None without the signal."""
         return None if self.oasis_beta_raw is None else beta_of(self.oasis_beta_raw)
 
     def forward(self, states: list[Tensor], psi_BTS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,18 +93,19 @@ class OfficialRouter(Router):
 
 
 class OfficialCache(SumCache):
-    """States x_0 (the embedding), x_1, ... after each layer; both routers of a layer read them all.
+    """Stores the state that each layer reads; both routers of a layer mix these states.
 
-    A layer may run again in backward: what it reads of the layers before it stays as it was.
+    With activation checkpointing, a layer runs a second time in backward.  It then reads the states
+    of the layers up to itself only, as in its first run.
     """
 
     def __init__(self, routers: list[tuple[OfficialRouter, OfficialRouter]]):
-        self.routers = routers  # of each layer: after attention, after the MLP
-        self.states: dict[int, Tensor] = {}  # by layer: what it reads
-        self.psi: dict[int, Tensor] = {}  # by layer
-        self.sublayer = 0  # the last one so far
-        self.given: Tensor | None = None  # psi of the layer's attention, as given
-        self.inside: Tensor | None = None  # x + a, between attention and MLP
+        self.routers = routers  # for each layer: after attention, after the MLP
+        self.states: dict[int, Tensor] = {}  # for each layer: the state that it reads
+        self.psi: dict[int, Tensor] = {}  # for each layer
+        self.latest = 0  # the latest router so far
+        self.attention_psi: Tensor | None = None  # the argument of the layer's first update
+        self.inside: Tensor | None = None  # x + attention, until the MLP's update
 
     def to(self, device: torch.device) -> None:
         if self.states and self.states[0].device != device:
@@ -107,14 +113,14 @@ class OfficialCache(SumCache):
                 tensors.update({layer: tensor.to(device) for layer, tensor in tensors.items()})
 
     def update(
-        self, hidden_BTD: Tensor, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int
+        self, hidden_BTD: Tensor, branch_BTD: Tensor, psi_BT: Tensor | None, router: int
     ) -> Tensor:
         """Mix the states so far and those inside the layer, each with its layer's psi."""
-        layer, after_mlp = divmod(sublayer - 1, 2)
-        first, self.sublayer = sublayer > self.sublayer, max(sublayer, self.sublayer)
+        layer, after_mlp = divmod(router - 1, 2)
+        first_run, self.latest = router > self.latest, max(router, self.latest)
         if not after_mlp:
-            self.given = psi_BT
-        elif psi_BT is not self.given:
+            self.attention_psi = psi_BT
+        elif psi_BT is not self.attention_psi:
             raise UserError(
                 "null_signal: with residual 'official' the attention and the MLP of a layer share"
                 " psi; it must return one tensor"
@@ -134,12 +140,12 @@ class OfficialCache(SumCache):
         else:
             self.inside = after_BTD
         psi_BTS = torch.stack(psi, -1)
-        router = self.routers[layer][after_mlp]
+        module = self.routers[layer][after_mlp]
         mixed_BTD: Tensor
-        mixed_BTD, weights_BTS, null_BT = router([*states, after_BTD], psi_BTS)
-        if router.observers and first:
-            found = RouterWeights(weights_BTS, null_BT, psi_BTS)
+        mixed_BTD, weights_BTS, null_BT = module([*states, after_BTD], psi_BTS)
+        if module.observers and first_run:
+            results = RouterWeights(weights_BTS, null_BT, psi_BTS)
             with torch.no_grad():
-                beta = router.beta
-            router.observed(RouterCall.of(sublayer - 1, found, beta))
+                beta = module.beta
+            module.observed(RouterCall.of(router, results, beta))
         return mixed_BTD

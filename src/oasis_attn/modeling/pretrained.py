@@ -87,8 +87,12 @@ class OasisPreTrainedModel(PreTrainedModel):
     def recompute_mixes(self, enabled: bool = True) -> None:
         """Recompute each depth mix, and the norm after it, in backward instead of storing them.
 
-        A sublayer then stores no more than with a residual sum, and the sources are read once more
-        in the backward pass.  It has an effect with residual `depth` only.
+        A sublayer then stores no more than with a residual sum, and the backward pass reads the
+        sources once more.  Outputs and gradients are unchanged.  It has an effect with residual
+        `depth` only, and is not saved with the model.
+
+        Args:
+            enabled: False stores them again, as at the start.
         """
         for module in self.modules():
             if isinstance(module, DepthRouter):

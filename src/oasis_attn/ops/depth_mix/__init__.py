@@ -1,18 +1,27 @@
 """Attention over depth, and the null signal that it uses.
 
-Attention Residuals (arXiv 2603.15031) read the residual stream as a mix of earlier branch outputs:
+Attention Residuals (arXiv 2603.15031) replace the residual sum by a mix of the earlier outputs.
+Sublayers are numbered from 1, and v_0 is the embedding.  Router r reads v_0 ... v_r:
 
-    g_{l,i}   = w_l . RMSNorm_l(v_i)                  one pseudo-query w_l per router
-    alpha_l   = softmax_i(g_{l,i})                    per token
-    h_l       = sum_i alpha_{l,i} v_i                 raw values
+    g_{r,i}   = w_r . RMSNorm_r(v_i)                  one pseudo-query w_r per router
+    alpha_r   = softmax_i(g_{r,i})                    for each token
+    h_r       = sum_i alpha_{r,i} v_i                 the input of sublayer r + 1
 
-OASIS (arXiv 2605.17887) lowers the logits of branches whose attention put weight on the null:
+OASIS (arXiv 2605.17887) lowers the logits of outputs whose attention put weight on the null:
 
-    g'_{l,i}  = g_{l,i} - beta_l (psi_i - mean_r psi_r)
+    g'_{r,i}  = g_{r,i} - beta_r (psi_i - mean_j psi_j)
 
-`depth_mix` is one router alone.  A model uses an object that holds the sources of one forward pass:
-`AutogradMix` where gradients are needed, `TwoPhaseMix` where not, and in its place `NativeMix` on
-CPUs with a C compiler and `TritonMix` on CUDA with Triton.  Each is tested against `naive.py`.
+Words, in this package and in `modeling`:
+
+    branch     the output of one sublayer (attention or MLP), before it is added to the residual
+    source     v_i: the embedding, a branch, or the sum of the branches of a block
+    weights    alpha, `[B, T, S]`: what one router gives to its sources; never model parameters
+    mix        h, `[B, T, D]`: the sum of the sources with these weights
+    mixer      an object that holds the sources of one forward pass and computes each router's mix
+
+`depth_mix` computes one mix.  A model uses a mixer: `AutogradMixer` if gradients are needed, else
+`TwoPhaseMixer` or, if it supports the call, a faster one: `CMixer` on a CPU with a C compiler,
+`TritonMixer` on CUDA with Triton.  Each is tested against `naive.py`.
 
 Axes: B batch, T tokens, D width, S sources, R routers.
 """
@@ -27,27 +36,27 @@ from torch import Tensor
 
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.ops.depth_mix.autograd import depth_scores, depth_weights, weighted_sum
-from oasis_attn.ops.depth_mix.autograd_mix import AutogradMix
-from oasis_attn.ops.depth_mix.cpu_native import NativeMix, can_use_native
+from oasis_attn.ops.depth_mix.autograd_mixer import AutogradMixer
+from oasis_attn.ops.depth_mix.c_mixer import CMixer, can_use_c_mixer
 from oasis_attn.ops.depth_mix.naive import naive_scores, naive_sum
 from oasis_attn.ops.depth_mix.passes import kernels_for
 from oasis_attn.ops.depth_mix.routers import Routers
-from oasis_attn.ops.depth_mix.triton_mix import TritonMix
-from oasis_attn.ops.depth_mix.two_phase import TwoPhaseMix
+from oasis_attn.ops.depth_mix.triton_mixer import TritonMixer
+from oasis_attn.ops.depth_mix.two_phase_mixer import TwoPhaseMixer
 
 __all__ = [
-    "AutogradMix",
-    "Mix",
-    "NativeMix",
+    "AutogradMixer",
+    "CMixer",
+    "Mixer",
     "Routers",
-    "TritonMix",
-    "TwoPhaseMix",
+    "TritonMixer",
+    "TwoPhaseMixer",
     "depth_mix",
-    "inference_mix",
-    "needs_autograd_mix",
+    "inference_mixer",
+    "needs_autograd_mixer",
 ]
 BACKENDS = ("auto", "naive", "fused")
-Mix = AutogradMix | TwoPhaseMix | NativeMix | TritonMix
+Mixer = AutogradMixer | TwoPhaseMixer | CMixer | TritonMixer
 
 
 def depth_mix(
@@ -61,16 +70,16 @@ def depth_mix(
     normalizer: str = "softmax",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Mix `sources` by attention over depth; one router.
+    """Mix `sources` by attention over depth, with one router.
 
     Args:
         sources: S tensors `[B, T, D]` of one dtype, earliest first.
         query_D: the router's pseudo-query w, `[D]`.
         key_norm_weight: gain of the RMSNorm on the keys, `[D]`; default 1.
-        eps: of that RMSNorm.
-        null_evidence: psi, S tensors `[B, T]` in [0, 1]; None switches the signal off.
+        eps: eps of that RMSNorm.
+        null_evidence: psi, S tensors `[B, T]` in [0, 1]; None switches the null signal off.
         beta: strength of the null signal, at least 0: a number or a tensor of one element; unused
-            without evidence.
+            without null evidence.
         normalizer: over depth, one of `oasis_attn.ops.normalizers.NORMALIZERS`.
         backend: `naive` (stacks the sources, float32 inside) or `fused`; `auto` is `fused`.
 
@@ -79,8 +88,8 @@ def depth_mix(
         float64 sources).
 
     Raises:
-        UserError: on no sources, on shapes or numbers that do not fit, on an unknown name; and when
-            a second derivative of `fused` is asked for, which only `naive` has.
+        UserError: there are no sources, a shape or number is not valid, or a name is unknown; also
+            when a second derivative of `fused` is computed, which only `naive` supports.
     """
     check_choice("backend", backend, BACKENDS)
     _check_shapes(sources, query_D, key_norm_weight, null_evidence)
@@ -98,27 +107,28 @@ def depth_mix(
     return mix(sources, weights_BTS), weights_BTS
 
 
-def needs_autograd_mix(routers: Routers) -> bool:
-    """Whether a forward pass needs `AutogradMix`.
+def needs_autograd_mixer(routers: Routers) -> bool:
+    """Whether a forward pass needs `AutogradMixer`.
 
-    It does while gradients are recorded, and for what no other implementation has: a dropped
-    source, and sigmoid weights.
+    It is needed while gradients are recorded, and for a dropped source and sigmoid weights, which
+    no other mixer supports.
     """
     return torch.is_grad_enabled() or routers.normalizer == "sigmoid" or routers.dropped is not None
 
 
-def inference_mix(
+def inference_mixer(
     embedding_BTD: Tensor, routers: Routers, *, one_device: bool = True
-) -> TwoPhaseMix | NativeMix | TritonMix:
-    """The implementation without gradients for one forward pass, whose first source is given.
+) -> TwoPhaseMixer | CMixer | TritonMixer:
+    """A mixer without gradients for one forward pass.
 
-    `one_device` says that all layers are on its device.
+    `one_device` says that all layers are on the device of the embedding.
     """
     kernels = kernels_for([embedding_BTD])
     if kernels is not None:
-        return TritonMix(embedding_BTD, routers, kernels)
-    native = one_device and can_use_native(embedding_BTD)
-    return (NativeMix if native else TwoPhaseMix)(embedding_BTD, routers)
+        return TritonMixer(embedding_BTD, routers, kernels)
+    if one_device and can_use_c_mixer(embedding_BTD):
+        return CMixer(embedding_BTD, routers)
+    return TwoPhaseMixer(embedding_BTD, routers)
 
 
 def _check_shapes(

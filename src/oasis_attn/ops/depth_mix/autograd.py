@@ -1,8 +1,11 @@
-"""Differentiable mixes over depth with hand-written gradients.
+"""The three steps of a mix over depth, differentiable, with hand-written gradients.
 
-Three steps, each usable alone, so that a model scores a source once for all of its routers:
-`depth_scores` (one matrix product and one inverse RMS per source), `depth_weights`, `weighted_sum`.
-None of them stacks the sources or keeps a copy of one for backward.
+    depth_scores     g of one source for all routers: one matrix product and one inverse RMS
+    depth_weights    alpha of one router, from g and psi
+    weighted_sum     the mix of one router, from alpha and the sources
+
+A model scores each source once, for all routers that will read it.  No step stacks the sources or
+saves a copy of one for backward.
 
 Axes: B batch, T tokens, D width, S sources, R routers.
 """
@@ -23,10 +26,11 @@ from oasis_attn.ops.normalizers import normalize, null_softmax
 
 
 def depth_scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> Tensor:
-    """g of one source under R pseudo-queries (key-norm gains folded in): `[B, T, R]`, float32.
+    """g of one source for R routers, `[B, T, R]`, float32 (Attention Residuals section 3).
 
-    Attention Residuals section 3; the gain of an RMSNorm moves to the query, so that R routers
-    share the source's one inverse RMS and one matrix product.
+    `queries_RD` are the pseudo-queries times the gains of the key norms.  Without gains of their
+    own, the keys of all routers are the same, so that R routers need one inverse RMS and one matrix
+    product.
     """
     if torch.compiler.is_compiling():
         return naive_scores(source_BTD, queries_RD, eps)
@@ -44,7 +48,8 @@ def depth_weights(
 ) -> tuple[Tensor, Tensor]:
     """alpha `[B, T, S]` and the depth null probability `[B, T]`, from g and psi (OASIS section 3).
 
-    With the softmax, the mean over sources cancels; with Softmax1 it moves the null's own logit.
+    The mean of psi over the sources has no effect on a softmax; in a Softmax1 it has the same
+    effect as a change of the null logit.
     """
     kernels = passes.kernels_for([scores_BTS])
     if kernels is not None and normalizer in ("softmax", "softmax1"):
@@ -64,7 +69,7 @@ def depth_weights(
 
 
 def null_shift(psi_BTS: Tensor, beta: float | Tensor) -> Tensor:
-    """What OASIS adds to the depth logits: -beta (psi_i - mean_r psi_r), `[B, T, S]`."""
+    """The term that OASIS adds to the depth logits: -beta (psi_i - mean psi), `[B, T, S]`."""
     return beta * (psi_BTS.mean(-1, keepdim=True) - psi_BTS)
 
 
@@ -73,26 +78,29 @@ def weighted_sum(
 ) -> Tensor:
     """sum_i weights_i sources_i, `[B, T, D]`, accumulated in the dtype of the weights.
 
-    `known_BTD` is that sum where it has been computed before: only the gradient is then added.
+    `known_BTD` is this sum, if it has been computed before; the function then only adds the
+    gradient to it.
     """
-    return carried_sum(sources, weights_BTS, 0, known_BTD)[0]
+    return chained_sum(sources, weights_BTS, 0, known_BTD)[0]
 
 
-def carried_sum(
-    sources: Sequence[Tensor], weights_BTS: Tensor, carried: int, known_BTD: Tensor | None = None
+def chained_sum(
+    sources: Sequence[Tensor], weights_BTS: Tensor, count: int, known_BTD: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """`weighted_sum`, and the first `carried` sources for the next sum to read.
+    """`weighted_sum`, and the first `count` sources again, for the next sum of a chain.
 
-    A chain of sums that each read what the one before hands on adds up a source's gradient in one
-    buffer, where separate sums would make a tensor each.  That buffer is added to in place, so what
-    is handed on is for such sums alone: no other operation may pass its own gradient on to it.
+    Many routers read the same source.  If each of their sums read the source itself, backward would
+    allocate one gradient per sum and then add them.  If each sum reads the sources that the
+    previous sum returned, backward adds all gradients of a source to one buffer, in place.
+    Therefore only `chained_sum` may read the returned sources: the gradient of another operation
+    could share memory with a tensor that is still needed.
     """
     if _differentiable(weights_BTS, *sources):
-        arguments = (weights_BTS, carried, known_BTD, *sources)
+        arguments = (weights_BTS, count, known_BTD, *sources)
         mixed, *rest = _WeightedSum.apply(*arguments)  # type: ignore[no-untyped-call]
         return mixed, rest
     mixed_BTD = passes.weighted_sum(sources, weights_BTS, sources[0].dtype)
-    return mixed_BTD, list(sources[:carried])
+    return mixed_BTD, list(sources[:count])
 
 
 def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
@@ -105,11 +113,11 @@ def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
     return passes.row_products(sources, query_BTD)
 
 
-# ---------------------------------------------------------------------------------------- fused
+# --------------------------------------------------------------------------- autograd functions
 
 
 class _Scores(HandWritten):
-    """(v @ W^T) * r with r = (mean v^2 + eps)^-1/2, and r; keeps v itself, r and the result."""
+    """(v @ W^T) r and r = (mean v^2 + eps)^-1/2; saves v itself (no copy), r and the result."""
 
     @staticmethod
     def forward(source: Tensor, queries: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -132,7 +140,7 @@ class _Scores(HandWritten):
 
 
 class _Weights(HandWritten):
-    """`depth_weights` as one kernel of `triton_kernels`; elsewhere PyTorch differentiates it."""
+    """`depth_weights` as one Triton kernel; without Triton, PyTorch differentiates the steps."""
 
     @staticmethod
     def forward(
@@ -140,8 +148,8 @@ class _Weights(HandWritten):
     ) -> tuple[Tensor, Tensor]:
         kernels = passes.triton_kernels()
         assert kernels is not None
-        found: tuple[Tensor, Tensor] = kernels.weights(scores, psi, beta, with_null)
-        return found
+        result: tuple[Tensor, Tensor] = kernels.weights(scores, psi, beta, with_null)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -161,49 +169,54 @@ class _Weights(HandWritten):
 
 
 class _WeightedSum(HandWritten):
-    """One pass over the sources each way."""
+    """`chained_sum`: outputs are the sum and views of the first `count` sources.
+
+    Forward and backward read each source once.  The incoming gradient of a returned source is the
+    sum over all later routers of the chain; backward adds this router's own term to it, in place,
+    and returns it as the gradient of that source.
+    """
 
     @staticmethod
     def forward(
-        weights: Tensor, carried: int, known: Tensor | None, *sources: Tensor
+        weights: Tensor, count: int, known: Tensor | None, *sources: Tensor
     ) -> tuple[Tensor, ...]:
-        handed_on = [source.view_as(source) for source in sources[:carried]]
+        returned = [source.view_as(source) for source in sources[:count]]
         if known is None:
             known = passes.weighted_sum(sources, weights, sources[0].dtype)
-        return known, *handed_on
+        return known, *returned
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
-        weights, _carried, _known, *sources = inputs
+        weights, _count, _known, *sources = inputs
         ctx.save_for_backward(weights, *sources)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
-        ctx: Any, grad: Tensor | None, *carried: Tensor | None
+        ctx: Any, grad: Tensor | None, *later_grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         weights, *sources = ctx.saved_tensors
-        onto = [*carried, *[None] * (len(sources) - len(carried))]
+        later = [*later_grads, *[None] * (len(sources) - len(later_grads))]
         if grad is None:
-            return None, None, None, *onto
+            return None, None, None, *later
         gradients = partial(_sum_gradients, ctx.needs_input_grad, not torch.is_grad_enabled())
-        grad_weights, *grads = first_order(gradients, grad, weights, *sources, *onto)
+        grad_weights, *grads = first_order(gradients, grad, weights, *sources, *later)
         return grad_weights, None, None, *grads
 
 
 def _sum_gradients(
-    needed: Sequence[bool], in_place: bool, grad: Tensor, weights: Tensor, *sources_and_onto: Any
+    needed: Sequence[bool], in_place: bool, grad: Tensor, weights: Tensor, *sources_and_later: Any
 ) -> tuple[Tensor | None, ...]:
-    half = len(sources_and_onto) // 2
-    sources, onto = sources_and_onto[:half], sources_and_onto[half:]
+    half = len(sources_and_later) // 2
+    sources, later = sources_and_later[:half], sources_and_later[half:]
     grad_weights, grads = passes.sum_gradients(
-        sources, weights, grad, needed[3:], onto, in_place=in_place, products=needed[0]
+        sources, weights, grad, needed[3:], later, in_place=in_place, products=needed[0]
     )
     return grad_weights, *grads
 
 
 class _RowProducts(HandWritten):
-    """The transpose of `_WeightedSum`: what one does forward, the other does backward."""
+    """`row_products`; its backward is a weighted sum, as the backward of a sum is row products."""
 
     @staticmethod
     def forward(query: Tensor, *sources: Tensor) -> Tensor:
@@ -229,6 +242,6 @@ def _product_gradients(
 
 
 def _differentiable(*tensors: Tensor) -> bool:
-    """Whether to differentiate by hand; torch.compile itself decides what to keep for backward."""
+    """Whether the hand-written gradient is needed: torch.compile derives its own."""
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return wanted and not torch.compiler.is_compiling()

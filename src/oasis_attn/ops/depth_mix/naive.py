@@ -1,4 +1,4 @@
-"""Attention over depth in plain PyTorch: the reference for the other forms.
+"""Attention over depth in plain PyTorch: the reference for the other implementations.
 
 It stacks the sources and computes in float32 (float64 for float64 sources).
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """`tensor` in float64 if it is, else in float32."""
+    """`tensor` itself if it is float64, else `tensor` in float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def naive_scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> Tensor:
-    """g of one source under R pseudo-queries, `[B, T, R]`: see `autograd.depth_scores`."""
+    """g of one source for R routers, `[B, T, R]`: see `autograd.depth_scores`."""
     value = at_least_float32(source_BTD)
     key = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)
     with torch.autocast(value.device.type, enabled=False):

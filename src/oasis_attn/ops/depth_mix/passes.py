@@ -1,7 +1,7 @@
-"""The passes over the sources that the mix and its hand-written gradients are made of.
+"""The passes over the sources that compute a mix and its hand-written gradients.
 
-On CUDA with Triton, a pass is one kernel of the package `triton_kernels`; elsewhere PyTorch takes
-one source at a time.
+On CUDA with Triton, a pass is one kernel of the package `triton_kernels`; elsewhere it is a loop of
+PyTorch operations over the sources.
 
 Axes: B batch, T tokens, D width, S sources, R routers.
 """
@@ -21,8 +21,9 @@ from oasis_attn.ops.depth_mix.naive import at_least_float32
 def kernels_for(sources: Sequence[Tensor]) -> ModuleType | None:
     """`triton_kernels` if Triton is installed and its `fits` accepts the CUDA tensors `sources`.
 
-    None otherwise, and under torch.compile, which writes kernels of its own, and while a CUDA graph
-    is captured: the graph would keep the address of a table of addresses, but not the table.
+    None otherwise.  Also None under torch.compile, which generates its own kernels, and while a
+    CUDA graph is captured: the graph would store the address of the kernel's table of source
+    addresses, and the table itself would be freed.
     """
     if not sources[0].is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
@@ -34,7 +35,7 @@ def kernels_for(sources: Sequence[Tensor]) -> ModuleType | None:
 
 @cache
 def triton_kernels() -> ModuleType | None:
-    """The package of that name; None without Triton."""
+    """The package `triton_kernels`; None if Triton is not installed."""
     try:
         from oasis_attn.ops.depth_mix import triton_kernels as package
     except ImportError:
@@ -43,7 +44,7 @@ def triton_kernels() -> ModuleType | None:
 
 
 def weighted_sum(sources: Sequence[Tensor], weights_BTS: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_i weights_i sources_i, `[B, T, D]` in `dtype`; accumulated in that of the weights."""
+    """sum_i weights_i sources_i, `[B, T, D]` in `dtype`, accumulated in the weights' dtype."""
     kernels = kernels_for(sources)
     if kernels is not None:
         mixed_BTD: Tensor = kernels.weighted_sum(sources, weights_BTS, dtype)
@@ -63,7 +64,7 @@ def row_products(sources: Sequence[Tensor], other_BTD: Tensor) -> Tensor:
         return products_BTS.to(other_BTD.dtype)
     if torch.compiler.is_compiling():
         return torch.stack([(source * other_BTD).sum(-1) for source in sources], -1)
-    # In blocks of tokens small enough to stay in cache.
+    # On a CPU: in blocks of tokens that fit in the processor's cache.
     width = other_BTD.shape[-1]
     flat = other_BTD.reshape(-1, width)
     rows = max(1, flat.shape[0] if flat.is_cuda else 2**17 // width)
@@ -83,29 +84,38 @@ def sum_gradients(
     weights_BTS: Tensor,
     grad_BTD: Tensor,
     needed: Sequence[bool],
-    onto: Sequence[Tensor | None] | None = None,
+    later: Sequence[Tensor | None] | None = None,
     *,
     in_place: bool = False,
     products: bool = True,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of `weighted_sum` for the weights, if `products`, and the sources.
+    """The gradients of `weighted_sum`.
 
-    That of a source is `weights_i grad`, where `needed`, added to `onto_i` if given: to the same
-    memory, if `in_place`.
+    Args:
+        sources, weights_BTS: its arguments.
+        grad_BTD: the gradient of its result.
+        needed: whether the gradient of each source is needed.
+        later: for each source, a gradient from later sums to which this one is added, or None.
+        in_place: write that sum to the memory of `later`.
+        products: compute the gradient of the weights.
+
+    Returns:
+        The gradient of the weights `[B, T, S]`, or None; and of each source, `weights_i grad` plus
+        `later_i`, or None where not needed.
     """
-    before = [None] * len(sources) if onto is None else onto
+    olds = [None] * len(sources) if later is None else later
     kernels = kernels_for(sources)
-    if kernels is not None and kernels.can_add(before, sources):
+    if kernels is not None and kernels.can_add(olds, sources):
         into = [
             None if not need else old if in_place and old is not None else torch.empty_like(source)
-            for source, old, need in zip(sources, before, needed, strict=True)
+            for source, old, need in zip(sources, olds, needed, strict=True)
         ]
-        found = kernels.sum_gradients(sources, grad_BTD, weights_BTS, before, into, products)
-        return found, into
+        grad_BTS = kernels.sum_gradients(sources, grad_BTD, weights_BTS, olds, into, products)
+        return grad_BTS, into
     grad_BTD = grad_BTD.to(weights_BTS.dtype)
-    found = row_products(sources, grad_BTD) if products else None
+    grad_BTS = row_products(sources, grad_BTD) if products else None
     grads: list[Tensor | None] = []
-    for index, (source, need, old) in enumerate(zip(sources, needed, before, strict=True)):
+    for index, (source, need, old) in enumerate(zip(sources, needed, olds, strict=True)):
         weight_BT1 = weights_BTS[..., index : index + 1]
         if not need:
             grads.append(None)
@@ -115,15 +125,15 @@ def sum_gradients(
             grads.append(old.addcmul_(grad_BTD, weight_BT1))
         else:
             grads.append(torch.addcmul(old, grad_BTD, weight_BT1).to(source.dtype))
-    return found, grads
+    return grad_BTS, grads
 
 
 def scores(source_BTD: Tensor, queries_RD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`<source, query_r> r` `[B, T, R]` and r = (mean source^2 + eps)^-1/2 `[B, T, 1]`."""
     kernels = kernels_for([source_BTD])
     if kernels is not None and kernels.can_score(source_BTD, queries_RD):
-        found: tuple[Tensor, Tensor] = kernels.scores(source_BTD, queries_RD, eps)
-        return found
+        result: tuple[Tensor, Tensor] = kernels.scores(source_BTD, queries_RD, eps)
+        return result
     value_BTD = at_least_float32(source_BTD)
     square_BT1 = torch.linalg.vector_norm(value_BTD, dim=-1, keepdim=True).square_()
     inverse_BT1 = (square_BT1 / value_BTD.shape[-1] + eps).rsqrt_()

@@ -1,4 +1,4 @@
-"""What every implementation of the mix over depth is made from."""
+"""The parameters of all routers of a model, as every mixer receives them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RMS_EPS = 1e-12
-"""Of mixes brought to unit scale: far below the mean square of any mix that is not zero."""
+"""The eps of `mix_scale="rms"`: far below the mean square of any mix that is not zero."""
+
+GROUP = 8
+"""Routers in one group of the two-phase mixers, if each sublayer is a source of its own."""
 
 
 class Routers(NamedTuple):
     """The routers of a model in one forward pass.
 
-    Router r reads the sources before sublayer r + 1; the last one gives the output.
+    Router r = 0 ... R - 1 reads the sources that exist after sublayer r; sublayer 0 is the
+    embedding.  Its mix is the input of sublayer r + 1, and that of the last router is the output of
+    the decoder.
 
     Attributes:
-        queries_RD: pseudo-queries, the gains of the key norms folded in.
-        beta_R: strength of the null signal; None switches it off.
+        queries_RD: pseudo-queries, multiplied by the gains of the key norms.
+        beta_R: strength of the null signal; None switches the signal off.
         eps: of the RMSNorm on the keys.
         block_size: sublayers per source.
         normalizer: over depth: `softmax`, `softmax1` or `sigmoid`.
         mix_scale: `none`; `sum` multiplies a mix by the number of its sources (plus 1 for
             `softmax1`; by 2 for `sigmoid`), so that zero queries give the residual sum; `rms`
             divides it by its root mean square.
-        dropped: a source that no router reads, save those that have no other; None for none.
+        dropped: a source that no router reads, except routers that have no other source; None drops
+            nothing.
     """
 
     queries_RD: Tensor
@@ -38,9 +44,21 @@ class Routers(NamedTuple):
     dropped: int | None = None
 
     def to(self, device: torch.device) -> Routers:
-        """With its tensors on `device`."""
+        """Return a copy with its tensors on `device`."""
         beta_R = None if self.beta_R is None else self.beta_R.to(device)
         return self._replace(queries_RD=self.queries_RD.to(device), beta_R=beta_R)
+
+    @property
+    def group_size(self) -> int:
+        """How many routers a two-phase mixer prepares at once: those of a block, or `GROUP`."""
+        return self.block_size if self.block_size > 1 else GROUP
+
+    def newest_source(self, router: int) -> tuple[int, int]:
+        """Index of the newest source that `router` reads, and the number of sublayers in it."""
+        if router == 0:
+            return 0, 1
+        block, place = divmod(router - 1, self.block_size)
+        return 1 + block, 1 + place
 
     def scale(self, sources: int) -> int:
         """The factor on a mix of `sources` sources."""

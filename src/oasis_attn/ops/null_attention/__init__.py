@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.ops import native
+from oasis_attn.ops import c_kernels
 from oasis_attn.ops.null_attention.cpu_flash import CpuFlash, pad_head_width
 from oasis_attn.ops.null_attention.cuda_flash import cuda_flash
 from oasis_attn.ops.null_attention.flex import flex
@@ -186,7 +186,7 @@ def decode_attention(
     else:
         logit = null_logit
     B, H, _, d = query_BH1d.shape
-    step = native.library().null_step  # type: ignore[union-attr]
+    step = c_kernels.library().null_step  # type: ignore[union-attr]
     step(out.data_ptr(), lse_BH1.data_ptr(), null_BH1.data_ptr(), logits, logit, B, H, d)
     return out, null_BH1
 
@@ -200,7 +200,7 @@ def can_use_decode_kernel(query: Tensor, value: Tensor) -> bool:
         and query.shape[3] == value.shape[3]
         and not torch.is_grad_enabled()
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        and native.library() is not None
+        and c_kernels.library() is not None
     )
 
 

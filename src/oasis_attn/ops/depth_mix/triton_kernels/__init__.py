@@ -1,8 +1,8 @@
-"""The passes over the sources as Triton kernels, for CUDA: each source is read once.
+"""Triton kernels for CUDA that read each source once.
 
-PyTorch makes a pass over memory for each source and operation.  A kernel here gets the addresses of
-its sources as a tensor, and one program reads all sources of a token.  Sums are formed in the dtype
-of the weights or scores, float32 or float64.
+With PyTorch's operations, each operation on each source is a pass over memory.  A kernel here
+receives the addresses of its sources as a tensor, and one program reads all sources of a token.
+Sums are accumulated in the dtype of the weights or scores, float32 or float64.
 """
 
 from oasis_attn.ops.depth_mix.triton_kernels.mix import mix

@@ -1,4 +1,4 @@
-"""One router's mix without gradients, in one pass: see `triton_mix.py`.
+"""Triton kernel for the mix of one router, without gradients: see `triton_mixer.py`.
 
 Axes: N tokens, D width, S sources.
 """
@@ -25,18 +25,19 @@ def mix(
     members: int,
     routers: Routers,
 ) -> Tensor:
-    """Add `branch` `[..., D]` and its psi `[...]` to a source, and mix the sources so far.
+    """Add `branch` and its psi to a source, and mix the sources so far.
 
     Args:
-        branch: the first member of `source`, or added to the earlier members.
-        psi: its null evidence; None for 0.
-        memory: the sources `[S, ..., D]`, their inverse RMS `[S, ...]` and the sum of their
-            members' psi `[S, ...]`, None without the null signal.  Updated in place.
-        query_D: of the router.
-        beta: of the router, the first element; None without the null signal.
+        branch: output of a sublayer, `[..., D]`: the first member of `source`, or added to its
+            earlier members.
+        psi: its null evidence, `[...]`; None for 0.
+        memory: the sources `[S, ..., D]`, their inverse RMS `[S, ...]`, and the sum of psi over the
+            members of each source `[S, ...]` (None without the null signal); updated in place.
+        query_D: query of the router.
+        beta: strength of the null signal of the router, one element; None without the signal.
         source: the index of the source.
-        members: how many it has, this one included.
-        routers: for what all routers share.
+        members: the number of its members, including this one.
+        routers: the settings that all routers share.
     """
     sources, inverse_rms, evidence = memory
     branch, psi = branch.contiguous(), None if psi is None else psi.contiguous()
@@ -67,14 +68,14 @@ def _mix_kernel(
     wide = query.dtype.element_ty
     direction = tl.load(query + columns, mask=inside, other=0.0)
 
-    # The newest source, with the branch as its newest member.
+    # Add the branch to the newest source.
     at = (source * N + row) * D + columns
     value = tl.load(branch + row * D + columns, mask=inside, other=0.0).to(wide)
     if members > 1:
         value += tl.load(sources + at, mask=inside, other=0.0).to(wide)
-    kept = value.to(sources.dtype.element_ty)
-    tl.store(sources + at, kept, mask=inside)
-    value = kept.to(wide)
+    stored = value.to(sources.dtype.element_ty)
+    tl.store(sources + at, stored, mask=inside)
+    value = stored.to(wide)
     inverse = 1 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
     tl.store(inverse_rms + source * N + row, inverse)
     largest = tl.sum(value * direction, 0) * inverse
@@ -90,8 +91,9 @@ def _mix_kernel(
         psi_sum = psi_sum / members
         largest -= strength * psi_sum
 
-    # The softmax over it and the earlier ones, as they come.  psi is not centred here: for
-    # Softmax1 that moves the null's logit from 0, and for the softmax it changes nothing.
+    # Online softmax over the newest and the earlier sources.  The mean of psi is not subtracted
+    # from the logits: for a softmax it has no effect, and for Softmax1 it is added to the null
+    # logit below.
     total = tl.zeros_like(largest) + 1
     sum = value
     for i in range(source):

@@ -1,4 +1,4 @@
-"""A source's scores under all routers and its inverse RMS, in one pass; and their gradients.
+"""Triton kernels for the scores of a source for all routers with its inverse RMS, and gradients.
 
 Axes: N tokens, D width, R routers.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from oasis_attn.ops.depth_mix.triton_kernels.sums import on_device_of, power_of_2, tiles
 
-MAX_ROUTERS = 128  # a program of the gradients holds their rows
+MAX_ROUTERS = 128  # because one program of the gradients reads the queries of all routers
 _PARTS = 24  # programs that share the tokens in the gradients
 
 
 def can_score(source: Tensor, queries_RD: Tensor) -> bool:
-    """Whether the scores can be computed in float32, and there are not too many of them."""
+    """Whether the kernels can compute the scores: in float32, for at most `MAX_ROUTERS` routers."""
     wide = torch.float64 in (source.dtype, queries_RD.dtype)
     return not wide and len(queries_RD) <= MAX_ROUTERS
 

@@ -1,4 +1,4 @@
-"""The weighted sum of the sources, and its gradients; `fits` says what can be read.
+"""Triton kernels for the weighted sum of the sources and for its gradients.
 
 Axes: N tokens, D width, S sources.
 """
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_WIDTH = 16384  # of a source: a program holds a token
+MAX_WIDTH = 16384  # of a source, because one program reads a whole token
 DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
@@ -24,10 +24,10 @@ DTYPES = {
 
 
 def fits(sources: Sequence[Tensor]) -> bool:
-    """Whether the kernels can read the sources, which must have one shape.
+    """Whether the kernels can read the sources, which must have the same shape.
 
-    They must be contiguous, aligned and of one floating-point dtype; the first may differ from the
-    others in dtype, as an embedding does under autocast.
+    The sources must be contiguous, aligned and of one floating-point dtype; only the first may have
+    another dtype, because under autocast an embedding has another dtype than the branches.
     """
     first, last = sources[0], sources[-1]
     if first.dtype not in DTYPES or last.dtype not in DTYPES or first.shape[-1] > MAX_WIDTH:
@@ -35,16 +35,16 @@ def fits(sources: Sequence[Tensor]) -> bool:
     return _readable(first, first.dtype) and all(_readable(x, last.dtype) for x in sources[1:])
 
 
-def can_add(onto: Sequence[Tensor | None], sources: Sequence[Tensor]) -> bool:
-    """Whether `sum_gradients` can add to `onto`, where it is given."""
-    pairs = zip(onto, sources, strict=True)
+def can_add(later: Sequence[Tensor | None], sources: Sequence[Tensor]) -> bool:
+    """Whether `sum_gradients` can add to the gradients `later` (None: nothing to add)."""
+    pairs = zip(later, sources, strict=True)
     return all(old is None or _readable(old, source.dtype) for old, source in pairs)
 
 
 def _readable(tensor: Tensor, dtype: torch.dtype) -> bool:
     try:
         address = tensor.data_ptr()
-    except RuntimeError:  # inside vmap, or a transform of torch.func
+    except RuntimeError:  # inside vmap or another transform of torch.func
         return False
     aligned = address != 0 and address % 16 == 0  # 0: empty, or without data
     return aligned and tensor.dtype == dtype and tensor.is_contiguous()
@@ -69,15 +69,15 @@ def sum_gradients(
     sources: Sequence[Tensor],
     grad: Tensor,
     weights: Tensor | None,
-    onto: Sequence[Tensor | None],
+    later: Sequence[Tensor | None],
     into: Sequence[Tensor | None],
     products: bool = True,
 ) -> Tensor | None:
-    """The gradients of `weighted_sum`, from that of its result, `[..., D]`.
+    """The gradients of `weighted_sum`, from the gradient `grad` of its result, `[..., D]`.
 
-    Writes `onto_i + weights_i grad` to `into_i`, which may be `onto_i`, where that is given;
-    without weights, nothing.  Returns `<source_i, grad>`, `[..., S]` in the dtype of the weights
-    (else of `grad`), if `products`.
+    Writes `later_i + weights_i grad` to each `into_i` that is not None; `into_i` may be `later_i`.
+    Without weights it writes nothing.  With `products`, it returns `<source_i, grad>`, `[..., S]`,
+    in the dtype of the weights (without weights, of `grad`).
     """
     grad, S, D = grad.contiguous(), len(sources), grad.shape[-1]
     found = grad.new_empty(*grad.shape[:-1], S, dtype=None if weights is None else weights.dtype)
@@ -85,7 +85,7 @@ def sum_gradients(
     block = power_of_2(D)
     addresses = [source.data_ptr() for source in sources]
     if weights is not None:
-        addresses += [0 if x is None else x.data_ptr() for x in (*onto, *into)]
+        addresses += [0 if x is None else x.data_ptr() for x in (*later, *into)]
     with on_device_of(grad):
         _gradients_kernel[(len(weights_NS),)](
             *(_table(addresses, grad), weights_NS, grad, found, weights_NS.stride(0), S, D),
@@ -97,7 +97,7 @@ def sum_gradients(
 
 
 def power_of_2(size: int) -> int:
-    """The next one; Triton's own takes as long as a launch."""
+    """The smallest power of 2 that is at least `size`; Triton's own function is slow."""
     return 1 << (size - 1).bit_length()
 
 
@@ -107,7 +107,7 @@ def tiles(size: int, tile: int) -> int:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device."""
+    """Context that makes the device of `tensor` current: Triton launches on the current device."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
@@ -118,7 +118,7 @@ def warps(block: int) -> int:
 
 
 def _rows(weights: Tensor) -> Tensor:
-    """`[N, S]` with neighbouring columns, without a copy if it can be."""
+    """`[N, S]` with contiguous rows, without a copy if possible."""
     rows = weights.flatten(0, -2)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -130,7 +130,7 @@ def _table(addresses: list[int], like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=2048)
 def _copied(addresses: tuple[int, ...], device: torch.device, _stream: int) -> Tensor:
-    """On the device; the same tensors tend to come back in the next step."""
+    """The addresses as a tensor on the device; cached, because training steps reuse memory."""
     table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)
 
@@ -202,7 +202,7 @@ def _one_gradient(
         into = _at(table, 2 * S + i, DTYPE)
         if into.to(tl.int64) != 0:
             result = upstream * tl.load(weights + i)
-            onto = _at(table, S + i, DTYPE)
-            if onto.to(tl.int64) != 0:
-                result += tl.load(onto + start + columns, mask=inside, other=0.0).to(result.dtype)
+            later = _at(table, S + i, DTYPE)
+            if later.to(tl.int64) != 0:
+                result += tl.load(later + start + columns, mask=inside, other=0.0).to(result.dtype)
             tl.store(into + start + columns, result.to(DTYPE), mask=inside)

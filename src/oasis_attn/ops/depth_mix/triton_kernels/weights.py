@@ -1,6 +1,6 @@
-"""alpha of one router and the depth null, from its scores and psi; and their gradients.
+"""Triton kernels for alpha and the depth null of one router, from its scores and psi.
 
-    alpha, null = softmax(g + beta (mean psi - psi), 0)         the 0 for Softmax1 alone
+    alpha, null = softmax(g + beta (mean psi - psi), 0)         the 0 only for Softmax1
 
 Axes: N tokens, S sources.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oasis_attn.ops.depth_mix.triton_kernels.sums import on_device_of, power_of_2, tiles
 
-_TOKENS = 32  # of a program
+_TOKENS = 32  # per program
 
 
 def weights(
@@ -40,7 +40,8 @@ def weight_gradients(
     psi: Tensor | None,
     beta: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of `weights` for the scores, psi and beta, from what it `found`."""
+    """The gradients of `weights` for the scores, psi and beta, from its results `found`
+    and `null`."""
     grad = None if grad is None else grad.contiguous()
     grad_null = None if grad_null is None else grad_null.contiguous()
     N, S = null.numel(), found.shape[-1]

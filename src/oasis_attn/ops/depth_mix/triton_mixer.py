@@ -1,7 +1,7 @@
-"""Mixes over depth without gradients on CUDA, one kernel a sublayer.
+"""Mixes over depth without gradients on CUDA, with one kernel call per router.
 
-A decoded token passes here twice a layer, and PyTorch takes longer to launch a step of
-`TwoPhaseMix` than a GPU to compute it.
+A decoded token needs two mixes per layer.  PyTorch takes longer to launch one step of
+`TwoPhaseMixer` than a GPU takes to compute it.
 
 Axes: B batch, T tokens, D width, S sources, R routers.
 """
@@ -17,10 +17,11 @@ from oasis_attn.ops.depth_mix.routers import Routers
 from oasis_attn.ops.torch_compat import tree_map_only
 
 
-class TritonMix:
-    """Every router's mix in turn; `kernels` is the package `triton_kernels`.
+class TritonMixer:
+    """Computes the mix of each router in turn; `kernels` is the package `triton_kernels`.
 
-    The memory holds all sources, and of each its inverse RMS and the sum of its members' psi.
+    It stores all sources and, for each source, its inverse RMS and the sum of psi over its
+    sublayers.
     """
 
     def __init__(self, embedding_BTD: Tensor, routers: Routers, kernels: ModuleType):
@@ -29,27 +30,20 @@ class TritonMix:
         self.queries = routers.queries_RD.to(wide).contiguous().unbind()
         self.betas = None if routers.beta_R is None else routers.beta_R.to(wide).unbind()
         B, T, D = embedding_BTD.shape
-        S = self.source(len(self.queries) - 1)[0] + 1
+        S = routers.newest_source(len(self.queries) - 1)[0] + 1
         self.sources_SBTD = embedding_BTD.new_empty(S, B, T, D)
         self.inverse_rms_SBT = embedding_BTD.new_empty(S, B, T, dtype=wide)
         self.psi_SBT = None if self.betas is None else torch.empty_like(self.inverse_rms_SBT)
 
-    def source(self, sublayer: int) -> tuple[int, int]:
-        """The index of the source that `sublayer` adds to, and its members so far."""
-        if sublayer == 0:
-            return 0, 1
-        block, place = divmod(sublayer - 1, self.routers.block_size)
-        return 1 + block, 1 + place
-
-    def update(self, branch_BTD: Tensor, psi_BT: Tensor | None, sublayer: int) -> Tensor:
-        """See `AutogradMix.update`."""
-        source, members = self.source(sublayer)
+    def update(self, branch_BTD: Tensor, psi_BT: Tensor | None, router: int) -> Tensor:
+        """See `AutogradMixer.update`."""
+        source, members = self.routers.newest_source(router)
         mixed_BTD: Tensor = self.kernels.mix(
             branch_BTD,
             psi_BT,
             (self.sources_SBTD, self.inverse_rms_SBT, self.psi_SBT),
-            self.queries[sublayer],
-            None if self.betas is None else self.betas[sublayer],
+            self.queries[router],
+            None if self.betas is None else self.betas[router],
             source=source,
             members=members,
             routers=self.routers,

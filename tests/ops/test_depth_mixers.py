@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from oasis_attn.ops import native
-from oasis_attn.ops.depth_mix import AutogradMix, NativeMix, Routers, TwoPhaseMix
+from oasis_attn.ops import c_kernels
+from oasis_attn.ops.depth_mix import AutogradMixer, CMixer, Routers, TwoPhaseMixer
 from oasis_attn.ops.depth_mix.naive import naive_scores, naive_sum
 
 B, T, D, R = 2, 5, 16, 9
-compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+compiled = pytest.mark.skipif(c_kernels.library() is None, reason="there is no C compiler")
 
 
 def naive_mixes(branches, psi, routers):
@@ -50,9 +50,9 @@ def problem(dtype=torch.float64, **routers):
     return branches, psi, Routers(queries, beta if signal else None, 1e-6, **routers)
 
 
-def run(mix, branches, psi):
-    return [mix.update(branches[0], None, 0)] + [
-        mix.update(branches[sublayer], psi[sublayer], sublayer) for sublayer in range(1, R)
+def run(mixer, branches, psi):
+    return [mixer.update(branches[0], None, 0)] + [
+        mixer.update(branches[router], psi[router], router) for router in range(1, R)
     ]
 
 
@@ -78,7 +78,7 @@ def test_autograd_equals_naive_with_every_gradient(case):
     for tensor in psi[1:]:
         tensor.requires_grad_()
     expected = naive_mixes(branches, psi, routers)
-    actual = run(AutogradMix(routers), branches, psi)
+    actual = run(AutogradMixer(routers), branches, psi)
     upstream = [torch.randn_like(mix) for mix in expected]
     both = [
         torch.autograd.grad(mixes, leaves, upstream, allow_unused=True)
@@ -93,7 +93,7 @@ def test_autograd_equals_naive_with_every_gradient(case):
 def test_two_phase_equals_naive(case):
     branches, psi, routers = problem(**case)
     expected = naive_mixes(branches, psi, routers)
-    actual = run(TwoPhaseMix(branches[0], routers), branches, psi)
+    actual = run(TwoPhaseMixer(branches[0], routers), branches, psi)
     for got, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
 
@@ -101,13 +101,13 @@ def test_two_phase_equals_naive(case):
 @compiled
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
-def test_native_equals_naive(case):
+def test_c_equals_naive(case):
     branches, psi, routers = problem(**case)
     expected = naive_mixes(branches, psi, routers)
     branches, psi = ([x.float() for x in tensors] for tensors in (branches, psi))
     beta_R = None if routers.beta_R is None else routers.beta_R.float()
     routers = routers._replace(queries_RD=routers.queries_RD.float(), beta_R=beta_R)
-    actual = run(NativeMix(branches[0], routers), branches, psi)
+    actual = run(CMixer(branches[0], routers), branches, psi)
     for got, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -116,9 +116,9 @@ def test_native_equals_naive(case):
 def test_a_layer_that_runs_again_reads_what_it_read_first(case):
     """As activation checkpointing runs it, from the last layer to the first."""
     branches, psi, routers = problem(**case)
-    mix = AutogradMix(routers)
-    first = run(mix, branches, psi)
+    mixer = AutogradMixer(routers)
+    first = run(mixer, branches, psi)
     for layer in reversed(range(R // 2)):
-        for sublayer in (2 * layer + 1, 2 * layer + 2):
-            again = mix.update(branches[sublayer], psi[sublayer], sublayer)
-            assert torch.equal(again, first[sublayer])
+        for router in (2 * layer + 1, 2 * layer + 2):
+            again = mixer.update(branches[router], psi[router], router)
+            assert torch.equal(again, first[router])

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from oasis_attn.ops import native
+from oasis_attn.ops import c_kernels
 
 
 def load(caplog):
     caplog.clear()
-    assert native.library.__wrapped__() is None
+    assert c_kernels.library.__wrapped__() is None
     (record,) = caplog.records
     assert "\n" not in record.getMessage()
     return record.getMessage()
@@ -21,24 +21,24 @@ def load(caplog):
 def test_a_command_that_does_not_work(compiler, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("OASIS_CACHE", str(tmp_path))
-    assert "PyTorch's take their place" in load(caplog)
+    assert "PyTorch operations replace them" in load(caplog)
     assert not list(tmp_path.iterdir())
 
 
 def test_it_can_be_switched_off(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("OASIS_NATIVE", "0")
+    monkeypatch.setenv("OASIS_C_KERNELS", "0")
     monkeypatch.setenv("OASIS_CACHE", str(tmp_path))
-    assert native.library.__wrapped__() is None
+    assert c_kernels.library.__wrapped__() is None
     assert not caplog.records
     assert not list(tmp_path.iterdir())
 
 
 def test_one_line_says_that_it_was_built(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("OASIS_CACHE", str(tmp_path))
-    with caplog.at_level("INFO", native.__name__):
-        if native.library.__wrapped__() is None:
+    with caplog.at_level("INFO", c_kernels.__name__):
+        if c_kernels.library.__wrapped__() is None:
             pytest.skip("there is no C compiler")
-        native.library.__wrapped__()  # from the cache: nothing is said
+        c_kernels.library.__wrapped__()  # from the cache: nothing is said
     (record,) = caplog.records
     assert str(tmp_path) in record.getMessage()
 
@@ -53,13 +53,13 @@ def test_a_cached_library_without_the_functions(monkeypatch, tmp_path):
         pytest.skip("there is no C compiler")
     cache = tmp_path / "cache"
     monkeypatch.setenv("OASIS_CACHE", str(cache))
-    if native.library.__wrapped__() is None:
+    if c_kernels.library.__wrapped__() is None:
         pytest.skip("there is no C compiler")
     (built,) = cache.iterdir()
     built.unlink()
     (tmp_path / "empty.so").rename(built)
     # In another process: the loader keeps what it has once loaded.
-    code = "from oasis_attn.ops import native; print(native.library())"
+    code = "from oasis_attn.ops import c_kernels; print(c_kernels.library())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"
     assert "undefined symbol" in done.stderr

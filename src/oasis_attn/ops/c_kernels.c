@@ -1,7 +1,7 @@
-/* What inference on a CPU does beside the family's own work, in float32.
+/* Kernels for inference on a CPU in float32: the null option of attention, and mixes over depth.
  *
- * Axes: N tokens, B sequences, H heads, d head width, D width in whole vectors, R routers, S sources,
- * G routers of a group, filled up to whole tiles.
+ * Axes: N tokens, B sequences, H heads, d head width, D width (a multiple of LANES), R routers,
+ * S sources, G routers of a group (rounded up to a multiple of TILE).
  */
 #include <math.h>
 #include <stdint.h>
@@ -30,48 +30,50 @@ static float dot(const float *a, const float *b, int64_t W) {
     return total(sum);
 }
 
-/* Give softmax attention's output [B, H, d] its null, in place, and write the null mass [B, H]: from
- * the log-sum-exp of the real logits, and the null's logit, one a head (logits_H) or one for all. */
+/* Add the null to the output [B, H, d] of softmax attention, in place, and write the null probability
+ * [B, H].  lse_BH is the log-sum-exp of the logits of the keys.  The null's logit is logits_H[head],
+ * or `logit` if logits_H is NULL. */
 void null_step(float *out_BHd, const float *lse_BH, float *null_BH, const float *logits_H,
                float logit, int64_t B, int64_t H, int64_t d) {
     for (int64_t i = 0; i < B * H; i++) {
         const float excess = lse_BH[i] - (logits_H ? logits_H[i % H] : logit);
-        const float keep = 1 / (1 + expf(-excess));
+        const float rest = 1 / (1 + expf(-excess)); /* 1 - null */
         null_BH[i] = 1 / (1 + expf(excess));
-        for (int64_t j = 0; j < d; j++) out_BHd[i * d + j] *= keep;
+        for (int64_t j = 0; j < d; j++) out_BHd[i * d + j] *= rest;
     }
 }
 
-/* Depth routing: what AutogradMix computes, in two phases (arXiv 2603.15031, inference).  Routers are
- * taken in groups: a block's, or some at a time where every sublayer is a source of its own.  When a
- * group begins, one pass over the finished sources makes its routers' partial mixes; each router then
- * merges its own with the sources that have come since, by the online softmax.
+/* Mixes over depth, in two phases (arXiv 2603.15031, inference).  Routers are processed in groups:
+ * those of a block, or a fixed number if every sublayer is a source of its own.  When a group begins,
+ * one pass over the earlier sources computes the partial mixes of its routers.  Each router then
+ * merges its partial mix with the recent sources, those added since, by the online softmax.
  *
- * psi is not centred: for Softmax1 that moves the null's logit from 0 to -beta mean psi, and for the
- * softmax it changes nothing. */
+ * The mean of psi is not subtracted from the logits: for a softmax it has no effect; for Softmax1,
+ * -beta mean psi is added to the null's logit instead. */
 typedef struct {
     int64_t N, D, R, block, group, null;
-    int64_t scale;  /* of a mix: 0 as it is, 1 times the number of sources, 2 to a mean square of 1 */
-    float eps, unit_eps;
-    const float *queries_RD;   /* key-norm gains folded in; TILE rows of zeros at the end */
-    const float *beta_R;  /* or NULL: no signal */
+    int64_t scale;        /* of a mix: 0 none, 1 times the number of sources, 2 to a mean square of 1 */
+    float eps, unit_eps;  /* of the keys' RMSNorm; of scale 2 */
+    const float *queries_RD;  /* times the gains of the key norms; TILE rows of zeros at the end */
+    const float *beta_R;      /* NULL: no null signal */
     float *sources_SND, *inverse_rms_SN, *psi_SN, *psi_sum_N;
-    float *partial_GND, *top_GN, *mass_GN;  /* sum e^(logit - top) x, top, sum e^(logit - top) */
+    float *partial_GND, *top_GN, *total_GN;  /* sum e^(logit - top) v, largest logit, sum e^(logit - top) */
 } DepthState;
 
 static float beta_of(const DepthState *s, int64_t router) {
     return s->beta_R && router < s->R ? s->beta_R[router] : 0;
 }
 
-/* Partial mixes of token n over its first sources, for the group that begins at `first`. */
-static void fold(const DepthState *s, int64_t n, int64_t first, int64_t rows) {
+/* Phase one: partial mixes of token n over its first `count` sources, for the routers of the group
+ * that begins with router `first`. */
+static void mix_earlier(const DepthState *s, int64_t n, int64_t first, int64_t count) {
     const int64_t N = s->N, D = s->D;
     for (int64_t g = 0; g < s->group && first + g < s->R; g += TILE) {
         const float *queries = s->queries_RD + (first + g) * D;
-        float weights[rows][TILE], top[TILE], mass[TILE] = {0};
+        float weights[count][TILE], top[TILE], totals[TILE] = {0};
 
         for (int r = 0; r < TILE; r++) top[r] = -INFINITY;
-        for (int64_t i = 0; i < rows; i++) {
+        for (int64_t i = 0; i < count; i++) {
             const float *source = s->sources_SND + (i * N + n) * D;
             vector sums[TILE] = {{0}};
             for (int64_t d = 0; d < D; d += LANES) {
@@ -84,11 +86,11 @@ static void fold(const DepthState *s, int64_t n, int64_t first, int64_t rows) {
                 top[r] = fmaxf(top[r], weights[i][r]);
             }
         }
-        for (int64_t i = 0; i < rows; i++)
-            for (int r = 0; r < TILE; r++) mass[r] += weights[i][r] = expf(weights[i][r] - top[r]);
+        for (int64_t i = 0; i < count; i++)
+            for (int r = 0; r < TILE; r++) totals[r] += weights[i][r] = expf(weights[i][r] - top[r]);
         for (int64_t d = 0; d < D; d += LANES) {
             vector sums[TILE] = {{0}};
-            for (int64_t i = 0; i < rows; i++) {
+            for (int64_t i = 0; i < count; i++) {
                 const vector values = load(s->sources_SND + (i * N + n) * D + d);
                 for (int r = 0; r < TILE; r++) sums[r] += weights[i][r] * values;
             }
@@ -96,20 +98,21 @@ static void fold(const DepthState *s, int64_t n, int64_t first, int64_t rows) {
         }
         for (int r = 0; r < TILE; r++) {
             s->top_GN[(g + r) * N + n] = top[r];
-            s->mass_GN[(g + r) * N + n] = mass[r];
+            s->total_GN[(g + r) * N + n] = totals[r];
         }
     }
 }
 
-/* The mix of `router` [N, D], once the sublayer before it (before router 0: the embedding) has given
- * its output [N, D] and null evidence psi [N] (or NULL: 0).  That output becomes the newest
- * source, or joins it where a block is running.  Of tokens start to stop, which are independent. */
+/* Add the output of sublayer `router` (sublayer 0 is the embedding) to the sources, and write the mix
+ * of the router [N, D].  branch_ND is the output, psi_N its null evidence (NULL: 0).  The output
+ * becomes a new source, or is added to the newest one if its block is unfinished.  Processes tokens
+ * start to stop (exclusive); tokens are independent. */
 void depth_step(const DepthState *s, int64_t router, const float *branch_ND, const float *psi_N,
                 float *mixed_ND, int64_t start, int64_t stop) {
     const int64_t N = s->N, D = s->D, place = router % s->group;
     const int64_t members = router ? (router - 1) % s->block : 0;
-    const int64_t row = router ? 1 + (router - 1) / s->block : 0, rows = row + 1;
-    const int64_t folded = 1 + (router - place) / s->block, recent = rows - folded;
+    const int64_t row = router ? 1 + (router - 1) / s->block : 0, count = row + 1;
+    const int64_t earlier = 1 + (router - place) / s->block, recent = count - earlier;
     const float *query = s->queries_RD + router * D, beta = beta_of(s, router);
     float weights[recent + 1];
 
@@ -121,30 +124,31 @@ void depth_step(const DepthState *s, int64_t router, const float *branch_ND, con
         }
         s->inverse_rms_SN[row * N + n] = 1 / sqrtf(dot(newest, newest, D) / D + s->eps);
         const float evidence = psi_N ? psi_N[n] : 0;
-        const float earlier = members ? s->psi_SN[row * N + n] : 0;
-        const float psi = earlier + (evidence - earlier) / (members + 1);
+        const float old_psi = members ? s->psi_SN[row * N + n] : 0;
+        const float psi = old_psi + (evidence - old_psi) / (members + 1);
         s->psi_SN[row * N + n] = psi;
-        s->psi_sum_N[n] = router ? s->psi_sum_N[n] + psi - earlier : psi;
+        s->psi_sum_N[n] = router ? s->psi_sum_N[n] + psi - old_psi : psi;
 
-        if (place == 0) fold(s, n, router, rows);
-        const float before = s->top_GN[place * N + n];
-        const float null = s->null ? -beta * s->psi_sum_N[n] / rows : -INFINITY;
-        float top = fmaxf(before, null);
+        if (place == 0) mix_earlier(s, n, router, count);
+        const float earlier_top = s->top_GN[place * N + n];
+        const float null = s->null ? -beta * s->psi_sum_N[n] / count : -INFINITY;
+        float top = fmaxf(earlier_top, null);
         for (int64_t i = 0; i < recent; i++) {
-            const int64_t at = (folded + i) * N + n;
-            const float score = dot(s->sources_SND + ((folded + i) * N + n) * D, query, D);
+            const int64_t at = (earlier + i) * N + n;
+            const float score = dot(s->sources_SND + at * D, query, D);
             weights[i] = score * s->inverse_rms_SN[at] - beta * s->psi_SN[at];
             top = fmaxf(top, weights[i]);
         }
-        float kept = expf(before - top), mass = kept * s->mass_GN[place * N + n] + expf(null - top);
-        for (int64_t i = 0; i < recent; i++) mass += weights[i] = expf(weights[i] - top);
-        const float scale = (s->scale == 1 ? rows + s->null : 1) / mass;
-        kept *= scale;
+        float partial = expf(earlier_top - top);
+        float sum = partial * s->total_GN[place * N + n] + expf(null - top);
+        for (int64_t i = 0; i < recent; i++) sum += weights[i] = expf(weights[i] - top);
+        const float scale = (s->scale == 1 ? count + s->null : 1) / sum;
+        partial *= scale;
         for (int64_t i = 0; i < recent; i++) weights[i] *= scale;
         for (int64_t d = 0; d < D; d += LANES) {
-            vector mixed = kept * load(s->partial_GND + (place * N + n) * D + d);
+            vector mixed = partial * load(s->partial_GND + (place * N + n) * D + d);
             for (int64_t i = 0; i < recent; i++)
-                mixed += weights[i] * load(s->sources_SND + ((folded + i) * N + n) * D + d);
+                mixed += weights[i] * load(s->sources_SND + ((earlier + i) * N + n) * D + d);
             store(mixed_ND + n * D + d, mixed);
         }
         if (s->scale == 2) {
