@@ -18,7 +18,7 @@ def inputs(T, batch=4, heads=8, width=64):
 
 
 def step(kind, tensors, grad_out, grad_null):
-    """Forward and backward; the null form receives a gradient on its null mass as well."""
+    """Forward and backward; the null form receives a gradient on its null probability as well."""
     for tensor in tensors:
         tensor.grad = None
     if kind == "sdpa":

@@ -48,7 +48,7 @@ BATCH = 262_144  # tokens per step
 TOKENS = 20  # tokens per parameter (Hoffmann et al., arXiv 2203.15556)
 ROUTING = 1.2  # relative cost of a step with depth routing
 CHANGE, POWER = 0.1, 0.8
-SILENT = 0.99  # mean null mass of a silent head
+SILENT = 0.99  # mean null probability of a silent head
 SUSTAINED = 3.5e14  # FLOP/s in bfloat16 on one H100 or H200
 
 

@@ -74,9 +74,9 @@ def test_each_variant_keeps_the_function_or_is_refused(variant, ids):
         ("gpt_oss", {"beta_init": -5.0}, "beta_raw: -5 makes routing depend"),
         ("gpt_oss", {"token_normalizer": "softmax1"}, "already has learned sinks"),
         ("llama", {"depth_blocks": 2}, "did you mean 'depth_block_size'"),
-        ("llama", {"tie_word_embeddings": True}, "settings: 'tie_word_embeddings' is none of"),
-        ("llama", {"output_attentions": True}, "settings: 'output_attentions' is none of"),
-        ("llama", {"hidden_size": 64}, "settings: 'hidden_size' is none of"),
+        ("llama", {"tie_word_embeddings": True}, "settings: 'tie_word_embeddings' is not one of"),
+        ("llama", {"output_attentions": True}, "settings: 'output_attentions' is not one of"),
+        ("llama", {"hidden_size": 64}, "settings: 'hidden_size' is not one of"),
     ],
 )
 def test_settings_that_change_the_function_are_refused(family, overrides, message):

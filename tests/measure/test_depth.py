@@ -60,7 +60,7 @@ def tokens(windows=3, length=11):
 
 @torch.no_grad()
 def written_out(model, ids_NT, dropped=None):
-    """The losses [N], and each router's weights [N, T, S] and null mass [N, T]."""
+    """The losses [N], and each router's weights [N, T, S] and null probability [N, T]."""
     settings, core, routers = model.config, model.model, model.model.depth
     size = settings.depth_block_size
     embedding = core.embed_tokens(ids_NT)

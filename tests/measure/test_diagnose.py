@@ -95,7 +95,7 @@ def test_every_variant_is_measured(variant):
     assert ("depth.weights" in record.tables) == (model.config.residual != "sum")
 
 
-def test_null_mass_and_depth_weights_are_the_forward_passes_own():
+def test_null_probability_and_depth_weights_are_the_forward_passes_own():
     model, ids = ours("oasis"), tokens(2, 20)
     record = diagnose(model, ids)
     seen = []

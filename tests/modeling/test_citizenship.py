@@ -131,18 +131,18 @@ def test_a_hidden_state_is_what_its_layer_reads(model, ids):
 def test_attention_maps_leave_the_null_unspent(model, ids):
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    outputs = model(ids, attention_mask=mask, output_attentions=True, output_null_mass=True)
-    plain = model(ids, attention_mask=mask, output_null_mass=True)
+    outputs = model(ids, attention_mask=mask, output_attentions=True, output_null_probability=True)
+    plain = model(ids, attention_mask=mask, output_null_probability=True)
     torch.testing.assert_close(outputs.logits, plain.logits, rtol=0, atol=1e-10)
     assert plain.attentions is None
     for index, weights in enumerate(outputs.attentions):
         assert weights.shape == (2, 4, 12, 12)
         assert weights.triu(1).eq(0).all()
-        null = outputs.null_mass[index]
+        null = outputs.null_probability[index]
         torch.testing.assert_close(weights.sum(-1), 1 - null, rtol=0, atol=1e-12)
-        if plain.null_mass is not None:
-            torch.testing.assert_close(plain.null_mass[index], null, rtol=0, atol=1e-10)
-    assert (plain.null_mass is None) == (model.config.token_normalizer == "softmax")
+        if plain.null_probability is not None:
+            torch.testing.assert_close(plain.null_probability[index], null, rtol=0, atol=1e-10)
+    assert (plain.null_probability is None) == (model.config.token_normalizer == "softmax")
     outputs.attentions[0].retain_grad()
     outputs.logits.sum().backward()
     assert outputs.attentions[0].grad is not None
@@ -271,9 +271,10 @@ def test_a_pickled_model_opens_in_another_process(ids, tmp_path):
     script = """if True:
         import sys, torch
         saved = torch.load(sys.argv[1], weights_only=False)
-        outputs = saved["model"](saved["ids"], output_hidden_states=True, output_null_mass=True)
+        asked = {"output_hidden_states": True, "output_null_probability": True}
+        outputs = saved["model"](saved["ids"], **asked)
         assert torch.equal(outputs.logits, saved["logits"])
-        assert len(outputs.hidden_states) == 5 and len(outputs.null_mass) == 4
+        assert len(outputs.hidden_states) == 5 and len(outputs.null_probability) == 4
     """
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "all")], check=True, timeout=600)
 

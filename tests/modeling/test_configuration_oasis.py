@@ -105,7 +105,7 @@ def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
         ({"depth_block_size": 0}, "depth_block_size: 0 is not a whole number from 1 to"),
         ({"depth_block_size": 2.0}, "depth_block_size: 2.0 is not a whole number"),
         ({"depth_block_size": float("inf")}, "depth_block_size: inf is not a whole number"),
-        ({"text_config": "llama"}, "text_config: 'llama' is no configuration"),
+        ({"text_config": "llama"}, "text_config: 'llama' is not a configuration"),
         (
             {"text_config": {"model_type": "llama", "num_hidden_layers": "two"}},
             "text_config: .*two",

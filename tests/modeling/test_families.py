@@ -81,7 +81,7 @@ def test_a_converted_model_is_the_native_model(family, block, ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_null_mass_reaches_the_routers(family, ids):
+def test_the_null_probability_reaches_the_routers(family, ids):
     """psi changes the depth weights: every family hands back what our function returned."""
     model = tiny_model(
         family=family,
@@ -104,7 +104,7 @@ def test_the_null_mass_reaches_the_routers(family, ids):
 
 @pytest.mark.parametrize("family", SINKS)
 def test_own_sinks_are_the_null_logits(family, ids):
-    """No second parameter, and a null mass that follows them."""
+    """No second parameter, and a null probability that follows them."""
     native = native_model(family)
     ours = convert(native, "oasis")
     nulls = []

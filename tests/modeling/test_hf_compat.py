@@ -279,9 +279,9 @@ def test_register_recorded_outputs_is_what_transformers_reads():
     class Kind(nn.Module):
         pass
 
-    hf_compat.register_recorded_outputs(Kind, {"null_mass": nn.Linear})
+    hf_compat.register_recorded_outputs(Kind, {"null_probability": nn.Linear})
     try:
-        assert _CAN_RECORD_REGISTRY.get(Kind()) == {"null_mass": nn.Linear}
+        assert _CAN_RECORD_REGISTRY.get(Kind()) == {"null_probability": nn.Linear}
     finally:
         del _CAN_RECORD_REGISTRY[str(Kind)]
 

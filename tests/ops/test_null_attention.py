@@ -301,7 +301,7 @@ def test_flex_values_and_gradients_on_cuda():
         torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
 
 
-def test_dropout_is_naive_and_keeps_the_null_mass():
+def test_dropout_is_naive_and_keeps_the_null_probability():
     query, key, value, _ = tensors(6, 6)
     _, null = null_attention(query, key, value, backend="naive")
     _, dropped = null_attention(query, key, value, dropout=0.5, backend="naive")

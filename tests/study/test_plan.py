@@ -242,5 +242,5 @@ def test_published_results_can_be_read_after_a_setting_is_removed(tiny):
     entry = {"base": "oasis", "overrides": {"removed": 1}}
     plan = tiny(variants={"vanilla": None, "old": entry}, compare={})
     assert parse_plan(plan_text(plan), "x") == plan
-    with pytest.raises(UserError, match="'removed' is none of"):
+    with pytest.raises(UserError, match="'removed' is not one of"):
         plan.check()

@@ -18,8 +18,8 @@ def test_defaults_are_valid_and_json():
     ("change", "message"),
     [
         ({"variant": "oasys"}, "variant: 'oasys' .* did you mean 'oasis'"),
-        ({"settings": {"output_attentions": True}}, "settings: 'output_attentions' is none of"),
-        ({"settings": {"hidden_size": 64}}, "settings: 'hidden_size' is none of"),
+        ({"settings": {"output_attentions": True}}, "settings: 'output_attentions' is not one of"),
+        ({"settings": {"hidden_size": 64}}, "settings: 'hidden_size' is not one of"),
         ({"settings": {"null_signal": "of"}}, "null_signal: 'of' is not one of off, on"),
         ({"settings": {"depth_blok_size": 2}}, "did you mean 'depth_block_size'"),
         ({"size": "nono"}, "did you mean 'nano'"),

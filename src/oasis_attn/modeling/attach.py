@@ -1,4 +1,4 @@
-"""Classes that are mixed into a family's own when they are first needed."""
+"""Create subclasses of a family's own classes at run time, with a mixin of this library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from oasis_attn.modeling.weight_names import register_conversions
 
 
 class Attached:
-    """Mixin for classes that are created at run time; `origin` lets pickle create them again."""
+    """Mixin of classes that are created at run time; `origin` tells pickle how to create them."""
 
     origin: tuple[Callable[..., type], type, type]
 
@@ -32,23 +32,23 @@ def _unpickled(make: Callable[..., type], mixin: type, native: type) -> Any:
 
 @cache
 def attached_layer(mixin: Any, native: Any) -> Any:
-    """`mixin` over the decoder layer class `native`."""
+    """A subclass of `mixin` and of the decoder layer class `native`."""
     members = {"origin": (attached_layer, mixin, native)}
     return type(f"Routed{native.__name__}", (mixin, native), members)
 
 
 @cache
 def attached_model(mixin: Any, text_config_class: Any) -> Any:
-    """`mixin` over the base model class of the family whose config class is given."""
+    """A subclass of `mixin` and of the base model class of the family with this config class."""
     native: Any = MODEL_MAPPING[text_config_class]
     recorded = recorded_outputs(native)
     attention = recorded.pop("attentions", None)
-    if attention is not None:  # our function returns the null probability in the map's place
+    if attention is not None:  # our function returns the null probability instead of the map
         target = attention.target_class if isinstance(attention, OutputRecorder) else attention
-        recorded["null_mass"] = OutputRecorder(target, index=1)
+        recorded["null_probability"] = OutputRecorder(target, index=1)
     name = f"Routed{native.__name__}"
     register_conversions(name, native, text_config_class.model_type)
     origin = (attached_model, mixin, text_config_class)
     attached = type(name, (mixin, native), {"origin": origin, "_can_record_outputs": recorded})
-    register_recorded_outputs(attached, recorded)  # __init__ does; unpickling skips it
+    register_recorded_outputs(attached, recorded)  # as in `__init__`, for unpickling
     return attached

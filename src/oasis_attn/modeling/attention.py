@@ -1,10 +1,11 @@
 """The attention function that transformers' attention modules call, and how to observe its calls.
 
 It is registered under one name with transformers' AttentionInterface, together with a mask function
-(without one, transformers silently ignores padding and sliding windows).  An OASIS layer passes the
-normalizer and its parameters as keyword arguments through the family's attention module; a native
-model passes none and gets softmax.  The null probability `[B, H, T]` is returned in place of the
-attention weights, which every family's attention module returns unchanged.
+(without one, transformers silently ignores padding and sliding windows).  A layer of an OASIS model
+passes the normalizer, its parameters and the logits of the output gate as keyword arguments through
+the family's attention module.  A native model (of the family's own class) passes none of them and
+gets softmax.  The function returns the null probability `[B, H, T]` in place of the attention
+weights; every family's attention module passes its second result on unchanged.
 
 Axes: B batch, H query heads, G key heads, T queries, S keys, d head width.
 """
@@ -66,9 +67,10 @@ def oasis_attention(
         query: `[B, H, T, d]`.
         key, value: `[B, G, S, d]`.
         attention_mask: boolean (True: may attend) or additive; None means causal.
-        s_aux: learned sinks `[H]` of a native family (gpt-oss), used as null logits.
+        s_aux: learned sinks `[H]` of the family (gpt-oss), used as null logits.
         normalizer, null_logit: see `OasisConfig`.
-        output_gate: gate logits `[B, T, H]` or `[B, T, H * d]`.
+        output_gate: logits of the output gate, `[B, T, H]` or `[B, T, H * d]`; the output is
+            multiplied by their sigmoid.
         output_attentions: compute the attention matrix and pass it to the observers.
         position_bias: `[B, H, T, S]`, added to the logits.
 

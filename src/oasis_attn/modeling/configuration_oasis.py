@@ -1,4 +1,4 @@
-"""`OasisConfig`: a family's own config, and the method's settings around it."""
+"""`OasisConfig`: the config of a decoder family, with the settings of the method."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from oasis_attn.ops.normalizers import (
 ATTENTION = "oasis"
 """The name of our function in transformers' attention and mask registries."""
 
-_LARGEST = 1e6  # of numbers that are set
+_LARGEST = 1e6  # largest absolute value of a numeric setting
 _CHOICES: dict[str, Iterable[str]] = {
     "token_normalizer": TOKEN_NORMALIZERS,
     "output_gate": ("none", "head", "elementwise"),
@@ -38,7 +38,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
     "mix_scale": ("none", "sum", "rms"),
 }
-_FORWARDED = {  # what transformers reads off a model's top config
+_FORWARDED = {  # fields of `text_config` that transformers reads from the config of a model
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
     *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "sliding_window"),
@@ -49,7 +49,7 @@ BROKEN = (
     ArithmeticError,
 )
 """What transformers raises for a configuration whose fields are absent or of another kind."""
-_BASE_EXTRAS = {  # what transformers itself may hand to any config
+_BASE_EXTRAS = {  # arguments that transformers may pass to any config
     *("torch_dtype", "attn_implementation", "experts_implementation", "output_attentions"),
     *("name_or_path", "num_labels", "trust_remote_code", "model_type"),
     *("quantization_config", "tokenizer_class"),
@@ -59,40 +59,43 @@ _BASE_EXTRAS = {  # what transformers itself may hand to any config
 class OasisConfig(PreTrainedConfig):
     """A decoder family's config with a null option in attention and routing over depth.
 
-    Everything is saved with a checkpoint, the attention function included: `from_pretrained` needs
-    no flag.  Settings that cannot act together are refused at construction.
+    A checkpoint contains all settings, and the attention function: `from_pretrained` needs no other
+    arguments.  A setting that has no effect in combination with the others raises an error.
 
     Args:
         text_config: the family's own config, or its dictionary with `model_type`; default Llama.
-        token_normalizer: of token attention, one of `oasis_attn.ops.normalizers.NORMALIZERS` but
-            `sigmoid`, or registered by `register_token_normalizer`.  One that takes arguments is
-            given as a mapping: `{"name": "clipped_softmax", "gamma": -0.03}`.
+        token_normalizer: normalizer of token attention: one of
+            `oasis_attn.ops.normalizers.NORMALIZERS` except `sigmoid`, or a name registered with
+            `register_token_normalizer`.  For one with arguments, pass a mapping:
+            `{"name": "clipped_softmax", "gamma": -0.03}`.
         null_logit: c of `softmax1`; 0 is Softmax1, and -inf switches the null off.
         output_gate: sigmoid gate on the attention output before its projection: one per `head`
             and token (Bondarenko 2023), or `elementwise` (arXiv 2505.06708).
-        residual: `sum`, attention over `depth` (arXiv 2603.15031), or the `official` form of the
-            OASIS authors' code: sources are states, routers in each layer project queries and keys.
+        residual: `sum`, `depth` for attention over depth (arXiv 2603.15031), or `official` for the
+            form of the OASIS authors' code, in which routers in each layer mix hidden states.
         depth_block_size: sublayers per depth source; 1 is the full form.
-        depth_normalizer: over the sources.  With `depth`, a common factor on the weights cancels in
-            the next RMSNorm, so in a family with pre-norms `softmax1` does what `softmax` does,
-            with the null signal and without, up to the norms' eps: it changes only the scale of the
-            mixes.  That eps is not small beside the mixes of a new model: see docs/study.md.
+        depth_normalizer: normalizer over the sources: `softmax`, `softmax1` or `sigmoid`.  With
+            `depth`, `softmax1` differs from `softmax` only in the scale of the mixes, with and
+            without the null signal.  In a family with pre-norms, the next RMSNorm removes this
+            scale, up to its eps, which is not small relative to the mixes of a new model: see
+            docs/study.md.
         mix_scale: `sum` multiplies the mix by the number of sources (plus 1 for `softmax1`; by 2
-            for `sigmoid`), so that zero queries give the exact residual sum.  `rms` brings each
-            token's mix to a root mean square of 1.  The next RMSNorm removes that, up to its eps,
-            but a quantiser needs it: without it, tokens whose mixes are small share a range with
-            large ones.
-        branch_norm: brings the embedding and the branches' outputs to one size before they join the
-            residual: `none`, `rms` (all of them), `rms_mlp` (only the MLPs), or registered by
-            `register_branch_norm`.
+            for `sigmoid`), so that zero queries give the exact residual sum.  `rms` scales each
+            token's mix to a root mean square of 1.  The next RMSNorm makes this scale irrelevant,
+            up to its eps, but static quantisation needs it: otherwise tokens with small mixes share
+            a range with tokens with large ones.  `none` changes nothing.
+        branch_norm: normalizes branches before they are added to the residual: `none`, `rms` (the
+            embedding and the outputs of attention and MLPs), `rms_mlp` (the outputs of MLPs), or a
+            name registered with `register_branch_norm`.
         null_signal: the null evidence psi that lowers the depth logits: `on` (OASIS), `shuffled`
-            over all tokens of the batch (a control, not causal), `off`, or registered by
+            over all tokens of the batch (a control, not causal), `off`, or a name registered with
             `register_null_signal`.
         beta_init: initial value of the parameter `raw` in beta = softplus(raw), not of beta itself;
             beta is the strength of the null signal.  The default of -5 is a beta of 0.0067.
 
     Raises:
-        UserError: on an unknown setting or value, or settings that exclude each other.
+        UserError: a setting or its value is unknown, or a setting has no effect in combination with
+            the others.
     """
 
     model_type = "oasis"
@@ -123,11 +126,11 @@ class OasisConfig(PreTrainedConfig):
                 f" leave it out, it is {ATTENTION!r}"
             )
         if not isinstance(self.text_config, dict | PreTrainedConfig | None):
-            raise UserError(f"text_config: {self.text_config!r} is no configuration or its mapping")
+            raise UserError(f"text_config: {self.text_config!r} is not a configuration or mapping")
         if isinstance(self.text_config, PreTrainedConfig):
-            # Ours from here on: the caller's object keeps its own attention implementation.
+            # A copy, because the attention implementation of the caller's object must not change.
             self.text_config = copy.deepcopy(self.text_config)
-            # The top config hands its own down, and would forget the family's.
+            # transformers copies the value of this config to `text_config`.
             kwargs.setdefault("experts_implementation", experts_implementation(self.text_config))
         labelled = self.id2label is not None or "num_labels" in kwargs
         try:
@@ -139,17 +142,17 @@ class OasisConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         text: Any = self.text_config
-        if not labelled:  # a classifier's are in the family's config
+        if not labelled:  # the labels of a classifier are in the family's config
             self.id2label, self.label2id = text.id2label, text.label2id
         if self.problem_type is None:
             self.problem_type = text.problem_type
-        if text.output_attentions:  # which it could not be saved with beside our function
+        if text.output_attentions:  # transformers does not save it with our attention function
             self.output_attentions, text.output_attentions = True, False
         self.check()
         set_attention_implementation(self, ATTENTION)
 
     def __getattr__(self, name: str) -> Any:
-        # An open fall-through would leak the family's fields into this config's own.
+        # Only these: otherwise all fields of the family would look like fields of this config.
         if name in _FORWARDED and "text_config" in self.__dict__:
             return getattr(self.text_config, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -157,13 +160,13 @@ class OasisConfig(PreTrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         text = self.__dict__.get("text_config")
         if name in _FORWARDED and isinstance(text, PreTrainedConfig):
-            setattr(text, name, value)  # where the family's own model reads it
+            setattr(text, name, value)  # the family's own model reads it there
         else:
             super().__setattr__(name, value)  # type: ignore[no-untyped-call]
 
     @property
     def output_attentions(self) -> bool:
-        """Whether forward returns attention maps unless told; our function can, `eager` or not."""
+        """Whether forward returns attention maps by default; our function supports it."""
         return bool(self._output_attentions)
 
     @output_attentions.setter
@@ -171,10 +174,10 @@ class OasisConfig(PreTrainedConfig):
         self._output_attentions = value
 
     def validate_output_attentions(self) -> None:
-        """Nothing to refuse: see `output_attentions`."""
+        """Accept every value, unlike transformers: see `output_attentions`."""
 
     def validate(self) -> None:
-        """Raise `UserError` on what could not be loaded again; `save_pretrained` asks first."""
+        """Raise `UserError` if the saved config could not be loaded; `save_pretrained` calls it."""
         self.check()
         try:
             self.text_config.validate()
@@ -184,7 +187,7 @@ class OasisConfig(PreTrainedConfig):
             raise UserError(f"config: {' '.join(str(error).split())}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', less attributes of other libraries, which loading would refuse."""
+        """As in transformers, without attributes of other libraries, which loading would refuse."""
         known = {field.name for field in fields(self)} | _BASE_EXTRAS
         return {
             name: value
@@ -196,7 +199,7 @@ class OasisConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As transformers', except that a family's own checkpoint is taken as `text_config`."""
+        """As in transformers, but the config of a family's own checkpoint becomes `text_config`."""
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if found and found.get("model_type") != cls.model_type and "text_config" not in found:
             found = {"text_config": found, "model_type": cls.model_type}
@@ -204,7 +207,7 @@ class OasisConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', but a checkpoint must say of which family it is: none is the default.
+        """As in transformers, but the dictionary must contain `text_config`: there is no default.
 
         Raises:
             UserError: no `text_config`.
@@ -219,11 +222,11 @@ class OasisConfig(PreTrainedConfig):
         return {name: getattr(self, name) for name in SETTINGS}
 
     def check(self) -> None:
-        """Raise `UserError` on a setting's unknown value, and on settings that exclude each other.
+        """Raise `UserError` if a value is unknown, or a setting has no effect with the others.
 
-        The constructor does; whoever changes a setting afterwards should.
+        The constructor calls it.  Call it again after a setting was changed.
         """
-        normalizer = self.normalizer  # its arguments are checked
+        normalizer = self.normalizer  # checks its arguments
         for name, allowed in _CHOICES.items():
             value = normalizer.name if name == "token_normalizer" else getattr(self, name)
             check_choice(name, value, tuple(allowed))
@@ -232,7 +235,7 @@ class OasisConfig(PreTrainedConfig):
         check_whole("depth_block_size", self.depth_block_size, 1)
         for name in ("null_logit", "beta_init"):
             value = getattr(self, name)
-            if name != "null_logit" or value != -math.inf:  # minus infinity: no null
+            if name != "null_logit" or value != -math.inf:  # -inf switches the null off
                 check_at_least(name, value, -_LARGEST, _LARGEST)
         if normalizer.name != "softmax1":
             self._needs("null_logit", "token_normalizer", "'softmax1'")
@@ -242,11 +245,11 @@ class OasisConfig(PreTrainedConfig):
             for name in ("depth_block_size", "mix_scale"):
                 self._needs(name, "residual", "'depth'")
         if self.null_signal == "off":
-            self._needs("beta_init", "null_signal", "one that is not off")
+            self._needs("beta_init", "null_signal", "any other value")
         elif self.residual == "sum":
             raise UserError(
-                f"null_signal: {self.null_signal!r} needs residual 'depth' or 'official', for a"
-                " sum has no router; set null_signal='off'"
+                f"null_signal: {self.null_signal!r} needs residual 'depth' or 'official',"
+                " because a sum has no router; set null_signal='off'"
             )
         elif not normalizer.has_null:
             raise UserError(
@@ -265,7 +268,7 @@ class OasisConfig(PreTrainedConfig):
         return resolve_normalizer("token_normalizer", self.token_normalizer)
 
     def _needs(self, name: str, other: str, values: str) -> None:
-        """A setting that `other` leaves without effect must be at its default."""
+        """Raise `UserError` if `name`, which has no effect with this value of `other`, was set."""
         if getattr(self, name) != getattr(type(self), name):
             raise UserError(
                 f"{name}: {getattr(self, name)!r} has no effect with"
@@ -288,16 +291,16 @@ SETTINGS = (
 
 
 def check_settings(names: Iterable[str]) -> None:
-    """Raise `UserError` on the first of `names` that is none of `SETTINGS`."""
+    """Raise `UserError` for the first of `names` that is not in `SETTINGS`."""
     refuse_unknown(name for name in names if name not in SETTINGS)
 
 
 def refuse_unknown(names: Iterable[str]) -> None:
-    """Raise `UserError` on the first of `names`, with the setting it may have meant."""
+    """Raise `UserError` for the first of `names`, and suggest the most similar setting."""
     for name in names:
         near = difflib.get_close_matches(name, SETTINGS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"settings: {name!r} is none of {', '.join(SETTINGS)}{hint}")
+        raise UserError(f"settings: {name!r} is not one of {', '.join(SETTINGS)}{hint}")
 
 
 AutoConfig.register(OasisConfig.model_type, OasisConfig)

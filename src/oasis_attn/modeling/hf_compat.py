@@ -105,7 +105,7 @@ _NAMES = {  # module: {name: why we need it; what breaks without it}
         "can_return_tuple": "implements `return_dict=False`; callers who ask for tuples fail",
     },
     "transformers.utils.output_capturing": {
-        "OutputRecorder": "describes an output to collect; `null_mass` is missing in outputs",
+        "OutputRecorder": "describes an output to collect; outputs have no `null_probability`",
     },
     "transformers.initialization": {
         "initialization": "(the module) sets what no checkpoint fills; loading overwrites weights",
@@ -183,7 +183,7 @@ OVERRIDDEN = {  # class: {what a subclass of ours defines anew: why; what breaks
     "transformers.PreTrainedModel": {
         "_activation_checkpointing_enable": "refuses the reentrant form; it drops gradients",
         "_can_compile_fullgraph": "lets `generate` compile the model; static caches run eagerly",
-        "_can_record_outputs": "collects the null mass; `null_mass` is missing in outputs",
+        "_can_record_outputs": "collects outputs of modules; outputs have no `null_probability`",
         "_can_set_experts_implementation": "accepts the family's experts; loading refuses them",
         "_check_and_adjust_attn_implementation": "refuses other functions; they have no null",
         "_from_config": "initialises our parameters; `from_config` leaves them uninitialised",

@@ -7,11 +7,13 @@
     output:  logits = head(norm(h))
 
 The decoder loop, the rotary embeddings, the masks, the key-value cache, the norms, the attention
-projections and the MLPs are the family's own.  `RoutedLayer` (layer.py) replaces only what a layer
-does between its branches.  `OasisModel` makes the cache (depth_cache.py) for each forward pass and
-passes it to the layers.  Parameters on disk have the family's names, plus `model.depth.*` and
-`model.null_signal.*` and, in each layer, `output_gate`, `null_logit` and `attn_res_*`, each only if
-a setting needs it.
+projections and the MLPs are the family's own.  `RoutedLayer` (layer.py) replaces only the residual
+connection of a layer, and `oasis_attention` (attention.py) its attention function.  `OasisModel`
+creates the depth cache (depth_cache.py) for each forward pass and passes it to the layers.
+docs/method.md follows a forward pass through these files.
+
+Saved parameters have the family's names.  If a setting needs them, there are also `model.depth.*`,
+`model.null_signal.*` and, in each layer, `output_gate`, `null_logit` and `attn_res_*`.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 class OasisModel(Attached, OasisPreTrainedModel):
     """A family's base model, without a head, with layers that use the depth cache.
 
-    `OasisModel(config)` makes an object of the subclass for `config`'s family.  Its `config` is the
-    family's; `oasis_config` has the settings.
+    `OasisModel(config)` creates an object of a subclass of this and of the family's class.
+    Its `config` is the family's config; `oasis_config` has the settings of the method.
     """
 
     layers: nn.ModuleList
@@ -90,7 +92,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the family's; see `OasisForCausalLM.forward` for what it takes besides."""
+        """As the family's forward; `OasisForCausalLM.forward` describes further arguments."""
         config = self.oasis_config
         given = input_of((input_ids,), kwargs)
         if kwargs.get("past_key_values") is not None:
@@ -99,7 +101,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         if self.training and getattr(self.layers[0], "gradient_checkpointing", False):
             if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
                 raise UserError(
-                    "use_cache: activation checkpointing keeps no cache in training; call"
+                    "use_cache: activation checkpointing does not support a cache in training; call"
                     " model.eval() to generate, or pass use_cache=False"
                 )
             kwargs["use_cache"] = False
@@ -143,7 +145,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         return LayerArgs(attention, signal, norm)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers', with the settings in `config.json`, not the family's config alone."""
+        """As in transformers, but `config.json` contains `oasis_config`, not only the family's."""
         text_config, self.config = self.config, self.oasis_config
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -157,7 +159,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         elif isinstance(module, RoutedLayer) and module.null_logit is not None:
             init.zeros_(module.null_logit)
         elif module is getattr(self, "null_signal", None):
-            initial: Any = null_signal_module(self.oasis_config)  # values of its constructor
+            initial: Any = null_signal_module(self.oasis_config)  # has the constructor's values
             for tensors in zip(_tensors(module), _tensors(initial), strict=True):
                 init.copy_(*tensors)
 
@@ -169,7 +171,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def checked(config: OasisConfig | None) -> OasisConfig:
-    """`config`, if it is ours and its settings are valid; `UserError` otherwise."""
+    """Return `config` if it is a valid `OasisConfig`; otherwise raise `UserError`."""
     if not isinstance(config, OasisConfig):
         raise UserError(f"config: {type(config).__name__} is not OasisConfig; wrap it in one")
     config.check()
@@ -178,26 +180,26 @@ def checked(config: OasisConfig | None) -> OasisConfig:
 
 @dataclass
 class OasisOutput(CausalLMOutputWithPast):
-    """`null_mass`: null probability `[B, H, T]` of each layer; None without a null option."""
+    """`null_probability` is `[B, H, T]` for each layer; None without a null option."""
 
-    null_mass: tuple[Tensor, ...] | None = None
+    null_probability: tuple[Tensor, ...] | None = None
 
 
 class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
-    """A decoder of any family in `families.py` with OASIS's settings and a language-model head.
+    """A decoder of any family in `families.py` with OASIS and a language-model head.
 
     Args:
-        config: `OasisConfig`; its `text_config` picks the family.
+        config: `OasisConfig`; its `text_config` selects the family.
 
     Raises:
-        UserError: an unknown setting, settings that exclude each other, or a family without
-            adapter.
+        UserError: a setting is unknown or not valid with the others, or the family has no row in
+            `families.py`.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: OasisConfig, **unknown: Any):
-        refuse_unknown(unknown)  # what from_pretrained found no place for
+        refuse_unknown(unknown)  # arguments of from_pretrained that no config has
         check_fits(checked(config))
         super().__init__(config)
         self.model = OasisModel(config)
@@ -222,11 +224,11 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
     ) -> OasisOutput:
         """Next-token logits `[B, T, V]`, and the loss in nats with `labels` (-100: ignored).
 
-        Arguments are those of any transformers causal model; padding by `attention_mask`, packing
-        by `position_ids` that restart within a row (no cache is returned then).  With
-        `output_attentions=True`, `attentions` are the maps `[B, H, T, S]`, whose rows sum to
-        1 - null (attention then stores them).  With `output_null_mass=True`, `null_mass` is the
-        null probability of each head, `[B, H, T]` a layer.
+        The arguments are those of every causal model in transformers.  `attention_mask` marks
+        padding; `position_ids` that restart within a row separate packed sequences, and then no
+        cache is returned.  With `output_attentions=True`, attention computes and stores the maps
+        `attentions`, `[B, H, T, S]` per layer, whose rows sum to 1 - null.  With
+        `output_null_probability=True`, the output has `null_probability`, `[B, H, T]` per layer.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -250,7 +252,7 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            null_mass=outputs.get("null_mass") or None,
+            null_probability=outputs.get("null_probability") or None,
         )
 
     def _scale_logits(self, logits: Tensor) -> Tensor:

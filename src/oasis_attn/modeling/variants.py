@@ -1,4 +1,4 @@
-"""A variant is data: rows of one table over one set of orthogonal settings."""
+"""The variants of the architecture: each is a row of settings in one table."""
 
 from __future__ import annotations
 
@@ -52,15 +52,16 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """Every variant's settings, as `OasisConfig` takes them: `{name: {setting: value}}`.
+    """The settings of each variant, as arguments of `OasisConfig`: `{name: {setting: value}}`.
 
-    A setting a row does not name is at `OasisConfig`'s default.  Rows that differ in softmax or
-    softmax1 over depth alone are one function, up to the norms' eps: see its `depth_normalizer`.
+    Settings that a row does not name have the default of `OasisConfig`.  Rows that differ only in
+    softmax or softmax1 over depth compute the same function, up to the eps of the norms: see
+    `depth_normalizer` in `OasisConfig`.
     """
     return {name: dict(settings) for name, settings in _VARIANTS.items()}
 
 
 def settings_of(variant: str) -> dict[str, Any]:
-    """One variant's settings; `UserError` with the nearest name if there is none."""
+    """The settings of one variant; `UserError` with similar names if there is none."""
     check_choice("variant", variant, tuple(_VARIANTS))
     return dict(_VARIANTS[variant])

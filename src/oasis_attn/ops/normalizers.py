@@ -31,7 +31,7 @@ from oasis_attn.registry import Registry
 
 
 class TokenNormalizer(NamedTuple):
-    """A normalizer and its arguments; `has_null`: its weights can sum to less than 1."""
+    """A normalizer and its arguments.  With `has_null`, its weights can sum to less than 1."""
 
     name: str
     function: Callable[..., tuple[Tensor, Tensor]]
@@ -147,7 +147,7 @@ def _entmax(scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 _WITH_NULL_LOGIT = ("softmax1", "learned_sink")
-_LARGEST = 1e6  # of arguments
+_LARGEST = 1e6  # largest absolute value of an argument
 _HAS_NULL = {"softmax1", "learned_sink", "clipped_softmax", "softpick"}
 TOKEN_NORMALIZERS = Registry(
     "token_normalizer",
@@ -163,7 +163,7 @@ TOKEN_NORMALIZERS = Registry(
 )
 _RESOLVED: dict[tuple[str, tuple[tuple[str, float], ...]], TokenNormalizer] = {}
 NORMALIZERS = (*TOKEN_NORMALIZERS, "sigmoid")
-"""The library's own; `sigmoid` is for depth alone."""
+"""The names of the library; `sigmoid` is only for attention over depth."""
 
 
 def register_token_normalizer(
@@ -171,7 +171,7 @@ def register_token_normalizer(
 ) -> None:
     """Add `name` to the values of `OasisConfig.token_normalizer`.
 
-    Attention with this normaliser has no fused kernel; it stores the whole attention map.
+    Attention with this normalizer has no fused kernel; it stores the whole attention map.
 
     Args:
         name: letters, digits and `_`; not a name of the library.
@@ -192,15 +192,15 @@ def register_token_normalizer(
 
 
 def with_null() -> list[str]:
-    """Names of the normalisers that have a null."""
+    """Names of the normalizers that have a null."""
     return [name for name in TOKEN_NORMALIZERS if name in _HAS_NULL]
 
 
 def resolve_normalizer(argument: str, value: str | dict[str, Any]) -> TokenNormalizer:
-    """The normaliser that `value` names, with arguments that it takes.
+    """The normalizer that `value` names, with its arguments.
 
     Raises:
-        UserError: naming `argument` and what is allowed.
+        UserError: the value is not valid; the message names `argument` and the allowed values.
     """
     given: dict[str, Any] = dict(value) if isinstance(value, dict) else {"name": value}
     name: Any = given.pop("name", None)
@@ -213,7 +213,7 @@ def resolve_normalizer(argument: str, value: str | dict[str, Any]) -> TokenNorma
             raise UserError(f"{argument}: {argument_name!r} is not the name of an argument")
         check_at_least(f"{argument}: {argument_name}", number, -_LARGEST, _LARGEST)
     key = name, tuple(sorted(given.items()))
-    if key not in _RESOLVED:  # once: models ask in each forward pass
+    if key not in _RESOLVED:  # cached: models resolve it in each forward pass
         _RESOLVED[key] = _resolved(argument, name, given)
     return _RESOLVED[key]
 
@@ -236,5 +236,5 @@ def _resolved(argument: str, name: str, arguments: dict[str, float]) -> TokenNor
             example = f'{{"name": "{name}", "{key}": ...}}'
             raise UserError(f"{argument}: {name!r} needs {key!r}; give {example}")
     if arguments:
-        function(torch.zeros(1, 2), **arguments)  # refuses what it cannot compute with
+        function(torch.zeros(1, 2), **arguments)  # raises for unsupported values
     return TokenNormalizer(name, function, name in _HAS_NULL, arguments)

@@ -26,8 +26,8 @@ class Metric:
         value: the number; it may be infinite or NaN, and is stored as such.
         where: the tensor, layer or head it was measured at, or the model (`before`, `after`) in a
             record of two; empty for the whole model.
-        n: how many samples (sequences, windows, steps) it is a mean or maximum over.
-        standard_error: of the mean over these samples; None if the number is not a mean.
+        n: number of samples (sequences, windows, steps) that it is a mean or maximum over.
+        standard_error: standard error of the mean over these samples; None without a mean.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Record:
     """Numbers, and what is needed to reproduce them.  Each kind is a subclass.
 
     Attributes:
-        seed: of the run; None if nothing was random.
+        seed: random seed of the run; None if nothing was random.
         metrics: the numbers.
         tables: named arrays as nested lists (per layer and head, per step), for figures.
-        environment: versions, hardware, threads and git commit; by default, of this process.
+        environment: versions, hardware, threads and git commit; by default, those of this process.
         created: UTC time, ISO 8601; by default, now.
     """
 
@@ -83,7 +83,7 @@ class Record:
         return (metric for metric in self.metrics if metric.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON holds it; a number that is not finite is a string (`nan`, `-inf`)."""
+        """The record as JSON values; infinity and NaN become strings (`nan`, `-inf`)."""
         values: dict[str, Any] = encode(self)
         common = {each.name: values.pop(each.name) for each in fields(Record)}
         return {"kind": self.kind, "version": self.version} | values | common
@@ -116,7 +116,7 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str, path: str | Path) -> Self:
-        """Read what `to_json` wrote; errors are those of `load`, and name `path`."""
+        """Read the result of `to_json`; errors are those of `load`, and name `path`."""
         try:
             return cls._from_dict(parse_json(text))
         except ValueError as error:

@@ -11,12 +11,12 @@ class ModelInfo:
     """The model that was measured.
 
     Attributes:
-        name: what it was loaded by, or the folder that it was saved in.
+        name: the name or path that it was loaded from, or the folder that it was saved in.
         variant: the name that tables and figures use for it; None if they use the end of `name`.
         family: model type in transformers, `llama` for example.
         architecture: name of its class.
-        parameters: how many it has.
-        dtype: of its weights, `float32` for example.
+        parameters: number of its parameters.
+        dtype: dtype of its weights, `float32` for example.
         config: the settings of the method; None for a model without them.
     """
 
@@ -31,7 +31,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TextInfo:
-    """The windows of tokens that were read, and the protocol that they were cut by.
+    """The windows of tokens that were read, and the protocol by which text was cut into them.
 
     See `oasis_attn.data.windows` for the protocol.
 
@@ -39,7 +39,7 @@ class TextInfo:
         corpus, split: names of the source; None if it has none.
         sha256: hash of the text of that split.
         window: tokens in each window.
-        windows: how many were read.
+        windows: number of windows that were read.
         stride: tokens from the start of a window to the start of the next; `window` if disjoint.
         choice: `spread` evenly over the text, the `first` ones, or `given` as rows of tokens.
         separator: the token after each document; None if there was none.
@@ -63,7 +63,7 @@ class TextInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class BlocksInfo:
-    """A split of a corpus cut into blocks of tokens: how many blocks, and the hash of them all."""
+    """A split of a corpus cut into blocks of tokens: the number of blocks, and a hash of all."""
 
     split: str
     blocks: int

@@ -1,4 +1,4 @@
-"""The kinds of records.  Whoever changes the fields of a kind raises its `version`."""
+"""The kinds of records.  If the fields of a kind change, its `version` must be raised."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class BenchmarkRecord(Record):
     """Numbers of one of the project's own benchmarks.
 
     Attributes:
-        name: of the benchmark.
-        settings: what else decides its numbers.
-        data: the text or commands behind them.
+        name: name of the benchmark.
+        settings: all other settings that determine the numbers.
+        data: the text that was read, or the commands that were run.
     """
 
     kind = "benchmark"
@@ -48,10 +48,10 @@ class TrainingRecord(ModelRecord):
     """A finished training run.
 
     Attributes:
-        trained_parameters: how many of the model's parameters were trained.
+        trained_parameters: number of the model's parameters that were trained.
         weights_sha256: hash of the weights that training started from; None for random ones.
         training: the fields of `TrainingConfig` that decide the result.
-        processes: that shared every step.
+        processes: number of processes that shared every step.
         data: what it was trained and measured on.
     """
 
@@ -66,7 +66,7 @@ class TrainingRecord(ModelRecord):
 
 
 class _BeforeAfter(ModelRecord):
-    """Metrics are at `before` or `after` what was done to the model, or of both together."""
+    """Each metric is measured `before` or `after` a change of the model, or compares the two."""
 
     def before_after(self, name: str) -> tuple[float, float]:
         """The values of a metric before and after."""
@@ -78,7 +78,7 @@ class QuantizationRecord(_BeforeAfter):
     """A model `before` and `after` quantisation.
 
     Attributes:
-        model: before quantisation.
+        model: the model before quantisation.
         scheme: `Scheme.to_dict()`.
         arithmetic: `simulated` in floating point, or `int8`.
         targets: names of the tensors that are quantised.
@@ -109,10 +109,10 @@ class PrefixRecord(_BeforeAfter):
     """A model `before` and `after` it was given a prefix.
 
     Attributes:
-        tokens, text: of the prefix.
-        method: that found it.
+        tokens, text: the tokens of the prefix, and their text.
+        method: the method that found it.
         tune_steps: training steps of its keys and values.
-        scheme: `Scheme.to_dict()` of the quantisation that it was judged by.
+        scheme: `Scheme.to_dict()` of the scheme that its effect was measured with.
         data: the windows that were measured on.
         calibration: the windows that the prefix was searched and tuned, and ranges calibrated, on.
     """
@@ -135,9 +135,9 @@ class EvaluationRecord(ModelRecord):
 
     Attributes:
         sha256: `fingerprint` of the model.
-        model_notes: what the caller adds about the model, its cache for example.
-        data: by task, the text and how it was read.
-        intervals: by metric, the ends of its 95 % interval.
+        model_notes: more information about the model from the caller, for example its cache.
+        data: for each task, the text and the protocol by which it was read.
+        intervals: for each metric, the ends of its 95 % interval.
     """
 
     kind = "evaluation"
@@ -154,14 +154,14 @@ class TrialRecord(ModelRecord):
 
     Attributes:
         trial: the fields of the trial in the plan.
-        command: runs the trial again.
-        trained_parameters: how many of the model's parameters were trained.
-        targets: by scheme, how many tensors are quantised.
+        command: the command that runs the trial again.
+        trained_parameters: number of the model's parameters that were trained.
+        targets: for each scheme, the number of quantised tensors.
         tokenizer_sha256: hash of the tokenizer.
         train: the blocks that it was trained on.
         train_corpus_sha256: hash of their text.
         data: the windows that were measured on.
-        calibration_windows: how many others quantisation was calibrated on.
+        calibration_windows: number of other windows, which quantisation was calibrated on.
     """
 
     kind = "trial"

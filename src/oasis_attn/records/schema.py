@@ -1,4 +1,4 @@
-"""Values to and from JSON: dataclasses are the schema, and only what it says is read."""
+"""Convert values to JSON and back; dataclasses are the schema, and other fields are errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIONAL = {"optional": True}
 
 
 def encode(value: Any) -> Any:
-    """`value` as JSON holds it: mappings, lists, and a string for a number that is not finite."""
+    """`value` as JSON values; a number that is not finite becomes a string."""
     if is_dataclass(value) and not isinstance(value, type):
         empty = {name for name in _optional(type(value)) if not getattr(value, name)}
         names = (each.name for each in fields(value) if each.name not in empty)

@@ -138,7 +138,7 @@ def layer_table(record: DiagnosisRecord) -> Table:
         "first-token mass": _over_heads(record.tables["sink.mass"]),
     }
     if "null.mass" in record.tables:
-        columns["null mass"] = _over_heads(record.tables["null.mass"])
+        columns["null probability"] = _over_heads(record.tables["null.mass"])
     rows = tuple(
         (str(layer), *(number(float(value)) for value in values))
         for layer, values in enumerate(zip(*columns.values(), strict=True))

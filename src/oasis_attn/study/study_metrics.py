@@ -34,7 +34,7 @@ _UNQUANTIZED = (
     StudyMetric(
         name="joint.leakage_renormalised", label="joint leakage", scale="points", better="lower"
     ),
-    StudyMetric(name="null.mass", label="null mass", scale="points"),
+    StudyMetric(name="null.mass", label="null probability", scale="points"),
     StudyMetric(
         name="depth.sink_rate@0.3", label="depth sink rate", scale="points", better="lower"
     ),

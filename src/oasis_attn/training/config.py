@@ -62,7 +62,7 @@ class TrainingConfig:
         log_every: steps that one row of the loss table is the mean of.
         eval_split: split of the corpus that the final loss is measured on.
         eval_windows: maximum number of windows, which are spread over that split.
-        resume: go on from the last whole checkpoint in `out`; a finished run is left as it is.
+        resume: continue from the last complete checkpoint in `out`; a finished run is not changed.
 
     Raises:
         UserError: at construction, if a value is invalid.

@@ -278,7 +278,7 @@ def _null_logits(null_logit: float | Tensor, query: Tensor) -> Tensor:
 
 
 class Call(NamedTuple):
-    """What decides which backend can serve a call."""
+    """The arguments that determine which backends support a call."""
 
     query: Tensor
     key: Tensor

@@ -52,7 +52,7 @@ def cuda_flash(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, null probability, lse over keys and null; `is_causal` needs T = S and no mask."""
+    """Output, null probability and log-sum-exp; `is_causal` needs T = S and no mask."""
     own = value.shape[-1]
     width = -(-max(query.shape[-1], own) // _ALIGNMENT) * _ALIGNMENT
     query, key, value = (pad_head_width(x, width) for x in (query, key, value))
@@ -62,7 +62,7 @@ def cuda_flash(
 
 
 class CudaFlash(HandWritten):
-    """`(query, key, value, null_logit_H, mask, is_causal, scale)` to out, null, lse."""
+    """Maps `(query, key, value, null_logit_H, mask, is_causal, scale)` to out, null and lse."""
 
     @staticmethod
     def forward(
@@ -150,9 +150,9 @@ def _gradients(
 def _with_delta(grad_out: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """`grad_out`, and an `out` such that rowsum(grad_out * out) is `delta`.
 
-    The kernels read `out` for that sum alone.  It is made parallel to `grad_out`, so that half
-    precision rounds the sum less than one entry.  A row of `grad_out` too small for that gets one
-    entry 2^-100 times the sum.
+    The kernels use `out` only for that sum.  The returned `out` is parallel to `grad_out`, so that
+    rounding to half precision changes the sum by less than it changes one entry.  If a row of
+    `grad_out` is too small for that, one entry is set to 2^-100 times the sum.
     """
     largest = torch.linalg.vector_norm(grad_out, torch.inf, -1, dtype=delta.dtype)
     least = (delta.abs() * 2.0**-100).clamp(min=torch.finfo(delta.dtype).tiny)
@@ -170,7 +170,7 @@ def _with_delta(grad_out: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """`mask` as the kernels take it: additive, in the dtype of `query`, its rows aligned."""
+    """`mask` as the kernels require it: additive, in the dtype of `query`, with aligned rows."""
     if mask is None:
         return None
     S = mask.shape[-1]
@@ -185,7 +185,8 @@ def _chosen_kernel(
 ) -> int:
     """The kernel that `scaled_dot_product_attention` would choose, if it is a fused one.
 
-    cuDNN plans anew for each number of keys, which takes longer than to decode a token.
+    cuDNN is excluded for one query: it compiles a plan for each number of keys, which takes longer
+    than decoding a token.
     """
     half = query.dtype in (torch.bfloat16, torch.float16)
     if query.shape[2] == 1:
@@ -234,9 +235,9 @@ def _backward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, from whichever log-sum-exp and `out` are given."""
+    """Gradients of query, key and value, with P from the given log-sum-exp and delta from `out`."""
     kernel = _chosen_kernel(query, key, value, additive, is_causal)
-    unused = torch.empty((2, 1), dtype=torch.int64, device=query.device).unbind()  # of dropout
+    unused = torch.empty((2, 1), dtype=torch.int64, device=query.device).unbind()  # for dropout
     full = _expanded(additive, query, key)
     if kernel == _EFFICIENT:
         lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=math.inf)  # whole vectors
@@ -274,7 +275,7 @@ def _by_query_head(x_BGSd: Tensor, query: Tensor) -> Tensor:
 
 
 def _token_major(x_BHTd: Tensor) -> Tensor:
-    """In the order [B, T, H, d] in memory, as memory-efficient attention reads `out`."""
+    """Copy `x` to the layout [B, T, H, d], in which memory-efficient attention reads `out`."""
     return x_BHTd.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -290,7 +291,7 @@ def _traced_forward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`_forward`, whose choice of a kernel torch.compile cannot trace."""
+    """`_forward` as one opaque operator: torch.compile cannot trace its choice of a kernel."""
     out, lse = _forward(query, key, value, additive, is_causal, scale)
     return _token_major(out), lse.contiguous()
 
@@ -325,6 +326,6 @@ def _(
 
 
 def _empty_like(x_BHTd: Tensor) -> Tensor:
-    """Uninitialised, in the order of `_token_major`."""
+    """An uninitialised tensor with the memory layout of `_token_major`."""
     B, H, T, d = x_BHTd.shape
     return x_BHTd.new_empty(B, T, H, d).transpose(1, 2)

@@ -67,7 +67,7 @@ def naive_mix(weights_BHTS: Tensor, value_BGSd: Tensor, dropout: float = 0.0) ->
 def lse_with_null(lse: Tensor, null_logit: Tensor) -> Tensor:
     """log(exp(c) + sum exp(s)), from `lse` = log(sum exp(s)) and c.
 
-    Finite also where all keys are masked and c is -inf, so that exp(s - lse) is 0 there.
+    The result is finite even if all keys are masked and c is -inf, so that exp(s - lse) is 0.
     """
     joint = torch.logaddexp(lse, null_logit)
     return joint.clamp(min=torch.finfo(joint.dtype).min)
