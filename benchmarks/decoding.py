@@ -1,6 +1,6 @@
 """A converted model against the stock one, on one thread: tokens decoded, and a prompt read.
 
-Also against itself without the functions in C, which must earn their place.
+Also against itself without the C kernels, which must be faster than PyTorch to be kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from harness import medians
 from oasis_attn import convert
 from oasis_attn.hub.loading import load_model
-from oasis_attn.ops import native
+from oasis_attn.ops import c_kernels
 
 MODEL = "smollm2"
 TOKENS, PROMPT = 128, 1024
@@ -64,5 +64,5 @@ def measure(rounds: int) -> dict[str, float]:
 
 
 def _in_pytorch(run: Callable[[], Tensor]) -> Tensor:
-    with mock.patch.object(native, "library", return_value=None):
+    with mock.patch.object(c_kernels, "library", return_value=None):
         return run()

@@ -82,7 +82,7 @@ class OasisConfig(PreTrainedConfig):
         mix_scale: `sum` multiplies the mix by the number of sources (plus 1 for `softmax1`; by 2
             for `sigmoid`), so that zero queries give the exact residual sum.  `rms` scales each
             token's mix to a root mean square of 1.  The next RMSNorm makes this scale irrelevant,
-            up to its eps, but static quantisation needs it: otherwise tokens with small mixes share
+            up to its eps, but static quantization needs it: otherwise tokens with small mixes share
             a range with tokens with large ones.  `none` changes nothing.
         branch_norm: normalizes branches before they are added to the residual: `none`, `rms` (the
             embedding and the outputs of attention and MLPs), `rms_mlp` (the outputs of MLPs), or a
@@ -132,7 +132,7 @@ class OasisConfig(PreTrainedConfig):
             self.text_config = copy.deepcopy(self.text_config)
             # transformers copies the value of this config to `text_config`.
             kwargs.setdefault("experts_implementation", experts_implementation(self.text_config))
-        labelled = self.id2label is not None or "num_labels" in kwargs
+        labeled = self.id2label is not None or "num_labels" in kwargs
         try:
             super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         except UserError:
@@ -142,7 +142,7 @@ class OasisConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         text: Any = self.text_config
-        if not labelled:  # the labels of a classifier are in the family's config
+        if not labeled:  # the labels of a classifier are in the family's config
             self.id2label, self.label2id = text.id2label, text.label2id
         if self.problem_type is None:
             self.problem_type = text.problem_type

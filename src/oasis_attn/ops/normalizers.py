@@ -11,7 +11,7 @@ without this subtraction, so that small values stay accurate.
     softpick         relu(e^x - 1) / sum |e^x - 1|; arXiv 2504.20966 eq. 2
     sparsemax        Euclidean projection on the simplex; Martins & Astudillo 2016
     entmax15         alpha-entmax, alpha 1.5; Peters 2019
-    sigmoid          sigmoid(x) for each key; weights are not normalised over the row
+    sigmoid          sigmoid(x) for each key; weights are not normalized over the row
 
 `register_token_normalizer` adds one for token attention.
 """

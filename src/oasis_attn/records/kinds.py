@@ -75,13 +75,13 @@ class _BeforeAfter(ModelRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationRecord(_BeforeAfter):
-    """A model `before` and `after` quantisation.
+    """A model `before` and `after` quantization.
 
     Attributes:
-        model: the model before quantisation.
+        model: the model before quantization.
         scheme: `Scheme.to_dict()`.
         arithmetic: `simulated` in floating point, or `int8`.
-        targets: names of the tensors that are quantised.
+        targets: names of the tensors that are quantized.
         transforms: what is applied to the inputs of linear layers, by layer.
         prefix: tokens of the model's prefix; empty without one.
         float_weights: number of entries of each weight that stays in floating point.
@@ -150,18 +150,18 @@ class EvaluationRecord(ModelRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord(ModelRecord):
-    """One trial of a study: a model trained, measured, quantised and evaluated.
+    """One trial of a study: a model trained, measured, quantized and evaluated.
 
     Attributes:
         trial: the fields of the trial in the plan.
         command: the command that runs the trial again.
         trained_parameters: number of the model's parameters that were trained.
-        targets: for each scheme, the number of quantised tensors.
+        targets: for each scheme, the number of quantized tensors.
         tokenizer_sha256: hash of the tokenizer.
         train: the blocks that it was trained on.
         train_corpus_sha256: hash of their text.
         data: the windows that were measured on.
-        calibration_windows: number of other windows, which quantisation was calibrated on.
+        calibration_windows: number of other windows, which quantization was calibrated on.
     """
 
     kind = "trial"

@@ -326,6 +326,6 @@ def _(
 
 
 def _empty_like(x_BHTd: Tensor) -> Tensor:
-    """An uninitialised tensor with the memory layout of `_token_major`."""
+    """An uninitialized tensor with the memory layout of `_token_major`."""
     B, H, T, d = x_BHTd.shape
     return x_BHTd.new_empty(B, T, H, d).transpose(1, 2)
