@@ -1,10 +1,10 @@
-"""Made word problems under few bits: a nano model learns them, then loses bits.
+"""Accuracy of a small model on generated word problems after quantization to few bits.
 
 python benchmarks/arith.py --runs FOLDER
 
-Trains a model on `arith`, quantizes it by scheme and lets it solve problems of the test part: less
-than an hour.  A run that is finished in FOLDER is not repeated.  Record and
-table go to docs/results/arith.
+Trains a model of size nano on `arith`, quantizes it with each scheme, and measures Pass@1 on the
+test split.  It takes less than an hour.  A finished run in FOLDER is not repeated.  Record and
+table are written to docs/results/arith.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def table(record: BenchmarkRecord) -> Table:
-    """A row a scheme."""
+    """One row per scheme."""
     rows = []
     for metric in record.metrics:
         low, high = record.tables["interval95"][metric.where]

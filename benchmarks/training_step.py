@@ -1,4 +1,4 @@
-"""A training step of each form of depth routing, against vanilla and against the authors' form."""
+"""Time and memory of a training step, relative to vanilla and to the authors' form."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tokens() -> torch.Tensor:
 
 
 def check(models, ids) -> None:
-    """No speed without correctness: zero queries and no null are the vanilla model."""
+    """Check first that zero queries without a null give the vanilla model."""
     exact = {"null_logit": -1e4, "mix_scale": "sum"}
     with torch.no_grad():
         expected = models["vanilla"](ids[:, :64]).logits

@@ -1,4 +1,4 @@
-"""Files in the cache folder, which can be deleted because they can be made again."""
+"""Files in the cache folder, which can be deleted because they can be regenerated."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def replace_apply(
 ) -> None:
     """Let every cast and move of this one module call `function(fn, recurse)`.
 
-    Without it, casts of a quantized model would change buffers that loading computes anew, and the
-    saved model would compute something else than the one in memory.
+    Without it, casts of a quantized model would change buffers that loading computes again, so that
+    the saved model would differ from the one in memory.
     """
     vars(module)["_apply"] = function
 
