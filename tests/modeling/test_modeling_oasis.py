@@ -190,14 +190,16 @@ def test_an_elementwise_gate_is_as_wide_as_the_values(ids):
 
 
 def test_activation_checkpointing_keeps_no_cache(ids):
-    """Its layers drop what they are given: without a refusal, `generate` would see one token."""
+    """Checkpointed layers ignore a cache, so that `generate` would read one token only."""
     model = tiny_model()
     greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     want = model.generate(ids, **greedy)
     model.train().activation_checkpointing_enable()
     with pytest.raises(UserError, match=r"use_cache: .*call model.eval\(\) to generate, or pass"):
         model.generate(ids, **greedy)
-    with pytest.raises(UserError, match="use_cache: activation checkpointing keeps no cache"):
+    with pytest.raises(
+        UserError, match="use_cache: activation checkpointing does not support a cache"
+    ):
         model(ids, past_key_values=DynamicCache())
     assert torch.equal(model.generate(ids, use_cache=False, **greedy), want)
     assert model(ids).past_key_values is None
