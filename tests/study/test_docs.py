@@ -27,7 +27,7 @@ def test_the_page_contains_the_published_tables() -> None:
     text = publish.PAGE.read_text(encoding="utf-8")
     assert publish.verdicts() in text
     assert publish.initial_differences() in text
-    assert publish.equivalent() in text
+    assert publish.almost_equal() in text
     assert publish.silent() in text
     assert publish.criteria() in text
     assert publish.scaling() in text

@@ -20,7 +20,7 @@ from oasis_attn.study.launch import ClusterLauncher
 from oasis_attn.study.run import run_study
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.study_report import write_report
-from oasis_attn.study.trial import differences
+from oasis_attn.study.trial import reproduction
 from oasis_attn.study.worker import run_alone
 from study import factories
 
@@ -234,7 +234,7 @@ def test_real_trials_end_with_their_parent_and_are_resumed(tiny, tmp_path):
     )
     assert different == []
     assert Record.load(tmp_path / "trial.json").to_json() == again.to_json()
-    assert differences(folder.records()[trial], again) == []
+    assert reproduction(folder.records()[trial], again).reproduced
 
 
 def test_an_unknown_option_of_the_cluster_is_an_error(tiny, tmp_path):

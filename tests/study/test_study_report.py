@@ -47,7 +47,7 @@ def test_markdown_has_every_table_and_says_how_to_read_it(folder, tmp_path):
     write_report(folder, tmp_path / "index.html")
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert text.count("\n### ") == 5
-    assert "| max inf-norm | vanilla | 6 |" in text
+    assert "| max inf-norm | attn_residual | 6 |" in text
     assert "Holm" in text
 
 

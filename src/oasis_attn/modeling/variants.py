@@ -18,7 +18,7 @@ _OASIS: dict[str, Any] = {
 _VARIANTS: dict[str, dict[str, Any]] = {
     # the literature
     "vanilla": _PLAIN,
-    "clipped_softmax": _PLAIN | {"token_normalizer": {"name": "clipped_softmax", "gamma": -0.03}},
+    "clipped_softmax": _PLAIN | {"token_normalizer": {"name": "clipped_softmax", "alpha": 3}},
     "gated_attention": _PLAIN | {"output_gate": "head"},
     "gated_elementwise": _PLAIN | {"output_gate": "elementwise"},
     "softmax1": _PLAIN | {"token_normalizer": "softmax1"},
@@ -40,7 +40,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "token_softmax1_only": _DEPTH | {"token_normalizer": "softmax1"},
     "depth_softmax1_only": _DEPTH | {"depth_normalizer": "softmax1"},
     "depth_sigmoid_only": _DEPTH | {"depth_normalizer": "sigmoid"},
-    # the same function with the scale of mixes fixed, for static quantisation
+    # the same with the scale of mixes fixed, for static quantisation: no effect of the norms' eps
     "oasis_unit": _OASIS | {"mix_scale": "rms"},
     # other functions, for fewer sinks and outliers: see docs/study.md
     "oasis_peri": _OASIS | {"mix_scale": "rms", "null_logit": 5.0, "branch_norm": "rms"},
@@ -55,7 +55,7 @@ def variants() -> dict[str, dict[str, Any]]:
     """Every variant's settings, as `OasisConfig` takes them: `{name: {setting: value}}`.
 
     A setting a row does not name is at `OasisConfig`'s default.  Rows that differ in softmax or
-    softmax1 over depth alone are one function, up to the norms' eps: see its `depth_normalizer`.
+    softmax1 over depth alone are one function with `mix_scale` rms, and else up to the norms' eps.
     """
     return {name: dict(settings) for name, settings in _VARIANTS.items()}
 
