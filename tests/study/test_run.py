@@ -229,10 +229,11 @@ def test_real_trials_end_with_their_parent_and_are_resumed(tiny, tmp_path):
     assert list(folder.records()[trial].environment.extensions) == ["signals.py"]
 
     # The recorded command in this process has the same results as the resumed trial.
-    again, different = run_alone(
+    again, compared = run_alone(
         str(out), trial.id, out=tmp_path / "trial.json", check=folder.record_path(trial)
     )
-    assert different == []
+    assert compared.reproduced
+    assert compared.compared > 50
     assert Record.load(tmp_path / "trial.json").to_json() == again.to_json()
     assert reproduction(folder.records()[trial], again).reproduced
 
