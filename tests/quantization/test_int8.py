@@ -90,7 +90,7 @@ GROUPED = QuantSpec(bits=8, symmetric=True, granularity="group", group_size=8)
     [
         (
             TABLE["w8a8-static-full"],
-            "'w8a8-static-full' can only be simulated: no kernel quantises between",
+            "'w8a8-static-full' can only be simulated: no kernel quantizes between",
         ),
         (TABLE["w4a4"], "8-bit weights by 8-bit activations only"),
         (TABLE["w4a16"], "8-bit weights by 8-bit activations only"),
@@ -109,8 +109,8 @@ def test_refuses_schemes_without_kernels(scheme, reason):
         check_kernels(scheme, CPU)
 
 
-def test_refuses_a_model_that_is_not_quantised():
-    with pytest.raises(UserError, match="model: nothing in it is quantised"):
+def test_refuses_a_model_that_is_not_quantized():
+    with pytest.raises(UserError, match="model: nothing in it is quantized"):
         to_int8(make("llama"))
 
 

@@ -61,8 +61,8 @@ def test_each_criterion():
         "avg kurtosis against softpick across residual forms": "not met",
         "mean Pearson kurtosis against gated_attention": "met (whole interval)",
         "mean Pearson kurtosis against softpick": "not met",
-        "w8a8-static-full perplexity against unquantised": "met (whole interval)",
-        "w4a4 perplexity against unquantised": "not met",
+        "w8a8-static-full perplexity against unquantized": "met (whole interval)",
+        "w4a4 perplexity against unquantized": "not met",
         "perplexity against vanilla": "met (whole interval)",
     }
     cost = check_criteria(results(), "oasis")[6]
@@ -115,7 +115,7 @@ def test_a_rate_above_a_baseline_of_zero_is_not_met_and_missing_data_are_not_tes
     found = results(**{"sink.rate@0.3": some, "perplexity.windowed@w4a4": {}})
     assert outcomes(found)["sink rate at 0.3 against gated_attention"] == "not met"
     assert outcomes(found)["sink rate at 0.3 against softpick"] == "not tested"
-    assert outcomes(found)["w4a4 perplexity against unquantised"] == "not tested"
+    assert outcomes(found)["w4a4 perplexity against unquantized"] == "not tested"
 
 
 def test_an_interval_that_contains_the_limit_is_met_only_by_its_mean():
@@ -183,7 +183,7 @@ def test_wrong_criteria_are_one_clear_error(changes, message):
         ({"metric": "sink.mas"}, "did you mean 'sink.mass'"),
         ({"metric": "null.mass"}, "neither more nor less null.mass is better"),
         ({"against": "gated"}, "criteria: against: 'gated' is not .*'gated_attention'"),
-        ({"against": "unquantised"}, "'sink.mass' is not a metric of a quantised model"),
+        ({"against": "unquantized"}, "'sink.mass' is not a metric of a quantized model"),
         ({"limit": "floor"}, "limit .or a number.: 'floor' is not one of noise floor"),
         ({"limit": True}, "limit: True is not a number"),
         ({"against": "fixed", "limit": "noise floor"}, "'fixed' requires a number"),

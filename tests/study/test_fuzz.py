@@ -81,7 +81,7 @@ PLAN = {
             "limit": 0.0,
             "applies_if": {"metric": "sink.mass", "above": 0.1, "otherwise": "no sinks"},
         },
-        {"metric": "perplexity.windowed@w4a4", "against": "unquantised", "limit": "noise floor"},
+        {"metric": "perplexity.windowed@w4a4", "against": "unquantized", "limit": "noise floor"},
     ],
     "evaluation": {"limit": 2},
 }

@@ -164,7 +164,7 @@ def test_differences_are_named_and_run_times_are_ignored(trial):
 
 @pytest.mark.parametrize("variant", ["vanilla", "oasis"])
 @pytest.mark.parametrize("scheme", ["w8a8-static-full", "w4a4"])
-def test_a_loss_pass_and_a_diagnosis_of_a_quantised_model_have_equal_numbers(variant, scheme):
+def test_a_loss_pass_and_a_diagnosis_of_a_quantized_model_have_equal_numbers(variant, scheme):
     torch.manual_seed(0)
     model = OasisForCausalLM(OasisConfig(text_config=tiny_config("llama"), **settings_of(variant)))
     rows = torch.randint(model.config.vocab_size, (3, 24))

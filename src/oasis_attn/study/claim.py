@@ -17,7 +17,7 @@ from oasis_attn.study.yaml_text import parse_yaml
 
 EXPECTED = ("lower", "higher", "equal")
 KINDS = ("change", "slope")
-REFERENCE, UNQUANTIZED, FIXED = "reference", "unquantised", "fixed"
+REFERENCE, UNQUANTIZED, FIXED = "reference", "unquantized", "fixed"
 NOISE_FLOOR = "noise floor"
 _LARGEST = 1e6  # of sizes, margins and limits
 
@@ -139,8 +139,8 @@ class Criterion:
 
     Attributes:
         metric: name of the metric in the record of a trial; it must have a better direction.
-        against: name of a variant, `reference`, `unquantised` (the same model before
-            quantisation), or `fixed` (the value itself is compared with the limit).
+        against: name of a variant, `reference`, `unquantized` (the same model before
+            quantization), or `fixed` (the value itself is compared with the limit).
         limit: the relative change from `against`, or the value for `fixed`; `noise floor` is the
             noise floor of the metric.
         applies_if: the premise; None if the criterion always applies.
@@ -162,11 +162,11 @@ class Criterion:
         else:
             check_at_least("limit", self.limit, -_LARGEST, _LARGEST)
         if self.against == UNQUANTIZED and "@" not in self.metric:
-            raise UserError(f"against: {self.metric!r} is not a metric of a quantised model")
+            raise UserError(f"against: {self.metric!r} is not a metric of a quantized model")
 
     @property
     def unquantized_metric(self) -> str:
-        """The metric of the model before quantisation."""
+        """The metric of the model before quantization."""
         return self.metric.rpartition("@")[0]
 
 

@@ -101,7 +101,7 @@ def _rule(criterion: Criterion, metric: StudyMetric, plan: Plan) -> str:
     bound = "at most" if metric.better == "lower" else "at least"
     if criterion.against == FIXED:
         return f"{metric.label} is {bound} {criterion.limit}"
-    other = "the unquantised model" if criterion.against == UNQUANTIZED else criterion.against
+    other = "the unquantized model" if criterion.against == UNQUANTIZED else criterion.against
     if other == REFERENCE:
         other = f"the reference ({plan.reference})"
     if isinstance(criterion.limit, str):

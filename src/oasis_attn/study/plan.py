@@ -45,7 +45,7 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One model of a study: how it is trained, measured, quantised and evaluated.
+    """One model of a study: how it is trained, measured, quantized and evaluated.
 
     Attributes:
         variant: name of the variant in the plan.
@@ -54,7 +54,7 @@ class Trial:
         size, corpus, seed: see `TrainingConfig`.
         training: the other fields of `TrainingConfig`.
         windows: number of held-out windows to measure on; as many others calibrate static ranges.
-        schemes: quantisation schemes; the model is measured and evaluated with each.
+        schemes: quantization schemes; the model is measured and evaluated with each.
         tasks: names in `oasis_attn.evaluation.TASKS`.
         evaluation: fields of `EvaluationConfig` for these tasks.
         threads: CPU threads; the last digits of the results depend on their number.
