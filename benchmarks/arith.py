@@ -29,7 +29,7 @@ QUANTIZE = (
 )
 SCHEMES = {
     "w8a8-dynamic": "w8a8-dynamic",
-    "w8a8-static": "w8a8-static",
+    "w8a8-static-full": "w8a8-static-full",
     "w4a4": "w4a4",
     "w4a4-hadamard": "w4a4 --scheme-option rotation=hadamard",
 }

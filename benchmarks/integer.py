@@ -16,7 +16,7 @@ from oasis_attn.quantization import quantized_modules, schemes
 from oasis_attn.quantization.int8 import to_int8
 
 MODEL = "smollm2"
-SIMULATED = ("w8a8-static-linear", "w8a8-static", "w8a8-dynamic", "w4a4")
+SIMULATED = ("w8a8-static-linear", "w8a8-static-full", "w8a8-dynamic", "w4a4")
 INTEGER = ("w8a8-static-linear", "w8a8-dynamic")
 SHAPE = (4, 512)
 ROUNDS = 3  # at most: a forward pass takes seconds

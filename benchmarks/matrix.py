@@ -41,7 +41,7 @@ WINDOWS, WINDOW, ALPHA = 16, 512, 0.5
 FLOAT = "fp32"
 CHANNELS = {"weight.granularity": "channel", "observer": "percentile"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "w8a8-static": ("w8a8-static", {}),
+    "w8a8-static-full": ("w8a8-static-full", {}),
     "w8a8-static-linear": ("w8a8-static-linear", {}),
     "w8a8-static-linear, weights per channel, percentile": ("w8a8-static-linear", CHANNELS),
     "w8a8-dynamic": ("w8a8-dynamic", {}),

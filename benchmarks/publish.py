@@ -13,9 +13,11 @@ import argparse
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +31,8 @@ from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table
-from oasis_attn.study.criteria import RULE
-from oasis_attn.study.plan import Plan
+from oasis_attn.study.criteria import fails_none, rule
+from oasis_attn.study.plan import Plan, Trial
 from oasis_attn.study.plan_file import load_plan
 from oasis_attn.study.results import Results
 from oasis_attn.study.statistics import noise_floor
@@ -38,7 +40,8 @@ from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.study_metrics import StudyMetric, study_metrics
 from oasis_attn.study.study_report import progress_text, write_report
 from oasis_attn.study.tables import criteria_summary
-from oasis_attn.study.verdict import CLAIM_NOT_TESTED, judge
+from oasis_attn.study.trial import TIMES
+from oasis_attn.study.verdict import judge
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "study.md"
@@ -46,10 +49,17 @@ STUDIES = ("paper", "isolate", "signal", "beyond", "confirm")
 VOCABULARY = 2048  # vocabulary size of the models in the studies
 BATCH = 262_144  # tokens per step
 TOKENS = 20  # tokens per parameter (Hoffmann et al., arXiv 2203.15556)
-ROUTING = 1.2  # relative cost of a step with depth routing
 CHANGE, POWER = 0.1, 0.8
 SILENT = 0.99  # mean null probability of a silent head
-SUSTAINED = 3.5e14  # FLOP/s in bfloat16 on one H100 or H200
+LENGTH = 2048  # tokens per window
+SUSTAINED = 3.5e14  # assumed FLOP/s in bfloat16 on one H100 or H200
+# Trials by what makes them slower: (depth routing, attention maps that no fused kernel computes).
+CLASSES = {
+    (False, False): "vanilla",
+    (True, False): "depth routing",
+    (False, True): "stored attention maps",
+    (True, True): "both",
+}
 
 
 def main() -> None:
@@ -72,7 +82,7 @@ def main() -> None:
 
 def page(text: str) -> str:
     """docs/study.md with every table generated again."""
-    generators = verdicts, initial_differences, equivalent, silent, criteria, scaling
+    generators = verdicts, initial_differences, almost_equal, silent, criteria, scaling
     blocks = {generate.__name__: generate() for generate in generators}
     for name, table in blocks.items():
         begin, end = f"<!-- benchmarks/publish.py: {name} -->\n", "<!-- end -->\n"
@@ -92,30 +102,33 @@ def published() -> dict[str, Results]:
 
 def verdicts() -> str:
     """The verdict on each claim, one column per published study."""
-    columns: dict[str, list[str]] = {}
-    lines = []
-    for name, results in published().items():
-        judged = judge(results)
-        columns.setdefault("claim", [each.claim.text for each in judged])
-        columns[f"`{name}`"] = [
-            "" if each.verdict == CLAIM_NOT_TESTED else each.verdict for each in judged
-        ]
-        lines.append(f"[`{name}`](results/{name}/tables.md): {progress_text(results)}")
-    rows = tuple(zip(*columns.values(), strict=True))
-    table = Table(columns=tuple(columns), rows=rows, text_columns=len(columns))
+    studies = published()
+    judged = {
+        name: {each.claim.text: each.verdict for each in judge(results)}
+        for name, results in studies.items()
+    }
+    stating = [name for name, verdicts in judged.items() if verdicts]
+    claims = dict.fromkeys(text for name in stating for text in judged[name])
+    rows = tuple((text, *(judged[name].get(text, "") for name in stating)) for text in claims)
+    columns = "claim", *(f"`{name}`" for name in stating)
+    table = Table(columns=columns, rows=rows, text_columns=len(columns))
+    lines = [
+        f"[`{name}`](results/{name}/tables.md): {progress_text(results)}"
+        for name, results in studies.items()
+    ]
     return markdown(table) + "\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def equivalent() -> str:
-    """The difference between trained equivalent variants, compared with that between seeds."""
+def almost_equal() -> str:
+    """The difference between trained variants that start almost equal, compared with seeds."""
     results = published()["isolate"]
     known = {metric.name: metric for metric in study_metrics(())}
-    # Equivalent variants differ in the scale of a mix, which these metrics do not depend on.
+    # These variants differ in the scale of a mix, which these metrics do not depend on.
     mlp = StudyMetric(
         name="outlier.max_inf_norm_mlp", label="max inf-norm, MLP outputs", scale="ratio"
     )
     metrics = known["perplexity.windowed"], mlp, known["sink.mass"], known["null.mass"]
-    pairs = equivalent_variants(results.plan)
+    pairs = almost_equal_variants(results.plan)
     rows = []
     for metric in metrics:
         values = [[results.values(metric, variant) for variant in pair] for pair in pairs]
@@ -126,41 +139,50 @@ def equivalent() -> str:
         shown = (f"{floor:.0%} (n {n})" if n else "" for floor, n in floors)
         rows.append((metric.label, *shown, f"{pairs_needed(floors[0][0], metric.scale):,}"))
     reference = f"{results.plan.reference}, another seed: the noise floor"
-    columns = "metric", "equivalent variant, same seed", "same variant, another seed", reference
+    columns = "metric", "almost equal variant, same seed", "same variant, another seed", reference
     columns = (*columns, f"pairs needed to detect a change of {CHANGE:.0%}")
     table = markdown(Table(columns=columns, rows=tuple(rows)))
-    return "Equivalent variants: " + "; ".join(map(" and ".join, pairs)) + ".\n\n" + table
+    return "Almost equal variants: " + "; ".join(map(" and ".join, pairs)) + ".\n\n" + table
 
 
 @cache
 def initial_differences() -> str:
-    """The difference between equivalent variants before training, with two values of eps."""
+    """The difference between almost equal and equal variants before training, by eps."""
+    softmax = {"depth_normalizer": "softmax"}
+    pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "oasis and oasis_depth_softmax": (settings_of("oasis"), settings_of("oasis_depth_softmax")),
+        "oasis and oasis_unit": (settings_of("oasis"), settings_of("oasis_unit")),
+        "oasis_unit and oasis_unit with softmax over depth": (
+            settings_of("oasis_unit"), settings_of("oasis_unit") | softmax,
+        ),
+    }  # fmt: skip
     rows = []
-    for pair in ("oasis", "oasis_depth_softmax"), ("oasis", "oasis_unit"):
+    for name, pair in pairs.items():
         for eps in (1e-6, 1e-12):
-            (logits, gradient), (other, other_gradient) = (_initial(name, eps) for name in pair)
+            (logits, gradient), (other, other_gradient) = (_initial(each, eps) for each in pair)
             differences = (
                 (logits - other).abs().max() / logits.std(),
                 (gradient - other_gradient).norm() / gradient.norm(),
             )
             shown = (f"{100 * x:.1f} %" if x > 1e-5 else "below 0.001 %" for x in differences)
-            rows.append((" and ".join(pair), f"{eps:.0e}", *shown))
+            absolute = f"{float((logits - other).abs().max()):.1e}"
+            rows.append((name, f"{eps:.0e}", absolute, *shown))
     columns = (
         "variants",
         "eps of the norms",
-        "largest difference of logits / their standard deviation",
+        "largest difference of logits",
+        "the same / standard deviation of logits",
         "norm of the gradient difference / norm of the gradient",
     )
     return markdown(Table(columns=columns, rows=tuple(rows)))
 
 
-def _initial(variant: str, eps: float) -> tuple[Tensor, Tensor]:
+def _initial(settings: dict[str, Any], eps: float) -> tuple[Tensor, Tensor]:
     """Logits and gradient of an untrained model with the size of the studies, in float64."""
     backbone = text_config("nano", VOCABULARY)
     backbone.rms_norm_eps = eps
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        settings = settings_of(variant)
         model = OasisForCausalLM(OasisConfig(text_config=backbone, **settings)).double()
     ids = torch.randint(VOCABULARY, (1, 256), generator=torch.Generator().manual_seed(0))
     output = model(ids, labels=ids)
@@ -177,12 +199,16 @@ def pairs_needed(floor: float, scale: str) -> int:
     return math.ceil((spreads * ratio) ** 2)
 
 
-def equivalent_variants(plan: Plan) -> list[list[str]]:
-    """Pairs that differ only in softmax or Softmax1 over depth: see `OasisConfig`."""
+def almost_equal_variants(plan: Plan) -> list[list[str]]:
+    """Pairs that differ only in softmax or Softmax1 over depth, and in the eps of norms.
+
+    With `mix_scale: rms` such a pair would be one function; no variant of the plan has it.
+    """
     groups: dict[str, list[str]] = {}
     for name, entry in plan.variants.items():
         config = OasisConfig(**settings_of(entry["base"]) | entry["overrides"]).settings
         if config["residual"] == "depth" and config["depth_normalizer"] == "softmax1":
+            assert config["mix_scale"] == "none"
             config["depth_normalizer"] = "softmax"
         groups.setdefault(repr(config), []).append(name)
     return [names for names in groups.values() if len(names) == 2]
@@ -212,28 +238,80 @@ def criteria() -> str:
     held = [results for results in published().values() if results.plan.candidates]
     if not held:
         return ""
-    tables = (f"`{each.plan.name}`:\n\n{markdown(criteria_summary(each))}" for each in held)
-    return f"{RULE}\n\n" + "\n".join(tables)
+    tables = (
+        f"`{each.plan.name}` (none is failed by: {', '.join(fails_none(each)) or 'no variant'}):"
+        f"\n\n{markdown(criteria_summary(each))}"
+        for each in held
+    )
+    rules = dict.fromkeys(rule(each.plan) for each in held)
+    return "\n\n".join(rules) + "\n\n" + "\n".join(tables)
 
 
 def scaling() -> str:
     """The cost of the plans at sizes at which sinks are known to form."""
-    trials = {name: len(load_plan(name).trials) for name in STUDIES}
-    trials["paper"] //= len(load_plan("paper").corpora)
-    rows = []
+    plans = {name: load_plan(name) for name in STUDIES}
+    costs, rows = relative_costs(), []
     for size in ("small", "medium"):
+        config = text_config(size)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(text_config(size))
-        parameters = model.num_parameters()
+            parameters = AutoModelForCausalLM.from_config(config).num_parameters()
         tokens = TOKENS * parameters
         steps = round(tokens / BATCH, -2)
-        hours = ROUTING * 6 * parameters * tokens / SUSTAINED / 3600
-        all_hours = (f"{float(f'{hours * n:.2g}'):,.0f}" for n in trials.values())
+        # 6 operations per parameter, and causal attention: 2 T D forward and 4 T D backward.
+        attention = 6 * config.num_hidden_layers * LENGTH * config.hidden_size
+        hours = (6 * parameters + attention) * tokens / SUSTAINED / 3600
+        by_plan = (hours * _vanilla_trials(plan, costs) for plan in plans.values())
         counts = f"{parameters / 1e6:.0f} M", f"{tokens / 1e9:.1f} G", f"{steps:,.0f} x {BATCH:,}"
-        rows.append((size, *counts, f"{hours:.2g}", *all_hours))
-    names = (f"`{name}`, {count} trials" for name, count in trials.items())
-    head = "size", "parameters", "tokens per trial", "steps x tokens", "GPU hours per trial"
+        by_class = (f"{hours * costs[each]:.2g}" for each in CLASSES)
+        rows.append((size, *counts, *by_class, *(f"{float(f'{h:.2g}'):,.0f}" for h in by_plan)))
+    names = (f"`{name}`, {len(_one_corpus(plan))} trials" for name, plan in plans.items())
+    hours_of = (f"GPU hours: {name}" for name in CLASSES.values())
+    head = "size", "parameters", "tokens per trial", "steps x tokens", *hours_of
     return markdown(Table(columns=(*head, *names), rows=tuple(rows)))
+
+
+def relative_costs() -> dict[tuple[bool, bool], float]:
+    """The processor time of a trial relative to the reference, by `CLASSES`, from the records.
+
+    The median over all pairs with the same corpus, seed, commit and device.
+    """
+    ratios: dict[tuple[bool, bool], list[float]] = {each: [] for each in CLASSES}
+    for results in published().values():
+        reference = {
+            trial.condition: record
+            for trial, record in results.records.items()
+            if trial.variant == results.plan.reference
+        }
+        for trial, record in results.records.items():
+            other = reference.get(trial.condition)
+            if other is None or trial.variant == results.plan.reference:
+                continue
+            ours, theirs = record.environment, other.environment
+            if (ours.commit, ours.device) == (theirs.commit, theirs.device):
+                ratio = record[TIMES[1]] / other[TIMES[1]]
+                ratios[_class(record.model.config or {})].append(ratio)
+    # No pair of the last class has a common commit: its two reasons for a cost are multiplied.
+    found = {each: median(values) for each, values in ratios.items() if values}
+    found.setdefault((True, True), found[True, False] * found[False, True])
+    return found | {(False, False): 1.0}
+
+
+def _class(config: Mapping[str, Any]) -> tuple[bool, bool]:
+    normalizer = config["token_normalizer"]
+    return config["residual"] != "sum", normalizer not in ("softmax", "softmax1", "learned_sink")
+
+
+def _one_corpus(plan: Plan) -> list[Trial]:
+    first = next(iter(plan.corpora))
+    return [trial for trial in plan.trials if trial.corpus == first]
+
+
+def _vanilla_trials(plan: Plan, costs: Mapping[tuple[bool, bool], float]) -> float:
+    """The cost of the trials on one corpus, in trials of vanilla."""
+    return sum(
+        costs[_class(settings_of(trial.base) | dict(trial.overrides))]
+        for trial in _one_corpus(plan)
+    )
 
 
 if __name__ == "__main__":

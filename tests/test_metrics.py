@@ -86,7 +86,9 @@ def fresh(tmp_path_factory, corpus, size) -> set[str]:
                          window=16, stride=stride, limit=2)
                 for stride in (8, 16)
             ),
-            quantize_checkpoint(run, folder / "q", scheme="w8a8-static", simulate=True, **shape),
+            quantize_checkpoint(
+                run, folder / "q", scheme="w8a8-static-full", simulate=True, **shape
+            ),
             prefix_checkpoint(with_a_sink(folder / "sink", run), folder / "p", **shape),
         ]  # fmt: skip
     return set().union(*map(names, records))

@@ -30,7 +30,7 @@ def shape(text):
 def test_simulated(oasis, model, shape, tmp_path):
     out = tmp_path / "out"
     code, shown = oasis(
-        *("quantize", model, "--out", out, "--scheme", "w8a8-static", "--simulate", *shape),
+        *("quantize", model, "--out", out, "--scheme", "w8a8-static-full", "--simulate", *shape),
         *(
             "--scheme-option",
             "weight.bits=6",
@@ -103,7 +103,7 @@ def test_in_int8(oasis, model, shape, tmp_path):
     ("arguments", "message"),
     [
         (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),
-        (("--scheme", "w8a8"), "did you mean 'w8a8-static' or "),
+        (("--scheme", "w8a8"), "did you mean 'w8a8-static-full' or "),
         (("--scheme", "w4a4"), "'w4a4' can only be simulated"),
         (("--simulate", "--scheme-option", "weight.bit=3"), "did you mean 'bits'"),
         (("--simulate", "--scheme-option", "weight.bits=9"), "bits: 9 is not"),

@@ -69,18 +69,19 @@ def test_each_setting_has_an_effect(name, value, ids):
         assert (logits[0] - logits[1]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize(("scale", "eps"), [("none", 1e-14), ("rms", 1e-5)])
 @pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize(
-    "twins",
+    "pair",
     [("attn_residual", "depth_softmax1_only"), ("oasis", "oasis_depth_softmax")],
     ids=["off", "on"],
 )
-def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
+def test_depth_softmax1_is_inert_if_the_scale_or_eps_does_not_matter(pair, block, scale, eps, ids):
     logits = []
-    for name in twins:
-        text = tiny_config(initializer_range=0.2, rms_norm_eps=1e-14)
+    for name in pair:
+        text = tiny_config(initializer_range=0.2, rms_norm_eps=eps)
         torch.manual_seed(0)
-        settings = settings_of(name) | {"depth_block_size": block}
+        settings = settings_of(name) | {"depth_block_size": block, "mix_scale": scale}
         model = OasisForCausalLM(OasisConfig(text_config=text, **settings)).double().eval()
         torch.manual_seed(1)
         model.model.depth.queries.data.normal_(std=0.5)
@@ -88,6 +89,23 @@ def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
             model.model.depth.beta_raw.data.fill_(1.0)
         logits.append(model(ids).logits)
     torch.testing.assert_close(*logits, rtol=0, atol=2e-5)  # the norms run in float32
+
+
+def test_the_length_of_clipped_softmax_is_by_default_the_positions_of_the_backbone():
+    text = tiny_config(max_position_embeddings=48)
+    config = OasisConfig(text_config=text, **settings_of("clipped_softmax"))
+    assert config.token_normalizer == {"name": "clipped_softmax", "alpha": 3, "length": 48}
+
+
+def test_depth_softmax1_is_not_inert_with_a_usual_eps_and_small_embeddings(ids):
+    logits = []
+    for name in ("oasis", "oasis_depth_softmax"):
+        torch.manual_seed(0)
+        text = tiny_config(rms_norm_eps=1e-6)
+        logits.append(
+            OasisForCausalLM(OasisConfig(text_config=text, **settings_of(name)))(ids).logits
+        )
+    assert (logits[0] - logits[1]).abs().max() > 1e-4 * logits[0].std()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +133,15 @@ def test_depth_softmax1_is_inert_with_the_signal_and_without(twins, block, ids):
             {"token_normalizer": {"name": "softmax1", "gamma": -0.1}},
             "token_normalizer: 'gamma' is not for 'softmax1', which takes no arguments",
         ),
-        ({"token_normalizer": "clipped_softmax"}, "token_normalizer: 'clipped_softmax' needs"),
+        ({"token_normalizer": "clipped_softmax"}, "clipped_softmax: it needs either 'gamma', or"),
+        (
+            {"token_normalizer": {"name": "clipped_softmax", "gamma": -0.1, "length": 16}},
+            "clipped_softmax: it needs either 'gamma', or 'alpha' and 'length'",
+        ),
+        (
+            {"token_normalizer": {"name": "clipped_softmax", "alpha": 0}},
+            "alpha, length: 0, .* must be above 0",
+        ),
         (
             {"token_normalizer": {"name": "clipped_softmax", "gamma": 0.1}},
             "gamma: 0.1 is not below 0, so nothing is clipped",

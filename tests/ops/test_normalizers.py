@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oasis_attn import UserError
-from oasis_attn.ops.normalizers import NORMALIZERS, normalize
+from oasis_attn.ops.normalizers import NORMALIZERS, normalize, with_length
 
 X = torch.tensor([[2.0, -1.0, 0.5, 0.0], [-3.0, -4.0, -2.0, -9.0]], dtype=torch.float64)
 
@@ -28,6 +28,19 @@ def definition(name, x, c=0.3, gamma=-0.1):
 
 def with_arguments(name):
     return {"name": name, "gamma": -0.1} if name == "clipped_softmax" else name
+
+
+def test_clipped_softmax_with_alpha_and_length_is_that_with_their_gamma():
+    by_alpha = {"name": "clipped_softmax", "alpha": 3, "length": 30}
+    for one, other in zip(
+        normalize(X, by_alpha), normalize(X, with_arguments("clipped_softmax")), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-15)
+    with pytest.raises(UserError, match="it needs either 'gamma', or 'alpha' and 'length'"):
+        normalize(X, {"name": "clipped_softmax", "alpha": 3})
+    assert with_length({"name": "clipped_softmax", "alpha": 3}, 30) == by_alpha
+    assert with_length(by_alpha, 5) == by_alpha
+    assert with_length("softmax", 5) == "softmax"
 
 
 @pytest.mark.parametrize("name", [n for n in NORMALIZERS if n not in ("sparsemax", "entmax15")])

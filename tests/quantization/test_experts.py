@@ -344,7 +344,7 @@ def test_a_running_range_is_updated_once_per_batch_for_all_experts():
 
 @pytest.mark.parametrize("family", ["afmoe", "gpt_oss", "llama4_text"])
 def test_full_targets(family, tmp_path):
-    quantized_model = quantized(make(family), TABLE["w8a8-static"])
+    quantized_model = quantized(make(family), TABLE["w8a8-static-full"])
     assert "model.layers.1.self_attn:context" in quantized_modules(quantized_model)
     assert torch.equal(
         logits(save_and_load(quantized_model, tmp_path), tokens()),

@@ -25,8 +25,8 @@ from tiny_models import VOCABULARY, tiny_config, tiny_model
 TABLE = schemes()
 ODD = QuantSpec(bits=3, symmetric=False, granularity="group", group_size=16)
 SCHEMES = {
-    "full": TABLE["w8a8-static"],
-    "head": replace(TABLE["w8a8-static"], head=True),
+    "full": TABLE["w8a8-static-full"],
+    "head": replace(TABLE["w8a8-static-full"], head=True),
     "dynamic": TABLE["w8a8-dynamic"],
     "weights": replace(TABLE["w4a16"], weight=ODD),
     "rotated": replace(TABLE["w4a4"], rotation="hadamard"),
@@ -291,7 +291,7 @@ def test_plain_transformers_refuses_to_load_it(tmp_path):
         "prefixed": with_prefix(native, compute_prefix(native, (5,))),
         "both": with_prefix(static, compute_prefix(native, (5,))),
         "one tensor": quantize(
-            native, TABLE["w8a8-static"], calibration=batches(), targets=["model.norm:output"]
+            native, TABLE["w8a8-static-full"], calibration=batches(), targets=["model.norm:output"]
         ),
         "ours": quantized(ours, SCHEMES["dynamic"]),
         "ours, prefixed": with_prefix(ours, compute_prefix(ours, (5,))),

@@ -88,7 +88,10 @@ GROUPED = QuantSpec(bits=8, symmetric=True, granularity="group", group_size=8)
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [
-        (TABLE["w8a8-static"], "'w8a8-static' can only be simulated: no kernel quantizes between"),
+        (
+            TABLE["w8a8-static-full"],
+            "'w8a8-static-full' can only be simulated: no kernel quantizes between",
+        ),
         (TABLE["w4a4"], "8-bit weights by 8-bit activations only"),
         (TABLE["w4a16"], "8-bit weights by 8-bit activations only"),
         (replace(TABLE["w8a8-dynamic"], weight=GROUPED), "one scale per tensor or channel"),

@@ -37,7 +37,7 @@ def test_perplexity_matches_the_loss_of_the_model(model):
 
 @torch.no_grad()
 def test_errors_and_ranges_by_target(model):
-    quantized_model = quantize(model, "w8a8-static", calibration=batches())
+    quantized_model = quantize(model, "w8a8-static-full", calibration=batches())
     values = {(m.name, m.where): m.value for m in target_metrics(quantized_model, batches())}
     targets = quantized_modules(quantized_model)
     assert {where for name, where in values if name.endswith("activation_error")} == set(targets)
@@ -46,7 +46,7 @@ def test_errors_and_ranges_by_target(model):
     )
     name = "model.layers.1.mlp.down_proj"
     weight = model.get_submodule(name).weight
-    moved = fake_quantize_dynamic(weight, TABLE["w8a8-static"].weight) - weight
+    moved = fake_quantize_dynamic(weight, TABLE["w8a8-static-full"].weight) - weight
     expected = (moved.norm() / weight.norm()).square().item()
     assert values["quantization.weight_error", name] == pytest.approx(expected)
     quantizer = targets["model.norm:output"]
@@ -92,7 +92,7 @@ def test_tensors_between_layers_are_groups_too(model):
     ids = torch.cat(batches())
     scores = measure_sensitivity(
         model,
-        TABLE["w8a8-static"],
+        TABLE["w8a8-static-full"],
         lambda quantized_model: perplexity(quantized_model, ids),
         calibration=batches(),
         by="layer",

@@ -246,7 +246,7 @@ def test_after_hidden_states_were_recorded():
         ),
         (
             {"scheme": "w8a8"},
-            "did you mean 'w8a8-static' or 'w8a8-static-linear' or 'w8a8-dynamic'",
+            "did you mean 'w8a8-static-full' or 'w8a8-static-linear' or 'w8a8-dynamic'",
         ),
         ({"scheme": DYNAMIC, "seed": -1}, "seed: -1 is not a whole number"),
         ({"scheme": DYNAMIC, "seed": 1.5}, "seed: 1.5 is not a whole number"),

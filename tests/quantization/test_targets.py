@@ -23,7 +23,7 @@ from oasis_attn.quantization import (
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
-SCHEME = schemes()["w8a8-static"]
+SCHEME = schemes()["w8a8-static-full"]
 ATTENTION = ("self_attn:probabilities", "self_attn:context")
 PRE_NORM = (
     *("{}:input", "{}.input_layernorm:output", *(f"{{}}.{target}" for target in ATTENTION)),

@@ -46,7 +46,7 @@ def plain(corpus, size):
                 "learning_rate": 1e-2,
             },
             "windows": 3,
-            "schemes": ["w8a8-static", "w4a4"],
+            "schemes": ["w8a8-static-full", "w4a4"],
             "evaluation": {"limit": 2, "max_new_tokens": 2},
         }
         return {name: value for name, value in (small | changes).items() if value is not None}

@@ -11,7 +11,7 @@ from oasis_attn.study.trial import TIMES
 
 
 def plan(**changes) -> Plan:
-    """Five baselines and OASIS, on two corpora."""
+    """Five baselines and OASIS, on two corpora, with claims on activations and perplexity."""
     rows = ("vanilla", "clipped_softmax", "gated_attention", "softmax1", "attn_residual", "oasis")
     fields = {
         "name": "synthetic",
@@ -21,8 +21,11 @@ def plan(**changes) -> Plan:
         "seeds": [0, 1, 2],
         "noise_seeds": [3],
         "compare": {"oasis": list(rows[:-1])},
-        "schemes": ["w8a8-static"],
+        "schemes": ["w8a8-static-full"],
+        "claims": ["paper/largest_activation", "paper/w8a8"],
     }
+    if set(changes) & {"variants", "schemes"}:
+        del fields["claims"]
     return Plan.from_dict(fields | changes)
 
 

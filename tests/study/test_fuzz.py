@@ -58,6 +58,31 @@ PLAN = {
     "threads": 1,
     "schemes": ["w4a4"],
     "candidates": ["mine"],
+    "claims": [
+        {
+            "name": "one",
+            "text": "One.",
+            "tests": [
+                {
+                    "metric": "perplexity.windowed",
+                    "variant": "mine",
+                    "baselines": ["vanilla"],
+                    "expect": "lower",
+                    "size": -0.1,
+                    "margin": 0.05,
+                }
+            ],
+        }
+    ],
+    "criteria": [
+        {
+            "metric": "sink.mass",
+            "against": "reference",
+            "limit": 0.0,
+            "applies_if": {"metric": "sink.mass", "above": 0.1, "otherwise": "no sinks"},
+        },
+        {"metric": "perplexity.windowed@w4a4", "against": "unquantized", "limit": "noise floor"},
+    ],
     "evaluation": {"limit": 2},
 }
 TRAINING = ["block_length", "batch_size", "learning_rate", "trainable", "lora_rank", "warmup",

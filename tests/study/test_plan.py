@@ -15,7 +15,6 @@ from oasis_attn.study.plan import Plan
 from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text
 from oasis_attn.study.run import run_study
 from oasis_attn.study.storage import StudyFolder
-from oasis_attn.study.verdict import BASELINES
 from oasis_attn.study.worker import run_alone
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -39,9 +38,11 @@ def test_every_shipped_plan_can_be_run():
 
 def test_paper_has_the_five_baselines_and_three_corpora_and_seeds():
     plan = load_plan("paper")
-    assert set(plan.compare["oasis"]) == set(BASELINES)
+    (test,) = next(claim for claim in plan.claims if claim.name == "w8a8").tests
+    assert plan.compare["oasis"] == test.baselines
+    assert len(test.baselines) == 5
     assert len(plan.corpora) == len(plan.seeds) == 3
-    assert {"w8a8-static", "w8a8-dynamic", "w4a4"} == set(plan.schemes)
+    assert {"w8a8-static-full", "w8a8-dynamic", "w4a4"} == set(plan.schemes)
 
 
 def test_isolate_crosses_token_and_depth_normalizers_with_the_signal():
@@ -195,8 +196,8 @@ def test_a_wrong_plan_is_one_clear_error(plain, changes, message):
     [
         ("seeds: [1", "is not YAML"),
         ("seeds: [1]\nseeds: [2]", "duplicate key 'seeds'"),
-        ("[1]", "must be a mapping"),
-        ("", "must be a mapping"),
+        ("[1]", r"plan: \[1\] is not a mapping of fields"),
+        ("", "plan: None is not a mapping of fields"),
         ("? [a, b]\n: c", "a key that is not a scalar"),
         ("name: !!python/object:os.system x", "is not YAML"),
     ],

@@ -47,8 +47,20 @@ def test_markdown_has_every_table_and_says_how_to_read_it(folder, tmp_path):
     write_report(folder, tmp_path / "index.html")
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert text.count("\n### ") == 5
-    assert "| max inf-norm | vanilla | 6 |" in text
+    assert "| max inf-norm | attn_residual | 6 |" in text
     assert "Holm" in text
+
+
+def test_a_study_without_claims_has_a_page_without_verdicts(tmp_path):
+    plan = factories.plan(claims=[])
+    folder = StudyFolder.begin(tmp_path / "out", plan)
+    trial, record = next(iter(factories.results(plan, value).records.items()))
+    record.save(folder.record_path(trial))
+    write_report(folder, tmp_path / "index.html")
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "1 of 38 trials" in page
+    assert "Verdicts" not in page
+    assert "A test is passed" not in (tmp_path / "tables.md").read_text(encoding="utf-8")
 
 
 def test_notes_name_residual_forms_that_cannot_be_compared():

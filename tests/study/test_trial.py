@@ -6,12 +6,20 @@ import pytest
 import torch
 
 from example_records import ENVIRONMENT
+from oasis_attn.data import as_windows
 from oasis_attn.errors import UserError
 from oasis_attn.files import is_locked, lock
+from oasis_attn.measure import diagnose
+from oasis_attn.measure.loss import measure_loss
+from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
+from oasis_attn.modeling.variants import settings_of
+from oasis_attn.quantization import quantize, schemes
 from oasis_attn.records import Metric, TrialRecord
 from oasis_attn.study import trial as module
-from oasis_attn.study.trial import TIMES, differences, run_trial
+from oasis_attn.study.trial import TIMES, reproduction, run_trial
 from study import factories
+from tiny_models import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +77,7 @@ def test_an_interrupted_trial_leaves_no_record_and_resumes_to_the_same_results(
             run_trial(trial, path, work, command="again")
     assert not path.exists()
     again = run_trial(trial, path, work, command="again")
-    assert differences(record, again) == []
+    assert reproduction(record, again).reproduced
     assert again.data == record.data
     assert again.tables["loss"] == record.tables["loss"]
 
@@ -93,12 +101,12 @@ def test_a_shuffled_signal_has_the_same_results_after_a_kill(tiny, tmp_path, mon
             with pytest.raises(KeyboardInterrupt):
                 run_trial(trial, path, work, command="")
         torch.manual_seed(1)  # as in another process
-    assert differences(whole, run_trial(trial, path, work, command=""), 0.0) == []
+    assert reproduction(whole, run_trial(trial, path, work, command=""), 0.0).reproduced
 
 
 @pytest.mark.parametrize("variant", ["official", "oasis_block"])
 def test_other_residual_forms_are_measured_too(tiny, tmp_path, variant):
-    plan = tiny(variants=[variant, "vanilla"], compare={}, schemes=["w8a8-static"])
+    plan = tiny(variants=[variant, "vanilla"], compare={}, schemes=["w8a8-static-full"])
     record = run_trial(plan.trials[0], tmp_path / "trial.json", tmp_path / "work", command="again")
     names = {metric.name for metric in record.metrics}
     assert {"depth.entropy", "depth.signal", "joint.leakage"} <= names
@@ -110,7 +118,7 @@ def test_files_that_cannot_be_resumed_from_are_removed(record, trial, tmp_path):
     work.mkdir()
     (work / "run.json").write_text("{")
     again = run_trial(trial, tmp_path / "trial.json", work, command="again")
-    assert differences(record, again) == []
+    assert reproduction(record, again).reproduced
 
 
 def test_a_locked_trial_is_refused(trial, tmp_path, monkeypatch):
@@ -131,14 +139,40 @@ def test_differences_are_named_and_run_times_are_ignored(trial):
         metrics=(Metric(name="a", value=1.0), Metric(name="b", value=2.0, where="x"), nan),
     )
     slow = Metric(name=TIMES[0], value=3.0)
-    assert differences(one, replace(one, metrics=(*one.metrics, slow))) == []
+    assert reproduction(one, replace(one, metrics=(*one.metrics, slow))).reproduced
     more = Metric(name="d", value=3.0)
-    assert differences(one, replace(one, metrics=(*one.metrics, more))) == []
+    assert reproduction(one, replace(one, metrics=(*one.metrics, more))).reproduced
     close = replace(one.metrics[0], value=1.0 + 1e-9)
-    assert differences(one, replace(one, metrics=(close, *one.metrics[1:]))) == []
+    assert reproduction(one, replace(one, metrics=(close, *one.metrics[1:]))).reproduced
     far = replace(one.metrics[1], value=2.1)
-    found = differences(one, replace(one, metrics=(far,)))
-    assert found == ["a: 1.0 and None", "b x: 2.0 and 2.1", "c: nan and None"]
+    found = reproduction(one, replace(one, metrics=(far,)))
+    assert found.text.splitlines() == [
+        "not reproduced: 3 metrics of the committed record, relative tolerance 1e-06; 3 differ",
+        "a: committed 1.0, rerun None",
+        "b x: committed 2.0, rerun 2.1",
+        "c: committed nan, rerun None",
+    ]
     old = replace(one, metrics=(far,), environment=other)
-    assert differences(old, one)[-1] == "environment, commit: a and None"
-    assert differences(replace(one, environment=other), one) == []
+    last = reproduction(old, one).text.splitlines()[-1]
+    assert last == "environment, commit: committed 'a', rerun None"
+    same = reproduction(replace(one, environment=other), one)
+    assert same.reproduced
+    assert same.text == (
+        "reproduced: 3 metrics of the committed record, relative tolerance 1e-06; none differs"
+    )
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "oasis"])
+@pytest.mark.parametrize("scheme", ["w8a8-static-full", "w4a4"])
+def test_a_loss_pass_and_a_diagnosis_of_a_quantized_model_have_equal_numbers(variant, scheme):
+    torch.manual_seed(0)
+    model = OasisForCausalLM(OasisConfig(text_config=tiny_config("llama"), **settings_of(variant)))
+    rows = torch.randint(model.config.vocab_size, (3, 24))
+    windows = as_windows(
+        rows, tokenizer=None, window=None, windows=3, vocab_size=model.config.vocab_size
+    )
+    batches = [windows.ids_NT[:1]] if schemes()[scheme].needs_calibration else None
+    quantized = quantize(model.eval(), scheme, calibration=batches)
+    record = diagnose(quantized, windows)
+    for metric in measure_loss(quantized, windows):
+        assert metric == record.metric(metric.name)

@@ -2,32 +2,36 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
+from oasis_attn.errors import UserError
+from oasis_attn.study.claim import ClaimTest, read_claims
 from oasis_attn.study.results import BASELINE_MEAN, Results
-from oasis_attn.study.statistics import Comparison
+from oasis_attn.study.statistics import MIN_PAIRS, Comparison, holm
+from oasis_attn.study.tables import claim_tests_table, results_tables
 from oasis_attn.study.verdict import (
-    BASELINES,
     CLAIM_INCONCLUSIVE,
     CLAIM_NOT_TESTED,
-    CLAIMS,
-    MIN_PAIRS,
+    EQUIVALENT_CLAIM,
     NOT_SUPPORTED,
     SUPPORTED,
-    Prediction,
     conclude,
     decide,
     judge,
+    rule,
 )
 from study import factories
 
-LOWER = Prediction(metric="m", variant="a", baselines=("b",), sign=-1, size=-0.10)
+LOWER = ClaimTest(metric="m", variant="a", baselines=("b",), expect="lower", size=-0.10)
+EQUAL = ClaimTest(metric="m", variant="a", baselines=("b",), expect="equal", margin=0.05)
 
 
 def seen(change: float, low: float, high: float, n: int = 9) -> Comparison:
     return Comparison(
-        n=n, mean=1.0 + change, baseline_mean=1.0, change=change, low=low, high=high,
-        effect_size=math.nan, p=math.nan,
+        n=n, mean=1.0 + change, baseline_mean=1.0, difference=math.log1p(change), change=change,
+        low=low, high=high, effect_size=math.nan, p=math.nan,
     )  # fmt: skip
 
 
@@ -50,19 +54,39 @@ def seen(change: float, low: float, high: float, n: int = 9) -> Comparison:
     ],
 )
 def test_the_rule(comparison, p, floor, outcome):
-    assert decide(LOWER, comparison, p, floor) == outcome
+    assert decide(LOWER, comparison, p, math.nan, floor, "ratio") == outcome
 
 
 def test_a_claim_of_more_is_judged_the_other_way():
-    more = Prediction(metric="m", variant="a", baselines=("b",), sign=1, size=0.10)
-    assert decide(more, seen(0.2, 0.1, 0.3), 0.01, 0.05) == "passed"
-    assert decide(more, seen(-0.2, -0.3, -0.1), 0.01, 0.05) == "failed"
-    assert decide(more, seen(0.0, -0.05, 0.05), 0.9, 0.05) == "failed"
+    more = ClaimTest(metric="m", variant="a", baselines=("b",), expect="higher", size=0.10)
+    for comparison, p, outcome in (
+        (seen(0.2, 0.1, 0.3), 0.01, "passed"),
+        (seen(-0.2, -0.3, -0.1), 0.01, "failed"),
+        (seen(0.0, -0.05, 0.05), 0.9, "failed"),
+    ):
+        assert decide(more, comparison, p, math.nan, 0.05, "ratio") == outcome
 
 
 def test_a_claim_without_a_size_is_never_failed_for_its_size():
-    sizeless = Prediction(metric="m", variant="a", baselines=("b",), sign=1)
-    assert decide(sizeless, seen(0.0, -0.05, 0.05), 0.9, 0.05) == "inconclusive"
+    sizeless = ClaimTest(metric="m", variant="a", baselines=("b",), expect="higher")
+    outcome = decide(sizeless, seen(0.0, -0.05, 0.05), 0.9, math.nan, 0.05, "ratio")
+    assert outcome == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("comparison", "p", "p_equivalence", "outcome", "of_equality"),
+    [
+        (seen(-0.01, -0.02, 0.0), 0.30, 0.01, "equivalent", "passed"),
+        (seen(-0.01, -0.02, 0.0), 0.01, 0.01, "equivalent", "passed"),  # differs, but by little
+        (seen(-0.20, -0.3, -0.1), 0.01, 0.99, "passed", "failed"),
+        (seen(-0.04, -0.06, -0.02), 0.01, 0.30, "passed", "inconclusive"),
+        (seen(-0.01, -0.20, 0.2), 0.90, 0.30, "inconclusive", "inconclusive"),
+        (seen(-0.01, -0.02, 0.0), 0.30, math.nan, "failed", "inconclusive"),  # too few pairs
+    ],
+)
+def test_the_rule_with_a_margin(comparison, p, p_equivalence, outcome, of_equality):
+    assert decide(LOWER, comparison, p, p_equivalence, 0.01, "ratio") == outcome
+    assert decide(EQUAL, comparison, p, p_equivalence, 0.01, "ratio") == of_equality
 
 
 @pytest.mark.parametrize(
@@ -74,6 +98,10 @@ def test_a_claim_without_a_size_is_never_failed_for_its_size():
         (["failed", "not tested"], NOT_SUPPORTED),
         (["passed", "not tested"], CLAIM_NOT_TESTED),
         (["inconclusive", "not tested"], CLAIM_NOT_TESTED),
+        (["equivalent", "equivalent"], EQUIVALENT_CLAIM),
+        (["equivalent", "passed"], NOT_SUPPORTED),
+        (["equivalent", "inconclusive"], NOT_SUPPORTED),
+        (["equivalent", "not tested"], CLAIM_NOT_TESTED),
     ],
 )
 def test_all_tests_of_a_claim_must_be_passed(outcomes, verdict):
@@ -83,7 +111,7 @@ def test_all_tests_of_a_claim_must_be_passed(outcomes, verdict):
 def judged(value) -> dict[str, str]:
     plan = factories.plan()
     results = factories.results(plan, value)
-    return {v.claim.tests[0].metric: v.verdict for v in reversed(judge(results))}
+    return {v.claim.tests[0].metric: v.verdict for v in judge(results)}
 
 
 def jitter(trial) -> float:
@@ -93,8 +121,8 @@ def jitter(trial) -> float:
 def test_a_study_where_oasis_halves_the_largest_activation_supports_that_claim():
     found = judged(lambda trial: jitter(trial) * (5.0 if trial.variant == "oasis" else 10.0))
     assert found["outlier.max_inf_norm"] == SUPPORTED
-    assert found["perplexity.windowed@w8a8-static"] == CLAIM_NOT_TESTED
-    assert found["sink.mass"] == CLAIM_NOT_TESTED
+    assert found["perplexity.windowed@w8a8-static-full"] == CLAIM_NOT_TESTED
+    assert "sink.mass" not in found  # a study shows only the claims that its plan states
 
 
 def test_a_study_where_it_doubles_does_not():
@@ -117,20 +145,29 @@ def test_seeds_that_vary_more_than_variants_are_inconclusive():
     assert found["outlier.max_inf_norm"] == CLAIM_INCONCLUSIVE
 
 
+PERPLEXITY = ("perplexity.windowed",)
+BASELINES = ("vanilla", "clipped_softmax", "gated_attention", "softmax1", "attn_residual")
+
+
 def test_the_mean_of_baselines_is_taken_in_each_condition():
     plan = factories.plan(noise_seeds=[])
     worth = {name: 1.0 + index for index, name in enumerate(BASELINES)}
     results = factories.results(
-        plan, lambda trial: worth.get(trial.variant, 6.0) * (1 + trial.seed)
+        plan, lambda trial: worth.get(trial.variant, 6.0) * (1 + trial.seed), PERPLEXITY
     )
     mean = next(c for c in results.comparisons("oasis") if c.baseline == BASELINE_MEAN)
     assert mean.comparison.n == 6
     assert mean.comparison.change == pytest.approx(6 / 3 - 1)
 
 
+def test_a_metric_that_depends_on_the_residual_form_has_baselines_of_one_form():
+    results = factories.results(factories.plan(), lambda trial: 1.0 + trial.seed)
+    assert [each.baseline for each in results.comparisons("oasis")] == ["attn_residual"]
+
+
 def test_only_conditions_that_both_have_are_paired_and_noise_seeds_are_not_among_them():
     plan = factories.plan()
-    whole = factories.results(plan, lambda trial: 1.0 + trial.seed)
+    whole = factories.results(plan, lambda trial: 1.0 + trial.seed, PERPLEXITY)
     part = {
         trial: record
         for trial, record in whole.records.items()
@@ -145,10 +182,165 @@ def test_only_conditions_that_both_have_are_paired_and_noise_seeds_are_not_among
     assert floor[1] == 6  # pairs of four seeds, on one corpus
 
 
-def test_every_claim_names_variants_and_metrics_that_plans_have():
+def test_the_claims_of_the_paper_name_variants_and_metrics_that_plans_have():
     from oasis_attn.modeling.variants import variants
 
-    for claim in CLAIMS:
+    claims = read_claims("paper")
+    assert len(claims) == 10
+    for claim in claims:
         for test in claim.tests:
-            assert {test.variant, *test.baselines} <= set(variants())
-            assert test.size is None or math.copysign(1, test.size) == test.sign
+            assert set(test.variants) <= set(variants())
+    (one,) = read_claims(["paper/joint_sinks"])
+    assert one in claims
+
+
+CLAIM = {
+    "name": "mine",
+    "text": "The signal changes nothing.",
+    "tests": [
+        {
+            "metric": "perplexity.windowed",
+            "variant": "oasis",
+            "baselines": ["vanilla"],
+            "expect": "equal",
+            "margin": 0.05,
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"txt": "x"}, "claims: 'txt' is not one of name, text, tests"),
+        ({"name": ""}, "name of a claim: '' is not text"),
+        ({"text": None}, "text of claim 'mine': None is not text"),
+        ({"tests": []}, "claim 'mine': tests: a claim requires at least one"),
+        ({"tests": ["x"]}, "test of claim 'mine': 'x' is not a mapping"),
+    ],
+)
+def test_a_wrong_claim_is_one_clear_error(changes, message):
+    with pytest.raises(UserError, match=message):
+        factories.plan(claims=[CLAIM | changes])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sing": 1}, "test of claim 'mine': 'sing' is not one of"),
+        ({"metric": "perplexity.windowe"}, "claim 'mine': metric: .*'perplexity.windowed'"),
+        ({"variant": "oasys"}, "claim 'mine': variant: 'oasys' is not one of .*'oasis'"),
+        ({"baselines": ["vanila"]}, "did you mean 'vanilla'"),
+        ({"baselines": "vanilla"}, "baselines: 'vanilla' is not a list"),
+        ({"baselines": []}, "baselines: a test of kind 'change' requires at least one"),
+        ({"baselines": ["oasis"]}, "must be different other variants"),
+        ({"expect": "low"}, "expect: 'low' is not one of lower, .*did you mean 'lower'"),
+        ({"kind": "slop"}, "did you mean 'slope'"),
+        ({"kind": "slope"}, "a slope requires sizes with different numbers of layers, not nano"),
+        ({"margin": None}, "margin: a number above 0 is required"),
+        ({"margin": 0}, "margin: a number above 0 is required"),
+        ({"margin": "5%"}, "margin: '5%' is not a number"),
+        ({"expect": "lower", "size": 0.1}, "size: 0.1 is not a change that is lower"),
+        ({"metric": "outlier.max_inf_norm"}, "depends on the residual form, so that 'oasis' .dept"),
+        ({"across_residual_forms": True}, "across_residual_forms has no effect on 'perplexity"),
+    ],
+)
+def test_a_wrong_test_of_a_claim_is_one_clear_error(changes, message):
+    test = CLAIM["tests"][0] | changes
+    with pytest.raises(UserError, match=message):
+        factories.plan(claims=[CLAIM | {"tests": [test]}])
+
+
+def test_claims_of_the_package_are_chosen_by_name():
+    with pytest.raises(UserError, match=r"claims: 'papers' is not one of paper; did you mean"):
+        factories.plan(claims="papers")
+    with pytest.raises(UserError, match="did you mean 'paper/kurtosis'"):
+        factories.plan(claims="paper/kurtosys")
+    with pytest.raises(UserError, match="claims: 'kurtosis' is stated twice"):
+        factories.plan(claims=["paper/kurtosis", "paper/kurtosis"])
+    mine = factories.plan(claims=["paper/kurtosis", CLAIM])
+    assert [claim.name for claim in mine.claims] == ["kurtosis", "mine"]
+
+
+def test_a_study_without_claims_has_no_verdicts():
+    results = factories.results(factories.plan(claims=[]), jitter)
+    assert judge(results) == []
+    assert rule(results.plan) == ""
+    assert "Claims" not in [table.title for table in results_tables(results, [])]
+
+
+def test_equivalence_and_difference_are_corrected_together():
+    plan = factories.plan(claims=[CLAIM, "paper/largest_activation"], seeds=list(range(10, 20)))
+
+    def value(trial):
+        return jitter(trial) * (1.001 if trial.variant == "oasis" else 1.0)
+
+    results = factories.results(plan, value, ("perplexity.windowed", "outlier.max_inf_norm"))
+    verdicts = judge(results)
+    assert verdicts[0].verdict == SUPPORTED
+    tests = [each for verdict in verdicts for each in verdict.results]
+    raw = [each.comparison.p for each in tests] + [each.comparison.p_equivalence for each in tests]
+    assert math.isnan(raw[-1])  # without a margin
+    shown = [each.p_holm for each in tests] + [each.p_equivalence_holm for each in tests]
+    assert shown == pytest.approx(holm(raw), nan_ok=True)
+    table = claim_tests_table(verdicts)
+    assert table.columns[-1] == "p (Holm) of equivalence"
+    assert [row[-1] for row in table.rows] == ["< 0.0001", "-"]
+    assert "two one-sided paired t-tests" in rule(plan)
+    assert "two one-sided" not in rule(factories.plan())
+
+
+def slope_plan(**test):
+    given = {"metric": "outlier.max_inf_norm", "variant": "oasis", "kind": "slope"} | test
+    claim = {"name": "growth", "text": "Outliers grow with depth.", "tests": [given]}
+    return factories.plan(claims=[claim], sizes=["lab-1", "lab-2", "lab-4", "lab-8"])
+
+
+def test_slopes_are_fitted_for_each_corpus_and_seed_and_compared_in_pairs():
+    rng = np.random.default_rng(0)
+    noise = {}
+
+    def value(trial):
+        layers = int(trial.size.removeprefix("lab-"))
+        power = {"oasis": 0.3, "attn_residual": 0.8}.get(trial.variant, 0.0)
+        return layers**power * noise.setdefault(trial, math.exp(0.05 * rng.normal()))
+
+    plan = slope_plan(baselines=["attn_residual"], expect="lower")
+    results = factories.results(plan, value)
+    (verdict,) = judge(results)
+    found = verdict.results[0].comparison
+    slopes = {}
+    for variant in ("oasis", "attn_residual"):
+        for corpus in plan.corpora:
+            for seed in plan.seeds:
+                points = [
+                    (math.log(int(t.size[4:])), math.log(value(t)))
+                    for t in plan.trials
+                    if (t.variant, t.corpus, t.seed) == (variant, corpus, seed)
+                ]
+                slopes.setdefault(variant, []).append(stats.linregress(*np.array(points).T).slope)
+    expected = stats.ttest_rel(slopes["oasis"], slopes["attn_residual"])
+    assert found.n == 6
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.change == pytest.approx(
+        np.mean(slopes["oasis"]) - np.mean(slopes["attn_residual"])
+    )
+    assert found.low < found.change < found.high
+    assert verdict.verdict == SUPPORTED
+    assert (
+        "the slope of log outlier.max_inf_norm of oasis" in claim_tests_table([verdict]).rows[0][1]
+    )
+    assert "one slope for each corpus and seed" in rule(plan)
+    (alone,) = judge(factories.results(slope_plan(expect="higher"), value))
+    assert alone.verdict == SUPPORTED
+    assert alone.results[0].comparison.baseline_mean == 0
+
+
+def test_a_slope_needs_every_size_of_a_seed():
+    plan = slope_plan(expect="higher")
+    whole = factories.results(plan, lambda trial: 1.0 + trial.seed)
+    part = {t: r for t, r in whole.records.items() if (t.size, t.seed) != ("lab-4", 1)}
+    (verdict,) = judge(Results(plan, part))
+    assert verdict.results[0].comparison.n == 4
+    with pytest.raises(UserError, match=r"a slope requires a positive metric, not 'sink\.mass'"):
+        slope_plan(metric="sink.mass", expect="higher")

@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import oasis_attn
 from oasis_attn.errors import UserError
+from oasis_attn.hub.model_card import variant_of
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training import run as run_module
+from oasis_attn.training.prepare import prepare
 from oasis_attn.training.trainer import OasisTrainer
 from tiny_models import tiny_config
 
@@ -158,6 +160,13 @@ def test_variants_see_the_same_batches(configure, monkeypatch):
     first, *others = seen.values()
     assert len(first) >= 4
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_the_length_of_clipped_softmax_is_by_default_the_block_length(configure):
+    model = prepare(configure(variant="clipped_softmax")).model
+    expected = {"name": "clipped_softmax", "alpha": 3, "length": 32}
+    assert model.config.token_normalizer == expected
+    assert variant_of(model.config) == "clipped_softmax"
 
 
 def test_folder_and_record(configure):

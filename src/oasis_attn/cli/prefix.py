@@ -25,7 +25,9 @@ def prefix(
     ] = 0,
     scheme: Annotated[
         str,
-        Option(help="Static scheme to measure the effect with: w8a8-static-linear or w8a8-static."),
+        Option(
+            help="Static scheme to measure the effect with: w8a8-static-linear or w8a8-static-full."
+        ),
     ] = "w8a8-static-linear",
     scheme_option: Annotated[
         list[str] | None,

@@ -22,7 +22,7 @@ def quantize(
     ],
     out: Annotated[Path, Option(help="A new folder for the quantized model.")],
     scheme: Annotated[
-        str, Option(help="w8a8-static, w8a8-static-linear, w8a8-dynamic, w4a8, w4a4 or w4a16.")
+        str, Option(help="w8a8-static-full, w8a8-static-linear, w8a8-dynamic, w4a8, w4a4 or w4a16.")
     ] = "w8a8-dynamic",
     scheme_option: Annotated[
         list[str] | None,

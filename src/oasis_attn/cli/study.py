@@ -210,8 +210,8 @@ def trial(
     check: Annotated[
         Path | None,
         Option(
-            help="Compare with this record, or with that of a study's folder. The exit code is 1"
-            " if they differ.",
+            help="Compare with this record, or with that of a study's folder, and print whether the"
+            " results reproduce. The exit code is 1 if they do not.",
             show_default=False,
         ),
     ] = None,
@@ -226,16 +226,16 @@ def trial(
 
     if exit_with_parent:
         worker.exit_with_parent()
-    record, different = worker.run_alone(where, trial_id, out=out, check=check)
+    record, compared = worker.run_alone(where, trial_id, out=out, check=check)
     if as_json:
         print(record.to_json())
-    elif check is None:
+    elif compared is not None:
+        print(compared.text)
+    else:
         from oasis_attn.report import summary_table
 
         print_table(summary_table(record))
-    else:
-        print("\n".join(different) or f"{len(record.metrics)} metrics, no differences")
-    if different:
+    if compared is not None and not compared.reproduced:
         raise Exit(1)
 
 

@@ -15,6 +15,7 @@ from oasis_attn.modeling.configuration_oasis import SETTINGS, OasisConfig
 from oasis_attn.modeling.pretrained import SAVE_HOOKS
 from oasis_attn.modeling.variants import variants
 from oasis_attn.modeling.weight_names import is_ours
+from oasis_attn.ops.normalizers import with_length
 from oasis_attn.records import Record
 
 if TYPE_CHECKING:
@@ -173,8 +174,12 @@ def _task(config: PreTrainedConfig) -> tuple[str, str]:
 def variant_of(config: OasisConfig) -> str:
     """The name of the variant with these settings; `custom` if there is none."""
     defaults = {name: getattr(OasisConfig, name) for name in SETTINGS}
+    given = config.settings["token_normalizer"]
+    length = given.get("length", 0) if isinstance(given, dict) else 0
     for name, settings in variants().items():
-        if defaults | settings == config.settings:
+        expected = defaults | settings
+        expected["token_normalizer"] = with_length(expected["token_normalizer"], length)
+        if expected == config.settings:
             return name
     return "custom"
 

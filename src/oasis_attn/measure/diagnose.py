@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Corpus, Windows, as_windows
@@ -16,14 +15,13 @@ from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
 from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
 from oasis_attn.measure.joint_distribution import Joint
+from oasis_attn.measure.loss import loss_metrics, window_losses
 from oasis_attn.measure.outliers import Outliers
 from oasis_attn.measure.secondary_sinks import SecondarySinks
 from oasis_attn.measure.sinks import Sinks
-from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.depth_cache import observe_depth
-from oasis_attn.ops.token_losses import token_losses
-from oasis_attn.records import DiagnosisRecord, Metric
+from oasis_attn.records import DiagnosisRecord
 
 
 def diagnose(
@@ -97,9 +95,6 @@ def diagnose(
         if point.kind == "final_norm" or (point.kind == "layer" and point.layer != layers - 1):
             secondary.update(x, ids_BT)
 
-    def losses(ids_BT: Tensor) -> Tensor:
-        return token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).mean(-1)
-
     batches, losses_N = ids_NT.to(model.device).split(batch_size), []
     with eval_mode(model), torch.no_grad():
         with ExitStack() as stack:
@@ -110,11 +105,13 @@ def diagnose(
             if joint_measures:
                 stack.enter_context(joint_measures.observe())
             for ids_BT in batches:
-                losses_N.append(losses(ids_BT))
+                losses_N.append(window_losses(model, ids_BT))
                 sinks.check(model)
         secondary.score(model, torch.cat(batches))
         importance = causal_importance(
-            model, dropped, lambda: torch.cat([losses(ids_BT) for ids_BT in batches])
+            model,
+            dropped,
+            lambda: torch.cat([window_losses(model, ids_BT) for ids_BT in batches]),
         )
     joint_metrics = joint_measures.metrics() if joint_measures else []
     joint_tables = joint_measures.tables() if joint_measures else {}
@@ -124,7 +121,7 @@ def diagnose(
         data=read.info,
         seed=seed,
         metrics=(
-            *_perplexity(torch.cat(losses_N)),
+            *loss_metrics(torch.cat(losses_N)),
             *outliers.metrics(),
             *sinks.metrics(),
             *secondary.metrics(),
@@ -147,9 +144,3 @@ def _hooked(point: HookPoint, see: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _perplexity(losses_N: Tensor) -> list[Metric]:
-    loss = mean_metric("loss.windowed", losses_N)
-    perplexity = float(losses_N.mean().exp())
-    return [Metric(name="perplexity.windowed", value=perplexity, n=loss.n), loss]

@@ -24,6 +24,7 @@ from oasis_attn.ops.normalizers import (
     TOKEN_NORMALIZERS,
     TokenNormalizer,
     resolve_normalizer,
+    with_length,
     with_null,
 )
 
@@ -67,7 +68,9 @@ class OasisConfig(PreTrainedConfig):
         token_normalizer: normalizer of token attention: one of
             `oasis_attn.ops.normalizers.NORMALIZERS` except `sigmoid`, or a name registered with
             `register_token_normalizer`.  For one with arguments, pass a mapping:
-            `{"name": "clipped_softmax", "gamma": -0.03}`.
+            `{"name": "clipped_softmax", "gamma": -0.03}`, or `alpha` and `length` in place of
+            gamma = -alpha / length.  `length` is that of the training sequences; by default, the
+            `max_position_embeddings` of `text_config`.
         null_logit: c of `softmax1`; 0 is Softmax1, and -inf switches the null off.
         output_gate: sigmoid gate on the attention output before its projection: one per `head`
             and token (Bondarenko 2023), or `elementwise` (arXiv 2505.06708).
@@ -139,6 +142,9 @@ class OasisConfig(PreTrainedConfig):
             raise
         except BROKEN as error:
             raise UserError(f"text_config: {' '.join(str(error).split())}") from error
+        positions = getattr(self.text_config, "max_position_embeddings", None)
+        if positions:
+            self.token_normalizer = with_length(self.token_normalizer, positions)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         text: Any = self.text_config

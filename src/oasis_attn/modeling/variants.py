@@ -18,7 +18,7 @@ _OASIS: dict[str, Any] = {
 _VARIANTS: dict[str, dict[str, Any]] = {
     # the literature
     "vanilla": _PLAIN,
-    "clipped_softmax": _PLAIN | {"token_normalizer": {"name": "clipped_softmax", "gamma": -0.03}},
+    "clipped_softmax": _PLAIN | {"token_normalizer": {"name": "clipped_softmax", "alpha": 3}},
     "gated_attention": _PLAIN | {"output_gate": "head"},
     "gated_elementwise": _PLAIN | {"output_gate": "elementwise"},
     "softmax1": _PLAIN | {"token_normalizer": "softmax1"},
@@ -40,7 +40,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "token_softmax1_only": _DEPTH | {"token_normalizer": "softmax1"},
     "depth_softmax1_only": _DEPTH | {"depth_normalizer": "softmax1"},
     "depth_sigmoid_only": _DEPTH | {"depth_normalizer": "sigmoid"},
-    # the same function with the scale of mixes fixed, for static quantization
+    # the same with the scale of mixes fixed, for static quantization: no effect of the norms' eps
     "oasis_unit": _OASIS | {"mix_scale": "rms"},
     # other functions, for fewer sinks and outliers: see docs/study.md
     "oasis_peri": _OASIS | {"mix_scale": "rms", "null_logit": 5.0, "branch_norm": "rms"},
@@ -55,8 +55,8 @@ def variants() -> dict[str, dict[str, Any]]:
     """The settings of each variant, as arguments of `OasisConfig`: `{name: {setting: value}}`.
 
     Settings that a row does not name have the default of `OasisConfig`.  Rows that differ only in
-    softmax or softmax1 over depth compute the same function, up to the eps of the norms: see
-    `depth_normalizer` in `OasisConfig`.
+    softmax or softmax1 over depth compute the same function with `mix_scale` rms; otherwise the
+    same up to the eps of the norms: see `depth_normalizer` in `OasisConfig`.
     """
     return {name: dict(settings) for name, settings in _VARIANTS.items()}
 

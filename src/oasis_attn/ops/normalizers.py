@@ -7,7 +7,8 @@ without this subtraction, so that small values stay accurate.
     softmax          null 0 (1 if the whole row is masked)
     softmax1         a null logit c in the denominator; Miller 2023, OutEffHop arXiv 2404.03828
     learned_sink     softmax1 with a learned c per head; gpt-oss, arXiv 2508.10925
-    clipped_softmax  clip((1 - gamma) softmax + gamma, 0, 1), gamma < 0; arXiv 2306.12929 eq. 4
+    clipped_softmax  clip((1 - gamma) softmax + gamma, 0, 1), gamma < 0, or gamma = -alpha / length
+                     with the length of the training sequences; arXiv 2306.12929 eq. 4 and 4.2
     softpick         relu(e^x - 1) / sum |e^x - 1|; arXiv 2504.20966 eq. 2
     sparsemax        Euclidean projection on the simplex; Martins & Astudillo 2016
     entmax15         alpha-entmax, alpha 1.5; Peters 2019
@@ -51,7 +52,7 @@ def normalize(
     Args:
         scores: `[..., n]` logits, floating point; the computation uses their dtype.
         normalizer: one of `NORMALIZERS` or a registered name; or a mapping of its `name` and
-            arguments, as `{"name": "clipped_softmax", "gamma": -0.03}`.
+            arguments, as `{"name": "clipped_softmax", "alpha": 3, "length": 256}`.
         mask: boolean, broadcastable to `scores`; False sets a weight to 0.
         null_logit: c of `softmax1` and `learned_sink`, broadcastable to `scores[..., 0]`.
 
@@ -89,7 +90,22 @@ def _softmax1(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Tenso
     return null_softmax(scores, c.masked_fill(fully_masked & (c == -torch.inf), 0))
 
 
-def _clipped_softmax(scores: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def _clipped_softmax(
+    scores: Tensor,
+    gamma: float | None = None,
+    alpha: float | None = None,
+    length: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    if (gamma is None) == (alpha is None) or (alpha is None) != (length is None):
+        raise UserError("clipped_softmax: it needs either 'gamma', or 'alpha' and 'length'")
+    if gamma is None:
+        assert alpha is not None
+        assert length is not None
+        if not (alpha > 0 and length >= 1):
+            raise UserError(
+                f"alpha, length: {alpha!r}, {length!r} must be above 0 and at least 1 (tokens)"
+            )
+        gamma = -alpha / length
     if not gamma < 0:
         raise UserError(f"gamma: {gamma!r} is not below 0, so nothing is clipped")
     weights = ((1 - gamma) * _softmax(scores)[0] + gamma).clamp(0, 1)
@@ -218,6 +234,13 @@ def resolve_normalizer(argument: str, value: str | dict[str, Any]) -> TokenNorma
     return _RESOLVED[key]
 
 
+def with_length(value: Any, length: int) -> Any:
+    """A normalizer as given, and with the default `length` if it has an `alpha` without one."""
+    if isinstance(value, dict) and "alpha" in value and "length" not in value:
+        return value | {"length": length}
+    return value
+
+
 def _resolved(argument: str, name: str, arguments: dict[str, float]) -> TokenNormalizer:
     function = _sigmoid if name == "sigmoid" else TOKEN_NORMALIZERS[name]
     taken = [
@@ -235,6 +258,6 @@ def _resolved(argument: str, name: str, arguments: dict[str, float]) -> TokenNor
         if key not in arguments and key != "null_logit":
             example = f'{{"name": "{name}", "{key}": ...}}'
             raise UserError(f"{argument}: {name!r} needs {key!r}; give {example}")
-    if arguments:
+    if names:
         function(torch.zeros(1, 2), **arguments)  # raises for unsupported values
     return TokenNormalizer(name, function, name in _HAS_NULL, arguments)

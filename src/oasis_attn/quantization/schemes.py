@@ -133,16 +133,16 @@ def _per_token(bits: int) -> QuantSpec:
     return QuantSpec(bits=bits, symmetric=False, granularity="token")
 
 
-_LITERATURE: dict[str, Any] = {
+_STATIC: dict[str, Any] = {
     "weight": _symmetric(8, "tensor"),
     "activation": QuantSpec(bits=8, symmetric=False),
     "static": True,
 }
 _TABLE = (
-    # The scheme of the outlier literature (Bondarenko et al. 2023, 2306.12929), and the same for
-    # linear layers only.
-    Scheme(name="w8a8-static", targets="full", **_LITERATURE),
-    Scheme(name="w8a8-static-linear", **_LITERATURE),
+    # After the outlier literature (Bondarenko et al. 2023, 2306.12929); docs/quantization.md lists
+    # the differences.
+    Scheme(name="w8a8-static-full", targets="full", **_STATIC),
+    Scheme(name="w8a8-static-linear", **_STATIC),
     # Round to nearest, activations per token (Yao et al. 2022, 2206.01861).
     Scheme(name="w8a8-dynamic", weight=_symmetric(8, "channel"), activation=_per_token(8)),
     Scheme(name="w4a8", weight=_symmetric(4, "channel"), activation=_per_token(8)),

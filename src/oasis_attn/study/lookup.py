@@ -16,10 +16,18 @@ PLAN_FILE = "plan.yaml"
 
 def shipped_plans() -> dict[str, str]:
     """The plans of the package: name -> YAML text."""
-    folder = files("oasis_attn.study") / "plans"
+    return _shipped("plans")
+
+
+def shipped_claims() -> dict[str, str]:
+    """The files of claims and criteria of the package: name -> YAML text."""
+    return _shipped("claims")
+
+
+def _shipped(folder: str) -> dict[str, str]:
     texts = {
         Path(entry.name).stem: entry.read_text(encoding="utf-8")
-        for entry in folder.iterdir()
+        for entry in (files("oasis_attn.study") / folder).iterdir()
         if entry.name.endswith(".yaml")
     }
     return dict(sorted(texts.items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,9 @@ from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.modeling.configuration_oasis import OasisConfig, check_settings
 from oasis_attn.modeling.variants import settings_of, variants
 from oasis_attn.quantization.schemes import schemes
+from oasis_attn.study.claim import Claim, Criterion, read_claims, read_criteria
+from oasis_attn.study.plan_claims import check_claims, check_criteria
+from oasis_attn.study.reading import read_fields, read_list, read_mapping
 from oasis_attn.training import TrainingConfig
 
 _SET_BY_TRIAL = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}
@@ -116,7 +119,9 @@ class Plan:
         seeds: random seeds; each sets the initial weights and the data order.
         compare: variant -> its baselines; it is compared with each and, from two on, with their
             mean.
-        candidates: variants that are checked against `oasis_attn.study.criteria`.
+        claims: what the study is to decide; see `claim.read_claims`.
+        criteria: what each candidate must reach; see `claim.read_criteria`.
+        candidates: variants that are checked against the criteria.
         sizes: sizes of the backbone.
         noise_seeds: additional seeds of `reference`, for the noise floor only.
         reference: the variant that the noise floor is estimated from.
@@ -134,6 +139,8 @@ class Plan:
     corpora: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     compare: Mapping[str, tuple[str, ...]]
+    claims: tuple[Claim, ...] = ()
+    criteria: tuple[Criterion, ...] = ()
     candidates: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ("nano",)
     noise_seeds: tuple[int, ...] = ()
@@ -174,6 +181,10 @@ class Plan:
                 raise UserError(f"compare: {variant!r} requires baselines other than itself")
         for name in self.candidates:
             check_choice("candidates", name, self.variants)
+        if bool(self.criteria) != bool(self.candidates):
+            raise UserError("criteria: they require candidates, and candidates require criteria")
+        check_claims(self)
+        check_criteria(self)
         for trial in self.trials:
             if len(trial.id.encode()) > _MAX_ID_LENGTH:
                 raise UserError(
@@ -263,9 +274,16 @@ class Plan:
             check_choice("trial", trial_id, tuple(found))
         return found[trial_id]
 
+    def residual_form(self, variant: str) -> str | None:
+        """The residual form of a variant; None if its base is not a variant of this version."""
+        given = self.variants[variant]
+        base = variants().get(given["base"])
+        return None if base is None else str((base | given["overrides"])["residual"])
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, which `from_dict` reads."""
-        return json.loads(json.dumps(asdict(self)))
+        given = json.loads(json.dumps(asdict(self)))
+        return given | {name: _without_defaults(given[name]) for name in ("claims", "criteria")}
 
     @classmethod
     def from_dict(cls, given: Any) -> Plan:
@@ -277,15 +295,8 @@ class Plan:
         Raises:
             UserError: as the class; a field is missing, unknown or of a wrong type.
         """
-        if not isinstance(given, Mapping):
-            raise UserError("plan: it must be a mapping of fields to values")
-        known = {f.name: f for f in fields(cls)}
-        for name in given:
-            check_choice("plan", name, known)
-        for name in ("name", "about", "variants", "corpora", "seeds", "compare"):
-            if name not in given:
-                raise UserError(f"plan: field {name!r} is missing")
-        plain = dict(given)
+        required = ("name", "about", "variants", "corpora", "seeds", "compare")
+        plain = read_fields("plan", given, {f.name: f for f in fields(cls)}, required)
         for name in ("name", "about", "reference"):
             if not isinstance(plain.get(name, ""), str):
                 raise UserError(f"{name}: {shown(plain[name])} is not text")
@@ -294,56 +305,52 @@ class Plan:
         }  # fmt: skip
         for name, kind in kinds.items():
             if name in plain:
-                plain[name] = _sequence(name, plain[name], kind)
+                plain[name] = read_list(name, plain[name], kind)
         plain["variants"] = {
             variant: _variant(variant, given)
-            for variant, given in _mapping("variants", plain["variants"])
+            for variant, given in read_mapping("variants", plain["variants"])
         }
         plain["corpora"] = {
-            corpus: _sequence(f"tasks of {corpus!r}", tasks or (), str)
-            for corpus, tasks in _mapping("corpora", plain["corpora"])
+            corpus: read_list(f"tasks of {corpus!r}", tasks or (), str)
+            for corpus, tasks in read_mapping("corpora", plain["corpora"])
         }
         plain["compare"] = {
-            variant: _sequence(f"compare[{variant!r}]", baselines, str)
-            for variant, baselines in _mapping("compare", plain["compare"])
+            variant: read_list(f"compare[{variant!r}]", baselines, str)
+            for variant, baselines in read_mapping("compare", plain["compare"])
         }
+        plain["claims"] = read_claims(plain.get("claims") or ())
+        plain["criteria"] = read_criteria(plain.get("criteria") or ())
         for name in ("training", "evaluation"):
-            plain[name] = dict(_mapping(name, plain.get(name) or {}))
+            plain[name] = dict(read_mapping(name, plain.get(name) or {}))
         try:
-            json.dumps(plain)
+            json.dumps({name: plain[name] for name in plain if name not in ("claims", "criteria")})
         except (TypeError, ValueError) as error:  # YAML has types such as dates and bytes
             raise UserError(f"plan: {error}") from None
         return cls(**plain)
 
 
 def _variant(name: str, value: Any) -> dict[str, Any]:
-    given = dict(_mapping(f"variants[{name!r}]", value or {}))
+    given = dict(read_mapping(f"variants[{name!r}]", value or {}))
     for field_name in given:
         check_choice(f"variants[{name!r}]", field_name, ("base", "overrides", "training"))
-    overrides = dict(_mapping(f"overrides of {name!r}", given.get("overrides") or {}))
+    overrides = dict(read_mapping(f"overrides of {name!r}", given.get("overrides") or {}))
     base = given.get("base", name)
     if not isinstance(base, str):
         raise UserError(f"base of {name!r}: {shown(base)} is not text")
     plain: dict[str, Any] = {"base": base, "overrides": overrides}
     if given.get("training"):
-        plain["training"] = dict(_mapping(f"training of {name!r}", given["training"]))
+        plain["training"] = dict(read_mapping(f"training of {name!r}", given["training"]))
     return plain
 
 
-def _mapping(argument: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The items of a mapping; a list of names stands for a mapping of each name to None."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = dict.fromkeys(_sequence(argument, value, str))
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{argument}: {shown(value)} is not a mapping of names to values")
-    return iter(value.items())
-
-
-def _sequence(argument: str, value: Any, kind: type) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise UserError(f"{argument}: {shown(value)} is not a list")
-    for item in value:
-        if not isinstance(item, kind) or isinstance(item, bool):
-            kinds = {int: "a whole number", str: "text"}
-            raise UserError(f"{argument}: {shown(item)} is not {kinds[kind]}")
-    return tuple(value)
+def _without_defaults(value: Any) -> Any:
+    """Claims and criteria without the fields that are None, False or empty."""
+    if isinstance(value, list):
+        return [_without_defaults(each) for each in value]
+    if isinstance(value, dict):
+        return {
+            name: _without_defaults(each)
+            for name, each in value.items()
+            if not (each is None or each is False or each == [])
+        }
+    return value

@@ -9,7 +9,8 @@ from statistics import fmean
 
 from oasis_attn.records import TrialRecord
 from oasis_attn.study.plan import Condition, Plan, Trial
-from oasis_attn.study.statistics import Comparison, compare, holm, noise_floor
+from oasis_attn.study.plan_claims import layers_of
+from oasis_attn.study.statistics import Comparison, compare, holm, log_slope, noise_floor
 from oasis_attn.study.study_metrics import StudyMetric, study_metrics
 
 BASELINE_MEAN = "baseline mean"
@@ -73,6 +74,50 @@ class Results:
         found = self._values.get((metric.name, variant), {})
         return {condition: v for condition, v in found.items() if condition.seed in self.plan.seeds}
 
+    def residual_form(self, variant: str) -> str | None:
+        """The residual form of a variant's models; None if none is finished."""
+        return self._residual_forms.get(variant)
+
+    def same_form(self, variant: str, other: str) -> bool:
+        """Whether finished models of both variants have the same residual form."""
+        return self.residual_form(variant) == self.residual_form(other)
+
+    @cached_property
+    def _residual_forms(self) -> dict[str, str]:
+        return {
+            trial.variant: str((record.model.config or {})["residual"])
+            for trial, record in self.records.items()
+        }
+
+    def slopes(self, metric: StudyMetric, variant: str) -> dict[Condition, float]:
+        """The slope of log metric against log layers of each corpus and seed (a cluster).
+
+        Only clusters with a value for every size of the plan are used.  The size of their
+        condition is empty.
+        """
+        values = self.values(metric, variant)
+        layers = {size: layers_of(size) for size in self.plan.sizes}
+        found = {}
+        for corpus in self.plan.corpora:
+            for seed in self.plan.seeds:
+                cluster = [values.get(Condition(corpus, size, seed)) for size in layers]
+                ys = [value for value in cluster if value is not None]
+                if len(ys) == len(layers):
+                    slope = log_slope(list(layers.values()), ys)
+                    found[Condition(corpus, "", seed)] = slope
+        return found
+
+    def compare_slopes(
+        self,
+        metric: StudyMetric,
+        variant: str,
+        baselines: Sequence[str],
+        margin: float | None = None,
+    ) -> Comparison | None:
+        """Compare the slopes of a variant with the mean of those of baselines, or with 0."""
+        tables = [self.slopes(metric, name) for name in (variant, *baselines)]
+        return _paired(tables, "difference", margin)
+
     def noise_floor(self, metric: StudyMetric) -> tuple[float, int]:
         """`statistics.noise_floor` of the reference, with all its seeds.
 
@@ -85,33 +130,38 @@ class Results:
         return noise_floor(groups.values(), metric.scale)
 
     def compare(
-        self, metric: StudyMetric, variant: str, baselines: Sequence[str]
+        self,
+        metric: StudyMetric,
+        variant: str,
+        baselines: Sequence[str],
+        margin: float | None = None,
     ) -> Comparison | None:
         """Compare a variant with a baseline, or with the mean of several in each condition.
 
         Only conditions that all of these variants have are used; None if there are none.
         """
         tables = [self.values(metric, name) for name in (variant, *baselines)]
-        conditions = [each for each in tables[0] if all(each in table for table in tables)]
-        if not conditions:
-            return None
-        means = [fmean(table[each] for table in tables[1:]) for each in conditions]
-        return compare([tables[0][each] for each in conditions], means, metric.scale)
+        return _paired(tables, metric.scale, margin)
 
     def comparisons(self, variant: str) -> list[MetricComparison]:
         """Compare a variant with each baseline of the plan and, from two on, with their mean.
 
         There is one comparison for each metric that has a better direction and that both have
-        values of.  Their p-values are corrected together.
+        values of.  A metric that depends on the residual form is compared only with baselines of
+        the same form.  The p-values are corrected together.
         """
-        baselines = self.plan.compare[variant]
-        groups: dict[str, tuple[str, ...]] = {name: (name,) for name in baselines}
-        if len(baselines) > 1:
-            groups[BASELINE_MEAN] = tuple(baselines)
         found = []
         for metric in self.metrics:
             if not metric.better:
                 continue
+            baselines = [
+                name
+                for name in self.plan.compare[variant]
+                if not metric.within_form or self.same_form(variant, name)
+            ]
+            groups: dict[str, tuple[str, ...]] = {name: (name,) for name in baselines}
+            if len(baselines) > 1:
+                groups[BASELINE_MEAN] = tuple(baselines)
             floor, pairs = self.noise_floor(metric)
             for baseline, names in groups.items():
                 comparison = self.compare(metric, variant, names)
@@ -125,3 +175,15 @@ class Results:
                     )  # fmt: skip
         corrected = holm(each.p_holm for each in found)
         return [replace(each, p_holm=p) for each, p in zip(found, corrected, strict=True)]
+
+
+def _paired(
+    tables: Sequence[Mapping[Condition, float]], scale: str, margin: float | None
+) -> Comparison | None:
+    """Compare the first table with the mean of the others (0 without others) by condition."""
+    conditions = [each for each in tables[0] if all(each in table for table in tables)]
+    if not conditions:
+        return None
+    others = tables[1:]
+    means = [fmean(table[each] for table in others) if others else 0.0 for each in conditions]
+    return compare([tables[0][each] for each in conditions], means, scale, margin)

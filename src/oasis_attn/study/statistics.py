@@ -14,8 +14,12 @@ from scipy.special import gammaln
 
 from oasis_attn.errors import UserError, check_choice
 
-SCALES = ("ratio", "points")
+SCALES = ("ratio", "points", "difference")
 LEVEL = 0.95
+MIN_PAIRS = 6
+"""An interval or a standard deviation of fewer pairs says little."""
+MIN_PAIRS_EQUIVALENCE = 10
+"""Fewer pairs are not tested for equivalence."""
 _DRAWS = 9_999
 _SEED = 0
 _ROUNDING = 1e-12
@@ -28,24 +32,34 @@ class Comparison:
     Attributes:
         n: number of conditions, that is, of pairs.
         mean, baseline_mean: means over the conditions; geometric means on the scale `ratio`.
+        difference: mean of the paired differences, of logarithms on the scale `ratio`.
         change: relative change from the baseline: 0.1 is 10 % more; NaN if the baseline's mean is
-            0 or a value is not finite.
+            0 or a value is not finite.  The difference itself on the scale `difference`.
         low, high: bootstrap interval of `change` at `LEVEL`; NaN for a single pair.
-        effect_size: Hedges' g of the paired differences (of logarithms on the scale `ratio`).
+        effect_size: Hedges' g of the paired differences; NaN for fewer than `MIN_PAIRS`.
         p: two-sided p-value of the paired t-test on the same differences; NaN for a single pair.
+        p_equivalence: p-value of the test that the difference is smaller than a margin; NaN without
+            a margin, and for fewer than `MIN_PAIRS_EQUIVALENCE`.
     """
 
     n: int
     mean: float
     baseline_mean: float
+    difference: float
     change: float
     low: float
     high: float
     effect_size: float
     p: float
+    p_equivalence: float = math.nan
 
 
-def compare(values_C: Sequence[float], baseline_C: Sequence[float], scale: str) -> Comparison:
+def compare(
+    values_C: Sequence[float],
+    baseline_C: Sequence[float],
+    scale: str,
+    margin: float | None = None,
+) -> Comparison:
     """Compare paired values.
 
     Args:
@@ -53,7 +67,9 @@ def compare(values_C: Sequence[float], baseline_C: Sequence[float], scale: str) 
         scale: `ratio` for positive quantities that vary in proportion (perplexity, norms): the
             change is exp(mean log ratio) - 1, so that no condition with large values dominates.
             `points` for fractions and quantities that may be 0 or negative: the change is the
-            difference of the means over the absolute mean of the baseline.
+            difference of the means over the absolute mean of the baseline.  `difference` for
+            slopes: the change is the difference of the means.
+        margin: the smallest change that matters, for `p_equivalence`; see `bound`.
 
     Raises:
         UserError: no values, unequal lengths, an unknown scale, or values <= 0 with `ratio`.
@@ -64,13 +80,11 @@ def compare(values_C: Sequence[float], baseline_C: Sequence[float], scale: str) 
         raise UserError(f"values: shapes {x_C.shape} and {y_C.shape} cannot be paired")
     if scale == "ratio" and (min(x_C.min(), y_C.min()) <= 0):
         raise UserError("scale: 'ratio' requires values above 0; use 'points'")
-    n = len(x_C)
+    nan, change, low, high = math.nan, math.nan, math.nan, math.nan
     if not (np.isfinite(x_C).all() and np.isfinite(y_C).all()):
-        nan = math.nan
-        means = (float(x_C.mean()), float(y_C.mean()))
         return Comparison(
-            n=n, mean=means[0], baseline_mean=means[1], change=nan, low=nan, high=nan,
-            effect_size=nan, p=nan,
+            n=len(x_C), mean=float(x_C.mean()), baseline_mean=float(y_C.mean()), difference=nan,
+            change=nan, low=nan, high=nan, effect_size=nan, p=nan,
         )  # fmt: skip
     if scale == "ratio":
         difference_C = np.log(x_C) - np.log(y_C)
@@ -80,18 +94,43 @@ def compare(values_C: Sequence[float], baseline_C: Sequence[float], scale: str) 
     else:
         difference_C = x_C - y_C
         mean, baseline_mean = float(x_C.mean()), float(y_C.mean())
-        change = (mean - baseline_mean) / abs(baseline_mean) if baseline_mean else math.nan
-        low, high = bootstrap_interval(x_C, y_C) if baseline_mean else (math.nan, math.nan)
+        if scale == "difference":
+            change = float(difference_C.mean())
+            low, high = bootstrap_interval(difference_C)
+        elif baseline_mean:
+            change = (mean - baseline_mean) / abs(baseline_mean)
+            low, high = bootstrap_interval(x_C, y_C)
     return Comparison(
-        n=n,
+        n=len(x_C),
         mean=mean,
         baseline_mean=baseline_mean,
+        difference=float(difference_C.mean()),
         change=change,
         low=float(low),
         high=float(high),
         effect_size=hedges_g(difference_C),
         p=paired_p(difference_C),
+        p_equivalence=nan if margin is None else equivalence_p(difference_C, bound(margin, scale)),
     )
+
+
+def bound(margin: float, scale: str) -> float:
+    """The margin in the units of the paired differences.
+
+    On the scale `ratio` a margin m stands for ratios from 1 / (1 + m) to 1 + m, so that it is the
+    same whichever of the two is the baseline; on other scales it is an absolute difference.
+    """
+    return math.log1p(margin) if scale == "ratio" else margin
+
+
+def log_slope(x_S: Sequence[float], y_S: Sequence[float]) -> float:
+    """Slope of the least-squares line through (log x, log y): y grows as x to this power.
+
+    NaN if a value is not finite or not above 0.  At least two different x are required.
+    """
+    if not all(math.isfinite(value) and value > 0 for value in (*x_S, *y_S)):
+        return math.nan
+    return float(np.polyfit(np.log(x_S), np.log(y_S), 1)[0])
 
 
 def bootstrap_interval(x_C: np.ndarray, y_C: np.ndarray | None = None) -> tuple[float, float]:
@@ -129,18 +168,32 @@ def hedges_g(difference_C: np.ndarray) -> float:
 
     g = J(n - 1) mean / s, J(m) = Gamma(m/2) / (sqrt(m/2) Gamma((m - 1)/2)) (Hedges 1981), the
     paired form, g_z.  It is 0 if all differences are 0, infinite if all are equal and not 0, and
-    NaN for a single pair.
+    NaN for fewer than `MIN_PAIRS`, because so few pairs hardly determine a standard deviation.
     """
     m = len(difference_C) - 1
-    if m < 1:
+    if len(difference_C) < MIN_PAIRS:
         return math.nan
     mean, deviation = float(np.mean(difference_C)), _deviation(difference_C)
     if not deviation:
         return math.copysign(math.inf, mean) if mean else 0.0
-    if m == 1:
-        return 0.0  # J(1) = 0: two pairs do not determine a standard deviation
     correction = math.exp(gammaln(m / 2) - gammaln((m - 1) / 2)) / math.sqrt(m / 2)
     return correction * mean / deviation
+
+
+def equivalence_p(difference_C: np.ndarray, bound: float) -> float:
+    """p-value of the hypothesis that the mean difference is not between -bound and bound.
+
+    Two one-sided paired t-tests (TOST; Schuirmann 1987): the larger of their p-values.  If it is
+    below alpha, the interval at the level 1 - 2 alpha lies within the bounds.  NaN for fewer than
+    `MIN_PAIRS_EQUIVALENCE` differences.
+    """
+    if len(difference_C) < MIN_PAIRS_EQUIVALENCE:
+        return math.nan
+    if not _deviation(difference_C):
+        return 0.0 if abs(np.mean(difference_C)) < bound else 1.0
+    above = stats.ttest_1samp(difference_C, -bound, alternative="greater").pvalue
+    below = stats.ttest_1samp(difference_C, bound, alternative="less").pvalue
+    return float(max(above, below))
 
 
 def paired_p(difference_C: np.ndarray) -> float:

@@ -14,21 +14,43 @@ class StudyMetric:
         label: name in tables.
         scale: `ratio` or `points`, see `statistics.compare`.
         better: `lower`, `higher`, or empty if neither is better.
+        within_form: it depends on the residual form, so that only variants with the same form are
+            compared.  A residual sum grows with depth by construction, a weighted mean of sources
+            does not, and the next norm removes the scale of both.  The kurtosis of the literature
+            has a constant in its denominator and so depends on the scale, too.
     """
 
     name: str
     label: str
     scale: str
     better: str = ""
+    within_form: bool = False
 
 
 _UNQUANTIZED = (
     StudyMetric(name="perplexity.windowed", label="perplexity", scale="ratio", better="lower"),
-    StudyMetric(name="outlier.max_inf_norm", label="max inf-norm", scale="ratio", better="lower"),
-    StudyMetric(name="outlier.avg_kurtosis", label="avg kurtosis", scale="ratio", better="lower"),
+    StudyMetric(
+        name="outlier.max_inf_norm",
+        label="max inf-norm",
+        scale="ratio",
+        better="lower",
+        within_form=True,
+    ),
+    StudyMetric(
+        name="outlier.avg_kurtosis",
+        label="avg kurtosis",
+        scale="ratio",
+        better="lower",
+        within_form=True,
+    ),
     StudyMetric(name="outlier.silent_tensors", label="silent tensors", scale="points"),
     StudyMetric(name="outlier.understated_kurtosis", label="understated kurtoses", scale="points"),
-    StudyMetric(name="outlier.mean_pearson_kurtosis", label="mean Pearson kurtosis", scale="ratio"),
+    StudyMetric(
+        name="outlier.mean_pearson_kurtosis",
+        label="mean Pearson kurtosis",
+        scale="ratio",
+        better="lower",
+    ),
     StudyMetric(name="sink.mass", label="sink mass", scale="points", better="lower"),
     StudyMetric(name="sink.rate@0.3", label="sink rate at 0.3", scale="points", better="lower"),
     StudyMetric(

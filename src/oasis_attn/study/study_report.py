@@ -12,9 +12,9 @@ from oasis_attn.report.changes import Change, change_figure
 from oasis_attn.report.figures import save_png
 from oasis_attn.report.html import Block, figure_block, paragraph, table_block, write_page
 from oasis_attn.report.markdown import markdown
-from oasis_attn.study.criteria import RULE as CRITERIA_RULE
+from oasis_attn.study.criteria import rule as criteria_rule
 from oasis_attn.study.results import Results
-from oasis_attn.study.statistics import LEVEL
+from oasis_attn.study.statistics import LEVEL, MIN_PAIRS
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.tables import (
     claim_tests_table,
@@ -24,7 +24,7 @@ from oasis_attn.study.tables import (
     results_tables,
     verdict_table,
 )
-from oasis_attn.study.verdict import RULE, Verdict, judge
+from oasis_attn.study.verdict import Verdict, judge, rule
 
 _PAIRS = (
     "A condition is one corpus, size and seed. Two variants are compared pair by pair in the same "
@@ -36,7 +36,8 @@ _INTERVALS = (
     f"Intervals are {LEVEL:.0%} bootstrap intervals (BCa) that resample conditions. They are too "
     "narrow if there are few conditions. p-values are from paired t-tests, with Holm's correction "
     "for all rows of their table. Hedges' g is the mean of the paired differences divided by their "
-    "standard deviation, with a correction for small samples. Conditions with the same corpus are "
+    "standard deviation, with a correction for small samples; it is not shown for fewer than "
+    f"{MIN_PAIRS} pairs. Conditions with the same corpus are "
     "not independent samples of all text: the results hold for the corpora in the table."
 )
 _NOISE_FLOOR = (
@@ -70,11 +71,11 @@ def write_report(folder: StudyFolder, page: str | Path) -> list[Path]:
     for variant, figure in figures.items():
         written.append(save_png(figure, page.parent / f"changes-{variant}.png"))
     sections: list[tuple[str, Sequence[Block]]] = [
-        ("Verdicts", _verdicts(results, verdicts)),
+        ("Verdicts" if verdicts else "Progress", _verdicts(results, verdicts)),
         ("How to read the numbers", [paragraph(text) for text in (*READING, *notes(results))]),
     ]
     if folder.plan.candidates:
-        criteria = [paragraph(CRITERIA_RULE), table_block(criteria_table(results))]
+        criteria = [paragraph(criteria_rule(folder.plan)), table_block(criteria_table(results))]
         sections.append(("Acceptance criteria", criteria))
     for variant in folder.plan.compare:
         blocks = [table_block(comparison_table(results, variant))]
@@ -107,7 +108,8 @@ def tables_text(results: Results, verdicts: Sequence[Verdict]) -> str:
     """All tables of the study in Markdown, with an explanation of the numbers."""
     head = [f"# Study: {results.plan.name}", results.plan.about, progress_text(results)]
     body = [markdown(table) for table in results_tables(results, verdicts)]
-    rules = [RULE, *([CRITERIA_RULE] if results.plan.candidates else [])]
+    rules = [rule(results.plan)] if results.plan.claims else []
+    rules += [criteria_rule(results.plan)] if results.plan.candidates else []
     return "\n\n".join([*head, *rules, *READING, *notes(results), *body]).rstrip() + "\n"
 
 
@@ -139,11 +141,14 @@ def notes(results: Results) -> list[str]:
     found = []
     if len(forms) > 1:
         named = "; ".join(f"{form}: {', '.join(variants)}" for form, variants in forms.items())
+        metrics = [metric.label for metric in results.metrics if metric.within_form]
         found.append(
-            "Compare max inf-norms only between variants with the same residual form. A residual "
-            "sum grows with depth by construction, but a weighted mean of sources does not, and "
-            "the following norm removes the scale of both. The residual forms of this study are: "
-            f"{named}. Kurtosis does not depend on scale."
+            "A residual sum grows with depth by construction, but a weighted mean of sources does "
+            "not, and the following norm removes the scale of both. Metrics that depend on the "
+            f"scale ({', '.join(metrics) or 'none here'}) are therefore compared, and averaged "
+            "over baselines, only between variants with the same residual form, unless a claim or "
+            "criterion says otherwise. The residual forms of this study are: "
+            f"{named}."
         )
     configs = [record.model.config or {} for record in results.records.values()]
     if any(each["residual"] != "sum" and each["depth_normalizer"] == "sigmoid" for each in configs):
@@ -172,11 +177,13 @@ def changes(results: Results, variant: str) -> list[Change]:
 
 
 def _verdicts(results: Results, verdicts: Sequence[Verdict]) -> list[Block]:
+    if not verdicts:
+        return [paragraph(progress_text(results))]
     counts = Counter(each.verdict for each in verdicts)
     summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     return [
         paragraph(f"{progress_text(results)} Of {len(verdicts)} claims: {summary}."),
         table_block(verdict_table(verdicts)),
-        paragraph(RULE),
+        paragraph(rule(results.plan)),
         table_block(claim_tests_table(verdicts)),
     ]

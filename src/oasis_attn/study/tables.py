@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 
 from oasis_attn.report import Table, number
-from oasis_attn.study.criteria import Criterion, check_criteria
+from oasis_attn.study.criteria import NOT_APPLICABLE, CriterionResult, check_criteria
 from oasis_attn.study.results import MetricComparison, Results
 from oasis_attn.study.statistics import LEVEL, Comparison
 from oasis_attn.study.storage import Status
-from oasis_attn.study.verdict import OUTCOMES, Verdict
+from oasis_attn.study.verdict import OUTCOMES, ClaimTestResult, Verdict
 
 ABSENT = "-"
 _INTERVAL = f"{LEVEL:.0%} interval"
 _COMPARISON_COLUMNS = (
     "n", "value", "baseline value", "change", _INTERVAL, "Hedges' g", "p (Holm)", "noise floor",
 )  # fmt: skip
+_EQUIVALENCE = "p (Holm) of equivalence"
 
 
 def means_table(results: Results, corpus: str, size: str) -> Table:
@@ -62,27 +63,29 @@ def verdict_table(verdicts: Iterable[Verdict]) -> Table:
         for index, each in enumerate(verdicts, start=1)
     )
     return Table(
-        title="Claims of the paper",
+        title="Claims",
         columns=("no.", "claim", "verdict", "tests"),
         rows=rows,
         text_columns=4,
     )
 
 
-def claim_tests_table(verdicts: Iterable[Verdict]) -> Table:
-    """One row per test of each claim, with its statistics."""
+def claim_tests_table(verdicts: Sequence[Verdict]) -> Table:
+    """One row per test of each claim, with its statistics.
+
+    The p-value of equivalence has a column if a test has a margin.
+    """
+    results = [result for verdict in verdicts for result in verdict.results]
+    equivalence = any(result.test.margin is not None for result in results)
     rows = []
     for index, verdict in enumerate(verdicts, start=1):
-        for letter, each in zip("abcdefgh", verdict.results, strict=False):
-            name = f"{index}{letter}" if len(verdict.results) > 1 else str(index)
-            absent = ("0", *[ABSENT] * 5)
-            statistics = absent if each.comparison is None else _statistics(each.comparison)
-            floor = percent(each.noise_floor).removeprefix("+")
-            text = each.test.text.replace("`", "")
-            rows.append((name, text, each.outcome, *statistics, _p(each.p_holm), floor))
+        for letter, each in enumerate(verdict.results):
+            name = f"{index}{_letter(letter)}" if len(verdict.results) > 1 else str(index)
+            row = (name, each.test.text.replace("`", ""), each.outcome, *_test_statistics(each))
+            rows.append((*row, *[_p(each.p_equivalence_holm)] * equivalence))
     return Table(
         title="Tests of the claims",
-        columns=("no.", "test", "outcome", *_COMPARISON_COLUMNS),
+        columns=("no.", "test", "outcome", *_COMPARISON_COLUMNS, *[_EQUIVALENCE] * equivalence),
         rows=tuple(rows),
         text_columns=3,
     )
@@ -91,10 +94,13 @@ def claim_tests_table(verdicts: Iterable[Verdict]) -> Table:
 def criteria_table(results: Results) -> Table:
     """One row per candidate of the plan and criterion."""
     rows = tuple(
-        (variant, each.text, each.outcome, str(each.n), *_change(each))
+        (
+            variant, each.text, each.outcome, str(each.n), _amount(each, each.change),
+            _criterion_interval(each), _amount(each, each.limit),
+        )
         for variant in results.plan.candidates
         for each in check_criteria(results, variant)
-    )
+    )  # fmt: skip
     return Table(
         title="Acceptance criteria",
         columns=("variant", "criterion", "outcome", "n", "change", _INTERVAL, "limit"),
@@ -109,7 +115,8 @@ def criteria_summary(results: Results) -> Table:
     rows, columns = [], ["variant"]
     for variant in results.plan.candidates:
         criteria = check_criteria(results, variant)
-        columns = ["variant", *(f"{each.text} (limit {percent(each.limit)})" for each in criteria)]
+        limits = (f"{each.text} (limit {_amount(each, each.limit)})" for each in criteria)
+        columns = ["variant", *limits]
         if any(each.n for each in criteria):
             rows.append((variant, *map(_change_and_outcome, criteria)))
     return Table(columns=tuple(columns), rows=tuple(rows), text_columns=len(columns))
@@ -137,8 +144,7 @@ def results_tables(results: Results, verdicts: Sequence[Verdict]) -> list[Table]
     finished = {trial.condition[:2] for trial in results.records}
     groups = [(c, s) for c in results.plan.corpora for s in results.plan.sizes]
     return [
-        verdict_table(verdicts),
-        claim_tests_table(verdicts),
+        *([verdict_table(verdicts), claim_tests_table(verdicts)] if verdicts else []),
         *([criteria_table(results)] if results.plan.candidates else []),
         *(comparison_table(results, variant) for variant in results.plan.compare),
         *(means_table(results, *group) for group in groups if group in finished),
@@ -166,32 +172,59 @@ def _mean_and_deviation(values: list[float]) -> str:
     return f"{number(fmean(values))} ± {number(deviation)}"
 
 
-def _statistics(comparison: Comparison) -> tuple[str, ...]:
-    effect = comparison.effect_size
+def _letter(index: int) -> str:
+    return chr(ord("a") + index) if index < 26 else f".{index + 1}"
+
+
+def _test_statistics(result: ClaimTestResult) -> tuple[str, ...]:
+    comparison, slope = result.comparison, result.test.kind == "slope"
+    floor = percent(result.noise_floor).removeprefix("+")
+    shown = ("0", *[ABSENT] * 5)
+    if comparison is not None:
+        shown = _statistics(comparison, _signed if slope else percent)
+    return (*shown, _p(result.p_holm), floor)
+
+
+def _statistics(
+    comparison: Comparison, amount: Callable[[float], str] | None = None
+) -> tuple[str, ...]:
+    effect, amount = comparison.effect_size, amount or percent
     return (
         str(comparison.n),
         number(comparison.mean),
         number(comparison.baseline_mean),
-        percent(comparison.change),
-        _interval(comparison.low, comparison.high),
+        amount(comparison.change),
+        _interval(comparison.low, comparison.high, amount),
         ABSENT if math.isnan(effect) else number(effect),
     )
 
 
-def _change(criterion: Criterion) -> tuple[str, str, str]:
-    interval = _interval(criterion.low, criterion.high)
-    return percent(criterion.change), interval, percent(criterion.limit)
+def _interval(low: float, high: float, amount: Callable[[float], str]) -> str:
+    return ABSENT if math.isnan(low) else f"{amount(low)} to {amount(high)}"
 
 
-def _interval(low: float, high: float) -> str:
-    return ABSENT if math.isnan(low) else f"{percent(low)} to {percent(high)}"
+def _signed(value: float) -> str:
+    if math.isnan(value):
+        return ABSENT
+    return ("+" if value >= 0 else "") + number(value)
 
 
-def _change_and_outcome(criterion: Criterion) -> str:
-    if not criterion.n:
-        return ""
+def _amount(criterion: CriterionResult, value: float) -> str:
+    """A relative change, or the value itself for a fixed limit."""
+    if criterion.fixed:
+        return ABSENT if math.isnan(value) else number(value)
+    return percent(value)
+
+
+def _criterion_interval(criterion: CriterionResult) -> str:
+    return _interval(criterion.low, criterion.high, lambda value: _amount(criterion, value))
+
+
+def _change_and_outcome(criterion: CriterionResult) -> str:
+    if not criterion.n or criterion.outcome.startswith(NOT_APPLICABLE):
+        return criterion.outcome
     finite = math.isfinite(criterion.change)
-    change = percent(criterion.change) if finite else "above a baseline of 0"
+    change = _amount(criterion, criterion.change) if finite else "above a baseline of 0"
     return f"{change}, {criterion.outcome}"
 
 

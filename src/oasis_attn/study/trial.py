@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from oasis_attn.files import lock, write_bytes
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import describe_model
 from oasis_attn.measure import diagnose
+from oasis_attn.measure.loss import measure_loss
 from oasis_attn.quantization import quantize, quantized_modules, schemes
 from oasis_attn.records import Metric, TrainingRecord, TrialRecord
 from oasis_attn.study.plan import Trial
@@ -72,8 +74,7 @@ def quantize_and_measure(state: TrialState) -> None:
         needed = schemes()[scheme].needs_calibration
         batches = state.text.calibration.ids_NT.split(1) if needed else None
         quantized_model = quantize(state.model, scheme, calibration=batches)
-        record = diagnose(quantized_model, state.text.measured)
-        kept = [record.metric(name) for name in ("perplexity.windowed", "loss.windowed")]
+        kept = [*measure_loss(quantized_model, state.text.measured)]
         kept += _tasks(state.trial, quantized_model, state.tokenizer)
         state.metrics += [replace(metric, name=f"{metric.name}@{scheme}") for metric in kept]
         state.targets[scheme] = len(quantized_modules(quantized_model))
@@ -188,27 +189,72 @@ def _record(state: TrialState, command: str) -> TrialRecord:
     )
 
 
-def differences(record: TrialRecord, again: TrialRecord, tolerance: float = TOLERANCE) -> list[str]:
-    """The metrics that a rerun lacks, or whose relative difference is above `tolerance`.
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """A rerun compared with the committed record of the same trial.
 
-    Run times and metrics that only the rerun has do not count.  If there is a difference, the
-    result ends with the fields of the environments that differ, such as commit or hardware, because
-    they may be the reason.
+    Attributes:
+        compared: number of metrics of the committed record, without run times.
+        tolerance: the largest relative difference that counts as equal.
+        differences: metric -> (committed value, value of the rerun; None if it has none), where
+            they differ by more.
+        environments: field -> (committed value, value of the rerun), where the environments
+            differ, such as commit or hardware: the likely reason if a metric differs.
+    """
+
+    compared: int
+    tolerance: float
+    differences: dict[str, tuple[float | None, float | None]]
+    environments: dict[str, tuple[object, object]]
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether no metric differs."""
+        return not self.differences
+
+    @property
+    def text(self) -> str:
+        """The verdict, and one line for each difference that names both sides."""
+        compared = (
+            f"{self.compared} metrics of the committed record, relative tolerance"
+            f" {self.tolerance:g}"
+        )
+        if self.reproduced:
+            return f"reproduced: {compared}; none differs"
+        lines = [f"not reproduced: {compared}; {len(self.differences)} differ"]
+        for kind, table in ("", self.differences), ("environment, ", self.environments):
+            for name, (committed, rerun) in table.items():
+                lines.append(f"{kind}{name}: committed {committed!r}, rerun {rerun!r}")
+        return "\n".join(lines)
+
+
+def reproduction(
+    committed: TrialRecord, rerun: TrialRecord, tolerance: float = TOLERANCE
+) -> Reproduction:
+    """Compare a rerun with the committed record.
+
+    Run times do not count, nor do metrics that only the rerun has.
     """
     tables = [
-        {(m.name, m.where): m.value for m in each.metrics if m.name not in TIMES}
-        for each in (record, again)
+        {f"{m.name} {m.where}".strip(): m.value for m in each.metrics if m.name not in TIMES}
+        for each in (committed, rerun)
     ]
-    found = []
-    for name, where in sorted(tables[0]):
-        a, b = (table.get((name, where)) for table in tables)
-        same = a == b or (a is not None and b is not None and a != a and b != b)
-        if a is not None and b is not None and not same:
-            same = abs(a - b) <= tolerance * max(abs(a), abs(b))
-        if not same:
-            found.append(f"{name} {where}".strip() + f": {a!r} and {b!r}")
-    for name, value in vars(record.environment).items() if found else ():
-        other = getattr(again.environment, name)
-        if other != value:
-            found.append(f"environment, {name}: {value} and {other}")
-    return found
+    pairs = {name: (tables[0][name], tables[1].get(name)) for name in sorted(tables[0])}
+    environments = {
+        name: (value, getattr(rerun.environment, name))
+        for name, value in vars(committed.environment).items()
+    }
+    return Reproduction(
+        compared=len(pairs),
+        tolerance=tolerance,
+        differences={n: pair for n, pair in pairs.items() if not _close(*pair, tolerance)},
+        environments={name: pair for name, pair in environments.items() if pair[0] != pair[1]},
+    )
+
+
+def _close(a: float, b: float | None, tolerance: float) -> bool:
+    if b is None:
+        return False
+    if a == b or (math.isnan(a) and math.isnan(b)):
+        return True
+    return abs(a - b) <= tolerance * max(abs(a), abs(b))

@@ -1,150 +1,85 @@
-"""The claims of the paper, the rules that test them, and the verdicts, computed from records.
-
-Claims and rules are data.  The text of a rule in a report is generated from the same data.
-"""
+"""Verdicts on the claims of a plan, computed from records by stated rules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from oasis_attn.study.claim import Claim, ClaimTest
+from oasis_attn.study.plan import Plan
 from oasis_attn.study.results import Results
-from oasis_attn.study.statistics import LEVEL, Comparison, holm
-from oasis_attn.study.study_metrics import study_metrics
+from oasis_attn.study.statistics import (
+    LEVEL,
+    MIN_PAIRS,
+    MIN_PAIRS_EQUIVALENCE,
+    Comparison,
+    bound,
+    holm,
+)
+from oasis_attn.study.study_metrics import StudyMetric, study_metrics
 
-BASELINES = ("vanilla", "clipped_softmax", "gated_attention", "softmax1", "attn_residual")
-SUPPORTED, NOT_SUPPORTED, CLAIM_INCONCLUSIVE, CLAIM_NOT_TESTED = (
+SUPPORTED, NOT_SUPPORTED, EQUIVALENT_CLAIM, CLAIM_INCONCLUSIVE, CLAIM_NOT_TESTED = (
     "supported",
     "not supported",
-    "inconclusive at this scale",
-    "not tested by this plan",
+    "equivalent within the margin",
+    "inconclusive",
+    "not tested",
 )
-PASSED, FAILED, INCONCLUSIVE, NOT_TESTED = "passed", "failed", "inconclusive", "not tested"
-OUTCOMES = (PASSED, FAILED, INCONCLUSIVE, NOT_TESTED)
+PASSED, FAILED, EQUIVALENT, INCONCLUSIVE, NOT_TESTED = (
+    "passed",
+    "failed",
+    "equivalent",
+    "inconclusive",
+    "not tested",
+)
+OUTCOMES = (PASSED, FAILED, EQUIVALENT, INCONCLUSIVE, NOT_TESTED)
 SIGNIFICANCE = 0.05
-MIN_PAIRS = 6
-"""A bootstrap interval from fewer pairs is too narrow to exclude an effect."""
-RULE = (
-    f"A test is passed if the change has the claimed direction, its p-value (paired t-test with "
-    f"Holm's correction for all tests of this table) is below {SIGNIFICANCE}, and the change is "
+_DIFFERENCE = (
+    "A test is passed if the change has the claimed direction, its p-value (paired t-test with "
+    f"Holm's correction for all p-values of this table) is below {SIGNIFICANCE}, and the change is "
     "larger than the noise floor. A test is failed if the change is significant in the opposite "
     f"direction. It is also failed if the change is not significant and its {LEVEL:.0%} interval, "
     f"from at least {MIN_PAIRS} pairs, contains only changes smaller than the claimed one. "
-    "Otherwise the test is inconclusive. "
-    "A claim is supported if all of its tests are passed, and not supported if one is failed. "
+    "Otherwise the test is inconclusive."
+)
+_EQUIVALENCE = (
+    "A test with a margin is also a test for equivalence (two one-sided paired t-tests, with at "
+    f"least {MIN_PAIRS_EQUIVALENCE} pairs; their p-values are among those that Holm's correction "
+    "counts). If it is significant, the two are equivalent within the margin, whether or not they "
+    "differ by less. For metrics that vary in proportion, a margin m stands for ratios from "
+    "1 / (1 + m) to 1 + m; for others it is an absolute difference. A test that expects equality "
+    "is passed if the two are equivalent, and failed if they differ significantly by more than the "
+    "margin."
+)
+_SLOPE = (
+    "A slope is that of the least-squares line of log metric against log layers, one slope for "
+    "each corpus and seed. Slopes are compared in pairs with the same corpus and seed; their "
+    "change is the difference, and they have no noise floor."
+)
+_CONCLUSION = (
+    "A claim is supported if all of its tests are passed, and equivalent within the margin if all "
+    "are equivalent. It is not supported if one is failed, or if some but not all are equivalent. "
     "Otherwise it is inconclusive, or not tested if the study lacks the data for a test."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """A change that a claim predicts.
-
-    Attributes:
-        metric: name of the metric in the record of a trial.
-        variant: the variant that the claim is about.
-        baselines: the variants that it is compared with; several are averaged.
-        sign: -1 if the claim says lower, 1 if it says higher.
-        size: the relative change in the paper; None if the paper gives no number.
-    """
-
-    metric: str
-    variant: str
-    baselines: tuple[str, ...]
-    sign: int
-    size: float | None = None
-
-    @property
-    def text(self) -> str:
-        """The prediction as a sentence."""
-        direction = "higher" if self.sign > 0 else "lower"
-        names = [f"`{name}`" for name in self.baselines]
-        baseline = names[0] if len(names) == 1 else f"the mean of {', '.join(names)}"
-        size = "" if self.size is None else f" (paper: {self.size:+.2%})"
-        return f"`{self.metric}` of `{self.variant}` is {direction} than that of {baseline}{size}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A claim of the paper.
-
-    Attributes:
-        text: the claim.
-        tests: the predictions that must all be passed.
-    """
-
-    text: str
-    tests: tuple[Prediction, ...]
-
-
-def _headline(text: str, metric: str, size: float) -> Claim:
-    sign = int(math.copysign(1, size))
-    test = Prediction(metric=metric, variant="oasis", baselines=BASELINES, sign=sign, size=size)
-    return Claim(text=text, tests=(test,))
-
-
-def _each(metric: str, variant: str, *baselines: str, sign: int) -> tuple[Prediction, ...]:
-    """One prediction for each baseline."""
-    return tuple(
-        Prediction(metric=metric, variant=variant, baselines=(baseline,), sign=sign)
-        for baseline in baselines
-    )
-
-
-CLAIMS = (
-    _headline("OASIS lowers the largest activation.", "outlier.max_inf_norm", -0.0926),
-    _headline("OASIS lowers kurtosis.", "outlier.avg_kurtosis", -0.0260),
-    _headline("OASIS lowers W8A8 perplexity.", "perplexity.windowed@w8a8-static", -0.7585),
-    _headline("OASIS raises W4A4 Pass@1 on GSM8K.", "gsm8k.pass@1.strict@w4a4", 0.1242),
-    _headline(
-        "OASIS raises W4A4 Pass@1 on `arith`, which has easier problems.",
-        "arith.pass@1.strict@w4a4",
-        0.1242,
-    ),
-    Claim(
-        text="Normalizing over tokens and over depth intensifies sinks, compared with a residual "
-        "sum and with depth routing without normalization.",
-        tests=_each("sink.mass", "attn_residual", "vanilla", "depth_sigmoid_only", sign=1),
-    ),
-    Claim(
-        text="It also intensifies sinks in the joint distribution over sources and positions "
-        "(assumption D.4).",
-        tests=_each(
-            "joint.leakage_renormalized", "attn_residual", "vanilla", "depth_sigmoid_only", sign=1
-        ),
-    ),
-    Claim(
-        text="The null signal between layers, not Softmax1 alone, lowers the largest activation: "
-        "it is lower than without the signal and than with a shuffled signal.",
-        tests=_each(
-            "outlier.max_inf_norm", "oasis", "oasis_signal_off", "oasis_signal_shuffled", sign=-1
-        ),
-    ),
-    Claim(
-        text="The null signal, not Softmax1 alone, lowers kurtosis.",
-        tests=_each(
-            "outlier.avg_kurtosis", "oasis", "oasis_signal_off", "oasis_signal_shuffled", sign=-1
-        ),
-    ),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictionResult:
+class ClaimTestResult:
     """The result of one test.
 
     Attributes:
         test: the prediction.
         comparison: the statistics; None if the study has no pair for it.
-        p_holm: p-value with Holm's correction for all tests of the verdict.
-        noise_floor: relative change that a different seed alone causes.
+        p_holm, p_equivalence_holm: p-values of the difference and of equivalence, with Holm's
+            correction for all p-values of the verdict.
+        noise_floor: relative change that a different seed alone causes; NaN for a slope.
         outcome: one of `OUTCOMES`.
     """
 
-    test: Prediction
+    test: ClaimTest
     comparison: Comparison | None
     p_holm: float
+    p_equivalence_holm: float
     noise_floor: float
     outcome: str
 
@@ -154,50 +89,95 @@ class Verdict:
     """A claim, the results of its tests, and the verdict that follows from them."""
 
     claim: Claim
-    results: tuple[PredictionResult, ...]
+    results: tuple[ClaimTestResult, ...]
     verdict: str
 
 
-def judge(results: Results, claims: Sequence[Claim] = CLAIMS) -> list[Verdict]:
-    """Judge each claim by `RULE`; the p-values of all tests are corrected together."""
+def rule(plan: Plan) -> str:
+    """How the claims of a plan are judged, as text; empty if it states none."""
+    tests = [test for claim in plan.claims for test in claim.tests]
+    if not tests:
+        return ""
+    equivalence = any(test.margin is not None for test in tests)
+    slope = any(test.kind == "slope" for test in tests)
+    parts = [_DIFFERENCE, *[_EQUIVALENCE] * equivalence, *[_SLOPE] * slope, _CONCLUSION]
+    return " ".join(parts)
+
+
+def judge(results: Results) -> list[Verdict]:
+    """Judge each claim of the plan by `rule`; all p-values are corrected together."""
     known = {metric.name: metric for metric in study_metrics(results.plan.schemes)}
-    tests = [test for claim in claims for test in claim.tests]
-    comparisons = [
-        results.compare(known[test.metric], test.variant, test.baselines)
-        if test.metric in known
-        else None
-        for test in tests
-    ]
-    corrected = holm(math.nan if each is None else each.p for each in comparisons)
-    tested = []
-    for test, comparison, p in zip(tests, comparisons, corrected, strict=True):
-        floor = results.noise_floor(known[test.metric])[0] if test.metric in known else math.nan
-        outcome = decide(test, comparison, p, floor)
-        tested.append(
-            PredictionResult(
-                test=test, comparison=comparison, p_holm=p, noise_floor=floor, outcome=outcome
-            )
-        )
-    verdicts, position = [], 0
-    for claim in claims:
-        own = tuple(tested[position : position + len(claim.tests)])
-        position += len(claim.tests)
+    tests = [test for claim in results.plan.claims for test in claim.tests]
+    comparisons = [_compare(results, known[test.metric], test) for test in tests]
+    p = [math.nan if each is None else each.p for each in comparisons]
+    p += [math.nan if each is None else each.p_equivalence for each in comparisons]
+    corrected = holm(p)
+    rows = zip(tests, comparisons, corrected[: len(tests)], corrected[len(tests) :], strict=True)
+    tested = iter(
+        [
+            _result(results, known[test.metric], test, comparison, p_holm, p_equivalence)
+            for test, comparison, p_holm, p_equivalence in rows
+        ]
+    )
+    verdicts = []
+    for claim in results.plan.claims:
+        own = tuple(next(tested) for _ in claim.tests)
         verdict = conclude([result.outcome for result in own])
         verdicts.append(Verdict(claim=claim, results=own, verdict=verdict))
     return verdicts
 
 
+def _compare(results: Results, metric: StudyMetric, test: ClaimTest) -> Comparison | None:
+    compare = results.compare_slopes if test.kind == "slope" else results.compare
+    return compare(metric, test.variant, test.baselines, test.margin)
+
+
+def _result(
+    results: Results,
+    metric: StudyMetric,
+    test: ClaimTest,
+    comparison: Comparison | None,
+    p_holm: float,
+    p_equivalence_holm: float,
+) -> ClaimTestResult:
+    slope = test.kind == "slope"
+    floor = math.nan if slope else results.noise_floor(metric)[0]
+    scale = "difference" if slope else metric.scale
+    return ClaimTestResult(
+        test=test,
+        comparison=comparison,
+        p_holm=p_holm,
+        p_equivalence_holm=p_equivalence_holm,
+        noise_floor=floor,
+        outcome=decide(test, comparison, p_holm, p_equivalence_holm, floor, scale),
+    )
+
+
 def decide(
-    test: Prediction, comparison: Comparison | None, p_holm: float, noise_floor: float
+    test: ClaimTest,
+    comparison: Comparison | None,
+    p_holm: float,
+    p_equivalence_holm: float,
+    noise_floor: float,
+    scale: str,
 ) -> str:
-    """The outcome of one test, by `RULE`."""
+    """The outcome of one test, by `rule`; `scale` is that of the comparison."""
     if comparison is None:
         return NOT_TESTED
-    claimed = test.sign * (comparison.mean - comparison.baseline_mean) > 0
+    equivalent = p_equivalence_holm < SIGNIFICANCE
     significant = p_holm < SIGNIFICANCE
+    if test.expect == "equal":
+        assert test.margin is not None
+        if equivalent:
+            return PASSED
+        beyond = abs(comparison.difference) > bound(test.margin, scale)
+        return FAILED if significant and beyond else INCONCLUSIVE
+    if equivalent:
+        return EQUIVALENT
+    claimed = test.sign * comparison.difference > 0
     if significant and not claimed:
         return FAILED
-    if significant and abs(comparison.change) > noise_floor:
+    if significant and (test.kind == "slope" or abs(comparison.change) > noise_floor):
         return PASSED
     if not significant and test.size is not None and comparison.n >= MIN_PAIRS:
         ends = (comparison.low, comparison.high)
@@ -206,10 +186,12 @@ def decide(
     return INCONCLUSIVE
 
 
-def conclude(outcomes: Sequence[str]) -> str:
-    """The verdict on a claim from the outcomes of its tests, by `RULE`."""
+def conclude(outcomes: list[str]) -> str:
+    """The verdict on a claim from the outcomes of its tests, by `rule`."""
     if FAILED in outcomes:
         return NOT_SUPPORTED
     if NOT_TESTED in outcomes:
         return CLAIM_NOT_TESTED
-    return SUPPORTED if all(each == PASSED for each in outcomes) else CLAIM_INCONCLUSIVE
+    if EQUIVALENT in outcomes:
+        return EQUIVALENT_CLAIM if set(outcomes) == {EQUIVALENT} else NOT_SUPPORTED
+    return SUPPORTED if set(outcomes) == {PASSED} else CLAIM_INCONCLUSIVE

@@ -12,7 +12,7 @@ from oasis_attn.files import check_free
 from oasis_attn.records import TrialRecord
 from oasis_attn.study.plan_file import load_plan
 from oasis_attn.study.storage import StudyFolder, rerun_command
-from oasis_attn.study.trial import differences, run_trial
+from oasis_attn.study.trial import Reproduction, reproduction, run_trial
 
 _ORPHANED = 3
 
@@ -30,7 +30,7 @@ def exit_with_parent() -> None:
 
 def run_alone(
     where: str, trial_id: str, *, out: Path | None = None, check: Path | None = None
-) -> tuple[TrialRecord, list[str]]:
+) -> tuple[TrialRecord, Reproduction | None]:
     """Run one trial in this process.
 
     Args:
@@ -40,7 +40,7 @@ def run_alone(
         check: a record to compare with, or the folder of a study that contains one.
 
     Returns:
-        The record, and its differences from `check`.
+        The record, and its comparison with `check`, if given.
 
     Raises:
         UserError: unknown plan or trial; `out` is missing or exists; the record of `check` cannot
@@ -63,7 +63,7 @@ def run_alone(
         plan.check([trial.variant])
         work = out.with_name(f".{out.name}.work")
         record = run_trial(trial, out, work, command=rerun_command(plan, trial))
-    return record, [] if expected is None else differences(expected, record)
+    return record, None if expected is None else reproduction(expected, record)
 
 
 def _record(check: Path, trial_id: str) -> TrialRecord:

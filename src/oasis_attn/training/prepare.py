@@ -26,6 +26,7 @@ from oasis_attn.hub.model_info import check_savable
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.modeling.variants import settings_of
+from oasis_attn.ops.normalizers import with_length
 from oasis_attn.training.anneal import NullAnneal
 from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.lora import adapt
@@ -164,6 +165,10 @@ def _start(
     # neither be initialized nor trained.
     backbone.pad_token_id = None
     settings = settings_of(config.variant) | dict(config.settings)
+    if "token_normalizer" in settings:
+        settings["token_normalizer"] = with_length(
+            settings["token_normalizer"], config.block_length
+        )
     return build_model(backbone, settings, config.seed), tokenizer
 
 
