@@ -67,6 +67,12 @@ def test_each_variant_keeps_the_function_or_is_refused(variant, ids):
     ("family", "overrides", "message"),
     [
         ("llama", {"null_logit": 0.0}, r"null_logit: 0\.0 is above -10000\.0"),
+        ("llama", {"null_logit": "log_context"}, r"null_logit: 4\.6\d* is above -10000\.0"),
+        (
+            "llama",
+            {"token_normalizer": "learned_sink", "null_logit": 5},
+            "null_logit: layer 0 has the learned value 5; conversion would change",
+        ),
         ("llama", {"mix_scale": "none"}, "mix_scale: 'none' scales the sum"),
         ("llama", {"output_gate": "head"}, "output_gate: 'head' scales"),
         ("llama", {"branch_norm": "rms"}, "branch_norm: 'rms' scales the branches"),

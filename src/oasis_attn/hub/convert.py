@@ -28,6 +28,7 @@ from oasis_attn.modeling.hf_compat import experts_implementation, set_experts_im
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.modeling.weight_names import is_ours
+from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT, WITH_NULL_LOGIT, resolve_normalizer
 
 NULL_OFF = -1e4
 """The null logit that switches the null off: exp(NULL_OFF) is 0 next to that of any real logit."""
@@ -36,8 +37,6 @@ _SINK_OFF = -(2.0**14)  # lower than NULL_OFF, and exact in every dtype
 
 BETA_OFF = -40.0
 """A raw beta that switches the null signal off: its softplus is 4e-18."""
-
-_SOFTMAX_AT_NULL_OFF = ("softmax", "softmax1", "learned_sink")
 
 
 def convert(
@@ -194,8 +193,11 @@ def _initial_settings(
     if sinks and settings["token_normalizer"] in ("softmax", "softmax1"):
         settings["token_normalizer"] = "learned_sink"
     settings |= overrides
+    normalizer = resolve_normalizer("token_normalizer", settings["token_normalizer"]).name
     off: dict[str, Any] = {}
-    if settings["token_normalizer"] == "softmax1":
+    if normalizer in LEARNED_NULL_LOGIT:
+        off["null_logit"] = 0.0 if sinks else _SINK_OFF
+    elif normalizer in WITH_NULL_LOGIT:
         off["null_logit"] = NULL_OFF
     if settings["residual"] == "depth":
         off["mix_scale"] = "sum"
@@ -207,7 +209,7 @@ def _initial_settings(
 
 def _config_changes_function(config: OasisConfig) -> str | None:
     """The setting, if any, with which no parameters give the function of the family's own model."""
-    if config.normalizer.name not in _SOFTMAX_AT_NULL_OFF:
+    if config.normalizer.name not in ("softmax", *WITH_NULL_LOGIT):
         return f"token_normalizer: {config.token_normalizer!r} cannot equal softmax"
     if config.normalizer.name == "softmax1" and config.null_logit > NULL_OFF:
         return f"null_logit: {config.null_logit!r} is above {NULL_OFF}, so the null is not off"
@@ -272,8 +274,9 @@ def _initialize_added(model: OasisForCausalLM, native: PreTrainedModel) -> None:
     """Allocate the parameters that `native` does not have, and switch the method off."""
     for layer in model.model.layers:
         if layer.null_logit is not None:
-            off = torch.full(layer.null_logit.shape, _SINK_OFF, dtype=native.dtype)
-            layer.null_logit = nn.Parameter(off.to(native.device))
+            off = _SINK_OFF if layer.family.sinks else model.config.null_logit
+            logits = torch.full(layer.null_logit.shape, off, dtype=native.dtype)
+            layer.null_logit = nn.Parameter(logits.to(native.device))
     # At least float32; from_pretrained keeps these parameters so too.
     precise = torch.promote_types(native.dtype, torch.float32)
     if model.model.depth is not None:

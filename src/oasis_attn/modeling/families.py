@@ -197,6 +197,11 @@ def check_fits(config: OasisConfig) -> Family:
             f"token_normalizer: {config.token_normalizer!r} does not work with {kind!r}, because"
             " its attention already has learned sinks; use 'learned_sink'"
         )
+    if family.sinks and config.null_logit:
+        raise UserError(
+            f"null_logit: {config.null_logit!r} has no effect with {kind!r}, whose attention has"
+            " its own learned sinks; leave it out"
+        )
     return family
 
 

@@ -21,6 +21,7 @@ from oasis_attn.modeling.depth_cache import SumCache
 from oasis_attn.modeling.extensions import BranchNorm, NullSignal, null_evidence
 from oasis_attn.modeling.families import Family, check_fits
 from oasis_attn.modeling.official import OfficialRouter
+from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT
 
 
 class LayerArgs(NamedTuple):
@@ -55,8 +56,8 @@ class RoutedLayer(Attached):
         width = width or text.hidden_size // heads
         self.null_logit = self.output_gate = None
         own_sinks = getattr(self.self_attn, "sinks", None)  # gpt-oss has learned null logits
-        if config.normalizer.name == "learned_sink" and own_sinks is None:
-            self.null_logit = nn.Parameter(torch.zeros(heads))
+        if config.normalizer.name in LEARNED_NULL_LOGIT and own_sinks is None:
+            self.null_logit = nn.Parameter(torch.full((heads,), float(config.null_logit)))
         if config.output_gate != "none":
             head_wise = config.output_gate == "head"
             gates = heads if head_wise else heads * width

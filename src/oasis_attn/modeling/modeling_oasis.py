@@ -157,7 +157,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         if isinstance(module, DepthRouter | OfficialRouter):
             module.reset_parameters()
         elif isinstance(module, RoutedLayer) and module.null_logit is not None:
-            init.zeros_(module.null_logit)
+            init.constant_(module.null_logit, self.oasis_config.null_logit)
         elif module is getattr(self, "null_signal", None):
             initial: Any = null_signal_module(self.oasis_config)  # has the constructor's values
             for tensors in zip(_tensors(module), _tensors(initial), strict=True):

@@ -66,10 +66,10 @@ def normalize(
         normalizer = resolve_normalizer("normalizer", normalizer)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    if scores.shape[-1] == 0 and normalizer.name not in _WITH_NULL_LOGIT:
+    if scores.shape[-1] == 0 and normalizer.name not in WITH_NULL_LOGIT:
         return scores, 1 + scores.sum(-1)
     arguments: dict[str, Any] = dict(normalizer.arguments)
-    if normalizer.name in _WITH_NULL_LOGIT:
+    if normalizer.name in WITH_NULL_LOGIT:
         arguments["null_logit"] = null_logit
     weights, null = normalizer.function(scores, **arguments)
     if normalizer.name in TOKEN_NORMALIZERS.own:
@@ -146,7 +146,10 @@ def _entmax(scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return weights, masked.all(-1).to(scores.dtype)
 
 
-_WITH_NULL_LOGIT = ("softmax1", "learned_sink")
+WITH_NULL_LOGIT = ("softmax1", "learned_sink")
+"""Normalizers with a null logit; the fused kernels compute these and softmax."""
+LEARNED_NULL_LOGIT = ("learned_sink",)
+"""Those of them whose null logit is a parameter."""
 _LARGEST = 1e6  # largest absolute value of an argument
 _HAS_NULL = {"softmax1", "learned_sink", "clipped_softmax", "softpick"}
 TOKEN_NORMALIZERS = Registry(
