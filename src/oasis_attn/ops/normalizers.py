@@ -7,6 +7,9 @@ without this subtraction, so that small values stay accurate.
     softmax          null 0 (1 if the whole row is masked)
     softmax1         a null logit c in the denominator; Miller 2023, OutEffHop arXiv 2404.03828
     learned_sink     softmax1 with a learned c per head; gpt-oss, arXiv 2508.10925
+    value_null       learned_sink with a learned value per head, which the null adds to the output
+    key_value_null   value_null with a learned key per head, so that c depends on the query: the
+                     attention bias of Sun et al. 2024, arXiv 2402.17762; `nulls` of them, default 1
     clipped_softmax  clip((1 - gamma) softmax + gamma, 0, 1), gamma < 0; arXiv 2306.12929 eq. 4
     softpick         relu(e^x - 1) / sum |e^x - 1|; arXiv 2504.20966 eq. 2
     sparsemax        Euclidean projection on the simplex; Martins & Astudillo 2016
@@ -26,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
 from oasis_attn.registry import Registry
 
 
@@ -53,7 +56,7 @@ def normalize(
         normalizer: one of `NORMALIZERS` or a registered name; or a mapping of its `name` and
             arguments, as `{"name": "clipped_softmax", "gamma": -0.03}`.
         mask: boolean, broadcastable to `scores`; False sets a weight to 0.
-        null_logit: c of `softmax1` and `learned_sink`, broadcastable to `scores[..., 0]`.
+        null_logit: c of the normalizers in `WITH_NULL_LOGIT`, broadcastable to `scores[..., 0]`.
 
     Returns:
         The weights `[..., n]`, 0 where masked, and the null probability `[...]`, 1 if the whole row
@@ -87,6 +90,14 @@ def _softmax1(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Tenso
     c = torch.as_tensor(null_logit, dtype=scores.dtype, device=scores.device)
     c = c.expand(fully_masked.shape)
     return null_softmax(scores, c.masked_fill(fully_masked & (c == -torch.inf), 0))
+
+
+def _key_value_null(
+    scores: Tensor, null_logit: float | Tensor = 0.0, nulls: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Softmax1: `null_logit` is the log-sum-exp over the logits of the null keys."""
+    check_whole("nulls", nulls, 1, _MOST_NULLS)
+    return _softmax1(scores, null_logit)
 
 
 def _clipped_softmax(scores: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -146,18 +157,23 @@ def _entmax(scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return weights, masked.all(-1).to(scores.dtype)
 
 
-WITH_NULL_LOGIT = ("softmax1", "learned_sink")
+LEARNED_NULL_VALUE = ("value_null", "key_value_null")
+"""Normalizers whose null has a learned value."""
+LEARNED_NULL_LOGIT = ("learned_sink", *LEARNED_NULL_VALUE)
+"""Normalizers whose null logit is a parameter."""
+WITH_NULL_LOGIT = ("softmax1", *LEARNED_NULL_LOGIT)
 """Normalizers with a null logit; the fused kernels compute these and softmax."""
-LEARNED_NULL_LOGIT = ("learned_sink",)
-"""Those of them whose null logit is a parameter."""
 _LARGEST = 1e6  # largest absolute value of an argument
-_HAS_NULL = {"softmax1", "learned_sink", "clipped_softmax", "softpick"}
+_MOST_NULLS = 64
+_HAS_NULL = {*WITH_NULL_LOGIT, "clipped_softmax", "softpick"}
 TOKEN_NORMALIZERS = Registry(
     "token_normalizer",
     {
         "softmax": _softmax,
         "softmax1": _softmax1,
         "learned_sink": _softmax1,
+        "value_null": _softmax1,
+        "key_value_null": _key_value_null,
         "clipped_softmax": _clipped_softmax,
         "softpick": _softpick,
         "sparsemax": _sparsemax,
