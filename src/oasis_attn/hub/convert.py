@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from oasis_attn.errors import UserError
@@ -25,6 +25,7 @@ from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.extensions import NULL_SIGNALS, null_signal_module
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.hf_compat import experts_implementation, set_experts_implementation
+from oasis_attn.modeling.layer import RoutedLayer
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.modeling.weight_names import is_ours
@@ -34,6 +35,11 @@ NULL_OFF = -1e4
 """The null logit that switches the null off: exp(NULL_OFF) is 0 next to that of any real logit."""
 
 _SINK_OFF = -(2.0**14)  # lower than NULL_OFF, and exact in every dtype
+
+_LARGEST_KEY_AT_NULL_OFF = 1.0
+"""Null keys with entries up to this size do not raise a null logit of `NULL_OFF` noticeably."""
+
+_KEY_STD = 0.02  # of the keys of several nulls
 
 BETA_OFF = -40.0
 """A raw beta that switches the null signal off: its softplus is 4e-18."""
@@ -225,9 +231,9 @@ def _config_changes_function(config: OasisConfig) -> str | None:
 def _parameter_changes_function(model: OasisForCausalLM) -> str | None:
     """The added parameter, if any, whose value changes the function."""
     for layer in model.model.layers:
-        sink = layer.null_logit
-        if sink is not None and sink.max() > NULL_OFF:
-            return f"null_logit: layer {layer.index} has the learned value {sink.max():.3g}"
+        reason = _null_changes_function(layer)
+        if reason:
+            return reason
     router = model.model.depth
     if router is None:
         return None
@@ -239,6 +245,21 @@ def _parameter_changes_function(model: OasisForCausalLM) -> str | None:
         # Without sinks the null is off here, so that there is no null evidence.
         learned = f"{router.beta_raw.max():.3g}"
         return f"beta_raw: {learned} makes routing depend on the family's sinks"
+    return None
+
+
+def _null_changes_function(layer: RoutedLayer) -> str | None:
+    logit, key, value = layer.null_logit, layer.null_key, layer.null_value
+    if logit is not None:
+        if logit.max() > NULL_OFF:
+            return f"null_logit: layer {layer.index} has the learned value {logit.max():.3g}"
+        if key is not None and key.abs().max() > _LARGEST_KEY_AT_NULL_OFF:
+            return f"null_key: layer {layer.index} has the learned value {key.abs().max():.3g}"
+        return None
+    # The null is the family's own sink: it must have its logit, and no value.
+    for name, x in (("null_key", key), ("null_value", value)):
+        if x is not None and (x.any() or x.shape[1] > 1):
+            return f"{name}: layer {layer.index} has {x.shape[1]} nulls beside the family's sinks"
     return None
 
 
@@ -273,13 +294,30 @@ def _share(target: PreTrainedModel, source: PreTrainedModel) -> None:
 def _initialize_added(model: OasisForCausalLM, native: PreTrainedModel) -> None:
     """Allocate the parameters that `native` does not have, and switch the method off."""
     for layer in model.model.layers:
-        if layer.null_logit is not None:
-            off = _SINK_OFF if layer.family.sinks else model.config.null_logit
-            logits = torch.full(layer.null_logit.shape, off, dtype=native.dtype)
-            layer.null_logit = nn.Parameter(logits.to(native.device))
+        for name, start in _initial_null(layer).items():
+            setattr(layer, name, nn.Parameter(start.to(native.device, native.dtype)))
     # At least float32; from_pretrained keeps these parameters so too.
     precise = torch.promote_types(native.dtype, torch.float32)
     if model.model.depth is not None:
         model.model.depth = DepthRouter(model.config).to(native.device, precise)
     if (signal := null_signal_module(model.config)) is not None:
         model.model.null_signal = signal.to(native.device, precise)
+
+
+def _initial_null(layer: RoutedLayer) -> dict[str, Tensor]:
+    """Parameters of the null: switched off, value 0, and key 0 if there is one null.
+
+    Several equal keys would always remain equal, so that these are small random vectors.
+    """
+    logit, key, value = layer.null_logit, layer.null_key, layer.null_value
+    initial: dict[str, Tensor] = {}
+    if logit is not None:
+        off = _SINK_OFF if layer.family.sinks else layer.oasis_config.null_logit
+        initial["null_logit"] = torch.full(logit.shape, off)
+    if value is not None:
+        initial["null_value"] = torch.zeros(value.shape)
+    if key is not None:
+        generator = torch.Generator().manual_seed(layer.index)
+        keys = torch.randn(key.shape, generator=generator) * _KEY_STD
+        initial["null_key"] = keys if key.shape[1] > 1 else torch.zeros(key.shape)
+    return initial

@@ -229,7 +229,7 @@ def _naive_gradients(
         " avoid this, use a boolean mask, or -inf instead of large negative numbers",
         stacklevel=2,
     )
-    leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
+    leaves: list[Any] = [x if x is None else x.detach().requires_grad_() for x in inputs]
     query, key, value, null_logit, null_value = leaves
     if is_causal:
         mask = add_causal_mask(None, query.shape[2], key.shape[2], query.device)

@@ -32,9 +32,7 @@ def naive_attention(
     weights_BHTS, null_BHT, lse_BHT = naive_weights(
         query, key, attn_mask=mask, scale=scale, softcap=softcap, null_logit=null.logit_BHT
     )
-    out_BHTd = naive_mix(weights_BHTS, value, dropout)
-    of_null = null.output(null_BHT, dropout)
-    out_BHTd = out_BHTd if of_null is None else out_BHTd + of_null
+    out_BHTd = naive_mix(weights_BHTS, value, dropout, null.output(null_BHT, dropout))
     return out_BHTd.to(query.dtype), null_BHT, lse_BHT
 
 
@@ -75,14 +73,23 @@ def naive_weights(
     return weights_BHTS, null_BHT, lse_BHT
 
 
-def naive_mix(weights_BHTS: Tensor, value_BGSd: Tensor, dropout: float = 0.0) -> Tensor:
-    """The weighted sum of the values, `[B, H, T, d]`, in the dtype of the weights."""
+def naive_mix(
+    weights_BHTS: Tensor,
+    value_BGSd: Tensor,
+    dropout: float = 0.0,
+    null_output_BHTd: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of the values, `[B, H, T, d]`, in the dtype of the weights.
+
+    `null_output_BHTd`, what the null contributes, is added to it.
+    """
     if dropout:
         weights_BHTS = torch.dropout(weights_BHTS, dropout, train=True)
     groups = weights_BHTS.shape[1] // value_BGSd.shape[1]
     value_BHSd = value_BGSd.to(weights_BHTS.dtype).repeat_interleave(groups, dim=1)
     with torch.autocast(value_BGSd.device.type, enabled=False):
-        return weights_BHTS @ value_BHSd
+        out_BHTd = weights_BHTS @ value_BHSd
+    return out_BHTd if null_output_BHTd is None else out_BHTd + null_output_BHTd
 
 
 def lse_with_null(lse: Tensor, null_logit: Tensor) -> Tensor:
