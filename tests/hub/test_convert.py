@@ -152,7 +152,7 @@ def test_generation_is_the_same(settings, ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite", "olmo2", "mixtral"])
-@pytest.mark.parametrize("variant", ["oasis", "learned_sink", "attn_residual_block"])
+@pytest.mark.parametrize("variant", ["oasis", "learned_sink", "kv_null", "attn_residual_block"])
 def test_there_and_back_is_the_same_model(family, variant, ids):
     native = native_model(family)
     again = to_vanilla(convert(native, variant))

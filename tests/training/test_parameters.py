@@ -19,6 +19,8 @@ from tiny_models import tiny_model
         ("model.layers.3.attn_res_sa.k_proj.weight", "router"),
         ("model.layers.3.attn_res_mlp.oasis_beta_raw", "beta"),
         ("model.layers.3.null_logit", "null"),
+        ("model.layers.3.null_key", "null"),
+        ("model.layers.3.null_value", "null"),
         ("model.layers.3.self_attn.sinks", "null"),
         ("model.layers.0.mlp.down_proj.lora_A.default.weight", "lora"),
     ],

@@ -39,7 +39,7 @@ _SINK_OFF = -(2.0**14)  # lower than NULL_OFF, and exact in every dtype
 _LARGEST_KEY_AT_NULL_OFF = 1.0
 """Null keys with entries up to this size do not raise a null logit of `NULL_OFF` noticeably."""
 
-_KEY_STD = 0.02  # of the keys of several nulls
+_NULL_STD = 0.02  # of the keys and values of several nulls
 
 BETA_OFF = -40.0
 """A raw beta that switches the null signal off: its softplus is 4e-18."""
@@ -305,19 +305,17 @@ def _initialize_added(model: OasisForCausalLM, native: PreTrainedModel) -> None:
 
 
 def _initial_null(layer: RoutedLayer) -> dict[str, Tensor]:
-    """Parameters of the null: switched off, value 0, and key 0 if there is one null.
+    """Parameters of the null, which is switched off: keys and values are 0 if there is one null.
 
-    Several equal keys would always remain equal, so that these are small random vectors.
+    Several equal nulls would always remain equal, so that theirs are small random vectors.
     """
-    logit, key, value = layer.null_logit, layer.null_key, layer.null_value
     initial: dict[str, Tensor] = {}
-    if logit is not None:
+    if layer.null_logit is not None:
         off = _SINK_OFF if layer.family.sinks else layer.oasis_config.null_logit
-        initial["null_logit"] = torch.full(logit.shape, off)
-    if value is not None:
-        initial["null_value"] = torch.zeros(value.shape)
-    if key is not None:
-        generator = torch.Generator().manual_seed(layer.index)
-        keys = torch.randn(key.shape, generator=generator) * _KEY_STD
-        initial["null_key"] = keys if key.shape[1] > 1 else torch.zeros(key.shape)
+        initial["null_logit"] = torch.full(layer.null_logit.shape, off)
+    generator = torch.Generator().manual_seed(layer.index)
+    for name in ("null_key", "null_value"):
+        if (parameter := getattr(layer, name)) is not None:
+            drawn = torch.randn(parameter.shape, generator=generator) * _NULL_STD
+            initial[name] = drawn if parameter.shape[1] > 1 else torch.zeros_like(drawn)
     return initial

@@ -24,7 +24,7 @@ from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.modeling.official import OfficialRouter
 from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT, LEARNED_NULL_VALUE
 
-_KEY_STD = 0.02  # of null keys, for families without an initializer_range
+_NULL_STD = 0.02  # of null keys and values, for families without an initializer_range
 
 
 class LayerArgs(NamedTuple):
@@ -76,18 +76,14 @@ class RoutedLayer(Attached):
             self.attn_res_sa, self.attn_res_mlp = OfficialRouter(config), OfficialRouter(config)
 
     def reset_null(self) -> None:
-        """Initialise the parameters of the null, as if it had no value and no key.
-
-        Its keys are random but small, because several equal keys would always remain equal.
-        """
+        """Initialise the parameters of the null: keys and values as in arXiv 2402.17762."""
         config = self.oasis_config
+        std = getattr(config.text_config, "initializer_range", None) or _NULL_STD
         if self.null_logit is not None:
             init.constant_(self.null_logit, config.null_logit)
-        if self.null_value is not None:
-            init.zeros_(self.null_value)
-        if self.null_key is not None:
-            std = getattr(config.text_config, "initializer_range", None) or _KEY_STD
-            init.normal_(self.null_key, std=std)
+        for parameter in (self.null_key, self.null_value):
+            if parameter is not None:
+                init.normal_(parameter, std=std)
 
     def forward(
         self,
