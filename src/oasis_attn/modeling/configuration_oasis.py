@@ -70,9 +70,11 @@ class OasisConfig(PreTrainedConfig):
         token_normalizer: normalizer of token attention: one of
             `oasis_attn.ops.normalizers.NORMALIZERS` except `sigmoid`, or a name registered with
             `register_token_normalizer`.  For one with arguments, pass a mapping:
-            `{"name": "clipped_softmax", "gamma": -0.03}`.
-        null_logit: c of `softmax1`, and the initial value of the learned c of `learned_sink`.  0 is
-            Softmax1 and the start in gpt-oss; very negative values switch the null off.
+            `{"name": "clipped_softmax", "gamma": -0.03}` or
+            `{"name": "key_value_null", "nulls": 2}`.
+        null_logit: c of `softmax1`, and the initial value of the learned c of `learned_sink`,
+            `value_null` and `key_value_null`.  0 is Softmax1 and the start in gpt-oss; very
+            negative values switch the null off.
             `log_context` is log(n) plus a margin, with n the `max_position_embeddings` of
             `text_config`; `{"name": "log_context", "length": n}` states another n.  It is replaced
             by the number when the config is created, so that config.json contains the number and a
