@@ -19,8 +19,9 @@ from oasis_attn.quantization import quantize
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training.anneal import LOWEST_START
+from oasis_attn.training.parameters import group_of
 from oasis_attn.training.trainer import OasisTrainer
-from tiny_models import tiny_config
+from tiny_models import tiny_config, tiny_model
 
 
 def quiet(config: TrainingConfig) -> TrainingRecord:
@@ -231,6 +232,38 @@ def test_lora_resumes_exactly_with_a_tied_head_experts_and_a_prefix(
     trained, original = (load_model(tmp_path / name)[0] for name in ("stopped", "tied"))
     assert trained.lm_head.weight is trained.get_input_embeddings().weight
     assert torch.equal(prefix_of(trained).keys_LGPd, prefix_of(original).keys_LGPd)
+
+
+def test_a_null_with_a_key_and_a_value_trains_beside_lora_and_resumes(
+    onward, models, tmp_path, monkeypatch
+):
+    pytest.importorskip("peft")
+    text = tiny_config(vocab_size=270, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    tiny_model("kv_null", text=text).save_pretrained(tmp_path / "source")
+    load_model(models / "native")[1].save_pretrained(tmp_path / "source")
+    common = {"lora_rank": 2, "steps": 6, "from_model": tmp_path / "source"}
+    whole = quiet(onward("whole", **common))
+    training_step = OasisTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OasisTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(onward("stopped", **common))
+    resumed = quiet(onward("stopped", **common, resume=True))
+    assert resumed.tables == whole.tables
+    before, after, again = (
+        load_model(tmp_path / name)[0].state_dict() for name in ("source", "whole", "stopped")
+    )
+    assert all(torch.equal(after[name], again[name]) for name in after)
+    for name, weight in before.items():
+        if group_of(name) == "null":
+            assert not torch.equal(weight, after[name]), name
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
 
 
 def test_another_prefix_is_another_run(onward, models, tmp_path):
