@@ -22,7 +22,7 @@ def of(form, variant="kv_null", **keywords):
 
 
 def nulls(model, ids, **keywords):
-    return model(ids, output_null_mass=True, **keywords).null_mass
+    return model(ids, output_null_probability=True, **keywords).null_probability
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -114,9 +114,9 @@ def test_cached_decoding_is_the_full_forward(form, family, dtype, ids):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_attention_maps(form, ids):
     model = of(form, dtype=torch.float64)
-    outputs = model(ids, output_attentions=True, output_null_mass=True)
+    outputs = model(ids, output_attentions=True, output_null_probability=True)
     torch.testing.assert_close(outputs.logits, model(ids).logits, rtol=0, atol=1e-10)
-    for weights, null_BHT in zip(outputs.attentions, outputs.null_mass, strict=True):
+    for weights, null_BHT in zip(outputs.attentions, outputs.null_probability, strict=True):
         torch.testing.assert_close(weights.sum(-1), 1 - null_BHT, rtol=0, atol=1e-12)
     calls = []
     with observe_attention(model, calls.append):

@@ -76,7 +76,7 @@ class RoutedLayer(Attached):
             self.attn_res_sa, self.attn_res_mlp = OfficialRouter(config), OfficialRouter(config)
 
     def reset_null(self) -> None:
-        """Initialise the parameters of the null: keys and values as in arXiv 2402.17762."""
+        """Initialize the parameters of the null: keys and values as in arXiv 2402.17762."""
         config = self.oasis_config
         std = getattr(config.text_config, "initializer_range", None) or _NULL_STD
         if self.null_logit is not None:
