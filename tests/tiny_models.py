@@ -10,6 +10,7 @@ from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 
 VOCABULARY = 97
+_NULL = (".null_logit", ".null_key", ".null_value", ".sinks")
 _OPTIONAL = {  # only for families that have these fields
     "n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "moe_intermediate_size": 16,
@@ -59,7 +60,7 @@ def tiny_model(variant="oasis", family="llama", seed=0, dtype=torch.float32, tex
         for name, parameter in model.named_parameters():
             if name == "model.depth.beta_raw":
                 parameter.fill_(1.0)
-            elif ".depth." in name or "null_logit" in name or "sinks" in name:
+            elif ".depth." in name or name.endswith(_NULL):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return cast(model, dtype).eval()
 

@@ -67,6 +67,12 @@ def test_each_variant_keeps_the_function_or_is_refused(variant, ids):
     ("family", "overrides", "message"),
     [
         ("llama", {"null_logit": 0.0}, r"null_logit: 0\.0 is above -10000\.0"),
+        ("llama", {"null_logit": "log_context"}, r"null_logit: 4\.6\d* is above -10000\.0"),
+        (
+            "llama",
+            {"token_normalizer": "learned_sink", "null_logit": 5},
+            "null_logit: layer 0 has the learned value 5; conversion would change",
+        ),
         ("llama", {"mix_scale": "none"}, "mix_scale: 'none' scales the sum"),
         ("llama", {"output_gate": "head"}, "output_gate: 'head' scales"),
         ("llama", {"branch_norm": "rms"}, "branch_norm: 'rms' scales the branches"),
@@ -146,7 +152,7 @@ def test_generation_is_the_same(settings, ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "granite", "olmo2", "mixtral"])
-@pytest.mark.parametrize("variant", ["oasis", "learned_sink", "attn_residual_block"])
+@pytest.mark.parametrize("variant", ["oasis", "learned_sink", "kv_null", "attn_residual_block"])
 def test_there_and_back_is_the_same_model(family, variant, ids):
     native = native_model(family)
     again = to_vanilla(convert(native, variant))

@@ -40,7 +40,7 @@ FAMILIES = (
     *("llama", "gpt2", "opt", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo2", "granite"),
     "llama4_text",
 )
-VARIANTS = ("oasis", "attn_residual", "softpick", "clipped_softmax", "learned_sink")
+VARIANTS = ("oasis", "attn_residual", "softpick", "clipped_softmax", "kv_null")
 
 
 def native(family="llama", dtype=torch.float64, **changes):

@@ -175,7 +175,7 @@ def test_device_maps(kind, ids, tmp_path):
     assert torch.equal(greedy(loaded, ids), greedy(model, ids))
 
 
-@pytest.mark.parametrize("variant", ["oasis", "oasis_block", "oasis_unit", "official", "softmax1"])
+@pytest.mark.parametrize("variant", ["oasis", "oasis_block", "oasis_unit", "official", "kv_null"])
 def test_a_model_that_does_not_fit_is_offloaded(variant, ids, tmp_path):
     model = tiny_model(variant)
     model.save_pretrained(tmp_path / "model")

@@ -11,7 +11,7 @@ from transformers import CompileConfig, DynamicCache
 
 from tiny_models import tiny_config, tiny_model
 
-VARIANTS = ["oasis", "oasis_block", "attn_residual", "official", "learned_sink", "softpick"]
+VARIANTS = ["oasis", "oasis_block", "attn_residual", "official", "kv_null", "softpick"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,16 @@
 """No dead setting: each has an effect or is refused, and a checkpoint keeps them all."""
 
+import json
+import math
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert, variants
 from oasis_attn.hub.model_info import check_savable
 from oasis_attn.modeling.configuration_oasis import SETTINGS
+from oasis_attn.modeling.null_logit import LOG_CONTEXT_MARGIN
 from oasis_attn.modeling.variants import settings_of
 from tiny_models import tiny_config, tiny_model
 
@@ -128,7 +132,25 @@ def test_depth_softmax1_is_not_inert_with_a_usual_eps_and_small_embeddings(ids):
             {"text_config": {"model_type": "llama", "num_hidden_layers": "two"}},
             "text_config: .*two",
         ),
-        ({"token_normalizer": "learned_sink", "null_logit": 1.0}, "null_logit: 1.0 has no effect"),
+        (
+            {"token_normalizer": "softpick", "null_logit": 1.0},
+            "null_logit: 1.0 has no effect with token_normalizer='softpick'",
+        ),
+        (
+            {"token_normalizer": "learned_sink", "null_logit": -math.inf},
+            "null_logit: -inf is not a number from",
+        ),
+        ({"null_logit": "log_length"}, "null_logit: 'log_length' is neither a number nor 'log_con"),
+        ({"null_logit": {"name": "log_context", "window": 8}}, "null_logit: .*window.* is neither"),
+        ({"null_logit": {"name": "log_context", "length": 0}}, "null_logit: length: 0 is not a wh"),
+        (
+            {"null_logit": "log_context", "text_config": BloomConfig()},
+            "null_logit: 'log_context' needs max_position_embeddings, which is None",
+        ),
+        (
+            {"null_logit": "log_context", "token_normalizer": "softmax", "null_signal": "off"},
+            "null_logit: .* has no effect with token_normalizer='softmax'",
+        ),
         (
             {"token_normalizer": {"name": "softmax1", "gamma": -0.1}},
             "token_normalizer: 'gamma' is not for 'softmax1', which takes no arguments",
@@ -163,6 +185,49 @@ def test_bad_settings_are_one_clear_line(settings, message):
     with pytest.raises(UserError, match=message) as raised:
         OasisConfig(**{"text_config": tiny_config()} | settings)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "length"),
+    [("log_context", 64), ({"name": "log_context"}, 64), ({"name": "log_context", "length": 9}, 9)],
+)
+def test_the_null_logit_of_a_context_is_saved_as_a_number(value, length, tmp_path, ids):
+    model = tiny_model(null_logit=value)
+    expected = math.log(length) + LOG_CONTEXT_MARGIN
+    assert model.config.null_logit == model.config.settings["null_logit"] == expected
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["null_logit"] == expected
+    longer = AutoConfig.from_pretrained(tmp_path, max_position_embeddings=4096)
+    assert longer.max_position_embeddings == 4096
+    assert longer.null_logit == expected
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+    assert torch.equal(tiny_model(null_logit=expected)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(("value", "start"), [(None, 0.0), (5, 5.0), ("log_context", None)])
+def test_a_learned_sink_starts_at_the_null_logit(value, start, tmp_path, ids):
+    settings = settings_of("learned_sink") | ({} if value is None else {"null_logit": value})
+    model = OasisForCausalLM(OasisConfig(text_config=tiny_config(), **settings)).eval()
+    start = math.log(64) + LOG_CONTEXT_MARGIN if start is None else start
+    for layer in model.model.layers:
+        torch.testing.assert_close(layer.null_logit, torch.full((4,), start))
+        layer.null_logit.data.add_(0.25)
+    plain = tiny_model("softmax1", null_logit=model.config.null_logit + 0.25)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.null_logit == model.config.null_logit
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_family_with_sinks_of_its_own_has_no_other_start():
+    config = OasisConfig(
+        text_config=tiny_config("gpt_oss"), token_normalizer="learned_sink", null_logit=5.0
+    )
+    with pytest.raises(UserError, match=r"null_logit: 5\.0 has no effect with 'gpt_oss'"):
+        OasisForCausalLM(config)
 
 
 def test_a_model_needs_a_config_of_ours_and_an_input():

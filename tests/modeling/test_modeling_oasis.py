@@ -269,7 +269,7 @@ def test_depth_routing_is_the_equations(block, ids):
 
 @torch.no_grad()
 def test_the_tap_sees_what_was_computed(ids):
-    for variant in ("oasis", "learned_sink", "softpick", "vanilla"):
+    for variant in ("oasis", "kv_null", "softpick", "vanilla"):
         model = tiny_model(variant, dtype=torch.float64)
         calls = []
         with observe_attention(model, calls.append):

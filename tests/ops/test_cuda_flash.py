@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oasis_attn.ops import null_attention
+from oasis_attn.ops.null_attention import null_of_call
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -69,11 +70,13 @@ def mask_of(T, S, kind, dtype, device="cpu"):
 
 
 def compare(call, given, mask, is_causal, tolerance):
+    """`given`: query, key, value, null logits, and perhaps the values of the null."""
     exact = [x.detach().double().requires_grad_() for x in given]
     wide = mask.double() if mask is not None and mask.dtype != torch.bool else mask
     options = {"attn_mask": wide, "is_causal": is_causal, "null_logit": exact[3]}
+    options["null_value"] = exact[4] if len(exact) > 4 else None
     expected = null_attention(*exact[:3], **options, backend="naive")
-    actual = call(*given[:3], mask, is_causal, given[3])
+    actual = call(*given[:3], mask, is_causal, *given[3:])
     generator = torch.Generator().manual_seed(2)
     upstream = [
         torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
@@ -93,7 +96,7 @@ def compare(call, given, mask, is_causal, tolerance):
         ]
         pairs += zip(*results, strict=True)
     for got, wanted in pairs:
-        if wanted is None:  # of the value, by the null alone
+        if wanted is None:  # of a value, by the null alone
             assert got is None or got.abs().max() < 1e-20
             continue
         assert got.isfinite().all()
@@ -101,8 +104,10 @@ def compare(call, given, mask, is_causal, tolerance):
         assert error <= tolerance
 
 
-def by_cuda_flash(query, key, value, mask, is_causal, c):
-    return module.cuda_flash(query, key, value, c, mask, is_causal, query.shape[-1] ** -0.5)[:2]
+def by_cuda_flash(query, key, value, mask, is_causal, c, null_value=None):
+    scale = query.shape[-1] ** -0.5
+    null = null_of_call(query, key.shape[1], scale=scale, null_logit=c, null_value=null_value)
+    return module.cuda_flash(query, key, value, null, mask, is_causal, scale)[:2]
 
 
 @pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
@@ -110,7 +115,9 @@ def by_cuda_flash(query, key, value, mask, is_causal, c):
 @pytest.mark.usefixtures("plain")
 def test_values_and_gradients_around_a_plain_kernel(mask, width):
     given = inputs(d=width)
-    compare(by_cuda_flash, given, mask_of(9, 9, mask, torch.float64), mask == "none", 1e-12)
+    null_value = torch.randn(4, 1, width, dtype=torch.float64).requires_grad_()
+    for leaves in (given, [*given, null_value]):
+        compare(by_cuda_flash, leaves, mask_of(9, 9, mask, torch.float64), mask == "none", 1e-12)
 
 
 @pytest.mark.parametrize("mask", ["none", "boolean"])
@@ -120,6 +127,7 @@ def test_torch_compile_traces_it_whole(mask):
     compiled = torch.compile(by_cuda_flash, backend="aot_eager", fullgraph=True)
     given = inputs(dtype=torch.float32)
     given[3] = given[3].detach().float().requires_grad_()
+    given.append(torch.randn(4, 1, 8).requires_grad_())
     compare(compiled, given, mask_of(9, 9, mask, torch.float32), mask == "none", 1e-5)
 
 
@@ -145,16 +153,19 @@ def test_values_and_gradients_on_cuda(backend, dtype, mask, T, S):
         pytest.skip("the kernel takes no mask, and half precision only")
     kernels = [getattr(SDPBackend, backend)] if backend else list(SDPBackend.__members__.values())
 
-    def call(query, key, value, mask, is_causal, c):
+    def call(query, key, value, mask, is_causal, c, null_value=None):
         return null_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal, null_logit=c,
+            null_value=null_value,
             backend="cuda_flash",
         )  # fmt: skip
 
     with sdpa_kernel([x for x in kernels if x not in (SDPBackend.ERROR, SDPBackend.OVERRIDEABLE)]):
         given = inputs(T, S, d=64, dtype=dtype, device="cuda")
         tolerance = 5e-5 if dtype == torch.float32 else 4e-2
-        compare(call, given, mask_of(T, S, mask, dtype, "cuda"), T == S, tolerance)
+        null_value = torch.randn(4, 1, 64, device="cuda").requires_grad_()
+        for leaves in (given, [*given, null_value]):
+            compare(call, leaves, mask_of(T, S, mask, dtype, "cuda"), T == S, tolerance)
 
 
 @needs_cuda

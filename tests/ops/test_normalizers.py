@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oasis_attn import UserError
-from oasis_attn.ops.normalizers import NORMALIZERS, normalize, with_length
+from oasis_attn.ops.normalizers import NORMALIZERS, WITH_NULL_LOGIT, normalize, with_length
 
 X = torch.tensor([[2.0, -1.0, 0.5, 0.0], [-3.0, -4.0, -2.0, -9.0]], dtype=torch.float64)
 
@@ -15,7 +15,7 @@ def definition(name, x, c=0.3, gamma=-0.1):
     e = x.exp()
     if name == "softmax":
         return e / e.sum(-1, keepdim=True)
-    if name in ("softmax1", "learned_sink"):
+    if name in WITH_NULL_LOGIT:
         return e / (math.exp(c) + e.sum(-1, keepdim=True))
     if name == "clipped_softmax":
         return ((1 - gamma) * e / e.sum(-1, keepdim=True) + gamma).clamp(0, 1)
@@ -101,6 +101,12 @@ def test_gradcheck(name):
         return normalize(x, with_arguments(name))
 
     assert torch.autograd.gradcheck(both, (X + 0.1).requires_grad_())  # softpick has a kink at 0
+
+
+@pytest.mark.parametrize("nulls", [0, 1.5, 65])
+def test_the_number_of_nulls_is_a_whole_number(nulls):
+    with pytest.raises(UserError, match=f"nulls: {nulls} is not a whole number from 1 to 64"):
+        normalize(X, {"name": "key_value_null", "nulls": nulls})
 
 
 def test_unknown_name_suggests_the_nearest():

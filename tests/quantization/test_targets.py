@@ -46,11 +46,12 @@ TARGETS = {
     ),
     "vanilla": PRE_NORM,
     "gated_attention": PRE_NORM,
+    "kv_null": PRE_NORM,
     "oasis": ROUTED,
     "oasis_block": ROUTED,
     "official": ROUTED,
 }
-VARIANTS = ("vanilla", "gated_attention", "oasis", "oasis_block", "official")
+VARIANTS = ("vanilla", "gated_attention", "kv_null", "oasis", "oasis_block", "official")
 
 
 def make(kind, **config):

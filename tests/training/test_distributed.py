@@ -16,6 +16,7 @@ from oasis_attn.training.checkpoints import last_checkpoint
 from training import processes
 
 STEPS = {"steps": 6, "save_every": 2}
+KEYS = {"token_normalizer": "key_value_null"}
 
 
 def losses(record: TrainingRecord) -> list[float]:
@@ -42,7 +43,7 @@ def alone():
         (processes.DDP, {}, {}),
         (processes.DDP, {"depth_block_size": 3}, {"activation_checkpointing": True}),
         (processes.FSDP2, {}, {}),
-        (processes.FSDP2, {"depth_block_size": 3}, {"activation_checkpointing": True}),
+        (processes.FSDP2, KEYS | {"depth_block_size": 3}, {"activation_checkpointing": True}),
     ],
     ids=["ddp", "ddp, checkpointed blocks", "fsdp2", "fsdp2, checkpointed blocks"],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from oasis_attn.data import load_corpus, train_tokenizer
 from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.prefix import attach_prefix, compute_prefix, prefix_of, with_prefix
+from oasis_attn.modeling.null_logit import LOG_CONTEXT_MARGIN
 from oasis_attn.quantization import quantize
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
-from oasis_attn.training.anneal import LOWEST_START, NullAnneal
+from oasis_attn.training.anneal import LOWEST_START
+from oasis_attn.training.parameters import group_of
 from oasis_attn.training.trainer import OasisTrainer
 from tiny_models import tiny_config, tiny_model
 
@@ -100,17 +103,41 @@ def test_anneal_is_in_every_checkpoint_and_resumes_exactly(onward, monkeypatch):
     assert resumed["loss.windowed"] == whole["loss.windowed"]
 
 
-def test_anneal_starts_at_the_models_own_null_if_that_is_higher():
-    config = tiny_model("softmax1", null_logit=-3.0).config
-    anneal = NullAnneal(config, 3)
-    assert [anneal.at(step) for step in range(4)] == pytest.approx([-2, -1, 0, 0])
+def test_anneal_starts_at_the_models_own_null_if_that_is_higher(onward, models):
+    model, tokenizer = load_model(models / "converted")
+    model.config.null_logit = -3.0
+    model.save_pretrained(models / "higher")
+    tokenizer.save_pretrained(models / "higher")
+    found = column(quiet(onward(source="higher", anneal_null=3, steps=4)), "null_logit")
+    assert found == pytest.approx([-2, -1, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("setting", "target"), [(3, 3), ("log_context", math.log(64) + LOG_CONTEXT_MARGIN)]
+)
+def test_anneal_to_another_null(setting, target, onward):
+    record = quiet(onward(anneal_null=5, steps=6, settings={"null_logit": setting}))
+    step = (target - LOWEST_START) / 5
+    expected = [LOWEST_START + step * (1 + i) for i in range(5)]
+    assert column(record, "null_logit") == pytest.approx([*expected, target])
+    assert record.model.config["null_logit"] == target
+    assert record.training["settings"] == {"null_logit": setting}
+
+
+def test_anneal_from_scratch_rises_to_the_variants_own_null(onward):
+    scratch = {"from_model": None, "variant": "oasis_quiet", "anneal_null": 2, "steps": 3}
+    record = quiet(onward(**scratch, size="nano", vocab_size=300))
+    assert column(record, "null_logit") == pytest.approx([-3.75, 4.5, 4.5])
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("native", r"anneal_null: 5 steps require .* token_normalizer 'softmax1'.*'softmax'"),
-        ("raised", r"anneal_null: 5 steps require a null logit below 0, but the model has 0\.0"),
+        (
+            "raised",
+            r"anneal_null: 5 steps to the null logit 0\.0 require a start below it",
+        ),
     ],
 )
 def test_nothing_to_anneal(onward, models, source, message):
@@ -207,6 +234,38 @@ def test_lora_resumes_exactly_with_a_tied_head_experts_and_a_prefix(
     assert torch.equal(prefix_of(trained).keys_LGPd, prefix_of(original).keys_LGPd)
 
 
+def test_a_null_with_a_key_and_a_value_trains_beside_lora_and_resumes(
+    onward, models, tmp_path, monkeypatch
+):
+    pytest.importorskip("peft")
+    text = tiny_config(vocab_size=270, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    tiny_model("kv_null", text=text).save_pretrained(tmp_path / "source")
+    load_model(models / "native")[1].save_pretrained(tmp_path / "source")
+    common = {"lora_rank": 2, "steps": 6, "from_model": tmp_path / "source"}
+    whole = quiet(onward("whole", **common))
+    training_step = OasisTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OasisTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quiet(onward("stopped", **common))
+    resumed = quiet(onward("stopped", **common, resume=True))
+    assert resumed.tables == whole.tables
+    before, after, again = (
+        load_model(tmp_path / name)[0].state_dict() for name in ("source", "whole", "stopped")
+    )
+    assert all(torch.equal(after[name], again[name]) for name in after)
+    for name, weight in before.items():
+        if group_of(name) == "null":
+            assert not torch.equal(weight, after[name]), name
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
 def test_another_prefix_is_another_run(onward, models, tmp_path):
     model, tokenizer = load_model(models / "native")
     source = tmp_path / "source"
@@ -242,6 +301,18 @@ def test_bad_input(onward):
     for change, message in [
         ({"variant": "vanilla"}, "variant: 'vanilla' has no effect with from_model"),
         ({"settings": {"null_logit": -1.0}}, "settings: .* has no effect with from_model"),
+        (
+            {"settings": {"null_logit": 1, "residual": "sum"}, "anneal_null": 5},
+            "settings: .* has no effect with from_model",
+        ),
+        (
+            {"settings": {"null_logit": "log"}, "anneal_null": 5},
+            "null_logit: 'log' is neither a number nor 'log_context'",
+        ),
+        (
+            {"settings": {"null_logit": -20}, "anneal_null": 5},
+            r"anneal_null: 5 steps to the null logit -20 require a start below it, .* -12\.0",
+        ),
         ({"anneal_null": 11}, "anneal_null: 11 is more than the run's 10 steps"),
         ({"learning_rates": {"routr": 1e-3}}, "did you mean 'router'"),
         ({"learning_rates": {"router": -1}}, r"learning_rates\['router'\]: -1"),

@@ -5,6 +5,7 @@ import pytest
 from oasis_attn.errors import UserError
 from oasis_attn.training.lora import adapt
 from oasis_attn.training.parameters import GROUPS, group_of, train_only, trained
+from oasis_attn.training.trainer import OasisTrainer
 from tiny_models import tiny_model
 
 
@@ -19,6 +20,8 @@ from tiny_models import tiny_model
         ("model.layers.3.attn_res_sa.k_proj.weight", "router"),
         ("model.layers.3.attn_res_mlp.oasis_beta_raw", "beta"),
         ("model.layers.3.null_logit", "null"),
+        ("model.layers.3.null_key", "null"),
+        ("model.layers.3.null_value", "null"),
         ("model.layers.3.self_attn.sinks", "null"),
         ("model.layers.0.mlp.down_proj.lora_A.default.weight", "lora"),
     ],
@@ -51,6 +54,13 @@ def test_patterns_and_groups():
     assert all(
         name.startswith(("model.layers.2.mlp", "model.layers.3.mlp")) for name in learning(model)
     )
+
+
+def test_routers_and_nulls_do_not_decay():
+    model = tiny_model("oasis", token_normalizer="key_value_null")
+    decayed = OasisTrainer.get_decay_parameter_names(None, model)
+    assert {group_of(name) for name in decayed} == {"backbone"}
+    assert "model.layers.0.mlp.up_proj.weight" in decayed
 
 
 def test_with_adapters_the_backbone_rests_unless_named():

@@ -33,7 +33,8 @@ def train(
         Option(
             "--config",
             metavar="NAME=VALUE",
-            help="Override a setting of the variant's configuration; repeatable.",
+            help="Override a setting of the variant's configuration; repeatable. With --from, only"
+            " null_logit, the final value for --anneal-null.",
         ),
     ] = None,
     steps: Annotated[int, Option(help="Number of optimizer steps.")] = 1000,
@@ -69,7 +70,12 @@ def train(
         int, Option(help="If above 0, train the backbone with LoRA of this rank.")
     ] = 0,
     anneal_null: Annotated[
-        int, Option(metavar="N", help="Raise the null logit to 0 during the first N steps.")
+        int,
+        Option(
+            metavar="N",
+            help="Raise the null logit during the first N steps to its setting (--config"
+            " null_logit=NUMBER or log_context; with --from, the default is 0).",
+        ),
     ] = 0,
     outlier_penalty: Annotated[
         float,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from oasis_attn.errors import UserError
@@ -25,19 +25,24 @@ from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.extensions import NULL_SIGNALS, null_signal_module
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.hf_compat import experts_implementation, set_experts_implementation
+from oasis_attn.modeling.layer import RoutedLayer
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.modeling.weight_names import is_ours
+from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT, WITH_NULL_LOGIT, resolve_normalizer
 
 NULL_OFF = -1e4
 """The null logit that switches the null off: exp(NULL_OFF) is 0 next to that of any real logit."""
 
 _SINK_OFF = -(2.0**14)  # lower than NULL_OFF, and exact in every dtype
 
+_LARGEST_KEY_AT_NULL_OFF = 1.0
+"""Null keys with entries up to this size do not raise a null logit of `NULL_OFF` noticeably."""
+
+_NULL_STD = 0.02  # of the keys and values of several nulls
+
 BETA_OFF = -40.0
 """A raw beta that switches the null signal off: its softplus is 4e-18."""
-
-_SOFTMAX_AT_NULL_OFF = ("softmax", "softmax1", "learned_sink")
 
 
 def convert(
@@ -194,8 +199,11 @@ def _initial_settings(
     if sinks and settings["token_normalizer"] in ("softmax", "softmax1"):
         settings["token_normalizer"] = "learned_sink"
     settings |= overrides
+    normalizer = resolve_normalizer("token_normalizer", settings["token_normalizer"]).name
     off: dict[str, Any] = {}
-    if settings["token_normalizer"] == "softmax1":
+    if normalizer in LEARNED_NULL_LOGIT:
+        off["null_logit"] = 0.0 if sinks else _SINK_OFF
+    elif normalizer in WITH_NULL_LOGIT:
         off["null_logit"] = NULL_OFF
     if settings["residual"] == "depth":
         off["mix_scale"] = "sum"
@@ -207,7 +215,7 @@ def _initial_settings(
 
 def _config_changes_function(config: OasisConfig) -> str | None:
     """The setting, if any, with which no parameters give the function of the family's own model."""
-    if config.normalizer.name not in _SOFTMAX_AT_NULL_OFF:
+    if config.normalizer.name not in ("softmax", *WITH_NULL_LOGIT):
         return f"token_normalizer: {config.token_normalizer!r} cannot equal softmax"
     if config.normalizer.name == "softmax1" and config.null_logit > NULL_OFF:
         return f"null_logit: {config.null_logit!r} is above {NULL_OFF}, so the null is not off"
@@ -223,9 +231,9 @@ def _config_changes_function(config: OasisConfig) -> str | None:
 def _parameter_changes_function(model: OasisForCausalLM) -> str | None:
     """The added parameter, if any, whose value changes the function."""
     for layer in model.model.layers:
-        sink = layer.null_logit
-        if sink is not None and sink.max() > NULL_OFF:
-            return f"null_logit: layer {layer.index} has the learned value {sink.max():.3g}"
+        reason = _null_changes_function(layer)
+        if reason:
+            return reason
     router = model.model.depth
     if router is None:
         return None
@@ -237,6 +245,21 @@ def _parameter_changes_function(model: OasisForCausalLM) -> str | None:
         # Without sinks the null is off here, so that there is no null evidence.
         learned = f"{router.beta_raw.max():.3g}"
         return f"beta_raw: {learned} makes routing depend on the family's sinks"
+    return None
+
+
+def _null_changes_function(layer: RoutedLayer) -> str | None:
+    logit, key, value = layer.null_logit, layer.null_key, layer.null_value
+    if logit is not None:
+        if logit.max() > NULL_OFF:
+            return f"null_logit: layer {layer.index} has the learned value {logit.max():.3g}"
+        if key is not None and key.abs().max() > _LARGEST_KEY_AT_NULL_OFF:
+            return f"null_key: layer {layer.index} has the learned value {key.abs().max():.3g}"
+        return None
+    # The null is the family's own sink: it must have its logit, and no value.
+    for name, x in (("null_key", key), ("null_value", value)):
+        if x is not None and (x.any() or x.shape[1] > 1):
+            return f"{name}: layer {layer.index} has {x.shape[1]} nulls beside the family's sinks"
     return None
 
 
@@ -271,12 +294,28 @@ def _share(target: PreTrainedModel, source: PreTrainedModel) -> None:
 def _initialize_added(model: OasisForCausalLM, native: PreTrainedModel) -> None:
     """Allocate the parameters that `native` does not have, and switch the method off."""
     for layer in model.model.layers:
-        if layer.null_logit is not None:
-            off = torch.full(layer.null_logit.shape, _SINK_OFF, dtype=native.dtype)
-            layer.null_logit = nn.Parameter(off.to(native.device))
+        for name, start in _initial_null(layer).items():
+            setattr(layer, name, nn.Parameter(start.to(native.device, native.dtype)))
     # At least float32; from_pretrained keeps these parameters so too.
     precise = torch.promote_types(native.dtype, torch.float32)
     if model.model.depth is not None:
         model.model.depth = DepthRouter(model.config).to(native.device, precise)
     if (signal := null_signal_module(model.config)) is not None:
         model.model.null_signal = signal.to(native.device, precise)
+
+
+def _initial_null(layer: RoutedLayer) -> dict[str, Tensor]:
+    """Parameters of the null, which is switched off: keys and values are 0 if there is one null.
+
+    Several equal nulls would always remain equal, so that theirs are small random vectors.
+    """
+    initial: dict[str, Tensor] = {}
+    if layer.null_logit is not None:
+        off = _SINK_OFF if layer.family.sinks else layer.oasis_config.null_logit
+        initial["null_logit"] = torch.full(layer.null_logit.shape, off)
+    generator = torch.Generator().manual_seed(layer.index)
+    for name in ("null_key", "null_value"):
+        if (parameter := getattr(layer, name)) is not None:
+            drawn = torch.randn(parameter.shape, generator=generator) * _NULL_STD
+            initial[name] = drawn if parameter.shape[1] > 1 else torch.zeros_like(drawn)
+    return initial

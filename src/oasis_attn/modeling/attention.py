@@ -29,16 +29,17 @@ from oasis_attn.modeling.hf_compat import (
     sdpa_attention_forward,
     sdpa_mask,
 )
-from oasis_attn.ops.normalizers import TokenNormalizer, resolve_normalizer
+from oasis_attn.ops.normalizers import WITH_NULL_LOGIT, TokenNormalizer, resolve_normalizer
 from oasis_attn.ops.null_attention import (
     attend,
     can_use_decode_kernel,
     decode_attention,
     naive_mix,
     naive_weights,
+    null_of_call,
 )
 
-SOFTMAX = resolve_normalizer("normalizer", "softmax")
+SOFTMAX, LEARNED_SINK = (resolve_normalizer("normalizer", x) for x in ("softmax", "learned_sink"))
 _INDICES = ("indices", "block_indices")  # the families' arguments for keys that an indexer selects
 _observers: list[Callable[[nn.Module, AttentionCall], None]] = []
 
@@ -56,6 +57,8 @@ def oasis_attention(
     s_aux: Tensor | None = None,
     normalizer: TokenNormalizer = SOFTMAX,
     null_logit: float | Tensor = -torch.inf,
+    null_key: Tensor | None = None,
+    null_value: Tensor | None = None,
     output_gate: Tensor | None = None,
     output_attentions: bool = False,
     position_bias: Tensor | None = None,
@@ -68,7 +71,8 @@ def oasis_attention(
         key, value: `[B, G, S, d]`.
         attention_mask: boolean (True: may attend) or additive; None means causal.
         s_aux: learned sinks `[H]` of the family (gpt-oss), used as null logits.
-        normalizer, null_logit: see `OasisConfig`.
+        normalizer: see `OasisConfig`.
+        null_logit, null_key, null_value: see `null_attention`.
         output_gate: logits of the output gate, `[B, T, H]` or `[B, T, H * d]`; the output is
             multiplied by their sigmoid.
         output_attentions: compute the attention matrix and pass it to the observers.
@@ -89,7 +93,9 @@ def oasis_attention(
             f" which the attention {ATTENTION!r} does not support"
         )
     if s_aux is not None:
-        normalizer, null_logit = resolve_normalizer("normalizer", "learned_sink"), s_aux
+        null_logit = s_aux
+        if normalizer is SOFTMAX:
+            normalizer = LEARNED_SINK
     device = query.device.type
     if torch.is_autocast_enabled(device):  # cast as SDPA does: rotary embedding returns float32
         precision = torch.get_autocast_dtype(device)
@@ -103,8 +109,12 @@ def oasis_attention(
     softmax = normalizer.name == "softmax"
     if softmax:
         null_logit = -torch.inf
-    weights_free = normalizer.name in ("softmax", "softmax1", "learned_sink")
+    weights_free = softmax or normalizer.name in WITH_NULL_LOGIT
     needs_weights = output_attentions or not weights_free
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    null: dict[str, Any] = {
+        "null_logit": null_logit, "null_key": null_key, "null_value": null_value,
+    }  # fmt: skip
     if softmax and softcap is None and not (needs_weights or _observers):
         out_BTHd, null_BHT = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -115,34 +125,34 @@ def oasis_attention(
         and softcap is None
         and not (needs_weights or dropout or _observers)
     ):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out_BHTd, null_BHT = decode_attention(query, key, value, scale=scale, null_logit=null_logit)
+        out_BHTd, null_BHT = decode_attention(query, key, value, scale=scale, **null)
         out_BTHd = out_BHTd.transpose(1, 2)
     else:
         if attention_mask is None and T > 1:
             key, value = key[:, :, :T], value[:, :, :T]  # a static cache has unused positions
         causal = attention_mask is None and getattr(module, "is_causal", True)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if not needs_weights:
             out_BHTd, null_BHT, lse_BHT = attend(
                 query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale,
-                null_logit=null_logit, softcap=softcap, dropout=dropout,
+                softcap=softcap, dropout=dropout, **null,
             )  # fmt: skip
-            weights_BHTS = None
+            weights_BHTS = null_output_BHTd = None
         else:
             if causal:
                 visible = torch.ones(T, key.shape[2], dtype=torch.bool, device=query.device)
                 attention_mask = visible.tril(key.shape[2] - T)[None, None]
+            of_call = null_of_call(query, key.shape[1], scale=scale, softcap=softcap, **null)
             weights_BHTS, null_BHT, lse_BHT = naive_weights(
                 query, key, attn_mask=attention_mask, scale=scale, softcap=softcap,
-                null_logit=null_logit, normalizer=normalizer,
+                null_logit=of_call.logit_BHT, normalizer=normalizer,
             )  # fmt: skip
-            out_BHTd = naive_mix(weights_BHTS, value, dropout).to(query.dtype)
+            null_output_BHTd = of_call.output(null_BHT, dropout)
+            out_BHTd = naive_mix(weights_BHTS, value, dropout, null_output_BHTd).to(query.dtype)
         if _observers:
             call = AttentionCall(
-                *(module, query, key, value, null_BHT),
-                *(attention_mask, scale, softcap, lse_BHT, weights_BHTS),
-            )
+                module, query, key, value, null_BHT, attention_mask, scale, softcap, lse_BHT,
+                weights_BHTS, null_output_BHTd,
+            )  # fmt: skip
             for observer in tuple(_observers):
                 observer(module, call)
         out_BTHd = out_BHTd.transpose(1, 2)
@@ -161,7 +171,8 @@ class AttentionCall:
     """The inputs and results of one attention module in one forward pass, for measurements.
 
     The attention matrix is not stored, unless the forward pass computed it; `column` and `rows`
-    recompute the probabilities that they return.
+    recompute the probabilities that they return.  `null_output_BHTd` is what the null adds to the
+    output, if it has a value and the attention matrix was computed.
     """
 
     module: nn.Module
@@ -174,6 +185,7 @@ class AttentionCall:
     _softcap: float | None
     _lse_BHT: Tensor
     weights_BHTS: Tensor | None
+    null_output_BHTd: Tensor | None
 
     @property
     def layer(self) -> int:

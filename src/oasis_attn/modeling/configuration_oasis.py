@@ -20,8 +20,11 @@ from oasis_attn.modeling.hf_compat import (
     experts_implementation,
     set_attention_implementation,
 )
+from oasis_attn.modeling.null_logit import resolve_null_logit
 from oasis_attn.ops.normalizers import (
+    LEARNED_NULL_LOGIT,
     TOKEN_NORMALIZERS,
+    WITH_NULL_LOGIT,
     TokenNormalizer,
     resolve_normalizer,
     with_length,
@@ -68,10 +71,17 @@ class OasisConfig(PreTrainedConfig):
         token_normalizer: normalizer of token attention: one of
             `oasis_attn.ops.normalizers.NORMALIZERS` except `sigmoid`, or a name registered with
             `register_token_normalizer`.  For one with arguments, pass a mapping:
-            `{"name": "clipped_softmax", "gamma": -0.03}`, or `alpha` and `length` in place of
-            gamma = -alpha / length.  `length` is that of the training sequences; by default, the
-            `max_position_embeddings` of `text_config`.
-        null_logit: c of `softmax1`; 0 is Softmax1, and -inf switches the null off.
+            `{"name": "clipped_softmax", "gamma": -0.03}` or
+            `{"name": "key_value_null", "nulls": 2}`.  `clipped_softmax` also takes `alpha` and
+            `length` in place of gamma = -alpha / length.  `length` is that of the training
+            sequences; by default, the `max_position_embeddings` of `text_config`.
+        null_logit: c of `softmax1`, and the initial value of the learned c of `learned_sink`,
+            `value_null` and `key_value_null`.  0 is Softmax1 and the start in gpt-oss; -inf
+            switches the null of `softmax1` off.
+            `log_context` is log(n) plus a margin, with n the `max_position_embeddings` of
+            `text_config`; `{"name": "log_context", "length": n}` states another n.  It is replaced
+            by the number when the config is created, so that config.json contains the number and a
+            later change of the positions does not change the null.
         output_gate: sigmoid gate on the attention output before its projection: one per `head`
             and token (Bondarenko 2023), or `elementwise` (arXiv 2505.06708).
         residual: `sum`, `depth` for attention over depth (arXiv 2603.15031), or `official` for the
@@ -108,7 +118,7 @@ class OasisConfig(PreTrainedConfig):
 
     text_config: Any = None
     token_normalizer: str | dict[str, Any] = "softmax1"
-    null_logit: float = 0.0
+    null_logit: Any = 0.0
     output_gate: str = "none"
     residual: str = "depth"
     depth_block_size: int = 1
@@ -148,6 +158,7 @@ class OasisConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         text: Any = self.text_config
+        self.null_logit = resolve_null_logit(self.null_logit, text)
         if not labeled:  # the labels of a classifier are in the family's config
             self.id2label, self.label2id = text.id2label, text.label2id
         if self.problem_type is None:
@@ -241,10 +252,12 @@ class OasisConfig(PreTrainedConfig):
         check_whole("depth_block_size", self.depth_block_size, 1)
         for name in ("null_logit", "beta_init"):
             value = getattr(self, name)
-            if name != "null_logit" or value != -math.inf:  # -inf switches the null off
+            # -inf switches the null off.  A parameter with this value could not be trained.
+            no_null = name == "null_logit" and normalizer.name not in LEARNED_NULL_LOGIT
+            if not (no_null and value == -math.inf):
                 check_at_least(name, value, -_LARGEST, _LARGEST)
-        if normalizer.name != "softmax1":
-            self._needs("null_logit", "token_normalizer", "'softmax1'")
+        if normalizer.name not in WITH_NULL_LOGIT:
+            self._needs("null_logit", "token_normalizer", " or ".join(map(repr, WITH_NULL_LOGIT)))
         if self.residual == "sum":
             self._needs("depth_normalizer", "residual", "'depth' or 'official'")
         if self.residual != "depth":

@@ -55,7 +55,7 @@ _INNER = (
     *("q_norm", "k_norm", "query_layernorm", "key_layernorm", "sinks", "act_fn"),
     *("q_a_layernorm", "q_b_proj", "kv_a_layernorm", "kv_b_proj"),
 )
-_OURS = ("output_gate", "null_logit", "attn_res_sa", "attn_res_mlp")
+_OURS = ("output_gate", "null_logit", "null_key", "null_value", "attn_res_sa", "attn_res_mlp")
 
 
 class Part(NamedTuple):

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,10 +193,16 @@ def check_fits(config: OasisConfig) -> Family:
             "output_router_logits: True requests the load-balancing loss of the experts, which is"
             " not computed; set it to False in the model's configuration"
         )
-    if family.sinks and config.normalizer.name != "learned_sink":
+    if family.sinks and config.normalizer.name not in LEARNED_NULL_LOGIT:
         raise UserError(
             f"token_normalizer: {config.token_normalizer!r} does not work with {kind!r}, because"
-            " its attention already has learned sinks; use 'learned_sink'"
+            " its attention already has learned sinks; use"
+            f" {' or '.join(map(repr, LEARNED_NULL_LOGIT))}"
+        )
+    if family.sinks and config.null_logit:
+        raise UserError(
+            f"null_logit: {config.null_logit!r} has no effect with {kind!r}, whose attention has"
+            " its own learned sinks; leave it out"
         )
     return family
 

@@ -20,7 +20,11 @@ from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import SumCache
 from oasis_attn.modeling.extensions import BranchNorm, NullSignal, null_evidence
 from oasis_attn.modeling.families import Family, check_fits
+from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.modeling.official import OfficialRouter
+from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT, LEARNED_NULL_VALUE
+
+_NULL_STD = 0.02  # of null keys and values, for families without an initializer_range
 
 
 class LayerArgs(NamedTuple):
@@ -48,21 +52,38 @@ class RoutedLayer(Attached):
 
     def attach(self, config: OasisConfig, index: int) -> None:
         """Set the configuration, and add the parameters that it needs."""
-        text = config.text_config
+        text, attention = config.text_config, self.self_attn
         self.oasis_config, self.index, self.family = config, index, check_fits(config)
-        heads = text.num_attention_heads
-        width = getattr(self.self_attn, "v_head_dim", None) or getattr(text, "head_dim", None)
-        width = width or text.hidden_size // heads
-        self.null_logit = self.output_gate = None
-        own_sinks = getattr(self.self_attn, "sinks", None)  # gpt-oss has learned null logits
-        if config.normalizer.name == "learned_sink" and own_sinks is None:
-            self.null_logit = nn.Parameter(torch.zeros(heads))
+        heads = getattr(attention, "num_heads", None) or text.num_attention_heads
+        usual = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        width = getattr(attention, "v_head_dim", None) or usual
+        self.null_logit = self.null_key = self.null_value = self.output_gate = None
+        name, nulls = config.normalizer.name, int(config.normalizer.arguments.get("nulls", 1))
+        own_sinks = getattr(attention, "sinks", None)  # gpt-oss has learned null logits
+        if name in LEARNED_NULL_LOGIT and own_sinks is None:
+            self.null_logit = nn.Parameter(torch.empty(heads))
+        if name in LEARNED_NULL_VALUE:
+            self.null_value = nn.Parameter(torch.empty(heads, nulls, width))
+        if name == "key_value_null":
+            key_width = getattr(attention, "qk_head_dim", None) or usual
+            self.null_key = nn.Parameter(torch.empty(heads, nulls, key_width))
+        self.reset_null()
         if config.output_gate != "none":
             head_wise = config.output_gate == "head"
             gates = heads if head_wise else heads * width
             self.output_gate = nn.Linear(text.hidden_size, gates, bias=head_wise)
         if config.residual == "official":
             self.attn_res_sa, self.attn_res_mlp = OfficialRouter(config), OfficialRouter(config)
+
+    def reset_null(self) -> None:
+        """Initialize the parameters of the null: keys and values as in arXiv 2402.17762."""
+        config = self.oasis_config
+        std = getattr(config.text_config, "initializer_range", None) or _NULL_STD
+        if self.null_logit is not None:
+            init.constant_(self.null_logit, config.null_logit)
+        for parameter in (self.null_key, self.null_value):
+            if parameter is not None:
+                init.normal_(parameter, std=std)
 
     def forward(
         self,
@@ -82,8 +103,7 @@ class RoutedLayer(Attached):
             hidden_states = cache.start(hidden_states)
 
         normed = cache.read(hidden_states, self._named(family.pre_attention), router)
-        if self.null_logit is not None:
-            attention_args = attention_args | {"null_logit": self.null_logit}
+        attention_args = attention_args | self._null_parameters()
         if self.output_gate is not None:
             attention_args = attention_args | {"output_gate": self.output_gate(normed)}
         branch, null_BHT = self.self_attn(
@@ -103,6 +123,10 @@ class RoutedLayer(Attached):
         if norm:
             branch = norm(branch, "mlp")
         return cache.update(hidden_states, branch, mlp_psi_BT, router + 2)
+
+    def _null_parameters(self) -> dict[str, Tensor]:
+        names = ("null_logit", "null_key", "null_value")
+        return {name: x for name in names if (x := getattr(self, name)) is not None}
 
     def _named(self, name: str | None) -> Callable[[Tensor], Tensor]:
         """The family's module of this name; the identity if the family has none."""

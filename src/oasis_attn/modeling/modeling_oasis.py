@@ -13,7 +13,8 @@ creates the depth cache (depth_cache.py) for each forward pass and passes it to 
 docs/method.md follows a forward pass through these files.
 
 Saved parameters have the family's names.  If a setting needs them, there are also `model.depth.*`,
-`model.null_signal.*` and, in each layer, `output_gate`, `null_logit` and `attn_res_*`.
+`model.null_signal.*` and, in each layer, `output_gate`, `null_logit`, `null_key`, `null_value` and
+`attn_res_*`.
 """
 
 from __future__ import annotations
@@ -156,8 +157,8 @@ class OasisModel(Attached, OasisPreTrainedModel):
         super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, DepthRouter | OfficialRouter):
             module.reset_parameters()
-        elif isinstance(module, RoutedLayer) and module.null_logit is not None:
-            init.zeros_(module.null_logit)
+        elif isinstance(module, RoutedLayer):
+            module.reset_null()
         elif module is getattr(self, "null_signal", None):
             initial: Any = null_signal_module(self.oasis_config)  # has the constructor's values
             for tensors in zip(_tensors(module), _tensors(initial), strict=True):

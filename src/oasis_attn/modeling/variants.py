@@ -23,6 +23,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "gated_elementwise": _PLAIN | {"output_gate": "elementwise"},
     "softmax1": _PLAIN | {"token_normalizer": "softmax1"},
     "learned_sink": _PLAIN | {"token_normalizer": "learned_sink"},
+    "kv_null": _PLAIN | {"token_normalizer": "key_value_null"},
     "softpick": _PLAIN | {"token_normalizer": "softpick"},
     "sparsemax": _PLAIN | {"token_normalizer": "sparsemax"},
     "entmax15": _PLAIN | {"token_normalizer": "entmax15"},

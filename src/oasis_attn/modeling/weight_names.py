@@ -18,8 +18,10 @@ from oasis_attn.modeling.hf_compat import (
 _OURS = frozenset(
     {
         "depth",
+        "null_key",
         "null_logit",
         "null_signal",
+        "null_value",
         "output_gate",
         "attn_res_sa",
         "attn_res_mlp",

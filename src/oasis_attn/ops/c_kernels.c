@@ -30,16 +30,17 @@ static float dot(const float *a, const float *b, int64_t W) {
     return total(sum);
 }
 
-/* Add the null to the output [B, H, d] of softmax attention, in place, and write the null probability
- * [B, H].  lse_BH is the log-sum-exp of the logits of the keys.  The null's logit is logits_H[head],
- * or `logit` if logits_H is NULL. */
-void null_step(float *out_BHd, const float *lse_BH, float *null_BH, const float *logits_H,
-               float logit, int64_t B, int64_t H, int64_t d) {
-    for (int64_t i = 0; i < B * H; i++) {
-        const float excess = lse_BH[i] - (logits_H ? logits_H[i % H] : logit);
+/* Scale the output of softmax attention, [rows, d] with rows = B * H, by the probability of its keys,
+ * in place, and write the null probability of each row.  lse is the log-sum-exp of the logits of the
+ * keys.  The null logits are `logit`, or those of `logits`, if not NULL: its `count` entries are those
+ * of the first rows and repeat (count is 1, H or B * H). */
+void null_step(float *out, const float *lse, float *null, const float *logits, int64_t count,
+               float logit, int64_t rows, int64_t d) {
+    for (int64_t i = 0; i < rows; i++) {
+        const float excess = lse[i] - (logits ? logits[i % count] : logit);
         const float rest = 1 / (1 + expf(-excess)); /* 1 - null */
-        null_BH[i] = 1 / (1 + expf(excess));
-        for (int64_t j = 0; j < d; j++) out_BHd[i * d + j] *= rest;
+        null[i] = 1 / (1 + expf(excess));
+        for (int64_t j = 0; j < d; j++) out[i * d + j] *= rest;
     }
 }
 

@@ -80,7 +80,7 @@ def _load(compiler: str) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(built))
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     loaded.depth_step.argtypes = [*(pointer, integer, pointer, pointer, pointer, integer, integer)]
-    loaded.null_step.argtypes = [pointer] * 4 + [number] + [integer] * 3
+    loaded.null_step.argtypes = [pointer] * 4 + [integer, number, integer, integer]
     for function in (loaded.depth_step, loaded.null_step):
         function.restype = None
     return loaded

@@ -7,6 +7,9 @@ without this subtraction, so that small values stay accurate.
     softmax          null 0 (1 if the whole row is masked)
     softmax1         a null logit c in the denominator; Miller 2023, OutEffHop arXiv 2404.03828
     learned_sink     softmax1 with a learned c per head; gpt-oss, arXiv 2508.10925
+    value_null       learned_sink with a learned value per head, which the null adds to the output
+    key_value_null   value_null with a learned key per head, so that c depends on the query: the
+                     attention bias of Sun et al. 2024, arXiv 2402.17762; `nulls` of them, default 1
     clipped_softmax  clip((1 - gamma) softmax + gamma, 0, 1), gamma < 0, or gamma = -alpha / length
                      with the length of the training sequences; arXiv 2306.12929 eq. 4 and 4.2
     softpick         relu(e^x - 1) / sum |e^x - 1|; arXiv 2504.20966 eq. 2
@@ -27,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
 from oasis_attn.registry import Registry
 
 
@@ -54,7 +57,7 @@ def normalize(
         normalizer: one of `NORMALIZERS` or a registered name; or a mapping of its `name` and
             arguments, as `{"name": "clipped_softmax", "alpha": 3, "length": 256}`.
         mask: boolean, broadcastable to `scores`; False sets a weight to 0.
-        null_logit: c of `softmax1` and `learned_sink`, broadcastable to `scores[..., 0]`.
+        null_logit: c of the normalizers in `WITH_NULL_LOGIT`, broadcastable to `scores[..., 0]`.
 
     Returns:
         The weights `[..., n]`, 0 where masked, and the null probability `[...]`, 1 if the whole row
@@ -67,10 +70,10 @@ def normalize(
         normalizer = resolve_normalizer("normalizer", normalizer)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    if scores.shape[-1] == 0 and normalizer.name not in _WITH_NULL_LOGIT:
+    if scores.shape[-1] == 0 and normalizer.name not in WITH_NULL_LOGIT:
         return scores, 1 + scores.sum(-1)
     arguments: dict[str, Any] = dict(normalizer.arguments)
-    if normalizer.name in _WITH_NULL_LOGIT:
+    if normalizer.name in WITH_NULL_LOGIT:
         arguments["null_logit"] = null_logit
     weights, null = normalizer.function(scores, **arguments)
     if normalizer.name in TOKEN_NORMALIZERS.own:
@@ -88,6 +91,14 @@ def _softmax1(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Tenso
     c = torch.as_tensor(null_logit, dtype=scores.dtype, device=scores.device)
     c = c.expand(fully_masked.shape)
     return null_softmax(scores, c.masked_fill(fully_masked & (c == -torch.inf), 0))
+
+
+def _key_value_null(
+    scores: Tensor, null_logit: float | Tensor = 0.0, nulls: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Softmax1: `null_logit` is the log-sum-exp over the logits of the null keys."""
+    check_whole("nulls", nulls, 1, _MOST_NULLS)
+    return _softmax1(scores, null_logit)
 
 
 def _clipped_softmax(
@@ -162,15 +173,23 @@ def _entmax(scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return weights, masked.all(-1).to(scores.dtype)
 
 
-_WITH_NULL_LOGIT = ("softmax1", "learned_sink")
+LEARNED_NULL_VALUE = ("value_null", "key_value_null")
+"""Normalizers whose null has a learned value."""
+LEARNED_NULL_LOGIT = ("learned_sink", *LEARNED_NULL_VALUE)
+"""Normalizers whose null logit is a parameter."""
+WITH_NULL_LOGIT = ("softmax1", *LEARNED_NULL_LOGIT)
+"""Normalizers with a null logit; the fused kernels compute these and softmax."""
 _LARGEST = 1e6  # largest absolute value of an argument
-_HAS_NULL = {"softmax1", "learned_sink", "clipped_softmax", "softpick"}
+_MOST_NULLS = 64
+_HAS_NULL = {*WITH_NULL_LOGIT, "clipped_softmax", "softpick"}
 TOKEN_NORMALIZERS = Registry(
     "token_normalizer",
     {
         "softmax": _softmax,
         "softmax1": _softmax1,
         "learned_sink": _softmax1,
+        "value_null": _softmax1,
+        "key_value_null": _key_value_null,
         "clipped_softmax": _clipped_softmax,
         "softpick": _softpick,
         "sparsemax": _sparsemax,

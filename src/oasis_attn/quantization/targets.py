@@ -181,6 +181,7 @@ def quantized_attention(
         _quantizer(module, "probabilities")(call.weights_BHTS),
         call.value_BGSd,
         kwargs.get("dropout", 0.0),
+        call.null_output_BHTd,
     )
     context_BHTd = _quantizer(module, "context")(context_BHTd.to(query.dtype))
     context_BTHd = context_BHTd.transpose(1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Raise the null logit of a converted model to 0, which is Softmax1, during training."""
+"""Raise the null logit to its final value during training."""
 # ruff: noqa: ARG002  the signatures are TrainerCallback's
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig, TrainerCallback
 
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 
 LOWEST_START = -12.0
 """The lowest null logit that annealing starts from; it does not yet change a pretrained model.
@@ -17,35 +18,51 @@ steps in which almost nothing changes.
 
 
 class NullAnneal(TrainerCallback):
-    """Raises `null_logit` linearly to 0 over `steps` steps; the last of them trains at 0.
+    """Raises `null_logit` linearly to `target` over `steps` steps; the last of them trains at it.
 
     The log-odds of the null grow linearly, so that each head changes when c reaches its own lse.
-    The start is the null logit of the model, but at least `LOWEST_START`.  The value depends only
-    on the step and is stored in the model's config, so that a checkpoint contains it.
+    The value depends only on the step and is stored in the model's config, so that a checkpoint
+    contains it.
+
+    Args:
+        config: the model's `OasisConfig`.
+        steps: number of steps.
+        target: the final null logit.  0 is Softmax1.
+        start: the first null logit, but at least `LOWEST_START`.
 
     Raises:
-        UserError: the model does not use Softmax1, or its null logit is not below 0.
+        UserError: the model does not use Softmax1, or the start is not below the target.
     """
 
-    def __init__(self, config: PreTrainedConfig, steps: int):
-        normalizer = getattr(config, "token_normalizer", "softmax")
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        steps: int,
+        *,
+        target: float = 0.0,
+        start: float = LOWEST_START,
+    ):
+        normalizer = config.normalizer.name if isinstance(config, OasisConfig) else "softmax"
         if normalizer != "softmax1":
             raise UserError(
                 f"anneal_null: {steps} steps require a model with token_normalizer 'softmax1', but"
                 f" it has {normalizer!r}"
             )
-        if config.null_logit >= 0:
+        start = max(start, LOWEST_START)
+        if start >= target:
             raise UserError(
-                f"anneal_null: {steps} steps require a null logit below 0, but the model has"
-                f" {config.null_logit}"
+                f"anneal_null: {steps} steps to the null logit {target} require a start below it,"
+                f" but they start at {start}"
             )
         self.config = config
         self.steps = steps
-        self.start = max(config.null_logit, LOWEST_START)
+        self.start, self.target = start, target
 
     def at(self, step: int) -> float:
         """The null logit of step `step`, which counts from 0."""
-        return min(0.0, self.start * (1 - (step + 1) / self.steps))
+        if step + 1 >= self.steps:
+            return self.target
+        return self.start + (self.target - self.start) * (step + 1) / self.steps
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.config.null_logit = self.at(state.global_step)

@@ -36,7 +36,8 @@ class TrainingConfig:
         variant: a name in `variants()`.
         size: a name in `SIZES`, or a Hugging Face configuration file.
         corpus: a name in `CORPORA`, or a text file or folder.
-        settings: settings of `OasisConfig` that replace those of the variant.
+        settings: settings of `OasisConfig` that replace those of the variant.  With `from_model`,
+            only `null_logit` can be given, together with `anneal_null`.
         steps: number of optimizer steps.
         seed: random seed of the initialization and the data order, which are equal for all
             variants.
@@ -50,7 +51,9 @@ class TrainingConfig:
             belong to a group with this name; default: all.
         lora_rank: if above 0, train the backbone with LoRA adapters of this rank (needs peft); at
             the end the adapters are merged into the weights.
-        anneal_null: if above 0, raise the null logit to 0 over this many steps; see `NullAnneal`.
+        anneal_null: if above 0, raise the null logit over this many steps to that of the variant
+            and `settings`; with `from_model`, from the model's own to that of `settings`, default
+            0.  See `NullAnneal`.
         outlier_penalty: weight of `OutlierPenalty`, in nats, added to the loss.
         activation_checkpointing: recompute each layer in backward instead of storing activations.
         warmup: share of the steps for the warmup, in [0, 1].
@@ -100,7 +103,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         if self.from_model is not None:
-            self._check_unused("variant", "size", "settings", "vocab_size")
+            self._check_unused("variant", "size", "vocab_size")
+            if not self.anneal_null or set(self.settings) - {"null_logit"}:
+                self._check_unused("settings")
         lowest = {
             "steps": 1,
             "block_length": 2,

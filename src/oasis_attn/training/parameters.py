@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 _NAMES = {
     "beta": r"(^|\.)((oasis_)?beta_raw$|null_signal\.)",
     "router": r"(^|\.)(depth|attn_res_sa|attn_res_mlp)\.",
-    "null": r"(^|\.)(null_logit|sinks)$",
+    "null": r"(^|\.)(null_logit|null_key|null_value|sinks)$",
     "lora": r"\.lora_[AB]\.",
 }
 GROUPS = ("backbone", *_NAMES)
 """Parameter groups that can have their own learning rate.
 
 `router`: depth queries and key norms.  `beta`: beta of the null signal, and the parameters of its
-module.  `null`: learned null logits.  `lora`: adapters.  `backbone`: all others.
+module.  `null`: logits, keys and values of nulls.  `lora`: adapters.  `backbone`: all others.
 """
 
 

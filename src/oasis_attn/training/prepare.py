@@ -25,9 +25,10 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_savable
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
+from oasis_attn.modeling.null_logit import resolve_null_logit
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.ops.normalizers import with_length
-from oasis_attn.training.anneal import NullAnneal
+from oasis_attn.training.anneal import LOWEST_START, NullAnneal
 from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.lora import adapt
 from oasis_attn.training.model import build_model
@@ -96,7 +97,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         )
     callbacks: list[TrainerCallback] = []
     if config.anneal_null:
-        callbacks.append(NullAnneal(model.config, config.anneal_null))
+        callbacks.append(_null_anneal(config, model))
     adapter = _adapted(config, model)
     groups = sorted({group_of(name) for name, _ in trained(model)})
     for group in config.learning_rates:
@@ -170,6 +171,19 @@ def _start(
             settings["token_normalizer"], config.block_length
         )
     return build_model(backbone, settings, config.seed), tokenizer
+
+
+def _null_anneal(config: TrainingConfig, model: PreTrainedModel) -> NullAnneal:
+    steps = config.anneal_null
+    if config.from_model is None:
+        return NullAnneal(model.config, steps, target=model.config.null_logit)
+    text, final = model.config.get_text_config(decoder=True), config.settings.get("null_logit", 0.0)
+    return NullAnneal(
+        model.config,
+        steps,
+        target=resolve_null_logit(final, text),
+        start=getattr(model.config, "null_logit", LOWEST_START),
+    )
 
 
 def _adapted(config: TrainingConfig, model: PreTrainedModel) -> LoraModel | None:

@@ -96,10 +96,14 @@ class OasisTrainer(Trainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All matrices except those of depth routers, whose rows are independent vectors."""
+        """All matrices except those of routers and nulls, whose rows are independent vectors."""
         routers = (module for module in model.modules() if isinstance(module, DepthRouter))
         free = {id(parameter) for router in routers for parameter in router.parameters()}
-        return [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in free]
+        return [
+            name
+            for name, p in model.named_parameters()
+            if p.ndim > 1 and id(p) not in free and group_of(name) != "null"
+        ]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         minimized = super().training_step(*args, **kwargs)

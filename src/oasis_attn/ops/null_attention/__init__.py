@@ -7,6 +7,9 @@ kernel that returns its log-sum-exp `lse` therefore gives both results without a
 
     out = sigmoid(lse - c) * out_softmax              null = sigmoid(c - lse)
 
+The null can also have a key and a value, both learned: c is then a dot product with the query, and
+`null * null_value` is added to the output.
+
 The kernel's backward recomputes p = exp(s - lse).  If it receives `lse' = logaddexp(lse, c)` and
 the final `out`, it computes the gradients of attention with the null.  See `cpu_flash.py`.
 
@@ -29,20 +32,24 @@ from oasis_attn.ops.null_attention.cuda_flash import cuda_flash
 from oasis_attn.ops.null_attention.flex import flex
 from oasis_attn.ops.null_attention.naive import (
     add_causal_mask,
+    naive_attention,
     naive_mix,
     naive_weights,
     to_four_axes,
 )
+from oasis_attn.ops.null_attention.null import Null, null_of_call
 from oasis_attn.ops.torch_compat import flash_attention_for_cpu
 
 __all__ = [
     "AttentionOutput",
+    "Null",
     "attend",
     "can_use_decode_kernel",
     "decode_attention",
     "naive_mix",
     "naive_weights",
     "null_attention",
+    "null_of_call",
 ]
 
 BACKENDS = ("auto", "naive", "cpu_flash", "cuda_flash", "flex")
@@ -72,6 +79,8 @@ def null_attention(
     is_causal: bool = False,
     scale: float | None = None,
     null_logit: float | Tensor = 0.0,
+    null_key: Tensor | None = None,
+    null_value: Tensor | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
@@ -89,9 +98,15 @@ def null_attention(
         scale: factor on the logits; default `d ** -0.5`.
         null_logit: c, a number or a tensor `[H]`.  0 is Softmax1, `-inf` is softmax; with `inf` the
             null probability is 1.
-        softcap: replaces the logits by `softcap * tanh(logits / softcap)` before masking.
-        dropout: probability of dropping an attention weight; `naive` only.  The null probability is
-            not dropped.
+        null_key: keys of M nulls, `[H, M, d]` or `[G, M, d]`.  The logit of null m is then
+            `scale * query . null_key[m] + c`, and the null probability is the sum over the nulls.
+            The keys have no position: rotary embeddings do not apply to them.
+        null_value: values of the nulls, `[H, M, d_v]` or `[G, M, d_v]` (M = 1 without `null_key`),
+            which the nulls add to the output; default zero.
+        softcap: replaces the logits by `softcap * tanh(logits / softcap)` before masking, those of
+            null keys too, before c is added.
+        dropout: probability of dropping an attention weight; `naive` only.  The value of the null
+            is dropped too, with one draw for all nulls of a query; the null probability is not.
         backend: `naive` (plain PyTorch, stores `[B, H, T, S]`, computes in float32), `cpu_flash`
             (CPU), `cuda_flash` (CUDA: the kernel that `scaled_dot_product_attention` selects),
             `flex` (CUDA, also with a softcap; on the CPU forward only), or `auto`: the first fused
@@ -99,9 +114,10 @@ def null_attention(
 
     Returns:
         `out_BHTd` in the dtype of `query`, and `null_BHT`, the null probability, in float32
-        (float64 for float64 inputs).  Both are differentiable in query, key, value and null_logit.
-        A query that can attend to no key has out 0 and null 1.  Only `naive` supports second
-        derivatives; the other backends raise `UserError` if one is requested.
+        (float64 for float64 inputs).  Both are differentiable in query, key, value and the tensors
+        of the null.  A query that can attend to no key has null 1, and its out is the value of the
+        null.  Only `naive` supports second derivatives; the other backends raise `UserError` if one
+        is requested.
 
     Raises:
         UserError: shapes, dtypes or numbers are invalid, or the named backend does not support the
@@ -109,7 +125,8 @@ def null_attention(
     """
     attended = attend(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale,
-        null_logit=null_logit, softcap=softcap, dropout=dropout, backend=backend,
+        null_logit=null_logit, null_key=null_key, null_value=null_value, softcap=softcap,
+        dropout=dropout, backend=backend,
     )  # fmt: skip
     return attended.out_BHTd, attended.null_BHT
 
@@ -123,6 +140,8 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     null_logit: float | Tensor = 0.0,
+    null_key: Tensor | None = None,
+    null_value: Tensor | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
@@ -131,10 +150,17 @@ def attend(
     _check_shapes(query, key, value)
     _check_numbers(scale, softcap, dropout)
     attn_mask = to_four_axes(attn_mask, query, key)
-    null_logit_H = _null_logits(null_logit, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if isinstance(scale, int):  # the kernels accept only integers of up to 64 bits
         scale = float(scale)
+    null = null_of_call(
+        query, key.shape[1], scale=scale, softcap=softcap, null_logit=null_logit, null_key=null_key,
+        null_value=null_value,
+    )  # fmt: skip
+    if null.value_BHTd is not None and null.value_BHTd.shape[-1] != value.shape[-1]:
+        raise UserError(
+            f"null_value: width {null.value_BHTd.shape[-1]} is not the value's, {value.shape[-1]}"
+        )
     T, S = query.shape[2], key.shape[2]
     if T == 1:
         is_causal = False  # bottom-right alignment: the only query attends to all keys
@@ -147,47 +173,60 @@ def attend(
     if backend == "cpu_flash":
         width, value_width = max(query.shape[-1], value.shape[-1]), value.shape[-1]
         query, key, value = (pad_head_width(x, width) for x in (query, key, value))
-        arguments = (query, key, value, null_logit_H, attn_mask, is_causal, scale)
+        null_value = None if null.value_BHTd is None else pad_head_width(null.value_BHTd, width)
+        arguments = query, key, value, null.logit_BHT, null_value, attn_mask, is_causal, scale
         out_BHTd, null_BHT, lse_BHT = CpuFlash.apply(*arguments)  # type: ignore[no-untyped-call]
         if value_width < width:
             out_BHTd = out_BHTd[..., :value_width]
         return AttentionOutput(out_BHTd, null_BHT, lse_BHT)
     if backend == "cuda_flash":
-        return AttentionOutput(
-            *cuda_flash(query, key, value, null_logit_H, attn_mask, is_causal, scale)
-        )
+        return AttentionOutput(*cuda_flash(query, key, value, null, attn_mask, is_causal, scale))
     if backend == "flex":
-        return AttentionOutput(
-            *flex(query, key, value, null_logit_H, attn_mask, is_causal, scale, softcap)
-        )
-    weights_BHTS, null_BHT, lse_BHT = naive_weights(
-        query, key, attn_mask=attn_mask, scale=scale, softcap=softcap, null_logit=null_logit_H
-    )
+        return AttentionOutput(*flex(query, key, value, null, attn_mask, is_causal, scale, softcap))
     return AttentionOutput(
-        naive_mix(weights_BHTS, value, dropout).to(query.dtype), null_BHT, lse_BHT
+        *naive_attention(
+            query, key, value, null, mask=attn_mask, scale=scale, softcap=softcap, dropout=dropout
+        )
     )
 
 
 def decode_attention(
-    query_BH1d: Tensor, key: Tensor, value: Tensor, *, scale: float, null_logit: float | Tensor
+    query_BH1d: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    null_logit: float | Tensor,
+    null_key: Tensor | None = None,
+    null_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`null_attention` for one new token per sequence that attends to all keys.
 
     Call it only if `can_use_decode_kernel` returns True.
     """
+    null = None
+    if null_key is not None or null_value is not None:
+        null = null_of_call(
+            query_BH1d, key.shape[1], scale=scale, null_logit=null_logit, null_key=null_key,
+            null_value=null_value,
+        )  # fmt: skip
+        null_logit = null.logit_BHT
     width = query_BH1d.shape[-1]
     query_BH1d, key, value = (pad_head_width(x, width) for x in (query_BH1d, key, value))
     out, lse_BH1 = flash_attention_for_cpu(query_BH1d, key, value, 0.0, False, scale=scale)
     null_BH1 = torch.empty_like(lse_BH1)
-    logits, logit = None, 0.0
+    logits, count, logit = None, 1, 0.0
     if isinstance(null_logit, Tensor):
         null_logit = null_logit.to(torch.float32).contiguous()
-        logits = null_logit.data_ptr()
+        logits, count = null_logit.data_ptr(), null_logit.numel()
     else:
         logit = null_logit
     B, H, _, d = query_BH1d.shape
     step = c_kernels.library().null_step  # type: ignore[union-attr]
-    step(out.data_ptr(), lse_BH1.data_ptr(), null_BH1.data_ptr(), logits, logit, B, H, d)
+    pointers = out.data_ptr(), lse_BH1.data_ptr(), null_BH1.data_ptr(), logits
+    step(*pointers, count, logit, B * H, d)
+    if null is not None and null.value_BHTd is not None:
+        out.addcmul_(null_BH1.unsqueeze(-1), null.value_BHTd)
     return out, null_BH1
 
 
@@ -247,34 +286,6 @@ def _is_finite(value: object) -> bool:
     # Not math.isfinite: torch.compile cannot trace it for a symbolic number.
     largest = sys.float_info.max
     return isinstance(value, (int, float)) and -largest <= value <= largest
-
-
-def _null_logits(null_logit: float | Tensor, query: Tensor) -> Tensor:
-    """`null_logit` as a tensor `[1]` or `[H]`, in the precision of the logits."""
-    precise = torch.float64 if query.dtype == torch.float64 else torch.float32
-    heads = query.shape[1]
-    if not isinstance(null_logit, Tensor):
-        try:
-            if isinstance(null_logit, int | float):  # a copy to CUDA would wait for its queue
-                logits = torch.full((), null_logit, dtype=precise, device=query.device)
-            else:
-                logits = torch.as_tensor(null_logit, dtype=precise, device=query.device)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise UserError(
-                f"null_logit: {null_logit!r} is neither a number nor a tensor [{heads}], one value"
-                " per head"
-            ) from None
-        if isinstance(null_logit, float) and null_logit != null_logit:
-            raise UserError("null_logit: nan is not a number; use -inf to switch the null off")
-    elif null_logit.is_complex():
-        raise UserError(f"null_logit: dtype {null_logit.dtype} is not real")
-    else:
-        logits = null_logit.to(precise).to(query.device)
-    if logits.shape not in ((), (1,), (heads,)):
-        raise UserError(
-            f"null_logit: shape {list(logits.shape)} is neither [] nor [{heads}] (one per head)"
-        )
-    return logits.reshape(-1)
 
 
 class Call(NamedTuple):

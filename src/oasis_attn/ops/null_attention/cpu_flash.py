@@ -18,9 +18,9 @@ from oasis_attn.ops.autograd import HandWritten, first_order
 from oasis_attn.ops.null_attention.naive import (
     add_causal_mask,
     lse_with_null,
-    naive_mix,
-    naive_weights,
+    naive_attention,
 )
+from oasis_attn.ops.null_attention.null import Null, null_gradients
 from oasis_attn.ops.torch_compat import (
     dispatch_modes,
     flash_attention_for_cpu,
@@ -32,9 +32,9 @@ _LARGEST_LSE = 4096.0
 
 
 class CpuFlash(HandWritten):
-    """Maps `(query, key, value, null_logit_H, mask, is_causal, scale)` to out, null and lse.
+    """Maps `(query, key, value, *Null, mask, is_causal, scale)` to out, null and lse.
 
-    query, key and value have the same width and contiguous rows; mask has four axes.  lse is the
+    query, key and values have the same width and contiguous rows; mask has four axes.  lse is the
     log-sum-exp over the keys and the null.
     """
 
@@ -43,12 +43,12 @@ class CpuFlash(HandWritten):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        null_logit_H: Tensor,
+        null_logit: Tensor,
+        null_value: Tensor | None,
         mask: Tensor | None,
         is_causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        c = null_logit_H[:, None]
         additive = _additive(mask, query)
         out, lse = flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=additive, scale=scale
@@ -56,7 +56,7 @@ class CpuFlash(HandWritten):
         if additive is not None:  # for a fully masked row the kernel returns lse 0, not -inf
             fully_masked = additive.amax(-1) == -math.inf
             lse = lse.masked_fill(fully_masked, -math.inf)
-        excess = lse - c
+        excess = lse - null_logit
         keep, null = torch.sigmoid(excess), torch.sigmoid(-excess)
         if additive is not None:  # set, because c = -inf gives NaN above
             keep, null = keep.masked_fill(fully_masked, 0), null.masked_fill(fully_masked, 1)
@@ -64,12 +64,14 @@ class CpuFlash(HandWritten):
         # A dispatch mode (selective checkpointing) may keep the kernel's out.
         observed = not torch.compiler.is_compiling() and dispatch_modes()
         out = out * keep if observed else out.mul_(keep)
-        return out, null, lse_with_null(lse, c)
+        if null_value is not None:
+            out = torch.addcmul(out.to(null.dtype), null.unsqueeze(-1), null_value).to(out.dtype)
+        return out, null, lse_with_null(lse, null_logit)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        query, key, value, null_logit_H, mask, ctx.is_causal, ctx.scale = inputs
-        ctx.save_for_backward(query, key, value, null_logit_H, mask, *output)
+        *tensors, ctx.is_causal, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
 
@@ -78,25 +80,27 @@ class CpuFlash(HandWritten):
         ctx: Any, grad_out: Tensor | None, grad_null: Tensor | None, _grad_lse: None
     ) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_null is None:
-            return (None,) * 7
-        gradients = partial(_gradients, ctx.is_causal, ctx.scale, ctx.needs_input_grad[3])
+            return (None,) * 8
+        with_null = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        gradients = partial(_gradients, ctx.is_causal, ctx.scale, with_null)
         return *first_order(gradients, grad_out, grad_null, *ctx.saved_tensors), None, None, None
 
 
 def _gradients(
     is_causal: bool,
     scale: float,
-    with_c: bool,
+    with_null: bool,
     grad_out: Tensor | None,
     grad_null: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    null_logit_H: Tensor,
+    null_logit: Tensor,
+    null_value: Tensor | None,
     mask: Tensor | None,
     *output: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value and null_logit_H.
+    """Gradients of query, key, value, and of the null's logit and value.
 
     The kernel's backward computes dS = P * (dP - delta), with P = exp(s - lse) and
     delta = rowsum(dOut * Out).  With lse' = logaddexp(lse, c) for lse, P is p of attention with the
@@ -107,18 +111,17 @@ def _gradients(
     if not torch.compiler.is_compiling():  # tracing cannot branch on values
         coarse = (lse.abs() > _LARGEST_LSE) & (null < 1)
         if coarse.any():
-            inputs = query, key, value, null_logit_H
+            inputs = query, key, value, null_logit, null_value
             return _naive_gradients(is_causal, scale, grad_out, grad_null, inputs, mask)
     only_null = grad_out is None
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grad_c = None
-    if with_c:
+    grad_logit = grad_value_of_null = None
+    if with_null:
         delta = (grad_out * out).sum(-1, dtype=null.dtype)
-        grad_c = -null * delta
-        if grad_null is not None:
-            grad_c = grad_c + grad_null * null * (1 - null)
-        grad_c = grad_c.sum((0, 2))
+        grad_logit, grad_value_of_null = null_gradients(
+            Null(null_logit, null_value), null, delta, grad_out, grad_null
+        )
     arguments = (grad_out, query, key, value, out, lse)
     if grad_null is None:
         grads = flash_attention_for_cpu_backward(
@@ -127,7 +130,8 @@ def _gradients(
     else:
         grads = _shifted_backward(*arguments, null * grad_null, is_causal, mask, scale)
     grad_query, grad_key, grad_value = grads
-    return grad_query, grad_key, None if only_null else grad_value, grad_c
+    grad_value = None if only_null else grad_value
+    return grad_query, grad_key, grad_value, grad_logit, grad_value_of_null
 
 
 def _shifted_backward(
@@ -215,7 +219,7 @@ def _naive_gradients(
     scale: float,
     grad_out: Tensor | None,
     grad_null: Tensor | None,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Any, ...],
     mask: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The same gradients computed by `naive`, which does not use the log-sum-exp."""
@@ -225,17 +229,19 @@ def _naive_gradients(
         " avoid this, use a boolean mask, or -inf instead of large negative numbers",
         stacklevel=2,
     )
+    leaves: list[Any] = [x if x is None else x.detach().requires_grad_() for x in inputs]
+    query, key, value, null_logit, null_value = leaves
     if is_causal:
-        mask = add_causal_mask(None, inputs[0].shape[2], inputs[1].shape[2], inputs[0].device)
+        mask = add_causal_mask(None, query.shape[2], key.shape[2], query.device)
     with torch.enable_grad():
-        query, key, value, c = leaves = [x.detach().requires_grad_() for x in inputs]
-        weights, null, _ = naive_weights(
-            query, key, attn_mask=mask, scale=scale, softcap=None, null_logit=c
+        outputs = naive_attention(
+            query, key, value, Null(null_logit, null_value), mask=mask, scale=scale
         )
-        outputs = naive_mix(weights, value).to(query.dtype), null
-    pairs = zip(outputs, (grad_out, grad_null), strict=True)
+    pairs = zip(outputs[:2], (grad_out, grad_null), strict=True)
     results, upstream = zip(*(pair for pair in pairs if pair[1] is not None), strict=True)
-    return torch.autograd.grad(results, leaves, upstream, allow_unused=True)
+    given = [x for x in leaves if x is not None]
+    found = iter(torch.autograd.grad(results, given, upstream, allow_unused=True))
+    return tuple(None if x is None else next(found) for x in leaves)
 
 
 def pad_head_width(x: Tensor, width: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend
 from oasis_attn.ops.autograd import HandWritten, first_order
 from oasis_attn.ops.null_attention.cpu_flash import pad_head_width
 from oasis_attn.ops.null_attention.naive import lse_with_null
+from oasis_attn.ops.null_attention.null import Null, null_gradients
 from oasis_attn.ops.torch_compat import (
     cudnn_attention,
     cudnn_attention_backward,
@@ -47,7 +48,7 @@ def cuda_flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    null_logit_H: Tensor,
+    null: Null,
     mask: Tensor | None,
     is_causal: bool,
     scale: float,
@@ -56,20 +57,22 @@ def cuda_flash(
     own = value.shape[-1]
     width = -(-max(query.shape[-1], own) // _ALIGNMENT) * _ALIGNMENT
     query, key, value = (pad_head_width(x, width) for x in (query, key, value))
-    arguments = query, key, value, null_logit_H, mask, is_causal, scale
-    out, null, lse = CudaFlash.apply(*arguments)  # type: ignore[no-untyped-call]
-    return out[..., :own] if own < width else out, null, lse
+    null_value = None if null.value_BHTd is None else pad_head_width(null.value_BHTd, width)
+    arguments = query, key, value, null.logit_BHT, null_value, mask, is_causal, scale
+    out, null_BHT, lse = CudaFlash.apply(*arguments)  # type: ignore[no-untyped-call]
+    return out[..., :own] if own < width else out, null_BHT, lse
 
 
 class CudaFlash(HandWritten):
-    """Maps `(query, key, value, null_logit_H, mask, is_causal, scale)` to out, null and lse."""
+    """Maps `(query, key, value, *Null, mask, is_causal, scale)` to out, null and lse."""
 
     @staticmethod
     def forward(
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        null_logit_H: Tensor,
+        null_logit: Tensor,
+        null_value: Tensor | None,
         mask: Tensor | None,
         is_causal: bool,
         scale: float,
@@ -78,11 +81,10 @@ class CudaFlash(HandWritten):
         attention = _traced_forward if traced else _forward
         additive = _additive(mask, query)
         out, lse = attention(query, key, value, additive, is_causal, scale)
-        c = null_logit_H[:, None]
         if additive is not None:
             fully_masked = additive.amax(-1) == -math.inf
             lse = lse.masked_fill(fully_masked, -math.inf)
-        excess = lse - c
+        excess = lse - null_logit
         keep, null = torch.sigmoid(excess), torch.sigmoid(-excess)
         keep = keep.unsqueeze(-1)
         # A dispatch mode (selective checkpointing) may keep the kernel's out.
@@ -92,12 +94,14 @@ class CudaFlash(HandWritten):
                 null.masked_fill(fully_masked, 1),
                 out.masked_fill(fully_masked.unsqueeze(-1), 0),
             )
-        return out, null, lse_with_null(lse, c)
+        if null_value is not None:
+            out = torch.addcmul(out.to(null.dtype), null.unsqueeze(-1), null_value).to(out.dtype)
+        return out, null, lse_with_null(lse, null_logit)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        query, key, value, null_logit_H, mask, ctx.is_causal, ctx.scale = inputs
-        ctx.save_for_backward(query, key, value, null_logit_H, mask, *output)
+        *tensors, ctx.is_causal, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[2])
 
@@ -106,37 +110,38 @@ class CudaFlash(HandWritten):
         ctx: Any, grad_out: Tensor | None, grad_null: Tensor | None, _grad_total: None
     ) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_null is None:
-            return (None,) * 7
-        gradients = partial(_gradients, ctx.is_causal, ctx.scale, ctx.needs_input_grad[3])
+            return (None,) * 8
+        with_null = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        gradients = partial(_gradients, ctx.is_causal, ctx.scale, with_null)
         return *first_order(gradients, grad_out, grad_null, *ctx.saved_tensors), None, None, None
 
 
 def _gradients(
     is_causal: bool,
     scale: float,
-    with_c: bool,
+    with_null: bool,
     grad_out: Tensor | None,
     grad_null: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _null_logit_H: Tensor,
+    null_logit: Tensor,
+    null_value: Tensor | None,
     mask: Tensor | None,
     *output: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value and null_logit_H; see `cpu_flash._gradients`."""
+    """Gradients of query, key, value, and of the null; see `cpu_flash._gradients`."""
     out, null, lse = output
     null_alone = grad_out is None
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grad_c = None
-    if with_c or grad_null is not None:
+    grad_logit = grad_value_of_null = None
+    if with_null or grad_null is not None:
         delta = (grad_out * out.to(null.dtype)).sum(-1)
-        if with_c:
-            grad_c = -null * delta
-            if grad_null is not None:
-                grad_c = grad_c + grad_null * null * (1 - null)
-            grad_c = grad_c.sum((0, 2))
+        if with_null:
+            grad_logit, grad_value_of_null = null_gradients(
+                Null(null_logit, null_value), null, delta, grad_out, grad_null
+            )
         if grad_null is not None:
             grad_out, out = _with_delta(grad_out, delta + null * grad_null)
     attention_backward = _traced_backward if torch.compiler.is_compiling() else _backward
@@ -144,7 +149,8 @@ def _gradients(
     grad_query, grad_key, grad_value = attention_backward(
         grad_out, query, key, value, out, lse, additive, is_causal, scale
     )
-    return grad_query, grad_key, None if null_alone else grad_value, grad_c
+    grad_value = None if null_alone else grad_value
+    return grad_query, grad_key, grad_value, grad_logit, grad_value_of_null
 
 
 def _with_delta(grad_out: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oasis_attn.ops.null_attention.cpu_flash import pad_head_width
 from oasis_attn.ops.null_attention.naive import lse_with_null
+from oasis_attn.ops.null_attention.null import Null
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -27,7 +28,7 @@ def flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    null_logit_H: Tensor,
+    null: Null,
     mask: Tensor | None,
     is_causal: bool,
     scale: float,
@@ -63,13 +64,15 @@ def flex(
         block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
     )  # fmt: skip
-    c = null_logit_H[:, None]
+    c = null.logit_BHT
     lse = aux.lse.to(c.dtype)
     fully_masked = lse.detach() == -math.inf
     keep = torch.sigmoid(lse - c).masked_fill(fully_masked, 0)
-    null = torch.sigmoid(c - lse).masked_fill(fully_masked, 1)
-    out = (out[..., :own] * keep.unsqueeze(-1)).to(query.dtype)
-    return out, null, lse_with_null(lse, c).detach()
+    null_BHT = torch.sigmoid(c - lse).masked_fill(fully_masked, 1)
+    out = out[..., :own] * keep.unsqueeze(-1)
+    of_null = null.output(null_BHT)
+    out = out if of_null is None else out + of_null
+    return out.to(query.dtype), null_BHT, lse_with_null(lse, c).detach()
 
 
 def causal_blocks(T: int, S: int, device: torch.device) -> BlockMask:

@@ -14,6 +14,26 @@ from torch import Tensor
 
 from oasis_attn.errors import UserError
 from oasis_attn.ops.normalizers import TokenNormalizer, normalize
+from oasis_attn.ops.null_attention.null import Null
+
+
+def naive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    null: Null,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[B, H, T, d]`, null probability and log-sum-exp over keys and null, `[B, H, T]`."""
+    weights_BHTS, null_BHT, lse_BHT = naive_weights(
+        query, key, attn_mask=mask, scale=scale, softcap=softcap, null_logit=null.logit_BHT
+    )
+    out_BHTd = naive_mix(weights_BHTS, value, dropout, null.output(null_BHT, dropout))
+    return out_BHTd.to(query.dtype), null_BHT, lse_BHT
 
 
 def naive_weights(
@@ -28,7 +48,8 @@ def naive_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention weights `[B, H, T, S]`, null probability and log-sum-exp, both `[B, H, T]`.
 
-    The log-sum-exp is over the keys and the null.  `normalizer` is any of `NORMALIZERS`.
+    The log-sum-exp is over the keys and the null.  `null_logit` is broadcastable to `[B, H, T]`;
+    `normalizer` is any of `NORMALIZERS`.
     """
     attn_mask = to_four_axes(attn_mask, query, key)
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -41,8 +62,6 @@ def naive_weights(
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores_BHTS = scores_BHTS + attn_mask.to(precise)
         attn_mask = None
-    if isinstance(null_logit, Tensor):
-        null_logit = null_logit.to(precise).reshape(-1, 1)
     weights_BHTS, null_BHT = normalize(
         scores_BHTS, normalizer, mask=attn_mask, null_logit=null_logit
     )
@@ -54,14 +73,23 @@ def naive_weights(
     return weights_BHTS, null_BHT, lse_BHT
 
 
-def naive_mix(weights_BHTS: Tensor, value_BGSd: Tensor, dropout: float = 0.0) -> Tensor:
-    """The weighted sum of the values, `[B, H, T, d]`, in the dtype of the weights."""
+def naive_mix(
+    weights_BHTS: Tensor,
+    value_BGSd: Tensor,
+    dropout: float = 0.0,
+    null_output_BHTd: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of the values, `[B, H, T, d]`, in the dtype of the weights.
+
+    `null_output_BHTd`, what the null contributes, is added to it.
+    """
     if dropout:
         weights_BHTS = torch.dropout(weights_BHTS, dropout, train=True)
     groups = weights_BHTS.shape[1] // value_BGSd.shape[1]
     value_BHSd = value_BGSd.to(weights_BHTS.dtype).repeat_interleave(groups, dim=1)
     with torch.autocast(value_BGSd.device.type, enabled=False):
-        return weights_BHTS @ value_BHSd
+        out_BHTd = weights_BHTS @ value_BHSd
+    return out_BHTd if null_output_BHTd is None else out_BHTd + null_output_BHTd
 
 
 def lse_with_null(lse: Tensor, null_logit: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""The setting `null_logit`: a number, or `log_context`, a number computed from a context length."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from oasis_attn.errors import UserError, check_whole, shown
+
+LOG_CONTEXT = "log_context"
+
+LOG_CONTEXT_MARGIN = 0.5
+"""`log_context` is the log of the context length plus this margin.
+
+n keys with logit 0 have a log-sum-exp of log n, so that a null logit above log n takes more than
+half of the attention of a head that ignores all keys.  In trials with the trigger task (arXiv
+2603.11487) in one layer, a constant null logit removes the sink on the first token if it exceeds
+log n by about 0.3, at n = 16 and at n = 64.
+"""
+
+
+def resolve_null_logit(value: Any, text_config: PreTrainedConfig) -> Any:
+    """The number that a value of `null_logit` stands for; numbers are returned unchanged.
+
+    Args:
+        value: a number; `"log_context"`, log(n) + `LOG_CONTEXT_MARGIN` with n the
+            `max_position_embeddings` of `text_config`; or `{"name": "log_context", "length": n}`,
+            for a model that is trained on windows of n tokens, fewer than its positions.
+        text_config: configuration of the family.
+
+    Raises:
+        UserError: the value has neither of these forms, or the family states no
+            `max_position_embeddings`.
+    """
+    if not isinstance(value, str | dict):
+        return value
+    form: dict[str, Any] = dict(value) if isinstance(value, dict) else {"name": value}
+    if form.pop("name", None) != LOG_CONTEXT or set(form) - {"length"}:
+        raise UserError(
+            f"null_logit: {shown(value)} is neither a number nor {LOG_CONTEXT!r} nor"
+            f' {{"name": "{LOG_CONTEXT}", "length": tokens}}'
+        )
+    if "length" in form:
+        length = form["length"]
+        check_whole("null_logit: length", length, 1)
+    else:
+        length = getattr(text_config, "max_position_embeddings", None)
+        if not isinstance(length, int) or length < 1:
+            raise UserError(
+                f"null_logit: {LOG_CONTEXT!r} needs max_position_embeddings, which is {length!r} in"
+                f" the configuration of {text_config.model_type!r}; state the length:"
+                f' {{"name": "{LOG_CONTEXT}", "length": tokens}}'
+            )
+    return math.log(length) + LOG_CONTEXT_MARGIN
