@@ -24,7 +24,7 @@ from oasis_attn.records import BenchmarkRecord, Metric
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table, number
 
-ARMS = {  # normaliser, and the null logit of softmax1
+ARMS = {  # normalizer, and the null logit of softmax1
     "softmax": ("softmax", 0.0),
     "ReLU": (RELU, 0.0),
     "softmax1, c = 0": ("softmax1", 0.0),

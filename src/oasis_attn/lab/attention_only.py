@@ -42,7 +42,7 @@ class AttentionOnlyConfig:
     Args:
         layers, heads: how many; at least 1.
         width: N, of the model and of each head.
-        normalizer: `relu`, or a token normaliser of `oasis_attn.ops.normalizers`.  The null logit
+        normalizer: `relu`, or a token normalizer of `oasis_attn.ops.normalizers`.  The null logit
             is constant with `softmax1` and learned per head with `learned_sink`.
         null_term: what is added to the null logit of a query: nothing (`none`); a learned linear
             function of the query's token, which starts at 0 (`query`); or the log of the number of
@@ -50,7 +50,7 @@ class AttentionOnlyConfig:
         null_value: gives the null of each head a learned value, which starts at 0.
 
     Raises:
-        UserError: a value is not valid, or a null option is given to a normaliser without a null
+        UserError: a value is not valid, or a null option is given to a normalizer without a null
             logit.
     """
 

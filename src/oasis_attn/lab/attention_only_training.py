@@ -1,6 +1,6 @@
 """Trains stacked attention-only models on the trigger-conditional task, and measures their sinks.
 
-The optimiser, the stop rule and the measurement are those of arXiv 2603.11487.  Each model stops
+The optimizer, the stop rule and the measurement are those of arXiv 2603.11487.  Each model stops
 by itself; its result does not depend on the models that it is stacked with.
 """
 
@@ -63,7 +63,7 @@ class Trained:
 
     Attributes:
         start: its seed and the null logit that it started with.
-        steps: of the optimiser.
+        steps: of the optimizer.
         solved: whether the error reached the tolerance.
         model: the model, alone in its stack.
     """
@@ -142,7 +142,7 @@ def _adam(models: AttentionOnlyModels, rule: TrainingRule) -> torch.optim.Adam:
 def _keep(
     models: AttentionOnlyModels, optimizer: torch.optim.Adam, kept: list[int], rule: TrainingRule
 ) -> tuple[AttentionOnlyModels, torch.optim.Adam]:
-    """The models at the places `kept`, and an optimiser that goes on with their moments."""
+    """The models at the places `kept`, and an optimizer that goes on with their moments."""
     fewer = models.select(kept)
     continued = _adam(fewer, rule)
     for name, parameter in models.named_parameters():

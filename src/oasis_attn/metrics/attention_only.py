@@ -44,7 +44,7 @@ ATTENTION_ONLY = (
     ),
     Definition(
         name="attention_only.steps",
-        definition="optimiser steps until the largest error in a batch is below 0.005",
+        definition="optimizer steps until the largest error in a batch is below 0.005",
         unit="steps",
         protocol=_SEQUENCES,
         source=_SOURCE,

@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 
 from oasis_attn.report.figures import _STYLE, MUTED, _set_title
 
-_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#888888")
+_COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#888888")
 Points = Sequence[tuple[float, float]]
 
 
@@ -31,20 +31,20 @@ def threshold_figure(
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.6, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
+        for (name, points), color in zip(curves.items(), _COLORS, strict=False):
             logits = sorted({logit for logit, _ in points})
             medians = [float(np.median([p for c, p in points if c == logit])) for logit in logits]
-            left.plot(logits, medians, color=colour, label=name)
-            left.plot(*zip(*points, strict=True), ".", color=colour)
+            left.plot(logits, medians, color=color, label=name)
+            left.plot(*zip(*points, strict=True), ".", color=color)
         _set_title(left, "Attention on the first token at idle queries", "mean probability")
         left.set(xlabel="null logit", ylabel="probability")
         left.legend()
-        for (level, points), colour in zip(thresholds.items(), _COLOURS[::4], strict=False):
+        for (level, points), color in zip(thresholds.items(), _COLORS[::4], strict=False):
             lengths = np.array(sorted({length for length, _ in points}))
             intercept, slope = lines[level]
             label = f"probability {level:g}: {intercept:.2f} + {slope:.2f} log(length)"
-            right.plot(lengths, intercept + slope * np.log(lengths), color=colour, label=label)
-            right.plot(*zip(*points, strict=True), ".", color=colour)
+            right.plot(lengths, intercept + slope * np.log(lengths), color=color, label=label)
+            right.plot(*zip(*points, strict=True), ".", color=color)
         lengths = np.array(sorted({length for each in thresholds.values() for length, _ in each}))
         dashed = (0, (4, 3))
         right.plot(
