@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 
 from oasis_attn.errors import UserError, shown
+from oasis_attn.metrics.attention_only import ATTENTION_ONLY
 from oasis_attn.metrics.benchmarks import BENCHMARKS
 from oasis_attn.metrics.definition import Definition
 from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, SINKS
@@ -29,6 +30,7 @@ SECTIONS: dict[str, tuple[Definition, ...]] = {
     "Quantization and prefixes": QUANTIZATION,
     "Quantized models in a study": STUDY_QUANTIZED,
     "Benchmarks": BENCHMARKS,
+    "Attention-only models": ATTENTION_ONLY,
 }
 """The definitions by topic."""
 

@@ -1,0 +1,1 @@
+"""Small experiments on tasks for which attention sinks are necessary."""
