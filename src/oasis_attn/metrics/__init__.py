@@ -14,6 +14,7 @@ from oasis_attn.errors import UserError, shown
 from oasis_attn.metrics.benchmarks import BENCHMARKS
 from oasis_attn.metrics.definition import Definition
 from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, SINKS
+from oasis_attn.metrics.lab import LAB
 from oasis_attn.metrics.runs import LANGUAGE, QUANTIZATION, STUDY_QUANTIZED, TASKS, TRAINING
 
 __all__ = ["GLOSSARY", "SECTIONS", "Definition", "definitions"]
@@ -28,6 +29,7 @@ SECTIONS: dict[str, tuple[Definition, ...]] = {
     "Training and studies": TRAINING,
     "Quantisation and prefixes": QUANTIZATION,
     "Quantised models in a study": STUDY_QUANTIZED,
+    "Decoders on generated tasks": LAB,
     "Benchmarks": BENCHMARKS,
 }
 """The definitions by topic."""

@@ -86,8 +86,8 @@ class OasisConfig(PreTrainedConfig):
             residual: `none`, `rms` (all of them), `rms_mlp` (only the MLPs), or registered by
             `register_branch_norm`.
         null_signal: the null evidence psi that lowers the depth logits: `on` (OASIS), `shuffled`
-            over all tokens of the batch (a control, not causal), `off`, or registered by
-            `register_null_signal`.
+            or `averaged` over all tokens of the batch (controls, not causal), `off`, or registered
+            by `register_null_signal`.
         beta_init: initial value of beta, the strength of the null signal, before the softplus.
 
     Raises:

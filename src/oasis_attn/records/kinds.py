@@ -157,9 +157,9 @@ class TrialRecord(ModelRecord):
         command: runs the trial again.
         trained_parameters: how many of the model's parameters were trained.
         targets: by scheme, how many tensors are quantised.
-        tokenizer_sha256: hash of the tokenizer.
-        train: the blocks that it was trained on.
-        train_corpus_sha256: hash of their text.
+        tokenizer_sha256: hash of the tokenizer; empty for a generated task, which has none.
+        train: the blocks (of a generated task, the sequences) that it was trained on.
+        train_corpus_sha256: hash of their text (of a generated task, of the sequences).
         data: the windows that were measured on.
         calibration_windows: how many others quantisation was calibrated on.
     """

@@ -1,0 +1,22 @@
+"""Small decoders on generated tasks, trained and measured in seconds."""
+
+from __future__ import annotations
+
+from oasis_attn.lab.decoder import (
+    LAB_SIZES,
+    DecoderTraining,
+    decoder_backbone,
+    predict,
+    train_decoder,
+)
+from oasis_attn.lab.measure import measure_decoder, quantized_errors
+
+__all__ = [
+    "LAB_SIZES",
+    "DecoderTraining",
+    "decoder_backbone",
+    "measure_decoder",
+    "predict",
+    "quantized_errors",
+    "train_decoder",
+]
