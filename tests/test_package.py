@@ -17,6 +17,7 @@ LAYERS = [  # as in CONTRIBUTING.md
     {"cli"},
     {"study"},
     {"report"},
+    {"lab"},
     {"training", "measure", "quantization", "evaluation"},
     {"data"},
     {"hub"},

@@ -10,7 +10,7 @@ import torch
 from oasis_attn.data.trigger import trigger_task
 from oasis_attn.errors import UserError
 from oasis_attn.lab import DecoderTraining, decoder_backbone, predict, train_decoder
-from oasis_attn.modeling.model import OasisForCausalLM
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 
 TASK = trigger_task("trigger-every-8")

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, SmolLM3Config
 
 from oasis_attn.data.trigger import TriggerTask
 from oasis_attn.errors import check_at_least, check_choice, check_flag, check_whole
-from oasis_attn.modeling.configuration import OasisConfig
-from oasis_attn.modeling.model import OasisForCausalLM
+from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 
 LAB_SIZES: Mapping[str, int] = MappingProxyType({f"lab-{n}": n for n in (1, 2, 4, 8, 16)})
 """Sizes of decoders by name: number of layers.  All have width 64 and 2 heads."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from oasis_attn.data.trigger import TriggerBatch
+from oasis_attn.hub.model_info import eval_mode
 from oasis_attn.lab.decoder import embed, predict
 from oasis_attn.measure.depth import Depth
 from oasis_attn.measure.hooks import HookPoint, find_hook_points
@@ -24,8 +25,7 @@ from oasis_attn.measure.outliers import Outliers
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.depth_cache import RouterCall, observe_depth
-from oasis_attn.modeling.model import OasisForCausalLM
-from oasis_attn.modeling.model_info import eval_mode
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.quantization import quantize, quantized_modules, schemes
 from oasis_attn.records import Metric
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from oasis_attn.data.trigger import TriggerBatch, trigger_task
+from oasis_attn.hub.model_info import describe_model
 from oasis_attn.lab import DecoderTraining, measure_decoder, quantized_errors, train_decoder
-from oasis_attn.modeling.model_info import describe_model
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.records import BlocksInfo, TextInfo, TrialRecord
 from oasis_attn.study.plan import Trial

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from oasis_attn.data.trigger import trigger_task
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.lab import LAB_SIZES, DecoderTraining, decoder_backbone
-from oasis_attn.modeling.configuration import OasisConfig
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 
 if TYPE_CHECKING:
     from oasis_attn.study.plan import Plan
