@@ -2,7 +2,7 @@
 
 python benchmarks/arith.py --runs FOLDER
 
-Trains a model on `arith`, quantises it by scheme and lets it solve problems of the test part: less
+Trains a model on `arith`, quantizes it by scheme and lets it solve problems of the test part: less
 than an hour.  A run that is finished in FOLDER is not repeated.  Record and
 table go to docs/results/arith.
 """

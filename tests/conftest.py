@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill uninitialised tensors with NaN: whatever reads one shows it."""
+    """Fill uninitialized tensors with NaN: whatever reads one shows it."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

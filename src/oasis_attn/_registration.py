@@ -1,7 +1,7 @@
 """Register the OASIS classes with transformers when transformers is imported, not earlier.
 
 So `import oasis_attn` stays fast, and `AutoModelForCausalLM` can load OASIS checkpoints, including
-quantised ones, in whichever order the two libraries are imported.
+quantized ones, in whichever order the two libraries are imported.
 """
 
 from __future__ import annotations

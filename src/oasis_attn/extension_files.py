@@ -1,4 +1,4 @@
-"""Run Python files of the user that register null signals, branch norms or token normalisers.
+"""Run Python files of the user that register null signals, branch norms or token normalizers.
 
 Only the user names these files, on the command line, in the environment or in Python.  A checkpoint
 or a plan never does.

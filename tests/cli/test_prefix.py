@@ -43,7 +43,7 @@ def test_the_folder_holds_the_model_with_its_prefix(oasis, places, text):
     assert "perplexity.quantized" in shown.out
 
 
-def test_quantising_a_model_with_a_prefix_keeps_it(oasis, places, text):
+def test_quantizing_a_model_with_a_prefix_keeps_it(oasis, places, text):
     model, out = places
     shape = ("--calibration", text, "--window", 16, "--windows", 3)
     assert (

@@ -58,7 +58,7 @@ def test_simulated(oasis, model, shape, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
-def test_reports_the_share_of_quantised_weights(oasis, kind, shape, tokenizer, tmp_path):
+def test_reports_the_share_of_quantized_weights(oasis, kind, shape, tokenizer, tmp_path):
     with quiet():
         AutoModelForCausalLM.from_config(tiny_config(kind)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -75,7 +75,7 @@ def test_native_models_and_tokenizers_without_pad_token(tokenizer):
         tokenizer.pad_token, tokenizer.padding_side = pad, side
 
 
-def test_samples_are_independent_of_batch_neighbours_and_of_the_global_generator(build, tokenizer):
+def test_samples_are_independent_of_batch_neighbors_and_of_the_global_generator(build, tokenizer):
     model = build(dtype=torch.float64)
     options = {"repeats": 3, "temperature": 1.0}
     whole = run(model, tokenizer, batch_size=12, **options)

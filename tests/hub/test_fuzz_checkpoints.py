@@ -55,7 +55,7 @@ MODELS = {
     "qwen3_moe": lambda: AutoModelForCausalLM.from_config(tiny_config("qwen3_moe")),
     "oasis": tiny_model,
     "prefix": _with_prefix,
-    "quantised": lambda: quantize(tiny_model(), "w8a8-dynamic"),
+    "quantized": lambda: quantize(tiny_model(), "w8a8-dynamic"),
 }
 
 

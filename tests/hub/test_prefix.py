@@ -300,10 +300,10 @@ def test_an_adapter_without_prefix_in_the_weights_is_refused(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_model_quantised_by_another_library_is_refused(llama):
+def test_a_model_quantized_by_another_library_is_refused(llama):
     model = native()
     model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gptq"))
-    with pytest.raises(UserError, match="quantised by gptq and cannot be saved with a prefix"):
+    with pytest.raises(UserError, match="quantized by gptq and cannot be saved with a prefix"):
         attach_prefix(model, prefix_of(llama[1]))
 
 

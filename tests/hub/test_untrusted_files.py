@@ -208,7 +208,7 @@ def test_settings_that_no_model_can_have(folder, changes, message):
      {"quant_method": "oasis", "scheme": {}, "targets": [1], "transforms": {}}],
 )  # fmt: skip
 @pytest.mark.parametrize("nested", [False, True])
-def test_quantisation_that_is_none(folder, tmp_path, value, nested):
+def test_quantization_that_is_none(folder, tmp_path, value, nested):
     if nested:
         folder = tmp_path / "ours"
         tiny_model().save_pretrained(folder)
@@ -223,8 +223,8 @@ def test_quantisation_that_is_none(folder, tmp_path, value, nested):
 
 
 @pytest.mark.parametrize("value", [None, True, 3, "x", -1, [], [1], {}, {"a": 1}, [["a", 1]]])
-def test_a_quantised_models_own_settings(tmp_path, value):
-    folder = tmp_path / "quantised"
+def test_a_quantized_models_own_settings(tmp_path, value):
+    folder = tmp_path / "quantized"
     quantize(tiny_model(), "w8a8-dynamic").save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

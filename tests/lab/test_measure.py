@@ -149,16 +149,16 @@ def test_measuring_changes_nothing(oasis):
 
 
 @pytest.mark.parametrize("variant", ["vanilla", "oasis"])
-def test_errors_of_quantised_decoders(variant):
+def test_errors_of_quantized_decoders(variant):
     model, batch, calibration = decoder(variant).requires_grad_(False), sequences(1), sequences(2)
-    metrics, targets = quantized_errors(model, batch, calibration, ("w8a8-static", "w4a4"))
+    metrics, targets = quantized_errors(model, batch, calibration, ("w8a8-static-full", "w4a4"))
     found = {metric.name: metric.value for metric in metrics}
     weight = model.get_input_embeddings().weight
     plain = float((predict(model, batch.x_BTN) - batch.y_BTN).square().mean())
-    for scheme, batches in (("w8a8-static", [calibration.x_BTN @ weight]), ("w4a4", None)):
+    for scheme, batches in (("w8a8-static-full", [calibration.x_BTN @ weight]), ("w4a4", None)):
         quantized = quantize(model, scheme, calibration=batches)
         error = float((predict(quantized, batch.x_BTN) - batch.y_BTN).square().mean())
         assert found[f"task.error@{scheme}"] == pytest.approx(error)
         assert found[f"task.error_increase@{scheme}"] == pytest.approx(error - plain, rel=1e-3)
         assert found[f"task.error_ratio@{scheme}"] == pytest.approx(error / plain)
-    assert targets["w8a8-static"] > targets["w4a4"] == 14
+    assert targets["w8a8-static-full"] > targets["w4a4"] == 14

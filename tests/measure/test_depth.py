@@ -149,7 +149,7 @@ def test_every_measure_equals_the_forward_pass_written_out(variant, settings):
             signals.append(signal.mean(1))
     assert len(entropies) == 8
     assert record["depth.entropy"] == pytest.approx(float(torch.stack(entropies).mean()), abs=1e-10)
-    assert record["depth.entropy_normalised"] == pytest.approx(
+    assert record["depth.entropy_normalized"] == pytest.approx(
         float(torch.stack(shares).mean()), abs=1e-10
     )
     for eps in (0.3, 0.2):
@@ -218,7 +218,7 @@ def test_the_measures_by_hand():
         "depth.sink_rate@0.3": 0.5,
         "depth.sink_rate@0.2": 0.5,
         "depth.entropy": pytest.approx(math.log(2) / 4),
-        "depth.entropy_normalised": pytest.approx(0.25),
+        "depth.entropy_normalized": pytest.approx(0.25),
         "depth.null": pytest.approx(0.375),
     }
     assert depth.tables()["depth.null"] == [0, pytest.approx(0.375)]

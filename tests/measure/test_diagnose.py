@@ -47,7 +47,7 @@ def test_sinks_equal_those_of_the_eager_map(family):
         torch.tensor(record.tables["sink.mass"]), mass_LH.float(), atol=1e-6, rtol=1e-5
     )
     assert record["sink.mass"] == pytest.approx(mass_LH.mean().item(), rel=1e-5)
-    assert record["sink.mass_renormalised"] == pytest.approx(record["sink.mass"])
+    assert record["sink.mass_renormalized"] == pytest.approx(record["sink.mass"])
     for eps in (0.3, 0.2):
         rate = (p_NLHT[..., :64].mean(-1) > eps).double().mean().item()
         assert record[f"sink.rate@{eps}"] == pytest.approx(rate)
@@ -116,11 +116,11 @@ def test_null_mass_and_depth_weights_are_the_forward_passes_own():
     assert all(0 < sum(row) < 1 for row in weights)
 
 
-def test_renormalised_mass_divides_by_what_is_spent():
+def test_renormalized_mass_divides_by_what_is_spent():
     model, ids = ours("softmax1"), tokens(1, 2)
     record = diagnose(model, ids)
     mass, null = record["sink.mass"], record["null.mass"]
-    assert mass < record["sink.mass_renormalised"] <= 1
+    assert mass < record["sink.mass_renormalized"] <= 1
     assert 0 < null < 1
 
 

@@ -113,7 +113,7 @@ def brute_force(model, ids):
         q = torch.stack([a.unsqueeze(-1) * p for a, p in zip(alpha, rows, strict=True)], 2).double()
         mass = q.sum((2, 3))
         values = {"mass": mass}
-        for form, x in (("", q), ("_renormalised", q / mass[..., None, None])):
+        for form, x in (("", q), ("_renormalized", q / mass[..., None, None])):
             values["leakage" + form] = x[..., 0].sum(2)
             values["concentration" + form] = x.flatten(2).amax(-1)
             logs = x.log().masked_fill(x == 0, 0)
@@ -166,7 +166,7 @@ def test_equal_weights_over_depth_are_the_residual_sum():
     sums, mixes = (diagnose(model, ids, joint=True) for model in (plain, routed))
     assert mixes["joint.mass"] < sums["joint.mass"] == pytest.approx(1)
     for name in sums.tables["joint.sequences"]:
-        if "_renormalised" in name:
+        if "_renormalized" in name:
             assert mixes[name] == pytest.approx(sums[name], abs=1e-6)
 
 
@@ -246,7 +246,7 @@ def test_the_closed_form_is_that_of_q(seed, count, keys, spent, peaked):
     found = joint_statistics(alpha, rows)
     q = (alpha.unsqueeze(-1) * p).flatten(2)
     torch.testing.assert_close(found["mass"], q.sum(-1))
-    for form, x in (("", q), ("_renormalised", q / q.sum(-1).clamp_min(1e-6).unsqueeze(-1))):
+    for form, x in (("", q), ("_renormalized", q / q.sum(-1).clamp_min(1e-6).unsqueeze(-1))):
         wanted = {
             "leakage": x.unflatten(2, (count, keys))[..., 0].sum(-1),
             "concentration": x.amax(-1),
@@ -255,8 +255,8 @@ def test_the_closed_form_is_that_of_q(seed, count, keys, spent, peaked):
         for name in STATISTICS:
             torch.testing.assert_close(found[name + form], wanted[name], rtol=1e-9, atol=1e-12)
     if q.sum() > 1e-6:
-        assert found["neg_entropy_renormalised"] <= 1e-9
-        assert found["neg_entropy_renormalised"] >= -math.log(count * keys) - 1e-9
+        assert found["neg_entropy_renormalized"] <= 1e-9
+        assert found["neg_entropy_renormalized"] >= -math.log(count * keys) - 1e-9
 
 
 @pytest.mark.parametrize(

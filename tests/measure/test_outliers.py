@@ -217,8 +217,8 @@ def test_every_tensor_of_a_llama_against_stored_activations():
     for name, x_NTD in stored.items():
         x_NM = x_NTD.flatten(1)
         largest[name] = x_NM.abs().amax(1).mean().item()
-        centred = x_NM - x_NM.mean(1, keepdim=True)
-        fourth = (centred**4).mean(1) / (x_NM.std(1, unbiased=True) ** 4 + 1e-6)
+        centered = x_NM - x_NM.mean(1, keepdim=True)
+        fourth = (centered**4).mean(1) / (x_NM.std(1, unbiased=True) ** 4 + 1e-6)
         kurtoses[name] = fourth.mean().item()
     assert {m.where: m.value for m in record.each("outlier.max_inf_norm") if m.where} == (
         pytest.approx(largest)

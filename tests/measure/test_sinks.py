@@ -163,7 +163,7 @@ def test_the_score_is_the_attention_that_a_secondary_sink_receives():
     ]  # fmt: skip
 
 
-def test_rows_that_attend_to_nothing_have_no_renormalised_mass():
+def test_rows_that_attend_to_nothing_have_no_renormalized_mass():
     sinks = Sinks([HookPoint(name="o", kind="attention", layer=0, module=nn.Linear(8, 8))])
     p_BHT = torch.tensor([[[1.0, 0.2, 0.0, 0.1]]])
     call = SimpleNamespace(
@@ -176,5 +176,5 @@ def test_rows_that_attend_to_nothing_have_no_renormalised_mass():
         sinks.update(call)
     values = {metric.name: metric.value for metric in sinks.metrics()}
     assert values["sink.mass"] == pytest.approx(0.1)
-    assert values["sink.mass_renormalised"] == pytest.approx((0.5 + 0.1) / 2)
+    assert values["sink.mass_renormalized"] == pytest.approx((0.5 + 0.1) / 2)
     assert values["null.mass"] == pytest.approx(0.4)

@@ -1,4 +1,4 @@
-"""Null signals, branch norms and token normalisers of a user act as the library's own do."""
+"""Null signals, branch norms and token normalizers of a user act as the library's own do."""
 
 import subprocess
 import sys

@@ -153,7 +153,7 @@ def test_two_phase_inference_equals_one_mix(normalizer, signal, recent):
     beta = torch.rand(3, dtype=torch.float64) if signal else torch.zeros(3, dtype=torch.float64)
     scores_SBTR = torch.stack([depth_scores(v, queries, 1e-6) for v in sources])
     psi_BTS = torch.stack(evidence, -1)
-    logits_SBTR = scores_SBTR - beta * psi_BTS.movedim(-1, 0).unsqueeze(-1)  # psi uncentred
+    logits_SBTR = scores_SBTR - beta * psi_BTS.movedim(-1, 0).unsqueeze(-1)  # psi uncentered
     stacked, folded, scales = torch.stack(sources), 5 - recent, torch.tensor([1.0, 5.0, 6.0])
     mixes, lses = fold_sources(stacked[:folded], logits_SBTR[:folded], scales)
     for r in range(3):

@@ -1,4 +1,4 @@
-"""Experts are quantised like any linear layer, in every family that has experts.
+"""Experts are quantized like any linear layer, in every family that has experts.
 
 The reference is the family's own model: the test rounds its weights, and hooks round its
 activations.  It uses float64, so that both forms round every value in the same direction.  Its
@@ -138,7 +138,7 @@ def weights_rounded(model, spec):
 
 @contextmanager
 def inputs_through(model, function):
-    """Inside the context, each quantised layer gets `function(name, x)` as its input."""
+    """Inside the context, each quantized layer gets `function(name, x)` as its input."""
     undo = []
     for name in linear_targets(model):
         if ".experts." not in name or ".shared_experts." in name:
@@ -240,7 +240,7 @@ def test_linear_layers_equal_the_default_experts_implementation(family):
 
 
 @pytest.mark.parametrize("family", EXPERTS)
-def test_all_weights_but_routers_and_gates_are_quantised(family):
+def test_all_weights_but_routers_and_gates_are_quantized(family):
     model = make(family)
     quantized_model = quantized(model, SCHEMES["dynamic"])
     for name, experts in experts_of(model).items():

@@ -1,4 +1,4 @@
-"""Saving and loading a quantised model is bit-exact."""
+"""Saving and loading a quantized model is bit-exact."""
 
 from __future__ import annotations
 
@@ -133,13 +133,13 @@ def test_loads_in_either_order_of_imports(imports, ids, tmp_path):
     assert float(done.stdout) == logits(quantized_model, ids).double().sum().item()
 
 
-def test_a_loaded_model_is_not_quantised_again(tmp_path):
+def test_a_loaded_model_is_not_quantized_again(tmp_path):
     loaded = save_and_load(quantized(make("llama"), SCHEMES["dynamic"]), tmp_path)
-    with pytest.raises(ValueError, match="model: it is already quantised"):
+    with pytest.raises(ValueError, match="model: it is already quantized"):
         quantize(loaded, "w4a4")
     foreign = make("llama")
     foreign.hf_quantizer = SimpleNamespace()
-    with pytest.raises(ValueError, match="model: it is already quantised"):
+    with pytest.raises(ValueError, match="model: it is already quantized"):
         quantize(foreign, "w4a4")
 
 
@@ -154,7 +154,7 @@ def test_a_model_saved_after_casts_computes_the_same(dtype, name, ids, tmp_path)
     assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
     if dtype == torch.float64:
         return  # values that were rounded to float32 stay rounded
-    # After a cast back to float32, only unquantised tensors have been rounded.
+    # After a cast back to float32, only unquantized tensors have been rounded.
     quantized_model.float()
     again = save_and_load(quantized_model, tmp_path / "2")
     assert torch.equal(logits(again, ids), logits(quantized_model, ids))
@@ -190,7 +190,7 @@ def take_a_step(model, named):
     torch.optim.SGD(parameters, lr=0.1).step()
 
 
-def test_what_is_not_quantised_may_be_trained_and_resized(ids, tmp_path):
+def test_what_is_not_quantized_may_be_trained_and_resized(ids, tmp_path):
     quantized_model = quantized(make("llama"), SCHEMES["dynamic"])
     take_a_step(quantized_model, "norm")
     quantized_model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
@@ -207,18 +207,18 @@ def wrap_in_an_adapter(model):
     get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
 
 
-def disable_a_quantiser(model):
+def disable_a_quantizer(model):
     next(m for m in model.modules() if isinstance(m, StaticQuantizer)).enabled = False
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: take_a_step(m, "up_proj"), "up_proj.weight: it was changed after quantising"),
-        (merge_an_adapter, "q_proj.weight: it was changed after quantising"),
-        (wrap_in_an_adapter, "q_proj was replaced after quantising"),
-        (lambda m: m.resize_token_embeddings(99), "lm_head was replaced after quantising"),
-        (disable_a_quantiser, "is disabled"),
+        (lambda m: take_a_step(m, "up_proj"), "up_proj.weight: it was changed after quantizing"),
+        (merge_an_adapter, "q_proj.weight: it was changed after quantizing"),
+        (wrap_in_an_adapter, "q_proj was replaced after quantizing"),
+        (lambda m: m.resize_token_embeddings(99), "lm_head was replaced after quantizing"),
+        (disable_a_quantizer, "is disabled"),
         (lambda m: m.model.layers[0].mlp.half(), "is torch.float16 in a model of torch.float32"),
         (lambda m: m.model.norm.to("meta"), "model: it is offloaded"),
     ],
@@ -245,7 +245,7 @@ def test_casts_of_unsaved_buffers_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"a cast changed model.embed_tokens.embed_scale"):
         quantized_model.to(torch.bfloat16).save_pretrained(tmp_path)
     early = make("llama").to(torch.bfloat16)
-    with pytest.raises(UserError, match=r"cast to torch.bfloat16 before it was quantised"):
+    with pytest.raises(UserError, match=r"cast to torch.bfloat16 before it was quantized"):
         quantized(early, SCHEMES["dynamic"]).save_pretrained(tmp_path)
 
 
@@ -255,7 +255,7 @@ def test_offloading_is_refused(tmp_path):
     places = dict.fromkeys(
         ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
     )
-    with pytest.raises(UserError, match="device_map: a model that is quantised"), quiet():
+    with pytest.raises(UserError, match="device_map: a model that is quantized"), quiet():
         AutoModelForCausalLM.from_pretrained(
             tmp_path, device_map=places | {"model.layers": "disk"}, offload_folder=tmp_path / "off"
         )
@@ -287,7 +287,7 @@ def test_plain_transformers_refuses_to_load_it(tmp_path):
     native, ours = make("llama"), make("oasis")
     static = quantized(native, SCHEMES["full"])
     models = {
-        "quantised": static,
+        "quantized": static,
         "prefixed": with_prefix(native, compute_prefix(native, (5,))),
         "both": with_prefix(static, compute_prefix(native, (5,))),
         "one tensor": quantize(

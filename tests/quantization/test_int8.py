@@ -88,7 +88,7 @@ GROUPED = QuantSpec(bits=8, symmetric=True, granularity="group", group_size=8)
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [
-        (TABLE["w8a8-static"], "'w8a8-static' can only be simulated: no kernel quantises between"),
+        (TABLE["w8a8-static"], "'w8a8-static' can only be simulated: no kernel quantizes between"),
         (TABLE["w4a4"], "8-bit weights by 8-bit activations only"),
         (TABLE["w4a16"], "8-bit weights by 8-bit activations only"),
         (replace(TABLE["w8a8-dynamic"], weight=GROUPED), "one scale per tensor or channel"),
@@ -106,8 +106,8 @@ def test_refuses_schemes_without_kernels(scheme, reason):
         check_kernels(scheme, CPU)
 
 
-def test_refuses_a_model_that_is_not_quantised():
-    with pytest.raises(UserError, match="model: nothing in it is quantised"):
+def test_refuses_a_model_that_is_not_quantized():
+    with pytest.raises(UserError, match="model: nothing in it is quantized"):
         to_int8(make("llama"))
 
 

@@ -1,4 +1,4 @@
-"""The quantised cache: exact tokens, quantisation error, and use in `generate`."""
+"""The quantized cache: exact tokens, quantization error, and use in `generate`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_values_move_by_at_most_half_a_step(bits, seed, shift, size):
 
 
 def _independent(x, scale, steps):
-    """Asymmetric quantisation in the usual unsigned notation."""
+    """Asymmetric quantization in the usual unsigned notation."""
     scale = scale[..., None].clamp(min=torch.finfo(x.dtype).tiny)
     zero = (-x.clamp(max=0).amin(-1, keepdim=True) / scale).round()
     return ((x / scale).round() + zero).clamp(0, steps).sub(zero) * scale

@@ -1,4 +1,4 @@
-"""Linear layers of other classes are quantised like the equivalent `nn.Linear`."""
+"""Linear layers of other classes are quantized like the equivalent `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_every_layer_is_found(kind):
 
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("name", SCHEMES)
-def test_is_quantised_like_the_equivalent_linear_layer(kind, name, ids, tmp_path):
+def test_is_quantized_like_the_equivalent_linear_layer(kind, name, ids, tmp_path):
     model, scheme = make(kind), SCHEMES[name]
     calibration = batches() if scheme.needs_calibration else None
     quantized_model = quantize(model, scheme, calibration=calibration)
@@ -125,7 +125,7 @@ def test_trainable_weights_stay_trainable(kind):
     assert model.get_submodule(names[1]).weight.grad.abs().sum() > 0
 
 
-def test_a_weight_used_without_its_layer_is_not_quantised(ids, tmp_path):
+def test_a_weight_used_without_its_layer_is_not_quantized(ids, tmp_path):
     """Rotating only this weight would change the function."""
     torch.manual_seed(0)
     config = FalconMambaConfig(

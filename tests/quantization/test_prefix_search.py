@@ -141,7 +141,7 @@ def test_noise_of_one_layer_against_its_definition():
 
 
 @torch.no_grad()
-def test_static_quantisation_error_is_lower_with_the_prefix():
+def test_static_quantization_error_is_lower_with_the_prefix():
     model, ids_BT, calibration = model_with_sink(), text(4, 12), text(8, 12).split(1)
     prefixed = with_prefix(model, compute_prefix(model, (BOS,)))
 

@@ -1,4 +1,4 @@
-"""Fake quantisation against exact rational arithmetic, and property tests."""
+"""Fake quantization against exact rational arithmetic, and property tests."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_zero_is_exact_and_the_number_of_values_is_limited(case):
 
 @given(cases())
 @settings(max_examples=100, deadline=None)
-def test_quantising_twice_equals_quantising_once(case):
+def test_quantizing_twice_equals_quantizing_once(case):
     x, spec = case
     blocks, qparams = own_qparams(x, spec)
     once = fake_quantize(blocks, qparams)

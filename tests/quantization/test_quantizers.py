@@ -1,4 +1,4 @@
-"""The dynamic and the static quantiser."""
+"""The dynamic and the static quantizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An acceptance criterion: quantisation of a pretrained model, measured on held-out text."""
+"""An acceptance criterion: quantization of a pretrained model, measured on held-out text."""
 
 from __future__ import annotations
 

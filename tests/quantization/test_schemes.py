@@ -90,7 +90,7 @@ def test_options_of_weight_and_activation():
         ({"weight.bit": 3}, "scheme option: 'bit' .*did you mean 'bits'"),
         ({"weigth.bits": 3}, "scheme option: 'weigth.bits' is not one of name, weight"),
         ({"static.head": True}, "scheme option: 'static.head' is not one of"),
-        ({"activation.bits": 3}, "activation.bits: scheme 'w4a16' does not quantise activations"),
+        ({"activation.bits": 3}, "activation.bits: scheme 'w4a16' does not quantize activations"),
         ({"weight": 3}, "scheme: {'weight': 3} does not fit"),
         ({"smooth_alpha": "much"}, "scheme: .* does not fit"),
         ({"weight.bits": 1}, "bits: 1 is not an integer from 2 to 8"),

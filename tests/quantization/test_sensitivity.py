@@ -68,7 +68,7 @@ def test_errors_and_ranges_by_target(model):
 
 
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
-def test_only_one_group_equals_quantising_that_group_alone(model, rotation):
+def test_only_one_group_equals_quantizing_that_group_alone(model, rotation):
     scheme, ids = replace(TABLE["w4a4"], rotation=rotation), torch.cat(batches())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scores = measure_sensitivity(

@@ -1,4 +1,4 @@
-"""Quantised models: which modules change, what they compute, and which input is refused."""
+"""Quantized models: which modules change, what they compute, and which input is refused."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_original_does_not_change_and_shares_other_tensors(scheme):
 
 
 def reference_logits(model, token_ids, scheme, ranges=None):
-    """Fake quantisation by hooks on the unquantised model."""
+    """Fake quantization by hooks on the unquantized model."""
     hooks, saved = [], {}
     for name in linear_targets(model):
         linear = model.get_submodule(name)
@@ -124,7 +124,7 @@ def reference_logits(model, token_ids, scheme, ranges=None):
 
 
 def observed_ranges(model, scheme):
-    """Minimum and maximum input of each target in a model with quantised weights only."""
+    """Minimum and maximum input of each target in a model with quantized weights only."""
     model = quantize(model, replace(scheme, activation=None, static=False))
     ranges = {}
 
@@ -178,7 +178,7 @@ def test_error_falls_with_bits():
     assert errors[-1] < 0.05 * exact.norm()
 
 
-def test_the_bias_is_not_quantised():
+def test_the_bias_is_not_quantized():
     model = make_model(attention_bias=True)
     nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias)
     quantized_model = quantize(model, DYNAMIC)
@@ -190,7 +190,7 @@ def test_the_bias_is_not_quantised():
 
 
 @pytest.mark.parametrize("kind", ["llama", "oasis"])
-def test_a_quantised_head_stays_quantised(kind):
+def test_a_quantized_head_stays_quantized(kind):
     model = make_model(kind)
     targets = linear_targets(model, head=True)
     assert set(targets) - set(linear_targets(model)) == {"lm_head"}
@@ -288,8 +288,8 @@ def test_refuses_bad_input(arguments, message):
         quantize(make_model(), **arguments)
 
 
-def test_refuses_a_quantised_model():
-    with pytest.raises(UserError, match="model: it is already quantised"):
+def test_refuses_a_quantized_model():
+    with pytest.raises(UserError, match="model: it is already quantized"):
         quantize(quantize(make_model(), DYNAMIC), DYNAMIC)
 
 

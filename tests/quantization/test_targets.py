@@ -1,4 +1,4 @@
-"""The full form: which tensors between the linear layers are quantised, and what that computes."""
+"""The full form: which tensors between the linear layers are quantized, and what that computes."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_computes_what_the_model_written_out_computes(ids):
 
 @torch.no_grad()
 def test_what_is_read_is_what_is_carried_on(ids):
-    """The layer's output is a quantised sum plus a branch, not the sum before it was quantised."""
+    """The layer's output is a quantized sum plus a branch, not the sum before it was quantized."""
     model = make("llama")
     middle = "model.layers.0.post_attention_layernorm:input"
     quantized_model = quantize(model, SCHEME, calibration=batches(), targets=[middle])
@@ -236,7 +236,7 @@ def test_a_family_without_adapter_is_refused():
     assert linear_targets(model)
 
 
-def test_a_copy_runs_its_own_quantisers(ids):
+def test_a_copy_runs_its_own_quantizers(ids):
     quantized_model = quantize(make("oasis"), SCHEME, calibration=batches())
     other, before = copy.deepcopy(quantized_model), logits(quantized_model, ids)
     for module in other.modules():

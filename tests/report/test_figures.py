@@ -64,7 +64,7 @@ def test_png_is_written_atomically(tmp_path: Path) -> None:
     assert [child.name for child in path.parent.iterdir()] == ["map.png"]
 
 
-def test_svg_has_the_colours_of_the_page_and_no_links() -> None:
+def test_svg_has_the_colors_of_the_page_and_no_links() -> None:
     text = figures.svg(figures.sink_map(diagnosis()))
     assert text.startswith("<svg")
     assert "currentColor" in text

@@ -51,8 +51,8 @@ def test_each_criterion():
         "sink rate at 0.3 against softpick": "met (whole interval)",
         "avg kurtosis against gated_attention": "met (whole interval)",
         "avg kurtosis against softpick": "not met",
-        "w8a8-static perplexity against unquantised": "met (whole interval)",
-        "w4a4 perplexity against unquantised": "not met",
+        "w8a8-static perplexity against unquantized": "met (whole interval)",
+        "w4a4 perplexity against unquantized": "not met",
         "perplexity against vanilla": "met (whole interval)",
     }
     cost = check_criteria(results(), "oasis")[4]
@@ -65,7 +65,7 @@ def test_a_rate_above_a_baseline_of_zero_is_not_met_and_missing_data_are_not_tes
     found = results(**{"sink.rate@0.3": some, "perplexity.windowed@w4a4": {}})
     assert outcomes(found)["sink rate at 0.3 against gated_attention"] == "not met"
     assert outcomes(found)["sink rate at 0.3 against softpick"] == "not tested"
-    assert outcomes(found)["w4a4 perplexity against unquantised"] == "not tested"
+    assert outcomes(found)["w4a4 perplexity against unquantized"] == "not tested"
 
 
 def test_an_interval_that_contains_the_limit_is_met_only_by_its_mean():

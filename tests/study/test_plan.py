@@ -44,7 +44,7 @@ def test_paper_has_the_five_baselines_and_three_corpora_and_seeds():
     assert {"w8a8-static", "w8a8-dynamic", "w4a4"} == set(plan.schemes)
 
 
-def test_isolate_crosses_token_and_depth_normalisers_with_the_signal():
+def test_isolate_crosses_token_and_depth_normalizers_with_the_signal():
     plan = load_plan("isolate")
     table = variants()
     seen = set()

@@ -229,12 +229,12 @@ def test_penalty_is_logged_apart_and_lowers_what_it_measures(onward):
         assert column(halves, name) == pytest.approx(column(pressed, name), abs=2e-4)
 
 
-def test_a_quantised_model_is_refused(onward, models):
+def test_a_quantized_model_is_refused(onward, models):
     native, tokenizer = load_model(models / "native")
-    quantize(native, "w4a4").save_pretrained(models / "quantised")
-    tokenizer.save_pretrained(models / "quantised")
-    with pytest.raises(UserError, match=r"from_model: .*quantised' is quantised"):
-        quiet(onward(source="quantised"))
+    quantize(native, "w4a4").save_pretrained(models / "quantized")
+    tokenizer.save_pretrained(models / "quantized")
+    with pytest.raises(UserError, match=r"from_model: .*quantized' is quantized"):
+        quiet(onward(source="quantized"))
     assert not onward().out.exists()
 
 

@@ -53,7 +53,7 @@ def top(
         Option(
             metavar="FILE",
             help="Run a Python file before the command, to register null signals, branch norms or"
-            " token normalisers; repeatable. Paths in OASIS_EXTENSIONS are run first.",
+            " token normalizers; repeatable. Paths in OASIS_EXTENSIONS are run first.",
         ),
     ] = None,
 ) -> None:

@@ -55,7 +55,7 @@ def evaluate(
     kv_bits: Annotated[
         int | None,
         Option(
-            help="Quantise the key-value cache to 2, 4 or 8 bits, except for the first 32 and the"
+            help="Quantize the key-value cache to 2, 4 or 8 bits, except for the first 32 and the"
             " last 96 tokens.",
             show_default=False,
         ),

@@ -1,4 +1,4 @@
-"""`oasis prefix`: find prefix tokens that make a model easier to quantise, without training it."""
+"""`oasis prefix`: find prefix tokens that make a model easier to quantize, without training it."""
 
 from __future__ import annotations
 

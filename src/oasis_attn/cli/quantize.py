@@ -1,4 +1,4 @@
-"""`oasis quantize`: quantise a model, and measure the effect."""
+"""`oasis quantize`: quantize a model, and measure the effect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def quantize(
     model: Annotated[
         str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
     ],
-    out: Annotated[Path, Option(help="A new folder for the quantised model.")],
+    out: Annotated[Path, Option(help="A new folder for the quantized model.")],
     scheme: Annotated[
         str, Option(help="w8a8-static, w8a8-static-linear, w8a8-dynamic, w4a8, w4a4 or w4a16.")
     ] = "w8a8-dynamic",
@@ -36,14 +36,14 @@ def quantize(
         bool,
         Option(
             "--simulate",
-            help="Simulate the quantisation in floating point; without it, use int8 kernels.",
+            help="Simulate the quantization in floating point; without it, use int8 kernels.",
         ),
     ] = False,
     ignore: Annotated[
         list[str] | None,
         Option(
             metavar="PATTERN",
-            help="Do not quantise targets that match PATTERN, such as '*.down_proj'; repeatable.",
+            help="Do not quantize targets that match PATTERN, such as '*.down_proj'; repeatable.",
         ),
     ] = None,
     calibration: Annotated[
@@ -66,7 +66,7 @@ def quantize(
     sensitivity: Annotated[
         str | None,
         Option(
-            help="Measure the perplexity with everything quantised except one group of tensors,"
+            help="Measure the perplexity with everything quantized except one group of tensors,"
             " and with only that group. BY is kind, layer or target.",
             metavar="BY",
         ),
@@ -75,7 +75,7 @@ def quantize(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantise a model, measure perplexity, size and speed, and save it for from_pretrained.
+    """Quantize a model, measure perplexity, size and speed, and save it for from_pretrained.
 
     Example: [bold]oasis quantize smollm2 --scheme w4a4 --simulate --out small[/bold]
     """
@@ -86,7 +86,7 @@ def quantize(
 
     from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 
-    with working(f"quantising {model}") as status:
+    with working(f"quantizing {model}") as status:
         record = quantize_checkpoint(
             model,
             out,
@@ -147,13 +147,13 @@ def _show(record: QuantizationRecord) -> None:
         record.each("quantization.activation_error"), key=lambda m: m.value, reverse=True
     )
     rows = [(m.where, f"{m.value:.3g}") for m in worst[:10]]
-    title = "Layers with the largest activation quantisation error (relative MSE)"
+    title = "Layers with the largest activation quantization error (relative MSE)"
     print_table(Table(title=title, columns=("tensor", "error"), rows=tuple(rows)))
     if "sensitivity" in record.tables:
         rows = [
             (group, f"{without:.5g}", f"{only:.5g}")
             for group, without, only in zip(*record.tables["sensitivity"].values(), strict=True)
         ]
-        title = "Perplexity with all groups quantised but one, and with only that group"
+        title = "Perplexity with all groups quantized but one, and with only that group"
         columns = ("group", "all but this group", "only this group")
         print_table(Table(title=title, columns=columns, rows=tuple(rows)))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 study = Typer(
     name="study",
-    help="Train, measure, quantise and compare variants over corpora and seeds.",
+    help="Train, measure, quantize and compare variants over corpora and seeds.",
     epilog="Start with: oasis study run smoke --out studies/smoke",
     no_args_is_help=True,
     rich_markup_mode="rich",

@@ -36,7 +36,7 @@ def train(
             help="Override a setting of the variant's configuration; repeatable.",
         ),
     ] = None,
-    steps: Annotated[int, Option(help="Number of optimiser steps.")] = 1000,
+    steps: Annotated[int, Option(help="Number of optimizer steps.")] = 1000,
     seed: Annotated[int, Option(help="Random seed of initial weights and data order.")] = 0,
     block_length: Annotated[int, Option(help="Tokens per sequence.")] = 256,
     batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 16,

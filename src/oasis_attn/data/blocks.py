@@ -1,4 +1,4 @@
-"""Documents packed into blocks of tokens, tokenised once and memory-mapped.
+"""Documents packed into blocks of tokens, tokenized once and memory-mapped.
 
 Axes: N blocks, T tokens.
 """
@@ -130,7 +130,7 @@ def pack_texts(
 ) -> np.ndarray:
     """Token ids [N, T] of the documents, packed in memory.
 
-    Each document is tokenised as a text of its own and followed by EOS.  The tokens of all
+    Each document is tokenized as a text of its own and followed by EOS.  The tokens of all
     documents are cut into blocks, each with BOS in front; what is left after the last whole block
     is dropped.  `Packing` says what replaces a missing EOS or BOS.  The name of a special token in
     a document is text like any other.
@@ -160,7 +160,7 @@ def _packed(
     vocab_size: int,
     source: str,
 ) -> Iterator[np.ndarray]:
-    """The blocks [N, T] in parts, as the documents are tokenised."""
+    """The blocks [N, T] in parts, as the documents are tokenized."""
     packing, dtype = Packing.of(tokenizer), _dtype(vocab_size)
     fresh, blocks = packing.text_tokens(length), 0
     rest = np.empty(0, dtype)

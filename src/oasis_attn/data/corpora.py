@@ -128,8 +128,8 @@ CORPORA: dict[str, Source] = {
         about="language reference of the running Python (about 0.5 MB of prose)",
         splits=by_hash(readers.pydoc),
     ),
-    "wikitext-2": _wikitext("wikitext-2-v1", "WikiText-2, tokenised form with <unk>"),
-    "wikitext-103": _wikitext("wikitext-103-v1", "WikiText-103, tokenised form with <unk>"),
+    "wikitext-2": _wikitext("wikitext-2-v1", "WikiText-2, tokenized form with <unk>"),
+    "wikitext-103": _wikitext("wikitext-103-v1", "WikiText-103, tokenized form with <unk>"),
     "bookcorpus+wiki40b": Source(
         about="BookCorpus followed by the English part of Wiki-40B",
         splits={
@@ -146,7 +146,7 @@ CORPORA: dict[str, Source] = {
         splits={split: partial(_arith, split) for split in _SHARES},
     ),
     "imdb": Source(
-        about="film reviews (Maas et al. 2011): the unlabelled and the labelled test part",
+        about="film reviews (Maas et al. 2011): the unlabeled and the labeled test part",
         splits={
             "train": partial(_after, _REVIEWS["train"], _REVIEWS["test"]),
             "validation": _REVIEWS["validation"],

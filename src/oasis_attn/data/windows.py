@@ -1,6 +1,6 @@
 """Cuts text into windows of tokens, by one protocol for everything that is measured.
 
-1. Each document is tokenised as a text of its own and followed by EOS.
+1. Each document is tokenized as a text of its own and followed by EOS.
 2. The tokens of all documents are cut into disjoint windows, each with BOS in front.
 3. The windows that are read are spread evenly over the text: of all N windows, window i of n is
    number floor(i N / n).
@@ -80,7 +80,7 @@ def read_windows(
 ) -> Windows:
     """Windows of a text by the protocol of this module.
 
-    The whole text is tokenised once; the tokens of a corpus are cached.  With a `stride` below the
+    The whole text is tokenized once; the tokens of a corpus are cached.  With a `stride` below the
     window, each window but the first one of the text scores only its last `stride` tokens, so that
     each of them has at least window - stride - 1 tokens before it.
 

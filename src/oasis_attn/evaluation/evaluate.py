@@ -57,7 +57,7 @@ def evaluate(
     """Perplexity on text, and Pass@k on word problems.
 
     Args:
-        model: a causal decoder in memory (of transformers or this library, or quantised); it is run
+        model: a causal decoder in memory (of transformers or this library, or quantized); it is run
             in eval mode, and is unchanged afterwards.  Or a name for `load_model`, which also loads
             the tokenizer.
         tokenizer: the tokenizer of a model in memory.  It needs no padding token, and its padding

@@ -91,7 +91,7 @@ class Checkpoint:
         """Raise `UserError` if the JSON files are invalid or unsafe.
 
         Returns:
-            Whether the config says that the weights are quantised.
+            Whether the config says that the weights are quantized.
         """
         config = self.read_json("config.json")
         assert config is not None  # required: read_json raises if it does not exist
@@ -166,7 +166,7 @@ def check_config(config: dict[str, Any], *, trust_remote_code: bool) -> bool:
     """Raise `ValueError` on values that do harm before transformers validates them.
 
     Returns:
-        Whether the config says that the weights are quantised.
+        Whether the config says that the weights are quantized.
     """
     quantized = False
     for key, value in config.items():

@@ -1,6 +1,6 @@
 """Conversion of a pretrained model to OASIS and back, without changing the function it computes.
 
-`convert` initialises the new parameters so that the outputs are unchanged: a null logit so low that
+`convert` initializes the new parameters so that the outputs are unchanged: a null logit so low that
 the null probability is 0 (arXiv 2605.17887); zero depth queries, so that the mix, equal weights
 times the number of sources, is the residual sum (arXiv 2603.15031); and, in families whose own
 sinks give a null probability, a beta of 0.  Training then changes them.
@@ -248,10 +248,10 @@ def _native_class(text_config: PreTrainedConfig) -> Any:
 def _share(target: PreTrainedModel, source: PreTrainedModel) -> None:
     """Assign the tensors of `source` to `target`, which is on the meta device.
 
-    Parameters that `target` adds are initialised so that the method is switched off.
+    Parameters that `target` adds are initialized so that the method is switched off.
     """
     if isinstance(target, OasisForCausalLM):
-        _initialise_added(target, source)
+        _initialize_added(target, source)
     found = target.load_state_dict(source.state_dict(), strict=False, assign=True)
     unexpected = [name for name in found.unexpected_keys if not is_ours(name)]
     missing = [name for name in found.missing_keys if not is_ours(name)]
@@ -268,7 +268,7 @@ def _share(target: PreTrainedModel, source: PreTrainedModel) -> None:
     target.train(source.training)
 
 
-def _initialise_added(model: OasisForCausalLM, native: PreTrainedModel) -> None:
+def _initialize_added(model: OasisForCausalLM, native: PreTrainedModel) -> None:
     """Allocate the parameters that `native` does not have, and switch the method off."""
     for layer in model.model.layers:
         if layer.null_logit is not None:

@@ -64,7 +64,7 @@ _BIASES = {"attention_bias": "attn_{}.bias", "mlp_bias": "ffn_{}.bias"}
 
 
 def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, dequantised to float32, and its tokenizer.
+    """The model, dequantized to float32, and its tokenizer.
 
     Raises:
         UserError: the file is not a complete GGUF file, transformers does not support its
@@ -91,7 +91,7 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     info["missing_keys"] = _without_zero_biases(model, info["missing_keys"])
     check_loading_info(info, str(path))
     _check_tensors(file, model)
-    # The weights are plain floats now; with the quantisation config they could not be saved.
+    # The weights are plain floats now; with the quantization config they could not be saved.
     model.hf_quantizer.remove_quantization_config(model)
     return model, tokenizer
 

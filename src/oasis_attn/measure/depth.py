@@ -35,7 +35,7 @@ class Depth:
         weights_BTS = weights_BTS.double()
         self._record("weights", router, weights_BTS.mean(1))
         self._record("null", router, null_BT.mean(1, dtype=torch.float64))
-        # Renormalise, because the weights of Softmax1 and sigmoid do not sum to one.
+        # Renormalize, because the weights of Softmax1 and sigmoid do not sum to one.
         share_BTS = weights_BTS / weights_BTS.sum(-1, keepdim=True).clamp_min(_TINY)
         self._record("entropy", router, torch.special.entr(share_BTS).sum(-1).mean(1))
         if signal_BTS is not None:
@@ -59,8 +59,8 @@ class Depth:
         """Means over routers with at least two sources, with the standard error over windows.
 
         `depth.sink_rate@eps`: share of (window, router) pairs whose mean weight on the embedding
-        exceeds eps (uniform weights are 1/S).  `depth.entropy`: entropy in nats of the renormalised
-        weights; `depth.entropy_normalised`: the same divided by log S.  `depth.null`: null
+        exceeds eps (uniform weights are 1/S).  `depth.entropy`: entropy in nats of the renormalized
+        weights; `depth.entropy_normalized`: the same divided by log S.  `depth.null`: null
         probability of the depth normalizer, if it has one.  `depth.signal`: standard deviation over
         a token's sources of what the null signal adds to their logits, in nats, if there is one.
         """
@@ -78,7 +78,7 @@ class Depth:
             for eps in RATE_THRESHOLDS
         } | {
             "depth.entropy": entropy_NR,
-            "depth.entropy_normalised": entropy_NR / most_R,
+            "depth.entropy_normalized": entropy_NR / most_R,
         }
         for name in self._optional:
             values = self._routers(name)

@@ -11,7 +11,7 @@ q is not stored.  From m_i = sum_j p_i(j), L_i, C_i and E_i of each route,
     E = sum alpha_i E_i + sum m_i alpha_i log alpha_i
 
 This is the closed form of D.4 for rows that sum to one, and it is also exact with a null option,
-where m_i < 1.  The `*_renormalised` values are those of q / Z: otherwise a model with a null
+where m_i < 1.  The `*_renormalized` values are those of q / Z: otherwise a model with a null
 probability has lower values of all three.
 
 A route is a part of a source, with these rows p_i:
@@ -52,7 +52,7 @@ from oasis_attn.modeling.families import family_of
 from oasis_attn.records import DiagnosisRecord, Metric
 
 NO_OP = 0.1  # this share of a window's tokens, those with the smallest update, is near-no-op
-_SMALLEST_MASS = 1e-6  # lower bound of the mass that renormalised values are divided by
+_SMALLEST_MASS = 1e-6  # lower bound of the mass that renormalized values are divided by
 _ELEMENTS = 1 << 20  # attention weights to compute at once
 _EMBEDDING = -1
 
@@ -96,7 +96,7 @@ def routes(residual: str, block: int, sublayer: int) -> tuple[list[int], list[in
 
 
 def joint_statistics(alpha_BTR: Tensor, routes_R: Sequence[Rows]) -> dict[str, Tensor]:
-    """Z, L, C, E and their renormalised values, [B, T] each, from R routes in closed form."""
+    """Z, L, C, E and their renormalized values, [B, T] each, from R routes in closed form."""
     m, leak, peak, neg = (torch.stack(values, dim=-1) for values in zip(*routes_R, strict=True))
     mass_BT = (alpha_BTR * m).sum(-1)
     raw = {
@@ -105,9 +105,9 @@ def joint_statistics(alpha_BTR: Tensor, routes_R: Sequence[Rows]) -> dict[str, T
         "neg_entropy": (alpha_BTR * neg - m * torch.special.entr(alpha_BTR)).sum(-1),
     }
     divisor_BT = mass_BT.clamp_min(_SMALLEST_MASS)
-    renormalised = {f"{name}_renormalised": values / divisor_BT for name, values in raw.items()}
-    renormalised["neg_entropy_renormalised"] -= mass_BT / divisor_BT * divisor_BT.log()
-    return {"mass": mass_BT} | raw | renormalised
+    renormalized = {f"{name}_renormalized": values / divisor_BT for name, values in raw.items()}
+    renormalized["neg_entropy_renormalized"] -= mass_BT / divisor_BT * divisor_BT.log()
+    return {"mass": mass_BT} | raw | renormalized
 
 
 class Joint:
@@ -178,7 +178,7 @@ class Joint:
         }
 
     def metrics(self) -> list[Metric]:
-        """`joint.{mass, leakage, concentration, neg_entropy}` and the `_renormalised` form of the
+        """`joint.{mass, leakage, concentration, neg_entropy}` and the `_renormalized` form of the
         last three, as means over all queries; and each with the suffix `_no_op@0.1` as the mean
         over near-no-op queries: for each sublayer, the 10 % of a window's tokens with the smallest
         update ||v|| / ||h||.

@@ -63,11 +63,11 @@ class Sinks:
 
         self._record("mass", call.layer, _mean(p_BHT[..., 1:]))
         real_BHT = 1 - null_BHT[..., 1:]
-        # A row whose sum is 0 cannot be renormalised; it is excluded from the mean.
+        # A row whose sum is 0 cannot be renormalized; it is excluded from the mean.
         idle_BHT = real_BHT <= 1e-6
         share_BHT = (p_BHT[..., 1:] / real_BHT).masked_fill(idle_BHT, 0).double()
         rows_BH = (~idle_BHT).sum(-1).clamp_min(1)
-        self._record("mass_renormalised", call.layer, share_BHT.sum(-1) / rows_BH)
+        self._record("mass_renormalized", call.layer, share_BHT.sum(-1) / rows_BH)
         self._record("rate", call.layer, _mean(p_BHT[..., :RATE_LENGTH]))
         self._record("rate_window", call.layer, _mean(p_BHT))
         self._record("null", call.layer, _mean(null_BHT))
@@ -113,7 +113,7 @@ class Sinks:
             rates = {"sink.rate": self._stack("rate")} | rates
         means = {
             "sink.mass": self._stack("mass"),
-            "sink.mass_renormalised": self._stack("mass_renormalised"),
+            "sink.mass_renormalized": self._stack("mass_renormalized"),
             "sink.value_weighted": self._stack("value_weighted"),
         } | {
             f"{name}@{eps}": (values > eps).double().where(~values.isnan(), torch.nan)

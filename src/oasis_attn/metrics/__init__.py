@@ -20,15 +20,15 @@ from oasis_attn.metrics.runs import LANGUAGE, QUANTIZATION, STUDY_QUANTIZED, TAS
 __all__ = ["GLOSSARY", "SECTIONS", "Definition", "definitions"]
 
 SECTIONS: dict[str, tuple[Definition, ...]] = {
-    "Language modelling": LANGUAGE,
+    "Language modeling": LANGUAGE,
     "Outliers": OUTLIERS,
     "Attention sinks and the null": SINKS,
     "Depth routing": DEPTH,
     "Joint distribution over depth and positions": JOINT,
     "Tasks": TASKS,
     "Training and studies": TRAINING,
-    "Quantisation and prefixes": QUANTIZATION,
-    "Quantised models in a study": STUDY_QUANTIZED,
+    "Quantization and prefixes": QUANTIZATION,
+    "Quantized models in a study": STUDY_QUANTIZED,
     "Decoders on generated tasks": LAB,
     "Benchmarks": BENCHMARKS,
 }

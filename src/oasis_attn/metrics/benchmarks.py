@@ -90,7 +90,7 @@ BENCHMARKS = (
     ),
     Definition(
         name="integer.simulated_<scheme>_speed_over_float",
-        definition="tokens per second in prefill, SmolLM2 with simulated quantisation / in float",
+        definition="tokens per second in prefill, SmolLM2 with simulated quantization / in float",
         unit="1",
         better="higher",
         protocol=f"{_SPEED}; 4 x 512 tokens",
@@ -139,7 +139,7 @@ BENCHMARKS = (
     ),
     Definition(
         name="perplexity, <scheme>",
-        definition="exp of the mean loss of a token, of the model quantised by <scheme>",
+        definition="exp of the mean loss of a token, of the model quantized by <scheme>",
         unit="1",
         better="lower",
         protocol=_HEALING,

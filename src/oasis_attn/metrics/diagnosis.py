@@ -137,7 +137,7 @@ SINKS = (
         protocol=_HEADS,
     ),
     Definition(
-        name="sink.mass_renormalised",
+        name="sink.mass_renormalized",
         definition="`sink.mass` with each row of probabilities divided by its sum; rows with a sum "
         "of at most 1e-6 are excluded",
         unit="probability",
@@ -229,12 +229,12 @@ DEPTH = (
     ),
     Definition(
         name="depth.entropy",
-        definition="entropy of the renormalised weights of a router, mean over tokens",
+        definition="entropy of the renormalized weights of a router, mean over tokens",
         unit="nats",
         protocol=_ROUTERS,
     ),
     Definition(
-        name="depth.entropy_normalised",
+        name="depth.entropy_normalized",
         definition="`depth.entropy` / log S, where S is the number of sources",
         unit="1",
         protocol=_ROUTERS,
@@ -278,7 +278,7 @@ JOINT = (
         source="OASIS (2605.17887), assumption D.4, with the protocol of this library",
     ),
     Definition(
-        name="joint.<part>_renormalised",
+        name="joint.<part>_renormalized",
         definition="`joint.<part>` computed from q / Z",
         unit="probability; nats for neg_entropy",
         better="lower",
@@ -299,8 +299,8 @@ JOINT = (
         protocol=_JOINT,
     ),
     Definition(
-        name="joint.<part>_renormalised_no_op@<eps>",
-        definition="`joint.<part>_renormalised` over the queries of `joint.mass_no_op@<eps>`",
+        name="joint.<part>_renormalized_no_op@<eps>",
+        definition="`joint.<part>_renormalized` over the queries of `joint.mass_no_op@<eps>`",
         unit="probability; nats for neg_entropy",
         better="lower",
         protocol=_JOINT,

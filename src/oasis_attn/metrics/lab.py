@@ -17,8 +17,8 @@ _HEADS = f"{_TASK}; mean over the queries of all sequences, then over layers and
 _SIGNAL = f"{_TASK}; the trained model is run with the null signal and with psi = 0"
 _ROUTERS = "depth routers with at least two sources"
 _QUANTIZED = (
-    f"{_TASK}; the same model quantised with <scheme>, calibrated on other sequences.  The linear "
-    "maps in and out of the decoder are not quantised"
+    f"{_TASK}; the same model quantized with <scheme>, calibrated on other sequences.  The linear "
+    "maps in and out of the decoder are not quantized"
 )
 _SINK = "arXiv 2603.11487 (the measure of its figures)"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from oasis_attn.metrics.definition import Definition
 
 _PROBLEMS = "`evaluate`: one prompt per problem; mean over problems, n problems"
-_TARGETS = "`quantize`: for each quantised target (`where`)"
+_TARGETS = "`quantize`: for each quantized target (`where`)"
 _PREFIX = "`prefix`: `where` is `before` (without the prefix) or `after` (with the prefix)"
-_STUDY = "`study`: the same model quantised with <scheme>; otherwise as the metric before the @"
+_STUDY = "`study`: the same model quantized with <scheme>; otherwise as the metric before the @"
 
 LANGUAGE = (
     Definition(
@@ -25,7 +25,7 @@ LANGUAGE = (
         unit="1",
         better="lower",
         protocol="as `loss.windowed`; `where` is `before` or `after` in records of `quantize` and "
-        "`prefix`, and the scheme and method in the quantisation benchmark",
+        "`prefix`, and the scheme and method in the quantization benchmark",
     ),
     Definition(
         name="loss.strided",
@@ -45,10 +45,10 @@ LANGUAGE = (
     ),
     Definition(
         name="perplexity.quantized",
-        definition="exp of the mean loss of the quantised model",
+        definition="exp of the mean loss of the quantized model",
         unit="1",
         better="lower",
-        protocol=f"{_PREFIX}; windows spread over the evaluation split; the model is quantised "
+        protocol=f"{_PREFIX}; windows spread over the evaluation split; the model is quantized "
         "with the scheme in the record; n windows",
     ),
 )
@@ -83,7 +83,7 @@ TASKS = (
 TRAINING = (
     Definition(
         name="training.loss",
-        definition="mean loss of the last logged steps, without regularisers",
+        definition="mean loss of the last logged steps, without regularizers",
         unit="nats per token",
         better="lower",
         protocol="`train`: on training batches; the last logged value",
@@ -114,14 +114,14 @@ TRAINING = (
 QUANTIZATION = (
     Definition(
         name="quantization.weight_error",
-        definition="|w^ - w|^2 / |w|^2 for a weight w and its quantised value w^",
+        definition="|w^ - w|^2 / |w|^2 for a weight w and its quantized value w^",
         unit="1",
         better="lower",
         protocol=_TARGETS,
     ),
     Definition(
         name="quantization.activation_error",
-        definition="|x^ - x|^2 / |x|^2 for activations x and their quantised values x^",
+        definition="|x^ - x|^2 / |x|^2 for activations x and their quantized values x^",
         unit="1",
         better="lower",
         protocol=f"{_TARGETS}; over all calibration windows, n windows",
@@ -140,7 +140,7 @@ QUANTIZATION = (
     ),
     Definition(
         name="quantization.scale",
-        definition="quantisation step of a static range",
+        definition="quantization step of a static range",
         unit="activation",
         protocol=_TARGETS,
     ),
@@ -154,16 +154,16 @@ QUANTIZATION = (
     ),
     Definition(
         name="size.quantized_share",
-        definition="number of quantised weights / number of all weights.  Weights are the entries "
+        definition="number of quantized weights / number of all weights.  Weights are the entries "
         "of parameters with two or more dimensions, except embeddings and an output head that is "
-        "not quantised",
+        "not quantized",
         unit="share",
         better="higher",
-        protocol="`quantize`; `float_weights` lists the weights that are not quantised",
+        protocol="`quantize`; `float_weights` lists the weights that are not quantized",
     ),
     Definition(
         name="speed.over_unquantized",
-        definition="time of a forward pass before quantisation / time after quantisation",
+        definition="time of a forward pass before quantization / time after quantization",
         unit="1",
         better="higher",
         protocol="`quantize`: median over evaluation windows, one at a time, with both models "
@@ -197,7 +197,7 @@ QUANTIZATION = (
 STUDY_QUANTIZED = tuple(
     Definition(
         name=f"{name}@<scheme>",
-        definition=f"`{name}` of the quantised model",
+        definition=f"`{name}` of the quantized model",
         unit=unit,
         better=better,
         protocol=_STUDY,

@@ -80,7 +80,7 @@ class OasisConfig(PreTrainedConfig):
         mix_scale: `sum` multiplies the mix by the number of sources (plus 1 for `softmax1`; by 2
             for `sigmoid`), so that zero queries give the exact residual sum.  `rms` brings each
             token's mix to a root mean square of 1.  The next RMSNorm removes that, up to its eps,
-            but a quantiser needs it: without it, tokens whose mixes are small share a range with
+            but a quantizer needs it: without it, tokens whose mixes are small share a range with
             large ones.
         branch_norm: brings the embedding and the branches' outputs to one size before they join the
             residual: `none`, `rms` (all of them), `rms_mlp` (only the MLPs), or registered by
@@ -128,7 +128,7 @@ class OasisConfig(PreTrainedConfig):
             self.text_config = copy.deepcopy(self.text_config)
             # The top config hands its own down, and would forget the family's.
             kwargs.setdefault("experts_implementation", experts_implementation(self.text_config))
-        labelled = self.id2label is not None or "num_labels" in kwargs
+        labeled = self.id2label is not None or "num_labels" in kwargs
         try:
             super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         except UserError:
@@ -138,7 +138,7 @@ class OasisConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         text: Any = self.text_config
-        if not labelled:  # a classifier's are in the family's config
+        if not labeled:  # a classifier's are in the family's config
             self.id2label, self.label2id = text.id2label, text.label2id
         if self.problem_type is None:
             self.problem_type = text.problem_type

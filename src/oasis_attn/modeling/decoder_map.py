@@ -1,7 +1,7 @@
 """Where the parts of a decoder are: its layers, attention, MLPs, norms, projections and head.
 
 `decoder_map` works for models of this library, decoders of transformers, the text decoder in a
-vision-language model, and models wrapped by PEFT.  Diagnosis, quantisation and prefix tokens find
+vision-language model, and models wrapped by PEFT.  Diagnosis, quantization and prefix tokens find
 modules here and nowhere else.
 
 A family with a row in `families.py` has its norms and its MLP where the row says.  Everything else,

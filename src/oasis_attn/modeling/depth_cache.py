@@ -37,7 +37,7 @@ class RouterCall(NamedTuple):
     """What one router computed in one forward pass, for measuring.
 
     `weights_BTS` are alpha before any `mix_scale`; source 0 is the embedding, and a partial block
-    comes last.  `null_BT` is 0 where the depth normaliser has no null.  `signal_BTS` is what the
+    comes last.  `null_BT` is 0 where the depth normalizer has no null.  `signal_BTS` is what the
     null signal added to the logits; None without it.
     """
 
@@ -231,7 +231,7 @@ def drop_source(model: nn.Module, source: int | None) -> Iterator[None]:
     """While open, no router of `model` reads `source`, save those that have no other.
 
     Its logit is -inf, whether its block is finished or not, so that the others share as the depth
-    normaliser has it; psi stays centred over all sources.  None drops nothing, in the same
+    normalizer has it; psi stays centered over all sources.  None drops nothing, in the same
     implementation of the mix.  For residual `depth`.
     """
     routers = [module for module in model.modules() if isinstance(module, DepthRouter)]

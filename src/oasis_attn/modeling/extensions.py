@@ -50,7 +50,7 @@ def shuffled(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
 def averaged(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
     """psi of OASIS, averaged over all tokens of the batch: a control without the information.
 
-    A constant psi for all sources would do nothing, because psi is centred over them.  This keeps
+    A constant psi for all sources would do nothing, because psi is centered over them.  This keeps
     the mean of each source, so that the signal can still prefer one source to another, but not at
     some tokens more than at others.  The result uses values of future tokens.
     """

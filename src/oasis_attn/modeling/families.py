@@ -146,7 +146,7 @@ DEPARTURES = {
         mlp="feed_forward",
     ),
     "modernbert-decoder": Family(pre_attention="attn_norm", pre_mlp="mlp_norm"),
-    "openai-gpt": Family(pre_attention=None, pre_mlp=None),  # it normalises the sums
+    "openai-gpt": Family(pre_attention=None, pre_mlp=None),  # it normalizes the sums
     "rwkv": Family(pre_attention="ln1", pre_mlp="ln2", mlp="feed_forward"),
 }
 """Families that cannot be converted and in which the heuristic of `decoder_map` would be wrong."""

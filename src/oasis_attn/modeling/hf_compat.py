@@ -126,17 +126,17 @@ _NAMES = {  # module: {name: why we need it; what breaks without it}
     "transformers.utils": {
         "SAFE_WEIGHTS_NAME": "names the weight file; a run with adapters cannot resume",
     },
-    # --- transformers: quantised models
+    # --- transformers: quantized models
     "transformers.quantizers.auto": {
         "AutoHfQuantizer": "knows all methods; an unknown one is found out only while loading",
-        "register_quantization_config": "registers our configs; quantised models do not load",
-        "register_quantizer": "registers our quantisers; quantised models do not load",
+        "register_quantization_config": "registers our configs; quantized models do not load",
+        "register_quantizer": "registers our quantizers; quantized models do not load",
     },
     "transformers.quantizers.base": {
-        "HfQuantizer": "takes part in saving and loading; quantised models cannot be saved",
+        "HfQuantizer": "takes part in saving and loading; quantized models cannot be saved",
     },
     "transformers.utils.quantization_config": {
-        "QuantizationConfigMixin": "is our configs' base; quantised models cannot be saved",
+        "QuantizationConfigMixin": "is our configs' base; quantized models cannot be saved",
     },
     # --- transformers: GGUF files
     "transformers.integrations.ggml": {
@@ -168,7 +168,7 @@ _NAMES = {  # module: {name: why we need it; what breaks without it}
         "MappingType": "asks for asymmetric ranges; integers differ from the simulation",
     },
     "torchao.quantization.quantize_.workflows": {
-        "QuantizeTensorToInt8Kwargs": "tells how to quantise inputs; they stay in floating point",
+        "QuantizeTensorToInt8Kwargs": "tells how to quantize inputs; they stay in floating point",
     },
     "torchao.utils": {
         "should_reduce_range": "says where 8-bit sums overflow; CPUs without VNNI compute nonsense",
@@ -186,9 +186,9 @@ OVERRIDDEN = {  # class: {what a subclass of ours defines anew: why; what breaks
         "_can_record_outputs": "collects the null mass; `null_mass` is missing in outputs",
         "_can_set_experts_implementation": "accepts the family's experts; loading refuses them",
         "_check_and_adjust_attn_implementation": "refuses other functions; they have no null",
-        "_from_config": "initialises our parameters; `from_config` leaves them uninitialised",
+        "_from_config": "initializes our parameters; `from_config` leaves them uninitialized",
         "_grouped_mm_can_dispatch": "asks the family; experts that cannot be grouped fail",
-        "_init_weights": "initialises our parameters; they are left uninitialised",
+        "_init_weights": "initializes our parameters; they are left uninitialized",
         "_keep_in_fp32_modules_strict": "keeps routers in float32; a bfloat16 load rounds them",
         "_no_split_modules": "keeps a layer on one device; `device_map` splits residual branches",
         "_skip_keys_device_placement": "leaves our arguments in place; caches are copied",
@@ -220,7 +220,7 @@ OVERRIDDEN = {  # class: {what a subclass of ours defines anew: why; what breaks
         "reverse_transform": "does the same on saving; our parameters are saved misnamed",
     },
     "torch.nn.Module": {
-        "_apply": "keeps the buffers of quantisation in their precision; casts round them",
+        "_apply": "keeps the buffers of quantization in their precision; casts round them",
     },
 }
 
@@ -315,7 +315,7 @@ def before_upload(
 ) -> None:
     """Let `push_to_hub` of this one model call `write(model, folder)` before it uploads.
 
-    Without it, a quantised model of another library's class is uploaded with an empty model card.
+    Without it, a quantized model of another library's class is uploaded with an empty model card.
     """
     vars(model)["_upload_modified_files"] = partial(_write_and_upload, model, write)
 

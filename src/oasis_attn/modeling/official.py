@@ -29,7 +29,7 @@ class KeyProjection(nn.Module):
     """The authors' `k_proj`, `[A, D]`, applied to the query: q . (K y) = (K^T q) . y.
 
     So the query is projected once, and not every state.  It is no `nn.Linear`, because what wraps
-    those (adapters, quantisers) would compute K y.
+    those (adapters, quantizers) would compute K y.
     """
 
     def __init__(self, width: int, rank: int):

@@ -55,7 +55,7 @@ def with_packed_masks(
             use_cache = model.config.use_cache
         if mask is None and cache is None and not use_cache:
             return kwargs | _separate(model, input_of(args, kwargs), positions)
-        # Not torch_compilable_check of transformers: it synchronises, and an export removes it.
+        # Not torch_compilable_check of transformers: it synchronizes, and an export removes it.
         assert_async(single, _NOT_WITH_A_CACHE)
         return kwargs
     if single:

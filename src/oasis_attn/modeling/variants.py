@@ -40,7 +40,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "token_softmax1_only": _DEPTH | {"token_normalizer": "softmax1"},
     "depth_softmax1_only": _DEPTH | {"depth_normalizer": "softmax1"},
     "depth_sigmoid_only": _DEPTH | {"depth_normalizer": "sigmoid"},
-    # the same function with the scale of mixes fixed, for static quantisation
+    # the same function with the scale of mixes fixed, for static quantization
     "oasis_unit": _OASIS | {"mix_scale": "rms"},
     # other functions, for fewer sinks and outliers: see docs/study.md
     "oasis_peri": _OASIS | {"mix_scale": "rms", "null_logit": 5.0, "branch_norm": "rms"},

@@ -47,7 +47,7 @@ void null_step(float *out_BHd, const float *lse_BH, float *null_BH, const float 
  * group begins, one pass over the finished sources makes its routers' partial mixes; each router then
  * merges its own with the sources that have come since, by the online softmax.
  *
- * psi is not centred: for Softmax1 that moves the null's logit from 0 to -beta mean psi, and for the
+ * psi is not centered: for Softmax1 that moves the null's logit from 0 to -beta mean psi, and for the
  * softmax it changes nothing. */
 typedef struct {
     int64_t N, D, R, block, group, null;

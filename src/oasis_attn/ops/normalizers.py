@@ -11,7 +11,7 @@ without this subtraction, so that small values stay accurate.
     softpick         relu(e^x - 1) / sum |e^x - 1|; arXiv 2504.20966 eq. 2
     sparsemax        Euclidean projection on the simplex; Martins & Astudillo 2016
     entmax15         alpha-entmax, alpha 1.5; Peters 2019
-    sigmoid          sigmoid(x) for each key; weights are not normalised over the row
+    sigmoid          sigmoid(x) for each key; weights are not normalized over the row
 
 `register_token_normalizer` adds one for token attention.
 """
@@ -171,7 +171,7 @@ def register_token_normalizer(
 ) -> None:
     """Add `name` to the values of `OasisConfig.token_normalizer`.
 
-    Attention with this normaliser has no fused kernel; it stores the whole attention map.
+    Attention with this normalizer has no fused kernel; it stores the whole attention map.
 
     Args:
         name: letters, digits and `_`; not a name of the library.
@@ -192,12 +192,12 @@ def register_token_normalizer(
 
 
 def with_null() -> list[str]:
-    """Names of the normalisers that have a null."""
+    """Names of the normalizers that have a null."""
     return [name for name in TOKEN_NORMALIZERS if name in _HAS_NULL]
 
 
 def resolve_normalizer(argument: str, value: str | dict[str, Any]) -> TokenNormalizer:
-    """The normaliser that `value` names, with arguments that it takes.
+    """The normalizer that `value` names, with arguments that it takes.
 
     Raises:
         UserError: naming `argument` and what is allowed.

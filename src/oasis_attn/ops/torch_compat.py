@@ -74,7 +74,7 @@ assert_async = torch._assert_async
 `torch._check`; without it, a compiled model mixes packed sequences when it has a cache."""
 
 apply_to_tensors = nn.Module._apply
-"""Casts and moves the tensors of a module; without it, a cast would round quantisation grids."""
+"""Casts and moves the tensors of a module; without it, a cast would round quantization grids."""
 
 
 def replace_apply(
@@ -82,7 +82,7 @@ def replace_apply(
 ) -> None:
     """Let every cast and move of this one module call `function(fn, recurse)`.
 
-    Without it, casts of a quantised model would change buffers that loading computes anew, and the
+    Without it, casts of a quantized model would change buffers that loading computes anew, and the
     saved model would compute something else than the one in memory.
     """
     vars(module)["_apply"] = function

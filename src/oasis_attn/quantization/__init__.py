@@ -1,4 +1,4 @@
-"""Quantise a model with a scheme: simulated at 2 to 8 bits, or in int8 through torchao.
+"""Quantize a model with a scheme: simulated at 2 to 8 bits, or in int8 through torchao.
 
 Modules that need transformers are imported on first use, because `hf_quantizer` is imported while
 transformers itself is being imported.

@@ -12,7 +12,7 @@ from oasis_attn.ops.torch_compat import apply_to_tensors, replace_apply
 
 
 class FixedPrecisionModule(nn.Module):
-    """A module whose `fixed_buffers` hold quantisation parameters; casts keep their dtype."""
+    """A module whose `fixed_buffers` hold quantization parameters; casts keep their dtype."""
 
     fixed_buffers: ClassVar[tuple[str, ...]]
 

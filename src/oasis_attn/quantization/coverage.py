@@ -1,7 +1,7 @@
-"""How much of a model is quantised: the share of quantised weights, and the weights in float.
+"""How much of a model is quantized: the share of quantized weights, and the weights in float.
 
 Weights are parameters of two or more dimensions.  Embeddings do not count, nor does an output head
-that is not quantised.
+that is not quantized.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from oasis_attn.quantization.linear import QuantizedLinear
 
 
 def quantized_share(model: PreTrainedModel) -> float:
-    """The number of entries of quantised weights divided by that of all weights."""
+    """The number of entries of quantized weights divided by that of all weights."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     quantized = sum(math.prod(layer.shape) for layer in layers)
     return quantized / (quantized + sum(float_weights(model).values()))

@@ -46,7 +46,7 @@ def gptq(
 
     All tokens pass through the model once, in one batch.  Each layer's weight is rounded when its
     input arrives, and the layer then computes with the rounded weight, so that later layers
-    compensate for errors of earlier ones.  `observe_qparams` computes the quantisation parameters
+    compensate for errors of earlier ones.  `observe_qparams` computes the quantization parameters
     from the original weight.  The input of an expert is the tokens routed to it.
 
     Args:

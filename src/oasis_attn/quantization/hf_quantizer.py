@@ -1,10 +1,10 @@
-"""Saving and loading of quantised models through transformers' `HfQuantizer` interface.
+"""Saving and loading of quantized models through transformers' `HfQuantizer` interface.
 
 A saved model is an ordinary checkpoint folder.  Weights are stored as integer codes, one byte per
 weight at any bit width (no kernel here reads packed codes), together with their scales and the
 static ranges.  Scales and ranges keep the dtype in which they were computed, whatever the dtype of
 the model is.  The `quantization_config` in `config.json`, with `quant_method` "oasis", describes
-what is quantised.
+what is quantized.
 
 transformers finds the classes below in its registry.  They are registered while transformers itself
 is being imported, so they import the rest of this package only when they are used.
@@ -32,11 +32,11 @@ ARITHMETICS = ("simulated", "int8")
 
 @register_quantization_config(METHOD)
 class OasisQuantizationConfig(PrefixConfig):
-    """The `quantization_config` of a quantised model.
+    """The `quantization_config` of a quantized model.
 
     Args:
         scheme: `Scheme.to_dict()`.
-        targets: names of everything that is quantised.
+        targets: names of everything that is quantized.
         transforms: class names of the input transforms, by linear layer.
         arithmetic: `simulated` (floating point) or `int8` (torchao's kernels).
         prefix: see `PrefixConfig`.
@@ -71,7 +71,7 @@ class OasisQuantizationConfig(PrefixConfig):
 
 @register_quantizer(METHOD)
 class OasisHfQuantizer(PrefixHfQuantizer):
-    """Converts a quantised model to the tensors of its checkpoint, and back."""
+    """Converts a quantized model to the tensors of its checkpoint, and back."""
 
     is_trainable = False
     quantization_config: OasisQuantizationConfig
@@ -103,7 +103,7 @@ class OasisHfQuantizer(PrefixHfQuantizer):
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """Load quantisation parameters in the dtype in which they were saved."""
+        """Load quantization parameters in the dtype in which they were saved."""
         fixed = converter.target_patterns[0] in self._fixed_buffers
         return None if fixed else super().get_new_dtype(converter, param, dtype)
 
@@ -206,7 +206,7 @@ def _check_unchanged(
     different = sorted({*modules} ^ {*targets})
     if different:
         raise UserError(
-            f"model: {different[0]} was replaced after quantising; replace it before quantising"
+            f"model: {different[0]} was replaced after quantizing; replace it before quantizing"
         )
     for name, module in model.named_modules():
         if isinstance(module, StaticQuantizer) and not module.enabled:
@@ -224,13 +224,13 @@ def _check_unchanged(
     for name, tensor in model.named_buffers():
         if "inv_freq" in name and tensor.dtype in (torch.bfloat16, torch.float16):
             raise UserError(
-                f"model: it was cast to {tensor.dtype} before it was quantised, which rounded"
+                f"model: it was cast to {tensor.dtype} before it was quantized, which rounded"
                 f" {name}; load it with from_pretrained(..., dtype={tensor.dtype}) instead"
             )
 
 
 def set_quantization_config(model: PreTrainedModel, fields: Mapping[str, Any]) -> None:
-    """Set the `quantization_config` of `model`, so that transformers saves it as quantised.
+    """Set the `quantization_config` of `model`, so that transformers saves it as quantized.
 
     `fields` are the arguments of `OasisQuantizationConfig`; the prefix is taken from the model.
     """

@@ -1,4 +1,4 @@
-"""Integer arithmetic for a quantised model, by torchao's int8 kernels.
+"""Integer arithmetic for a quantized model, by torchao's int8 kernels.
 
     y = s_x s_w (q_x - z_x) q_w    (Jacob et al. 2018, 1712.05877, eq. 4), q int8, sums int32
 
@@ -33,7 +33,7 @@ def check_kernels(scheme: Scheme, device: torch.device) -> None:
     weight, activation = scheme.weight, scheme.activation
     reason = ""
     if scheme.targets == "full":
-        reason = "no kernel quantises between linear layers"
+        reason = "no kernel quantizes between linear layers"
     elif weight.bits != 8 or activation is None or activation.bits != 8:
         reason = "kernels multiply 8-bit weights by 8-bit activations only"
     elif not weight.symmetric or weight.granularity not in ("tensor", "channel"):
@@ -91,7 +91,7 @@ class Int8Linear(QuantizedLinear):
 
 @cache
 def _torchao() -> tuple[Any, Any, Any]:
-    """torchao's int8 tensor class, and its input quantisation per tensor and per token."""
+    """torchao's int8 tensor class, and its input quantization per tensor and per token."""
     from oasis_attn.modeling.hf_compat import (
         Int8Tensor,
         MappingType,
@@ -111,11 +111,11 @@ def to_int8(model: PreTrainedModel) -> PreTrainedModel:
     """Switch the linear layers of a simulated model to int8 kernels, in place; returns `model`.
 
     Raises:
-        UserError: nothing in `model` is quantised, or there are no kernels for its scheme.
+        UserError: nothing in `model` is quantized, or there are no kernels for its scheme.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if not layers:
-        raise UserError("model: nothing in it is quantised; call quantize first")
+        raise UserError("model: nothing in it is quantized; call quantize first")
     check_kernels(layers[0].scheme, model.device)
     for layer in layers:
         layer.register_buffer(CODES, layer.codes())

@@ -1,9 +1,9 @@
-"""A quantised key-value cache (InnerQ, 2602.23200).
+"""A quantized key-value cache (InnerQ, 2602.23200).
 
-The first tokens, which contain the attention sinks, and the most recent tokens are not quantised.
-The tokens between them are quantised in groups of 32 numbers along the axis that attention sums
+The first tokens, which contain the attention sinks, and the most recent tokens are not quantized.
+The tokens between them are quantized in groups of 32 numbers along the axis that attention sums
 over: keys along the width of a head, values along the tokens.  Each group uses symmetric or
-asymmetric quantisation, whichever has the smaller L1 error.  Before quantisation, each channel of
+asymmetric quantization, whichever has the smaller L1 error.  Before quantization, each channel of
 the keys is divided by sqrt(max_t |K|); the division is undone when keys are read.
 
 Axes: B batch, G key heads, T tokens, d head width, N groups, n = 32 numbers of a group.
@@ -31,7 +31,7 @@ class QuantizedCache(Cache):
     """A cache for `generate` or a forward pass, passed as `past_key_values`.
 
     A forward pass attends to the exact keys and values of its own tokens.  Later passes read the
-    quantised ones, except for the first and the most recent tokens.  Codes are packed: a 4-bit code
+    quantized ones, except for the first and the most recent tokens.  Codes are packed: a 4-bit code
     takes half a byte.  They are unpacked in every pass, because there is no kernel that reads
     packed codes: the cache saves memory, not time.
 
@@ -40,8 +40,8 @@ class QuantizedCache(Cache):
     Args:
         config: config of the model.
         bits: 2, 4 or 8.
-        first: number of tokens at the start that are not quantised.
-        recent: minimum number of most recent tokens that are not quantised; up to 31 more are not.
+        first: number of tokens at the start that are not quantized.
+        recent: minimum number of most recent tokens that are not quantized; up to 31 more are not.
 
     Raises:
         UserError: another number of bits, negative lengths, a head width that is not a multiple of
@@ -65,7 +65,7 @@ class QuantizedCache(Cache):
         if kinds != {"full_attention"}:
             others = ", ".join(sorted(kinds - {"full_attention"}))
             raise UserError(
-                f"config: it has layers of type {others}; only full_attention can be quantised"
+                f"config: it has layers of type {others}; only full_attention can be quantized"
             )
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if width % GROUP:
@@ -85,16 +85,16 @@ def check_bits(bits: int) -> None:
 
 
 def check_window(window: int) -> None:
-    """Raise `UserError` if a window is so short that none of its tokens would be quantised."""
+    """Raise `UserError` if a window is so short that none of its tokens would be quantized."""
     if window < (least := FIRST + RECENT + GROUP):
         raise UserError(
-            f"window: {window} tokens are too few for a quantised cache, which does not quantise"
+            f"window: {window} tokens are too few for a quantized cache, which does not quantize"
             f" the first {FIRST} and the last {RECENT} tokens; use at least {least}"
         )
 
 
 class Packed(NamedTuple):
-    """Quantised groups [..., N, n].
+    """Quantized groups [..., N, n].
 
     `codes` is uint8 [..., N, n * bits / 8]; `scale`, in the dtype of the data, and `quant_min`,
     int16, are [..., N, 1].  A code c stands for scale * (c + quant_min).
@@ -106,7 +106,7 @@ class Packed(NamedTuple):
 
 
 def pack(x: Tensor, bits: int) -> Packed:
-    """Quantise `x` [..., N, n], finite, each group symmetrically or asymmetrically (see above)."""
+    """Quantize `x` [..., N, n], finite, each group symmetrically or asymmetrically (see above)."""
     low, high = finite_range(x, "past_key_values")
     choices = [
         compute_qparams(low, high, QuantSpec(bits=bits, symmetric=flag)) for flag in (True, False)
@@ -124,7 +124,7 @@ def pack(x: Tensor, bits: int) -> Packed:
 
 
 def unpack(packed: Packed, bits: int) -> Tensor:
-    """The values that `pack` quantised, [..., N, n] in the dtype of the scale."""
+    """The values that `pack` quantized, [..., N, n] in the dtype of the scale."""
     shifts = range(0, 8, bits)
     codes = torch.stack([packed.codes >> shift & 2**bits - 1 for shift in shifts], -1).flatten(-2)
     return (codes + packed.quant_min).to(packed.scale.dtype) * packed.scale
@@ -137,7 +137,7 @@ class _Layer(DynamicLayer):
         super().__init__()
         self.bits, self.first, self.recent = bits, first, recent
         self.norm: Tensor | None = (
-            None  # [B, G, 1, d], sqrt(max_t |K|) of the first quantised tokens
+            None  # [B, G, 1, d], sqrt(max_t |K|) of the first quantized tokens
         )
         self.packed: list[Packed] = []  # keys [B, G, T, N, n] and values [B, G, T / n, d, n]
 
@@ -163,7 +163,7 @@ class _Layer(DynamicLayer):
         return keys.flatten(-2) * self.norm, values.mT.flatten(2, 3)
 
     def _quantize_old_tokens(self) -> None:
-        """Quantise the complete groups of tokens that are no longer among the most recent."""
+        """Quantize the complete groups of tokens that are no longer among the most recent."""
         assert self.keys is not None
         assert self.values is not None
         count = (self.keys.shape[-2] - self.first - self.recent) // GROUP * GROUP
@@ -202,7 +202,7 @@ class _Layer(DynamicLayer):
         if self.packed and -tokens_to_remove > (held := self.keys.shape[-2] - self.first):
             raise UserError(
                 f"past_key_values: cannot remove {-tokens_to_remove} tokens; only the last {held}"
-                " are not quantised"
+                " are not quantized"
             )
         super().crop(tokens_to_remove)
 

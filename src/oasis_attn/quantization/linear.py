@@ -1,4 +1,4 @@
-"""A quantised linear layer, and its form on disk: integer codes and scales."""
+"""A quantized linear layer, and its form on disk: integer codes and scales."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from oasis_attn.quantization.schemes import Scheme
 
 
 class QuantizedLinear(FixedPrecisionModule, nn.Linear):
-    """A linear layer with a quantised weight that quantises its input.
+    """A linear layer with a quantized weight that quantizes its input.
 
-    The constructor makes a layer without a weight; `from_linear` makes one with the quantised
+    The constructor makes a layer without a weight; `from_linear` makes one with the quantized
     weight of `linear`.
 
     Args:
@@ -31,13 +31,13 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
         name: error messages call the layer by this name.
 
     Attributes:
-        weight_scale, weight_quant_min: the weight's quantisation parameters, one entry per block
+        weight_scale, weight_quant_min: the weight's quantization parameters, one entry per block
             (see `primitives.QParams`).
-        input_transform: a module that is applied to the input before quantisation, or None.
+        input_transform: a module that is applied to the input before quantization, or None.
         rounding: how the weight was rounded, as in `Scheme`.  It is `nearest` in a GPTQ scheme if
             no calibration token reached the layer.
         weight_error: |w^ - w|^2 / |w|^2; NaN in a model that was loaded.
-        input_quantizer: the quantiser of the input; `nn.Identity` if the input is not quantised.
+        input_quantizer: the quantizer of the input; `nn.Identity` if the input is not quantized.
     """
 
     fixed_buffers = ("weight_scale", "weight_quant_min")
@@ -62,9 +62,9 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, scheme: Scheme, *, name: str, gptq_weight: Tensor | None = None
     ) -> QuantizedLinear:
-        """A layer with the quantised weight of `linear`, rounded to nearest.
+        """A layer with the quantized weight of `linear`, rounded to nearest.
 
-        With `gptq_weight`, that weight is used; it must be representable with the quantisation
+        With `gptq_weight`, that weight is used; it must be representable with the quantization
         parameters of the weight of `linear`.
         """
         self, weight = cls(linear, scheme, name=name), linear.weight.detach()
@@ -102,11 +102,11 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
 
         Raises:
             UserError: no codes reproduce the weight exactly, because it was changed after
-                quantisation.
+                quantization.
         """
         codes = self._encode(self.weight.detach())
         if codes is None:
-            raise UserError("weight: it was changed after quantising; quantise the model again")
+            raise UserError("weight: it was changed after quantizing; quantize the model again")
         return codes
 
     def _encode(self, weight: Tensor) -> Tensor | None:

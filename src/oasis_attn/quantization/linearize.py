@@ -1,7 +1,7 @@
 """Replace experts and other layers of transformers by `nn.Linear`, so that every scheme applies.
 
 transformers stores the weights of all experts of a mixture in one parameter, and GPT-2's layers as
-`Conv1D`, [in, out].  A quantised model has linear layers instead: the module `<experts>.<index>`
+`Conv1D`, [in, out].  A quantized model has linear layers instead: the module `<experts>.<index>`
 contains the layers of one expert, with the names of the original parameters.  The linear layers
 share the storage of the original weights.
 
@@ -32,7 +32,7 @@ def linear_names(model: nn.Module) -> Iterator[str]:
     """The names of all linear layers of a model, as they are after `linearize`.
 
     Mamba's `dt_proj` is not included: the model uses its weight without calling the layer, so its
-    input cannot be quantised.
+    input cannot be quantized.
     """
     for name, module in model.named_modules():
         if type(module) is nn.Linear:

@@ -1,4 +1,4 @@
-"""Observers: choose the range of values that quantisation covers.
+"""Observers: choose the range of values that quantization covers.
 
 An observer receives batches of a tensor (a weight is a single batch) and returns one range per
 block of its specification, as two tensors with a last axis of size 1.
@@ -38,7 +38,7 @@ def finite_range(blocks: Tensor, name: str) -> Range:
     """The minimum and maximum of every block; `UserError` if one of them is not finite."""
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
     if not (low.isfinite().all() and high.isfinite().all()):
-        raise UserError(f"{name}: holds NaN or infinity; only finite values can be quantised")
+        raise UserError(f"{name}: holds NaN or infinity; only finite values can be quantized")
     return low, high
 
 

@@ -1,4 +1,4 @@
-"""Load a model, find a prefix that makes it easier to quantise, and save both with a record."""
+"""Load a model, find a prefix that makes it easier to quantize, and save both with a record."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def prefix_checkpoint(
         tune_steps: steps of `tune_prefix`, one window each; with 0, keys and values stay as the
             model computed them.
         scheme: a static scheme, to measure how much the prefix helps; the saved model is not
-            quantised.
+            quantized.
         calibration, calibration_split: corpus and split for search, tuning and calibration.
         evaluation, evaluation_split: corpus and split for the measurements; the default corpus is
             that of `calibration`.
@@ -69,7 +69,7 @@ def prefix_checkpoint(
 
     Returns:
         The record.  It has each metric `before` (without prefix) and `after` (with prefix):
-        `perplexity.windowed`, `perplexity.quantized` (of the model quantised with `scheme`),
+        `perplexity.windowed`, `perplexity.quantized` (of the model quantized with `scheme`),
         `prefix.noise` (see `range_noise`), and `prefix.max_linear` and `prefix.max_hidden` (see
         `max_activations`).
 

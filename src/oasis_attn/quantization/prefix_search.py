@@ -184,16 +184,16 @@ def tune_prefix(
     learning_rate: float = 1e-2,
     noise_weight: float = 0.1,
 ) -> Prefix:
-    """Train the keys and values of `prefix` so that the model quantises well with it.
+    """Train the keys and values of `prefix` so that the model quantizes well with it.
 
-    Adam minimises loss + noise_weight * log(range noise), see `range_noise`; the model is frozen.
-    (In CushionCache, 2406.12016, section 4.2, the second term is the quantisation error itself.)
+    Adam minimizes loss + noise_weight * log(range noise), see `range_noise`; the model is frozen.
+    (In CushionCache, 2406.12016, section 4.2, the second term is the quantization error itself.)
 
     Args:
         model: a decoder without a prefix.
         prefix: a prefix of `model`; it does not change.
         batches: token ids, int64 [B, T]; each step uses one, in turn.
-        steps: number of optimiser steps.
+        steps: number of optimizer steps.
         learning_rate: peak learning rate (linear decay to 0).
         noise_weight: weight of the second term.
 

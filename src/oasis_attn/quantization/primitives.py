@@ -1,4 +1,4 @@
-"""Simulated uniform quantisation: round each value to the nearest point of a small uniform grid.
+"""Simulated uniform quantization: round each value to the nearest point of a small uniform grid.
 
 A *block* is the set of entries that share one scale.  The functions work on tensors of blocks
 [..., N], with one block along the last axis.  The integer codes are signed and have no zero point:
@@ -24,7 +24,7 @@ GRANULARITIES = ("tensor", "channel", "token", "group")
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """The format of a quantised tensor: number of bits, symmetry, and which entries share a scale.
+    """The format of a quantized tensor: number of bits, symmetry, and which entries share a scale.
 
     Attributes:
         bits: 2 to 8; there are 2^bits codes.
@@ -33,7 +33,7 @@ class QuantSpec:
             min(x, 0) .. max(x, 0).
         granularity: `tensor` (one scale), `channel` (one scale per row of a weight [out, in]),
             `token` (one scale per row of an activation [..., D]) or `group` (one scale per
-            `group_size` neighbouring entries of a row).  `channel` and `token` compute the same;
+            `group_size` neighboring entries of a row).  `channel` and `token` compute the same;
             the first is for weights, the second for activations.
         group_size: entries per scale; required for `group`, not allowed otherwise.
 
@@ -64,7 +64,7 @@ class QuantSpec:
 
 
 class QParams(NamedTuple):
-    """Quantisation parameters of a tensor: one entry per block, with a last axis of size 1.
+    """Quantization parameters of a tensor: one entry per block, with a last axis of size 1.
 
     The dtype is float32, or float64 for float64 data.  `quant_min` <= 0 <= `quant_max` are the
     smallest and the largest integer code.

@@ -1,4 +1,4 @@
-"""Load a model, quantise it, measure the effect, and save the quantised model with a record."""
+"""Load a model, quantize it, measure the effect, and save the quantized model with a record."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def quantize_checkpoint(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> QuantizationRecord:
-    """Quantise a model, measure the effect, and write model, tokenizer and record to `out`.
+    """Quantize a model, measure the effect, and write model, tokenizer and record to `out`.
 
     Args:
         model: see `load_model`.
-        out: a new folder; `from_pretrained` restores the quantised model from it.
+        out: a new folder; `from_pretrained` restores the quantized model from it.
         scheme: see `quantize`.
-        simulate: if true, the quantised model computes in floating point, which works for every
+        simulate: if true, the quantized model computes in floating point, which works for every
             scheme; if false, it uses int8 kernels, which exist for some schemes only.
-        ignore: patterns of target names (`*.down_proj`) that are not quantised.
+        ignore: patterns of target names (`*.down_proj`) that are not quantized.
         calibration, calibration_split: corpus and split for calibration.  The errors of activations
             are measured on the same windows, for every scheme.
         evaluation, evaluation_split: corpus and split for perplexity; the default corpus is that of
@@ -68,7 +68,7 @@ def quantize_checkpoint(
         window: tokens per window.
         windows: maximum number of windows for calibration, and for perplexity; they are spread over
             the split.
-        sensitivity: measure the perplexity with all but one group of tensors quantised, and with
+        sensitivity: measure the perplexity with all but one group of tensors quantized, and with
             only that group, for each `kind`, `layer` or `target`.  Each measurement is one pass
             over the windows.
         seed: random seed of the rotation.
@@ -108,7 +108,7 @@ def quantize_checkpoint(
     targets = _not_ignored(scheme_targets(loaded, scheme), ignore)
     batches = list(seen.ids_NT.split(1))
     given = batches if scheme.needs_calibration else None
-    progress("quantising")
+    progress("quantizing")
     quantized = quantize(loaded, scheme, calibration=given, targets=targets, seed=seed)
     progress("measuring the errors of each tensor")
     metrics = target_metrics(quantized, batches)
@@ -166,7 +166,7 @@ def _sensitivity_table(
     progress: Callable[[str], None],
     **options: Any,
 ) -> dict[str, list[Any]]:
-    """Columns: the group, and the perplexity with all but it and with only it quantised."""
+    """Columns: the group, and the perplexity with all but it and with only it quantized."""
     passes = 0
 
     def score(partly_quantized: PreTrainedModel) -> float:

@@ -1,4 +1,4 @@
-"""Fake quantisation of a tensor over its own range, and modules that quantise activations."""
+"""Fake quantization of a tensor over its own range, and modules that quantize activations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from oasis_attn.quantization.primitives import (
 def fake_quantize_dynamic(
     x: Tensor, spec: QuantSpec, *, observer: str = "minmax", name: str = "x"
 ) -> Tensor:
-    """Quantise `x` over its own range and return it in its own shape and dtype.
+    """Quantize `x` over its own range and return it in its own shape and dtype.
 
     Args:
         x: floating point, of any shape that `spec` can divide into blocks.
@@ -53,7 +53,7 @@ def observe_qparams(
 
 
 class DynamicQuantizer(nn.Module):
-    """Quantises each input over its own min-max range."""
+    """Quantizes each input over its own min-max range."""
 
     def __init__(self, spec: QuantSpec, *, name: str = "x") -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class DynamicQuantizer(nn.Module):
 
 
 class StaticQuantizer(FixedPrecisionModule):
-    """Quantises every input over one range, which calibration fixes in advance.
+    """Quantizes every input over one range, which calibration fixes in advance.
 
     Inside `calibrating`, inputs pass unchanged and the observer records them; afterwards the range
     is fixed.  Before that, the buffers `scale`, `quant_min` and `quant_max` ([1], see `QParams`)
@@ -110,7 +110,7 @@ class StaticQuantizer(FixedPrecisionModule):
 
     @property
     def range(self) -> tuple[float, float]:
-        """The smallest and the largest value that a quantised input can have."""
+        """The smallest and the largest value that a quantized input can have."""
         return float(self.scale * self.quant_min), float(self.scale * self.quant_max)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class StaticQuantizer(FixedPrecisionModule):
 
 
 class SharedObserver:
-    """One observer for several quantisers: all inputs between two flushes form one batch."""
+    """One observer for several quantizers: all inputs between two flushes form one batch."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer

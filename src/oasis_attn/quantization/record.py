@@ -1,4 +1,4 @@
-"""The record of a quantised model."""
+"""The record of a quantized model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def quantization_record(
     calibration: TextInfo,
     **measured: Any,
 ) -> QuantizationRecord:
-    """Describe a quantised model.
+    """Describe a quantized model.
 
     Args:
-        before, after: the model in floating point, and its quantised copy.
+        before, after: the model in floating point, and its quantized copy.
         data: the text on which both were measured.
         calibration: the text on which `after` was calibrated.
         measured: the fields `seed`, `metrics` and `tables` of the record.

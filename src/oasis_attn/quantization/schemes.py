@@ -1,4 +1,4 @@
-"""Quantisation schemes as data: what is quantised, with how many bits, and by which method."""
+"""Quantization schemes as data: what is quantized, with how many bits, and by which method."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ ROUNDINGS = ("nearest", "gptq")
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A quantisation scheme.  `dataclasses.replace` and `with_options` make variants of it.
+    """A quantization scheme.  `dataclasses.replace` and `with_options` make variants of it.
 
     Attributes:
         name: the name in records and error messages.
         weight: the format of the weights [out, in] of linear layers.
-        activation: the format of activations [..., in]; None leaves activations unquantised.
+        activation: the format of activations [..., in]; None leaves activations unquantized.
         static: true for one fixed range per tensor, found on calibration data; false for a range
             that is computed from each input.
         observer: a name in `OBSERVERS`, for weights and static ranges; dynamic ranges are min-max.
-        targets: `linear` quantises the weights and inputs of linear layers; `full` also quantises
+        targets: `linear` quantizes the weights and inputs of linear layers; `full` also quantizes
             the tensors between linear layers, see `tensor_targets`.
-        head: also quantise the output head.
+        head: also quantize the output head.
         smooth_alpha: migration strength of SmoothQuant (2211.10438), which moves outliers from
-            activations to weights before quantisation: 0 moves nothing, 1 everything; None
+            activations to weights before quantization: 0 moves nothing, 1 everything; None
             disables it.
         rotation: `hadamard` rotates the residual stream and the MLP's inner activations before
-            quantisation, to spread outliers over all channels (QuaRot, 2404.00456).  `inputs`
+            quantization, to spread outliers over all channels (QuaRot, 2404.00456).  `inputs`
             rotates the input of every linear layer at run time: it is slower, works for any family,
             and is more accurate at 4 bits.
-        rounding: of weights: `nearest`, or `gptq` (2210.17323), which minimises the change of each
+        rounding: of weights: `nearest`, or `gptq` (2210.17323), which minimizes the change of each
             layer's output.
 
     Raises:
@@ -101,7 +101,7 @@ class Scheme:
             if parent not in ("weight", "activation"):
                 known, last = fields, name
             elif fields[parent] is None:
-                raise UserError(f"{name}: scheme {self.name!r} does not quantise activations")
+                raise UserError(f"{name}: scheme {self.name!r} does not quantize activations")
             else:
                 known = fields[parent]
             check_choice("scheme option", last, known)

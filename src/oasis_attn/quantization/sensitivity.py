@@ -1,4 +1,4 @@
-"""Quantisation errors of each tensor, and how sensitive a model's quality is to each of them.
+"""Quantization errors of each tensor, and how sensitive a model's quality is to each of them.
 
 Axes: B windows, T tokens.
 """
@@ -28,7 +28,7 @@ GROUPINGS = ("kind", "layer", "target")
 
 @torch.no_grad()
 def target_metrics(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[Metric, ...]:
-    """Measure the ranges and the quantisation errors of a simulated model, target by target.
+    """Measure the ranges and the quantization errors of a simulated model, target by target.
 
     Args:
         model: a model that `quantize` returned.
@@ -73,7 +73,7 @@ def target_metrics(model: PreTrainedModel, batches: Iterable[Tensor]) -> tuple[M
 def _error_hook(
     sums: dict[str, Tensor], name: str
 ) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-    """A forward hook of a quantiser that adds |x^ - x|^2 and |x|^2 to `sums[name]`."""
+    """A forward hook of a quantizer that adds |x^ - x|^2 and |x|^2 to `sums[name]`."""
 
     def add(_module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         (x,) = args
@@ -93,9 +93,9 @@ def measure_sensitivity(
     by: str = "kind",
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Score the model with all groups of tensors quantised but one, and with only that one.
+    """Score the model with all groups of tensors quantized but one, and with only that one.
 
-    Static ranges are those of the model in which everything is quantised.
+    Static ranges are those of the model in which everything is quantized.
 
     Args:
         model, scheme, calibration, targets, seed: see `quantize`.

@@ -1,4 +1,4 @@
-"""Quantise a model by simulation: values are rounded, and arithmetic stays in floating point."""
+"""Quantize a model by simulation: values are rounded, and arithmetic stays in floating point."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from oasis_attn.quantization.targets import add_quantizer, linear_targets, tenso
 
 
 def scheme_targets(model: PreTrainedModel, scheme: Scheme) -> tuple[str, ...]:
-    """The names of everything that `scheme` quantises in `model`."""
+    """The names of everything that `scheme` quantizes in `model`."""
     tensors = tensor_targets(model) if scheme.targets == "full" else ()
     return *linear_targets(model, head=scheme.head), *tensors
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear | StaticQuantizer]:
-    """The quantising modules of `model` by target: linear layers, then quantisers of tensors."""
+    """The quantizing modules of `model` by target: linear layers, then quantizers of tensors."""
     found: dict[str, QuantizedLinear | StaticQuantizer] = {}
     tensors: dict[str, QuantizedLinear | StaticQuantizer] = {}
     for name, module in model.named_modules():
@@ -55,12 +55,12 @@ def quantize(
     targets: Collection[str] | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Return a quantised copy of `model` in eval mode; `model` itself does not change.
+    """Return a quantized copy of `model` in eval mode; `model` itself does not change.
 
     The steps are rotation or smoothing (if the scheme has one of them), rounding of the weights,
-    and calibration of static ranges.  Calibration runs the model with quantised weights and
-    unquantised activations.  The copy has its own quantised weights and shares all other tensors
-    with `model`, so that training one of them changes the other.  A quantised output head is untied
+    and calibration of static ranges.  Calibration runs the model with quantized weights and
+    unquantized activations.  The copy has its own quantized weights and shares all other tensors
+    with `model`, so that training one of them changes the other.  A quantized output head is untied
     from the embedding.
 
     Args:
@@ -69,7 +69,7 @@ def quantize(
         calibration: batches of token ids, int64 [B, T], without padding, or of embeddings,
             floating point [B, T, D]; the literature uses 16 batches.  Static schemes, SmoothQuant
             and GPTQ need it; other schemes do not accept it.
-        targets: the exact names of what to quantise; by default `scheme_targets(model, scheme)`.
+        targets: the exact names of what to quantize; by default `scheme_targets(model, scheme)`.
         seed: random seed of the rotation.
 
     Raises:
@@ -110,7 +110,7 @@ def transformed_copy(
     names: Collection[str],
     seed: int,
 ) -> PreTrainedModel:
-    """Return an unquantised copy of `model` in eval mode, rotated or smoothed as `scheme` says.
+    """Return an unquantized copy of `model` in eval mode, rotated or smoothed as `scheme` says.
 
     All linear layers in `names` are `nn.Linear` modules in the copy.  It shares all tensors that do
     not change with `model`.
@@ -133,7 +133,7 @@ def transformed_copy(
 def _quantized_layers(
     model: PreTrainedModel, scheme: Scheme, batches: list[Tensor] | None, names: tuple[str, ...]
 ) -> dict[str, QuantizedLinear]:
-    """The quantised layers by name; `model` does not contain them yet."""
+    """The quantized layers by name; `model` does not contain them yet."""
     layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in names if ":" not in name}
     weights: dict[str, Tensor] = {}
     if scheme.rounding == "gptq" and batches is not None:
@@ -152,10 +152,10 @@ def _quantized_layers(
 
 
 def check_unquantized(model: PreTrainedModel) -> None:
-    """Raise `UserError` if `model` is quantised, by this library or another."""
+    """Raise `UserError` if `model` is quantized, by this library or another."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantized_modules(model) or type(quantizer) not in (type(None), PrefixHfQuantizer):
-        raise UserError("model: it is already quantised; use the original model")
+        raise UserError("model: it is already quantized; use the original model")
 
 
 def _checked_targets(
@@ -178,7 +178,7 @@ def _checked_targets(
 
 @torch.no_grad()
 def _calibrate(model: PreTrainedModel, batches: list[Tensor]) -> None:
-    """Run the batches through `model` and fix the range of every static quantiser.
+    """Run the batches through `model` and fix the range of every static quantizer.
 
     The experts of a layer share one range, because they read parts of one tensor and a single
     expert may get few tokens or none.

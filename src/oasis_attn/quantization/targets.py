@@ -1,7 +1,7 @@
-"""What a scheme quantises in a model, by exact name, and the hooks that quantise it.
+"""What a scheme quantizes in a model, by exact name, and the hooks that quantize it.
 
 A linear layer has the name that it has in the model, or, if it belongs to an expert, the one that
-it has after `linearize`; its weight and its input are quantised.  Every other target is
+it has after `linearize`; its weight and its input are quantized.  Every other target is
 `module:tensor`, where tensor is `input` or `output`, or, of an attention module, `probabilities` or
 `context` (the weighted sum of values, before any gate).
 """
@@ -37,12 +37,12 @@ _OURS_IN_FLOAT = re.compile(r"\.output_gate$|\.attn_res_")
 
 
 def linear_targets(model: PreTrainedModel, *, head: bool = False) -> tuple[str, ...]:
-    """Names of the linear layers that a scheme quantises by default, in the model's order.
+    """Names of the linear layers that a scheme quantizes by default, in the model's order.
 
     These are all linear layers, among them those of experts and `Conv1D`, except: gates on the
     outputs of attention and of shared experts, routers of experts and over depth, Mamba's
     `dt_proj`, and the output head unless `head` is True.  `coverage` lists other weights that are
-    not quantised, such as embeddings and modules of classes that `linearize` does not know.
+    not quantized, such as embeddings and modules of classes that `linearize` does not know.
     """
     output = None if head else model.get_output_embeddings()
     excluded = {name for name, module in model.named_modules() if module is output}
@@ -69,10 +69,10 @@ def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
     These are the probabilities and the context of attention, the outputs of all norms, and the
     residual stream wherever a module reads it: the `input` of each layer (of the first one, the
     embedding), the sum after its attention, and the input of the final norm.  The next sum is
-    computed from the quantised stream.
+    computed from the quantized stream.
 
     With depth routing, the stream is the mix that a sublayer reads (in the authors' form, the
-    state), and the outputs of attention and MLP, which are the sources of the mix, are quantised
+    state), and the outputs of attention and MLP, which are the sources of the mix, are quantized
     too; in the block form, these are the members of a block.  Scores and weights over depth, null
     logits and null probabilities stay in floating point: they are a few numbers per token, and no
     integer kernel computes them.
@@ -109,7 +109,7 @@ def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def add_quantizer(model: PreTrainedModel, target: str, scheme: Scheme) -> StaticQuantizer:
-    """Quantise one of `tensor_targets(model)`; the module `<module>.<tensor>_quantizer` does it."""
+    """Quantize one of `tensor_targets(model)`; the module `<module>.<tensor>_quantizer` does it."""
     name, _, tensor = target.partition(":")
     module: Any = model.get_submodule(name)
     assert scheme.activation is not None
@@ -121,7 +121,7 @@ def add_quantizer(model: PreTrainedModel, target: str, scheme: Scheme) -> Static
         routed = isinstance(model.config, OasisConfig) and model.config.residual == "depth"
         in_layer = hasattr(model.get_submodule(name.rpartition(".")[0]), "self_attn")
         # Inside a layer, the sum that the MLP's norm reads is also what the MLP's output is added
-        # to: both must get the quantised values.
+        # to: both must get the quantized values.
         hook = _overwrite_input if in_layer and not routed else _quantize_input
         module.register_forward_pre_hook(hook)
     elif attention_implementation(module.config) != QUANTIZED_ATTENTION:
@@ -133,11 +133,11 @@ def add_quantizer(model: PreTrainedModel, target: str, scheme: Scheme) -> Static
     return quantizer
 
 
-# Module-level functions that find the quantiser on the module, so that a copied model uses its own.
+# Module-level functions that find the quantizer on the module, so that a copied model uses its own.
 
 
 def _first(value: Any, quantizer: Callable[[Tensor], Tensor]) -> Any:
-    """`value`, a tensor or a tuple that starts with one, with this tensor quantised."""
+    """`value`, a tensor or a tuple that starts with one, with this tensor quantized."""
     if isinstance(value, Tensor):
         return quantizer(value)
     return (quantizer(value[0]), *value[1:])
@@ -167,7 +167,7 @@ def quantized_attention(
     output_gate: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`oasis_attention` with quantised probabilities and context; it computes the whole map."""
+    """`oasis_attention` with quantized probabilities and context; it computes the whole map."""
     calls: list[Any] = []
 
     def add(_module: nn.Module, call: Any) -> None:

@@ -1,4 +1,4 @@
-"""Transforms of a linear layer's input before quantisation; the weight contains the inverse."""
+"""Transforms of a linear layer's input before quantization; the weight contains the inverse."""
 
 from __future__ import annotations
 

@@ -75,13 +75,13 @@ class _BeforeAfter(ModelRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationRecord(_BeforeAfter):
-    """A model `before` and `after` quantisation.
+    """A model `before` and `after` quantization.
 
     Attributes:
-        model: before quantisation.
+        model: before quantization.
         scheme: `Scheme.to_dict()`.
         arithmetic: `simulated` in floating point, or `int8`.
-        targets: names of the tensors that are quantised.
+        targets: names of the tensors that are quantized.
         transforms: what is applied to the inputs of linear layers, by layer.
         prefix: tokens of the model's prefix; empty without one.
         float_weights: number of entries of each weight that stays in floating point.
@@ -112,7 +112,7 @@ class PrefixRecord(_BeforeAfter):
         tokens, text: of the prefix.
         method: that found it.
         tune_steps: training steps of its keys and values.
-        scheme: `Scheme.to_dict()` of the quantisation that it was judged by.
+        scheme: `Scheme.to_dict()` of the quantization that it was judged by.
         data: the windows that were measured on.
         calibration: the windows that the prefix was searched and tuned, and ranges calibrated, on.
     """
@@ -150,18 +150,18 @@ class EvaluationRecord(ModelRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord(ModelRecord):
-    """One trial of a study: a model trained, measured, quantised and evaluated.
+    """One trial of a study: a model trained, measured, quantized and evaluated.
 
     Attributes:
         trial: the fields of the trial in the plan.
         command: runs the trial again.
         trained_parameters: how many of the model's parameters were trained.
-        targets: by scheme, how many tensors are quantised.
+        targets: by scheme, how many tensors are quantized.
         tokenizer_sha256: hash of the tokenizer; empty for a generated task, which has none.
         train: the blocks (of a generated task, the sequences) that it was trained on.
         train_corpus_sha256: hash of their text (of a generated task, of the sequences).
         data: the windows that were measured on.
-        calibration_windows: how many others quantisation was calibrated on.
+        calibration_windows: how many others quantization was calibrated on.
     """
 
     kind = "trial"

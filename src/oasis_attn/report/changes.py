@@ -31,7 +31,7 @@ class Change:
 
 
 def change_figure(changes: Sequence[Change], *, title: str, columns: int = 3) -> Figure:
-    """One panel per metric: each change is a dot with its interval; a grey band is the noise floor.
+    """One panel per metric: each change is a dot with its interval; a gray band is the noise floor.
 
     Changes that are not finite are not drawn.
     """

@@ -1,7 +1,7 @@
 """Figures from records, with matplotlib.
 
 The title of a figure describes its content; the line below is the name of the table in the record.
-Lines have the colours of Paul Tol's `bright` scheme, which colour-blind readers can distinguish on
+Lines have the colors of Paul Tol's `bright` scheme, which color-blind readers can distinguish on
 light and dark backgrounds.  Maps use viridis.
 """
 
@@ -25,8 +25,8 @@ from oasis_attn.records import DiagnosisRecord, ModelRecord, QuantizationRecord,
 from oasis_attn.report.tables import label, number
 
 INK, MUTED, RULE = "#24292f", "#68717b", "#d5dae0"
-VARIANT_COLOURS = {"vanilla": "#4477aa", "attn_residual": "#ee6677", "oasis": "#228833"}
-COLOURS = ("#aa3377", "#66ccee", "#ccbb44", "#888888")
+VARIANT_COLORS = {"vanilla": "#4477aa", "attn_residual": "#ee6677", "oasis": "#228833"}
+COLORS = ("#aa3377", "#66ccee", "#ccbb44", "#888888")
 _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -62,7 +62,7 @@ def sink_map(record: DiagnosisRecord) -> Figure:
         record,
         "sink.mass",
         title="Attention on the first token",
-        colour_label="mean attention probability",
+        color_label="mean attention probability",
         across="head",
         down="layer",
     )
@@ -74,7 +74,7 @@ def null_map(record: DiagnosisRecord) -> Figure:
         record,
         "null.mass",
         title="Attention on the null option",
-        colour_label="mean null probability",
+        color_label="mean null probability",
         across="head",
         down="layer",
     )
@@ -89,7 +89,7 @@ def depth_map(record: DiagnosisRecord) -> Figure:
         record,
         "depth.weights",
         title="Weights of the depth routers",
-        colour_label="mean weight",
+        color_label="mean weight",
         across="source (0 is the embedding)",
         down="router",
     )
@@ -103,10 +103,10 @@ def outlier_lines(records: Sequence[DiagnosisRecord]) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.2, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for record, colour in zip(records, _colours(records), strict=True):
+        for record, color in zip(records, _colors(records), strict=True):
             for axes, name in ((left, _INF_NORM), (right, _KURTOSIS)):
                 values = np.array(_table(record, name), dtype=float)
-                axes.plot(values, color=colour, marker="o", label=label(record))
+                axes.plot(values, color=color, marker="o", label=label(record))
         normal = right.axhline(
             3, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="normal distribution"
         )
@@ -129,12 +129,12 @@ def loss_lines(records: Sequence[TrainingRecord]) -> Figure:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.2, 3.5), layout="constrained")
         axes = figure.subplots()
-        for record, colour in zip(records, _colours(records), strict=True):
+        for record, color in zip(records, _colors(records), strict=True):
             rows = _table(record, "loss")
             steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-            axes.plot(steps, losses, color=colour, label=label(record))
+            axes.plot(steps, losses, color=color, label=label(record))
         _set_title(axes, "Training loss", "cross-entropy of the next token")
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats per token)")
         axes.legend()
     return figure
@@ -144,7 +144,7 @@ def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Fi
     """The sinks of the first model, and the outliers and 8-bit perplexity of every model.
 
     Args:
-        models: the records of each model; one of quantisation has `perplexity.windowed` at
+        models: the records of each model; one of quantization has `perplexity.windowed` at
             `before` and `after`.
     """
     diagnoses = [diagnosis for diagnosis, _ in models]
@@ -155,18 +155,18 @@ def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Fi
             figure,
             sinks,
             _rectangle(_table(diagnoses[0], "sink.mass")),
-            colour_label="mean attention probability",
+            color_label="mean attention probability",
         )
         sinks.set(xlabel="head", ylabel="layer")
         _set_title(sinks, f"Attention on the first token: {label(diagnoses[0])}", "sink.mass")
-        for row, (records, colour) in enumerate(zip(models, _colours(diagnoses), strict=True)):
+        for row, (records, color) in enumerate(zip(models, _colors(diagnoses), strict=True)):
             diagnosis, quantization = records
             peaks = np.array(_table(diagnosis, _INF_NORM), dtype=float)
             place = (np.arange(len(peaks)) + 1) / len(peaks)
-            largest.plot(place, peaks, color=colour, marker="o", markersize=3)
+            largest.plot(place, peaks, color=color, marker="o", markersize=3)
             before, after = quantization.before_after("perplexity.windowed")
-            ratio.plot([1, after / before], [row, row], color=colour)
-            ratio.plot([after / before], [row], color=colour, marker="o", markersize=8)
+            ratio.plot([1, after / before], [row, row], color=color)
+            ratio.plot([after / before], [row], color=color, marker="o", markersize=8)
             ratio.annotate(
                 f"{number(before)} to {number(after)}", (1, row), (0, 9),
                 textcoords="offset points", color=MUTED,
@@ -176,14 +176,14 @@ def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Fi
         largest.set(xlabel="depth (fraction of layers)", ylabel="max |h|")
         _set_title(
             ratio,
-            "Perplexity after quantisation to 8 bits",
+            "Perplexity after quantization to 8 bits",
             models[0][1].scheme["name"],
         )
         ratio.set(xlabel="perplexity / float32 perplexity", ylim=(len(models) - 0.5, -0.7))
         ratio.set_yticks(range(len(models)), labels=[label(record) for record in diagnoses])
         ratio.grid(axis="y", visible=False)
-        for text, colour in zip(ratio.get_yticklabels(), _colours(diagnoses), strict=True):
-            text.set(color=colour, fontweight="bold")
+        for text, color in zip(ratio.get_yticklabels(), _colors(diagnoses), strict=True):
+            text.set(color=color, fontweight="bold")
     return figure
 
 
@@ -212,7 +212,7 @@ def save_png(figure: Figure, path: str | Path) -> Path:
 
 
 def svg(figure: Figure) -> str:
-    """`figure` as an inline <svg> element with the colours of the page's CSS.
+    """`figure` as an inline <svg> element with the colors of the page's CSS.
 
     Text remains text.  The page must define `--muted` and `--rule`.
     """
@@ -221,13 +221,13 @@ def svg(figure: Figure) -> str:
         figure.savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    for colour, name in ((INK, "currentColor"), (MUTED, "var(--muted)"), (RULE, "var(--rule)")):
-        text = text.replace(colour, name)
+    for color, name in ((INK, "currentColor"), (MUTED, "var(--muted)"), (RULE, "var(--rule)")):
+        text = text.replace(color, name)
     return text
 
 
 def _map(
-    record: DiagnosisRecord, table: str, *, title: str, colour_label: str, across: str, down: str
+    record: DiagnosisRecord, table: str, *, title: str, color_label: str, across: str, down: str
 ) -> Figure:
     values = _rectangle(_table(record, table))
     rows, columns = values.shape
@@ -235,13 +235,13 @@ def _map(
         size = (min(8.2, 2.6 + 0.34 * columns), min(7.5, 1.5 + 0.19 * rows))
         figure = Figure(figsize=(max(size[0], 4.6), max(size[1], 2.6)), layout="constrained")
         axes = figure.subplots()
-        _draw_map(figure, axes, values, colour_label=colour_label)
+        _draw_map(figure, axes, values, color_label=color_label)
         axes.set(xlabel=across, ylabel=down)
         _set_title(axes, f"{title}: {label(record)}", table)
     return figure
 
 
-def _draw_map(figure: Figure, axes: Axes, values: np.ndarray, *, colour_label: str) -> None:
+def _draw_map(figure: Figure, axes: Axes, values: np.ndarray, *, color_label: str) -> None:
     rows, columns = values.shape
     # A fixed scale from 0 to 1, so that maps of different models can be compared.
     mesh = axes.pcolormesh(values, vmin=0, vmax=1, cmap="viridis", edgecolors="face", linewidth=0.2)
@@ -250,7 +250,7 @@ def _draw_map(figure: Figure, axes: Axes, values: np.ndarray, *, colour_label: s
     axes.invert_yaxis()
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(mesh, ax=axes, label=colour_label, aspect=30)
+    bar = figure.colorbar(mesh, ax=axes, label=color_label, aspect=30)
     bar.outline.set_visible(False)
 
 
@@ -283,10 +283,10 @@ def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:
     return values
 
 
-def _colours(records: Sequence[ModelRecord]) -> list[str]:
-    """One colour per record; the main variants have the same colour in every figure."""
-    others = cycle(COLOURS)
-    return [VARIANT_COLOURS.get(label(record)) or next(others) for record in records]
+def _colors(records: Sequence[ModelRecord]) -> list[str]:
+    """One color per record; the main variants have the same color in every figure."""
+    others = cycle(COLORS)
+    return [VARIANT_COLORS.get(label(record)) or next(others) for record in records]
 
 
 def _stride(count: int) -> int:

@@ -1,1 +1,1 @@
-"""Studies, which use all other packages: train, measure, quantise, compare and report."""
+"""Studies, which use all other packages: train, measure, quantize, compare and report."""

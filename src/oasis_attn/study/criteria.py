@@ -1,7 +1,7 @@
 """The acceptance criteria: what a variant must reach before the study recommends it.
 
 A variant that removes attention sinks should have sink rates and kurtosis no higher than the
-simplest known remedies, a small loss of quality at eight and four bits, and an unquantised
+simplest known remedies, a small loss of quality at eight and four bits, and an unquantized
 perplexity no worse than that of the reference.
 """
 
@@ -17,7 +17,7 @@ from oasis_attn.study.study_metrics import StudyMetric, study_metrics
 REMEDIES = ("gated_attention", "softpick")
 """Variants of the literature that remove sinks; a candidate is compared with each."""
 LARGEST_INCREASE = {"w8a8-static": 0.02, "w4a4": 0.15}
-"""For each scheme: the largest accepted increase of perplexity by quantisation, relative."""
+"""For each scheme: the largest accepted increase of perplexity by quantization, relative."""
 RULE = (
     "Acceptance criteria: sink rate and kurtosis are at most those of "
     f"{' and of '.join(REMEDIES)}; "
@@ -98,7 +98,7 @@ def _against(
 def _quantized(
     results: Results, plain: StudyMetric, quantized: StudyMetric, variant: str, limit: float
 ) -> Criterion:
-    text = f"{quantized.label} against unquantised"
+    text = f"{quantized.label} against unquantized"
     values, others = results.values(quantized, variant), results.values(plain, variant)
     return _criterion(variant, text, values, others, plain.scale, limit)
 

@@ -1,4 +1,4 @@
-"""A trial of a decoder on a generated task: train, measure, quantise."""
+"""A trial of a decoder on a generated task: train, measure, quantize."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEASURED_SEED, CALIBRATION_SEED = 2**32, 2**32 + 1
 
 
 def run_decoder_trial(trial: Trial, command: str) -> TrialRecord:
-    """Train the decoder and measure it, unquantised and with each scheme.
+    """Train the decoder and measure it, unquantized and with each scheme.
 
     All trials on a task are measured on the same sequences.
     """

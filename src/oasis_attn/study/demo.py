@@ -1,4 +1,4 @@
-"""The demo: diagnose and quantise a pretrained model, train three small models, write a report.
+"""The demo: diagnose and quantize a pretrained model, train three small models, write a report.
 
 Sentences about results in the report are computed from the records.
 """
@@ -177,10 +177,10 @@ class _Stages:
 def _measure(
     name: str, variant: str | None, model: PreTrainedModel, text: HeldOut, stages: _Stages
 ) -> ModelResults:
-    """Diagnose the model and its quantised copy; records call the model `name`."""
+    """Diagnose the model and its quantized copy; records call the model `name`."""
     with stages.working(f"{variant or name}: diagnosing on {len(text.measured)} windows of text"):
         before = diagnose(model, text.measured)
-    with stages.working(f"{variant or name}: quantising to {SCHEME} and measuring again"):
+    with stages.working(f"{variant or name}: quantizing to {SCHEME} and measuring again"):
         quantized = quantize(model, SCHEME, calibration=text.calibration.ids_NT.split(1))
         after = diagnose(quantized, text.measured)
     quantization = quantization_record(

@@ -25,8 +25,8 @@ class ModelResults:
     """The records of one model.
 
     Attributes:
-        diagnosis: the diagnosis of the unquantised model.
-        quantization: all whole-model metrics `before` and `after` quantisation.
+        diagnosis: the diagnosis of the unquantized model.
+        quantization: all whole-model metrics `before` and `after` quantization.
         training: the training record, if the demo trained the model.
     """
 
@@ -56,7 +56,7 @@ def write_demo_page(path: Path, table: Table, models: Sequence[ModelResults]) ->
         lead=(
             "Softmax weights sum to 1, so a head with nothing relevant to read puts its weight on "
             "the first token (Xiao et al. 2023). A few very large activations cause this (Sun et "
-            "al. 2024), and they make quantisation to 8 bits difficult."
+            "al. 2024), and they make quantization to 8 bits difficult."
         ),
         sections=[
             ("Results", _numbers(table, pretrained, small)),
@@ -76,7 +76,7 @@ def _numbers(table: Table, pretrained: ModelResults, small: Sequence[ModelResult
             f"`{label(pretrained.diagnosis)}` was measured on {_text(pretrained.diagnosis)}, and "
             f"the small models on {_text(small[0].diagnosis)}. Compare loss and perplexity only "
             "for the same text and tokenizer, that is, between the small models, or before and "
-            "after quantisation. Compare max inf-norms only for the same residual form: with depth "
+            "after quantization. Compare max inf-norms only for the same residual form: with depth "
             "routing a hidden state is a weighted mean of sublayer outputs, and in a vanilla model "
             "it is their sum."
         ),
@@ -112,7 +112,7 @@ def _pretrained(model: ModelResults) -> list[Block]:
             "means that fewer entries contain most of the tensor's energy.",
         ),
         paragraph(
-            f"Quantisation with `{quantization.scheme['name']}` (weights and inputs of the "
+            f"Quantization with `{quantization.scheme['name']}` (weights and inputs of the "
             f"{len(quantization.targets)} linear layers, one range per tensor, calibrated on "
             f"{quantization.calibration.windows} windows of other text) changes the perplexity "
             f"from {number(before)} to {number(after)}, a factor of {number(after / before)}."
@@ -143,7 +143,7 @@ def _small(small: Sequence[ModelResults]) -> list[Block]:
             "Held-out text, one line per model. A mean and a sum have different scales by "
             "construction (left). Kurtosis does not depend on scale (right).",
         ),
-        paragraph(f"Perplexity before and after 8-bit quantisation: {changes}."),
+        paragraph(f"Perplexity before and after 8-bit quantization: {changes}."),
         *(figure_block(sink_map(record), _MAP) for record in diagnoses),
     ]
 

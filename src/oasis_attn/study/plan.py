@@ -44,7 +44,7 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One model of a study: how it is trained, measured, quantised and evaluated.
+    """One model of a study: how it is trained, measured, quantized and evaluated.
 
     Attributes:
         variant: name of the variant in the plan.
@@ -55,7 +55,7 @@ class Trial:
         training: the other fields of `TrainingConfig`; for a task, those of `DecoderTraining`.
         windows: number of held-out windows (for a task, sequences) to measure on; as many others
             calibrate static ranges.
-        schemes: quantisation schemes; the model is measured and evaluated with each.
+        schemes: quantization schemes; the model is measured and evaluated with each.
         tasks: names in `oasis_attn.evaluation.TASKS`.
         evaluation: fields of `EvaluationConfig` for these tasks.
         threads: CPU threads; the last digits of the results depend on their number.

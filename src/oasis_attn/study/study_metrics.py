@@ -10,7 +10,7 @@ class StudyMetric:
     """One metric of a trial that a study reports.
 
     Attributes:
-        name: name in the record; `NAME@SCHEME` is the metric of the model quantised with SCHEME.
+        name: name in the record; `NAME@SCHEME` is the metric of the model quantized with SCHEME.
         label: name in tables.
         scale: `ratio` or `points`, see `statistics.compare`.
         better: `lower`, `higher`, or empty if neither is better.
@@ -32,13 +32,13 @@ _UNQUANTIZED = (
     StudyMetric(name="sink.mass", label="sink mass", scale="points", better="lower"),
     StudyMetric(name="sink.rate@0.3", label="sink rate at 0.3", scale="points", better="lower"),
     StudyMetric(
-        name="joint.leakage_renormalised", label="joint leakage", scale="points", better="lower"
+        name="joint.leakage_renormalized", label="joint leakage", scale="points", better="lower"
     ),
     StudyMetric(name="null.mass", label="null mass", scale="points"),
     StudyMetric(
         name="depth.sink_rate@0.3", label="depth sink rate", scale="points", better="lower"
     ),
-    StudyMetric(name="depth.entropy_normalised", label="depth entropy / log S", scale="points"),
+    StudyMetric(name="depth.entropy_normalized", label="depth entropy / log S", scale="points"),
 )
 _ON_TASK = (  # of decoders on generated tasks
     StudyMetric(name="task.error", label="task error", scale="ratio", better="lower"),
@@ -75,7 +75,7 @@ _TASKS = (
 
 
 def study_metrics(schemes: tuple[str, ...]) -> tuple[StudyMetric, ...]:
-    """Every metric of a study with these quantisation schemes, in the order of its tables."""
+    """Every metric of a study with these quantization schemes, in the order of its tables."""
     perplexity = _UNQUANTIZED[0]
     quantized = [
         StudyMetric(

@@ -80,7 +80,7 @@ def write_report(folder: StudyFolder, page: str | Path) -> list[Path]:
         blocks = [table_block(comparison_table(results, variant))]
         if variant in figures:
             caption = (
-                "Each dot is a change, its line is the interval, and the grey band is the noise "
+                "Each dot is a change, its line is the interval, and the gray band is the noise "
                 "floor. Changes that are not finite are not shown."
             )
             blocks.insert(0, figure_block(figures[variant], caption))
@@ -150,7 +150,7 @@ def notes(results: Results) -> list[str]:
         found.append(
             "The depth sink rate counts weights above a threshold. Sigmoid weights do not sum to "
             "1, and each of them may be close to 1. Their depth sink rate cannot be compared with "
-            "that of the other normalisers."
+            "that of the other normalizers."
         )
     return found
 

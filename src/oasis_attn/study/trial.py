@@ -1,4 +1,4 @@
-"""Run one trial of a study: train, measure, evaluate, quantise; write one record at the end."""
+"""Run one trial of a study: train, measure, evaluate, quantize; write one record at the end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TrialState:
 
 
 def measure(state: TrialState) -> None:
-    """Measure the unquantised model: outlier.*, sink.*, depth.* and joint.*."""
+    """Measure the unquantized model: outlier.*, sink.*, depth.* and joint.*."""
     record = diagnose(
         state.model,
         state.text.measured,
@@ -63,12 +63,12 @@ def measure(state: TrialState) -> None:
 
 
 def evaluate_tasks(state: TrialState) -> None:
-    """Evaluate the unquantised model on the tasks."""
+    """Evaluate the unquantized model on the tasks."""
     state.metrics += _tasks(state.trial, state.model, state.tokenizer)
 
 
 def quantize_and_measure(state: TrialState) -> None:
-    """Measure perplexity and tasks with each quantisation scheme, as `NAME@SCHEME`."""
+    """Measure perplexity and tasks with each quantization scheme, as `NAME@SCHEME`."""
     for scheme in state.trial.schemes:
         needed = schemes()[scheme].needs_calibration
         batches = state.text.calibration.ids_NT.split(1) if needed else None

@@ -103,15 +103,15 @@ CLAIMS = (
         0.1242,
     ),
     Claim(
-        text="Normalising over tokens and over depth intensifies sinks, compared with a residual "
-        "sum and with depth routing without normalisation.",
+        text="Normalizing over tokens and over depth intensifies sinks, compared with a residual "
+        "sum and with depth routing without normalization.",
         tests=_each("sink.mass", "attn_residual", "vanilla", "depth_sigmoid_only", sign=1),
     ),
     Claim(
         text="It also intensifies sinks in the joint distribution over sources and positions "
         "(assumption D.4).",
         tests=_each(
-            "joint.leakage_renormalised", "attn_residual", "vanilla", "depth_sigmoid_only", sign=1
+            "joint.leakage_renormalized", "attn_residual", "vanilla", "depth_sigmoid_only", sign=1
         ),
     ),
     Claim(

@@ -37,8 +37,8 @@ class TrainingConfig:
         size: a name in `SIZES`, or a Hugging Face configuration file.
         corpus: a name in `CORPORA`, or a text file or folder.
         settings: settings of `OasisConfig` that replace those of the variant.
-        steps: number of optimiser steps.
-        seed: random seed of the initialisation and the data order, which are equal for all
+        steps: number of optimizer steps.
+        seed: random seed of the initialization and the data order, which are equal for all
             variants.
         block_length: tokens per sequence.
         batch_size: sequences per process and forward pass.

@@ -16,7 +16,7 @@ def build_model(
 ) -> OasisForCausalLM:
     """A model with new float32 weights; those of the backbone depend only on the seed.
 
-    The family's own model is initialised first, and its weights are copied by name into the
+    The family's own model is initialized first, and its weights are copied by name into the
     variant's model.  So the backbone's weights are the same for all variants.  The caller's random
     state does not change.
     """

@@ -1,4 +1,4 @@
-"""A regulariser against outlier tokens, which make static quantisation inaccurate."""
+"""A regularizer against outlier tokens, which make static quantization inaccurate."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def log_peak(x_BTD: Tensor) -> Tensor:
     """log(largest mean square of a token / mean square of all tokens) of each sequence, `[B]`.
 
     It is 0 if all T tokens have the same norm, and log T if only one is not zero.  So it measures
-    how much a single token extends the range that static quantisation uses for all tokens.  It does
+    how much a single token extends the range that static quantization uses for all tokens.  It does
     not depend on the scale of x, so that smaller weights do not reduce it.
     """
     return _LogPeak.apply(x_BTD)
@@ -50,7 +50,7 @@ def log_peak(x_BTD: Tensor) -> Tensor:
 class OutlierPenalty:
     """Mean `log_peak` of the inputs of the linear layers of a model's decoder.
 
-    Static quantisation uses one range for each of these tensors.  An input of several layers counts
+    Static quantization uses one range for each of these tensors.  An input of several layers counts
     once.  The head, the layers of LoRA, and experts, whose inputs are not sequences, do not count.
     """
 

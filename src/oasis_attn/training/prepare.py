@@ -91,7 +91,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
     }
     if getattr(model, "is_quantized", False):
         raise UserError(
-            f"from_model: {str(config.from_model)!r} is quantised; train the original model"
+            f"from_model: {str(config.from_model)!r} is quantized; train the original model"
         )
     callbacks: list[TrainerCallback] = []
     if config.anneal_null:
@@ -161,7 +161,7 @@ def _start(
     tokenizer = corpus_tokenizer(corpus, backbone.vocab_size)
     backbone.bos_token_id, backbone.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # The tokenizer pads with BOS.  If the config had this pad token, the embedding row of BOS would
-    # neither be initialised nor trained.
+    # neither be initialized nor trained.
     backbone.pad_token_id = None
     settings = settings_of(config.variant) | dict(config.settings)
     return build_model(backbone, settings, config.seed), tokenizer

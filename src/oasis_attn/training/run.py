@@ -62,7 +62,7 @@ def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
     _begun(out, resume=config.resume)
     with ExitStack() as stack:
         stack.enter_context(_quiet_transformers())
-        arguments = _arguments(config, out)  # initialises the processes of a distributed run
+        arguments = _arguments(config, out)  # initializes the processes of a distributed run
         processes = arguments.distributed_state
         if processes.is_main_process:
             place = out.resolve()

@@ -102,8 +102,8 @@ class OasisTrainer(Trainer):
         return [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in free]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        minimised = super().training_step(*args, **kwargs)
-        return minimised - self._share() * self._penalties[-1] if self._penalty else minimised
+        minimized = super().training_step(*args, **kwargs)
+        return minimized - self._share() * self._penalties[-1] if self._penalty else minimized
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self._penalty is None:

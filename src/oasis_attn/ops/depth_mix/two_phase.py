@@ -31,7 +31,7 @@ GROUP = 8
 class TwoPhaseMix:
     """Every router's mix in turn.
 
-    psi is not centred here: for Softmax1 that moves the null's logit from 0 to -beta mean psi, and
+    psi is not centered here: for Softmax1 that moves the null's logit from 0 to -beta mean psi, and
     for the softmax it changes nothing.
     """
 

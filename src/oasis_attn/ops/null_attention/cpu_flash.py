@@ -175,7 +175,7 @@ def _shifted_backward(
 
 
 def _empty_like(x_BHTd: Tensor) -> Tensor:
-    """An uninitialised tensor with the memory layout [B, T, H, d], as the kernel allocates it."""
+    """An uninitialized tensor with the memory layout [B, T, H, d], as the kernel allocates it."""
     B, H, T, d = x_BHTd.shape
     return x_BHTd.new_empty(B, T, H, d).transpose(1, 2)
 

@@ -325,6 +325,6 @@ def _(
 
 
 def _empty_like(x_BHTd: Tensor) -> Tensor:
-    """Uninitialised, in the order of `_token_major`."""
+    """Uninitialized, in the order of `_token_major`."""
     B, H, T, d = x_BHTd.shape
     return x_BHTd.new_empty(B, T, H, d).transpose(1, 2)

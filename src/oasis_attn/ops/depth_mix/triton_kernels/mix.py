@@ -90,7 +90,7 @@ def _mix_kernel(
         psi_sum = psi_sum / members
         largest -= strength * psi_sum
 
-    # The softmax over it and the earlier ones, as they come.  psi is not centred here: for
+    # The softmax over it and the earlier ones, as they come.  psi is not centered here: for
     # Softmax1 that moves the null's logit from 0, and for the softmax it changes nothing.
     total = tl.zeros_like(largest) + 1
     sum = value

@@ -118,7 +118,7 @@ def warps(block: int) -> int:
 
 
 def _rows(weights: Tensor) -> Tensor:
-    """`[N, S]` with neighbouring columns, without a copy if it can be."""
+    """`[N, S]` with neighboring columns, without a copy if it can be."""
     rows = weights.flatten(0, -2)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
