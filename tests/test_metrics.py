@@ -16,7 +16,9 @@ from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.records import Record
 from oasis_attn.report.glossary import glossary_page
+from oasis_attn.study.plan import Plan
 from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.trial import run_trial
 from oasis_attn.training import TrainingConfig, train
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
@@ -64,6 +66,16 @@ def with_a_sink(folder: Path, run: Path) -> Path:
     return folder
 
 
+def on_a_task(folder: Path) -> Record:
+    """The record of a decoder on a generated task."""
+    plan = Plan(
+        name="task", about="", variants={"oasis": {"base": "oasis", "overrides": {}}},
+        corpora={"trigger-every-8": ()}, seeds=(0,), sizes=("lab-1",), compare={},
+        training={"steps": 2}, windows=2, schemes=("w4a4",),
+    )  # fmt: skip
+    return run_trial(plan.trials[0], folder / "trial.json", folder / "trial", command="")
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory, corpus, size) -> set[str]:
     """The names in records of every kind, made now."""
@@ -90,6 +102,7 @@ def fresh(tmp_path_factory, corpus, size) -> set[str]:
                 run, folder / "q", scheme="w8a8-static-full", simulate=True, **shape
             ),
             prefix_checkpoint(with_a_sink(folder / "sink", run), folder / "p", **shape),
+            on_a_task(folder),
         ]  # fmt: skip
     return set().union(*map(names, records))
 

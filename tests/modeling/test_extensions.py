@@ -93,7 +93,7 @@ def test_a_checkpoint_needs_the_registration_and_says_so(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == (
-        "null_signal: 'log' is not one of off, on, shuffled; register it with"
+        "null_signal: 'log' is not one of off, on, shuffled, averaged; register it with"
         " register_null_signal, or load its file with --extension\n"
     )
 

@@ -143,6 +143,20 @@ def test_the_shuffled_signal_is_one_for_the_attention_and_the_mlp_of_a_layer(mon
     torch.testing.assert_close(model(ids).logits, on(ids).logits)
 
 
+def test_the_averaged_signal_is_that_of_a_mean_token():
+    model, seen, nulls = build("oasis", null_signal="averaged"), [], []
+    ids = torch.randint(3, 90, (2, 9))
+    with observe_depth(model, lambda call: seen.append(call.signal_BTS)):
+        nulls = model(ids, output_null_mass=True).null_mass
+    _, beta_R = model.model.depth()
+    means = [torch.zeros(()), *(null.mean() for null in nulls for _ in range(2))]
+    for router, signal_BTS in enumerate(seen):
+        psi_S = torch.stack(means[: router + 1])
+        expected_BTS = beta_R[router] * (psi_S.mean() - psi_S).expand_as(signal_BTS)
+        torch.testing.assert_close(signal_BTS, expected_BTS)
+    assert seen[-1].std() > 0
+
+
 @compiled
 @pytest.mark.parametrize(
     "null_logit",

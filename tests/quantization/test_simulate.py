@@ -237,6 +237,19 @@ def test_after_hidden_states_were_recorded():
     assert torch.equal(quantized_model.lm_head(states[-1]), logits(quantized_model, tokens()))
 
 
+@pytest.mark.parametrize("kind", ["llama", "oasis"])
+@pytest.mark.parametrize(
+    "options", [{}, {"targets": "full"}, {"smooth_alpha": 0.5}, {"rounding": "gptq"}], ids=str
+)
+def test_embeddings_calibrate_as_their_tokens_do(kind, options):
+    model, scheme, batches = make_model(kind), schemes()[STATIC], [tokens(1), tokens(2)]
+    scheme = scheme.with_options(options)
+    embedding = model.get_input_embeddings()
+    embedded = [embedding(ids_BT).detach() for ids_BT in batches]
+    one, other = (quantize(model, scheme, calibration=each) for each in (batches, embedded))
+    assert torch.equal(one(tokens()).logits, other(tokens()).logits)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -254,6 +267,10 @@ def test_after_hidden_states_were_recorded():
         ({"scheme": DYNAMIC, "calibration": [tokens()]}, "calibration: given, but 'w8a8-dynamic'"),
         ({"scheme": STATIC, "calibration": []}, "calibration: it has no batches"),
         ({"scheme": STATIC, "calibration": [torch.ones(4)]}, r"a batch is torch.float32 \(4,\)"),
+        (
+            {"scheme": STATIC, "calibration": [torch.ones(1, 2, 3)]},
+            r"a batch is torch.float32 \(1, 2, 3\), not .* embeddings, \[batch, tokens, 32\]",
+        ),
         ({"scheme": STATIC, "calibration": [tokens()[:0]]}, r"a batch is torch.int64 \(0, 12\)"),
         ({"scheme": STATIC, "calibration": [tokens() + 50]}, r"are not all in 0 \.\. 60"),
         (

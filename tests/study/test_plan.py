@@ -220,7 +220,7 @@ def test_an_error_for_an_unknown_plan_names_the_nearest():
 def test_an_unregistered_name_is_an_error_of_running_a_study_only(tiny, tmp_path):
     entry = {"base": "oasis", "overrides": {"null_signal": "largest"}}
     plan = tiny(variants={"vanilla": None, "largest": entry}, compare={})
-    message = "null_signal: 'largest' is not one of off, on, shuffled; register it with"
+    message = "null_signal: 'largest' is not one of off, on, shuffled, averaged; .*register it with"
     with pytest.raises(UserError, match=f"^{message} register_null_signal, or load its file with"):
         run_study(plan, tmp_path / "out", show=False)
     assert not (tmp_path / "out").exists()

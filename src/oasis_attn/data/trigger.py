@@ -114,6 +114,11 @@ TASKS: Mapping[str, str] = MappingProxyType(
 """Names of the task; `-LENGTH` may follow, as in `trigger-64`."""
 
 
+def is_task(name: str) -> bool:
+    """Whether `name` is the name of a task, and not of a corpus of text."""
+    return _NAME.fullmatch(name) is not None
+
+
 def trigger_task(name: str) -> TriggerTask:
     """The task with this name, such as `trigger`, `trigger-64` or `trigger-every-32`.
 

@@ -15,6 +15,7 @@ from oasis_attn.metrics.attention_only import ATTENTION_ONLY
 from oasis_attn.metrics.benchmarks import BENCHMARKS
 from oasis_attn.metrics.definition import Definition
 from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, SINKS
+from oasis_attn.metrics.lab import LAB
 from oasis_attn.metrics.runs import LANGUAGE, QUANTIZATION, STUDY_QUANTIZED, TASKS, TRAINING
 
 __all__ = ["GLOSSARY", "SECTIONS", "Definition", "definitions"]
@@ -29,6 +30,7 @@ SECTIONS: dict[str, tuple[Definition, ...]] = {
     "Training and studies": TRAINING,
     "Quantization and prefixes": QUANTIZATION,
     "Quantized models in a study": STUDY_QUANTIZED,
+    "Decoders on generated tasks": LAB,
     "Benchmarks": BENCHMARKS,
     "Attention-only models": ATTENTION_ONLY,
 }

@@ -208,5 +208,6 @@ STUDY_QUANTIZED = tuple(
         ("<task>.pass@<k>.<score>", "share", "higher"),
         ("gsm8k.lm_eval.<filter>", "share", "higher"),
         ("gsm8k.answer_loglik", "nats per token", "higher"),
+        ("task.error", "target^2", "lower"),
     )
 )

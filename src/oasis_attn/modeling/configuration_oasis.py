@@ -101,8 +101,8 @@ class OasisConfig(PreTrainedConfig):
             embedding and the outputs of attention and MLPs), `rms_mlp` (the outputs of MLPs), or a
             name registered with `register_branch_norm`.
         null_signal: the null evidence psi that lowers the depth logits: `on` (OASIS), `shuffled`
-            over all tokens of the batch (a control, not causal), `off`, or a name registered with
-            `register_null_signal`.
+            or `averaged` over all tokens of the batch (controls, not causal), `off`, or a name
+            registered with `register_null_signal`.
         beta_init: initial value of the parameter `raw` in beta = softplus(raw), not of beta itself;
             beta is the strength of the null signal.  The default of -5 is a beta of 0.0067.
 

@@ -47,6 +47,17 @@ def shuffled(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
     return psi_BT.flatten()[order].view_as(psi_BT)
 
 
+def averaged(null_BHT: Tensor, layer: int) -> Tensor:  # noqa: ARG001
+    """psi of OASIS, averaged over all tokens of the batch: a control without the information.
+
+    A constant psi for all sources would do nothing, because psi is centered over them.  This keeps
+    the mean of each source, so that the signal can still prefer one source to another, but not at
+    some tokens more than at others.  The result uses values of future tokens.
+    """
+    psi_BT = null_BHT.mean(1)
+    return psi_BT.mean().expand_as(psi_BT)
+
+
 def rms(x_BTD: Tensor, kind: str) -> Tensor:  # noqa: ARG001
     """Root mean square 1 at each token: Peri-LN (arXiv 2502.02732) without its gain."""
     # The eps of most families; a smaller one allows larger gradients.
@@ -58,7 +69,9 @@ def rms_mlp(x_BTD: Tensor, kind: str) -> Tensor:
     return rms(x_BTD, kind) if kind == "mlp" else x_BTD
 
 
-NULL_SIGNALS = Registry("null_signal", {"on": mean_over_heads, "shuffled": shuffled})
+NULL_SIGNALS = Registry(
+    "null_signal", {"on": mean_over_heads, "shuffled": shuffled, "averaged": averaged}
+)
 BRANCH_NORMS = Registry("branch_norm", {"rms": rms, "rms_mlp": rms_mlp})
 
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
+from oasis_attn.quantization.calibration import run_batch
 from oasis_attn.quantization.linearize import expert_of
 from oasis_attn.quantization.primitives import QParams, QuantSpec, fake_quantize, to_blocks
 from oasis_attn.quantization.quantizers import observe_qparams
@@ -50,7 +51,7 @@ def gptq(
 
     Args:
         model: a decoder; its linear layers may have input transforms as forward pre-hooks.
-        batches: token ids, int64 [B, T], all of one length T.
+        batches: token ids, int64 [B, T], or embeddings [B, T, D], all of one length T.
         names: names of the linear layers.
         spec: the format of the weights.
         observer: see `observe_qparams`.
@@ -63,10 +64,10 @@ def gptq(
         UserError: batches of different lengths, a layer other than an expert that no token reached,
             or inputs that are not finite.
     """
-    lengths = {tokens_BT.shape[1] for tokens_BT in batches}
+    lengths = {batch.shape[1] for batch in batches}
     if len(lengths) != 1:
         raise UserError(f"calibration: batches of lengths {sorted(lengths)}; GPTQ needs one length")
-    tokens_BT = torch.cat(list(batches)).to(model.device)
+    batch = torch.cat(list(batches))
     layers = {name: model.get_submodule(name) for name in names}
     head = model.get_output_embeddings()
     rounder = _Rounder(spec, observer)
@@ -75,7 +76,7 @@ def gptq(
             stack.callback(setattr, layer, "weight", layer.weight)
             stack.callback(rounder.register(name, layer, last=layer is head).remove)
         run = model if any(layer is head for layer in layers.values()) else model.base_model
-        run(input_ids=tokens_BT, use_cache=False)
+        run_batch(run, batch)
     for name in layers:
         if name not in rounder.weights and expert_of(model, name) is None:
             raise UserError(f"{name}: no calibration token reached it")

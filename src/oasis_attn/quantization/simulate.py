@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_choice, check_seed
 from oasis_attn.hub.prefix_storage import PrefixHfQuantizer
+from oasis_attn.quantization.calibration import check_batches, run_batch
 from oasis_attn.quantization.gptq import gptq
 from oasis_attn.quantization.hf_quantizer import set_quantization_config
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
@@ -65,8 +66,9 @@ def quantize(
     Args:
         model: a decoder of transformers or of this library.
         scheme: a name in `schemes()`, or a `Scheme`.
-        calibration: batches of token ids, int64 [B, T], without padding; the literature uses 16.
-            Static schemes, SmoothQuant and GPTQ need it; other schemes do not accept it.
+        calibration: batches of token ids, int64 [B, T], without padding, or of embeddings,
+            floating point [B, T, D]; the literature uses 16 batches.  Static schemes, SmoothQuant
+            and GPTQ need it; other schemes do not accept it.
         targets: the exact names of what to quantize; by default `scheme_targets(model, scheme)`.
         seed: random seed of the rotation.
 
@@ -81,7 +83,7 @@ def quantize(
     if not scheme.needs_calibration and calibration is not None:
         raise UserError(f"calibration: given, but {scheme.name!r} does not need calibration data")
     names = _checked_targets(model, scheme, targets)
-    batches = None if calibration is None else _checked_batches(model, calibration)
+    batches = None if calibration is None else check_batches(model, calibration)
 
     quantized = transformed_copy(model, scheme, batches, names, seed)
     for name, layer in _quantized_layers(quantized, scheme, batches, names).items():
@@ -174,16 +176,6 @@ def _checked_targets(
     return names
 
 
-def _checked_batches(model: PreTrainedModel, calibration: Iterable[Tensor]) -> list[Tensor]:
-    vocabulary = model.config.get_text_config().vocab_size
-    batches = list(calibration)
-    for tokens_BT in batches:
-        _check_tokens(tokens_BT, vocabulary)
-    if not batches:
-        raise UserError("calibration: it has no batches")
-    return batches
-
-
 @torch.no_grad()
 def _calibrate(model: PreTrainedModel, batches: list[Tensor]) -> None:
     """Run the batches through `model` and fix the range of every static quantizer.
@@ -208,18 +200,5 @@ def _calibrate(model: PreTrainedModel, batches: list[Tensor]) -> None:
             )
             experts = model.get_submodule(path)
             stack.callback(experts.register_forward_hook(observer.flush).remove)
-        for tokens_BT in batches:
-            run(input_ids=tokens_BT.to(model.device), use_cache=False)
-
-
-def _check_tokens(tokens_BT: Tensor, vocabulary: int) -> None:
-    shape = tuple(tokens_BT.shape)
-    if tokens_BT.dtype != torch.int64 or tokens_BT.ndim != 2 or not tokens_BT.numel():
-        raise UserError(
-            f"calibration: a batch is {tokens_BT.dtype} {shape}, not int64 [batch, tokens]"
-        )
-    low, high = int(tokens_BT.min()), int(tokens_BT.max())
-    if low < 0 or high >= vocabulary:
-        raise UserError(
-            f"calibration: token ids {low} .. {high} are not all in 0 .. {vocabulary - 1}"
-        )
+        for batch in batches:
+            run_batch(run, batch)

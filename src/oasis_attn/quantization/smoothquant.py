@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.decoder_map import decoder_map
+from oasis_attn.quantization.calibration import run_batch
 from oasis_attn.quantization.sublayers import Source, Sublayer, gain_of, like, sublayers_of
 from oasis_attn.quantization.targets import linear_layers
 from oasis_attn.quantization.transforms import Scale
@@ -39,7 +40,7 @@ def smooth(
 
     Args:
         model: a decoder of transformers or of this library.
-        batches: token ids, int64 [B, T].
+        batches: token ids, int64 [B, T], or embeddings [B, T, D].
         alpha: migration strength; 0 leaves the activations unchanged, 1 makes all channels equally
             large.
 
@@ -91,8 +92,8 @@ def _largest_inputs(
     with ExitStack() as stack:
         for name, linear in linears.items():
             observe(name, linear)
-        for tokens_BT in batches:
-            model.base_model(input_ids=tokens_BT.to(model.device), use_cache=False)
+        for batch in batches:
+            run_batch(model.base_model, batch)
     for name, largest_D in largest.items():
         if not largest_D.isfinite().all():
             raise UserError(f"{name}: its input holds NaN or infinity")

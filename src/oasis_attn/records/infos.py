@@ -41,7 +41,8 @@ class TextInfo:
         window: tokens in each window.
         windows: number of windows that were read.
         stride: tokens from the start of a window to the start of the next; `window` if disjoint.
-        choice: `spread` evenly over the text, the `first` ones, or `given` as rows of tokens.
+        choice: `spread` evenly over the text, the `first` ones, `given` as rows of tokens, or
+            `generated` sequences of a task, which are vectors in place of tokens.
         separator: the token after each document; None if there was none.
         bos: the token that begins every window; None if they begin with different tokens.
         tokens_scored: tokens that have a loss.

@@ -157,9 +157,9 @@ class TrialRecord(ModelRecord):
         command: the command that runs the trial again.
         trained_parameters: number of the model's parameters that were trained.
         targets: for each scheme, the number of quantized tensors.
-        tokenizer_sha256: hash of the tokenizer.
-        train: the blocks that it was trained on.
-        train_corpus_sha256: hash of their text.
+        tokenizer_sha256: hash of the tokenizer; empty for a generated task, which has none.
+        train: the blocks (of a generated task, the sequences) that it was trained on.
+        train_corpus_sha256: hash of their text (of a generated task, of the sequences).
         data: the windows that were measured on.
         calibration_windows: number of other windows, which quantization was calibrated on.
     """

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from oasis_attn.data import load_corpus
+from oasis_attn.data.trigger import is_task
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
 from oasis_attn.evaluation import EvaluationConfig
 from oasis_attn.hub.model_sizes import text_config
@@ -21,6 +22,7 @@ from oasis_attn.quantization.schemes import schemes
 from oasis_attn.study.claim import Claim, Criterion, read_claims, read_criteria
 from oasis_attn.study.plan_claims import check_claims, check_criteria
 from oasis_attn.study.reading import read_fields, read_list, read_mapping
+from oasis_attn.study.task_plan import check_decoder, check_task_plan
 from oasis_attn.training import TrainingConfig
 
 _SET_BY_TRIAL = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}
@@ -51,9 +53,11 @@ class Trial:
         variant: name of the variant in the plan.
         base: the variant of `oasis variants` that it is built from.
         overrides: `OasisConfig` settings that replace those of `base`.
-        size, corpus, seed: see `TrainingConfig`.
-        training: the other fields of `TrainingConfig`.
-        windows: number of held-out windows to measure on; as many others calibrate static ranges.
+        size, corpus, seed: see `TrainingConfig`; or a size of `oasis_attn.lab.LAB_SIZES` and a
+            task of `oasis_attn.data.trigger`.
+        training: the other fields of `TrainingConfig`; for a task, those of `DecoderTraining`.
+        windows: number of held-out windows (for a task, sequences) to measure on; as many others
+            calibrate static ranges.
         schemes: quantization schemes; the model is measured and evaluated with each.
         tasks: names in `oasis_attn.evaluation.TASKS`.
         evaluation: fields of `EvaluationConfig` for these tasks.
@@ -92,8 +96,13 @@ class Trial:
         """The fields as JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
+    @property
+    def on_task(self) -> bool:
+        """Whether it is a decoder on a generated task, not a language model on a corpus."""
+        return is_task(self.corpus)
+
     def training_config(self, out: Path, *, resume: bool = False) -> TrainingConfig:
-        """The training run of the model, in the folder `out`."""
+        """The training run of a language model, in the folder `out`."""
         return TrainingConfig(
             out=out,
             variant=self.base,
@@ -115,7 +124,8 @@ class Plan:
         about: the question that it answers, in a sentence or two.
         variants: name -> {base, overrides, training}.  `training` changes learning rates or the
             outlier penalty for this variant.  A name of `oasis variants` means that variant.
-        corpora: corpus -> the tasks that models trained on it are evaluated on.
+        corpora: corpus -> the tasks that models trained on it are evaluated on; or names of
+            generated tasks (`oasis_attn.data.trigger`), none of which is text.
         seeds: random seeds; each sets the initial weights and the data order.
         compare: variant -> its baselines; it is compared with each and, from two on, with their
             mean.
@@ -170,6 +180,11 @@ class Plan:
         for seed in self.noise_seeds:
             if seed in self.seeds:
                 raise UserError(f"noise_seeds: {seed} is already one of seeds {list(self.seeds)}")
+        if len({is_task(corpus) for corpus in self.corpora}) > 1:
+            raise UserError(
+                f"corpora: {', '.join(self.corpora)} are corpora of text and generated tasks;"
+                " a study has only one of the two"
+            )
         check_whole("windows", self.windows, _MIN_WINDOWS)
         check_whole("threads", self.threads, 1, _MAX_THREADS)
         if self.noise_seeds or self.reference != "vanilla":
@@ -202,6 +217,19 @@ class Plan:
         """
         for scheme in self.schemes:
             check_choice("schemes", scheme, schemes())
+        if self.on_task:
+            check_task_plan(self)
+        else:
+            self._check_corpora()
+        for name in self.variants if variants is None else variants:
+            self._check_variant(name)
+
+    @property
+    def on_task(self) -> bool:
+        """Whether the trials are decoders on generated tasks, not language models on corpora."""
+        return any(map(is_task, self.corpora))
+
+    def _check_corpora(self) -> None:
         for name in self.training:
             check_choice("training", name, _TRAINING)
         for name in self.evaluation:
@@ -216,8 +244,6 @@ class Plan:
                 )
             if tasks:
                 EvaluationConfig(tasks=tasks, **self.evaluation)
-        for name in self.variants if variants is None else variants:
-            self._check_variant(name)
 
     @property
     def eval_split(self) -> str:
@@ -236,9 +262,13 @@ class Plan:
             )
         check_settings(overrides)
         config = settings_of(base) | dict(overrides)
+        trial = next(trial for trial in self.trials if trial.variant == name)
+        if self.on_task:
+            check_decoder(trial.size, config, trial.training)
+            return
         for size in self.sizes:
             OasisConfig(text_config=text_config(size), **config)
-        next(t for t in self.trials if t.variant == name).training_config(Path(name))
+        trial.training_config(Path(name))
 
     @cached_property
     def trials(self) -> tuple[Trial, ...]:

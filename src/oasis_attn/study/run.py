@@ -74,6 +74,8 @@ def prepare(trials: Sequence[Trial], progress: ProgressTable) -> None:
     """Train each tokenizer and tokenize each corpus once, before the trials that share them."""
     done = set()
     for trial in trials:
+        if trial.on_task:
+            continue
         config = trial.training_config(Path(trial.id))
         vocabulary = text_config(trial.size, config.vocab_size).vocab_size
         if (trial.corpus, vocabulary) in done:

@@ -27,7 +27,9 @@ from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text
 from oasis_attn.study.trial import TIMES, run_trial
 
 TRIALS = "trials.jsonl"
-KEPT_TABLES = ("null.mass",)
+KEPT_TABLES = (
+    *("null.mass", "sink.idle", "sink.trigger", "null.idle", "null.trigger", "signal.beta"),
+)
 """The tables that compact records keep."""
 
 

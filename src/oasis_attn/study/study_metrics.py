@@ -62,6 +62,31 @@ _UNQUANTIZED = (
     ),
     StudyMetric(name="depth.entropy_normalized", label="depth entropy / log S", scale="points"),
 )
+_ON_TASK = (  # of decoders on generated tasks
+    StudyMetric(name="task.error", label="task error", scale="ratio", better="lower"),
+    StudyMetric(
+        name="task.relative_error", label="relative task error", scale="ratio", better="lower"
+    ),
+    StudyMetric(name="task.error_trigger", label="error at triggers", scale="ratio"),
+    StudyMetric(name="task.error_idle", label="error at idle tokens", scale="ratio"),
+    StudyMetric(name="task.largest_error", label="largest error", scale="ratio", better="lower"),
+    StudyMetric(name="sink.idle", label="idle sink", scale="points", better="lower"),
+    StudyMetric(
+        name="sink.idle_largest", label="idle sink, largest head", scale="points", better="lower"
+    ),
+    StudyMetric(name="sink.trigger", label="sink at triggers", scale="points"),
+    StudyMetric(name="null.idle", label="idle null", scale="points"),
+    StudyMetric(name="null.trigger", label="null at triggers", scale="points"),
+    StudyMetric(name="signal.beta", label="beta", scale="points"),
+    StudyMetric(name="signal.weights_change", label="weights moved by the signal", scale="points"),
+    StudyMetric(name="signal.output_change", label="output moved by the signal", scale="points"),
+    StudyMetric(name="signal.error_change", label="error without the signal", scale="points"),
+)
+_ON_TASK_QUANTIZED = (
+    StudyMetric(name="task.error", label="task error", scale="ratio", better="lower"),
+    StudyMetric(name="task.error_increase", label="error increase", scale="points", better="lower"),
+    StudyMetric(name="task.error_ratio", label="error ratio", scale="ratio", better="lower"),
+)
 _TASKS = (
     StudyMetric(name="arith.pass@1.strict", label="arith Pass@1", scale="points", better="higher"),
     StudyMetric(name="gsm8k.pass@1.strict", label="GSM8K Pass@1", scale="points", better="higher"),
@@ -82,6 +107,6 @@ def study_metrics(schemes: tuple[str, ...]) -> tuple[StudyMetric, ...]:
             better=metric.better,
         )
         for scheme in schemes
-        for metric in (perplexity, *_TASKS)
+        for metric in (perplexity, *_TASKS, *_ON_TASK_QUANTIZED)
     ]
-    return *_UNQUANTIZED, *_TASKS, *quantized
+    return *_UNQUANTIZED, *_ON_TASK, *_TASKS, *quantized

@@ -25,6 +25,7 @@ from oasis_attn.measure import diagnose
 from oasis_attn.measure.loss import measure_loss
 from oasis_attn.quantization import quantize, quantized_modules, schemes
 from oasis_attn.records import Metric, TrainingRecord, TrialRecord
+from oasis_attn.study.decoder_trial import run_decoder_trial
 from oasis_attn.study.plan import Trial
 from oasis_attn.training import train
 
@@ -87,7 +88,7 @@ def run_trial(trial: Trial, path: Path, work: Path, *, command: str) -> TrialRec
     """Run `trial` unless its record exists, and return the record.
 
     If the process is killed, it leaves no record; the next call resumes from the last checkpoint
-    and gets the same results.
+    (a decoder on a generated task has none and starts again) and gets the same results.
 
     Args:
         trial: the trial.
@@ -103,15 +104,24 @@ def run_trial(trial: Trial, path: Path, work: Path, *, command: str) -> TrialRec
             return TrialRecord.load(path)
         started, processor = time.monotonic(), time.process_time()
         torch.set_num_threads(trial.threads)
-        state = _train(trial, work)
-        for step in STEPS:
-            step(state)
+        work.mkdir(parents=True, exist_ok=True)
+        if trial.on_task:
+            record = run_decoder_trial(trial, command)
+        else:
+            record = _run_language_trial(trial, work, command)
         times = (time.monotonic() - started, time.process_time() - processor)
-        state.metrics += [Metric(name=n, value=t) for n, t in zip(TIMES, times, strict=True)]
-        record = _record(state, command)
+        timed = tuple(Metric(name=n, value=t) for n, t in zip(TIMES, times, strict=True))
+        record = replace(record, metrics=(*record.metrics, *timed))
         record.save(path)
         shutil.rmtree(work)
     return record
+
+
+def _run_language_trial(trial: Trial, work: Path, command: str) -> TrialRecord:
+    state = _train(trial, work)
+    for step in STEPS:
+        step(state)
+    return _record(state, command)
 
 
 def _train(trial: Trial, work: Path) -> TrialState:

@@ -1,0 +1,168 @@
+"""A decoder on a task of vectors: a linear map in, a decoder of any variant, a linear map out.
+
+It is an `OasisForCausalLM` whose vocabulary has one entry per coordinate of a token.  The embedding
+matrix is the map in, applied to the vector in place of a lookup, and the untied output head is the
+map out.  So hooks, conversion, quantization, saving and loading work as for a language model.
+
+Axes: B sequences, T tokens, N coordinates of a token, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, SmolLM3Config
+
+from oasis_attn.data.trigger import TriggerTask
+from oasis_attn.errors import check_at_least, check_choice, check_flag, check_whole
+from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
+
+LAB_SIZES: Mapping[str, int] = MappingProxyType({f"lab-{n}": n for n in (1, 2, 4, 8, 16)})
+"""Sizes of decoders by name: number of layers.  All have width 64 and 2 heads."""
+_WIDTH, _HEADS = 64, 2
+_BETAS, _MAX_NORM, _LAST_RATE = (0.9, 0.95), 1.0, 0.1
+_LOGGED = 20  # rows in the table of training losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderTraining:
+    """How a decoder is trained: AdamW without weight decay, on new sequences in each step.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch_size: sequences per step.
+        learning_rate: peak learning rate; linear warm-up, then cosine decay to a tenth of it.
+        warmup_steps: steps of the warm-up.
+        rotary: whether attention has rotary position embeddings; without them, only the causal mask
+            tells positions apart.
+
+    Raises:
+        UserError: a value is not allowed.
+    """
+
+    steps: int = 1500
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    rotary: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("steps", self.steps, 1)
+        check_whole("batch_size", self.batch_size, 1)
+        check_at_least("learning_rate", self.learning_rate, 0)
+        check_whole("warmup_steps", self.warmup_steps, 0)
+        check_flag("rotary", self.rotary)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0, as a fraction of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class TrainedDecoder(NamedTuple):
+    """A trained decoder.
+
+    Attributes:
+        model: the decoder, in eval mode.
+        losses: rows of `step` and `loss`, the mean square error since the row before.
+        data_sha256: hash of all sequences that it was trained on.
+    """
+
+    model: OasisForCausalLM
+    losses: list[dict[str, float]]
+    data_sha256: str
+
+
+def decoder_backbone(size: str, task: TriggerTask, *, rotary: bool = False) -> SmolLM3Config:
+    """The backbone of a decoder on `task`: pre-norm layers with a SwiGLU MLP.
+
+    Raises:
+        UserError: `size` is not one of `LAB_SIZES`.
+    """
+    check_choice("size", size, LAB_SIZES)
+    layers = LAB_SIZES[size]
+    return SmolLM3Config(
+        vocab_size=task.width,
+        hidden_size=_WIDTH,
+        intermediate_size=3 * _WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=_HEADS,
+        num_key_value_heads=_HEADS,
+        max_position_embeddings=task.length,
+        no_rope_layers=[int(rotary)] * layers,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def embed(model: PreTrainedModel, x_BTN: Tensor) -> Tensor:
+    """The input of the first layer for the tokens of a task, [B, T, D]."""
+    embedding: Any = model.get_input_embeddings()
+    embedded_BTD: Tensor = x_BTN @ embedding.weight
+    return embedded_BTD
+
+
+def predict(model: PreTrainedModel, x_BTN: Tensor) -> Tensor:
+    """The output of a decoder for each token, [B, T, N]."""
+    output: Tensor = model(inputs_embeds=embed(model, x_BTN), use_cache=False).logits
+    return output
+
+
+def train_decoder(
+    size: str,
+    settings: Mapping[str, Any],
+    task: TriggerTask,
+    training: DecoderTraining,
+    *,
+    seed: int,
+) -> TrainedDecoder:
+    """Train a decoder to minimize the mean square error over all tokens and coordinates.
+
+    Args:
+        size: one of `LAB_SIZES`.
+        settings: settings of `OasisConfig`.
+        task: generates the sequences.
+        training: steps, batch size and learning rate.
+        seed: sets the initial weights and the sequences; the sequences are equal for all settings.
+
+    Raises:
+        UserError: an unknown size, or settings that are not allowed.
+    """
+    backbone = decoder_backbone(size, task, rotary=training.rotary)
+    torch.manual_seed(seed)
+    model = OasisForCausalLM(OasisConfig(text_config=backbone, **settings)).train()
+    data = torch.Generator().manual_seed(seed)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, training.learning_rate, betas=_BETAS, weight_decay=0.0, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.rate)
+    digest, every = hashlib.sha256(), max(1, training.steps // _LOGGED)
+    losses: list[dict[str, float]] = []
+    recent: list[float] = []
+    for step in range(1, training.steps + 1):
+        batch = task.batch(training.batch_size, data)
+        digest.update(batch.x_BTN.numpy().tobytes())
+        loss = (predict(model, batch.x_BTN) - batch.y_BTN).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
+        optimizer.step()
+        schedule.step()
+        recent.append(float(loss.detach()))
+        if step % every == 0 or step == training.steps:
+            losses.append({"step": step, "loss": sum(recent) / len(recent)})
+            recent.clear()
+    return TrainedDecoder(model.eval(), losses, digest.hexdigest())

@@ -1,0 +1,141 @@
+"""The metrics of decoders on generated tasks."""
+
+from __future__ import annotations
+
+from oasis_attn.metrics.definition import Definition
+
+_TASK = (
+    "`study` of a task: the same generated sequences for all trials, different from those of "
+    "training; n sequences"
+)
+_ERRORS = f"{_TASK}; mean over tokens and coordinates, the first token included"
+_IDLE = (
+    "idle queries are all but the first token and the triggers.  At length T, uniform attention of "
+    "all heads gives mean 1 / (t + 1) over their positions t, about 0.1 for T = 32"
+)
+_HEADS = f"{_TASK}; mean over the queries of all sequences, then over layers and heads"
+_SIGNAL = f"{_TASK}; the trained model is run with the null signal and with psi = 0"
+_ROUTERS = "depth routers with at least two sources"
+_QUANTIZED = (
+    f"{_TASK}; the same model quantized with <scheme>, calibrated on other sequences.  The linear "
+    "maps in and out of the decoder are not quantized"
+)
+_SINK = "arXiv 2603.11487 (the measure of its figures)"
+
+LAB = (
+    Definition(
+        name="task.error",
+        definition="mean square difference between output and target",
+        unit="target^2",
+        better="lower",
+        protocol=_ERRORS,
+    ),
+    Definition(
+        name="task.relative_error",
+        definition="`task.error` / mean square of the target; 1 for an output of 0",
+        unit="1",
+        better="lower",
+        protocol=_ERRORS,
+    ),
+    Definition(
+        name="task.error_trigger",
+        definition="`task.error` of the triggers only",
+        unit="target^2",
+        better="lower",
+        protocol=_ERRORS,
+    ),
+    Definition(
+        name="task.error_idle",
+        definition="`task.error` of the idle tokens only, whose target is 0",
+        unit="target^2",
+        better="lower",
+        protocol=_ERRORS,
+    ),
+    Definition(
+        name="task.largest_error",
+        definition="largest absolute difference between output and target",
+        unit="target",
+        better="lower",
+        protocol=f"{_TASK}; maximum over tokens, coordinates and sequences",
+    ),
+    Definition(
+        name="sink.idle",
+        definition="probability of the first token at idle queries",
+        unit="probability",
+        better="lower",
+        protocol=f"{_HEADS}; {_IDLE}",
+        source=_SINK,
+    ),
+    Definition(
+        name="sink.idle_largest",
+        definition="`sink.idle` of the head in which it is largest",
+        unit="probability",
+        better="lower",
+        protocol=f"{_TASK}; mean over the queries of all sequences, then maximum over layers and "
+        "heads",
+    ),
+    Definition(
+        name="sink.trigger",
+        definition="probability of the first token at triggers",
+        unit="probability",
+        protocol=_HEADS,
+    ),
+    Definition(
+        name="null.idle",
+        definition="null probability of attention at idle queries",
+        unit="probability",
+        protocol=_HEADS,
+    ),
+    Definition(
+        name="null.trigger",
+        definition="null probability of attention at triggers",
+        unit="probability",
+        protocol=_HEADS,
+    ),
+    Definition(
+        name="signal.beta",
+        definition="beta, the learned strength of the null signal",
+        unit="1",
+        protocol=f"`study` of a task; mean over {_ROUTERS}",
+    ),
+    Definition(
+        name="signal.beta_largest",
+        definition="the largest beta",
+        unit="1",
+        protocol=f"`study` of a task; maximum over {_ROUTERS}",
+    ),
+    Definition(
+        name="signal.weights_change",
+        definition="half the sum of absolute changes of the depth weights, which are divided by "
+        "their sum, when the null signal is switched off",
+        unit="probability",
+        protocol=f"{_SIGNAL}; mean over tokens, sequences and {_ROUTERS}",
+    ),
+    Definition(
+        name="signal.output_change",
+        definition="mean square change of the output when the null signal is switched off / mean "
+        "square of the target",
+        unit="1",
+        protocol=_SIGNAL,
+    ),
+    Definition(
+        name="signal.error_change",
+        definition="`task.error` with the null signal switched off - `task.error`",
+        unit="target^2",
+        protocol=_SIGNAL,
+    ),
+    Definition(
+        name="task.error_increase@<scheme>",
+        definition="`task.error@<scheme>` - `task.error`",
+        unit="target^2",
+        better="lower",
+        protocol=_QUANTIZED,
+    ),
+    Definition(
+        name="task.error_ratio@<scheme>",
+        definition="`task.error@<scheme>` / `task.error`",
+        unit="1",
+        better="lower",
+        protocol=_QUANTIZED,
+    ),
+)

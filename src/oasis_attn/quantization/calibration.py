@@ -1,0 +1,49 @@
+"""Calibration data: batches of token ids, or of embeddings for models that are fed without tokens.
+
+Axes: B sequences, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from oasis_attn.errors import UserError
+
+
+def check_batches(model: PreTrainedModel, calibration: Iterable[Tensor]) -> list[Tensor]:
+    """The batches as a list; `UserError` if there are none, or `model` cannot read one."""
+    batches = list(calibration)
+    for batch in batches:
+        _check_batch(model, batch)
+    if not batches:
+        raise UserError("calibration: it has no batches")
+    return batches
+
+
+def run_batch(model: Any, batch: Tensor) -> None:
+    """Run `model`, or its base model, on token ids, int64 [B, T], or on embeddings, [B, T, D]."""
+    name = "inputs_embeds" if batch.is_floating_point() else "input_ids"
+    model(**{name: batch.to(model.device)}, use_cache=False)
+
+
+def _check_batch(model: PreTrainedModel, batch: Tensor) -> None:
+    embedding: Any = model.get_input_embeddings()
+    width, shape = embedding.weight.shape[1], tuple(batch.shape)
+    if batch.is_floating_point() and batch.ndim == 3 and shape[2] == width and batch.numel():
+        return
+    if batch.dtype != torch.int64 or batch.ndim != 2 or not batch.numel():
+        raise UserError(
+            f"calibration: a batch is {batch.dtype} {shape}, not token ids, int64 [batch, tokens],"
+            f" or embeddings, [batch, tokens, {width}]"
+        )
+    vocabulary = model.config.get_text_config().vocab_size
+    low, high = int(batch.min()), int(batch.max())
+    if low < 0 or high >= vocabulary:
+        raise UserError(
+            f"calibration: token ids {low} .. {high} are not all in 0 .. {vocabulary - 1}"
+        )

@@ -1,0 +1,67 @@
+"""A trial of a decoder on a generated task: train, measure, quantize."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import torch
+
+from oasis_attn.data.trigger import TriggerBatch, trigger_task
+from oasis_attn.hub.model_info import describe_model
+from oasis_attn.lab import DecoderTraining, measure_decoder, quantized_errors, train_decoder
+from oasis_attn.modeling.variants import settings_of
+from oasis_attn.records import BlocksInfo, TextInfo, TrialRecord
+from oasis_attn.study.plan import Trial
+
+MEASURED_SEED, CALIBRATION_SEED = 2**32, 2**32 + 1
+"""Seeds of the sequences to measure and to calibrate on; larger than any seed of a trial."""
+
+
+def run_decoder_trial(trial: Trial, command: str) -> TrialRecord:
+    """Train the decoder and measure it, unquantized and with each scheme.
+
+    All trials on a task are measured on the same sequences.
+    """
+    task, training = trigger_task(trial.corpus), DecoderTraining(**trial.training)
+    settings = settings_of(trial.base) | dict(trial.overrides)
+    trained = train_decoder(trial.size, settings, task, training, seed=trial.seed)
+    measured, calibration = (
+        task.batch(trial.windows, torch.Generator().manual_seed(seed))
+        for seed in (MEASURED_SEED, CALIBRATION_SEED)
+    )
+    metrics, tables = measure_decoder(trained.model, measured)
+    errors, targets = quantized_errors(trained.model, measured, calibration, trial.schemes)
+    sequences = training.steps * training.batch_size
+    return TrialRecord(
+        model=replace(describe_model(trained.model), name=trial.id, variant=trial.variant),
+        trial=trial.to_dict(),
+        command=command,
+        trained_parameters=trained.model.num_parameters(),
+        targets=targets,
+        tokenizer_sha256="",
+        train=BlocksInfo(split="generated", blocks=sequences, sha256=trained.data_sha256),
+        train_corpus_sha256=trained.data_sha256,
+        data=_info(trial.corpus, measured),
+        calibration_windows=trial.windows,
+        seed=trial.seed,
+        metrics=(*metrics, *errors),
+        tables={"loss": trained.losses} | tables,
+    )
+
+
+def _info(task: str, batch: TriggerBatch) -> TextInfo:
+    windows, length, _ = batch.x_BTN.shape
+    return TextInfo(
+        corpus=task,
+        split=None,
+        sha256=None,
+        window=length,
+        windows=windows,
+        stride=length,
+        choice="generated",
+        separator=None,
+        bos=None,
+        tokens_scored=windows * length,
+        tokens_sha256=hashlib.sha256(batch.x_BTN.numpy().tobytes()).hexdigest(),
+    )

@@ -1,0 +1,136 @@
+"""Studies of decoders on generated tasks: the same folders, records, tables and reports."""
+
+from __future__ import annotations
+
+import pytest
+
+from oasis_attn.errors import UserError
+from oasis_attn.records import TrialRecord
+from oasis_attn.study import decoder_trial
+from oasis_attn.study.launch import ProcessLauncher
+from oasis_attn.study.plan import Plan
+from oasis_attn.study.results import Results
+from oasis_attn.study.run import run_study
+from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.study_report import write_report
+from oasis_attn.study.trial import reproduction, run_trial
+
+
+@pytest.fixture
+def plain():
+    """A function that returns the values of a tiny plan on a task, with changes."""
+
+    def plan(**changes):
+        small = {
+            "name": "tiny",
+            "about": "Nothing.",
+            "variants": ["vanilla", "oasis"],
+            "corpora": ["trigger-every-8"],
+            "seeds": [0],
+            "sizes": ["lab-1"],
+            "compare": {"oasis": ["vanilla"]},
+            "training": {"steps": 4, "batch_size": 2, "warmup_steps": 1},
+            "windows": 3,
+            "schemes": ["w8a8-static-full", "w4a4"],
+        }
+        return {name: value for name, value in (small | changes).items() if value is not None}
+
+    return plan
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return tmp_path_factory.mktemp("finished")
+
+
+@pytest.fixture
+def record(tiny, finished) -> TrialRecord:
+    """The record of one trial, which runs once for all tests of this file."""
+    (_, trial) = tiny().trials
+    return run_trial(trial, finished / "trial.json", finished / "work", command="again")
+
+
+def test_a_record_has_all_metrics_and_where_they_come_from(record, tiny, finished):
+    names = {metric.name for metric in record.metrics}
+    errors = {f"task.error@{scheme}" for scheme in ("w8a8-static-full", "w4a4")}
+    assert {"task.error", "sink.idle", "null.idle", "outlier.max_inf_norm", *errors} <= names
+    assert {"depth.entropy", "signal.beta", "trial.seconds"} <= names
+    assert "perplexity.windowed" not in names
+    (_, trial) = tiny().trials
+    assert record.trial == trial.to_dict()
+    assert record.train.blocks == 8
+    assert (record.data.windows, record.data.window, record.calibration_windows) == (3, 8, 3)
+    assert record.data.choice == "generated"
+    assert len(record.tables["sink.idle"]) == 1
+    assert TrialRecord.load(finished / "trial.json").to_json() == record.to_json()
+    assert not (finished / "work").exists()
+
+
+def test_a_killed_trial_starts_again_with_the_same_results(record, tiny, tmp_path, monkeypatch):
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    (_, trial) = tiny().trials
+    path, work = tmp_path / "trial.json", tmp_path / "work"
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder_trial, "quantized_errors", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_trial(trial, path, work, command="again")
+    assert not path.exists()
+    again = run_trial(trial, path, work, command="again")
+    assert not reproduction(record, again, 0.0).differences
+    assert (again.train, again.data) == (record.train, record.data)
+    assert again.tables == record.tables
+
+
+@pytest.mark.parametrize("signal", ["shuffled", "averaged"])
+def test_controls_have_the_same_results_in_each_process(tiny, tmp_path, signal):
+    variants = {"control": {"base": "official", "overrides": {"null_signal": signal}}}
+    (trial,) = tiny(variants=variants, compare={}).trials
+    records = [
+        run_trial(trial, tmp_path / f"{n}.json", tmp_path / f"work{n}", command="")
+        for n in range(2)
+    ]
+    assert not reproduction(*records, 0.0).differences
+
+
+def test_a_real_study_runs_in_processes_and_is_published(record, tiny, tmp_path):
+    plan = tiny()
+    status = run_study(plan, tmp_path / "out", launcher=ProcessLauncher(), show=False)
+    assert (len(status.done), status.failed) == (2, {})
+    folder = StudyFolder.open(tmp_path / "out")
+    assert not reproduction(record, folder.records()[plan.trials[1]], 0.0).differences
+    results = Results(plan, folder.records())
+    labels = [metric.label for metric in results.metrics]
+    assert {"task error", "idle sink", "w8a8-static-full error ratio"} <= set(labels)
+    assert "perplexity" not in labels
+    write_report(folder, tmp_path / "page.html")
+    assert "relative task error" in (tmp_path / "tables.md").read_text()
+    folder.publish(tmp_path / "published")
+    published = StudyFolder.open(tmp_path / "published").records()[plan.trials[1]]
+    assert published.tables["sink.idle"] == record.tables["sink.idle"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpora": ["trigger", "stdlib"]}, "corpora: trigger, stdlib are corpora of text and"),
+        ({"corpora": {"trigger": ["arith"]}}, "tasks of 'trigger': a generated task has none"),
+        ({"corpora": ["trigger-3"]}, "length: 3"),
+        ({"sizes": ["nano"]}, "sizes: 'nano' is not one of lab-1"),
+        ({"training": {"block_length": 8}}, "training: 'block_length' is not one of steps"),
+        ({"training": {"steps": 0}}, "steps: 0"),
+        ({"evaluation": {"limit": 2}}, "evaluation: a study of generated tasks has no problems"),
+        (
+            {"variants": {"a": {"base": "oasis", "training": {"outlier_penalty": 1.0}}}},
+            "training: 'outlier_penalty' is not one of steps",
+        ),
+        (
+            {"variants": {"a": {"base": "vanilla", "overrides": {"null_signal": "on"}}}},
+            "null_signal: 'on' needs residual",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(plain, changes, message):
+    with pytest.raises(UserError, match=message):
+        Plan.from_dict(plain(compare={}, **changes)).check()
