@@ -16,6 +16,7 @@ from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.records import Record
 from oasis_attn.report.glossary import glossary_page
+from oasis_attn.study.plan import Plan
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.training import TrainingConfig, train
 from tiny_models import VOCABULARY, tiny_config, tiny_model
@@ -64,6 +65,28 @@ def with_a_sink(folder: Path, run: Path) -> Path:
     return folder
 
 
+def of_a_task(folder: Path, size: str, patch: pytest.MonkeyPatch) -> Record:
+    """A trial on the corpus of a task."""
+    patch.setattr("oasis_attn.data.majority._TOKENS", 2**16)
+    plan = Plan.from_dict(
+        {
+            "name": "tiny",
+            "about": "Nothing.",
+            "variants": ["vanilla"],
+            "corpora": {"majority-32": ["majority"]},
+            "seeds": [0],
+            "sizes": [size],
+            "compare": {},
+            "training": {"steps": 2, "batch_size": 2, "block_length": 32, "log_every": 1},
+            "windows": 2,
+            "schemes": ["w4a4"],
+            "evaluation": {"limit": 2},
+        }
+    )
+    plan.check()
+    return StudyFolder.begin(folder, plan).run(plan.trials[0].id)
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory, corpus, size) -> set[str]:
     """The names in records of every kind, made now."""
@@ -88,6 +111,7 @@ def fresh(tmp_path_factory, corpus, size) -> set[str]:
             ),
             quantize_checkpoint(run, folder / "q", scheme="w8a8-static", simulate=True, **shape),
             prefix_checkpoint(with_a_sink(folder / "sink", run), folder / "p", **shape),
+            of_a_task(folder / "trial", size, patch),
         ]  # fmt: skip
     return set().union(*map(names, records))
 

@@ -204,7 +204,7 @@ class Plan:
                     f"tasks of {corpus!r}: every trial measures perplexity; remove 'perplexity'"
                 )
             if tasks:
-                EvaluationConfig(tasks=tasks, **self.evaluation)
+                EvaluationConfig(tasks=tasks, corpus=corpus, **self.evaluation)
         for name in self.variants if variants is None else variants:
             self._check_variant(name)
 
