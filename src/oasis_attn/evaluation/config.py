@@ -127,7 +127,7 @@ class EvaluationConfig:
             raise UserError("resume: it needs samples, the folder with the logs")
         if "perplexity" in self.tasks:
             load_corpus(self.corpus, self.split)
-        if "majority" in self.tasks and load_corpus(self.corpus, "test").task is None:
+        if "majority" in self.tasks and load_corpus(self.corpus).task is None:
             raise UserError(
                 f"corpus: {shown(str(self.corpus))} has no majority task; give the corpus that the"
                 " model was trained on, such as majority-64"
