@@ -92,7 +92,7 @@ def test_a_model_that_knows_the_answers(build, words, variant, monkeypatch):
     assert record["majority.answer_loss"] == pytest.approx(wrong, rel=1e-6)
 
 
-def test_quantised_and_resumed(model, words, tmp_path):
+def test_quantized_and_resumed(model, words, tmp_path):
     options = {"tasks": ["majority"], "corpus": CORPUS, "samples": tmp_path}
     few = evaluate(model, words, limit=3, **options)
     log = tmp_path / "majority.jsonl"
