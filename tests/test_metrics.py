@@ -76,6 +76,28 @@ def on_a_task(folder: Path) -> Record:
     return run_trial(plan.trials[0], folder / "trial.json", folder / "trial", command="")
 
 
+def of_a_task(folder: Path, size: str, patch: pytest.MonkeyPatch) -> Record:
+    """A trial on the corpus of a task."""
+    patch.setattr("oasis_attn.data.majority._TOKENS", 2**16)
+    plan = Plan.from_dict(
+        {
+            "name": "tiny",
+            "about": "Nothing.",
+            "variants": ["vanilla"],
+            "corpora": {"majority-32": ["majority"]},
+            "seeds": [0],
+            "sizes": [size],
+            "compare": {},
+            "training": {"steps": 2, "batch_size": 2, "block_length": 32, "log_every": 1},
+            "windows": 2,
+            "schemes": ["w4a4"],
+            "evaluation": {"limit": 2},
+        }
+    )
+    plan.check()
+    return StudyFolder.begin(folder, plan).run(plan.trials[0].id)
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory, corpus, size) -> set[str]:
     """The names in records of every kind, made now."""
@@ -103,6 +125,7 @@ def fresh(tmp_path_factory, corpus, size) -> set[str]:
             ),
             prefix_checkpoint(with_a_sink(folder / "sink", run), folder / "p", **shape),
             on_a_task(folder),
+            of_a_task(folder / "trial", size, patch),
         ]  # fmt: skip
     return set().union(*map(names, records))
 

@@ -48,6 +48,7 @@ def test_sinks_equal_those_of_the_eager_map(family):
     )
     assert record["sink.mass"] == pytest.approx(mass_LH.mean().item(), rel=1e-5)
     assert record["sink.mass_renormalized"] == pytest.approx(record["sink.mass"])
+    assert record["sink.max_mass"] == pytest.approx(mass_LH.max().item(), rel=1e-5)
     for eps in (0.3, 0.2):
         rate = (p_NLHT[..., :64].mean(-1) > eps).double().mean().item()
         assert record[f"sink.rate@{eps}"] == pytest.approx(rate)

@@ -1,4 +1,4 @@
-"""`oasis evaluate`: perplexity on text, and Pass@k on word problems."""
+"""`oasis evaluate`: perplexity on text, and the answers to word problems and other tasks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ def evaluate(
     ],
     tasks: Annotated[
         str,
-        Option(help="Comma-separated list of perplexity, gsm8k, gsm8k-loglik and arith."),
+        Option(help="Comma-separated list of perplexity, gsm8k, gsm8k-loglik, arith and majority."),
     ] = "perplexity",
     corpus: Annotated[
-        str, Option(help="Corpus for perplexity: a name, or a local text file.")
+        str,
+        Option(
+            help="Corpus for perplexity: a name, or a local text file. For majority: the corpus"
+            " with the task, such as majority-64."
+        ),
     ] = "wikitext-2",
-    split: Annotated[str, Option(help="Split of the corpus.")] = "test",
-    window: Annotated[int, Option(help="Tokens per window.")] = 512,
+    split: Annotated[str, Option(help="Split of the corpus for perplexity.")] = "test",
+    window: Annotated[int, Option(help="Tokens per window for perplexity.")] = 512,
     stride: Annotated[
         int | None,
         Option(
@@ -47,7 +51,7 @@ def evaluate(
         int | None,
         Option(
             help="Maximum number of problems per task (the first ones), and of windows for"
-            " perplexity (spread over the text).",
+            " perplexity and majority (spread over the text).",
             show_default=False,
         ),
     ] = None,
@@ -73,7 +77,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity on text, and the accuracy of answers to word problems.
+    """Measure perplexity on text, and the accuracy of answers to problems.
 
     Example: [bold]oasis evaluate smollm2 --tasks perplexity,arith --limit 50[/bold]
     """

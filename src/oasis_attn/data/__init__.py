@@ -2,7 +2,12 @@
 
 from oasis_attn.data.blocks import TokenBlocks, collate, token_blocks
 from oasis_attn.data.corpora import CORPORA, Corpus, load_corpus, whole_file
-from oasis_attn.data.tokenizer import corpus_tokenizer, tokenizer_sha256, train_tokenizer
+from oasis_attn.data.tokenizer import (
+    corpus_tokenizer,
+    fixed_vocab_size,
+    tokenizer_sha256,
+    train_tokenizer,
+)
 from oasis_attn.data.windows import HeldOut, Windows, as_windows, held_out_windows, read_windows
 
 __all__ = [
@@ -14,6 +19,7 @@ __all__ = [
     "as_windows",
     "collate",
     "corpus_tokenizer",
+    "fixed_vocab_size",
     "held_out_windows",
     "load_corpus",
     "read_windows",

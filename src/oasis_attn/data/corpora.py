@@ -16,6 +16,7 @@ from pathlib import Path
 
 from oasis_attn.data import readers
 from oasis_attn.data.arith import arith_rows
+from oasis_attn.data.majority import MajorityTask, majority_task
 from oasis_attn.errors import UserError, check_choice, shown
 
 Reader = Callable[[], Iterator[str]]
@@ -31,11 +32,18 @@ class Corpus:
         name: its name in `CORPORA`, or its path.
         split: the name of the split, such as `train`.
         reader: reads the documents from the start at each call.
+        task: the task whose sequences are the documents, or the first of them; None for text.
     """
 
     name: str
     split: str
     reader: Reader = field(repr=False, compare=False)
+    task: MajorityTask | None = None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether some documents are text, not sequences of a task."""
+        return self.task is None or "+" in self.name
 
     def texts(self) -> Iterator[str]:
         """The documents that are not blank, in a fixed order.
@@ -145,6 +153,10 @@ CORPORA: dict[str, Source] = {
         about="generated word problems of one to three steps, in the form of GSM8K (11 MB)",
         splits={split: partial(_arith, split) for split in _SHARES},
     ),
+    "majority": Source(
+        about="generated sequences for which softmax attention needs a sink (5 M tokens)",
+        splits=by_hash(MajorityTask().documents),
+    ),
     "imdb": Source(
         about="film reviews (Maas et al. 2011): the unlabeled and the labeled test part",
         splits={
@@ -172,7 +184,8 @@ def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
         name_or_path: a name in `CORPORA`; or a .txt, .jsonl or .jsonl.gz file, which is split by
             hash (rows of .jsonl have a field `text`, or `question` and `answer`); or a folder with
             such a file for each split, named after the split.  For a name, the splits in the folder
-            `$OASIS_DATA/<name>/` replace those of `CORPORA`.
+            `$OASIS_DATA/<name>/` replace those of `CORPORA`.  `majority-128` has windows of 128
+            tokens, and `majority-128+stdlib` also the documents of another corpus, after its own.
         split: `train`, `validation`, `test`, or a split in the folder.
 
     Raises:
@@ -184,7 +197,8 @@ def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
     if not splits:
         raise UserError(f"corpus: folder {name!r} holds no <split>.txt, .jsonl or .jsonl.gz")
     check_choice(f"split of corpus {name!r}", split, splits)
-    return Corpus(name=name, split=split, reader=splits[split])
+    task, _ = _task_and_text(name)
+    return Corpus(name=name, split=split, reader=splits[split], task=task)
 
 
 def whole_file(path: str | Path) -> Corpus:
@@ -198,9 +212,24 @@ def whole_file(path: str | Path) -> Corpus:
     return Corpus(name=str(path), split="whole", reader=reader)
 
 
+def _task_and_text(name: str) -> tuple[MajorityTask | None, str]:
+    """The task in a name, and the corpus after `+`, if there are any."""
+    first, _, text = name.partition("+")
+    return majority_task(first), text
+
+
 def _splits(name: str) -> Mapping[str, Reader]:
     data = os.environ.get("OASIS_DATA")
     kept = Path(data, name) if data and name else None
+    task, text = _task_and_text(name)
+    if task is not None:
+        own = by_hash(task.documents)
+        if not text:
+            return own
+        if _task_and_text(text)[0] is not None:
+            raise UserError(f"corpus: {name!r} has two tasks; only text can follow the first")
+        other = _splits(text)
+        return {split: partial(_after, own[split], other[split]) for split in own if split in other}
     if name not in CORPORA:
         folder = kept if kept and os.path.isdir(kept) else Path(name)
         if name and os.path.isdir(folder):

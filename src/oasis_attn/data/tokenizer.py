@@ -1,10 +1,10 @@
-"""Byte-level BPE tokenizers for models that are trained from scratch."""
+"""Tokenizers for models that are trained from scratch: byte-level BPE, or a token for each word."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
 from oasis_attn.data.cache import cached_file
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+_MIN_VOCAB_SIZE = 257  # the bytes and the special token
+_SPECIAL_WORDS = ("<unk>", "<s>", "</s>")
 _FORMAT = 1
 
 
@@ -34,18 +36,72 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def corpus_tokenizer(corpus: Corpus, vocab_size: int) -> PreTrainedTokenizerFast:
-    """`train_tokenizer` on a corpus, cached by the hash of the corpus and `vocab_size`."""
-    from tokenizers import Tokenizer
+    """The tokenizer for models that are trained on a corpus, with `vocab_size` tokens.
+
+    For text it is `train_tokenizer`, cached by the hash of the corpus and `vocab_size`.  For a task
+    it is `word_tokenizer`.  For both, the words of the task are added to a tokenizer for the text.
+
+    Raises:
+        UserError: `vocab_size` does not fit the corpus.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    words = corpus.task.vocabulary if corpus.task else ()
+    fixed = fixed_vocab_size(corpus)
+    if fixed is not None:
+        if vocab_size != fixed:
+            raise UserError(
+                f"vocab_size: {vocab_size} is not {fixed}, the number of words and special tokens"
+                f" of the corpus {corpus.name!r}"
+            )
+        return word_tokenizer(words)
+    check_whole("vocab_size", vocab_size, _MIN_VOCAB_SIZE + len(words))
 
     def make(file: BinaryIO) -> None:
-        file.write(_learnt(corpus.texts(), vocab_size).to_str().encode())
+        texts = (text for text in corpus.texts() if text.split(maxsplit=1)[0] not in words)
+        tokenizer = _learnt(texts, vocab_size - len(words))
+        tokenizer.add_tokens([AddedToken(word, lstrip=True, normalized=False) for word in words])
+        file.write(tokenizer.to_str().encode())
 
     name = f"tokenizers/bpe{_FORMAT}-{corpus.sha256}-{vocab_size}.json"
     return _wrapped(Tokenizer.from_file(str(cached_file(name, make))))
 
 
+def fixed_vocab_size(corpus: Corpus) -> int | None:
+    """Number of tokens of a corpus whose words are its vocabulary; None for a corpus with text."""
+    if corpus.task is None or corpus.has_text:
+        return None
+    return len(_SPECIAL_WORDS) + len(corpus.task.vocabulary)
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each of `words`, which whitespace separates.
+
+    Its special tokens are `<unk>` (id 0, any other word), `<s>` (BOS, which encoding puts in front)
+    and `</s>` (EOS and padding).
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    unknown, bos, eos = _SPECIAL_WORDS
+    ids = {word: i for i, word in enumerate((*_SPECIAL_WORDS, *words))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, ids[bos])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=unknown,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=eos,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def _learnt(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    check_whole("vocab_size", vocab_size, 257)
+    check_whole("vocab_size", vocab_size, _MIN_VOCAB_SIZE)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())

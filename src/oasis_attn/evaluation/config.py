@@ -25,6 +25,7 @@ TASKS = {
     "gsm8k": "Pass@k on GSM8K, with the prompts, shots and stop strings of lm-eval",
     "gsm8k-loglik": "log-likelihood of the solutions of GSM8K, without shots",
     "arith": "Pass@k on generated word problems of one to three steps, without shots",
+    "majority": "accuracy of the answers of the majority task, and the loss there and elsewhere",
 }
 
 _MAX_TEMPERATURE = 1e4  # float32 can still distinguish logits that are divided by it
@@ -36,9 +37,10 @@ class EvaluationConfig:
 
     Attributes:
         tasks: names in `TASKS`.
-        corpus: the corpus for perplexity: a name in `CORPORA`, or a text file or folder.
-        split: split of that corpus.  Problems are always those of the split `test`.
-        window: tokens per window.
+        corpus: the corpus for perplexity: a name in `CORPORA`, or a text file or folder.  For
+            `majority`, it is the corpus with the task, such as `majority-64`.
+        split: split of that corpus for perplexity.  Other tasks always use the split `test`.
+        window: tokens per window, for perplexity.
         stride: tokens from the start of a window to the start of the next; by default `window`,
             which means that windows are disjoint.  See `read_windows`.
         shots: worked examples in front of each problem of `gsm8k`, from its split `train`.
@@ -48,7 +50,7 @@ class EvaluationConfig:
         max_new_tokens: maximum number of tokens in an answer.
         seed: random seed of the samples.
         limit: maximum number of problems per task (the first ones), and of windows for perplexity
-            (spread over the text); by default, all.
+            and majority (spread over the text); by default, all.
         batch_size: windows or samples in one forward pass.
         cache: makes a cache for each batch, from the config of the model.  Likelihood is then
             computed through the cache, 32 tokens at a time.  Describe it in `model_notes`.  By
@@ -125,3 +127,8 @@ class EvaluationConfig:
             raise UserError("resume: it needs samples, the folder with the logs")
         if "perplexity" in self.tasks:
             load_corpus(self.corpus, self.split)
+        if "majority" in self.tasks and load_corpus(self.corpus).task is None:
+            raise UserError(
+                f"corpus: {shown(str(self.corpus))} has no majority task; give the corpus that the"
+                " model was trained on, such as majority-64"
+            )

@@ -20,9 +20,10 @@ from oasis_attn.evaluation.config import EvaluationConfig
 from oasis_attn.evaluation.generate import ANSWER_FIELDS, check_prompts, generate
 from oasis_attn.evaluation.harness import HarnessGsm8k, check_harness
 from oasis_attn.evaluation.likelihood import LOSS_FIELDS, score_continuations, score_windows
+from oasis_attn.evaluation.majority import ANSWER_COUNTS, question_id, score_answers
 from oasis_attn.evaluation.problems import Interval, by_steps, pass_metrics
 from oasis_attn.evaluation.samples import Sample, SampleLog, check_log
-from oasis_attn.evaluation.scoring import Z95, score_answer
+from oasis_attn.evaluation.scoring import Z95, ratio_of_sums, score_answer, wilson_interval
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_lengths, describe_model, fingerprint
 from oasis_attn.records import EvaluationRecord, Metric
@@ -54,7 +55,7 @@ def evaluate(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> EvaluationRecord:
-    """Perplexity on text, and Pass@k on word problems.
+    """Perplexity on text, and the answers to word problems and to the majority task.
 
     Args:
         model: a causal decoder in memory (of transformers or this library, or quantized); it is run
@@ -71,9 +72,11 @@ def evaluate(
             `.strided` with a stride below the window;
         gsm8k, arith: `<task>.pass@<k>.strict` and `.flexible` (see `score_answer`), and
             `gsm8k.lm_eval.<filter>`, the score of lm-eval for the first sample of each problem;
+        majority: `majority.accuracy` of the answers, given all earlier tokens of the text,
+            `majority.answer_loss` and `majority.other_loss` (nats per token);
         gsm8k-loglik: `gsm8k.answer_loglik`, the mean over problems of the solution's mean
             log-probability per token, in nats.
-        `intervals` has the 95 % interval of each: Wilson's for Pass@k, and a normal one otherwise.
+        `intervals` has the 95 % interval of each: Wilson's for shares, and a normal one otherwise.
 
     Raises:
         UserError: before the first task runs, for a bad option, a log that exists already or cannot
@@ -147,7 +150,7 @@ def _perplexity(run: _Run) -> Measure:
         samples = score_windows(
             run.model, windows, log=log, batch_size=config.batch_size, cache=config.cache
         )
-        loss, error = _mean_loss(samples)
+        loss, error = ratio_of_sums([(row["loss"], row["tokens"]) for row in samples])
         kind = "windowed" if windows.info.stride == config.window else "strided"
         n = len(samples)
         run.metrics += [
@@ -171,15 +174,41 @@ def _exp(x: float) -> float:
         return math.inf
 
 
-def _mean_loss(samples: Sequence[Sample]) -> tuple[float, float | None]:
-    """Nats per token, and its standard error over windows (as a ratio of sums)."""
-    tokens = sum(row["tokens"] for row in samples)
-    n = len(samples)
-    loss = math.fsum(row["loss"] for row in samples) / tokens
-    if n == 1:
-        return loss, None
-    squares = math.fsum((row["loss"] - loss * row["tokens"]) ** 2 for row in samples)
-    return loss, math.sqrt(squares * n / (n - 1)) / tokens
+def _majority(run: _Run) -> Measure:
+    config = run.config
+    corpus = load_corpus(str(config.corpus).partition("+")[0], "test")  # without a text after it
+    assert corpus.task is not None  # `EvaluationConfig` has checked it
+    check_lengths(run.model, [corpus.task.window], "window")
+    question = question_id(run.tokenizer)
+    windows = read_windows(corpus, run.tokenizer, window=corpus.task.window, windows=config.limit)
+    info = asdict(windows.info)
+    protocol = {name: info[name] for name in ("sha256", "window", "separator", "bos")}
+
+    def measure() -> None:
+        samples = score_answers(
+            run.model,
+            windows,
+            question,
+            log=run.log("majority", protocol, ANSWER_COUNTS),
+            batch_size=config.batch_size,
+            cache=config.cache,
+        )
+        n = len(samples)
+        for name, part, whole in (
+            ("accuracy", "right", "answers"),
+            ("answer_loss", "answer_loss", "answers"),
+            ("other_loss", "other_loss", "others"),
+        ):
+            value, error = ratio_of_sums([(row[part], row[whole]) for row in samples])
+            metric = Metric(name=f"majority.{name}", value=value, n=n, standard_error=error)
+            run.metrics.append(metric)
+            if name == "accuracy":
+                run.intervals[metric.name] = wilson_interval(value, n)
+            elif error is not None:
+                run.intervals[metric.name] = value - Z95 * error, value + Z95 * error
+        run.data["majority"] = info
+
+    return measure
 
 
 def _gsm8k(run: _Run) -> Measure:
@@ -293,4 +322,5 @@ _TASKS: dict[str, Callable[[_Run], Measure]] = {
     "gsm8k": _gsm8k,
     "gsm8k-loglik": _gsm8k_loglik,
     "arith": _arith,
+    "majority": _majority,
 }

@@ -44,7 +44,7 @@ def score_windows(
             if all((position, 0) in log for position in positions):
                 continue
             ids_BT = windows.ids_NT[batch].to(model.device)
-            losses_BT = token_losses(_logits(model, ids_BT, None, cache), ids_BT)
+            losses_BT = token_losses(window_logits(model, ids_BT, None, cache), ids_BT)
             log.add(
                 {"id": position, "repeat": 0, "tokens": n, "loss": float(losses_T[-n:].sum())}
                 for position, n, losses_T in zip(positions, scored, losses_BT, strict=True)
@@ -95,14 +95,14 @@ def _continuation_losses(
     ids_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in whole])
     mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in whole])
     ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
-    losses_BT = token_losses(_logits(model, ids_BT, mask_BT, cache), ids_BT)
+    losses_BT = token_losses(window_logits(model, ids_BT, mask_BT, cache), ids_BT)
     return [
         float(losses_T[len(prompt) - 1 : len(prompt) + len(text) - 1].sum())
         for losses_T, (prompt, text) in zip(losses_BT, batch, strict=True)
     ]
 
 
-def _logits(
+def window_logits(
     model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None, cache: MakeCache | None
 ) -> Tensor:
     """Logits [B, T, V], computed in one pass, or in pieces with a cache."""

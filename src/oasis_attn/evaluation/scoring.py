@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -63,6 +64,19 @@ def _value(match: re.Match[str]) -> Decimal:
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Unbiased estimate of Pass@k from `right` of n samples (Chen et al. 2021, equation 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def ratio_of_sums(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
+    """sum(x) / sum(y) over pairs (x, y), and its standard error over the pairs.
+
+    The error is that of a ratio estimate (Cochran 1977, section 6.4); None for a single pair.
+    """
+    n, total = len(pairs), math.fsum(y for _, y in pairs)
+    ratio = math.fsum(x for x, _ in pairs) / total
+    if n == 1:
+        return ratio, None
+    squares = math.fsum((x - ratio * y) ** 2 for x, y in pairs)
+    return ratio, math.sqrt(squares * n / (n - 1)) / total
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:

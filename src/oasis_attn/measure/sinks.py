@@ -122,7 +122,10 @@ class Sinks:
         }
         if self._has_null:
             means["null.mass"] = self._stack("null")
-        return [mean_metric(name, values.flatten(1).mean(1)) for name, values in means.items()]
+        metrics = [mean_metric(name, values.flatten(1).mean(1)) for name, values in means.items()]
+        mass_NLH = self._stack("mass")
+        largest = float(mass_NLH.mean(0).max())
+        return [*metrics, Metric(name="sink.max_mass", value=largest, n=len(mass_NLH))]
 
     def tables(self) -> dict[str, Any]:
         """`sink.mass` [L][H], `sink.value_weighted` [L], and, if attention has a null option,

@@ -137,6 +137,14 @@ SINKS = (
         protocol=_HEADS,
     ),
     Definition(
+        name="sink.max_mass",
+        definition="`sink.mass` of the head with the largest value",
+        unit="probability",
+        better="lower",
+        protocol="`diagnose`: mean over windows for each head, then maximum over layers and heads; "
+        "n windows",
+    ),
+    Definition(
         name="sink.mass_renormalized",
         definition="`sink.mass` with each row of probabilities divided by its sum; rows with a sum "
         "of at most 1e-6 are excluded",

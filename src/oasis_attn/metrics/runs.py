@@ -5,6 +5,10 @@ from __future__ import annotations
 from oasis_attn.metrics.definition import Definition
 
 _PROBLEMS = "`evaluate`: one prompt per problem; mean over problems, n problems"
+_MAJORITY = (
+    "`evaluate --tasks majority`: windows of the test split of `majority`, each a document; all "
+    "earlier tokens are those of the text; sum over all windows, n windows"
+)
 _TARGETS = "`quantize`: for each quantized target (`where`)"
 _PREFIX = "`prefix`: `where` is `before` (without the prefix) or `after` (with the prefix)"
 _STUDY = "`study`: the same model quantized with <scheme>; otherwise as the metric before the @"
@@ -77,6 +81,27 @@ TASKS = (
         unit="nats per token",
         better="higher",
         protocol=_PROBLEMS,
+    ),
+    Definition(
+        name="majority.accuracy",
+        definition="answers with the largest logit of the whole vocabulary / number of answers",
+        unit="share",
+        better="higher",
+        protocol=_MAJORITY,
+    ),
+    Definition(
+        name="majority.answer_loss",
+        definition="mean of -log p over the answers",
+        unit="nats per token",
+        better="lower",
+        protocol=_MAJORITY,
+    ),
+    Definition(
+        name="majority.other_loss",
+        definition="mean of -log p over all other tokens, questions and EOS included",
+        unit="nats per token",
+        better="lower",
+        protocol=_MAJORITY,
     ),
 )
 
@@ -209,5 +234,8 @@ STUDY_QUANTIZED = tuple(
         ("gsm8k.lm_eval.<filter>", "share", "higher"),
         ("gsm8k.answer_loglik", "nats per token", "higher"),
         ("task.error", "target^2", "lower"),
+        ("majority.accuracy", "share", "higher"),
+        ("majority.answer_loss", "nats per token", "lower"),
+        ("majority.other_loss", "nats per token", "lower"),
     )
 )

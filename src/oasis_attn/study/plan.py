@@ -243,7 +243,7 @@ class Plan:
                     f"tasks of {corpus!r}: every trial measures perplexity; remove 'perplexity'"
                 )
             if tasks:
-                EvaluationConfig(tasks=tasks, **self.evaluation)
+                EvaluationConfig(tasks=tasks, corpus=corpus, **self.evaluation)
 
     @property
     def eval_split(self) -> str:

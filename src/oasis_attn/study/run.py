@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from oasis_attn.data import corpus_tokenizer, load_corpus, token_blocks
+from oasis_attn.data import corpus_tokenizer, fixed_vocab_size, load_corpus, token_blocks
 from oasis_attn.errors import check_whole
 from oasis_attn.files import lock
 from oasis_attn.hub.model_sizes import text_config
@@ -77,12 +77,13 @@ def prepare(trials: Sequence[Trial], progress: ProgressTable) -> None:
         if trial.on_task:
             continue
         config = trial.training_config(Path(trial.id))
-        vocabulary = text_config(trial.size, config.vocab_size).vocab_size
+        corpus = load_corpus(trial.corpus)
+        asked = config.vocab_size or fixed_vocab_size(corpus)
+        vocabulary = text_config(trial.size, asked).vocab_size
         if (trial.corpus, vocabulary) in done:
             continue
         done.add((trial.corpus, vocabulary))
         progress.set_message(f"reading {trial.corpus}")
-        corpus = load_corpus(trial.corpus)
         tokenizer = corpus_tokenizer(corpus, vocabulary)
         for part in (corpus, load_corpus(trial.corpus, config.eval_split)):
             token_blocks(part, tokenizer, config.block_length, vocab_size=vocabulary)

@@ -52,6 +52,7 @@ _UNQUANTIZED = (
         better="lower",
     ),
     StudyMetric(name="sink.mass", label="sink mass", scale="points", better="lower"),
+    StudyMetric(name="sink.max_mass", label="largest sink", scale="points", better="lower"),
     StudyMetric(name="sink.rate@0.3", label="sink rate at 0.3", scale="points", better="lower"),
     StudyMetric(
         name="joint.leakage_renormalized", label="joint leakage", scale="points", better="lower"
@@ -92,6 +93,15 @@ _TASKS = (
     StudyMetric(name="gsm8k.pass@1.strict", label="GSM8K Pass@1", scale="points", better="higher"),
     StudyMetric(
         name="gsm8k.answer_loglik", label="GSM8K log-likelihood", scale="points", better="higher"
+    ),
+    StudyMetric(
+        name="majority.accuracy", label="majority accuracy", scale="points", better="higher"
+    ),
+    StudyMetric(
+        name="majority.answer_loss", label="majority answer loss", scale="points", better="lower"
+    ),
+    StudyMetric(
+        name="majority.other_loss", label="majority other loss", scale="points", better="lower"
     ),
 )
 

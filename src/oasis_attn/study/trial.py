@@ -176,7 +176,8 @@ def _tasks(
 ) -> list[Metric]:
     if not trial.tasks:
         return []
-    record = evaluate(model, tokenizer, tasks=trial.tasks, **trial.evaluation)
+    options = {"tasks": trial.tasks, "corpus": trial.corpus} | dict(trial.evaluation)
+    record = evaluate(model, tokenizer, **options)
     return [metric for metric in record.metrics if not metric.where]
 
 

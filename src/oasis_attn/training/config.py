@@ -60,7 +60,8 @@ class TrainingConfig:
         weight_decay: weight decay of AdamW, for matrices only.
         clip: maximum gradient norm.
         bf16: use bfloat16 autocast; weights stay float32.
-        vocab_size: vocabulary of the tokenizer trained on the corpus; default: that of the size.
+        vocab_size: vocabulary of the tokenizer trained on the corpus; default: that of the size,
+            or of a corpus of a task, which has one vocabulary.
         save_every: steps between checkpoints, a multiple of `log_every`.
         log_every: steps that one row of the loss table is the mean of.
         eval_split: split of the corpus that the final loss is measured on.

@@ -15,6 +15,7 @@ from oasis_attn.data import (
     TokenBlocks,
     Windows,
     corpus_tokenizer,
+    fixed_vocab_size,
     load_corpus,
     read_windows,
     token_blocks,
@@ -77,6 +78,12 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
     """
     corpus = load_corpus(config.corpus)
     held_out = load_corpus(config.corpus, config.eval_split)
+    task = corpus.task
+    if task is not None and config.block_length != task.window:
+        raise UserError(
+            f"block_length: {config.block_length} is not {task.window}, the number of tokens of"
+            f" each document of {config.corpus!r}"
+        )
     model, tokenizer = _start(config, corpus)
     check_savable(model)
     most = model.config.max_position_embeddings
@@ -159,7 +166,7 @@ def _start(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if config.from_model is not None:
         return load_model(config.from_model, trust_remote_code=config.trust_remote_code)
-    backbone = text_config(config.size, config.vocab_size)
+    backbone = text_config(config.size, config.vocab_size or fixed_vocab_size(corpus))
     tokenizer = corpus_tokenizer(corpus, backbone.vocab_size)
     backbone.bos_token_id, backbone.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # The tokenizer pads with BOS.  If the config had this pad token, the embedding row of BOS would
