@@ -93,6 +93,10 @@ def test_the_other_examples_run(code):
         ("import absent_module\n", "line 1: ModuleNotFoundError: No module"),
         ("\0", "line 1: "),
         (
+            "class E(Exception):\n    def __str__(self): return 1 / 0\nraise E\n",
+            "line 3: E: its message cannot be shown (ZeroDivisionError)",
+        ),
+        (
             "from oasis_attn import register_null_signal as r\nr('on', abs)\n",
             "line 2: null_signal: 'on' is the library",
         ),
