@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from oasis_attn.files import (
     write_text,
     writing,
 )
+
+SECONDS = 60.0  # after which a process that should have answered counts as stuck
 
 
 def test_a_place_is_free_or_not(tmp_path, monkeypatch):
@@ -113,24 +116,37 @@ def hold(path, pipe):
         pipe.recv()
 
 
+@contextmanager
+def held(path):
+    """A process that holds the lock, and a pipe that ends it; it is killed if the test fails."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(path, theirs))
+    process.start()
+    try:
+        assert ours.poll(SECONDS), "the process did not get the lock"
+        assert ours.recv() == "held"
+        yield process, ours
+        process.join(SECONDS)
+        assert process.exitcode is not None, "the process did not end"
+    finally:
+        process.kill()
+        process.join()
+
+
 def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
     path = tmp_path / "new" / ".run.lock"
     assert not is_locked(path)
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
     for end in ("leave", "kill"):
-        process = context.Process(target=hold, args=(path, theirs))
-        process.start()
-        assert ours.recv() == "held"
-        assert is_locked(path)
-        busy = pytest.raises(UserError, match=r"^out: another process is using it$")
-        with busy, lock(path, "out"):
-            raise AssertionError
-        if end == "leave":
-            ours.send("leave")
-        else:
-            process.kill()
-        process.join()
+        with held(path) as (process, ours):
+            assert is_locked(path)
+            busy = pytest.raises(UserError, match=r"^out: another process is using it$")
+            with busy, lock(path, "out"):
+                raise AssertionError
+            if end == "leave":
+                ours.send("leave")
+            else:
+                process.kill()
         assert path.exists() == (end == "kill")
         assert not is_locked(path)
         with lock(path, "out"):
@@ -140,12 +156,7 @@ def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
 
 def test_a_lock_waits_for_one_that_ends(tmp_path):
     path = tmp_path / "lock"
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=hold, args=(path, theirs))
-    process.start()
-    ours.recv()
-    ours.send("leave")
-    with lock(path, "it", patience=60.0):
-        assert is_locked(path)
-    process.join()
+    with held(path) as (_, ours):
+        ours.send("leave")
+        with lock(path, "it", patience=SECONDS):
+            assert is_locked(path)

@@ -72,6 +72,11 @@ def cast(model, dtype):
     return model.to(dtype)
 
 
+def greedy(model, ids, **how):
+    """The input with 6 generated tokens after it."""
+    return model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, **how)
+
+
 def word_tokenizer():
     """Maps the words w0, w1, ... to the tokens 0, 1, ...; w1 is BOS and w2 is EOS."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))

@@ -31,9 +31,17 @@ def shown(value: object) -> str:
     return text if len(text) <= _LETTERS else f"{text[:half]} ... {text[-half:]}"
 
 
+def message_of(error: BaseException) -> str:
+    """`str(error)`, also for an exception of a user that cannot be turned into text."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"its message cannot be shown ({type(failure).__name__})"
+
+
 def one_line(error: Exception) -> str:
     """The message of another library's exception in one line, without a C++ stack trace."""
-    message = str(error).partition("Exception raised from ")[0]
+    message = message_of(error).partition("Exception raised from ")[0]
     return " ".join(message.split()) or type(error).__name__
 
 

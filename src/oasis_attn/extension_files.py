@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from oasis_attn.errors import UserError, shown
+from oasis_attn.errors import UserError, message_of, shown
 
 EXTENSIONS_VARIABLE = "OASIS_EXTENSIONS"
 """Environment variable with paths of extension files, separated as those of PATH."""
@@ -67,7 +67,7 @@ def _run(path: str, given: str) -> str:
     try:
         exec(compile(source, path, "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
-        said = error.msg if isinstance(error, SyntaxError) else error
+        said = error.msg if isinstance(error, SyntaxError) else message_of(error)
         what = said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
         where = f"extension: {shown(given)}, line {_line(path, error)}"
         raise UserError(" ".join(f"{where}: {what}".split())) from error

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.hub.prefix import prefix_of
-from tiny_models import tiny_config
+from oasis_attn.quantization import prefix_checkpoint
+from tiny_models import tiny_config, tiny_wrapper_config
 
 
 @pytest.fixture
@@ -64,6 +65,21 @@ def test_quantizing_a_model_with_a_prefix_keeps_it(oasis, places, text):
     card = (small / "README.md").read_text()
     assert "opt, w8a8-static-linear, with a prefix" in card
     assert "| `perplexity.windowed` after |" in card
+
+
+def test_a_family_that_cannot_have_a_prefix_is_refused_before_the_search(
+    oasis, tokenizer, tmp_path, text, monkeypatch
+):
+    """The vision-language wrapper of gemma3 hands its decoder finished masks."""
+    monkeypatch.setattr(prefix_checkpoint, "find_prefix", pytest.fail)
+    model, out = tmp_path / "model", tmp_path / "out"
+    AutoModelForImageTextToText.from_config(tiny_wrapper_config("gemma3")).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    code, shown = oasis("prefix", model, out, "--calibration", text, "--window", 16)
+    assert code == 2
+    line = shown.err.splitlines()[-1]
+    assert "model: family 'gemma3' cannot have a prefix: attention_mask: dict is not" in line
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

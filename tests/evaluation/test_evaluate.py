@@ -3,12 +3,11 @@ from __future__ import annotations
 import json
 import math
 import signal
-import subprocess
-import sys
 from statistics import fmean
 
 import pytest
 
+from evaluation.killed import evaluate_until_killed
 from oasis_attn.data.problems import Problem
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation import evaluate
@@ -113,23 +112,8 @@ def test_a_killed_run_goes_on_to_the_same_record(build, tokenizer, tmp_path):
         "temperature": 0.8, "corpus": "prose", "window": 32, "max_new_tokens": 6,
     }  # fmt: skip
     whole = evaluate(folder, samples=tmp_path / "whole", **options)
-    code = f"""
-import os, signal
-from oasis_attn.evaluation import evaluate
-from oasis_attn.evaluation.samples import SampleLog
-add, calls = SampleLog.add, []
-def killed(self, samples):
-    add(self, samples)
-    calls.append(self)
-    if len(calls) == 6:
-        with self.path.open("a") as file:
-            file.write('{{"protocol": "half a li')
-        os.kill(os.getpid(), signal.SIGKILL)
-SampleLog.add = killed
-evaluate({str(folder)!r}, samples={str(tmp_path / "cut")!r}, **{options!r})
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    code = evaluate_until_killed(folder, samples=tmp_path / "cut", **options)
+    assert code == -signal.SIGKILL
     logs = {name: tmp_path / name / "arith.jsonl" for name in ("cut", "whole")}
     assert logs["cut"].read_bytes().endswith(b"half a li")
     resumed = evaluate(folder, samples=tmp_path / "cut", resume=True, **options)

@@ -1,6 +1,7 @@
 """A saved model says what it is, and what was measured on it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -70,8 +71,9 @@ def test_a_persons_card_is_kept_and_ours_is_renewed(tmp_path):
     assert "| seed | `5` |" in path.read_text()
 
 
-def test_a_push_takes_our_card_along(tmp_path, monkeypatch):
-    """transformers puts a template of its own in the folder just before the upload."""
+def test_a_push_includes_our_card_and_the_copy_of_a_prefix(tmp_path, monkeypatch):
+    """transformers puts a template of its own in the folder just before the upload, and uploads
+    before `save_pretrained` returns."""
     from transformers.utils.hub import PushToHubMixin
 
     uploaded = []
@@ -80,13 +82,18 @@ def test_a_push_takes_our_card_along(tmp_path, monkeypatch):
     rescued = with_prefix(native, compute_prefix(native, (5, 6)))
 
     def upload(_self, folder, *_args, **_kwargs):
-        uploaded.append((tmp_path / folder / "README.md").read_text())
+        uploaded.extend(sorted(path.name for path in Path(folder, "prefix").glob("*")))
+        uploaded.append(Path(folder, "README.md").read_text())
 
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
-    for model in (ours, rescued):
+    adapter = ["adapter_config.json", "adapter_model.safetensors"]
+    prefixed = with_prefix(ours, compute_prefix(ours, (5, 6)))
+    for model, expected in ((ours, []), (rescued, adapter), (prefixed, adapter)):
         (tmp_path / "README.md").write_text("This model card has been automatically generated.")
         model._upload_modified_files(str(tmp_path))
         assert uploaded.pop().startswith("---\nlibrary_name: transformers")
+        assert uploaded == expected
+        uploaded.clear()
 
 
 def test_a_familys_own_model_says_what_it_needs(tmp_path):

@@ -1,7 +1,6 @@
 """Null signals, branch norms and token normalizers of a user act as the library's own do."""
 
-import subprocess
-import sys
+import copy
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from oasis_attn import (
     register_token_normalizer,
 )
 from oasis_attn.extension_files import load_extensions
+from oasis_attn.modeling.extensions import NULL_SIGNALS, null_evidence
 from oasis_attn.ops import normalize
 from tiny_models import tiny_config, tiny_model
 
@@ -86,15 +86,80 @@ def test_a_signal_with_parameters_is_saved_and_starts_at_its_own_values(tmp_path
         assert new.model.null_signal.weights_LH.eq(1).all()
 
 
-def test_a_checkpoint_needs_the_registration_and_says_so(tmp_path):
+class Scaled(nn.Module):
+    """A signal with modules, and with buffers that checkpoints contain and that they do not."""
+
+    def __init__(self, config):
+        super().__init__()
+        heads = config.num_attention_heads
+        self.mix = nn.Linear(heads, 1)
+        nn.init.constant_(self.mix.weight, 0.3)
+        nn.init.constant_(self.mix.bias, 0.1)
+        self.register_buffer("offset", torch.full((heads,), 0.1))
+        self.register_buffer("scale", torch.linspace(0.1, 0.9, heads), persistent=False)
+        self.register_buffer("order", torch.arange(heads).flip(0), persistent=False)
+
+    def forward(self, null_BHT, layer):  # noqa: ARG002
+        x_BTH = null_BHT.transpose(1, 2)[..., self.order] @ self.scale.diag() + self.offset
+        return self.mix(x_BTH).squeeze(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", ["depth", "official"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_signal_of_modules_is_cast_saved_and_loaded(dtype, residual, tmp_path, ids):
+    narrow = dtype == torch.bfloat16
+    register_null_signal("scaled", Scaled)
+    expected = tiny_model(null_signal="scaled", residual=residual)
+    expected.model.null_signal.mix.weight.data.uniform_(0, 2)
+    logits, null_BHT = expected(ids).logits, torch.rand(2, 4, 12)
+    assert (logits - tiny_model(residual=residual)(ids).logits).abs().max() > 1e-3
+    model = copy.deepcopy(expected).to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=dtype, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    psi = null_evidence(expected.model.null_signal, null_BHT, 0)
+    for other in (model, loaded.eval()):
+        found = null_evidence(other.model.null_signal, null_BHT, 0)
+        assert found[0] is found[1]
+        torch.testing.assert_close(found, psi, rtol=0, atol=3e-2 if narrow else 1e-6)
+        assert other(ids).logits.dtype == dtype
+        atol = 0.5 if narrow else 1e-5
+        torch.testing.assert_close(other(ids).logits.float(), logits, rtol=0, atol=atol)
+    signal, precise = loaded.model.null_signal, torch.promote_types(dtype, torch.float32)
+    for tensor in (*signal.parameters(), signal.offset, signal.scale):
+        assert tensor.dtype == precise
+    torch.testing.assert_close(signal.scale, torch.linspace(0.1, 0.9, 4, dtype=precise))
+    assert signal.order.tolist() == [3, 2, 1, 0]
+
+
+def test_a_new_signal_and_new_routers_are_at_least_float32(tmp_path):
+    register_null_signal("scaled", Scaled)
+    config, native = OasisConfig(text_config=tiny_config(), null_signal="scaled"), tmp_path
+    AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(native)
+    for model in (
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16),
+        OasisForCausalLM.from_pretrained(native, dtype=torch.bfloat16, null_signal="scaled"),
+    ):
+        signal, depth = model.model.null_signal, model.model.depth
+        for tensor in (*depth.parameters(), *signal.parameters(), signal.offset, signal.scale):
+            assert tensor.dtype == torch.float32
+        assert signal.mix.weight.eq(0.3).all()  # not rounded to bfloat16
+        assert signal.scale.tolist() == torch.linspace(0.1, 0.9, 4).tolist()
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_checkpoint_needs_the_registration_and_says_so(tmp_path, monkeypatch):
     tiny_model(null_signal="log").save_pretrained(tmp_path)
-    code = "import sys; from transformers import AutoModelForCausalLM as A; import oasis_attn\n"
-    code += "try: A.from_pretrained(sys.argv[1])\nexcept oasis_attn.UserError as e: print(e)"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == (
-        "null_signal: 'log' is not one of off, on, shuffled, averaged; register it with"
-        " register_null_signal, or load its file with --extension\n"
+    monkeypatch.delitem(NULL_SIGNALS._entries, "log")
+    names = ", ".join(NULL_SIGNALS)
+    with pytest.raises(UserError) as raised:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert str(raised.value) == (
+        f"null_signal: 'log' is not one of off, {names}; register it with register_null_signal, or"
+        " load its file with --extension"
     )
 
 
@@ -140,6 +205,25 @@ def test_a_branch_norm_reads_the_embedding_and_every_branch(ids):
     assert torch.equal(logits_of(ids, branch_norm="spy"), logits_of(ids))
     kinds = ["embedding", *["attention", "mlp"] * 4]
     assert seen == [(kind, (2, 12, 32)) for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("norm", "returned"),
+    [
+        (lambda x, kind: x[:, :1] if kind == "mlp" else x, r"'mlp', .* \[2, 1, 32\]"),
+        (lambda x, kind: x.mean(-1, keepdim=True), r"'embedding', .* \[2, 12, 1\]"),  # noqa: ARG005
+        (lambda x, kind: x[..., :5] if kind == "attention" else x, r"'attention', .* \[2, 12, 5\]"),
+        (lambda x, kind: (x,), "'embedding', .* tuple"),  # noqa: ARG005
+        (lambda x, kind: None, "'embedding', .* NoneType"),  # noqa: ARG005
+    ],
+)
+@pytest.mark.parametrize("residual", ["sum", "depth", "official"])
+def test_a_branch_norm_that_returns_another_shape_is_named(norm, returned, residual, ids):
+    register_branch_norm("wrong", norm)
+    model = tiny_model("softmax1", residual=residual, branch_norm="wrong")
+    message = rf"^branch_norm: for kind {returned}; it must return a tensor \[2, 12, 32\]$"
+    with pytest.raises(UserError, match=message.replace(".*", "'wrong' returned")):
+        model(ids)
 
 
 def softmax1_with_temperature(scores, temperature=1.0):

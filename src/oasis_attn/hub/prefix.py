@@ -167,6 +167,17 @@ def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> Prefix:
     return Prefix(tokens=tuple(tokens), keys_LGPd=keys, values_LGPd=values)
 
 
+@torch.no_grad()
+def check_can_have_prefix(model: PreTrainedModel) -> None:
+    """Raise `UserError` unless `model` runs with a prefix of one token."""
+    prefixed: Any = with_prefix(model, compute_prefix(model, [0])).eval()
+    try:
+        prefixed.base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device))
+    except UserError as error:
+        family = model.config.model_type
+        raise UserError(f"model: family {family!r} cannot have a prefix: {error}") from error
+
+
 def with_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
     """Return a copy of `model` with `prefix`; see `attach_prefix`.
 
@@ -314,7 +325,10 @@ def _prepend_prefix(
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.shape != (batch, own):
             found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UserError(f"attention_mask: {found} is not [{batch}, {own}] (without prefix)")
+            raise UserError(
+                f"attention_mask: {found} is not [{batch}, {own}] (without prefix), and finished"
+                " masks cannot be extended by a prefix"
+            )
         kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, length), mask], 1)
     if positions is not None:
         counted = torch.arange(past, own, device=positions.device)

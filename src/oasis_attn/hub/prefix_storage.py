@@ -166,7 +166,7 @@ def set_hf_quantizer(model: PreTrainedModel, quantizer: PrefixHfQuantizer) -> No
     text.quantization_config = quantizer.quantization_config
     vars(model)["hf_quantizer"] = quantizer
     vars(model)["save_pretrained"] = partial(_save_pretrained, model)
-    before_upload(model, _write_card)
+    before_upload(model, _write_further_files)
 
 
 def prefix_hf_quantizer(model: PreTrainedModel) -> PrefixHfQuantizer:
@@ -193,9 +193,6 @@ def _save_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    from oasis_attn.hub.model_card import write_card
-    from oasis_attn.hub.prefix import copy_prefix
-
     quantizer = prefix_hf_quantizer(model)
     quantizer.state_dict = state_dict
     try:
@@ -203,12 +200,14 @@ def _save_pretrained(
     finally:
         quantizer.state_dict = None
     if is_main_process and not has_adapter(model):
-        write_card(model, save_directory)
-        copy_prefix(model, save_directory)
+        _write_further_files(model, save_directory)
 
 
-def _write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """Replace the model card that transformers has written."""
+def _write_further_files(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Write the copy of the prefix, and a model card in place of the one of transformers."""
     from oasis_attn.hub.model_card import write_card
+    from oasis_attn.hub.prefix import copy_prefix
 
     write_card(model, folder)
+    if not has_adapter(model):
+        copy_prefix(model, folder)

@@ -13,7 +13,7 @@ Axes: B batch, H query heads, G key heads, T queries, S keys, d head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,6 +237,10 @@ def observe_attention(
 
     A native transformers decoder uses `oasis_attention` in this context, which computes its softmax
     with the same kernel; the previous attention is restored at the end.
+
+    Raises:
+        UserError: by a forward pass of such a decoder that was already running, because its masks
+            were made for another attention.
     """
     modules = set(model.modules())
 
@@ -245,14 +249,37 @@ def observe_attention(
             callback(call)
 
     before = attention_implementation(model.config)
-    if before != ATTENTION:
-        model.set_attn_implementation(ATTENTION)
-    try:
-        with observed(observer):
-            yield
-    finally:
+    with ExitStack() as stack:
         if before != ATTENTION:
-            model.set_attn_implementation(before)
+            model.set_attn_implementation(ATTENTION)
+            stack.callback(model.set_attn_implementation, before)
+            stack.enter_context(_running_passes_refused(model))
+        stack.enter_context(observed(observer))
+        yield
+
+
+@contextmanager
+def _running_passes_refused(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which attention raises `UserError` in a forward pass that began before it."""
+    begun = False
+
+    def begin(*_: Any) -> None:
+        nonlocal begun
+        begun = True
+
+    def check(*_: Any) -> None:
+        if not begun:
+            raise UserError(
+                "model: observe_attention was opened in the middle of a forward pass; open it"
+                " before the pass"
+            )
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            hook = begin if isinstance(module, PreTrainedModel) else check
+            if hook is begin or hasattr(module, "layer_idx"):
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.ops.depth_mix import (
@@ -104,10 +105,11 @@ class DepthRouter(Router):
         self.recompute = False  # see OasisPreTrainedModel.recompute_mixes
         self.dropped: int | None = None  # see drop_source
         routers, width = 2 * config.num_hidden_layers + 1, config.hidden_size
-        self.queries = nn.Parameter(torch.empty(routers, width))
-        self.key_norm = nn.Parameter(torch.empty(routers, width))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.queries = nn.Parameter(torch.empty(routers, width, dtype=dtype))
+        self.key_norm = nn.Parameter(torch.empty(routers, width, dtype=dtype))
         signal = config.null_signal != "off"
-        self.beta_raw = nn.Parameter(torch.empty(routers)) if signal else None
+        self.beta_raw = nn.Parameter(torch.empty(routers, dtype=dtype)) if signal else None
         self.eps = getattr(config.text_config, "rms_norm_eps", 1e-6)
         self.reset_parameters()
 
@@ -220,7 +222,7 @@ class DepthCache(SumCache):
     ) -> Tensor:
         assert self.mixer is not None, "update before start"
         mixed_BTD = self.mixer.update(branch_BTD, psi_BT, router)
-        if self.observers:
+        if self.observers or self.observer_mixer is not None:
             self._observe(branch_BTD, psi_BT, router)
         return mixed_BTD
 
@@ -230,6 +232,11 @@ class DepthCache(SumCache):
             results = self.mixer.latest_weights
         elif self.observer_mixer is not None:
             _, results = self.observer_mixer.weigh(branch_BTD, psi_BT, router)
+        else:
+            raise UserError(
+                "model: observe_depth was opened in the middle of a forward pass without gradients;"
+                " open it before the pass"
+            )
         if results is not None:
             beta_R = self.routers.beta_R
             beta = None if beta_R is None else beta_R[router]
@@ -238,7 +245,12 @@ class DepthCache(SumCache):
 
 @contextmanager
 def observe_depth(model: nn.Module, callback: Callable[[RouterCall], None]) -> Iterator[None]:
-    """Context in which `callback` receives every router call of `model`."""
+    """Context in which `callback` receives every router call of `model`.
+
+    Raises:
+        UserError: by a forward pass without gradients that was already running, because its earlier
+            sources are unknown.
+    """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router in routers:
         router.observers.append(callback)

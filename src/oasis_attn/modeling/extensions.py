@@ -15,7 +15,9 @@ Axes: B batch, H heads, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import wraps
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +85,9 @@ def register_null_signal(name: str, signal: NullSignal | type[nn.Module]) -> Non
         signal: a function that each layer calls with its null probabilities `[B, H, T]` and its
             index.  It returns psi `[B, T]` for attention and MLP, or a tuple of one for each; None
             stands for 0.  Or a subclass of `nn.Module` with such a `forward`: a model constructs it
-            from its `OasisConfig` and saves its parameters as `model.null_signal.*`.
+            from its `OasisConfig` and saves its parameters as `model.null_signal.*`.  All its
+            tensors must be parameters or buffers.  `from_pretrained` keeps them in float32; after
+            `model.to(dtype)`, null probabilities and psi have this dtype, too.
 
     Raises:
         UserError: `name` is not valid or is a name of the library, or `signal` is not callable.
@@ -110,15 +114,37 @@ def register_branch_norm(name: str, norm: BranchNorm) -> None:
     """
     if isinstance(norm, type | nn.Module):
         raise UserError("branch_norm: a module or a class cannot be registered; give a function")
-    BRANCH_NORMS.register(name, norm)
+    BRANCH_NORMS.register(name, _checked(name, norm) if callable(norm) else norm)
+
+
+def _checked(name: str, norm: BranchNorm) -> BranchNorm:
+    """`norm`, with a check of the shape that it returns."""
+
+    @wraps(norm)
+    def checked(x_BTD: Tensor, kind: str) -> Tensor:
+        normed: Any = norm(x_BTD, kind)
+        if getattr(normed, "shape", None) != x_BTD.shape:
+            raise UserError(
+                f"branch_norm: for kind {kind!r}, {name!r} returned {_shape(normed)}; it must"
+                f" return a tensor {list(x_BTD.shape)}"
+            )
+        return normed  # type: ignore[no-any-return]
+
+    return checked
 
 
 def null_signal_module(config: OasisConfig) -> nn.Module | None:
-    """A new module for `config.null_signal`, if a module class is registered for it."""
+    """A new module for `config.null_signal`, at least in float32, if a module class is registered
+    for it."""
     signal = None if config.null_signal == "off" else NULL_SIGNALS[config.null_signal]
-    if isinstance(signal, type) and issubclass(signal, nn.Module):
+    if not (isinstance(signal, type) and issubclass(signal, nn.Module)):
+        return None
+    default = torch.get_default_dtype()  # that of the model while transformers constructs it
+    torch.set_default_dtype(torch.promote_types(default, torch.float32))
+    try:
         return signal(config)
-    return None
+    finally:
+        torch.set_default_dtype(default)
 
 
 def null_evidence(
@@ -127,14 +153,25 @@ def null_evidence(
     """psi of a layer's attention and of its MLP, each `[B, T]` or None for 0."""
     if signal is None or null_BHT is None:
         return None, None
-    psi = signal(null_BHT, layer)
+    given_BHT = null_BHT
+    if isinstance(signal, nn.Module):
+        tensors = chain(signal.parameters(), signal.buffers())
+        dtypes = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+        given_BHT = null_BHT.to(next(dtypes, null_BHT.dtype))
+    psi = signal(given_BHT, layer)
     both = psi if isinstance(psi, tuple) else (psi, psi)
     expected = null_BHT.shape[0], null_BHT.shape[2]
     for each in both:
         if (each is not None and getattr(each, "shape", None) != expected) or len(both) != 2:
-            found = [getattr(part, "shape", type(part).__name__) for part in both]
+            found = ", ".join(str(_shape(part)) for part in both)
             raise UserError(
                 f"null_signal: in layer {layer} it returned {found}; psi must be a tensor"
                 f" {list(expected)}, None, or a tuple of two of these"
             )
-    return both
+    psi_BT, mlp_psi_BT = (None if each is None else each.to(null_BHT.dtype) for each in both)
+    return psi_BT, psi_BT if both[1] is both[0] else mlp_psi_BT
+
+
+def _shape(returned: Any) -> list[int] | str:
+    """The shape of a tensor, or the type of anything else, for messages."""
+    return list(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__

@@ -11,8 +11,9 @@ is needed and, after a semicolon, what happens without it:
 - functions: wrappers around private attributes and arguments.
 - `OVERRIDDEN`: methods and attributes of the libraries' classes that our classes define anew.
 
-Of peft only public names are used.  The private names of torch are in `ops/torch_compat.py`.  The
-test `tests/modeling/test_hf_compat.py` checks every name, and that no other file uses such names.
+Of peft only public names are used.  The private names of torch are in `ops/torch_compat.py`.
+`tests/modeling/test_hf_compat.py` checks every name, and `tests/modeling/test_private_names.py`
+checks that no other file uses such names.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The private names of torch that the library uses, and nothing else of it.
 
 A release of torch may change or remove them without notice.  No other module uses private names of
-torch; `tests/modeling/test_hf_compat.py` checks that, and each name below.  They are bound when
-this module is imported, so that a call costs what a call of the original costs.
+torch; `tests/modeling/test_private_names.py` checks that, and `tests/ops/test_torch_compat.py` each
+name below.  They are bound when this module is imported, so that a call costs what a call of the
+original costs.
 """
 
 from __future__ import annotations

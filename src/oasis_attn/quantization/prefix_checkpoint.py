@@ -14,7 +14,7 @@ from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths, describe_model
-from oasis_attn.hub.prefix import compute_prefix, with_prefix
+from oasis_attn.hub.prefix import check_can_have_prefix, compute_prefix, with_prefix
 from oasis_attn.quantization.prefix_search import (
     METHODS,
     find_prefix,
@@ -98,6 +98,7 @@ def prefix_checkpoint(
     progress("loading the model")
     loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     check_unquantized(loaded)
+    check_can_have_prefix(loaded)
     check_lengths(loaded, [window + length], "window with the prefix")
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
