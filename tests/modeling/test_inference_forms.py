@@ -147,7 +147,7 @@ def test_the_averaged_signal_is_that_of_a_mean_token():
     model, seen, nulls = build("oasis", null_signal="averaged"), [], []
     ids = torch.randint(3, 90, (2, 9))
     with observe_depth(model, lambda call: seen.append(call.signal_BTS)):
-        nulls = model(ids, output_null_mass=True).null_mass
+        nulls = model(ids, output_null_probability=True).null_probability
     _, beta_R = model.model.depth()
     means = [torch.zeros(()), *(null.mean() for null in nulls for _ in range(2))]
     for router, signal_BTS in enumerate(seen):
