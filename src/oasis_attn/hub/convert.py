@@ -29,7 +29,7 @@ from oasis_attn.modeling.layer import RoutedLayer
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.modeling.weight_names import is_ours
-from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT, WITH_NULL_LOGIT, resolve_normalizer
+from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT, WITH_NULL_LOGIT
 
 NULL_OFF = -1e4
 """The null logit that switches the null off: exp(NULL_OFF) is 0 next to that of any real logit."""
@@ -199,7 +199,8 @@ def _initial_settings(
     if sinks and settings["token_normalizer"] in ("softmax", "softmax1"):
         settings["token_normalizer"] = "learned_sink"
     settings |= overrides
-    normalizer = resolve_normalizer("token_normalizer", settings["token_normalizer"]).name
+    given = settings["token_normalizer"]
+    normalizer = given.get("name") if isinstance(given, dict) else given
     off: dict[str, Any] = {}
     if normalizer in LEARNED_NULL_LOGIT:
         off["null_logit"] = 0.0 if sinks else _SINK_OFF
