@@ -24,8 +24,8 @@ from oasis_attn import (
 )
 from oasis_attn.cli import main
 from oasis_attn.extension_files import load_extensions
-from oasis_attn.modeling.configuration_oasis import SETTINGS
 from oasis_attn.modeling.extensions import NULL_SIGNALS
+from oasis_attn.modeling.settings import SETTINGS
 from oasis_attn.records import Record, current_environment
 from oasis_attn.study.plan_file import load_plan
 from tiny_models import tiny_config, tiny_model

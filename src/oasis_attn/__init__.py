@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
-from oasis_attn._registration import register
+from oasis_attn._registration import register, silence_noise
 
 if TYPE_CHECKING:  # the names that `__getattr__` imports, for type checkers
     from oasis_attn import ops
@@ -74,4 +74,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+silence_noise()
 register()

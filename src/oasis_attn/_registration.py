@@ -6,13 +6,22 @@ quantized ones, in whichever order the two libraries are imported.
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
+_NOISE = {  # logger: the start of messages that concern no user of this library
+    # torchao tries to load its kernels for all GPUs, and lists those of other GPUs.
+    "torchao": re.compile(r"Failed to load \S*torchao/_C\w*"),
+    # torchao registers its enumerations in a way that torch no longer needs.
+    "torch.utils._pytree": re.compile(r".* is an Enum subclass and is now natively supported"),
+}
 _MODULES_AFTER = {
     "transformers.models.auto.configuration_auto": ("oasis_attn.modeling.configuration_oasis",),
     "transformers.models.auto.modeling_auto": (
@@ -47,6 +56,19 @@ class _Registrar(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
         _import(self.modules)
+
+
+def silence_noise() -> None:
+    """Hide the warnings of `_NOISE`, which importing torchao prints.
+
+    transformers imports torchao, if it is installed, together with its first model class.
+    """
+    for name, pattern in _NOISE.items():
+        logging.getLogger(name).addFilter(partial(_is_no_noise, pattern))
+
+
+def _is_no_noise(pattern: re.Pattern[str], record: logging.LogRecord) -> bool:
+    return pattern.match(record.getMessage()) is None
 
 
 def register() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -45,17 +45,40 @@ def one_line(error: Exception) -> str:
     return " ".join(message.split()) or type(error).__name__
 
 
-def check_choice(argument: str, value: object, allowed: Collection[str]) -> None:
+def reason(error: Exception) -> str:
+    """Why a file cannot be read or written, without its path, which the caller's message names."""
+    return (isinstance(error, OSError) and error.strerror) or one_line(error)
+
+
+def did_you_mean(
+    value: object, allowed: Collection[str], synonyms: Mapping[str, str] | None = None
+) -> str:
+    """The end of an error message that names the nearest of the allowed names; empty without one.
+
+    These are the synonym of `value`, the names that begin with it, or else the most similar name.
+    """
+    text = str(value)[:_LETTERS]
+    synonym = (synonyms or {}).get(text)
+    near = [synonym] if synonym is not None and synonym in allowed else []
+    near = near or [name for name in allowed if text and name.startswith(text)][:_SUGGESTED]
+    near = near or difflib.get_close_matches(text, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def check_choice(
+    argument: str,
+    value: object,
+    allowed: Collection[str],
+    synonyms: Mapping[str, str] | None = None,
+) -> None:
     """Raise `UserError` unless `value` is in `allowed`; the message names the nearest matches.
 
-    These are the names that begin with `value`, or else the most similar name.
+    Args:
+        synonyms: other names -> names in `allowed`, for the message.
     """
     if isinstance(value, Hashable) and value in allowed:
         return
-    text = str(value)[:_LETTERS]
-    near = [name for name in allowed if text and name.startswith(text)][:_SUGGESTED]
-    near = near or difflib.get_close_matches(text, allowed, n=1, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = did_you_mean(value, allowed, synonyms)
     names = ", ".join(str(each) for each in islice(allowed, _SHOWN))
     more = f", ... ({len(allowed)} in total)" if len(allowed) > _SHOWN else ""
     raise UserError(f"{argument}: {shown(value)} is not one of {names}{more}{hint}")

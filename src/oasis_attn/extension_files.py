@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from oasis_attn.errors import UserError, message_of, shown
+from oasis_attn.errors import UserError, message_of, reason, shown
 
 EXTENSIONS_VARIABLE = "OASIS_EXTENSIONS"
 """Environment variable with paths of extension files, separated as those of PATH."""
@@ -58,8 +58,7 @@ def _run(path: str, given: str) -> str:
     try:
         source = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"extension: {shown(given)} cannot be read ({reason})") from error
+        raise UserError(f"extension: {shown(given)} cannot be read ({reason(error)})") from error
     # Classes and functions are found by the name of their module, so that they can be pickled.
     module = ModuleType(f"oasis_attn_extension_{Path(name).stem}")
     module.__file__ = path

@@ -8,6 +8,16 @@ from typing import Any
 from oasis_attn.errors import UserError, check_choice
 
 
+def check_registered(setting: str, name: object, names: tuple[str, ...]) -> None:
+    """Raise `UserError`, which explains how to register a function, unless `name` is in `names`."""
+    try:
+        check_choice(setting, name, names)
+    except UserError as error:
+        raise UserError(
+            f"{error}; register it with register_{setting}, or load its file with --extension"
+        ) from None
+
+
 class Registry:
     """The functions that one setting can select.
 
@@ -37,13 +47,7 @@ class Registry:
 
     def check(self, name: object, *others: str) -> None:
         """Raise `UserError` unless `name` is registered, or one of `others`."""
-        try:
-            check_choice(self.setting, name, (*others, *self))
-        except UserError as error:
-            raise UserError(
-                f"{error}; register it with register_{self.setting}, or load its file with"
-                " --extension"
-            ) from None
+        check_registered(self.setting, name, (*others, *self))
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         if name not in self._entries:

@@ -32,6 +32,11 @@ def test_every_command_has_help_with_an_example(oasis, command) -> None:
     assert "--json" in out
 
 
+def test_short_help_is_the_same(oasis) -> None:
+    for words in ([], ["train"], ["study", "run"]):
+        assert oasis(*words, "-h") == oasis(*words, "--help")
+
+
 def test_version(oasis) -> None:
     assert oasis("--version") == (0, (f"oasis-attn {__version__}\n", ""))
 
@@ -53,6 +58,10 @@ def test_version(oasis) -> None:
         (["diagnose", "smollm2", "--text", "absent.txt"], "absent.txt"),
         (["demo", "--windows", "0"], "windows: 0"),
         (["metrics", "sink.rat@0.3"], "did you mean 'sink.rate@<eps>'"),
+        (
+            ["study", "run", "absent.yaml", "--out", "x"],
+            "'absent.yaml' cannot be read (No such file",
+        ),
         (["metrics", "zzz"], "metric: 'zzz' is unknown; `oasis metrics` lists all"),
         (
             ["train", "--out", "x", "--save-every", "7"],
@@ -197,6 +206,91 @@ def test_help_comes_without_the_heavy_libraries() -> None:
         "sys.exit(str(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+WRONG = [
+    ["bogus"],
+    ["convert", "smolm2", "new"],
+    ["convert", "smollm2", "new", "--dtype", "flot32"],
+    ["convert", "smollm2", "new", "--config", "residual=dept"],
+    ["convert", "smollm2", "new", "--config", "null_logit=high"],
+    ["convert", "smollm2", "new", "--variant", "authors"],
+    ["demo", "--steps", "0"],
+    ["demo", "--pretrained", "./absent"],
+    ["diagnose", "./absent"],
+    ["diagnose", "smollm2", "--corpus", "imbd"],
+    ["diagnose", "smollm2", "--split", "dev"],
+    ["diagnose", "smollm2", "--text", "absent.txt"],
+    ["diagnose", "smollm2", "--windows", "0"],
+    ["evaluate", "./absent"],
+    ["evaluate", "smollm2", "--corpus", "arith", "--k", "2"],
+    ["evaluate", "smollm2", "--corpus", "arith", "--kv-bits", "3"],
+    ["evaluate", "smollm2", "--tasks", "bogus"],
+    ["metrics", "bogus"],
+    ["prefix", "smollm2", "new", "--length", "0"],
+    ["prefix", "smollm2", "new", "--method", "gredy"],
+    ["prefix", "smollm2", "new", "--scheme", "w4a16"],
+    ["quantize", "smollm2", "--out", "new", "--calibration", "imbd"],
+    ["quantize", "smollm2", "--out", "new", "--scheme", "w4a4"],
+    ["quantize", "smollm2", "--out", "new", "--scheme", "w4a5"],
+    ["quantize", "smollm2", "--out", "new", "--scheme-option", "weight.bitz=3"],
+    ["quantize", "smollm2", "--out", "new", "--sensitivity", "layers"],
+    ["quantize", "smollm2", "--out", "new", "--skip", "x"],
+    ["study", "plans", "smok"],
+    ["study", "run", "smok", "--out", "new"],
+    ["study", "run", "smoke", "--out", "new", "--cluster", "slurn"],
+    ["study", "run", "smoke", "--out", "new", "--workers", "0"],
+    ["study", "status", "absent"],
+    ["study", "table", "absent"],
+    ["study", "trial", "smoke", "absent"],
+    ["study", "trial", "smoke", "absent", "--out", "new.json"],
+    ["train", "--out", "new", "--config", "null_logits=1"],
+    ["train", "--out", "new", "--config", "token_normalizer=softmaxx"],
+    ["train", "--out", "new", "--corpus", "misspelt"],
+    ["train", "--out", "new", "--eval-split", "dev"],
+    ["train", "--out", "new", "--from", "smolm2"],
+    ["train", "--out", "new", "--size", "nanoo"],
+    ["train", "--out", "new", "--variant", "misspelt"],
+    ["train", "--out", "new", "--vocab-size", "0"],
+    ["variants", "--bogus"],
+]
+
+
+def test_wrong_names_are_refused_without_the_heavy_libraries(tmp_path) -> None:
+    code = f"""
+import sys
+from oasis_attn.cli import main
+for words in {WRONG!r}:
+    sys.argv = ["oasis", *words]
+    code = main()
+    heavy = {{"torch", "transformers", "datasets", "matplotlib"}} & set(sys.modules)
+    if code != 2 or heavy:
+        sys.exit(f"{{words}}: code {{code}}, imports {{heavy or 'nothing'}}")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == len(WRONG)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["quantize", "x", "--out", "y", "--skip", "z"], "such option; did you mean '--ignore'?"),
+        (["quantize", "smollm2", "--out", "x", "--costs", "y"], "did you mean '--sensitivity'?"),
+        (["train", "--out", "x", "--set", "y=1"], "did you mean '--config'?"),
+        (["train", "--out", "x", "--lr", "1"], "did you mean '--learning-rate'?"),
+        (["study", "run", "smoke", "--out", "x", "--reuse", "y"], "did you mean '--reuse-from'?"),
+        (["variants", "--zzz"], "--zzz: no such option; --help lists all"),
+        (["convert", "smollm2", "x", "--variant", "authors"], "did you mean 'official'?"),
+    ],
+)  # fmt: skip
+def test_natural_names_of_options_get_a_hint(oasis, words, message) -> None:
+    code, (_, err) = oasis(*words)
+    assert code == 2
+    assert message in err
 
 
 def test_module_runs_as_the_command() -> None:

@@ -229,3 +229,38 @@ def test_a_bad_stride_is_named(stride):
 def test_windows_of_a_named_corpus():
     found = read_windows(load_corpus("pydoc", "test"), reader(), window=64, windows=3)
     assert (found.info.corpus, found.info.split, len(found)) == ("pydoc", "test", 3)
+
+
+def test_by_default_a_short_text_is_one_window(tmp_path):
+    """BOS, the text and EOS; a text that is longer has windows of 512 tokens."""
+    path = tmp_path / "text.txt"
+    path.write_text("abc")
+    for text in ("abc", whole_file(path)):
+        found = read_windows(text, reader())
+        assert found.ids_NT.tolist() == [[0, 1, 2, 3, 10]]
+        assert cut(text, window=None, tokenizer=reader()).ids_NT.tolist() == found.ids_NT.tolist()
+    assert read_windows("abc", reader(None, None)).ids_NT.tolist() == [[1, 2, 3]]
+    for length, shape in ((509, (1, 511)), (510, (1, 512)), (511, (1, 512)), (1021, (2, 512))):
+        assert read_windows("a" * length, reader()).ids_NT.shape == shape
+    with pytest.raises(UserError, match=r"1 tokens, which is less than one window of 2"):
+        read_windows("a", reader(None, None))
+    with pytest.raises(UserError, match=r"5 tokens, which|4 tokens, which"):
+        read_windows("abc", reader(), window=6)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "text: file '.*text.txt' does not exist"),
+        (b" ", "text: '.*text.txt' has no text"),
+        (b"\xff\xfea\x00", "text: '.*text.txt' is UTF-16"),
+        (b"\xe9", "text: '.*text.txt' line 1 is not valid UTF-8"),
+        (b"abc", "text: '.*text.txt' has 4 tokens, which is less than one window of 9"),
+    ],
+)
+def test_errors_of_a_whole_file_name_the_text(tmp_path, content, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{message}"):
+        read_windows(whole_file(path), reader(), window=9)

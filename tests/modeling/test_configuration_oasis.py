@@ -8,10 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert, variants
+from oasis_attn.extension_files import load_extensions
 from oasis_attn.hub.model_info import check_savable
-from oasis_attn.modeling.configuration_oasis import SETTINGS
+from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS
 from oasis_attn.modeling.null_logit import LOG_CONTEXT_MARGIN
+from oasis_attn.modeling.settings import OWN_NAMES, SETTINGS, check_names
 from oasis_attn.modeling.variants import settings_of
+from oasis_attn.ops.normalizers import TOKEN_NORMALIZERS
 from tiny_models import tiny_config, tiny_model
 
 
@@ -38,6 +41,24 @@ def test_variants_are_distinct_rows_of_known_settings():
     }
     assert len(set(complete.values())) == len(rows)
     assert all(set(row) <= set(SETTINGS) for row in rows.values())
+
+
+def test_the_names_for_the_command_line_are_those_of_the_registries():
+    registries = {each.setting: each for each in (TOKEN_NORMALIZERS, BRANCH_NORMS, NULL_SIGNALS)}
+    assert set(registries) == set(OWN_NAMES)
+    for setting, registry in registries.items():
+        assert set(OWN_NAMES[setting]) - {"none", "off"} == registry.own
+
+
+@pytest.mark.usefixtures("own_extensions")
+def test_the_command_line_accepts_names_of_extension_files(tmp_path):
+    with pytest.raises(UserError, match=r"branch_norm: 'mine' .* register_branch_norm, or load"):
+        check_names({"branch_norm": "mine"})
+    (tmp_path / "mine.py").write_text(
+        "import oasis_attn\noasis_attn.register_branch_norm('mine', lambda x, kind: x)\n"
+    )
+    load_extensions([tmp_path / "mine.py"])
+    check_names({"branch_norm": "mine"})
 
 
 CHANGES = {

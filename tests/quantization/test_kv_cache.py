@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.kv_cache import GROUP, QuantizedCache, pack, unpack
+from oasis_attn.quantization.kv_cache import QuantizedCache, pack, unpack
+from oasis_attn.quantization.options import KV_GROUP
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 
@@ -35,7 +36,7 @@ def model():
     size=st.floats(0, 1e3),
 )
 def test_values_move_by_at_most_half_a_step(bits, seed, shift, size):
-    x = torch.randn(3, 5, GROUP, generator=torch.Generator().manual_seed(seed)).double()
+    x = torch.randn(3, 5, KV_GROUP, generator=torch.Generator().manual_seed(seed)).double()
     x = size * (x + shift)
     again = unpack(pack(x, bits), bits)
     steps = 2**bits - 1
@@ -58,14 +59,14 @@ def _independent(x, scale, steps):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_constants_and_zeros_are_exact(bits):
-    x = torch.tensor([0.0, 1e-30, -3.0, 7.0])[:, None].expand(4, GROUP)
+    x = torch.tensor([0.0, 1e-30, -3.0, 7.0])[:, None].expand(4, KV_GROUP)
     assert torch.allclose(unpack(pack(x, bits), bits), x, rtol=1e-6)
-    assert pack(x, bits).codes.nbytes == 4 * GROUP * bits // 8
+    assert pack(x, bits).codes.nbytes == 4 * KV_GROUP * bits // 8
 
 
 def test_keys_that_are_not_finite_are_refused():
     with pytest.raises(UserError, match="past_key_values: holds NaN or infinity"):
-        pack(torch.full((1, GROUP), torch.inf), 4)
+        pack(torch.full((1, KV_GROUP), torch.inf), 4)
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def test_first_and_recent_tokens_are_exact_and_others_are_close(model):
     assert cache.get_seq_length() == exact.get_seq_length() == 300
     layer, whole = cache.layers[0], exact.layers[0]
     held = layer.keys.shape[2]
-    assert 32 + 96 <= held < 32 + 96 + GROUP
+    assert 32 + 96 <= held < 32 + 96 + KV_GROUP
     assert layer.packed[0].codes.shape[2] == 300 - held
     assert torch.equal(layer.values[:, :, :32], whole.values[:, :, :32])
     assert torch.equal(layer.values[:, :, 32:], whole.values[:, :, 32 - held :])

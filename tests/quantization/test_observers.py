@@ -8,7 +8,8 @@ import torch
 
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.observers import OBSERVERS, MinMaxObserver, MSEObserver
-from oasis_attn.quantization.primitives import QuantSpec, compute_qparams, fake_quantize
+from oasis_attn.quantization.primitives import compute_qparams, fake_quantize
+from oasis_attn.quantization.spec import QuantSpec
 
 SPEC = QuantSpec(bits=8, symmetric=False)
 ROWS = QuantSpec(bits=4, symmetric=True, granularity="channel")

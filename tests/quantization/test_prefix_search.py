@@ -13,9 +13,9 @@ from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.prefix import Prefix, compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import quantize, schemes
+from oasis_attn.quantization.options import PREFIX_METHODS
 from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.prefix_search import (
-    METHODS,
     find_prefix,
     max_activations,
     outlier_tokens,
@@ -55,7 +55,7 @@ def text(*shape):
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PREFIX_METHODS)
 def test_one_token_absorbs_the_sink(method):
     model, ids_BT = model_with_sink(), text(3, 12)
     assert outlier_tokens(model, ids_BT).nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
@@ -71,7 +71,7 @@ def test_one_token_absorbs_the_sink(method):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PREFIX_METHODS)
 def test_two_tokens_are_used_if_one_does_not_help(method):
     model, ids_BT = model_with_sink(positions=2), text(3, 12)
     tokens = find_prefix(model, ids_BT, method=method, length=3)
@@ -250,7 +250,7 @@ def stored(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PREFIX_METHODS)
 def test_prefix_checkpoint(stored, method):
     record = prefix_checkpoint(
         stored / "model", stored / "out", method=method, length=2, tune_steps=2, scheme=CHANNELS,

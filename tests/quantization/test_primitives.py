@@ -11,14 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.primitives import (
-    GRANULARITIES,
-    QuantSpec,
-    compute_qparams,
-    fake_quantize,
-    to_blocks,
-)
+from oasis_attn.quantization.primitives import compute_qparams, fake_quantize, to_blocks
 from oasis_attn.quantization.quantizers import fake_quantize_dynamic
+from oasis_attn.quantization.spec import GRANULARITIES, QuantSpec
 
 GROUP = 3
 KINDS = [(granularity, symmetric) for granularity in GRANULARITIES for symmetric in (True, False)]

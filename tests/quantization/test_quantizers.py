@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.primitives import QuantSpec
 from oasis_attn.quantization.quantizers import (
     DynamicQuantizer,
     StaticQuantizer,
     fake_quantize_dynamic,
 )
+from oasis_attn.quantization.spec import QuantSpec
 
 SPEC = QuantSpec(bits=8, symmetric=False)
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization import QuantSpec, Scheme, schemes
+from oasis_attn.quantization import QuantSpec, Scheme, observers, schemes
+from oasis_attn.quantization.schemes import OBSERVERS
 
 
 def test_names_contain_the_bits():
@@ -17,6 +18,10 @@ def test_names_contain_the_bits():
         activation = 16 if scheme.activation is None else scheme.activation.bits
         assert name.startswith(f"w{scheme.weight.bits}a{activation}")
         assert ("static" in name) == scheme.static
+
+
+def test_every_observer_can_be_chosen():
+    assert tuple(observers.OBSERVERS) == OBSERVERS
 
 
 def test_table_is_not_shared():

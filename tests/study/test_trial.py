@@ -17,7 +17,8 @@ from oasis_attn.modeling.variants import settings_of
 from oasis_attn.quantization import quantize, schemes
 from oasis_attn.records import Metric, TrialRecord
 from oasis_attn.study import trial as module
-from oasis_attn.study.trial import TIMES, reproduction, run_trial
+from oasis_attn.study.study_metrics import TIMES
+from oasis_attn.study.trial import reproduction, run_trial
 from study import factories
 from tiny_models import tiny_config
 

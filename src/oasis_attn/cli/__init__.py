@@ -6,7 +6,6 @@ cheap arguments before it imports torch and transformers.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from contextlib import suppress
@@ -38,6 +37,7 @@ app = typer.Typer(
     name="oasis",
     epilog="Start with: oasis demo",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -89,12 +89,11 @@ def main() -> int:
     The code is 0 for success, 2 for bad input (one line on standard error names it) and 130 for an
     interruption.  Any other error is a bug and keeps its traceback.
     """
-    # The commands show their own progress.  Silence the progress bars of the libraries, and their
-    # warnings about kernels for other machines.
+    # The commands show their own progress and errors.  Silence those of the libraries: progress
+    # bars, and lines about requests that are repeated.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for library in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         code = app(prog_name="oasis", standalone_mode=False) or 0
         sys.stdout.flush()

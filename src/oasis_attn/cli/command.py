@@ -5,12 +5,33 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, did_you_mean
 from oasis_attn.extension_files import load_extensions
 
 _QUOTED = re.compile(r"('[^']*'|\"[^\"]*\")")
+
+_SYNONYMS = {  # natural names -> the option that may be meant, for error messages
+    "--context": "--window",
+    "--costs": "--sensitivity",
+    "--data": "--corpus",
+    "--dataset": "--corpus",
+    "--epochs": "--steps",
+    "--exclude": "--ignore",
+    "--file": "--text",
+    "--lr": "--learning-rate",
+    "--max-length": "--window",
+    "--model": "--from",
+    "--output": "--out",
+    "--override": "--config",
+    "--seq-length": "--block-length",
+    "--set": "--config",
+    "--setting": "--config",
+    "--skip": "--ignore",
+    "--tokens": "--window",
+}
 
 
 class Command(TyperCommand):
@@ -19,6 +40,18 @@ class Command(TyperCommand):
     Errors of the library name parameters; the errors of a command name its options instead:
     `--save-every` for `save_every`.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            name = getattr(error, "option_name", None)
+            known = [option for parameter in self.params for option in parameter.opts]
+            if name is None or name in known:
+                raise
+            options = [option for option in known if option.startswith("--")] + ["--help"]
+            hint = did_you_mean(name, options, _SYNONYMS)
+            raise UserError(f"{name}: no such option{hint or '; --help lists all'}") from error
 
     def invoke(self, ctx: Any) -> Any:
         load_extensions(ctx.obj or ())

@@ -15,6 +15,7 @@ from oasis_attn.cli.terminal import (
     print_table,
     working,
 )
+from oasis_attn.errors import check_choice
 
 
 def convert(
@@ -26,7 +27,7 @@ def convert(
         str | None,
         Option(help="A variant of `oasis variants`. Default: oasis.", show_default=False),
     ] = None,
-    overrides: Annotated[
+    settings: Annotated[
         list[str] | None,
         Option(
             "--config",
@@ -52,17 +53,23 @@ def convert(
 
     Example: [bold]oasis convert smollm2 converted --config depth_block_size=4[/bold]
     """
-    from oasis_attn.errors import check_choice
-    from oasis_attn.modeling.variants import variants
+    from oasis_attn.files import check_free
+    from oasis_attn.hub.locate import DTYPES, find_model
+    from oasis_attn.modeling.settings import check_names
+    from oasis_attn.modeling.variants import settings_of
 
-    changed = pairs("--config", overrides)
+    changed = pairs("--config", settings)
     if variant is not None:
-        check_choice("variant", variant, variants())
+        settings_of(variant)
+    check_names(changed)
+    check_choice("dtype", dtype, DTYPES)
+    check_free(out)
+    find_model(model)
 
     from oasis_attn.hub.convert import convert_checkpoint
     from oasis_attn.report import Table
 
-    with working(f"converting {model}"):
+    with working(f"converting {model}", as_json=as_json):
         converted = convert_checkpoint(
             model,
             out,

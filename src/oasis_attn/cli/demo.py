@@ -26,6 +26,16 @@ def demo(
 
     Takes about ten minutes on two cores.  Example: [bold]oasis demo --out demo[/bold]
     """
+    from oasis_attn.errors import check_seed, check_whole
+    from oasis_attn.files import check_free
+    from oasis_attn.hub.locate import find_model
+
+    check_whole("steps", steps, 1)
+    check_whole("windows", windows, 1)
+    check_seed("seed", seed)
+    check_free(out)
+    find_model(pretrained)
+
     from oasis_attn.study.demo import run_demo
 
     result = run_demo(out, pretrained=pretrained, steps=steps, windows=windows, seed=seed)

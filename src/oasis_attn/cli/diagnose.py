@@ -22,7 +22,13 @@ def diagnose(
         Path | None,
         Option(help="Use the whole of this file instead of a corpus.", show_default=False),
     ] = None,
-    window: Annotated[int, Option(help="Tokens per window.")] = 512,
+    window: Annotated[
+        int | None,
+        Option(
+            help="Tokens per window. Default: 512, or the whole of a shorter text.",
+            show_default=False,
+        ),
+    ] = None,
     windows: Annotated[int, Option(help="Maximum number of windows, spread over the text.")] = 16,
     out: Annotated[
         Path | None, Option(help="Write the record to this JSON file.", show_default=False)
@@ -48,14 +54,21 @@ def diagnose(
 
     Example: [bold]oasis diagnose smollm2 --text book.txt --figures figures[/bold]
     """
-    from oasis_attn.data.corpora import load_corpus, whole_file
+    from oasis_attn.data import load_corpus, whole_file
+    from oasis_attn.errors import check_whole
     from oasis_attn.files import check_writable
+    from oasis_attn.hub.locate import find_model
+
+    if window is not None:
+        check_whole("window", window, 2)
+    check_whole("windows", windows, 1)
 
     if out is not None:
         check_writable(out)
     if figures is not None:
         check_writable(figures / "any.png", "figures")
     source = load_corpus(corpus, split) if text is None else whole_file(text)
+    find_model(model)
     _ = source.sha256  # reads the text, so that errors in it are reported before the model loads
 
     from oasis_attn.hub.loading import load_model
@@ -63,7 +76,7 @@ def diagnose(
     from oasis_attn.report import layer_table, summary_table
     from oasis_attn.report.figures import save_figures
 
-    with working(f"diagnosing {model}"):
+    with working(f"diagnosing {model}", as_json=as_json):
         loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
         record = measure(
             loaded,

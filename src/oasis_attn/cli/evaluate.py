@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, print_table, working
 from oasis_attn.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -83,30 +83,39 @@ def evaluate(
     """
     given = {name: value for name, value in locals().items() if name not in _NOT_FIELDS}
 
+    from oasis_attn.evaluation import EvaluationConfig
     from oasis_attn.files import check_writable
+    from oasis_attn.hub.locate import find_model
+    from oasis_attn.quantization.options import (
+        KV_FIRST,
+        KV_RECENT,
+        check_kv_bits,
+        check_kv_window,
+    )
 
     if out is not None:
         check_writable(out)
     given["tasks"] = tuple(tasks.split(","))
     given["k"] = _whole_numbers("--k", k)
+    if kv_bits is not None:
+        check_kv_bits(kv_bits)
+        if "perplexity" in given["tasks"]:
+            check_kv_window(window)
+        given["model_notes"] = {
+            "kv_cache": {"bits": kv_bits, "first": KV_FIRST, "recent": KV_RECENT}
+        }
+    EvaluationConfig(**given).check_logs()
+    find_model(model)
+    if "perplexity" in given["tasks"]:
+        check_text(corpus, split)
 
     from oasis_attn.evaluation import evaluate as run
-    from oasis_attn.quantization.kv_cache import (
-        FIRST,
-        RECENT,
-        QuantizedCache,
-        check_bits,
-        check_window,
-    )
+    from oasis_attn.quantization import QuantizedCache
 
     if kv_bits is not None:
-        check_bits(kv_bits)
-        if "perplexity" in given["tasks"]:
-            check_window(window)
         given["cache"] = partial(QuantizedCache, bits=kv_bits)
-        given["model_notes"] = {"kv_cache": {"bits": kv_bits, "first": FIRST, "recent": RECENT}}
-    with working(f"evaluating {model}"):
-        record = run(model, **given)
+    with working(f"evaluating {model}", as_json=as_json):
+        record = run(model, trust_remote_code=trust_remote_code, **given)
     if out is not None:
         record.save(out)
     if as_json:
@@ -115,7 +124,7 @@ def evaluate(
         print_table(_table(record))
 
 
-_NOT_FIELDS = ("model", "kv_bits", "out", "as_json")
+_NOT_FIELDS = ("model", "kv_bits", "out", "trust_remote_code", "as_json")
 
 
 def _whole_numbers(option: str, text: str) -> tuple[int, ...]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from rich.markup import escape
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table, working
 
 
 def prefix(
@@ -64,15 +63,24 @@ def prefix(
 
     Example: [bold]oasis prefix smollm2 prefixed --tune-steps 32[/bold]
     """
+    from oasis_attn.files import check_free
+    from oasis_attn.hub.locate import find_model
+    from oasis_attn.quantization.options import check_prefix
     from oasis_attn.quantization.schemes import get_scheme
 
-    options = pairs("--scheme-option", scheme_option)
-    varied = get_scheme(scheme).with_options(options)
+    varied = get_scheme(scheme).with_options(pairs("--scheme-option", scheme_option))
+    check_prefix(
+        varied, method=method, length=length, tune_steps=tune_steps, window=window, windows=windows
+    )
+    check_free(out)
+    find_model(model)
+    check_text(calibration, calibration_split)
+    check_text(evaluation or calibration, evaluation_split)
 
     from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
     from oasis_attn.report import Table
 
-    with working(f"searching for a prefix of {model}") as status:
+    with working(model, as_json=as_json) as report:
         record = prefix_checkpoint(
             model,
             out,
@@ -87,7 +95,7 @@ def prefix(
             window=window,
             windows=windows,
             trust_remote_code=trust_remote_code,
-            progress=lambda what: status.update(escape(f"{model}: {what}")),
+            progress=report,
         )
     if as_json:
         print(record.to_json())

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.markup import escape
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_table, working
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table, working
 
 if TYPE_CHECKING:
     from oasis_attn.records import QuantizationRecord
@@ -79,14 +78,28 @@ def quantize(
 
     Example: [bold]oasis quantize smollm2 --scheme w4a4 --simulate --out small[/bold]
     """
+    from oasis_attn.files import check_free
+    from oasis_attn.hub.locate import find_model
+    from oasis_attn.quantization.options import check_quantization
     from oasis_attn.quantization.schemes import get_scheme
 
-    options = pairs("--scheme-option", scheme_option)
-    varied = get_scheme(scheme).with_options(options)
+    varied = get_scheme(scheme).with_options(pairs("--scheme-option", scheme_option))
+    check_quantization(
+        varied,
+        simulate=simulate,
+        window=window,
+        windows=windows,
+        sensitivity=sensitivity,
+        seed=seed,
+    )
+    check_free(out)
+    find_model(model)
+    check_text(calibration, calibration_split)
+    check_text(evaluation or calibration, evaluation_split)
 
     from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 
-    with working(f"quantizing {model}") as status:
+    with working(model, as_json=as_json) as report:
         record = quantize_checkpoint(
             model,
             out,
@@ -102,7 +115,7 @@ def quantize(
             sensitivity=sensitivity,
             seed=seed,
             trust_remote_code=trust_remote_code,
-            progress=lambda what: status.update(escape(f"{model}: {what}")),
+            progress=report,
         )
     if as_json:
         print(record.to_json())

@@ -93,22 +93,23 @@ def run(
 
     Example: [bold]oasis study run smoke --out studies/smoke --workers 2[/bold]
     """
-    from oasis_attn.errors import UserError
-    from oasis_attn.study.lookup import plan_path, read_plan
+    from oasis_attn.errors import UserError, check_whole
+    from oasis_attn.study.launch import ClusterLauncher
+    from oasis_attn.study.lookup import plan_path
+    from oasis_attn.study.plan_file import load_plan
 
     options = pairs("--executor-option", executor_option)
     if options and cluster is None:
         raise UserError("--executor-option: requires --cluster")
-    read_plan(plan)
+    check_whole("workers", workers, 1)
+    launcher = None if cluster is None else ClusterLauncher(cluster, options)
+    loaded = load_plan(plan)
+    loaded.check()
     for folder in reuse_from or ():
         plan_path(folder)
 
-    from oasis_attn.study.launch import ClusterLauncher
-    from oasis_attn.study.plan_file import load_plan
     from oasis_attn.study.run import run_study
 
-    launcher = None if cluster is None else ClusterLauncher(cluster, options)
-    loaded = load_plan(plan)
     status = run_study(loaded, out, reuse_from=reuse_from or (), workers=workers, launcher=launcher)
     _print_status(status, loaded.name, as_json)
     if status.left:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 
 from oasis_attn.errors import UserError, parse_json, shown
 
 if TYPE_CHECKING:
-    from rich.status import Status
-
     from oasis_attn.report import Table
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -45,6 +43,13 @@ def pair(option: str, text: str) -> tuple[str, Any]:
 def pairs(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
     """Parse the values of a repeatable option."""
     return dict(pair(option, text) for text in texts or ())
+
+
+def check_text(corpus: str, split: str) -> None:
+    """Raise `UserError` unless text of this split can be read; call it before a model is loaded."""
+    from oasis_attn.data import load_corpus
+
+    next(load_corpus(corpus, split).texts())
 
 
 def print_json(value: Any) -> None:
@@ -104,8 +109,32 @@ def _split(table: Table, console_width: int) -> list[list[int]]:
     return found
 
 
-def working(what: str) -> Status:
-    """Context manager that shows on standard error that `what` is in progress."""
-    from rich.console import Console
+@contextmanager
+def working(what: str, *, as_json: bool) -> Iterator[Callable[..., None]]:
+    """Context in which a progress bar on standard error shows that `what` is in progress.
 
-    return Console(stderr=True).status(escape(what))
+    It is shown on a terminal only, and not together with JSON.
+
+    Yields:
+        `report(step, done=0, total=None)`, which shows the current step and, if `total` is known,
+        how many of the steps are done.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=as_json or not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(what, total=None)
+
+        def report(step: str, done: int = 0, total: int | None = None) -> None:
+            bar.update(task, description=f"{what}: {step}", completed=done, total=total)
+
+        yield report

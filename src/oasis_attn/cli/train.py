@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_table
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table
 
 
 def train(
@@ -126,17 +126,16 @@ def train(
     given["settings"] = pairs("--config", settings)
     given["learning_rates"] = pairs("--rate", learning_rates)
 
-    from oasis_attn.errors import check_choice
-    from oasis_attn.modeling.variants import variants
+    from oasis_attn.hub.locate import find_model
+    from oasis_attn.modeling.settings import check_names
     from oasis_attn.training import TrainingConfig
 
-    if from_model is None:
-        check_choice("variant", variant, variants())
+    check_names(given["settings"])
+    for split in ("train", eval_split):
+        check_text(corpus, split)
+    if from_model is not None:
+        find_model(from_model)
     config = TrainingConfig(**given)
-
-    from oasis_attn.data.corpora import load_corpus
-
-    load_corpus(corpus)
 
     from oasis_attn.report import summary_table
     from oasis_attn.training import train as run

@@ -114,7 +114,7 @@ def token_blocks(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     def make(file: BinaryIO) -> None:
-        parts = _packed(corpus.texts(), tokenizer, block_length, vocab_size, _source(corpus))
+        parts = _packed(corpus.texts(), tokenizer, block_length, vocab_size, corpus.label)
         _write_blocks(file, parts, block_length, _dtype(vocab_size))
 
     return TokenBlocks(cached_file(f"blocks/{name}.npy", make))
@@ -145,8 +145,15 @@ def pack_texts(
     return np.concatenate(list(_packed(texts, tokenizer, block_length, vocab_size, source)))
 
 
-def _source(corpus: Corpus) -> str:
-    return f"corpus: {corpus.name!r} split {corpus.split!r}"
+def count_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> int:
+    """Length of the block that holds all documents; `limit` if it would be longer."""
+    packing = Packing.of(tokenizer)
+    count = limit - packing.text_tokens(limit)
+    for ids in _document_ids(texts, tokenizer, packing.separator):
+        count += len(ids)
+        if count >= limit:
+            return limit
+    return count
 
 
 def _dtype(vocab_size: int) -> np.dtype:

@@ -21,6 +21,7 @@ from oasis_attn.errors import UserError, check_choice, shown
 
 Reader = Callable[[], Iterator[str]]
 
+_WHOLE = "whole"
 _SHARES = {"train": range(90), "validation": range(90, 95), "test": range(95, 100)}
 
 
@@ -57,7 +58,14 @@ class Corpus:
                 empty = False
                 yield text
         if empty:
-            raise UserError(f"corpus: {self.name!r} split {self.split!r} has no text")
+            raise UserError(f"{self.label} has no text")
+
+    @property
+    def label(self) -> str:
+        """The argument, name and split, for error messages."""
+        if self.split == _WHOLE:
+            return f"text: {self.name!r}"
+        return f"corpus: {self.name!r} split {self.split!r}"
 
     @cached_property
     def sha256(self) -> str:
@@ -207,9 +215,9 @@ def whole_file(path: str | Path) -> Corpus:
     Raises:
         UserError: a missing file, or one of another type.
     """
-    file = _text_file(str(path))
-    reader = partial(readers.file_documents, file, readers.whole)
-    return Corpus(name=str(path), split="whole", reader=reader)
+    file = _text_file(str(path), "text")
+    reader = partial(readers.file_documents, file, readers.whole, "text")
+    return Corpus(name=str(path), split=_WHOLE, reader=reader)
 
 
 def _task_and_text(name: str) -> tuple[MajorityTask | None, str]:
@@ -235,14 +243,17 @@ def _splits(name: str) -> Mapping[str, Reader]:
         if name and os.path.isdir(folder):
             return _folder_splits(folder)
         if os.path.isfile(name) or name.endswith(readers.SUFFIXES):
-            path = _text_file(name)
+            path = _text_file(name, "corpus")
             return {split: partial(_file_share, path, share) for split, share in _SHARES.items()}
+        if "/" in name:
+            raise UserError(f"corpus: {shown(name)} does not exist")
         check_choice("corpus (or a text file)", name, CORPORA)
     source = CORPORA[name]
     local = _folder_splits(kept, source.cut) if kept else {}
-    if not local:
-        return source.splits
-    hint = f"{str(kept)!r} holds {', '.join(sorted(local))}"
+    if local:
+        hint = f"{str(kept)!r} holds {', '.join(sorted(local))}"
+    else:
+        hint = f"without the Hub, put its splits into $OASIS_DATA/{name}/<split>.txt or .jsonl"
     return {split: partial(_read, reader, hint) for split, reader in source.splits.items()} | local
 
 
@@ -276,11 +287,12 @@ def _file_share(path: Path, share: range) -> Iterator[str]:
         )
 
 
-def _text_file(name: str) -> Path:
+def _text_file(name: str, argument: str) -> Path:
     if not name.endswith(readers.SUFFIXES):
-        raise UserError(f"corpus: file {shown(name)} is not one of {', '.join(readers.SUFFIXES)}")
+        suffixes = ", ".join(readers.SUFFIXES)
+        raise UserError(f"{argument}: file {shown(name)} is not one of {suffixes}")
     if not os.path.isfile(name):
-        raise UserError(f"corpus: file {shown(name)} does not exist")
+        raise UserError(f"{argument}: file {shown(name)} does not exist")
     return Path(name)
 
 

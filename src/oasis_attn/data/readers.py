@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from oasis_attn.errors import UserError, parse_json
+from oasis_attn.errors import UserError, parse_json, reason
+from oasis_attn.hub.locate import offline_if_unreachable
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 _PASSAGE_CHARACTERS = 1024
@@ -68,24 +69,27 @@ def document(row: Mapping[str, Any]) -> str:
     return text
 
 
-def file_documents(path: Path, cut=passages) -> Iterator[str]:
-    """The documents of a .txt file (divided by `cut`) or a .jsonl or .jsonl.gz file (by line)."""
+def file_documents(path: Path, cut=passages, argument: str = "corpus") -> Iterator[str]:
+    """The documents of a .txt file (divided by `cut`) or a .jsonl or .jsonl.gz file (by line).
+
+    Error messages start with `argument`.
+    """
     if path.name.endswith(".txt"):
-        yield from cut(_lines(path))
+        yield from cut(_lines(path, argument))
         return
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_lines(path, argument), 1):
         if not line.strip():
             continue
         try:
             yield document(parse_json(line))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"corpus: {str(path)!r} line {number} is not a JSON object with a string `text` in "
-                "Unicode, or `question` and `answer`"
+                f"{argument}: {str(path)!r} line {number} is not a JSON object with a string"
+                " `text` in Unicode, or `question` and `answer`"
             ) from error
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, argument: str) -> Iterator[str]:
     """The lines of a UTF-8 file, with LF, CR LF and CR all read as a newline.
 
     A byte order mark at the start and a DOS end-of-file character (Ctrl-Z) at the end are left out.
@@ -95,7 +99,7 @@ def _lines(path: Path) -> Iterator[str]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for raw in file:
                 if number == 0:
-                    _check_encoding(path, raw)
+                    _check_encoding(path, raw, argument)
                     raw = raw.removeprefix(codecs.BOM_UTF8)
                 if not raw.endswith(b"\n"):
                     raw = raw.rstrip(b"\x1a")
@@ -103,21 +107,21 @@ def _lines(path: Path) -> Iterator[str]:
                     number += 1
                     if b"\0" in line:
                         raise UserError(
-                            f"corpus: {str(path)!r} line {number} has a NUL byte, so it is binary"
-                            " or UTF-16; text must be UTF-8"
+                            f"{argument}: {str(path)!r} line {number} has a NUL byte, so it is"
+                            " binary or UTF-16; text must be UTF-8"
                         )
                     text = line.rstrip(b"\r\n")
                     yield text.decode("utf-8") + ("\n" if text != line else "")
     except UnicodeDecodeError as error:
-        raise UserError(f"corpus: {str(path)!r} line {number} is not valid UTF-8") from error
+        raise UserError(f"{argument}: {str(path)!r} line {number} is not valid UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"corpus: {str(path)!r} cannot be read ({error})") from error
+        raise UserError(f"{argument}: {str(path)!r} cannot be read ({reason(error)})") from error
 
 
-def _check_encoding(path: Path, start: bytes) -> None:
+def _check_encoding(path: Path, start: bytes, argument: str) -> None:
     for mark, (kind, remedy) in _MARKS.items():
         if start.startswith(mark):
-            raise UserError(f"corpus: {str(path)!r} is {kind}, not UTF-8; {remedy}")
+            raise UserError(f"{argument}: {str(path)!r} is {kind}, not UTF-8; {remedy}")
 
 
 def stdlib() -> Iterator[str]:
@@ -157,7 +161,8 @@ def hub_rows(path: str, config: str | None, split: str, **options: Any) -> Itera
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = load_dataset(path, config, split=split, **options)
+        with offline_if_unreachable(path, "dataset"):
+            rows = load_dataset(path, config, split=split, **options)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(

@@ -13,12 +13,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from oasis_attn.errors import UserError, check_at_least, check_whole, shown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 FIRST, TRIGGER = 0, 1
 """Coordinates that are 1 at the first token, and at triggers; the last one is 1 at the others."""
@@ -83,6 +84,8 @@ class TriggerTask:
         Raises:
             UserError: `trigger` is not a position from 2 to T - 1.
         """
+        import torch  # not earlier, so that names of tasks can be checked without it
+
         T = self.length
         x_BTN = torch.zeros(size, T, self.width)
         noise = x_BTN[:, 1:, 2:-1]

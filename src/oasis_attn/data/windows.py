@@ -19,7 +19,7 @@ Axes: N windows, T tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oasis_attn.data.blocks import Packing, pack_texts, token_blocks
+from oasis_attn.data.blocks import Packing, count_tokens, pack_texts, token_blocks
 from oasis_attn.data.corpora import Corpus
 from oasis_attn.errors import UserError, check_choice, check_whole, shown
 from oasis_attn.records import TextInfo
@@ -72,7 +72,7 @@ def read_windows(
     texts: Corpus | str | Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    window: int = WINDOW,
+    window: int | None = None,
     windows: int | None = WINDOWS,
     stride: int | None = None,
     vocab_size: int | None = None,
@@ -86,7 +86,7 @@ def read_windows(
 
     Args:
         texts: a corpus, one document, or the documents.
-        window: tokens in a window, BOS included.
+        window: tokens in a window, BOS included; by default 512, or all tokens of a shorter text.
         windows: how many are read at most; None for all.
         stride: tokens from the start of a window to the start of the next; by default `window`,
             which means that windows are disjoint.
@@ -97,6 +97,11 @@ def read_windows(
         UserError: an argument that is out of range, no text, less text than one window, or a token
             outside the vocabulary.
     """
+    if not isinstance(texts, Corpus):
+        texts = [texts] if isinstance(texts, str) else list(texts)
+    if window is None:
+        documents = texts.texts() if isinstance(texts, Corpus) else texts
+        window = max(2, count_tokens(documents, tokenizer, WINDOW))
     check_whole("window", window, 2)
     if windows is not None:
         check_whole("windows", windows, 1)
@@ -125,9 +130,7 @@ def held_out_windows(
     """
     both = read_windows(corpus, tokenizer, window=window, windows=2 * windows)
     if len(both) < 2:
-        raise UserError(
-            f"corpus: {corpus.name!r} split {corpus.split!r} has less than 2 x {window} tokens"
-        )
+        raise UserError(f"{corpus.label} has less than 2 x {window} tokens")
     return HeldOut(_every_other(both, 0), _every_other(both, 1))
 
 
@@ -145,7 +148,7 @@ def as_windows(
     Args:
         texts_or_tokens: `Windows`, all of which are taken; text, as in `read_windows`; or rows of
             token ids, [N, T] or a sequence of [T], each a window.
-        window: 512 by default for text, the length of the rows otherwise.
+        window: by default as in `read_windows` for text, and the length of the rows otherwise.
         windows: of a text, see `read_windows`; of rows, at most so many are taken, the first ones.
         vocab_size: of the model that reads the windows.
 
@@ -168,7 +171,7 @@ def as_windows(
             found = read_windows(
                 first if isinstance(first, Corpus) else items,
                 tokenizer,
-                window=window or WINDOW,
+                window=window,
                 windows=windows,
                 vocab_size=vocab_size,
                 source=source,
@@ -198,7 +201,7 @@ def _peek(items: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
 
 
 def _all_tokens(
-    texts: Corpus | str | Iterable[str],
+    texts: Corpus | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     window: int,
     vocab_size: int | None,
@@ -206,8 +209,7 @@ def _all_tokens(
 ) -> tuple[np.ndarray, Mapping[str, str | None]]:
     """All disjoint windows of a text, [N, T], and where the text is from."""
     if not isinstance(texts, Corpus):
-        documents = [texts] if isinstance(texts, str) else texts
-        found = (text for text in documents if text.strip())
+        found = (text for text in texts if text.strip())
         return pack_texts(found, tokenizer, window, vocab_size=vocab_size), source or {}
     if source:
         raise UserError("data: only for texts and rows of tokens; a corpus has its own")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import Cache, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from oasis_attn.data import load_corpus
 from oasis_attn.errors import (
@@ -19,6 +17,10 @@ from oasis_attn.errors import (
     check_whole,
     shown,
 )
+from oasis_attn.evaluation.samples import check_log
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig
 
 TASKS = {
     "perplexity": "perplexity on windows of a corpus",
@@ -132,3 +134,13 @@ class EvaluationConfig:
                 f"corpus: {shown(str(self.corpus))} has no majority task; give the corpus that the"
                 " model was trained on, such as majority-64"
             )
+
+    def log_path(self, task: str) -> Path | None:
+        """The file for the samples of `task`; None if they are not logged."""
+        return None if self.samples is None else Path(self.samples, f"{task}.jsonl")
+
+    def check_logs(self) -> None:
+        """Raise `UserError` if a log cannot be written, or exists and is not to be resumed."""
+        for task in self.tasks:
+            if (path := self.log_path(task)) is not None:
+                check_log(path, resume=self.resume)

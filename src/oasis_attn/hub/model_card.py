@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from oasis_attn.files import write_text
-from oasis_attn.modeling.configuration_oasis import SETTINGS, OasisConfig
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.pretrained import SAVE_HOOKS
+from oasis_attn.modeling.settings import SETTINGS
 from oasis_attn.modeling.variants import variants
 from oasis_attn.modeling.weight_names import is_ours
 from oasis_attn.ops.normalizers import with_length

@@ -11,13 +11,12 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from oasis_attn.errors import UserError, check_choice, check_whole, one_line
-from oasis_attn.hub.checkpoint import check_config, parameter_limit, read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LARGEST_VOCABULARY = 2**24
 
@@ -46,6 +45,15 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+def check_size(size_or_path: str | Path, vocab_size: int | None = None) -> None:
+    """Raise `UserError` for an unknown size or a vocabulary that is not possible, without torch."""
+    name = str(size_or_path)
+    if not os.path.exists(name):
+        check_choice("size (or a configuration file)", name, SIZES)
+    if vocab_size is not None:
+        check_whole("vocab_size", vocab_size, 1, _LARGEST_VOCABULARY)
+
+
 def text_config(size_or_path: str | Path, vocab_size: int | None = None) -> PreTrainedConfig:
     """The configuration of the backbone.
 
@@ -57,19 +65,23 @@ def text_config(size_or_path: str | Path, vocab_size: int | None = None) -> PreT
         UserError: the size is unknown (the message names the nearest one), or the file is not a
             configuration.
     """
+    check_size(size_or_path, vocab_size)
+
+    from transformers import LlamaConfig
+
     name = str(size_or_path)
-    if name not in SIZES and os.path.exists(name):
-        config = _read(name)
-    else:
-        check_choice("size (or a configuration file)", name, SIZES)
-        config = LlamaConfig(**SIZES[name])
+    config = LlamaConfig(**SIZES[name]) if name in SIZES else _read(name)
     if vocab_size is not None:
-        check_whole("vocab_size", vocab_size, 1, _LARGEST_VOCABULARY)
         config.vocab_size = vocab_size
     return config
 
 
 def _read(path: str) -> PreTrainedConfig:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from oasis_attn.hub.checkpoint import check_config, parameter_limit, read_object
+
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     too_large = f"size: {path!r} describes a model that does not fit in the memory of this machine"

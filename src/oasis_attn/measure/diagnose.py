@@ -46,7 +46,8 @@ def diagnose(
             token ids ([N, T] or a sequence of [T]), each a window; or `Windows`, all of which are
             read.
         tokenizer: reads the texts.
-        window: tokens in a window; by default, 512 for texts and the rows' own length for tokens.
+        window: tokens in a window; by default, 512 (or all of a shorter text) for texts, and the
+            rows' own length for tokens.
         windows: maximum number of windows; they are spread over a text, and the first of rows.
         batch_size: windows in one forward pass; it changes the speed and not the numbers.
         data: where texts or rows come from, for the record: `corpus`, `split`, `sha256`.  A corpus

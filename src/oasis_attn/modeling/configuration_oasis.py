@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
+from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS
 from oasis_attn.modeling.hf_compat import (
     SubConfigSpec,
@@ -21,6 +19,7 @@ from oasis_attn.modeling.hf_compat import (
     set_attention_implementation,
 )
 from oasis_attn.modeling.null_logit import resolve_null_logit
+from oasis_attn.modeling.settings import SETTINGS, check_settings, refuse_unknown
 from oasis_attn.ops.normalizers import (
     LEARNED_NULL_LOGIT,
     TOKEN_NORMALIZERS,
@@ -34,14 +33,7 @@ from oasis_attn.ops.normalizers import (
 ATTENTION = "oasis"
 """The name of our function in transformers' attention and mask registries."""
 
-_LARGEST = 1e6  # largest absolute value of a numeric setting
-_CHOICES: dict[str, Iterable[str]] = {
-    "token_normalizer": TOKEN_NORMALIZERS,
-    "output_gate": ("none", "head", "elementwise"),
-    "residual": ("sum", "depth", "official"),
-    "depth_normalizer": ("softmax", "softmax1", "sigmoid"),
-    "mix_scale": ("none", "sum", "rms"),
-}
+_LARGEST = 1e6  # largest absolute value of a null logit
 _FORWARDED = {  # fields of `text_config` that transformers reads from the config of a model
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
@@ -244,18 +236,13 @@ class OasisConfig(PreTrainedConfig):
         The constructor calls it.  Call it again after a setting was changed.
         """
         normalizer = self.normalizer  # checks its arguments
-        for name, allowed in _CHOICES.items():
-            value = normalizer.name if name == "token_normalizer" else getattr(self, name)
-            check_choice(name, value, tuple(allowed))
+        check_choice("token_normalizer", normalizer.name, tuple(TOKEN_NORMALIZERS))
+        check_settings({name: getattr(self, name) for name in SETTINGS})
         BRANCH_NORMS.check(self.branch_norm, "none")
         NULL_SIGNALS.check(self.null_signal, "off")
-        check_whole("depth_block_size", self.depth_block_size, 1)
-        for name in ("null_logit", "beta_init"):
-            value = getattr(self, name)
-            # -inf switches the null off.  A parameter with this value could not be trained.
-            no_null = name == "null_logit" and normalizer.name not in LEARNED_NULL_LOGIT
-            if not (no_null and value == -math.inf):
-                check_at_least(name, value, -_LARGEST, _LARGEST)
+        # -inf switches the null off.  A parameter with this value could not be trained.
+        if not (self.null_logit == -math.inf and normalizer.name not in LEARNED_NULL_LOGIT):
+            check_at_least("null_logit", self.null_logit, -_LARGEST, _LARGEST)
         if normalizer.name not in WITH_NULL_LOGIT:
             self._needs("null_logit", "token_normalizer", " or ".join(map(repr, WITH_NULL_LOGIT)))
         if self.residual == "sum":
@@ -293,33 +280,6 @@ class OasisConfig(PreTrainedConfig):
                 f"{name}: {getattr(self, name)!r} has no effect with"
                 f" {other}={getattr(self, other)!r}; it needs {values}"
             )
-
-
-SETTINGS = (
-    "token_normalizer",
-    "null_logit",
-    "output_gate",
-    "residual",
-    "depth_block_size",
-    "depth_normalizer",
-    "mix_scale",
-    "branch_norm",
-    "null_signal",
-    "beta_init",
-)
-
-
-def check_settings(names: Iterable[str]) -> None:
-    """Raise `UserError` for the first of `names` that is not in `SETTINGS`."""
-    refuse_unknown(name for name in names if name not in SETTINGS)
-
-
-def refuse_unknown(names: Iterable[str]) -> None:
-    """Raise `UserError` for the first of `names`, and suggest the most similar setting."""
-    for name in names:
-        near = difflib.get_close_matches(name, SETTINGS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"settings: {name!r} is not one of {', '.join(SETTINGS)}{hint}")
 
 
 AutoConfig.register(OasisConfig.model_type, OasisConfig)

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.attach import Attached, attached_layer, attached_model
 from oasis_attn.modeling.attention import observe_attention
-from oasis_attn.modeling.configuration_oasis import OasisConfig, refuse_unknown
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import DepthCache, DepthRouter, SumCache
 from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS, null_signal_module
 from oasis_attn.modeling.families import check_fits
@@ -41,6 +41,7 @@ from oasis_attn.modeling.layer import LayerArgs, RoutedLayer
 from oasis_attn.modeling.official import OfficialCache, OfficialRouter
 from oasis_attn.modeling.packing import input_of, with_packed_masks
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
+from oasis_attn.modeling.settings import refuse_unknown
 
 
 class OasisModel(Attached, OasisPreTrainedModel):

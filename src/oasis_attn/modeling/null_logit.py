@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from oasis_attn.errors import UserError, check_whole, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 LOG_CONTEXT = "log_context"
 
@@ -37,16 +38,8 @@ def resolve_null_logit(value: Any, text_config: PreTrainedConfig) -> Any:
     """
     if not isinstance(value, str | dict):
         return value
-    form: dict[str, Any] = dict(value) if isinstance(value, dict) else {"name": value}
-    if form.pop("name", None) != LOG_CONTEXT or set(form) - {"length"}:
-        raise UserError(
-            f"null_logit: {shown(value)} is neither a number nor {LOG_CONTEXT!r} nor"
-            f' {{"name": "{LOG_CONTEXT}", "length": tokens}}'
-        )
-    if "length" in form:
-        length = form["length"]
-        check_whole("null_logit: length", length, 1)
-    else:
+    length = context_length(value)
+    if length is None:
         length = getattr(text_config, "max_position_embeddings", None)
         if not isinstance(length, int) or length < 1:
             raise UserError(
@@ -55,3 +48,22 @@ def resolve_null_logit(value: Any, text_config: PreTrainedConfig) -> Any:
                 f' {{"name": "{LOG_CONTEXT}", "length": tokens}}'
             )
     return math.log(length) + LOG_CONTEXT_MARGIN
+
+
+def context_length(value: str | dict[str, Any]) -> int | None:
+    """The length n that a value of `null_logit` states; None if it states none.
+
+    Raises:
+        UserError: the value is not one of the forms of `log_context`.
+    """
+    form: dict[str, Any] = dict(value) if isinstance(value, dict) else {"name": value}
+    if form.pop("name", None) != LOG_CONTEXT or set(form) - {"length"}:
+        raise UserError(
+            f"null_logit: {shown(value)} is neither a number nor {LOG_CONTEXT!r} nor"
+            f' {{"name": "{LOG_CONTEXT}", "length": tokens}}'
+        )
+    if "length" not in form:
+        return None
+    check_whole("null_logit: length", form["length"], 1)
+    length: int = form["length"]
+    return length

@@ -52,6 +52,18 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+_SYNONYMS = {  # other names -> the variant that may be meant, for error messages
+    "authors": "official",
+    "reference": "official",
+    "baseline": "vanilla",
+    "plain": "vanilla",
+    "softmax": "vanilla",
+    "clipped": "clipped_softmax",
+    "gated": "gated_attention",
+    "attention_residuals": "attn_residual",
+}
+
+
 def variants() -> dict[str, dict[str, Any]]:
     """The settings of each variant, as arguments of `OasisConfig`: `{name: {setting: value}}`.
 
@@ -64,5 +76,5 @@ def variants() -> dict[str, dict[str, Any]]:
 
 def settings_of(variant: str) -> dict[str, Any]:
     """The settings of one variant; `UserError` with similar names if there is none."""
-    check_choice("variant", variant, tuple(_VARIANTS))
+    check_choice("variant", variant, tuple(_VARIANTS), _SYNONYMS)
     return dict(_VARIANTS[variant])

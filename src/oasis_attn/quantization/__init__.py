@@ -1,16 +1,16 @@
 """Quantize a model with a scheme: simulated at 2 to 8 bits, or in int8 through torchao.
 
-Modules that need transformers are imported on first use, because `hf_quantizer` is imported while
-transformers itself is being imported.
+Modules that need torch or transformers are imported on first use: options can be checked without
+them, and `hf_quantizer` is imported while transformers itself is being imported.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from oasis_attn.quantization.primitives import QuantSpec
+from oasis_attn.lazy import import_on_first_use
 from oasis_attn.quantization.schemes import Scheme, schemes
+from oasis_attn.quantization.spec import QuantSpec
 
 if TYPE_CHECKING:  # for type checkers: the names that `__getattr__` imports
     from oasis_attn.quantization.kv_cache import QuantizedCache
@@ -39,8 +39,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # type checkers would conclude that every name exists
-
-    def __getattr__(name: str):
-        if name in _HOMES:
-            return getattr(import_module(_HOMES[name]), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__ = import_on_first_use(__name__, _HOMES)

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.calibration import run_batch
 from oasis_attn.quantization.linearize import expert_of
-from oasis_attn.quantization.primitives import QParams, QuantSpec, fake_quantize, to_blocks
+from oasis_attn.quantization.primitives import QParams, fake_quantize, to_blocks
 from oasis_attn.quantization.quantizers import observe_qparams
+from oasis_attn.quantization.spec import QuantSpec
 
 DAMPENING = 0.01
 """Each diagonal entry of H is increased by this fraction of itself.

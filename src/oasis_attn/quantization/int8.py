@@ -24,24 +24,14 @@ from oasis_attn.quantization.hf_quantizer import (
     set_quantization_config,
 )
 from oasis_attn.quantization.linear import QuantizedLinear
+from oasis_attn.quantization.options import check_has_kernels
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
 
 
 def check_kernels(scheme: Scheme, device: torch.device) -> None:
     """Raise `UserError` unless int8 kernels on `device` can compute what `scheme` simulates."""
-    weight, activation = scheme.weight, scheme.activation
-    reason = ""
-    if scheme.targets == "full":
-        reason = "no kernel quantizes between linear layers"
-    elif weight.bits != 8 or activation is None or activation.bits != 8:
-        reason = "kernels multiply 8-bit weights by 8-bit activations only"
-    elif not weight.symmetric or weight.granularity not in ("tensor", "channel"):
-        reason = "kernels need symmetric weights with one scale per tensor or channel"
-    elif not scheme.static and (activation.symmetric or activation.granularity != "token"):
-        reason = "kernels need asymmetric ranges per token, or static ones"
-    if reason:
-        raise UserError(f"scheme: {scheme.name!r} can only be simulated: {reason}")
+    check_has_kernels(scheme)
     try:
         from oasis_attn.modeling.hf_compat import should_reduce_range
     except ImportError as error:

@@ -20,11 +20,9 @@ from transformers import Cache, DynamicLayer, PreTrainedConfig
 
 from oasis_attn.errors import UserError, check_whole
 from oasis_attn.quantization.observers import finite_range
-from oasis_attn.quantization.primitives import QParams, QuantSpec, compute_qparams, fake_quantize
-
-GROUP = 32
-FIRST, RECENT = 32, 96
-BITS = (2, 4, 8)
+from oasis_attn.quantization.options import KV_FIRST, KV_GROUP, KV_RECENT, check_kv_bits
+from oasis_attn.quantization.primitives import QParams, compute_qparams, fake_quantize
+from oasis_attn.quantization.spec import QuantSpec
 
 
 class QuantizedCache(Cache):
@@ -54,10 +52,10 @@ class QuantizedCache(Cache):
         config: PreTrainedConfig,
         *,
         bits: int = 4,
-        first: int = FIRST,
-        recent: int = RECENT,
+        first: int = KV_FIRST,
+        recent: int = KV_RECENT,
     ) -> None:
-        check_bits(bits)
+        check_kv_bits(bits)
         check_whole("first", first, 0)
         check_whole("recent", recent, 0)
         text: Any = config.get_text_config(decoder=True)
@@ -68,29 +66,14 @@ class QuantizedCache(Cache):
                 f"config: it has layers of type {others}; only full_attention can be quantized"
             )
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if width % GROUP:
-            raise UserError(f"config: its head width of {width} is not a multiple of {GROUP}")
+        if width % KV_GROUP:
+            raise UserError(f"config: its head width of {width} is not a multiple of {KV_GROUP}")
         layers: list[Any] = [_Layer(bits, first, recent) for _ in range(text.num_hidden_layers)]
         super().__init__(layers=layers)
 
     def nbytes(self) -> int:
         """The size of the cache in bytes."""
         return sum(layer.nbytes() for layer in self.layers if isinstance(layer, _Layer))
-
-
-def check_bits(bits: int) -> None:
-    """Raise `UserError` unless `bits` is a supported number of bits."""
-    if isinstance(bits, bool) or bits not in BITS:
-        raise UserError(f"bits: {bits!r} is not one of {', '.join(map(str, BITS))}")
-
-
-def check_window(window: int) -> None:
-    """Raise `UserError` if a window is so short that none of its tokens would be quantized."""
-    if window < (least := FIRST + RECENT + GROUP):
-        raise UserError(
-            f"window: {window} tokens are too few for a quantized cache, which does not quantize"
-            f" the first {FIRST} and the last {RECENT} tokens; use at least {least}"
-        )
 
 
 class Packed(NamedTuple):
@@ -166,7 +149,7 @@ class _Layer(DynamicLayer):
         """Quantize the complete groups of tokens that are no longer among the most recent."""
         assert self.keys is not None
         assert self.values is not None
-        count = (self.keys.shape[-2] - self.first - self.recent) // GROUP * GROUP
+        count = (self.keys.shape[-2] - self.first - self.recent) // KV_GROUP * KV_GROUP
         if count <= 0:
             return
         sizes = [self.first, count, self.keys.shape[-2] - self.first - count]
@@ -175,8 +158,8 @@ class _Layer(DynamicLayer):
             largest = key_parts[1].abs().amax(-2, keepdim=True)
             self.norm = torch.where(largest > 0, largest, 1).sqrt()
         new = [
-            pack((key_parts[1] / self.norm).unflatten(-1, (-1, GROUP)), self.bits),
-            pack(value_parts[1].unflatten(-2, (-1, GROUP)).mT, self.bits),
+            pack((key_parts[1] / self.norm).unflatten(-1, (-1, KV_GROUP)), self.bits),
+            pack(value_parts[1].unflatten(-2, (-1, KV_GROUP)).mT, self.bits),
         ]
         if self.packed:
             pairs = zip(self.packed, new, strict=True)

@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.primitives import (
-    QuantSpec,
-    compute_qparams,
-    fake_quantize,
-    to_blocks,
-)
+from oasis_attn.quantization.primitives import compute_qparams, fake_quantize, to_blocks
+from oasis_attn.quantization.spec import QuantSpec
 
 Range = tuple[Tensor, Tensor]
 

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.data import load_corpus, read_windows
-from oasis_attn.errors import UserError, check_choice, check_whole
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths, describe_model
 from oasis_attn.hub.prefix import check_can_have_prefix, compute_prefix, with_prefix
+from oasis_attn.quantization.options import check_prefix
 from oasis_attn.quantization.prefix_search import (
-    METHODS,
     find_prefix,
     max_activations,
     range_noise,
     tune_prefix,
 )
+from oasis_attn.quantization.progress import Progress, Steps, no_progress
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import perplexity
 from oasis_attn.quantization.simulate import check_unquantized, quantize
 from oasis_attn.records import Metric, PrefixRecord
 
 SEARCH_WINDOWS, SEARCH_TOKENS = 4, 48
+_MEASUREMENTS = 4  # steps of `_measure`
 
 
 def prefix_checkpoint(
@@ -45,7 +46,7 @@ def prefix_checkpoint(
     window: int = 512,
     windows: int = 16,
     trust_remote_code: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = no_progress,
 ) -> PrefixRecord:
     """Find a prefix for `model`, optionally tune it, and write model, prefix and record to `out`.
 
@@ -65,7 +66,7 @@ def prefix_checkpoint(
         windows: maximum number of windows for calibration, and for the measurements; they are
             spread over the split.
         trust_remote_code: see `load_model`.
-        progress: is called with a description of each step.
+        progress: see `Progress`.
 
     Returns:
         The record.  It has each metric `before` (without prefix) and `after` (with prefix):
@@ -76,26 +77,18 @@ def prefix_checkpoint(
     Raises:
         UserError: unusable arguments, or no prefix helps this model.  Nothing is written then.
     """
-    check_choice("method", method, METHODS)
     scheme = get_scheme(scheme)
-    if not scheme.static:
-        raise UserError(
-            f"scheme: {scheme.name!r} is not static; a prefix helps static schemes only"
-        )
-    for name, value, lowest in (
-        ("length", length, 1),
-        ("tune_steps", tune_steps, 0),
-        ("window", window, 2),
-        ("windows", windows, 1),
-    ):
-        check_whole(name, value, lowest)
+    check_prefix(
+        scheme, method=method, length=length, tune_steps=tune_steps, window=window, windows=windows
+    )
     check_free(out)
     corpora = [
         load_corpus(calibration, calibration_split),
         load_corpus(evaluation or calibration, evaluation_split),
     ]
 
-    progress("loading the model")
+    steps = Steps(progress, 1 + length + tune_steps + 2 * _MEASUREMENTS + 1)
+    steps.start("loading the model")
     loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
     check_unquantized(loaded)
     check_can_have_prefix(loaded)
@@ -104,19 +97,19 @@ def prefix_checkpoint(
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
     search_BT = seen.ids_NT[:SEARCH_WINDOWS, :SEARCH_TOKENS].contiguous()
-    progress("searching for a prefix")
-    tokens = find_prefix(loaded, search_BT, method=method, length=length)
+    searching = partial(steps.start, "searching for a prefix")
+    tokens = find_prefix(loaded, search_BT, method=method, length=length, on_round=searching)
+    steps.skip_to(1 + length)
     prefix = compute_prefix(loaded, tokens)
     if tune_steps:
-        progress("tuning the prefix")
-        prefix = tune_prefix(loaded, prefix, seen.ids_NT.split(1), steps=tune_steps)
+        tuning = partial(steps.start, "tuning the prefix")
+        prefix = tune_prefix(loaded, prefix, seen.ids_NT.split(1), steps=tune_steps, on_step=tuning)
     prefixed = with_prefix(loaded, prefix)
     metrics: list[Metric] = []
     for where, measured in (("before", loaded), ("after", prefixed)):
-        progress(f"measuring {where}")
         noise = float(range_noise(measured, search_BT, [()]))
         metrics.append(Metric(name="prefix.noise", value=noise, where=where, n=len(search_BT)))
-        metrics += _measure(measured, seen.ids_NT, held_out.ids_NT, scheme, where)
+        metrics += _measure(measured, seen.ids_NT, held_out.ids_NT, scheme, where, steps)
 
     record = PrefixRecord(
         model=describe_model(loaded),
@@ -129,7 +122,7 @@ def prefix_checkpoint(
         calibration=seen.info,
         metrics=tuple(metrics),
     )
-    progress("writing")
+    steps.start("writing")
     with staged_folder(out) as stage:
         prefixed.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
@@ -139,12 +132,22 @@ def prefix_checkpoint(
 
 
 def _measure(
-    model: PreTrainedModel, seen_NT: Tensor, held_out_NT: Tensor, scheme: Scheme, where: str
+    model: PreTrainedModel,
+    seen_NT: Tensor,
+    held_out_NT: Tensor,
+    scheme: Scheme,
+    where: str,
+    steps: Steps,
 ) -> list[Metric]:
+    steps.start(f"largest activations {where}")
     maxima = max_activations(model, held_out_NT.split(1))
+    steps.start(f"perplexity {where}")
+    unquantized = perplexity(model, held_out_NT)
+    steps.start(f"calibration {where}")
     quantized = quantize(model, scheme, calibration=seen_NT.split(1))
+    steps.start(f"quantized perplexity {where}")
     values = {
-        "perplexity.windowed": perplexity(model, held_out_NT),
+        "perplexity.windowed": unquantized,
         "perplexity.quantized": perplexity(quantized, held_out_NT),
         "prefix.max_linear": maxima["linear"],
         "prefix.max_hidden": maxima["hidden"],

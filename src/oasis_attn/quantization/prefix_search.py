@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
 from oasis_attn.hub.prefix import Prefix, prefix_of, prefix_replaced, with_prefix
 from oasis_attn.modeling.decoder_map import decoder_map
+from oasis_attn.quantization.options import PREFIX_METHODS
 from oasis_attn.quantization.targets import linear_targets
 
-METHODS = ("greedy", "frequency")
 OUTLIER = 64.0  # max|x| of a token over that of the median token (PrefixQuant, section 4.1)
 GAIN = 0.5  # a longer prefix must at least halve the noise (threshold of CushionCache)
 CANDIDATES = 32
@@ -39,6 +39,7 @@ def find_prefix(
     method: str = "greedy",
     length: int = 4,
     candidates: Collection[int] | None = None,
+    on_round: Callable[[], None] = lambda: None,
 ) -> tuple[int, ...]:
     """Search for a prefix of 1 to `length` tokens and return their ids.
 
@@ -56,11 +57,12 @@ def find_prefix(
         length: maximum number of tokens.
         candidates: token ids for `greedy`; by default the outlier tokens, BOS, EOS and the most
             frequent tokens of `ids_BT`, 32 in all.
+        on_round: is called before `greedy` tries the candidates for the next token.
 
     Raises:
         UserError: unusable arguments, or no prefix halves the noise.
     """
-    check_choice("method", method, METHODS)
+    check_choice("method", method, PREFIX_METHODS)
     check_whole("length", length, 1)
     if prefix_of(model) is not None:
         raise UserError("model: it already has a prefix; use the model without it")
@@ -86,7 +88,7 @@ def find_prefix(
             known = Counter(ids_BT[outliers_BT].tolist()).most_common()
             pool = [*bos, *_special(model, "eos_token_id"), *(t for t, _ in known + frequent)]
             candidates = list(dict.fromkeys(pool))[:CANDIDATES]
-        path, noises = _greedy(model, ids_BT, list(candidates), length)
+        path, noises = _greedy(model, ids_BT, list(candidates), length, on_round)
     least, before = float(noises.min()), float(noises[0])
     if least > GAIN * before:
         raise UserError(
@@ -97,7 +99,11 @@ def find_prefix(
 
 
 def _greedy(
-    model: PreTrainedModel, ids_BT: Tensor, candidates: list[int], length: int
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    candidates: list[int],
+    length: int,
+    on_round: Callable[[], None],
 ) -> tuple[list[tuple[int, ...]], Tensor]:
     """The prefixes of growing length, and the noise with each of them."""
     path: list[tuple[int, ...]] = [()]
@@ -106,6 +112,7 @@ def _greedy(
     while len(path) <= length and (
         noises[-1] <= GAIN * min(noises[:-1], default=torch.inf) or min(noises) > GAIN * noises[0]
     ):
+        on_round()
         longer = [(*path[-1], token) for token in candidates]
         noise_C = range_noise(model, ids_BT, longer)
         best = int(noise_C.argmin())
@@ -183,6 +190,7 @@ def tune_prefix(
     steps: int,
     learning_rate: float = 1e-2,
     noise_weight: float = 0.1,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Prefix:
     """Train the keys and values of `prefix` so that the model quantizes well with it.
 
@@ -196,6 +204,7 @@ def tune_prefix(
         steps: number of optimizer steps.
         learning_rate: peak learning rate (linear decay to 0).
         noise_weight: weight of the second term.
+        on_step: is called before each step.
 
     Returns:
         The tuned prefix.
@@ -221,6 +230,7 @@ def tune_prefix(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with prefix_replaced(prefixed, keys, values), torch.enable_grad():
         for ids_BT in islice(cycle(batches), steps):
+            on_step()
             noises: list[Tensor] = []
 
             def observe(_kind: str, x_BTD: Tensor, noises=noises) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.data import load_corpus, read_windows
-from oasis_attn.errors import UserError, check_choice, check_seed, check_whole
+from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
@@ -22,10 +22,11 @@ from oasis_attn.hub.model_info import check_lengths
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8
+from oasis_attn.quantization.options import check_quantization
+from oasis_attn.quantization.progress import Progress, no_progress
 from oasis_attn.quantization.record import quantization_record
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import (
-    GROUPINGS,
     measure_sensitivity,
     perplexity,
     target_metrics,
@@ -50,7 +51,7 @@ def quantize_checkpoint(
     sensitivity: str | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = no_progress,
 ) -> QuantizationRecord:
     """Quantize a model, measure the effect, and write model, tokenizer and record to `out`.
 
@@ -73,7 +74,7 @@ def quantize_checkpoint(
             over the windows.
         seed: random seed of the rotation.
         trust_remote_code: see `load_model`.
-        progress: is called with a description of each step.
+        progress: see `Progress`.
 
     Returns:
         The record.  Its metrics are `size.quantized_share` (see `coverage`); `perplexity.windowed`
@@ -86,11 +87,14 @@ def quantize_checkpoint(
             Nothing is written then.
     """
     scheme = get_scheme(scheme)
-    if sensitivity is not None:
-        check_choice("sensitivity", sensitivity, GROUPINGS)
-    check_whole("window", window, 2)
-    check_whole("windows", windows, 1)
-    check_seed("seed", seed)
+    check_quantization(
+        scheme,
+        simulate=simulate,
+        window=window,
+        windows=windows,
+        sensitivity=sensitivity,
+        seed=seed,
+    )
     check_free(out)
     if not simulate:
         check_kernels(scheme, torch.device("cpu"))
@@ -163,7 +167,7 @@ def _sensitivity_table(
     ids_NT: Tensor,
     calibration: list[Tensor] | None,
     *,
-    progress: Callable[[str], None],
+    progress: Progress,
     **options: Any,
 ) -> dict[str, list[Any]]:
     """Columns: the group, and the perplexity with all but it and with only it quantized."""

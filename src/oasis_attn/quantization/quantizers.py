@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.quantization.casts import FixedPrecisionModule
 from oasis_attn.quantization.observers import OBSERVERS, Observer, Range
-from oasis_attn.quantization.primitives import (
-    QParams,
-    QuantSpec,
-    compute_qparams,
-    fake_quantize,
-    to_blocks,
-)
+from oasis_attn.quantization.primitives import QParams, compute_qparams, fake_quantize, to_blocks
+from oasis_attn.quantization.spec import QuantSpec
 
 
 def fake_quantize_dynamic(

@@ -1,4 +1,7 @@
-"""Quantization schemes as data: what is quantized, with how many bits, and by which method."""
+"""Quantization schemes as data: what is quantized, with how many bits, and by which method.
+
+This module does not import torch, so that a command can check its options at once.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.quantization.observers import OBSERVERS
-from oasis_attn.quantization.primitives import QuantSpec
+from oasis_attn.quantization.spec import QuantSpec
 
+OBSERVERS = ("minmax", "running_minmax", "percentile", "mse")
 TARGETS = ("linear", "full")
 ROTATIONS = ("none", "hadamard", "inputs")
 ROUNDINGS = ("nearest", "gptq")
@@ -88,6 +91,20 @@ class Scheme:
     def needs_calibration(self) -> bool:
         """Whether `quantize` needs calibration data."""
         return self.static or self.smooth_alpha is not None or self.rounding == "gptq"
+
+    @property
+    def simulated_only(self) -> str:
+        """Why no int8 kernel computes this scheme; empty if there are kernels."""
+        weight, activation = self.weight, self.activation
+        if self.targets == "full":
+            return "no kernel quantizes between linear layers"
+        if weight.bits != 8 or activation is None or activation.bits != 8:
+            return "kernels multiply 8-bit weights by 8-bit activations only"
+        if not weight.symmetric or weight.granularity not in ("tensor", "channel"):
+            return "kernels need symmetric weights with one scale per tensor or channel"
+        if not self.static and (activation.symmetric or activation.granularity != "token"):
+            return "kernels need asymmetric ranges per token, or static ones"
+        return ""
 
     def with_options(self, options: Mapping[str, Any]) -> Scheme:
         """A copy with some fields changed; `weight.bits` names a field of `weight`.

@@ -18,12 +18,11 @@ from oasis_attn.errors import check_choice
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear
 from oasis_attn.quantization.linearize import expert_of
+from oasis_attn.quantization.options import SENSITIVITY_GROUPS
 from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
 from oasis_attn.quantization.simulate import quantize, quantized_modules, transformed_copy
 from oasis_attn.records import Metric
-
-GROUPINGS = ("kind", "layer", "target")
 
 
 @torch.no_grad()
@@ -106,7 +105,7 @@ def measure_sensitivity(
     Returns:
         The two scores by group.  The first groups are `all` and `none`, whose two scores are equal.
     """
-    check_choice("by", by, GROUPINGS)
+    check_choice("by", by, SENSITIVITY_GROUPS)
     batches = None if calibration is None else list(calibration)
     quantized = quantize(model, scheme, calibration=batches, targets=targets, seed=seed)
     modules = quantized_modules(quantized)

@@ -9,7 +9,7 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from oasis_attn.errors import UserError, check_choice, shown
+from oasis_attn.errors import UserError, check_choice, reason, shown
 
 PLAN_FILE = "plan.yaml"
 
@@ -44,7 +44,7 @@ def read_plan(name_or_path: str | Path) -> str:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise UserError(f"plan: {shown(name)} cannot be read ({error})") from error
+            raise UserError(f"plan: {shown(name)} cannot be read ({reason(error)})") from error
     plans = shipped_plans()
     check_choice("plan (or a .yaml file)", name, plans)
     return plans[name]

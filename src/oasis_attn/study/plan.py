@@ -15,14 +15,13 @@ from oasis_attn.data import load_corpus
 from oasis_attn.data.trigger import is_task
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
 from oasis_attn.evaluation import EvaluationConfig
-from oasis_attn.hub.model_sizes import text_config
-from oasis_attn.modeling.configuration_oasis import OasisConfig, check_settings
+from oasis_attn.hub.model_sizes import check_size, text_config
+from oasis_attn.modeling.settings import check_settings
 from oasis_attn.modeling.variants import settings_of, variants
 from oasis_attn.quantization.schemes import schemes
 from oasis_attn.study.claim import Claim, Criterion, read_claims, read_criteria
 from oasis_attn.study.plan_claims import check_claims, check_criteria
 from oasis_attn.study.reading import read_fields, read_list, read_mapping
-from oasis_attn.study.task_plan import check_decoder, check_task_plan
 from oasis_attn.training import TrainingConfig
 
 _SET_BY_TRIAL = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}
@@ -218,6 +217,8 @@ class Plan:
         for scheme in self.schemes:
             check_choice("schemes", scheme, schemes())
         if self.on_task:
+            from oasis_attn.study.task_plan import check_task_plan  # imports torch
+
             check_task_plan(self)
         else:
             self._check_corpora()
@@ -244,6 +245,8 @@ class Plan:
                 )
             if tasks:
                 EvaluationConfig(tasks=tasks, corpus=corpus, **self.evaluation)
+        for size in self.sizes:
+            check_size(size)
 
     @property
     def eval_split(self) -> str:
@@ -260,12 +263,17 @@ class Plan:
                 f"variants: {name!r} is a variant of `oasis variants`; a changed one requires"
                 " another name"
             )
-        check_settings(overrides)
         config = settings_of(base) | dict(overrides)
+        check_settings(config)
         trial = next(trial for trial in self.trials if trial.variant == name)
         if self.on_task:
+            from oasis_attn.study.task_plan import check_decoder  # imports torch
+
             check_decoder(trial.size, config, trial.training)
             return
+
+        from oasis_attn.modeling.configuration_oasis import OasisConfig  # imports transformers
+
         for size in self.sizes:
             OasisConfig(text_config=text_config(size), **config)
         trial.training_config(Path(name))

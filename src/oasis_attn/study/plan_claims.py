@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.hub.model_sizes import text_config
+from oasis_attn.hub.model_sizes import SIZES, text_config
 from oasis_attn.study.claim import FIXED, REFERENCE, UNQUANTIZED, ClaimTest
 from oasis_attn.study.study_metrics import StudyMetric, study_metrics
 
@@ -19,6 +19,8 @@ _LAB_SIZE = re.compile(r"lab-([0-9]{1,4})")
 
 def layers_of(size: str) -> int:
     """Number of decoder layers of a size of the plan."""
+    if size in SIZES:
+        return int(SIZES[size]["num_hidden_layers"])
     lab = _LAB_SIZE.fullmatch(size)
     return int(lab[1]) if lab else int(text_config(size).num_hidden_layers)
 

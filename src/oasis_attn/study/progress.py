@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from oasis_attn.report import number
 from oasis_attn.study.plan import Plan, Trial
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class ProgressTable:
         self._plan, self._workers = plan, workers
         self._states = {trial.id: "waiting" for trial in plan.trials}
         self._states |= dict.fromkeys(status.done, "done")
-        self._seconds: list[float] = []
+        self._elapsed: list[float] = []
         self._earlier_seconds = status.seconds_per_trial
         self._message = ""
         self._started_at = time.monotonic()
@@ -67,22 +68,32 @@ class ProgressTable:
         """Show that `trial` is running."""
         self._states[trial.id] = "running"
 
-    def trial_ended(self, trial: Trial, seconds: float, reason: str, *, resumed: bool) -> None:
+    def trial_ended(
+        self,
+        trial: Trial,
+        elapsed: float,
+        *,
+        seconds: float | None,
+        reason: str,
+        resumed: bool,
+    ) -> None:
         """Show that `trial` has ended.
 
         Args:
             trial: the trial.
-            seconds: its run time in this process.
+            elapsed: seconds since it was started, including the start of its process.
+            seconds: its own run time, as in its record and in `oasis study status`; None if it
+                failed.
             reason: the reason of its failure; empty if it succeeded.
             resumed: an earlier process had already run a part of it.
         """
         self._states[trial.id] = "failed" if reason else "done"
         if not reason and not resumed:  # only these are run times of a whole trial
-            self._seconds.append(seconds)
+            self._elapsed.append(elapsed)
         if not self._terminal or reason:
             counts = Counter(self._states.values())
             ended = counts["done"] + counts["failed"]
-            outcome = f"failed: {reason}" if reason else f"{seconds:.0f} s"
+            outcome = f"failed: {reason}" if seconds is None else f"{number(seconds)} s"
             line = f"{ended}/{len(self._states)}  {trial.id}  {outcome}  {self.time_left()}"
             self._console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
 
@@ -93,7 +104,7 @@ class ProgressTable:
 
     def time_left(self) -> str:
         """The remaining time, from the median of successful trials; empty if there are none."""
-        per_trial = median(self._seconds) if self._seconds else self._earlier_seconds
+        per_trial = median(self._elapsed) if self._elapsed else self._earlier_seconds
         counts = Counter(self._states.values())
         left = counts["waiting"] + counts["running"]
         if per_trial is None or not left:

@@ -111,9 +111,15 @@ def _run(
                 if job.ended():
                     del running[trial]
                     job.close()
-                    done = folder.record_path(trial).is_file()
-                    reason = "" if done else folder.reason(trial) or "no record was written"
-                    progress.trial_ended(trial, time.monotonic() - since, reason, resumed=resumed)
+                    seconds = folder.seconds(trial)
+                    done = seconds is not None
+                    progress.trial_ended(
+                        trial,
+                        time.monotonic() - since,
+                        seconds=seconds,
+                        reason="" if done else folder.reason(trial) or "no record was written",
+                        resumed=resumed,
+                    )
             progress.update()
             time.sleep(_POLL)
     finally:

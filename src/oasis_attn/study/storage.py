@@ -17,14 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, reason
 from oasis_attn.extension_files import extension_hashes
 from oasis_attn.files import check_free, is_locked, write_text
 from oasis_attn.records import TrialRecord
 from oasis_attn.study.lookup import PLAN_FILE, plan_path, shipped_plans
 from oasis_attn.study.plan import Plan, Trial
 from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text
-from oasis_attn.study.trial import TIMES, run_trial
+from oasis_attn.study.study_metrics import TIMES
 
 TRIALS = "trials.jsonl"
 KEPT_TABLES = (
@@ -41,7 +41,8 @@ class Status:
         done, running: ids of trials.
         failed: id -> the last line of the error output.
         total: number of trials in the plan.
-        seconds_per_trial: median over the finished trials; None if there are none.
+        seconds_per_trial: median over the finished trials, without the start of their processes;
+            None if there are none.
     """
 
     done: tuple[str, ...]
@@ -113,6 +114,8 @@ class StudyFolder:
 
     def run(self, trial_id: str) -> TrialRecord:
         """Run one trial in this process."""
+        from oasis_attn.study.trial import run_trial  # imports torch
+
         trial = self.plan.trial(trial_id)
         self.plan.check([trial.variant])
         command = rerun_command(self.plan, trial)
@@ -162,7 +165,7 @@ class StudyFolder:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
-            raise UserError(f"record: {str(path)!r} cannot be read ({error})") from error
+            raise UserError(f"record: {str(path)!r} cannot be read ({reason(error)})") from error
         numbered = enumerate(lines, start=1)
         records = (TrialRecord.from_json(line, f"{path}:{n}") for n, line in numbered)
         return {record.model.name: record for record in records}
@@ -187,6 +190,11 @@ class StudyFolder:
             total=len(self.plan.trials),
             seconds_per_trial=median(seconds) if seconds else None,
         )
+
+    def seconds(self, trial: Trial) -> float | None:
+        """The run time of a finished trial, without the start of its process; None without one."""
+        path = self.record_path(trial)
+        return TrialRecord.load(path)[TIMES[0]] if path.is_file() else None
 
     def reason(self, trial: Trial) -> str:
         """The last line of the error output of a failed trial; empty if it did not fail."""

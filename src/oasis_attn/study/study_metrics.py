@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TIMES = ("trial.seconds", "trial.processor_seconds")
+"""Metrics of the run time of a trial; they are different in every run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudyMetric:

@@ -132,7 +132,7 @@ def status_table(status: Status, name: str) -> Table:
         ("failed", str(len(status.failed))),
     ]
     if status.seconds_per_trial is not None:
-        rows.append(("seconds per trial", number(status.seconds_per_trial)))
+        rows.append(("seconds per trial, without its start", number(status.seconds_per_trial)))
     if status.seconds_per_trial is not None and left:
         rows.append(("hours left, one worker", number(status.seconds_per_trial * left / 3600)))
     rows += [(trial, reason) for trial, reason in status.failed.items()]

@@ -27,12 +27,11 @@ from oasis_attn.quantization import quantize, quantized_modules, schemes
 from oasis_attn.records import Metric, TrainingRecord, TrialRecord
 from oasis_attn.study.decoder_trial import run_decoder_trial
 from oasis_attn.study.plan import Trial
+from oasis_attn.study.study_metrics import TIMES
 from oasis_attn.training import train
 
 TOLERANCE = 1e-6
 """Relative tolerance for a rerun with the same processor, versions and number of threads."""
-TIMES = ("trial.seconds", "trial.processor_seconds")
-"""Metrics of the run time; they are different in every run."""
 LOCK_TIMEOUT = 5.0
 """Seconds to wait for a lock: a worker needs a moment to exit after its parent was killed."""
 _CHECKPOINTS = 4  # per training run

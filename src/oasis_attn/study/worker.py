@@ -6,13 +6,16 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import check_free
 from oasis_attn.records import TrialRecord
 from oasis_attn.study.plan_file import load_plan
 from oasis_attn.study.storage import StudyFolder, rerun_command
-from oasis_attn.study.trial import Reproduction, reproduction, run_trial
+
+if TYPE_CHECKING:
+    from oasis_attn.study.trial import Reproduction
 
 _ORPHANED = 3
 
@@ -61,9 +64,17 @@ def run_alone(
         plan = StudyFolder.open(where).plan if os.path.isdir(where) else load_plan(where)
         trial = plan.trial(trial_id)
         plan.check([trial.variant])
+
+        from oasis_attn.study.trial import run_trial  # imports torch
+
         work = out.with_name(f".{out.name}.work")
         record = run_trial(trial, out, work, command=rerun_command(plan, trial))
-    return record, None if expected is None else reproduction(expected, record)
+    if expected is None:
+        return record, None
+
+    from oasis_attn.study.trial import reproduction
+
+    return record, reproduction(expected, record)
 
 
 def _record(check: Path, trial_id: str) -> TrialRecord:

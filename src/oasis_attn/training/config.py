@@ -16,6 +16,9 @@ from oasis_attn.errors import (
     check_whole,
     shown,
 )
+from oasis_attn.hub.model_sizes import check_size, text_config
+from oasis_attn.modeling.settings import check_settings
+from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.parameters import GROUPS
 
 _NO_EFFECT_ON_RESULT = ("out", "resume", "trust_remote_code")
@@ -154,14 +157,13 @@ class TrainingConfig:
         self._check_model()
 
     def _check_model(self) -> None:
-        # These imports take seconds; all other checks come first.
-        from oasis_attn.hub.model_sizes import text_config
-        from oasis_attn.modeling.configuration_oasis import OasisConfig, check_settings
-        from oasis_attn.modeling.families import check_fits
-        from oasis_attn.modeling.variants import settings_of
-
-        check_settings(self.settings)
         settings = settings_of(self.variant) | dict(self.settings)
+        check_settings(settings)
+        check_size(self.size, self.vocab_size)
+        # These imports take seconds; all other checks come first.
+        from oasis_attn.modeling.configuration_oasis import OasisConfig
+        from oasis_attn.modeling.families import check_fits
+
         check_fits(OasisConfig(text_config=text_config(self.size, self.vocab_size), **settings))
 
     @property

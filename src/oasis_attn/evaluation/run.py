@@ -22,7 +22,7 @@ from oasis_attn.evaluation.harness import HarnessGsm8k, check_harness
 from oasis_attn.evaluation.likelihood import LOSS_FIELDS, score_continuations, score_windows
 from oasis_attn.evaluation.majority import ANSWER_COUNTS, question_id, score_answers
 from oasis_attn.evaluation.problems import Interval, by_steps, pass_metrics
-from oasis_attn.evaluation.samples import Sample, SampleLog, check_log
+from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.evaluation.scoring import Z95, ratio_of_sums, score_answer, wilson_interval
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_lengths, describe_model, fingerprint
@@ -43,7 +43,7 @@ class _Run:
     data: dict[str, Any] = field(default_factory=dict)
 
     def log(self, task: str, protocol: dict[str, Any], fields: Mapping[str, type]) -> SampleLog:
-        path = log_path(self.config, task)
+        path = self.config.log_path(task)
         whole = {"task": task} | self.identity | protocol
         return SampleLog(path, whole, fields=fields, resume=self.config.resume)
 
@@ -86,9 +86,7 @@ def evaluate(
     config = EvaluationConfig(**options)
     if "gsm8k" in config.tasks:
         check_harness()
-    for task in config.tasks:
-        if (path := log_path(config, task)) is not None:
-            check_log(path, resume=config.resume)
+    config.check_logs()
     if isinstance(model, str | Path):
         if tokenizer is not None:
             raise UserError("tokenizer: allowed with a model in memory only; a name loads its own")
@@ -118,11 +116,6 @@ def evaluate(
         metrics=tuple(run.metrics),
         tables=run.tables,
     )
-
-
-def log_path(config: EvaluationConfig, task: str) -> Path | None:
-    """The file for the samples of `task`; None if they are not logged."""
-    return None if config.samples is None else Path(config.samples, f"{task}.jsonl")
 
 
 Measure = Callable[[], object]

@@ -1,0 +1,72 @@
+"""Checks of the options of quantization, without torch, so that wrong ones are refused at once."""
+
+from __future__ import annotations
+
+from oasis_attn.errors import UserError, check_choice, check_seed, check_whole
+from oasis_attn.quantization.schemes import Scheme
+
+PREFIX_METHODS = ("greedy", "frequency")
+SENSITIVITY_GROUPS = ("kind", "layer", "target")
+KV_BITS = (2, 4, 8)
+KV_GROUP = 32
+"""Numbers that share a scale in `QuantizedCache`."""
+KV_FIRST, KV_RECENT = 32, 96
+"""Default numbers of tokens at the start and at the end that `QuantizedCache` does not quantize."""
+
+
+def check_has_kernels(scheme: Scheme) -> None:
+    """Raise `UserError` if no int8 kernel computes `scheme`."""
+    if scheme.simulated_only:
+        raise UserError(
+            f"scheme: {scheme.name!r} can only be simulated: {scheme.simulated_only};"
+            " add --simulate (simulate=True)"
+        )
+
+
+def check_quantization(
+    scheme: Scheme,
+    *,
+    simulate: bool,
+    window: int,
+    windows: int,
+    sensitivity: str | None,
+    seed: int,
+) -> None:
+    """Raise `UserError` for an option that `quantize_checkpoint` cannot use with any model."""
+    if sensitivity is not None:
+        check_choice("sensitivity", sensitivity, SENSITIVITY_GROUPS)
+    check_whole("window", window, 2)
+    check_whole("windows", windows, 1)
+    check_seed("seed", seed)
+    if not simulate:
+        check_has_kernels(scheme)
+
+
+def check_prefix(
+    scheme: Scheme, *, method: str, length: int, tune_steps: int, window: int, windows: int
+) -> None:
+    """Raise `UserError` for an option that `prefix_checkpoint` cannot use with any model."""
+    check_choice("method", method, PREFIX_METHODS)
+    if not scheme.static:
+        raise UserError(
+            f"scheme: {scheme.name!r} is not static; a prefix helps static schemes only"
+        )
+    check_whole("length", length, 1)
+    check_whole("tune_steps", tune_steps, 0)
+    check_whole("window", window, 2)
+    check_whole("windows", windows, 1)
+
+
+def check_kv_bits(bits: object) -> None:
+    """Raise `UserError` unless `QuantizedCache` supports this number of bits."""
+    if isinstance(bits, bool) or bits not in KV_BITS:
+        raise UserError(f"bits: {bits!r} is not one of {', '.join(map(str, KV_BITS))}")
+
+
+def check_kv_window(window: int) -> None:
+    """Raise `UserError` if a window is so short that none of its tokens would be quantized."""
+    if window < (least := KV_FIRST + KV_RECENT + KV_GROUP):
+        raise UserError(
+            f"window: {window} tokens are too few for a quantized cache, which does not quantize"
+            f" the first {KV_FIRST} and the last {KV_RECENT} tokens; use at least {least}"
+        )
