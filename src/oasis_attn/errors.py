@@ -50,19 +50,19 @@ def reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 
-def did_you_mean(
+def nearest(
     value: object, allowed: Collection[str], synonyms: Mapping[str, str] | None = None
-) -> str:
-    """The end of an error message that names the nearest of the allowed names; empty without one.
+) -> list[str]:
+    """The allowed names that may be meant.
 
     These are the synonym of `value`, the names that begin with it, or else the most similar name.
     """
     text = str(value)[:_LETTERS]
     synonym = (synonyms or {}).get(text)
-    near = [synonym] if synonym is not None and synonym in allowed else []
-    near = near or [name for name in allowed if text and name.startswith(text)][:_SUGGESTED]
-    near = near or difflib.get_close_matches(text, allowed, n=1, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    if synonym is not None and synonym in allowed:
+        return [synonym]
+    begin = [name for name in allowed if text and name.startswith(text)][:_SUGGESTED]
+    return begin or difflib.get_close_matches(text, allowed, n=1, cutoff=0.5)
 
 
 def check_choice(
@@ -78,7 +78,8 @@ def check_choice(
     """
     if isinstance(value, Hashable) and value in allowed:
         return
-    hint = did_you_mean(value, allowed, synonyms)
+    near = nearest(value, allowed, synonyms)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     names = ", ".join(str(each) for each in islice(allowed, _SHOWN))
     more = f", ... ({len(allowed)} in total)" if len(allowed) > _SHOWN else ""
     raise UserError(f"{argument}: {shown(value)} is not one of {names}{more}{hint}")

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from oasis_attn.cli.terminal import working
 from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.quantization import prefix_checkpoint
+from oasis_attn.quantization.schemes import get_scheme
 from tiny_models import tiny_config, tiny_wrapper_config
 
 
@@ -42,6 +44,41 @@ def test_the_folder_holds_the_model_with_its_prefix(oasis, places, text):
     assert code == 0
     assert "tokens [1]" in shown.out
     assert "perplexity.quantized" in shown.out
+
+
+def test_each_step_is_reported(places, text):
+    model, out = places
+    seen = []
+
+    def progress(step, done=0, total=None):
+        seen.append((step, done, total))
+
+    prefix_checkpoint.prefix_checkpoint(
+        model, out, length=3, tune_steps=2, window=16, windows=3, calibration=str(text),
+        scheme=get_scheme("w8a8-static-linear").with_options({"weight.granularity": "channel"}),
+        progress=progress,
+    )  # fmt: skip
+    steps = [step for step, *_ in seen]
+    assert steps[0] == "loading the model"
+    assert steps.count("tuning the prefix") == 2
+    assert "quantized perplexity after" in steps
+    assert steps[-1] == "writing"
+    done = [each[1] for each in seen]
+    assert done == sorted(set(done))
+    assert {total for *_, total in seen} == {done[-1] + 1}
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_shown_on_a_terminal_only_and_not_with_json(
+    monkeypatch, capsys, as_json, terminal
+):
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    with working("prefix of [x]", as_json=as_json) as report:
+        report("searching", 1, 4)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("prefix of [x]: searching" in err) == (terminal and not as_json)
 
 
 def test_quantizing_a_model_with_a_prefix_keeps_it(oasis, places, text):

@@ -8,29 +8,30 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from oasis_attn.errors import UserError, did_you_mean
+from oasis_attn.errors import UserError, nearest
 from oasis_attn.extension_files import load_extensions
 
 _QUOTED = re.compile(r"('[^']*'|\"[^\"]*\")")
 
 _SYNONYMS = {  # natural names -> the option that may be meant, for error messages
-    "--context": "--window",
-    "--costs": "--sensitivity",
-    "--data": "--corpus",
-    "--dataset": "--corpus",
-    "--epochs": "--steps",
-    "--exclude": "--ignore",
-    "--file": "--text",
-    "--lr": "--learning-rate",
-    "--max-length": "--window",
-    "--model": "--from",
-    "--output": "--out",
-    "--override": "--config",
-    "--seq-length": "--block-length",
-    "--set": "--config",
-    "--setting": "--config",
-    "--skip": "--ignore",
-    "--tokens": "--window",
+    "bits": "scheme",
+    "context": "window",
+    "costs": "sensitivity",
+    "data": "corpus",
+    "dataset": "corpus",
+    "epochs": "steps",
+    "exclude": "ignore",
+    "file": "text",
+    "lr": "learning-rate",
+    "max-length": "window",
+    "model": "from",
+    "output": "out",
+    "override": "config",
+    "seq-length": "block-length",
+    "set": "config",
+    "setting": "config",
+    "skip": "ignore",
+    "tokens": "window",
 }
 
 
@@ -49,9 +50,10 @@ class Command(TyperCommand):
             known = [option for parameter in self.params for option in parameter.opts]
             if name is None or name in known:
                 raise
-            options = [option for option in known if option.startswith("--")] + ["--help"]
-            hint = did_you_mean(name, options, _SYNONYMS)
-            raise UserError(f"{name}: no such option{hint or '; --help lists all'}") from error
+            options = [option[2:] for option in known if option.startswith("--")]
+            near = " or ".join(f"'--{each}'" for each in nearest(name[2:], options, _SYNONYMS))
+            hint = f"did you mean {near}?" if near else "--help lists all"
+            raise UserError(f"{name}: no such option; {hint}") from error
 
     def invoke(self, ctx: Any) -> Any:
         load_extensions(ctx.obj or ())

@@ -126,10 +126,13 @@ def train(
     given["settings"] = pairs("--config", settings)
     given["learning_rates"] = pairs("--rate", learning_rates)
 
+    from oasis_attn.files import check_free
     from oasis_attn.hub.locate import find_model
     from oasis_attn.modeling.settings import check_names
     from oasis_attn.training import TrainingConfig
 
+    if not resume:
+        check_free(out)
     check_names(given["settings"])
     for split in ("train", eval_split):
         check_text(corpus, split)

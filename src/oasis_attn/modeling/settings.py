@@ -43,7 +43,7 @@ OWN_NAMES = {
         "entmax15",
     ),
     "branch_norm": ("none", "rms", "rms_mlp"),
-    "null_signal": ("off", "on", "shuffled"),
+    "null_signal": ("off", "on", "shuffled", "averaged"),
 }
 """The settings to which users can add names, and the names of the library."""
 _LARGEST = 1e6  # of numbers that are set

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
 from oasis_attn.data import collate
-from oasis_attn.errors import UserError, parse_json, shown
+from oasis_attn.errors import UserError, parse_json, reason, shown
 from oasis_attn.files import check_free, lock, write_text, writing
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
@@ -125,9 +125,8 @@ def _begun(out: Path, *, resume: bool) -> dict[str, Any] | None:
             return None
         return dict(parse_json((out / "run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"resume: {shown(str(out))} contains no run to resume ({reason})"
+            f"resume: {shown(str(out))} contains no run to resume ({reason(error)})"
         ) from error
 
 
