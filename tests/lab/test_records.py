@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from oasis_attn.lab.runs import RunFile
+from oasis_attn.modeling.null_logit import LOG_CONTEXT_MARGIN
 from oasis_attn.records import BenchmarkRecord
 from oasis_attn.report.markdown import markdown
 
@@ -53,3 +54,9 @@ def test_null_law(monkeypatch):
     names = [group.name for group in law.GROUPS]
     assert len(set(names)) == len(names)
     assert {row["group"] for row in file.rows} <= {*names}
+
+
+def test_the_margin_of_log_context_removes_every_measured_sink():
+    record = BenchmarkRecord.load(RESULTS / "null_law" / "record.json")
+    largest = record.metric("null_law.margin@0.02").value
+    assert 1 < largest < LOG_CONTEXT_MARGIN < largest + 1

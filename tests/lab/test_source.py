@@ -13,7 +13,8 @@ from oasis_attn.ops.normalizers import TOKEN_NORMALIZERS
 
 TASK = TriggerTask()
 CLIPPED = {"name": "clipped_softmax", "gamma": -0.03}
-NORMALIZERS = ["relu", CLIPPED, *(name for name in TOKEN_NORMALIZERS if name != CLIPPED["name"])]
+OTHERS = {CLIPPED["name"], "value_null", "key_value_null"}
+NORMALIZERS = ["relu", CLIPPED, {"name": "softmax1"}, *sorted(set(TOKEN_NORMALIZERS) - OTHERS)]
 
 
 def generator(seed=0):
@@ -89,6 +90,14 @@ def test_the_definition(options, shape):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert len(layers) == shape[0]
     assert layers[0].weights_MBHTS.shape == (2, 2, shape[1], 7, 7)
+
+
+def test_a_normalizer_by_name_and_as_a_mapping_are_the_same():
+    for normalizer in ("softmax1", {"name": "softmax1"}):
+        config = AttentionOnlyConfig(normalizer=normalizer)
+        models = AttentionOnlyModels.initial(config, [Start(0, 4.5)], {0: generator()})
+        assert models.null_logit.eq(4.5).all()
+        assert config.is_fused
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS, ids=str)
@@ -199,6 +208,7 @@ def test_softpick_has_no_sink():
         (lambda: AttentionOnlyConfig(layers=0), "layers"),
         (lambda: AttentionOnlyConfig(heads=0), "heads"),
         (lambda: AttentionOnlyConfig(normalizer="softmx"), "token_normalizer"),
+        (lambda: AttentionOnlyConfig(normalizer="value_null"), "'value_null' is not supported"),
         (lambda: AttentionOnlyConfig(null_term="log"), "null_term"),
         (lambda: AttentionOnlyConfig(normalizer="softmax", null_value=True), "no null logit"),
         (lambda: TrainingRule(batch_size=0), "batch_size"),

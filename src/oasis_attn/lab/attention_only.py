@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from oasis_attn.data.trigger import TriggerBatch
 from oasis_attn.errors import UserError, check_choice, check_flag, check_whole
-from oasis_attn.ops.normalizers import normalize, resolve_normalizer
+from oasis_attn.ops.normalizers import WITH_NULL_LOGIT, normalize, resolve_normalizer
 from oasis_attn.ops.null_attention import null_attention
 
 RELU = "relu"
 """Attention weights relu(s) / max(row index, 1): the arm without a sink in arXiv 2603.11487."""
 NULL_TERMS = ("none", "query", "log_visible")
-_WITH_NULL_LOGIT = ("softmax1", "learned_sink")
+_SUPPORTED_NULL_LOGIT = ("softmax1", "learned_sink")
 _INIT_STD = 0.02
 
 
@@ -64,16 +64,31 @@ class AttentionOnlyConfig:
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "width"):
             check_whole(name, getattr(self, name), 1)
-        if self.normalizer != RELU:
-            resolve_normalizer("token_normalizer", self.normalizer)
+        if self.name in WITH_NULL_LOGIT and not self.has_null_logit:
+            raise UserError(
+                f"normalizer: {self.normalizer!r} is not supported; use null_value=True with"
+                f" {' or '.join(_SUPPORTED_NULL_LOGIT)}"
+            )
         check_choice("null_term", self.null_term, NULL_TERMS)
         check_flag("null_value", self.null_value)
         with_option = self.null_term != "none" or self.null_value
-        if with_option and self.normalizer not in _WITH_NULL_LOGIT:
+        if with_option and not self.has_null_logit:
             raise UserError(
                 f"normalizer: {self.normalizer!r} has no null logit; null_term and null_value need "
-                f"{' or '.join(_WITH_NULL_LOGIT)}"
+                f"{' or '.join(_SUPPORTED_NULL_LOGIT)}"
             )
+
+    @property
+    def name(self) -> str:
+        """Name of the normalizer, without its arguments."""
+        if self.normalizer == RELU:
+            return RELU
+        return resolve_normalizer("token_normalizer", self.normalizer).name
+
+    @property
+    def has_null_logit(self) -> bool:
+        """Whether the null has a logit of its own, constant or learned."""
+        return self.name in _SUPPORTED_NULL_LOGIT
 
     @property
     def has_residual(self) -> bool:
@@ -83,7 +98,7 @@ class AttentionOnlyConfig:
     @property
     def is_fused(self) -> bool:
         """Whether `null_attention` computes the attention."""
-        has_kernel = self.normalizer == "softmax" or self.normalizer in _WITH_NULL_LOGIT
+        has_kernel = self.name == "softmax" or self.has_null_logit
         return has_kernel and self.null_term == "none"
 
 
@@ -129,7 +144,7 @@ class AttentionOnlyModels(nn.Module):
         super().__init__()
         self.config = config
         for name, tensor in tensors.items():
-            trained = name != "null_logit" or config.normalizer == "learned_sink"
+            trained = name != "null_logit" or config.name == "learned_sink"
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
 
     @classmethod
@@ -157,8 +172,9 @@ class AttentionOnlyModels(nn.Module):
             for seed, generator in generators.items()
         }
         tensors = {name: torch.stack([drawn[s.seed][name] for s in starts]) for name in shapes}
-        has_null_logit = config.normalizer in _WITH_NULL_LOGIT
-        null_logit_M = torch.tensor([s.null_logit if has_null_logit else -math.inf for s in starts])
+        null_logit_M = torch.tensor(
+            [s.null_logit if config.has_null_logit else -math.inf for s in starts]
+        )
         tensors["null_logit"] = null_logit_M[:, None, None].repeat(1, L, H)
         if config.null_term == "query":
             tensors["null_query"] = torch.zeros(M, L, N, H)

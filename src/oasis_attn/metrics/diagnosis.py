@@ -131,7 +131,8 @@ OUTLIERS = (
 SINKS = (
     Definition(
         name="sink.mass",
-        definition="attention probability of the first position, mean over the later queries",
+        definition="attention probability of the first position, mean over the later queries.  If "
+        "the model has a stored prefix, the first position is that of the prefix",
         unit="probability",
         better="lower",
         protocol=_HEADS,
