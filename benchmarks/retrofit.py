@@ -39,7 +39,7 @@ WINDOWS, WINDOW = 16, 256
 CALIBRATION = {"calibration": "wikitext-2", "calibration_split": "validation"}
 TEXTS = ("gsm8k", "wikitext-2")
 ORIGINAL = "original"
-NULLS = {"1 null": 1, "2 nulls": 2, "4 nulls": 4, "7 nulls": 7}
+NULLS = {"1 null": 1, "6 nulls": 6}
 MODELS = (ORIGINAL, *NULLS)
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static-linear, weights per channel, percentile": (

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from oasis_attn import OasisForCausalLM, UserError
+from oasis_attn.cli import main
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.measure.sink_conversion import null_from_sink_checkpoint
 from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.records import Record
 from tiny_models import VOCABULARY, tiny_config, word_tokenizer
+
+PAGE = Path(__file__).parents[2] / "docs" / "retrofit.md"
 
 
 @pytest.fixture
@@ -119,3 +124,20 @@ def test_too_little_text(model, tmp_path):
         null_from_sink_checkpoint(
             model, tmp_path / "out", calibration=str(tmp_path / "short"), window=16
         )
+
+
+def test_the_commands_of_the_page(model, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"^```sh\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    assert block is not None
+    names = {"smollm2": model.name, "pydoc": text}
+    commands = [[names.get(word, word) for word in line.split()] for line in block[1].splitlines()]
+    assert [words[1] for words in commands] == ["convert", "diagnose", "quantize"]
+    for words in commands:
+        monkeypatch.setattr("sys.argv", [*words, "--window", "16", "--windows", "3"])
+        assert main() == 0
+    converted, quantized = (
+        Record.load(tmp_path / name / "record.json") for name in ("retrofitted", "quantized")
+    )
+    after = converted.metric("perplexity.windowed", "after").value
+    assert quantized.metric("perplexity.windowed", "before").value == pytest.approx(after)
