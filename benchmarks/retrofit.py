@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Windows, as_windows, load_corpus, read_windows
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import describe_model
+from oasis_attn.hub.null_from_sink import token_peaks
 from oasis_attn.measure.sink_conversion import measure_sink, null_from_sink_checkpoint
 from oasis_attn.quantization import quantize, schemes
 from oasis_attn.quantization.sensitivity import perplexity
@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results" / "retrofit"
 WINDOWS, WINDOW = 16, 256
 CALIBRATION = {"calibration": "wikitext-2", "calibration_split": "validation"}
 TEXTS = ("gsm8k", "wikitext-2")
-ORIGINAL = "original"
+ORIGINAL, LATER = "original", "original, without the first token"
 NULLS = {"1 null": 1, "6 nulls": 6}
 MODELS = (ORIGINAL, *NULLS)
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,50 +77,59 @@ def main() -> None:
             raise UserError(f"record: {path} is of other data; remove it to start again")
         record = earlier
 
-    @cache
-    def model_of(name: str) -> PreTrainedModel:
-        if name == ORIGINAL:
-            return original
-        folder = runs / name
-        if not folder.exists():
-            options = {"window": WINDOW, "windows": WINDOWS}
-            null_from_sink_checkpoint(
-                "smollm2", folder, nulls=NULLS[name], **CALIBRATION, **options
-            )
-        record.settings["texts"][name] = ConversionRecord.load(folder / "record.json").texts
-        return load_model(folder)[0]
-
-    for text in TEXTS:
-        for name in MODELS:
-            if f"{name} / {text}" in record.tables:
-                continue
-            metrics, tables = measure_sink(model_of(name), windows[text])
-            found = tuple(
-                replace(metric, where=f"{name} / {text}")
-                for metric in metrics
-                if metric.name in (*MEASURED, "null.mass")
-            )
-            largest = [
-                row | {"text": tokenizer.decode([row["token"]])} for row in tables["largest"]
-            ]
-            record = replace(
-                record,
-                metrics=(*record.metrics, *found),
-                tables=record.tables | {f"{name} / {text}": largest},
-            )
-            record.save(path)
-    done = {metric.where for metric in record.metrics}
-    for scheme in SCHEMES:
-        for name in MODELS:
-            if (where := f"{name} / gsm8k / {scheme}") in done:
-                continue
-            value = quantized_perplexity(
-                model_of(name), scheme, windows["calibration"].ids_NT, windows["gsm8k"].ids_NT
-            )
-            metric = Metric(name="perplexity.windowed", value=value, where=where, n=WINDOWS)
-            record = replace(record, metrics=(*record.metrics, metric))
-            record.save(path)
+    for name in MODELS:
+        model = original if name == ORIGINAL else converted(name, runs)
+        if name != ORIGINAL:
+            texts = ConversionRecord.load(runs / name / "record.json").texts
+            record.settings["texts"][name] = list(texts)
+        for text in TEXTS:
+            record = measured(record, model, f"{name} / {text}", windows[text], tokenizer)
+            if name == ORIGINAL and f"{LATER} / {text}" not in record.tables:
+                peaks_LNT = token_peaks(model, windows[text].ids_NT)
+                later = {f"{LATER} / {text}": peaks_LNT[:, :, 1:].amax((1, 2)).tolist()}
+                record = replace(record, tables=record.tables | later)
+                record.save(path)
+        done = {metric.where for metric in record.metrics}
+        for scheme in SCHEMES:
+            if (where := f"{name} / gsm8k / {scheme}") not in done:
+                value = quantized_perplexity(
+                    model, scheme, windows["calibration"].ids_NT, windows["gsm8k"].ids_NT
+                )
+                metric = Metric(name="perplexity.windowed", value=value, where=where, n=WINDOWS)
+                record = replace(record, metrics=(*record.metrics, metric))
+                record.save(path)
     write_text(RESULTS / "table.md", markdown(table(record)))
+
+
+def converted(name: str, runs: Path) -> PreTrainedModel:
+    """The model with nulls, which is converted unless it is in the folder `runs`."""
+    if not (runs / name).exists():
+        null_from_sink_checkpoint(
+            "smollm2", runs / name, nulls=NULLS[name], window=WINDOW, windows=WINDOWS, **CALIBRATION
+        )
+    return load_model(runs / name)[0]
+
+
+def measured(
+    record: BenchmarkRecord,
+    model: PreTrainedModel,
+    where: str,
+    windows: Windows,
+    tokenizer: PreTrainedTokenizerBase,
+) -> BenchmarkRecord:
+    """`record` with the metrics of `model`, and the largest activation of each layer."""
+    if where in record.tables:
+        return record
+    metrics, tables = measure_sink(model, windows)
+    found = (metric for metric in metrics if metric.name in (*MEASURED, "null.mass"))
+    largest = [row | {"text": tokenizer.decode([row["token"]])} for row in tables["largest"]]
+    record = replace(
+        record,
+        metrics=(*record.metrics, *(replace(metric, where=where) for metric in found)),
+        tables=record.tables | {where: largest},
+    )
+    record.save(RESULTS / "record.json")
+    return record
 
 
 def without_bos(windows: Windows) -> Windows:
@@ -157,14 +166,20 @@ def table(record: BenchmarkRecord) -> Table:
         row = max(rows[layers], key=lambda row: abs(row["value"]))
         return f"{number(abs(row['value']))} ({row['text']!r})"
 
+    def later(text: str, layers: slice) -> str:
+        sizes = record.tables.get(f"{LATER} / {text}")
+        return "" if sizes is None else number(max(sizes[layers]))
+
     rows: list[tuple[str, ...]] = []
     for text in TEXTS:
         for metric in MEASURED:
             cells = (cell(metric, f"{name} / {text}") for name in MODELS)
             rows.append((f"`{metric}`, {text}", *cells))
         for layers, part in LAYERS.items():
-            cells = (largest(name, text, part) for name in MODELS)
-            rows.append((f"largest activation in layers {layers}, {text}", *cells))
+            found_cells = [largest(name, text, part) for name in MODELS]
+            if found_cells[0]:
+                found_cells[0] += f"; without the first token {later(text, part)}"
+            rows.append((f"largest activation in layers {layers}, {text}", *found_cells))
     for scheme in SCHEMES:
         cells = (cell("perplexity.windowed", f"{name} / gsm8k / {scheme}") for name in MODELS)
         rows.append((f"perplexity, gsm8k, {scheme}", *cells))

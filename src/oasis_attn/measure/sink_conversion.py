@@ -111,7 +111,7 @@ def null_from_sink_checkpoint(
         config=converted.config.settings,
         nulls=1 + len(tokens),
         tokens=tokens,
-        texts=tuple(tokenizer.decode([token]) for token in tokens),
+        texts=tuple(str(tokenizer.decode([token])) for token in tokens),
         data=held_out.info,
         calibration=seen.info,
         metrics=tuple(metrics),
