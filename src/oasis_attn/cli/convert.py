@@ -155,9 +155,11 @@ def convert(
         "trust_remote_code": trust_remote_code,
     }
     if null_from_sink:
+        check_text(calibration or "stdlib", calibration_split or "train")
+        check_text(evaluation or calibration or "stdlib", evaluation_split or "test")
+
         from oasis_attn.measure.sink_conversion import null_from_sink_checkpoint
 
-        check_text(calibration or "stdlib", calibration_split or "train")
         with working(f"converting {model}", as_json=as_json) as report:
             record = null_from_sink_checkpoint(model, out, progress=report, **common, **options)
         if as_json:
@@ -186,12 +188,7 @@ def convert(
         print_table(Table(title="Converted", columns=("", ""), rows=rows, text_columns=2))
 
 
-_SHOWN = (
-    "perplexity.windowed",
-    "outlier.max_activation",
-    "sink.mass",
-    "sink.max_mass",
-)
+_SHOWN = ("perplexity.windowed", "outlier.max_activation", "sink.mass", "sink.max_mass")
 
 
 def _show(record: ConversionRecord) -> None:
