@@ -152,7 +152,8 @@ def quantized_perplexity(
 
 
 def table(record: BenchmarkRecord) -> Table:
-    """One column per model; an empty cell was not measured."""
+    """One column for each model that was measured; what was measured of none has no row."""
+    models = [name for name in MODELS if f"{name} / {TEXTS[0]}" in record.tables]
     found = {(metric.name, metric.where): metric.value for metric in record.metrics}
 
     def cell(metric: str, where: str) -> str:
@@ -173,17 +174,17 @@ def table(record: BenchmarkRecord) -> Table:
     rows: list[tuple[str, ...]] = []
     for text in TEXTS:
         for metric in MEASURED:
-            cells = (cell(metric, f"{name} / {text}") for name in MODELS)
+            cells = (cell(metric, f"{name} / {text}") for name in models)
             rows.append((f"`{metric}`, {text}", *cells))
         for layers, part in LAYERS.items():
-            found_cells = [largest(name, text, part) for name in MODELS]
+            found_cells = [largest(name, text, part) for name in models]
             if found_cells[0]:
                 found_cells[0] += f"; without the first token {later(text, part)}"
             rows.append((f"largest activation in layers {layers}, {text}", *found_cells))
     for scheme in SCHEMES:
-        cells = (cell("perplexity.windowed", f"{name} / gsm8k / {scheme}") for name in MODELS)
+        cells = (cell("perplexity.windowed", f"{name} / gsm8k / {scheme}") for name in models)
         rows.append((f"perplexity, gsm8k, {scheme}", *cells))
-    return Table(columns=("", *MODELS), rows=tuple(rows))
+    return Table(columns=("", *models), rows=tuple(row for row in rows if any(row[1:])))
 
 
 if __name__ == "__main__":

@@ -162,3 +162,37 @@ def test_depth_routing_starts_as_the_sum(ids):
     assert 1e-4 < (on - plain).abs().max() < 0.5
     exact = null_from_sink(native, ids, variant="oasis", beta_init=-40.0).model(ids).logits
     torch.testing.assert_close(exact, plain, rtol=0, atol=1e-4)
+
+
+def model_with_sink(family):
+    """A model that was trained to attend to the first token, whichever it is, after layer 0."""
+    torch.manual_seed(0)
+    config = tiny_config(family, initializer_range=0.2, num_hidden_layers=3)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        maps = model.model(torch.randint(3, 97, (16, 16)), output_attentions=True).attentions
+        sum(-p[:, :, 1:, 0].log().mean() for p in maps[1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_the_null_takes_the_sink(family):
+    with torch.enable_grad():
+        native = model_with_sink(family)
+    calibration, ids = torch.randint(3, 97, (12, 16)).split([4, 8])
+    converted = null_from_sink(native, calibration).model
+
+    def first(model):
+        maps = model(ids, output_attentions=True).attentions
+        return torch.stack([p[:, :, 1:, 0].mean() for p in maps])[1:]
+
+    null = torch.stack(converted(ids, output_null_probability=True).null_probability).mean(
+        (1, 2, 3)
+    )
+    assert first(native).min() > 0.9
+    assert first(converted).max() < 0.25
+    assert null[1:].min() > 0.7
