@@ -120,6 +120,31 @@ def predict(model: PreTrainedModel, x_BTN: Tensor) -> Tensor:
     return output
 
 
+def new_decoder(
+    size: str,
+    settings: Mapping[str, Any],
+    task: TriggerTask,
+    *,
+    seed: int,
+    rotary: bool = False,
+) -> OasisForCausalLM:
+    """An untrained decoder.
+
+    Args:
+        size: one of `LAB_SIZES`.
+        settings: settings of `OasisConfig`.
+        task: sets the coordinates of a token, and the positions.
+        seed: sets the initial weights.
+        rotary: see `DecoderTraining`.
+
+    Raises:
+        UserError: an unknown size, or settings that are not allowed.
+    """
+    backbone = decoder_backbone(size, task, rotary=rotary)
+    torch.manual_seed(seed)
+    return OasisForCausalLM(OasisConfig(text_config=backbone, **settings))
+
+
 def train_decoder(
     size: str,
     settings: Mapping[str, Any],
@@ -128,7 +153,7 @@ def train_decoder(
     *,
     seed: int,
 ) -> TrainedDecoder:
-    """Train a decoder to minimize the mean square error over all tokens and coordinates.
+    """Train a new decoder to minimize the mean square error over all tokens and coordinates.
 
     Args:
         size: one of `LAB_SIZES`.
@@ -140,9 +165,15 @@ def train_decoder(
     Raises:
         UserError: an unknown size, or settings that are not allowed.
     """
-    backbone = decoder_backbone(size, task, rotary=training.rotary)
-    torch.manual_seed(seed)
-    model = OasisForCausalLM(OasisConfig(text_config=backbone, **settings)).train()
+    model = new_decoder(size, settings, task, seed=seed, rotary=training.rotary)
+    return continue_training(model, task, training, seed=seed)
+
+
+def continue_training(
+    model: OasisForCausalLM, task: TriggerTask, training: DecoderTraining, *, seed: int
+) -> TrainedDecoder:
+    """As `train_decoder`, from the weights of `model`, which is changed in place."""
+    model.train()
     data = torch.Generator().manual_seed(seed)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
