@@ -98,13 +98,10 @@ def searches(
     start = round(2 * math.log(length)) / 2
     groups = []
     for residual, first, spacing in (("depth", 0.0, 1.5), ("sum", -1.0, 1.0)):
-        logits = *(start + first + spacing * step for step in range(4)), *extra
-        groups.append(
-            Group(
-                residual=residual, length=length, layers=layers, seeds=seeds, spacing=spacing,
-                resolution=spacing / 2, logits=logits if residual == "depth" else                 tuple(dict.fromkeys(logits)), **options,
-            )
-        )  # fmt: skip
+        grid = (start + first + spacing * step for step in range(4))
+        shape = {"residual": residual, "length": length, "layers": layers, "seeds": seeds}
+        rule = {"spacing": spacing, "resolution": spacing / 2}
+        groups.append(Group(logits=tuple(sorted({*grid, *extra})), **shape, **rule, **options))
     return tuple(groups)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
@@ -28,7 +27,8 @@ def sink_removed(model: OasisForCausalLM, *, renormalize: bool) -> Iterator[None
     Args:
         model: without an output gate.
         renormalize: whether the weights of the other keys and of the null are divided by their sum.
-            Otherwise they are kept, as if the value of the first token were 0.
+            Otherwise they are kept, as if the value of the first token were 0.  The probability of
+            the null that a null signal uses is kept in both cases.
     """
     parts: dict[int, tuple[Tensor, Tensor]] = {}
 
