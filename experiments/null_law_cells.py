@@ -156,10 +156,10 @@ def _losses(model: OasisForCausalLM, ids_BT: Tensor) -> Tensor:
 def measure(model: OasisForCausalLM, ids_NT: Tensor, question: int) -> dict[str, Any]:
     """Losses and accuracy, and the probability of the first token and of the null, [L][H], means
     over all queries but the first."""
-    sums: dict[str, Any] = {"sink": {}, "null": {}}
+    sums: dict[str, Any] = {"sink": {}, "null_mass": {}}
 
     def observe(call: AttentionCall) -> None:
-        for name, p_BHT in (("sink", call.column(0)), ("null", call.null_BHT)):
+        for name, p_BHT in (("sink", call.column(0)), ("null_mass", call.null_BHT)):
             sums[name].setdefault(call.layer, []).append(p_BHT[..., 1:].mean((0, 2)))
 
     answers, losses, right = [], [], []
