@@ -4,7 +4,8 @@ python experiments/null_law_cells.py --out docs/results/lab/null_law_cells --wor
 
 Trains decoders of 4 layers on the corpus `majority` with windows of 128, 256 and 512 tokens and
 null logits around the log of the window.  Finished runs are in OUT/runs.jsonl.gz and are not
-repeated; with --minutes, it stops in time and can be resumed.
+repeated; with --minutes, it stops in time and can be resumed.  The record and the tables are made
+from this file; with --report, nothing is trained.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,11 +27,15 @@ from transformers import LlamaConfig
 
 from oasis_attn.data.majority import QUESTION, MajorityTask
 from oasis_attn.data.tokenizer import word_tokenizer
+from oasis_attn.files import write_text
 from oasis_attn.lab.runs import Run, RunFile, rounded, run_in_processes
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
+from oasis_attn.records import BenchmarkRecord, Metric
+from oasis_attn.report.markdown import markdown
+from oasis_attn.report.tables import ABSENT, Table
 
 WINDOWS = 128, 256, 512
 SEEDS = 2
@@ -182,20 +188,106 @@ def measure(model: OasisForCausalLM, ids_NT: Tensor, question: int) -> dict[str,
     }
 
 
+def make_record(file: RunFile) -> BenchmarkRecord:
+    """Means over seeds; losses are compared with softmax of the same seed."""
+    softmax = {
+        (row["group"], row["seed"]): row["other_loss"] for row in file.rows if row["null"] is None
+    }
+    metrics, rows = [], []
+    for residual, window, null in product(RESIDUALS, WINDOWS, LOGITS):
+        group = Unit(residual, window, null, 0).group
+        runs = [row for row in file.of(group) if row["null"] == null]
+        if not runs:
+            continue
+        values = {
+            "sink_largest": [max(map(max, row["sink"])) for row in runs],
+            "null_mass": [fmean(map(fmean, row["null_mass"])) for row in runs],
+            "loss_increase": [
+                row["other_loss"] - softmax[group, row["seed"]]
+                for row in runs
+                if (group, row["seed"]) in softmax
+            ],
+            "answer_loss": [row["answer_loss"] for row in runs],
+            "accuracy": [row["accuracy"] for row in runs],
+        }
+        null_logit = runs[0]["null_logit"]
+        head = {"group": group, "null": null, "null_logit": null_logit, "runs": len(runs)}
+        rows.append(head | values)
+        metrics += [
+            Metric(
+                name=f"null_law_cell.{name}",
+                where=f"{group}, {'softmax' if null is None else null}",
+                value=fmean(each),
+                n=len(each),
+            )
+            for name, each in values.items()
+            if each
+        ]
+    settings = {"steps": STEPS, "tokens_per_step": TOKENS, "learning_rate": RATE, "layers": LAYERS}
+    return BenchmarkRecord(
+        name="null_law_cells", settings=settings, metrics=tuple(metrics), tables={"runs": rows}
+    )
+
+
+HEAD = """\
+# The law of the null in language models
+
+Decoders of {layers} layers, width {width} and {heads} heads with rotary positions are trained on
+the corpus `majority` with {steps} steps of {tokens} tokens, on windows of 128, 256 and 512 tokens;
+`sum` are the variants `vanilla` (softmax) and `softmax1`, `depth` are `attn_residual` and `oasis`.
+The sink is the mean probability of the first token over all later queries, of the head in which it
+is largest.  The loss of tokens that are no answers is compared with softmax of the same seed, in
+nats.  Values are those of the seeds.
+
+"""
+
+
+def tables(record: BenchmarkRecord) -> str:
+    """The table in Markdown."""
+    rows = []
+    for row in record.tables["runs"]:
+        softmax = row["null"] is None
+        rows.append(
+            (
+                row["group"],
+                "softmax" if softmax else row["null"],
+                ABSENT if softmax else f"{row['null_logit']:.2f}",
+                *(", ".join(f"{x:.3f}" for x in row[name]) for name in _COLUMNS),
+            )
+        )
+    table = Table(
+        title="Sinks, losses and answers of language models by null logit",
+        columns=("group", "null", "null logit", *_COLUMNS.values()),
+        rows=tuple(rows),
+    )
+    numbers = {"steps": STEPS, "tokens": TOKENS, "layers": LAYERS, "width": WIDTH, "heads": HEADS}
+    return HEAD.format(**numbers) + markdown(table)
+
+
+_COLUMNS = {
+    "sink_largest": "sink",
+    "null_mass": "mean null",
+    "loss_increase": "loss over softmax",
+    "answer_loss": "loss of answers",
+    "accuracy": "right answers",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
     parser.add_argument("--minutes", type=float, help="start no run later")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--report", action="store_true", help="train nothing")
     options = parser.parse_args()
-    run_in_processes(
-        RunFile(options.out / "runs.jsonl.gz"),
-        missing,
-        partial(run, device=options.device),
-        workers=options.workers,
-        minutes=options.minutes,
-    )
+    file = RunFile(options.out / "runs.jsonl.gz")
+    if not options.report:
+        train_one = partial(run, device=options.device)
+        run_in_processes(file, missing, train_one, workers=options.workers, minutes=options.minutes)
+    record = make_record(file)
+    record.save(options.out / "record.json")
+    write_text(options.out / "tables.md", tables(record))
 
 
 if __name__ == "__main__":

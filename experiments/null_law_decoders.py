@@ -73,7 +73,8 @@ class Group:
                 "" if self.final_norm else ", no final norm",
             ]
         )
-        return f"{self.residual}, length {self.length}, {self.layers} layers{extra}"
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        return f"{self.residual}, length {self.length}, {layers}{extra}"
 
     @property
     def training(self) -> DecoderTraining:
