@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lab_page
 import publish
 from oasis_attn.study.results import Results
 from oasis_attn.study.storage import StudyFolder
@@ -47,3 +48,5 @@ def test_the_page_contains_the_published_tables() -> None:
     assert publish.criteria() in text
     assert publish.scaling() in text
     assert publish.page(text) == text
+    lab = lab_page.PAGE.read_text(encoding="utf-8")
+    assert lab_page.page(lab) == lab
