@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from functools import cache
 from statistics import fmean
 
+from matplotlib.figure import Figure
+
 from oasis_attn.records import BenchmarkRecord
 from oasis_attn.report.markdown import markdown
+from oasis_attn.report.seed_values import seed_values_figure
 from oasis_attn.report.tables import ABSENT, Table, number
 from oasis_attn.study.criteria import (
     MET,
@@ -47,6 +50,7 @@ COLUMNS = {  # metric -> header and whether the range over seeds is shown
     "task.error_ratio@w4a4": ("w4a4 error ratio", False),
     "signal.output_change": ("output moved by the signal", False),
 }
+DRAWN = ("sink.idle_largest", "task.error", "task.error@w8a8-static-full")
 
 
 def page(text: str) -> str:
@@ -133,6 +137,20 @@ def rows() -> str:
         lines.append(f"These variants have no trials yet: {', '.join(missing)}.")
     text = " ".join(lines)
     return f"{text}\n\n{markdown(Table(columns=columns, rows=tuple(measured)))}"
+
+
+def figure(results: Results) -> Figure:
+    """The metrics `DRAWN` of each variant that is measured."""
+    known = {metric.name: metric for metric in results.metrics}
+    panels = {
+        known[name].label: {
+            variant: [*results.values(known[name], variant).values()]
+            for variant in dict.fromkeys(trial.variant for trial in results.records)
+        }
+        for name in DRAWN
+    }
+    ratios = [known[name].label for name in DRAWN if known[name].scale == "ratio"]
+    return seed_values_figure(panels, logarithmic=ratios)
 
 
 def verdicts() -> str:

@@ -30,11 +30,13 @@ from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
+from oasis_attn.report.figures import save_png
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table
 from oasis_attn.study.criteria import fails_none, rule
 from oasis_attn.study.plan import Plan, Trial
 from oasis_attn.study.plan_file import load_plan
+from oasis_attn.study.results import Results
 from oasis_attn.study.statistics import noise_floor
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.study_metrics import StudyMetric, study_metrics
@@ -75,6 +77,9 @@ def main() -> None:
         report = Path(stage, "report")
         write_report(StudyFolder.open(new), report / "index.html")
         shutil.copy(report / "tables.md", new)
+        if folder.plan.on_task:
+            figure = lab_page.figure(Results(folder.plan, folder.records()))
+            save_png(figure, report / "variants.png")
         for path in report.glob("*.png"):
             if any(f"results/{place.name}/{path.name}" in text for text in pages.values()):
                 save_with_palette(path, new / path.name)
