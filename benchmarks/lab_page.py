@@ -22,6 +22,7 @@ from oasis_attn.study.criteria import (
     NOT_MET,
     CriterionResult,
     check_criteria,
+    fails_none,
 )
 from oasis_attn.study.criteria import rule as criteria_rule
 from oasis_attn.study.results import Results
@@ -177,7 +178,8 @@ def criteria() -> str:
             table.append((variant, *map(_criteria_cell, groups.values())))
     columns = ("variant", *labels.values())
     shown = markdown(Table(columns=columns, rows=tuple(table), text_columns=len(columns)))
-    return f"{criteria_rule(results.plan)}\n\n{shown}"
+    none_failed = ", ".join(fails_none(results)) or "no variant"
+    return f"{criteria_rule(results.plan)}\n\nNone is failed by: {none_failed}.\n\n{shown}"
 
 
 def growth() -> str:
