@@ -103,28 +103,17 @@ class Inspection:
         return bool(self.null_LHT.any())
 
     def received_LHS(self, *, weighted: bool = False) -> np.ndarray:
-        """The share of a head's attention that each key receives from the tokens after it.
-
-        For key j it is the sum of p_j over the queries after j, divided by the number of queries
-        after the first key.  For position 0 this is `sink.mass`; all keys of a head have at most 1
-        together.
+        """The received attention of each key in each head: its probability, mean over the queries.
 
         Args:
-            weighted: the same of p_j ||f(x_j)||, divided by the sum of all that the head reads.
+            weighted: the share of p_j ||f(x_j)|| in the sum over all keys and the null instead.
         """
-        T, S = self.attention_LHTS.shape[2:]
-        first = 1 if S == T else 0
-        read_LHTS = self.attention_LHTS[:, :, first:]
-        after_TS = np.tri(T, S, S - T - 1, dtype=np.float32)[first:]
-        received_LHS = np.einsum("lhts,ts->lhs", read_LHTS, after_TS)
-        if not weighted:
-            return received_LHS / (T - first)
-        total_LH = (read_LHTS.sum(2) * self.image_norms_LHS).sum(-1)
-        total_LH = total_LH + self.null_norms_LHT[:, :, first:].sum(-1)
-        return received_LHS * self.image_norms_LHS / np.maximum(total_LH, _TINY)[..., None]
-
-
-_TINY = np.finfo(np.float32).tiny
+        received_LHS = self.attention_LHTS.mean(2)
+        if weighted:
+            received_LHS *= self.image_norms_LHS
+            total_LH = received_LHS.sum(-1) + self.null_norms_LHT.mean(-1)
+            received_LHS /= np.maximum(total_LH, np.finfo(np.float32).tiny)[..., None]
+        return received_LHS
 
 
 def inspect_text(model: PreTrainedModel, ids: Sequence[int]) -> Inspection:

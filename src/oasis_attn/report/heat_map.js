@@ -1,0 +1,177 @@
+"use strict";
+// Parts of interactive pages: heat maps on a canvas, legends, and lists that arrow keys walk.
+
+const $ = (id) => document.getElementById(id);
+
+// --- Colors ----------------------------------------------------------------------------------------
+
+const painter = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+
+/** The red, green and blue of a CSS variable. */
+function rgb(name) {
+  painter.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(name);
+  painter.fillRect(0, 0, 1, 1);
+  return [...painter.getImageData(0, 0, 1, 1).data].slice(0, 3);
+}
+
+/** A legend below a map: a color scale between two labels. */
+function legend(id, color, low, high, from = "var(--empty)") {
+  const bar = document.createElement("i");
+  bar.style.background = `linear-gradient(to right, ${from}, ${color})`;
+  $(id).replaceChildren(low, bar, high);
+}
+
+// --- Maps ------------------------------------------------------------------------------------------
+
+/** A heat map on a canvas, which mouse, touch and arrow keys explore. */
+class HeatMap {
+  /**
+   * @param id       of the canvas; `${id}-readout` shows the cell in focus
+   * @param describe (row, column) -> the text about a cell
+   * @param pick     (row, column): called for a click and for Enter
+   */
+  constructor(id, describe, pick = () => {}) {
+    Object.assign(this, { canvas: $(id), output: $(`${id}-readout`), describe, pick });
+    this.cell = null;
+    const { canvas } = this;
+    canvas.addEventListener("pointermove", (e) => this.point(this.at(e)));
+    canvas.addEventListener("pointerdown", (e) => {
+      this.point(this.at(e));
+      if (this.cell) this.pick(...this.cell);
+    });
+    canvas.addEventListener("keydown", (e) => this.key(e));
+    canvas.addEventListener("focus", () => this.point(this.cell ?? this.start ?? [0, 0]));
+    new ResizeObserver(() => this.draw()).observe(canvas);
+  }
+
+  /**
+   * @param rows  arrays of numbers from -1 to 1, which may differ in length; below 0 is `low`
+   * @param options high, low: CSS variables; apart: columns that stand apart at the left;
+   *              marks: cells [row, column] with a ring; row: a row to mark; height: of the
+   *              map, as a share of its width; start: the first cell for the keyboard
+   */
+  show(label, rows, options) {
+    this.rows = rows;
+    this.columns = Math.max(...rows.map((row) => row.length));
+    Object.assign(this, { low: "--null", apart: 0, marks: [], row: null, height: 1 }, options);
+    this.canvas.setAttribute("aria-label", `${label}; arrow keys move from cell to cell`);
+    this.draw();
+  }
+
+  /** The left edge of a column in CSS pixels; those that stand apart are wider. */
+  left(column) {
+    const gap = this.apart ? 6 : 0, wide = this.apart ? 12 : 0;
+    const each = (this.canvas.clientWidth - this.apart * wide - gap) / (this.columns - this.apart);
+    if (column < this.apart) return column * wide;
+    return this.apart * wide + gap + (column - this.apart) * each;
+  }
+
+  right(column) {
+    return column < this.apart ? this.left(column) + 12 : this.left(column + 1);
+  }
+
+  at({ offsetX, offsetY }) {
+    const row = Math.floor((offsetY / this.canvas.clientHeight) * this.rows.length);
+    let column = 0;
+    while (column < this.columns - 1 && offsetX >= this.left(column + 1)) column++;
+    return this.clip(row, column);
+  }
+
+  clip(row, column) {
+    row = Math.min(Math.max(row, 0), this.rows.length - 1);
+    return [row, Math.min(Math.max(column, 0), this.rows[row].length - 1)];
+  }
+
+  key(event) {
+    const [row, column] = this.cell ?? [0, 0];
+    const moved = {
+      ArrowUp: [row - 1, column], ArrowDown: [row + 1, column], ArrowLeft: [row, column - 1],
+      ArrowRight: [row, column + 1], Home: [row, 0], End: [row, this.columns],
+      PageUp: [row - 10, column], PageDown: [row + 10, column],
+    }[event.key];
+    if (moved) this.point(this.clip(...moved));
+    else if (event.key === "Enter" || event.key === " ") this.pick(row, column);
+    else return;
+    event.preventDefault();
+  }
+
+  point(cell) {
+    if (this.cell && cell[0] === this.cell[0] && cell[1] === this.cell[1]) return;
+    this.cell = cell;
+    this.output.textContent = this.describe(...cell);
+    this.draw();
+  }
+
+  draw() {
+    const { canvas } = this, width = canvas.clientWidth;
+    if (!this.rows || !width) return;
+    const height = Math.round(width * this.height), density = window.devicePixelRatio;
+    canvas.style.height = `${height}px`;
+    canvas.width = width * density;
+    canvas.height = height * density;
+    const pen = canvas.getContext("2d"), each = height / this.rows.length;
+    pen.scale(density, density);
+    pen.imageSmoothingEnabled = false;
+    const picture = this.picture(), { apart, columns } = this, start = this.left(apart);
+    if (apart) pen.drawImage(picture, 0, 0, apart, picture.height, 0, 0, apart * 12, height);
+    pen.drawImage(picture, apart, 0, columns - apart, picture.height,
+      start, 0, width - start, height);
+    const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink");
+    const frame = (row, column, color, line) => {
+      pen.strokeStyle = color;
+      pen.lineWidth = line;
+      const x = this.left(column), w = this.right(column) - x;
+      const extra = Math.max(0, 5 - Math.min(w, each)) / 2; // a tiny cell has a larger frame
+      pen.strokeRect(x - extra, row * each - extra, w + 2 * extra, each + 2 * extra);
+    };
+    const mark = getComputedStyle(document.documentElement).getPropertyValue("--sink");
+    for (const [row, column] of this.marks) frame(row, column, mark, 1.5);
+    if (this.row !== null) {
+      pen.strokeStyle = ink;
+      pen.lineWidth = 1;
+      const end = this.right(this.rows[this.row].length - 1);
+      pen.strokeRect(0.5, this.row * each - 0.5, end, each + 1);
+    }
+    if (this.cell && this.cell[0] < this.rows.length) frame(...this.cell, ink, 2);
+  }
+
+  /** One pixel a cell. */
+  picture() {
+    const picture = new OffscreenCanvas(this.columns, this.rows.length);
+    const pen = picture.getContext("2d"), image = pen.createImageData(this.columns, this.rows.length);
+    const [empty, high, low] = ["--empty", this.high, this.low].map(rgb);
+    this.rows.forEach((row, r) => row.forEach((value, c) => {
+      const end = value < 0 ? low : high, share = Math.min(1, Math.abs(value));
+      const at = 4 * (r * this.columns + c);
+      for (let i = 0; i < 3; i++) image.data[at + i] = empty[i] + share * (end[i] - empty[i]);
+      image.data[at + 3] = 255;
+    }));
+    pen.putImageData(image, 0, 0);
+    return picture;
+  }
+}
+
+/** Arrow keys move the focus in a list of elements; one of them is in the tab order. */
+function roving(elements, columns, select) {
+  elements.forEach((element, i) => {
+    element.tabIndex = -1;
+    element.addEventListener("click", () => select(i));
+    element.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
+      let to = step ? i + step : { Home: 0, End: elements.length - 1, Enter: i, " ": i }[event.key];
+      if (to === undefined) return;
+      event.preventDefault();
+      to = to < 0 || to >= elements.length ? i : to;
+      elements[to].focus();
+      select(to);
+    });
+  });
+}
+
+function mark(elements, index) {
+  elements.forEach((element, i) => {
+    element.setAttribute("aria-selected", i === index);
+    element.tabIndex = i === index ? 0 : -1;
+  });
+}
+
