@@ -47,27 +47,43 @@ class HeatMap {
   /**
    * @param rows  arrays of numbers from -1 to 1, which may differ in length; below 0 is `low`
    * @param options high, low: CSS variables; apart: columns that stand apart at the left;
-   *              marks: cells [row, column] with a ring; row: a row to mark; height: of the
-   *              map, as a share of its width; start: the first cell for the keyboard
+   *              marks: cells [row, column] with a frame; row: a row to frame; height: of the
+   *              map, from its width, in pixels; start: the first cell for the keyboard;
+   *              labels: of the rows, which are shown where there is space; ends: whether they
+   *              stand at the ends of the rows and not at their starts
    */
   show(label, rows, options) {
     this.rows = rows;
     this.columns = Math.max(...rows.map((row) => row.length));
-    Object.assign(this, { low: "--null", apart: 0, marks: [], row: null, height: 1 }, options);
+    Object.assign(this, {
+      low: "--null", apart: 0, marks: [], row: null, height: (width) => width, ends: false,
+    }, options);
     this.canvas.setAttribute("aria-label", `${label}; arrow keys move from cell to cell`);
     this.draw();
   }
 
   /** The left edge of a column in CSS pixels; those that stand apart are wider. */
   left(column) {
-    const gap = this.apart ? 6 : 0, wide = this.apart ? 12 : 0;
-    const each = (this.canvas.clientWidth - this.apart * wide - gap) / (this.columns - this.apart);
-    if (column < this.apart) return column * wide;
-    return this.apart * wide + gap + (column - this.apart) * each;
+    const { apart, columns, margin, ends } = this;
+    const gap = apart ? 6 : 0, wide = apart ? 12 : 0, start = ends ? 0 : margin;
+    const each = (this.canvas.clientWidth - margin - apart * wide - gap) / (columns - apart);
+    if (column < apart) return start + column * wide;
+    return start + apart * wide + gap + (column - apart) * each;
   }
 
   right(column) {
     return column < this.apart ? this.left(column) + 12 : this.left(column + 1);
+  }
+
+  /** Write the labels beside their rows. */
+  write(pen, each) {
+    pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--muted");
+    pen.textBaseline = "middle";
+    pen.textAlign = this.ends ? "left" : "right";
+    this.labels.forEach((label, row) => {
+      const x = this.ends ? this.right(this.rows[row].length - 1) + 5 : this.margin - 5;
+      pen.fillText(label, x, (row + 0.5) * each);
+    });
   }
 
   at({ offsetX, offsetY }) {
@@ -105,17 +121,22 @@ class HeatMap {
   draw() {
     const { canvas } = this, width = canvas.clientWidth;
     if (!this.rows || !width) return;
-    const height = Math.round(width * this.height), density = window.devicePixelRatio;
+    const height = Math.round(this.height(width)), density = window.devicePixelRatio;
     canvas.style.height = `${height}px`;
     canvas.width = width * density;
     canvas.height = height * density;
     const pen = canvas.getContext("2d"), each = height / this.rows.length;
     pen.scale(density, density);
     pen.imageSmoothingEnabled = false;
-    const picture = this.picture(), { apart, columns } = this, start = this.left(apart);
-    if (apart) pen.drawImage(picture, 0, 0, apart, picture.height, 0, 0, apart * 12, height);
-    pen.drawImage(picture, apart, 0, columns - apart, picture.height,
-      start, 0, width - start, height);
+    pen.font = `${Math.min(12, each)}px system-ui, sans-serif`;
+    const widths = each < 9 ? [0] : this.labels.map((label) => pen.measureText(label).width + 8);
+    this.margin = Math.min(Math.max(...widths), width / 4);
+    const picture = this.picture(), { apart, columns } = this;
+    const paint = (from, to) => pen.drawImage(picture, from, 0, to - from, picture.height,
+      this.left(from), 0, this.right(to - 1) - this.left(from), height);
+    if (apart) paint(0, apart);
+    paint(apart, columns);
+    if (this.margin) this.write(pen, each);
     const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink");
     const frame = (row, column, color, line) => {
       pen.strokeStyle = color;
@@ -129,8 +150,8 @@ class HeatMap {
     if (this.row !== null) {
       pen.strokeStyle = ink;
       pen.lineWidth = 1;
-      const end = this.right(this.rows[this.row].length - 1);
-      pen.strokeRect(0.5, this.row * each - 0.5, end, each + 1);
+      const start = this.left(0), end = this.right(this.rows[this.row].length - 1);
+      pen.strokeRect(start + 0.5, this.row * each + 0.5, end - start - 1, Math.max(1, each - 1));
     }
     if (this.cell && this.cell[0] < this.rows.length) frame(...this.cell, ink, 2);
   }

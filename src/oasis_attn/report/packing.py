@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-LEVELS = (127, 255, 1023, 4095, 16383)
-"""Numbers of levels to choose from; each has a k of at most 13, which fits in 4 bits."""
+LEVELS = (100, 200, 1000, 10000)
+"""Numbers of levels to choose from; with each k is at most 13, which fits in 4 bits."""
 _K_BITS = 4
 
 

@@ -182,7 +182,8 @@ function drawAttention() {
   const most = state.weighted ? Math.max(...rows.map((row) => Math.max(...row))) || 1 : 1;
   attentionMap.show(`Attention of layer ${state.layer}, head ${state.head}`,
     rows.map((row) => row.map((x) => root(x / most))),
-    { high: "--read", apart: NULL, row: state.token, start: [state.token, NULL] });
+    { high: "--read", apart: NULL, row: state.token, start: [state.token, NULL],
+      labels: data.tokens.slice(P).map((text) => shown(text).trim()), ends: true });
   legend("attention-scale", "var(--read)", "0",
     state.weighted ? `${number(most)} (norm)` : "100 % of a token's attention");
 }
@@ -241,7 +242,8 @@ function drawActivations() {
   const scaled = (x) => (x ? (Math.log(Math.abs(x)) - low) / span : 0);
   activationMap.show("Largest activation of each layer and token",
     data.largest.map((row) => row.map(scaled)),
-    { high: "--peak", marks: data.massive, height: Math.min(1, Math.max(0.3, 0.9 * L / T)) });
+    { high: "--peak", marks: data.massive, labels: data.largest.map((_, layer) => layer),
+      height: (width) => Math.min(14 * L, Math.max(0.35 * width, 180)) });
   legend("activations-scale", "var(--peak)", Math.exp(low).toPrecision(2),
     `${number(Math.exp(low + span))}, logarithmic${data.massive.length ? "; framed: massive" : ""}`);
 }
@@ -276,8 +278,7 @@ function depthRows() {
 
 const depthMap = data.depth && new HeatMap("depth", (r, i) => {
   const value = depthRows()[r][i], sign = chosen("signal") === "change" && value > 0 ? "+" : "";
-  return `The input of ${data.depth.routers[r]} reads ${data.depth.sources[i]}:`
-    + ` ${sign}${percent(value)}`;
+  return `Input of ${data.depth.routers[r]}: ${sign}${percent(value)} ${data.depth.sources[i]}`;
 });
 
 function drawDepth() {
@@ -286,7 +287,7 @@ function drawDepth() {
   const most = change ? Math.max(...rows.flatMap((row) => [...row.map(Math.abs)])) || 1 : 1;
   const scaled = (x) => Math.sign(x) * root(Math.abs(x) / most);
   depthMap.show("Weights of the depth routers", rows.map((row) => row.map(scaled)),
-    { high: "--read", low: "--sink" });
+    { high: "--read", low: "--sink", labels: data.depth.routers, ends: true });
   if (change) {
     legend("depth-scale", "var(--read)", `−${percent(most)}`, `+${percent(most)}`,
       "var(--sink), var(--empty)");

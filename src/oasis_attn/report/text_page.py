@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 TOKENS = 256
 """Default number of tokens that a page shows."""
-_WANTED, _LIMIT = 4_600_000, 64_000_000  # bytes of packed maps
+_WANTED, _LIMIT = 4_400_000, 64_000_000  # bytes of packed maps
 _HEIGHT = 900  # of the page in a notebook, in pixels
 
 
@@ -226,36 +226,31 @@ def _depth(inspection: Inspection, levels: int) -> dict[str, Any] | None:
         ]
 
     lengths = [x_TN.shape[1] for x_TN in on.weights]
-    config = inspection.model.config or {}
+    settings = inspection.model.config or {}
     return {
         "on": packed(on.weights),
         "off": None if off is None else packed(off.weights),
         "lengths": lengths,
         "routers": [_sublayer(router, len(inspection.largest_LT)) for router in on.routers],
-        "sources": [_source(config, index) for index in range(max(lengths))],
+        "sources": [_source(settings, index) for index in range(max(lengths))],
     }
 
 
-def _sublayer(router: int, layers: int) -> str:
-    """What reads the mix of a router."""
-    layer, mlp = divmod(router, 2)
-    return (
-        "the final norm"
-        if layer == layers
-        else f"the {'MLP' if mlp else 'attention'} of layer {layer}"
-    )
+def _sublayer(number: int, layers: int) -> str:
+    """The name of sublayer `number` + 1, which reads router `number`."""
+    layer, mlp = divmod(number, 2)
+    return "final norm" if layer == layers else f"{'MLP' if mlp else 'attention'} {layer}"
 
 
-def _source(config: Mapping[str, Any], source: int) -> str:
-    """What a source is: the embedding, or the outputs of the sublayers of a block."""
+def _source(settings: Mapping[str, Any], source: int) -> str:
+    """The name of a source: the embedding, or the sublayers of a block."""
     if source == 0:
-        return "the embedding"
-    if config.get("residual") == "official":
+        return "embedding"
+    if settings["residual"] == "official":
         return f"state {source}"
-    block = config.get("depth_block_size", 1)
-    first, last = (source - 1) * block, source * block - 1
-    name = _sublayer(first, -1)
-    return name if block == 1 else f"the block from {name} to {_sublayer(last, -1)}"
+    block = settings["depth_block_size"]
+    first, last = (_sublayer(number, -1) for number in ((source - 1) * block, source * block - 1))
+    return first if block == 1 else f"{first} to {last}"
 
 
 def _most(received_LHS: np.ndarray) -> list[dict[str, Any]]:
