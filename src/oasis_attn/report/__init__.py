@@ -7,20 +7,24 @@ from __future__ import annotations
 
 from oasis_attn.report.tables import (
     Table,
+    activation_table,
     comparison,
     label,
     layer_table,
     number,
+    sink_table,
     summary_table,
     variants_table,
 )
 
 __all__ = [
     "Table",
+    "activation_table",
     "comparison",
     "label",
     "layer_table",
     "number",
+    "sink_table",
     "summary_table",
     "variants_table",
 ]
