@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, print_json, working
-from oasis_attn.errors import UserError, check_whole, parse_json, shown
+from oasis_attn.errors import UserError, check_whole, parse_json, reason, shown
 
 
 def view(
@@ -85,7 +85,7 @@ def _messages(path: Path) -> list[dict[str, str]]:
     try:
         messages: Any = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"text_file: {shown(str(path))} cannot be read: {error}") from error
+        raise UserError(f"text_file: {shown(str(path))} cannot be read: {reason(error)}") from error
     fields = {"role", "content"}
     valid = isinstance(messages, list) and all(
         isinstance(each, dict)

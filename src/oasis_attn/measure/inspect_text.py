@@ -24,7 +24,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
-from oasis_attn.measure.outliers import MASSIVE, MASSIVE_RATIO
+from oasis_attn.measure.outliers import massive
 from oasis_attn.measure.sinks import check_calls, value_images
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.configuration_oasis import OasisConfig
@@ -36,8 +36,7 @@ _POSITIONS = 32  # value_images computes [positions, H, D] at once
 
 @dataclass(frozen=True, kw_only=True)
 class Massive:
-    """A massive activation by the rule of Sun et al. 2024 (arXiv 2402.17762): an entry of a layer's
-    output above 100 and above 1,000 times the median, in absolute value."""
+    """A massive activation of a layer's output: see `outliers.massive`."""
 
     layer: int
     position: int
@@ -76,7 +75,7 @@ class Inspection:
         null_norms_LHT: the norm of what head h reads from the null; 0 if the null has no value.
         largest_LT: the entry of each layer's output with the largest absolute value.
         channels_LT: its channel, int64.
-        medians_L: the median absolute value of each layer's output.
+        medians_L: the median absolute value of each layer's output, above 0.
         massive: the massive activations, by layer, position and channel.
         depth: the depth routing; None for a model without routers.
         depth_off: the same, of a second forward pass with the null signal off; None for a model
@@ -125,7 +124,8 @@ def inspect_text(model: PreTrainedModel, ids: Sequence[int]) -> Inspection:
 
     Raises:
         UserError: fewer than 2 tokens, more than the model has positions, or one outside its
-            vocabulary; a model whose layers, attention, MLPs or norms were not found.
+            vocabulary; a model whose layers, attention, MLPs or norms were not found, or a layer
+            whose output is not finite.
     """
     recorder = _Recorder(model, find_hook_points(model), _checked(model, ids))
     prefix, config = prefix_of(model), model.config
@@ -236,19 +236,23 @@ class _Recorder:
         check_output(self._model, point, x, self._ids_1T)
         assert point.layer is not None
         x_TD = x.detach().reshape(self._ids_1T.shape[1], -1)
+        if not x_TD.isfinite().all():
+            broken = int(x_TD.isfinite().all(-1).logical_not().nonzero()[0])
+            raise UserError(
+                f"model: the output of layer {point.layer} is not finite at token {broken}, in"
+                f" {x_TD.dtype}".replace("torch.", "")
+            )
         sizes_TD = x_TD.abs()
         channels_T = sizes_TD.argmax(-1)
-        median = sizes_TD.median()
         self._record(
             point.layer,
             largest=x_TD.gather(1, channels_T[:, None])[:, 0],
             channels=channels_T,
-            medians=median,
+            medians=sizes_TD.median().clamp_min(torch.finfo(torch.float32).tiny),
         )
-        massive_TD = sizes_TD > max(MASSIVE, MASSIVE_RATIO * float(median))
         self.massive += [
             Massive(layer=point.layer, position=t, channel=d, value=float(x_TD[t, d]))
-            for t, d in massive_TD.nonzero().tolist()
+            for t, d in massive(x_TD).nonzero().tolist()
         ]
 
 

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from oasis_attn.measure.inspect_text import DepthWeights, Inspection
-from oasis_attn.measure.sinks import RATE_THRESHOLDS
-from oasis_attn.report.tables import Table, number
+from oasis_attn.measure.sink_tokens import THRESHOLD
+from oasis_attn.report.tables import Table, number, ranges
 
-SINK = RATE_THRESHOLDS[0]
-"""A token is a sink of a head if it receives a larger share of its attention (Gu et al. 2024)."""
 _SHOWN = 3  # sinks after the first that are named
 _ROWS = 12  # of the table
 _WORDS = {"": "part of a character", " ": "a blank", "\n": "a line break", "\t": "a tab"}
@@ -37,7 +35,7 @@ def token_names(texts: Sequence[str], prefix: int) -> list[str]:
 
 def sinks(received_LHS: np.ndarray) -> list[int]:
     """The keys that are a sink of at least one head; the one with the most heads first."""
-    heads_S, mean_S = (received_LHS > SINK).sum((0, 1)), received_LHS.mean((0, 1))
+    heads_S, mean_S = (received_LHS > THRESHOLD).sum((0, 1)), received_LHS.mean((0, 1))
     order = np.lexsort((mean_S, heads_S))[::-1]
     return [int(key) for key in order if heads_S[key]]
 
@@ -78,7 +76,7 @@ def massive_table(inspection: Inspection, names: Sequence[str]) -> Table | None:
         title=f"Massive activations{more}",
         columns=("token", "channel", "layers", "largest value", "times the median"),
         rows=tuple(
-            (name, str(channel), _ranges(layers), number(largest), number(ratio))
+            (name, str(channel), ranges(layers), number(largest), number(ratio))
             for _, name, channel, layers, largest, ratio in rows[:_ROWS]
         ),
     )
@@ -92,7 +90,7 @@ def percent(share: float) -> str:
 def _about_sinks(inspection: Inspection, names: Sequence[str]) -> list[str]:
     received_LHS = inspection.received_LHS()
     mean_S = received_LHS.mean((0, 1))
-    heads_S = (received_LHS > SINK).sum((0, 1))
+    heads_S = (received_LHS > THRESHOLD).sum((0, 1))
     first, *others = sinks(received_LHS) or [None]
     if first is None:
         layer, head, key = np.unravel_index(received_LHS.argmax(), received_LHS.shape)
@@ -139,14 +137,3 @@ def _moved(on: DepthWeights, off: DepthWeights) -> float:
     """Half the mean absolute difference of the weights of a router at a token."""
     pairs = zip(on.weights, off.weights, strict=True)
     return float(np.mean([np.abs(a - b).sum(-1).mean() / 2 for a, b in pairs]))
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Increasing numbers in short: 3, 11-28."""
-    parts: list[list[int]] = []
-    for x in numbers:
-        if parts and x == parts[-1][-1] + 1:
-            parts[-1].append(x)
-        else:
-            parts.append([x])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]} to {p[-1]}" for p in parts)

@@ -19,6 +19,40 @@ _FLAGS = (
     *("--disable-background-networking", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
 )
 
+_UNNAMED = """[...document.querySelectorAll(
+  "svg, canvas, button, input, [role=option], [role=grid], [role=listbox]")]
+  .filter((e) => !(e.getAttribute("aria-label") || e.labels?.[0]?.textContent.trim()
+    || e.textContent.trim() || e.querySelector("title")))
+  .map((e) => e.outerHTML)"""
+_CONTRAST = """(() => {
+  const parse = (color) => {
+    const n = color.match(/[\\d.]+/g).map(Number), unit = color.startsWith("color(") ? 255 : 1;
+    return [...n.slice(0, 3).map((x) => x * unit), n.length > 3 ? n[3] : 1];
+  };
+  const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3]));
+  const ground = (element) => {
+    const below = element.parentElement ? ground(element.parentElement) : [255, 255, 255];
+    const style = getComputedStyle(element), at = over(parse(style.backgroundColor), below);
+    const tint = style.backgroundImage.match(/rgba?\\([^)]*\\)/);  // of a bar below text
+    return tint ? over(parse(tint[0]), at) : at;
+  };
+  const light = (rgb) => rgb.map((x) => x / 255)
+    .map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
+  const failed = [];
+  let count = 0;
+  for (const element of document.body.querySelectorAll("*")) {
+    const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!own || !element.checkVisibility() || element.tagName === "SCRIPT") continue;
+    const below = ground(element), color = over(parse(getComputedStyle(element).color), below);
+    const [high, low] = [light(below), light(color)].sort((a, b) => b - a);
+    const ratio = (high + 0.05) / (low + 0.05);
+    count++;
+    if (ratio < 4.5) failed.push([element.outerHTML.slice(0, 90), ratio]);
+  }
+  return [count, failed];
+})()"""
+
 
 class Page:
     """One page.  `errors` collects what it writes to the console as an error, and exceptions."""
@@ -36,9 +70,7 @@ class Page:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
-    def open(
-        self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False
-    ) -> None:
+    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Load a file and wait for the `load` event."""
         self.resize(width, height)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -59,6 +91,19 @@ class Page:
         )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def text(self, selector: str) -> str:
+        return self.run(f"document.querySelector({json.dumps(selector)}).textContent")
+
+    def contrast(self) -> tuple[int, list[Any]]:
+        """The number of elements with text, and those whose contrast with what is below is less
+        than 4.5 (WCAG 2.2, 1.4.3)."""
+        count, failed = self.run(_CONTRAST)
+        return count, failed
+
+    def unnamed(self) -> list[str]:
+        """Pictures and controls without a label or title."""
+        return self.run(_UNNAMED)
 
     def press(self, *keys: str) -> None:
         for key in keys:
