@@ -34,13 +34,12 @@ def pack_map(rows: Sequence[np.ndarray], levels: int) -> str:
     sums = np.array([row.sum() for row in numbers])
     lengths = np.array([row.size for row in numbers])
     k_R = _rice_parameters(sums, lengths)
-    # Each row starts with a number that is coded as k itself: 4 low bits, and no ones before them.
-    q, k, unary = [], [], []
-    for row, row_k in zip(numbers, k_R.tolist(), strict=True):
-        q += [[row_k], row]
-        k += [[_K_BITS], np.full(row.size, row_k)]
-        unary += [[0], (row >> row_k) + 1]
-    q_N, k_N, unary_N = (np.concatenate(parts).astype(np.int64) for parts in (q, k, unary))
+    # Each row starts with the number k, of which all 4 bits are low ones, and no ones come before.
+    starts_R = np.cumsum(lengths) - lengths
+    q_N = np.insert(np.concatenate(numbers), starts_R, k_R)
+    k_N = np.insert(np.repeat(k_R, lengths), starts_R, _K_BITS)
+    unary_N = (q_N >> k_N) + 1  # the ones and the zero
+    unary_N[starts_R + np.arange(len(starts_R))] = 0
     ends_N = np.cumsum(unary_N + k_N)
     bits = np.ones(int(ends_N[-1]), np.uint8)
     low_N = ends_N - k_N  # where the low bits start

@@ -91,15 +91,16 @@ def _about_sinks(inspection: Inspection, names: Sequence[str]) -> list[str]:
     received_LHS = inspection.received_LHS()
     mean_S = received_LHS.mean((0, 1))
     heads_S = (received_LHS > THRESHOLD).sum((0, 1))
-    first, *others = sinks(received_LHS) or [None]
-    if first is None:
+    found = sinks(received_LHS)
+    if not found:
         layer, head, key = np.unravel_index(received_LHS.argmax(), received_LHS.shape)
         most = percent(received_LHS.max())
-        where = f"{names[key]} in layer {layer}, head {head}"
+        where = f"{names[int(key)]} in layer {layer}, head {head}"
         share = (
             f"The largest share of a head's attention that one token receives is {most}: {where}."
         )
         return ["No token is an attention sink.", share]
+    first, *others = found
     heads = f"{heads_S[first]} of {received_LHS[..., 0].size} heads"
     received = f"receives {percent(mean_S[first])} of all attention"
     weighted = percent(inspection.received_LHS(weighted=True).mean((0, 1))[first])

@@ -19,7 +19,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -156,16 +156,23 @@ def _token_ids(
     tokenizer: PreTrainedTokenizerBase | None,
     text: str | Sequence[int] | Sequence[Mapping[str, str]],
 ) -> list[int]:
-    chat = not isinstance(text, str) and any(isinstance(item, Mapping) for item in text)
+    if isinstance(text, str):
+        return prompt_ids(text, _needed(tokenizer))
+    messages = [dict(each) for each in text if isinstance(each, Mapping)]
+    if not messages:
+        return [int(each) for each in cast(Sequence[int], text)]
+    tokenizer = _needed(tokenizer)
+    try:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template is a program that comes with the model
+        raise UserError(f"chat: the chat template failed: {one_line(error)}") from error
+    return prompt_ids(str(prompt), tokenizer)
+
+
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        if chat or isinstance(text, str):
-            raise UserError("tokenizer: None cannot read text; give the model's tokenizer, or ids")
-    elif chat:
-        try:
-            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # the template is a program that comes with the model
-            raise UserError(f"chat: the chat template failed: {one_line(error)}") from error
-    return prompt_ids(text, tokenizer) if isinstance(text, str) else [int(each) for each in text]
+        raise UserError("tokenizer: None cannot read text; give the model's tokenizer, or ids")
+    return tokenizer
 
 
 def _data(inspection: Inspection, texts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
