@@ -84,7 +84,7 @@ def test_the_findings_are_those_of_the_arrays(pages):
     heading, *rest = page.findings
     assert f"{heads} of 12 heads" in heading
     assert f"{100 * share:.0f} %" in heading or f"{100 * share:.1f} %" in heading
-    (activations,) = (sentence for sentence in rest if "Massive activations" in sentence)
+    (activations,) = (sentence for sentence in rest if "massive activations" in sentence)
     assert "in channel 5 of" in activations
     assert any("on the null option" in sentence for sentence in rest)
     assert any("null signal" in sentence for sentence in rest)

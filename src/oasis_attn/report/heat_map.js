@@ -46,7 +46,8 @@ class HeatMap {
 
   /**
    * @param rows  arrays of numbers from -1 to 1, which may differ in length; below 0 is `low`
-   * @param options high, low: CSS variables; apart: columns that stand apart at the left;
+   * @param options high, low: CSS variables; apart: columns that stand apart at the left, in
+   *              the color of the null;
    *              marks: cells [row, column] with a frame; row: a row to frame; height: of the
    *              map, from its width, in pixels; start: the first cell for the keyboard;
    *              labels: of the rows, which are shown where there is space; ends: whether they
@@ -56,7 +57,7 @@ class HeatMap {
     this.rows = rows;
     this.columns = Math.max(...rows.map((row) => row.length));
     Object.assign(this, {
-      low: "--null", apart: 0, marks: [], row: null, height: (width) => width, ends: false,
+      low: "--sink", apart: 0, marks: [], row: null, height: (width) => width, ends: false,
     }, options);
     this.canvas.setAttribute("aria-label", `${label}; arrow keys move from cell to cell`);
     this.draw();
@@ -160,9 +161,9 @@ class HeatMap {
   picture() {
     const picture = new OffscreenCanvas(this.columns, this.rows.length);
     const pen = picture.getContext("2d"), image = pen.createImageData(this.columns, this.rows.length);
-    const [empty, high, low] = ["--empty", this.high, this.low].map(rgb);
+    const [empty, high, low, null_] = ["--empty", this.high, this.low, "--null"].map(rgb);
     this.rows.forEach((row, r) => row.forEach((value, c) => {
-      const end = value < 0 ? low : high, share = Math.min(1, Math.abs(value));
+      const end = c < this.apart ? null_ : value < 0 ? low : high, share = Math.min(1, Math.abs(value));
       const at = 4 * (r * this.columns + c);
       for (let i = 0; i < 3; i++) image.data[at + i] = empty[i] + share * (end[i] - empty[i]);
       image.data[at + 3] = 255;

@@ -109,9 +109,10 @@ def _about_sinks(inspection: Inspection, names: Sequence[str]) -> list[str]:
         f"Weighted by the norm of what heads read, its share is {weighted}.",
     ]
     if others:
-        named = ", ".join(f"{names[key]} in {heads_S[key]}" for key in others[:_SHOWN])
-        more = f", and {len(others) - _SHOWN} more tokens" if len(others) > _SHOWN else ""
-        said.append(f"Further sinks, with their number of heads: {named}{more}.")
+        named = [f"{names[key]} in {_count(heads_S[key], 'head')}" for key in others[:_SHOWN]]
+        more = len(others) - len(named)
+        tail = [_count(more, "more token")] if more else []
+        said.append(f"Further sinks: {', '.join(named + tail)}.")
     return said
 
 
@@ -120,18 +121,23 @@ def _about_activations(inspection: Inspection, names: Sequence[str]) -> str:
     largest_LT = np.abs(inspection.largest_LT)
     layer, token = np.unravel_index(largest_LT.argmax(), largest_LT.shape)
     value = float(inspection.largest_LT[layer, token])
-    where = f"in channel {inspection.channels_LT[layer, token]} of {names[prefix + token]}"
+    where = f"channel {inspection.channels_LT[layer, token]} of {names[prefix + token]}"
     ratio = float(largest_LT[layer, token] / inspection.medians_L[layer])
-    size = f"{number(value)}, {number(ratio)} times the median of its layer"
-    if not inspection.massive:
-        return f"No activation is massive; the largest, {where}, layer {layer}, is {size}."
-    first = inspection.massive[0]
-    tokens = len({each.position for each in inspection.massive})
-    owners = "one token" if tokens == 1 else f"{tokens} tokens"
-    return (
-        f"Massive activations occur at {owners}, from layer {first.layer} on. The largest, {where},"
-        f" layer {layer}, is {size}."
+    largest = (
+        f"The largest is {number(value)}, in {where} after layer {layer}: {number(ratio)} times the"
+        " median."
     )
+    if not inspection.massive:
+        return f"No activation is massive. {largest}"
+    first = inspection.massive[0].layer
+    tokens = len({each.position for each in inspection.massive})
+    have = f"{_count(tokens, 'token')} {'has' if tokens == 1 else 'have'}"
+    return f"{have} massive activations, from layer {first} on. {largest}"
+
+
+def _count(number: int, noun: str) -> str:
+    """`1 head`, `2 heads`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _moved(on: DepthWeights, off: DepthWeights) -> float:

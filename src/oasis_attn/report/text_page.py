@@ -28,7 +28,7 @@ from oasis_attn.errors import UserError, check_whole, one_line
 from oasis_attn.files import write_text
 from oasis_attn.measure.inspect_text import Inspection, inspect_text
 from oasis_attn.records.environment import current_environment
-from oasis_attn.report.html import THEME, paragraph, table_block
+from oasis_attn.report.html import THEME, table_block
 from oasis_attn.report.packing import LEVELS, pack_map, packed_bytes
 from oasis_attn.report.text_findings import findings, massive_table, sinks, token_names
 
@@ -116,7 +116,7 @@ def text_page(inspection: Inspection, texts: Sequence[str], *, total: int) -> Te
         style=THEME + _read("text_page.css"),
         about=escape(_about(inspection, total)),
         heading=escape(heading, quote=False),
-        lead=paragraph(" ".join(further)),
+        lead="\n".join(f"<li>{escape(sentence, quote=False)}</li>" for sentence in further),
         massive="" if table is None else table_block(table),
         footer=escape(_footer()),
         data=_json(_data(inspection, texts, names)),
