@@ -215,7 +215,8 @@ class _Recorder:
         value_SHd = value_SGd.repeat_interleave(heads // value_SGd.shape[1], dim=1)
         null_norms_HT = torch.zeros_like(call.null_BHT[0])
         if call.null_output_BHTd is not None:
-            null_norms_HT = self._norms(call.layer, call.null_output_BHTd[0].transpose(0, 1))
+            null_THd = call.null_output_BHTd[0].transpose(0, 1).to(value_SHd.dtype)
+            null_norms_HT = self._norms(call.layer, null_THd)
         self._record(
             call.layer,
             attention=call.rows(0, length)[0],
@@ -227,7 +228,6 @@ class _Recorder:
     def _norms(self, layer: int, value_NHd: Tensor) -> Tensor:
         """Norms of the images of values, [H, N]."""
         projection = self._projections[layer]
-        value_NHd = value_NHd.to(next(projection.parameters()).dtype)
         images = (value_images(part, projection) for part in value_NHd.split(_POSITIONS))
         return torch.cat([x_NHD.norm(dim=-1) for x_NHD in images]).T
 

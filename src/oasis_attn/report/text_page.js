@@ -61,7 +61,7 @@ function attention() {
 
 const columnName = (c) => (c < NULL ? "the null option" : data.names[c - NULL]);
 const readName = (t) => data.names[P + t];
-const amount = (x) => (state.weighted ? number(x) : percent(x));
+const amount = (x) => (state.weighted ? number(Number(x.toPrecision(3))) : percent(x));
 
 // --- The text --------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ function drawText() {
     option.classList.toggle("read", kind === "read");
   });
   const tint = { received: "var(--sink-tint)", null: "var(--null-tint)", read: "var(--read-tint)" };
-  legend("text-scale", tint[kind], "0", state.weighted && row ? number(most) : "100 %");
+  legend("text-scale", tint[kind], "0", state.weighted && row ? amount(most) : "100 %");
 }
 
 function selectToken(token) {
@@ -185,7 +185,7 @@ function drawAttention() {
     { high: "--read", apart: NULL, row: state.token, start: [state.token, NULL],
       labels: data.tokens.slice(P).map((text) => shown(text).trim()), ends: true });
   legend("attention-scale", "var(--read)", "0",
-    state.weighted ? `${number(most)} (norm)` : "100 % of a token's attention");
+    state.weighted ? `${amount(most)} (norm)` : "100 % of a token's attention");
 }
 
 function drawReads() {
