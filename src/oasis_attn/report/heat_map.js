@@ -3,7 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 
-// --- Colors ----------------------------------------------------------------------------------------
+// --- Colors -------------------------------------------------------------------------------------
 
 const painter = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 
@@ -21,7 +21,7 @@ function legend(id, color, low, high, from = "var(--empty)") {
   $(id).replaceChildren(low, bar, high);
 }
 
-// --- Maps ------------------------------------------------------------------------------------------
+// --- Maps ---------------------------------------------------------------------------------------
 
 /** A heat map on a canvas, which mouse, touch and arrow keys explore. */
 class HeatMap {
@@ -160,10 +160,12 @@ class HeatMap {
   /** One pixel a cell. */
   picture() {
     const picture = new OffscreenCanvas(this.columns, this.rows.length);
-    const pen = picture.getContext("2d"), image = pen.createImageData(this.columns, this.rows.length);
+    const pen = picture.getContext("2d");
+    const image = pen.createImageData(this.columns, this.rows.length);
     const [empty, high, low, null_] = ["--empty", this.high, this.low, "--null"].map(rgb);
     this.rows.forEach((row, r) => row.forEach((value, c) => {
-      const end = c < this.apart ? null_ : value < 0 ? low : high, share = Math.min(1, Math.abs(value));
+      const end = c < this.apart ? null_ : value < 0 ? low : high;
+      const share = Math.min(1, Math.abs(value));
       const at = 4 * (r * this.columns + c);
       for (let i = 0; i < 3; i++) image.data[at + i] = empty[i] + share * (end[i] - empty[i]);
       image.data[at + 3] = 255;
@@ -179,11 +181,14 @@ function roving(elements, columns, select) {
     element.tabIndex = -1;
     element.addEventListener("click", () => select(i));
     element.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
-      let to = step ? i + step : { Home: 0, End: elements.length - 1, Enter: i, " ": i }[event.key];
+      const last = elements.length - 1;
+      let to = {
+        ArrowLeft: i - 1, ArrowRight: i + 1, ArrowUp: i - columns, ArrowDown: i + columns,
+        Home: 0, End: last, Enter: i, " ": i,
+      }[event.key];
       if (to === undefined) return;
       event.preventDefault();
-      to = to < 0 || to >= elements.length ? i : to;
+      if (to < 0 || to > last) to = i;
       elements[to].focus();
       select(to);
     });

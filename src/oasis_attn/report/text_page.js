@@ -11,7 +11,7 @@ const root = Math.sqrt; // the color scale of probabilities: small ones stay vis
 
 const state = { layer: 0, head: 0, token: T - 1, weighted: false };
 
-// --- The packed maps: see packing.py -------------------------------------------------------------
+// --- The packed maps: see packing.py ------------------------------------------------------------
 
 function unpack(text, lengths, levels) {
   const bytes = atob(text);
@@ -63,7 +63,7 @@ const columnName = (c) => (c < NULL ? "the null option" : data.names[c - NULL]);
 const readName = (t) => data.names[P + t];
 const amount = (x) => (state.weighted ? number(Number(x.toPrecision(3))) : percent(x));
 
-// --- The text --------------------------------------------------------------------------------------
+// --- The text -----------------------------------------------------------------------------------
 
 const shown = (text) => text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t") || "·";
 const options = data.tokens.map((text, j) => {
@@ -83,8 +83,8 @@ function describeToken(j) {
   const parts = [`receives ${percent(data.received[j])} of all attention`];
   if (NULL && j >= P) parts.push(`null probability ${percent(data.nullOfToken[j - P])}`);
   if (j >= P) {
-    const [layer, cell] = largestOfToken(j - P);
-    parts.push(`largest activation ${number(cell.value)} (layer ${layer}, channel ${cell.channel})`);
+    const [layer, { value, channel }] = largestOfToken(j - P);
+    parts.push(`largest activation ${number(value)} (layer ${layer}, channel ${channel})`);
   }
   $("token-readout").textContent = `${data.names[j]}: ${parts.join("; ")}`;
 }
@@ -115,7 +115,7 @@ function selectToken(token) {
   drawDepth();
 }
 
-// --- The heads -------------------------------------------------------------------------------------
+// --- The heads ----------------------------------------------------------------------------------
 
 /** A row of the grid: the header of a row or a corner, and a cell for each head. */
 function gridRow(header, cell) {
@@ -190,7 +190,8 @@ function drawAttention() {
 
 function drawReads() {
   const row = attention()[state.token], total = row.reduce((sum, x) => sum + x, 0) || 1;
-  const order = [...row.keys()].filter((c) => row[c] > 0).sort((a, b) => row[b] - row[a]).slice(0, 8);
+  const read = [...row.keys()].filter((c) => row[c] > 0);
+  const order = read.sort((a, b) => row[b] - row[a]).slice(0, 8);
   $("reads-title").textContent = `${readName(state.token)} reads`;
   $("reads").replaceChildren(...order.map((c) => {
     const item = document.createElement("li"), name = document.createElement("span");
@@ -213,7 +214,7 @@ function selectHead(layer, head) {
   drawAttention();
 }
 
-// --- Activations -----------------------------------------------------------------------------------
+// --- Activations --------------------------------------------------------------------------------
 
 const activation = (layer, t) =>
   ({ value: data.largest[layer][t], channel: data.channels[layer][t] });
@@ -244,11 +245,12 @@ function drawActivations() {
     data.largest.map((row) => row.map(scaled)),
     { high: "--peak", marks: data.massive, labels: data.largest.map((_, layer) => layer),
       height: (width) => Math.min(14 * L, Math.max(0.35 * width, 180)) });
+  const note = data.massive.length ? "; framed: massive" : "";
   legend("activations-scale", "var(--peak)", Math.exp(low).toPrecision(2),
-    `${number(Math.exp(low + span))}, logarithmic${data.massive.length ? "; framed: massive" : ""}`);
+    `${number(Math.exp(low + span))}, logarithmic${note}`);
 }
 
-// --- Depth routing ---------------------------------------------------------------------------------
+// --- Depth routing ------------------------------------------------------------------------------
 
 const depthCache = new Map();
 
@@ -294,7 +296,7 @@ function drawDepth() {
   } else legend("depth-scale", "var(--read)", "0", "100 % of a router's weight");
 }
 
-// --- Start -----------------------------------------------------------------------------------------
+// --- Start --------------------------------------------------------------------------------------
 
 document.body.classList.toggle("with-null", data.hasNull);
 document.body.classList.toggle("with-signal", Boolean(data.depth?.off));

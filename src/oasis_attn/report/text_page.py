@@ -27,10 +27,11 @@ from oasis_attn.data.tokens import prompt_ids, token_texts
 from oasis_attn.errors import UserError, check_whole, one_line
 from oasis_attn.files import write_text
 from oasis_attn.measure.inspect_text import Inspection, inspect_text
+from oasis_attn.measure.sink_tokens import THRESHOLD
 from oasis_attn.records.environment import current_environment
 from oasis_attn.report.html import THEME, table_block
 from oasis_attn.report.packing import LEVELS, pack_map, packed_bytes
-from oasis_attn.report.text_findings import findings, massive_table, sinks, token_names
+from oasis_attn.report.text_findings import findings, massive_table, percent, sinks, token_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,6 +118,7 @@ def text_page(inspection: Inspection, texts: Sequence[str], *, total: int) -> Te
         about=escape(_about(inspection, total)),
         heading=escape(heading, quote=False),
         lead="\n".join(f"<li>{escape(sentence, quote=False)}</li>" for sentence in further),
+        threshold=percent(THRESHOLD),
         massive="" if table is None else table_block(table),
         footer=escape(_footer()),
         data=_json(_data(inspection, texts, names)),
