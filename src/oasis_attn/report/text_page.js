@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const L = data.layers, H = data.heads, S = data.tokens.length, P = data.prefix, T = S - P;
 const NULL = data.hasNull ? 1 : 0; // columns before the keys
 const chosen = (name) => document.querySelector(`input[name=${name}]:checked`).value;
-const percent = (x) => `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)} %`;
+const percent = (x) => `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)}\u00a0%`;
 const number = (x) => x.toLocaleString("en-US", { maximumSignificantDigits: 5 });
 const root = Math.sqrt; // the color scale of probabilities: small ones stay visible
 

@@ -116,8 +116,8 @@ def text_page(inspection: Inspection, texts: Sequence[str], *, total: int) -> Te
         title=escape(f"{_model_name(inspection)}: attention and activations on a text"),
         style=THEME + _read("text_page.css"),
         about=escape(_about(inspection, total)),
-        heading=escape(heading, quote=False),
-        lead="\n".join(f"<li>{escape(sentence, quote=False)}</li>" for sentence in further),
+        heading=_text(heading),
+        lead="\n".join(f"<li>{_text(sentence)}</li>" for sentence in further),
         threshold=percent(THRESHOLD),
         massive="" if table is None else table_block(table),
         footer=escape(_footer()),
@@ -278,6 +278,11 @@ def _numbers(x: np.ndarray) -> dict[str, Any]:
 def _rounded(x: np.ndarray) -> list[float]:
     """Numbers with five significant digits."""
     return [float(f"{value:.5g}") for value in x.tolist()]
+
+
+def _text(sentence: str) -> str:
+    """A sentence as HTML, in which no line ends before a percent sign."""
+    return escape(sentence, quote=False).replace(" %", "&nbsp;%")
 
 
 def _json(data: dict[str, Any]) -> str:
