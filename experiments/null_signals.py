@@ -4,13 +4,14 @@
                    than a factor of three
 `attention_only`   psi of an MLP is 0: the null probability of an attention layer does not reduce
                    the weight of the following MLP
+`mlp_only`         psi of attention is 0
 `by_head`          psi is a learned combination of the heads; its initial value is their mean
 `silence`          -log(1 - null), with the mean over heads and a floor: the depth weight of a
                    branch is multiplied by (1 - null)^beta, so that a silent branch loses its weight
 `silence_attention`, `silence_mlp`    the same for one kind of branch; psi of the other kind is 0
 
-With `_shuffled` or `_averaged`, `silence` and `silence_mlp` are permuted or averaged over all tokens
-of the batch, as `shuffled` and `averaged` of the library: controls without the information.
+With `_shuffled` or `_averaged`, `silence` and `silence_mlp` are permuted or averaged over all
+tokens of the batch, as `shuffled` and `averaged` of the library: controls without the information.
 
 Use them with `oasis --extension experiments/null_signals.py ...`, or import the file in Python.
 
@@ -70,6 +71,10 @@ def silence_attention(null_BHT: Tensor, layer: int) -> tuple[Tensor, None]:  # n
     return silence_of(null_BHT), None
 
 
+def mlp_only(null_BHT: Tensor, layer: int) -> tuple[None, Tensor]:  # noqa: ARG001
+    return None, null_BHT.mean(1)
+
+
 class ByHead(nn.Module):
     """psi = mean_h a_h null_h, with a learned weight a for each head of each layer."""
 
@@ -84,6 +89,7 @@ class ByHead(nn.Module):
 
 register_null_signal("log", log)
 register_null_signal("attention_only", attention_only)
+register_null_signal("mlp_only", mlp_only)
 register_null_signal("by_head", ByHead)
 register_null_signal("silence_attention", silence_attention)
 register_silence("", keep)
