@@ -28,8 +28,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from oasis_attn.data.trigger import TriggerBatch, trigger_task
 from oasis_attn.extension_files import load_extensions
-from oasis_attn.lab import DecoderTraining, TrainedDecoder, train_decoder
-from oasis_attn.lab.decoder import LAB_SIZES, embed, predict
+from oasis_attn.lab import DecoderTraining, train_decoder
+from oasis_attn.lab.decoder import LAB_SIZES, TrainedDecoder, embed, predict
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.report.markdown import markdown
