@@ -34,7 +34,7 @@ from pages import DOCS, RESULTS, fill
 from pages import published as published_studies
 
 PAGE = DOCS / "lab.md"
-STUDIES = ("necessity", "necessity-depth")
+STUDIES = ("necessity", "necessity-depth", "necessity-win")
 LAB = RESULTS / "lab"
 UNPUBLISHED = "This study is not published yet.\n"
 BATCH = ", batch 32"  # of the models whose thresholds are shown
@@ -56,7 +56,10 @@ DRAWN = ("sink.idle_largest", "task.error", "task.error@w8a8-static-full")
 
 def page(text: str) -> str:
     """docs/lab.md with every table generated again."""
-    generators = source, thresholds, learned_nulls, rows, verdicts, criteria, growth, depth_verdicts
+    generators = (
+        *(source, thresholds, learned_nulls, rows, verdicts, criteria, growth, depth_verdicts),
+        *(signal_rows, signal_verdicts, signal_criteria),
+    )
     return fill(PAGE, text, "lab_page.py", generators)
 
 
@@ -119,7 +122,16 @@ def learned_nulls() -> str:
 
 def rows() -> str:
     """The results of each variant of `necessity`."""
-    results = published("necessity")
+    return _rows("necessity")
+
+
+def signal_rows() -> str:
+    """The results of each variant of `necessity-win`."""
+    return _rows("necessity-win")
+
+
+def _rows(name: str) -> str:
+    results = published(name)
     if results is None:
         return UNPUBLISHED
     known = {metric.name: metric for metric in results.metrics}
@@ -133,7 +145,7 @@ def rows() -> str:
         else:
             missing.append(variant)
     columns = "variant", *(header for header, _ in chosen.values())
-    lines = [f"[`necessity`](results/necessity/tables.md): {progress_text(results)}"]
+    lines = [f"[`{name}`](results/{name}/tables.md): {progress_text(results)}"]
     if missing:
         lines.append(f"These variants have no trials yet: {', '.join(missing)}.")
     text = " ".join(lines)
@@ -161,7 +173,16 @@ def verdicts() -> str:
 
 def criteria() -> str:
     """The acceptance criteria of `necessity`: one column per metric, the worst baseline named."""
-    results = published("necessity")
+    return _criteria("necessity")
+
+
+def signal_criteria() -> str:
+    """The same criteria for the candidates of `necessity-win`."""
+    return _criteria("necessity-win")
+
+
+def _criteria(study: str) -> str:
+    results = published(study)
     if results is None:
         return UNPUBLISHED
     known = {metric.name: metric for metric in study_metrics(results.plan.schemes)}
@@ -202,6 +223,11 @@ def growth() -> str:
 def depth_verdicts() -> str:
     """The verdict on each claim of `necessity-depth`."""
     return _verdicts("necessity-depth")
+
+
+def signal_verdicts() -> str:
+    """The verdict on each claim of `necessity-win`."""
+    return _verdicts("necessity-win")
 
 
 def _verdicts(name: str) -> str:
