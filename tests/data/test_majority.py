@@ -64,13 +64,12 @@ def test_every_answer_is_the_class_of_most_words_so_far(task):
 
 def test_rates(task):
     documents = some(task)
-    pairs = [pair for words in documents for pair in pairwise(words)]
+    words_only = [[word for word in words if WORD.fullmatch(word)] for words in documents]
     after = [b for words in documents for a, b in pairwise(words[3:-1]) if WORD.fullmatch(a)]
     assert after.count(QUESTION) / len(after) == pytest.approx(task.rate, abs=0.01)
     followers: dict[str, Counter[str]] = {}
-    for a, b in pairs:
-        if WORD.fullmatch(a) and b != QUESTION:
-            followers.setdefault(a, Counter())[b] += 1
+    for a, b in (pair for words in words_only for pair in pairwise(words)):
+        followers.setdefault(a, Counter())[b] += 1
     successors = {a: found.most_common(1)[0][0] for a, found in followers.items()}
     words = task.classes * task.class_words
     assert len(set(successors.values())) == len(successors) == words
@@ -81,7 +80,7 @@ def test_rates(task):
 def test_the_text_never_changes():
     """The same for every Python and NumPy; other text would be another corpus to train on."""
     text = "\n".join(islice(MajorityTask().documents(), 500))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "7d26de3a241d7138"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "99282ebef909d21b"
     assert next(MajorityTask().documents(seed=1)) != next(MajorityTask().documents())
 
 
