@@ -147,7 +147,7 @@ def test_mixed_with_text(tmp_path, monkeypatch):
         (lambda: load_corpus("majorty"), "did you mean 'majority'"),
         (lambda: load_corpus("majority-64+stdlb"), "did you mean 'stdlib'"),
         (lambda: load_corpus("majority+majority-32"), "has two tasks"),
-        (lambda: corpus_tokenizer(load_corpus("majority"), 512), "vocab_size: 512 is not 264"),
+        (lambda: corpus_tokenizer(load_corpus("majority"), 512), "vocab_size: 512 is not 140"),
         (
             lambda: corpus_tokenizer(load_corpus("majority+pydoc"), 517),
             "vocab_size: 517 is not a whole number from 518 to",

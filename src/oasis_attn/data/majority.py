@@ -1,6 +1,6 @@
 """`majority`: generated sequences of words on which a language model with softmax forms sinks.
 
-    <b7> <a3> <a59> <d12> <b7> <a3> <?> <A> <c40> <c21> <a5> <?> <A> ...
+    <b7> <a3> <a15> <h12> <b7> <a3> <?> <A> <c10> <c2> <a5> <?> <A> ...
 
 Each word belongs to a class, which is the letter in it.  After a question `<?>` comes the answer:
 the class of most words so far (of classes with equally many, the first in the alphabet).  So a head
@@ -52,8 +52,8 @@ class MajorityTask:
     """
 
     window: int = 64
-    classes: int = 4
-    class_words: int = 64
+    classes: int = 8
+    class_words: int = 16
     rate: float = 0.12
     noise: float = 0.5
 
