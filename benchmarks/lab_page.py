@@ -141,11 +141,14 @@ def _rows(name: str) -> str:
         values = {metric: [*results.values(metric, variant).values()] for metric in chosen}
         if any(values.values()):
             cells = (_cell(m, values[m], spread=spread) for m, (_, spread) in chosen.items())
-            measured.append((variant, *cells))
+            seeds = max(map(len, values.values()))
+            measured.append((variant, str(seeds), *cells))
         else:
             missing.append(variant)
-    columns = "variant", *(header for header, _ in chosen.values())
+    columns = "variant", "seeds", *(header for header, _ in chosen.values())
     lines = [f"[`{name}`](results/{name}/tables.md): {progress_text(results)}"]
+    if len(results.records) < len(results.plan.trials):
+        lines.append("The study is not finished; tables and verdicts are of the finished trials.")
     if missing:
         lines.append(f"These variants have no trials yet: {', '.join(missing)}.")
     text = " ".join(lines)
