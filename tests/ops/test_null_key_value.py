@@ -226,6 +226,32 @@ def test_low_precision_follows_float64(dtype, T):
         torch.testing.assert_close(low.double(), high, rtol=rtol, atol=atol * scale)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize(("T", "S"), [(1, 65), (128, 128), (300, 300)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "flex"])
+def test_cuda_follows_float64(dtype, form, M, T, S, masked, backend):
+    if form == "value" and M > 1:
+        pytest.skip("nulls that differ in their value alone are one null")
+    wide = tensors(T, S, form, M=M, d=64, own=64)
+    wide = [x if x is None else x.detach().to("cuda", dtype) for x in wide]
+    keywords = {"attn_mask": window(T, S, 40).cuda()} if masked else {"is_causal": T == S}
+    results = []
+    for precision in (dtype, torch.float64):
+        inputs = [x if x is None else x.to(precision).requires_grad_() for x in wide]
+        chosen = backend if precision == dtype else "naive"
+        outs = call(inputs, **keywords, backend=chosen)
+        leaves = [x for x in inputs if x is not None]
+        grads = torch.autograd.grad(outs[0].sum() + outs[1].square().sum(), leaves)
+        results.append((*outs, *grads))
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for low, high in zip(*results, strict=True):
+        assert (low.double() - high).norm() <= tolerance * high.norm().clamp(min=1)
+
+
 def test_logits_too_large_for_the_log_sum_exp():
     inputs = [x if x is None else x.detach().requires_grad_() for x in tensors(6, 6, own=8)]
     mask = torch.full((6, 6), -1e5, dtype=torch.float64)  # finite: the nulls are not masked
