@@ -63,6 +63,8 @@ class OasisTrainer(Trainer):
         self._rates = rates
         self._teacher = None if teacher is None else teacher.to(self.args.device)
         self._distill_weight = distill_weight
+        if teacher is not None:
+            self.loss_is_scaled_for_ga = True  # see `_loss`
         self._weight = penalty
         self._penalty = OutlierPenalty(model) if penalty else None
         self._penalties: list[Tensor] = []  # one per forward pass since the last log
@@ -131,11 +133,16 @@ class OasisTrainer(Trainer):
         if self._teacher is None:
             plain: Tensor = super().compute_loss(model, inputs, **kwargs)
             return plain
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        ids_BT, weight = inputs["input_ids"], self._distill_weight
+        if weight == 1:
+            loss, outputs = 0.0, model(input_ids=ids_BT, use_cache=False)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         with torch.no_grad():
-            aim = self._teacher(input_ids=inputs["input_ids"], use_cache=False).logits
-        weight, passes = self._distill_weight, self.current_gradient_accumulation_steps
-        return (1 - weight) * loss + weight * divergence(aim, outputs.logits) / passes
+            aim_BTV = self._teacher(input_ids=ids_BT, use_cache=False).logits
+        distance = divergence(aim_BTV, outputs.logits)
+        # This divergence is a mean over one forward pass; the loss is scaled already.
+        return (1 - weight) * loss + weight / self.current_gradient_accumulation_steps * distance
 
     def _share(self) -> float:
         """Weight of one forward pass's penalty in the step; the Trainer scales the loss itself."""
