@@ -143,8 +143,8 @@ class TrainingConfig:
             )
         if self.null_to_logit and self.from_model is None:
             raise UserError(
-                f"null_to_logit: {self.null_to_logit!r} needs from_model, a model with key-and-value"
-                " nulls"
+                f"null_to_logit: {self.null_to_logit!r} needs from_model, a model whose nulls have"
+                " values"
             )
         for name in ("weight_decay", "clip", "outlier_penalty"):
             check_at_least(name, getattr(self, name), 0, _LARGEST)

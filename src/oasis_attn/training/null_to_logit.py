@@ -1,14 +1,15 @@
 """Turn a null with keys and values into a plain null, a logit per head, during training.
 
 A null whose key and value are those of a pretrained model's first token takes over its sink
-(`oasis convert --null-from-sink`).  The plain null has value 0 and the same logit c for all queries.
+(`oasis convert --null-from-sink`).  The plain null has value 0, and the same logit c for every
+query.
 Over N steps, with f falling linearly from 1 to 0,
 
     key = f key_0        value = f value_0        c = f c_0 + (1 - f) mean(logit of the null)
 
 and the output projection gets a bias, to which (1 - f) times the projected mean of what the null
-adds to the output is added.  The means are over tokens of the training corpus, in the initial model.
-Keys and values are not trained; c, the bias and all other weights are.
+adds to the output is added.  The means are over tokens of the training corpus, in the initial
+model.  Keys and values are not trained; c, the bias and all other weights are.
 
 Axes: B batch, H heads, T tokens, M nulls, d head width, D width.
 """
