@@ -1,21 +1,25 @@
-"""`oasis convert`: convert a pretrained model to OASIS, or back, without changing its logits."""
+"""`oasis convert`: convert a pretrained model to OASIS, or back."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from oasis_attn.cli.terminal import (
     AsJson,
     TrustRemoteCode,
+    check_text,
     pairs,
     print_json,
     print_table,
     working,
 )
-from oasis_attn.errors import check_choice
+from oasis_attn.errors import UserError, check_choice
+
+if TYPE_CHECKING:
+    from oasis_attn.records import ConversionRecord
 
 
 def convert(
@@ -25,7 +29,10 @@ def convert(
     out: Annotated[Path, Argument(help="A new folder for the converted model.")],
     variant: Annotated[
         str | None,
-        Option(help="A variant of `oasis variants`. Default: oasis.", show_default=False),
+        Option(
+            help="A variant of `oasis variants`. Default: oasis; with --null-from-sink, kv_null.",
+            show_default=False,
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -46,19 +53,94 @@ def convert(
         bool,
         Option("--to-vanilla", help="Convert an OASIS checkpoint back to its own model family."),
     ] = False,
+    null_from_sink: Annotated[
+        bool,
+        Option(
+            "--null-from-sink",
+            help="Move the attention sink of the model into a null, without training. This changes"
+            " the outputs; the effect is measured.",
+        ),
+    ] = False,
+    nulls: Annotated[
+        int | None,
+        Option(
+            help="With --null-from-sink: maximum number of nulls of each head; those after the"
+            " first replace secondary sinks. Default: 1.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        Option(
+            help="With --null-from-sink: corpus to compute the nulls from, a name or a local text"
+            " file. Default: stdlib.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_split: Annotated[
+        str | None,
+        Option(help="Split of the calibration corpus. Default: train.", show_default=False),
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        Option(
+            help="With --null-from-sink: corpus for the measurements. Default: the calibration"
+            " corpus.",
+            show_default=False,
+        ),
+    ] = None,
+    evaluation_split: Annotated[
+        str | None,
+        Option(help="Split of the evaluation corpus. Default: test.", show_default=False),
+    ] = None,
+    window: Annotated[
+        int | None,
+        Option(help="With --null-from-sink: tokens per window. Default: 512.", show_default=False),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        Option(
+            help="With --null-from-sink: maximum number of windows for calibration, and for the"
+            " measurements. They are spread over the split. Default: 16.",
+            show_default=False,
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a pretrained model. Its outputs are unchanged until it is trained.
+    """Convert a pretrained model.
+
+    Its outputs are unchanged until it is trained, unless --null-from-sink is given.
 
     Example: [bold]oasis convert smollm2 converted --config depth_block_size=4[/bold]
+
+    Example: [bold]oasis convert smollm2 retrofitted --null-from-sink --nulls 2[/bold]
     """
     from oasis_attn.files import check_free
     from oasis_attn.hub.locate import DTYPES, find_model
     from oasis_attn.modeling.settings import check_names
     from oasis_attn.modeling.variants import settings_of
 
+    options: dict[str, Any] = {
+        "nulls": nulls,
+        "calibration": calibration,
+        "calibration_split": calibration_split,
+        "evaluation": evaluation,
+        "evaluation_split": evaluation_split,
+        "window": window,
+        "windows": windows,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and not null_from_sink:
+        raise UserError(f"{next(iter(options))}: it has an effect only with --null-from-sink")
+    if null_from_sink and to_vanilla:
+        raise UserError("to_vanilla: cannot be combined with --null-from-sink")
     changed = pairs("--config", settings)
+    if null_from_sink:
+        from oasis_attn.hub.null_options import check_null_from_sink
+
+        limits = {name: options[name] for name in ("nulls", "window", "windows") if name in options}
+        check_null_from_sink(changed, **limits)
     if variant is not None:
         settings_of(variant)
     check_names(changed)
@@ -66,19 +148,29 @@ def convert(
     check_free(out)
     find_model(model)
 
+    common: dict[str, Any] = {
+        "variant": variant,
+        "overrides": changed,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+    }
+    if null_from_sink:
+        from oasis_attn.measure.sink_conversion import null_from_sink_checkpoint
+
+        check_text(calibration or "stdlib", calibration_split or "train")
+        with working(f"converting {model}", as_json=as_json) as report:
+            record = null_from_sink_checkpoint(model, out, progress=report, **common, **options)
+        if as_json:
+            print(record.to_json())
+        else:
+            _show(record)
+        return
+
     from oasis_attn.hub.convert import convert_checkpoint
     from oasis_attn.report import Table
 
     with working(f"converting {model}", as_json=as_json):
-        converted = convert_checkpoint(
-            model,
-            out,
-            variant=variant,
-            overrides=changed,
-            dtype=dtype,
-            back=to_vanilla,
-            trust_remote_code=trust_remote_code,
-        )
+        converted = convert_checkpoint(model, out, back=to_vanilla, **common)
     facts = {
         "folder": str(out),
         "model_type": converted.config.model_type,
@@ -92,3 +184,33 @@ def convert(
     else:
         rows = tuple((name, str(value)) for name, value in facts.items())
         print_table(Table(title="Converted", columns=("", ""), rows=rows, text_columns=2))
+
+
+_SHOWN = (
+    "perplexity.windowed",
+    "outlier.max_activation",
+    "outlier.activation_size",
+    "sink.mass",
+    "sink.max_mass",
+)
+
+
+def _show(record: ConversionRecord) -> None:
+    from oasis_attn.report import Table
+
+    rows = [(name, *(f"{value:.4g}" for value in record.before_after(name))) for name in _SHOWN]
+    rows.append(("null.mass", "", f"{record.metric('null.mass', 'after').value:.4g}"))
+    count = f"{record.nulls} null{'s' if record.nulls > 1 else ''}"
+    extra = f", from the first token and {', '.join(map(repr, record.texts))}"
+    title = f"{record.model.name} with {count}{extra if record.texts else ''}"
+    print_table(Table(title=title, columns=("metric", "before", "after"), rows=tuple(rows)))
+
+    rows = []
+    for where in ("before", "after"):
+        largest = record.tables[where]["largest"]
+        layer, row = max(enumerate(largest), key=lambda item: abs(item[1]["value"]))
+        place = (layer, row["channel"], row["position"])
+        rows.append((where, repr(row["text"]), *map(str, place), f"{row['value']:.4g}"))
+    columns = ("", "token", "layer", "channel", "position", "value")
+    title = "Largest activation"
+    print_table(Table(title=title, columns=columns, rows=tuple(rows), text_columns=2))

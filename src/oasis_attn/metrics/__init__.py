@@ -16,7 +16,14 @@ from oasis_attn.metrics.benchmarks import BENCHMARKS
 from oasis_attn.metrics.definition import Definition
 from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, SINKS
 from oasis_attn.metrics.lab import LAB
-from oasis_attn.metrics.runs import LANGUAGE, QUANTIZATION, STUDY_QUANTIZED, TASKS, TRAINING
+from oasis_attn.metrics.runs import (
+    CONVERSION,
+    LANGUAGE,
+    QUANTIZATION,
+    STUDY_QUANTIZED,
+    TASKS,
+    TRAINING,
+)
 
 __all__ = ["GLOSSARY", "SECTIONS", "Definition", "definitions"]
 
@@ -29,6 +36,7 @@ SECTIONS: dict[str, tuple[Definition, ...]] = {
     "Tasks": TASKS,
     "Training and studies": TRAINING,
     "Quantization and prefixes": QUANTIZATION,
+    "Conversion with a null from the sink": CONVERSION,
     "Quantized models in a study": STUDY_QUANTIZED,
     "Decoders on generated tasks": LAB,
     "Benchmarks": BENCHMARKS,

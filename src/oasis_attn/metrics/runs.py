@@ -1,4 +1,4 @@
-"""The metrics of `train`, `evaluate`, `quantize`, `prefix` and `study`."""
+"""The metrics of `train`, `evaluate`, `quantize`, `prefix`, `convert` and `study`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ _MAJORITY = (
 )
 _TARGETS = "`quantize`: for each quantized target (`where`)"
 _PREFIX = "`prefix`: `where` is `before` (without the prefix) or `after` (with the prefix)"
+_CONVERSION = (
+    "`convert --null-from-sink`: `where` is `before` or `after` the conversion, as for the other "
+    "metrics in its records"
+)
 _STUDY = "`study`: the same model quantized with <scheme>; otherwise as the metric before the @"
 
 LANGUAGE = (
@@ -28,8 +32,8 @@ LANGUAGE = (
         definition="exp(`loss.windowed`)",
         unit="1",
         better="lower",
-        protocol="as `loss.windowed`; `where` is `before` or `after` in records of `quantize` and "
-        "`prefix`, and the scheme and method in the quantization benchmark",
+        protocol="as `loss.windowed`; `where` is `before` or `after` in records of `quantize`, "
+        "`prefix` and `convert`, and the scheme and method in the quantization benchmark",
     ),
     Definition(
         name="loss.strided",
@@ -216,6 +220,24 @@ QUANTIZATION = (
         unit="activation",
         better="lower",
         protocol=f"{_PREFIX}; over all evaluation windows, n windows",
+    ),
+)
+
+CONVERSION = (
+    Definition(
+        name="outlier.max_activation",
+        definition="max |x| over all layer outputs",
+        unit="activation",
+        better="lower",
+        protocol=f"{_CONVERSION}; over all evaluation windows, n windows; without a prefix the "
+        "same as `prefix.max_hidden`",
+    ),
+    Definition(
+        name="outlier.activation_size",
+        definition="geometric mean over layers of max |x| of the layer output",
+        unit="activation",
+        better="lower",
+        protocol="as `outlier.max_activation`",
     ),
 )
 

@@ -14,6 +14,7 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths, describe_model
 from oasis_attn.hub.prefix import check_can_have_prefix, compute_prefix, with_prefix
+from oasis_attn.progress import Progress, Steps, no_progress
 from oasis_attn.quantization.options import check_prefix
 from oasis_attn.quantization.prefix_search import (
     find_prefix,
@@ -21,7 +22,6 @@ from oasis_attn.quantization.prefix_search import (
     range_noise,
     tune_prefix,
 )
-from oasis_attn.quantization.progress import Progress, Steps, no_progress
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import perplexity
 from oasis_attn.quantization.simulate import check_unquantized, quantize

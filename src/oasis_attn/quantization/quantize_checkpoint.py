@@ -20,10 +20,10 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths
 from oasis_attn.ops.token_losses import token_losses
+from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8
 from oasis_attn.quantization.options import check_quantization
-from oasis_attn.quantization.progress import Progress, no_progress
 from oasis_attn.quantization.record import quantization_record
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import (

@@ -11,6 +11,7 @@ from oasis_attn.records.environment import Environment, current_environment, pro
 from oasis_attn.records.infos import BlocksInfo, ModelInfo, TextInfo, TrainingData
 from oasis_attn.records.kinds import (
     BenchmarkRecord,
+    ConversionRecord,
     DiagnosisRecord,
     EvaluationRecord,
     ModelRecord,
@@ -23,6 +24,7 @@ from oasis_attn.records.kinds import (
 __all__ = [
     "BenchmarkRecord",
     "BlocksInfo",
+    "ConversionRecord",
     "DiagnosisRecord",
     "Environment",
     "EvaluationRecord",

@@ -130,6 +130,29 @@ class PrefixRecord(_BeforeAfter):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConversionRecord(_BeforeAfter):
+    """A model `before` and `after` its attention sink was moved into a null.
+
+    Attributes:
+        model: the model before conversion.
+        config: the settings of the converted model.
+        nulls: number of nulls of each head.
+        tokens, texts: the tokens that the nulls after the first were made from, and their texts.
+        data: the windows that were measured on.
+        calibration: the windows that the nulls were computed from, before BOS was removed.
+    """
+
+    kind = "conversion"
+
+    config: dict[str, Any]
+    nulls: int
+    tokens: tuple[int, ...]
+    texts: tuple[str, ...]
+    data: TextInfo
+    calibration: TextInfo
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationRecord(ModelRecord):
     """How well a model predicts text and solves problems.
 
