@@ -101,6 +101,10 @@ def train(
         float,
         Option(help="Weight of a penalty on the log of the largest activation of each token."),
     ] = 0.0,
+    outlier_tensors: Annotated[
+        str,
+        Option(help="What the penalty reads: linear_inputs, or layer_outputs (residual stream)."),
+    ] = "linear_inputs",
     activation_checkpointing: Annotated[
         bool,
         Option("--activation-checkpointing", help="Recompute layers in the backward pass."),

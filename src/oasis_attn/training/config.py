@@ -21,6 +21,7 @@ from oasis_attn.modeling.settings import check_settings
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.parameters import GROUPS
 
+OUTLIER_TENSORS = ("linear_inputs", "layer_outputs")
 _NO_EFFECT_ON_RESULT = ("out", "resume", "trust_remote_code")
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
 _LARGEST = 1e6
@@ -63,6 +64,7 @@ class TrainingConfig:
             Kullback-Leibler divergence of its next-token distributions from the trained model's.
         distill_weight: w in w * divergence + (1 - w) * next-token loss, with `distill_from`.
         outlier_penalty: weight of `OutlierPenalty`, in nats, added to the loss.
+        outlier_tensors: `linear_inputs` or `layer_outputs`, see `OutlierPenalty`.
         activation_checkpointing: recompute each layer in backward instead of storing activations.
         warmup: share of the steps for the warmup, in [0, 1].
         weight_decay: weight decay of AdamW, for matrices only.
@@ -101,6 +103,7 @@ class TrainingConfig:
     distill_from: str | Path | None = None
     distill_weight: float = 1.0
     outlier_penalty: float = 0.0
+    outlier_tensors: str = "linear_inputs"
     activation_checkpointing: bool = False
     warmup: float = 0.05
     weight_decay: float = 0.1
@@ -140,6 +143,11 @@ class TrainingConfig:
         if self.distill_from is None and self.distill_weight != type(self).distill_weight:
             raise UserError(
                 f"distill_weight: {self.distill_weight!r} has no effect without distill_from"
+            )
+        check_choice("outlier_tensors", self.outlier_tensors, OUTLIER_TENSORS)
+        if not self.outlier_penalty and self.outlier_tensors != type(self).outlier_tensors:
+            raise UserError(
+                f"outlier_tensors: {self.outlier_tensors!r} has no effect without outlier_penalty"
             )
         if self.null_to_logit and self.from_model is None:
             raise UserError(

@@ -98,6 +98,7 @@ def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
                 tokenizer=prepared.tokenizer,
                 rates=config.rates,
                 penalty=config.outlier_penalty,
+                penalized=config.outlier_tensors,
                 teacher=prepared.teacher,
                 distill_weight=config.distill_weight,
             )

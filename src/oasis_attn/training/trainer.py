@@ -37,6 +37,7 @@ class OasisTrainer(Trainer):
         tokenizer: saved with each checkpoint.
         rates: peak learning rate of each group in `GROUPS`.
         penalty: weight of `OutlierPenalty` in the objective; the logged loss does not include it.
+        penalized: the tensors that `OutlierPenalty` reads.
         teacher: a model to distill from, with frozen weights.
         distill_weight: w in w * divergence from the teacher + (1 - w) * next-token loss.
     """
@@ -49,6 +50,7 @@ class OasisTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         rates: Mapping[str, float],
         penalty: float = 0.0,
+        penalized: str = "linear_inputs",
         teacher: PreTrainedModel | None = None,
         distill_weight: float = 1.0,
         **kwargs: Any,
@@ -66,7 +68,7 @@ class OasisTrainer(Trainer):
         if teacher is not None:
             self.loss_is_scaled_for_ga = True  # see `_loss`
         self._weight = penalty
-        self._penalty = OutlierPenalty(model) if penalty else None
+        self._penalty = OutlierPenalty(model, penalized) if penalty else None
         self._penalties: list[Tensor] = []  # one per forward pass since the last log
 
     def create_accelerator_and_postprocess(self) -> None:
