@@ -251,24 +251,32 @@ def measure_row(row: Row, args: argparse.Namespace) -> None:
         record.tables[f"sink.mass, {name}"] = mass_L.tolist()
         record.tables[f"outlier.inf_norm_layer, {name}"] = found.tables["outlier.inf_norm_layer"]
         add(*(replace(metric, where=name) for metric in metrics))
-    found = evaluate(
+    scored = evaluate(
         model, tokenizer, tasks=["gsm8k-loglik"], limit=4 if args.small else 256, batch_size=16
     )
-    add(found.metric(LIKELIHOOD))
+    add(scored.metric(LIKELIHOOD))
     calibration = windows("wikitext-2", "validation", min(count, 16)).ids_NT
+    failed = []
     for label, (name, options) in SCHEMES.items():
         scheme = get_scheme(name).with_options(options)
         batches = calibration.split(4) if scheme.needs_calibration else None
-        quantized = quantize(model, scheme, calibration=batches)
+        try:
+            quantized = quantize(model, scheme, calibration=batches)
+            found = [measure_loss(quantized, read, batch_size=8)[0] for read in texts.values()]
+        except (RuntimeError, ValueError) as error:  # the other schemes are still of use
+            failed.append(f"{label}: {error}")
+            continue
         add(
             *(
-                replace(measure_loss(quantized, read, batch_size=8)[0], where=f"{text}, {label}")
-                for text, read in texts.items()
+                replace(metric, where=f"{text}, {label}")
+                for text, metric in zip(texts, found, strict=True)
             )
         )
-    record.settings["finished"] = True
     record.tables["seconds"]["all"] = time.perf_counter() - begin
+    record.settings["finished"] = not failed
     add()
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 def is_finished(path: Path) -> bool:
