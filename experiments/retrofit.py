@@ -55,7 +55,7 @@ class Penalty:
     tensors: str = "layer_outputs"
 
 
-CHOSEN = Penalty(weight=0.1)
+CHOSEN = Penalty(weight=0.03)
 """The penalty of the recipe; the others show what it does."""
 
 
@@ -111,13 +111,13 @@ def _rows(budget: dict[str, Any], name: str, others: dict[str, Penalty]) -> dict
 
 
 ROWS = (
-    _rows(LONG, "long", {"0.3": Penalty(weight=0.3)})
+    _rows(LONG, "long", {"0.1": Penalty(weight=0.1)})
     | _rows(
         SHORT,
         "short",
         {
             "0.3": Penalty(weight=0.3),
-            "0.03": Penalty(weight=0.03),
+            "0.1": Penalty(weight=0.1),
             "inputs-0.3": Penalty(weight=0.3, tensors="linear_inputs"),
             "none": Penalty(weight=0.0),
         },

@@ -63,9 +63,10 @@ class OasisTrainer(Trainer):
         self._tokenizer = tokenizer
         self._run = run
         self._rates = rates
-        self._teacher = None if teacher is None else teacher.to(self.args.device)
+        self._teacher = teacher
         self._distill_weight = distill_weight
-        if teacher is not None:
+        if self._teacher is not None:
+            self._teacher.to(self.args.device)  # type: ignore[arg-type]
             self.loss_is_scaled_for_ga = True  # see `_loss`
         self._weight = penalty
         self._penalty = OutlierPenalty(model, penalized) if penalty else None
@@ -133,11 +134,12 @@ class OasisTrainer(Trainer):
     def _loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
         """The loss of a forward pass, without the penalty."""
         if self._teacher is None:
-            plain: Tensor = super().compute_loss(model, inputs, **kwargs)
+            plain: Any = super().compute_loss(model, inputs, **kwargs)
             return plain
         ids_BT, weight = inputs["input_ids"], self._distill_weight
+        loss: Any = 0.0
         if weight == 1:
-            loss, outputs = 0.0, model(input_ids=ids_BT, use_cache=False)
+            outputs = model(input_ids=ids_BT, use_cache=False)
         else:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         with torch.no_grad():
