@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+from experiments import retrofit_families
+
 import arith
 import healing
 import matrix
+import retrofit
 from oasis_attn.records import Record
 from oasis_attn.report.markdown import markdown
 
@@ -39,3 +42,12 @@ def test_arith() -> None:
     table = markdown(arith.table(Record.load(folder / "record.json")))
     assert (folder / "table.md").read_text() == table
     assert table in (DOCS / "quantization.md").read_text()
+
+
+def test_retrofit() -> None:
+    folder, page = DOCS / "results" / "retrofit", (DOCS / "retrofit.md").read_text()
+    for name, made in (("record", retrofit), ("families", retrofit_families)):
+        table = markdown(made.table(Record.load(folder / f"{name}.json")))
+        path = folder / ("table.md" if name == "record" else "families.md")
+        assert path.read_text() == table
+        assert table.strip() in page

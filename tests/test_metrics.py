@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oasis_attn import diagnose
 from oasis_attn.evaluation import evaluate
+from oasis_attn.measure.sink_conversion import null_from_sink_checkpoint
 from oasis_attn.metrics import GLOSSARY, definitions
 from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
@@ -62,6 +63,14 @@ def with_a_sink(folder: Path, run: Path) -> Path:
     with torch.no_grad():
         model.get_decoder().embed_positions.weight[2, 3] = 1e4
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def of_a_family(folder: Path, run: Path) -> Path:
+    """A model of the class of its family, with the tokenizer of `run`."""
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    AutoModelForCausalLM.from_config(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -124,6 +133,7 @@ def fresh(tmp_path_factory, corpus, size) -> set[str]:
                 run, folder / "q", scheme="w8a8-static-full", simulate=True, **shape
             ),
             prefix_checkpoint(with_a_sink(folder / "sink", run), folder / "p", **shape),
+            null_from_sink_checkpoint(of_a_family(folder / "llama", run), folder / "n", **shape),
             on_a_task(folder),
             of_a_task(folder / "trial", size, patch),
         ]  # fmt: skip

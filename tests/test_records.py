@@ -13,6 +13,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.records import (
     BenchmarkRecord,
     BlocksInfo,
+    ConversionRecord,
     DiagnosisRecord,
     EvaluationRecord,
     Metric,
@@ -33,6 +34,15 @@ COMMON = {
 OF_MODEL = COMMON | {"model": model_info(variant="oasis", config={"residual": "depth"})}
 EXAMPLES = [
     BenchmarkRecord(name="speed", settings={"rounds": 2}, data={"commands": ["a"]}, **COMMON),
+    ConversionRecord(
+        config={"residual": "sum"},
+        nulls=2,
+        tokens=(1,),
+        texts=("a",),
+        data=TEXT,
+        calibration=TEXT,
+        **OF_MODEL,
+    ),
     DiagnosisRecord(data=TEXT, **OF_MODEL),
     EvaluationRecord(
         sha256="0",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from oasis_attn.records import Record
 from tiny_models import tiny_config
 
 
@@ -33,6 +34,31 @@ def test_there_and_back(oasis, vanilla, tmp_path):
     assert torch.equal(*logits)
 
 
+def test_null_from_sink(oasis, vanilla, text, tmp_path):
+    out = tmp_path / "out"
+    given = ("--null-from-sink", "--calibration", text, "--window", 16, "--windows", 3)
+    code, shown = oasis("convert", vanilla, out, *given, "--nulls", 2, "--config", "residual=depth")
+    assert code == 0
+    lines = shown.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    record = Record.load(out / "record.json")
+    before, after = record.before_after("perplexity.windowed")
+    (line,) = (line for line in lines if "perplexity.windowed" in line)
+    assert line.split()[1:] == [f"{before:.4g}", f"{after:.4g}"]
+    rows = [line.split() for line in lines if line.split()[:1] in (["before"], ["after"])]
+    values = [
+        f"{record.metric('outlier.max_activation', x).value:.4g}" for x in ("before", "after")
+    ]
+    assert [row[-1].lstrip("-") for row in rows] == values
+    assert record.config["residual"] == "depth"
+    code, shown = oasis("convert", vanilla, tmp_path / "again", *given, "--json")
+    assert (code, json.loads(shown.out)["nulls"]) == (0, 1)
+    # A null is no obstacle to quantization.
+    low = ("--calibration", text, "--window", 16, "--windows", 3, "--simulate")
+    for scheme in ("w8a8-static-full", "w4a4"):
+        assert oasis("quantize", out, "--out", tmp_path / scheme, "--scheme", scheme, *low)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -40,6 +66,11 @@ def test_there_and_back(oasis, vanilla, tmp_path):
         (("--config", "depth"), "--config: 'depth' is not NAME=VALUE"),
         (("--to-vanilla", "--variant", "oasis"), "cannot be combined"),
         (("--to-vanilla",), "is not an OASIS model"),
+        (("--to-vanilla", "--null-from-sink"), "--to-vanilla: cannot be combined with"),
+        (("--nulls", 2), "--nulls: it has an effect only with --null-from-sink"),
+        (("--null-from-sink", "--nulls", 99), "--nulls: 99 is not"),
+        (("--null-from-sink", "--config", "null_logit=2"), "null_logit: the conversion sets it"),
+        (("--null-from-sink", "--calibration", "absent"), "corpus (or a text file): 'absent'"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(oasis, vanilla, tmp_path, arguments, message):

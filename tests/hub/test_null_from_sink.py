@@ -4,27 +4,161 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from oasis_attn import UserError, convert
-from oasis_attn.hub.null_from_sink import null_from_sink
-from tiny_models import cast, tiny_config
+from float64_mode import IDS, Float64Mode, native_model
+from oasis_attn import UserError
+from oasis_attn.hub.null_from_sink import (
+    CANDIDATES,
+    _mean_null,
+    activation_size,
+    null_from_sink,
+    token_peaks,
+)
+from tiny_models import tiny_config, tiny_model
+
+FAMILIES = ["llama", "qwen3", "gemma2", "smollm3", "deepseek_v3", "olmo2"]
+CALIBRATION = torch.randint(3, 97, (3, 10), generator=torch.Generator().manual_seed(1))
 
 
-def native_model(family="llama", dtype=torch.float64, **changes):
-    torch.manual_seed(0)
-    text = tiny_config(family, initializer_range=0.2, **changes)
-    return cast(AutoModelForCausalLM.from_config(text), dtype).eval()
+def after_prefix(native, tokens):
+    """The logits of IDS after a prefix of single tokens, each at position 0."""
+    cache = DynamicCache()
+    for count, token in enumerate(tokens):
+        native(
+            torch.full((2, 1), token), past_key_values=cache, position_ids=torch.zeros(1, 1).long(),
+            attention_mask=torch.ones(2, count + 1).long(),
+        )  # fmt: skip
+    return native(
+        IDS, past_key_values=cache, position_ids=torch.arange(12)[None],
+        attention_mask=torch.ones(2, len(tokens) + 12).long(),
+    ).logits  # fmt: skip
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "smollm3"])
-def test_a_null_of_one_token_is_its_prefix_that_shifts_no_position(family, ids):
-    native = native_model(family)
-    converted, tokens = null_from_sink(native, torch.tensor([[7]]))
-    assert tokens == ()
-    cache = DynamicCache()
-    native(torch.full((2, 1), 7), past_key_values=cache)
-    expected = native(
-        ids, past_key_values=cache, position_ids=torch.arange(12)[None],
-        attention_mask=torch.ones(2, 13, dtype=torch.long),
-    )  # fmt: skip
-    torch.testing.assert_close(converted(ids).logits, expected.logits, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", ["kv_null", "oasis_signal_off"])
+def test_the_null_of_one_token_is_a_prefix_that_shifts_no_position(family, variant):
+    # The prefix would leave a sliding window; the null does not.
+    native = native_model(family, **({"sliding_window": 64} if family == "gemma2" else {}))
+    with Float64Mode():
+        converted, tokens = null_from_sink(native, torch.tensor([[7]]), variant=variant)
+        assert tokens == ()
+        expected = after_prefix(native, [7])
+        torch.testing.assert_close(converted(IDS).logits, expected, rtol=0, atol=1e-9)
+        assert (expected - native(IDS).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_the_second_null_is_the_token_that_decreases_activations_most():
+    native = native_model("llama")
+    tried = []
+    with Float64Mode():
+        one = null_from_sink(native, CALIBRATION).model
+        converted, tokens = null_from_sink(
+            native, CALIBRATION, nulls=2, on_try=lambda: tried.append(1)
+        )
+        peaks = token_peaks(one, CALIBRATION)
+        before, after = (activation_size(token_peaks(m, CALIBRATION)) for m in (one, converted))
+    assert len(tried) == CANDIDATES
+    assert after < before
+    (token,) = tokens
+    relative = (peaks / peaks.flatten(1).median(-1).values[:, None, None]).amax(0)
+    largest = relative.flatten().topk(2 * CANDIDATES).indices
+    assert token in CALIBRATION.flatten()[largest]
+
+
+@torch.no_grad()
+def test_the_key_of_a_null_has_the_rotation_of_its_place_undone():
+    """The null of a token in its context, on a query at distance r from position 0, acts as the
+    token's key itself on a query at distance r from the token."""
+    native, context = native_model("llama"), torch.tensor([[5, 9, 11, 7]])
+    with Float64Mode():
+        null = _mean_null(native, [context])
+        cache = DynamicCache()
+        native(context, past_key_values=cache, position_ids=torch.arange(4)[None])
+        stored = cache.layers[2].keys[0, :, -1]
+        query = torch.randn(1, 1, 2, 8, dtype=torch.float64)
+        rotary = native.model.rotary_emb
+        near, far = (rotated(rotary, query, torch.tensor([[r]])) for r in (6, 3 + 6))
+        groups = null.keys[2][::2]
+        torch.testing.assert_close(
+            (near[0, 0] * groups).sum(-1), (far[0, 0] * stored).sum(-1), rtol=0, atol=1e-10
+        )
+
+
+def rotated(rotary, query_BTGd, positions):
+    cos, sin = rotary(query_BTGd, positions)
+    first, second = query_BTGd.chunk(2, -1)
+    return query_BTGd * cos.unsqueeze(2) + torch.cat([-second, first], -1) * sin.unsqueeze(2)
+
+
+@torch.no_grad()
+def test_the_first_null_is_the_mean_over_tokens():
+    native = native_model("llama")
+    with Float64Mode():
+        converted = null_from_sink(native, CALIBRATION).model
+        each = [_mean_null(native, [token.view(1, 1)]) for token in CALIBRATION.flatten()]
+    for index, layer in enumerate(converted.model.layers):
+        assert layer.null_logit.eq(0).all()
+        expected = torch.stack([null.keys[index] for null in each]).mean(0)
+        torch.testing.assert_close(layer.null_key[:, 0], expected, rtol=0, atol=1e-10)
+        expected = torch.stack([null.values[index] for null in each]).mean(0)
+        torch.testing.assert_close(layer.null_value[:, 0], expected, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_the_native_model_stays_as_it_was(ids):
+    native = AutoModelForCausalLM.from_config(tiny_config()).train()
+    before = native.state_dict()
+    converted = null_from_sink(native, ids, nulls=2).model
+    assert native.training
+    assert native.config._attn_implementation == "sdpa"
+    for name, tensor in native.state_dict().items():
+        assert tensor.data_ptr() == before[name].data_ptr()
+        assert tensor.data_ptr() == converted.state_dict()[name].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "message"),
+    [
+        ("gpt_oss", {}, "family 'gpt_oss' has learned sinks of its own"),
+        ("gptj", {}, "'gptj' cannot be converted exactly: its attention and its MLP run"),
+        ("llama", {"nulls": 0}, "nulls: 0 is not"),
+        ("llama", {"nulls": 17}, "nulls: 17 is not"),
+        ("llama", {"null_logit": 1.0}, "null_logit: the conversion sets it"),
+        ("llama", {"token_normalizer": "softmax1"}, "token_normalizer: the conversion sets it"),
+        ("llama", {"variant": "gated_attention"}, "output_gate: 'head' scales"),
+        ("llama", {"variant": "kvnull"}, "variant: 'kvnull' is not one of"),
+    ],
+)
+def test_refusals(family, arguments, message, ids):
+    native = AutoModelForCausalLM.from_config(tiny_config(family))
+    with pytest.raises(UserError, match=message):
+        null_from_sink(native, ids, **arguments)
+
+
+def test_wrong_tokens_and_models_are_refused(ids):
+    native = AutoModelForCausalLM.from_config(tiny_config())
+    for wrong, message in (
+        (ids[0], r"ids_NT: torch.int64 \(12,\) is not int64 \[windows, tokens\]"),
+        (ids[:0], r"ids_NT: torch.int64 \(0, 12\) is not"),
+        (ids.float(), "ids_NT: torch.float32"),
+        (ids + 90, r"ids_NT: token ids \d+ .. \d+ are not all in 0 .. 96"),
+    ):
+        with pytest.raises(UserError, match=message):
+            null_from_sink(native, wrong)
+    with pytest.raises(UserError, match="it is an OASIS model already"):
+        null_from_sink(tiny_model(), ids)
+
+
+@torch.no_grad()
+def test_depth_routing_starts_as_the_sum(ids):
+    """With its null signal at the variant's beta; without the signal, the outputs are equal."""
+    native = AutoModelForCausalLM.from_config(tiny_config(initializer_range=0.2)).eval()
+    plain, off, on = (
+        null_from_sink(native, ids, variant=variant).model(ids).logits
+        for variant in ("kv_null", "oasis_signal_off", "oasis")
+    )
+    torch.testing.assert_close(off, plain, rtol=0, atol=1e-4)
+    assert 1e-4 < (on - plain).abs().max() < 0.5
+    exact = null_from_sink(native, ids, variant="oasis", beta_init=-40.0).model(ids).logits
+    torch.testing.assert_close(exact, plain, rtol=0, atol=1e-4)

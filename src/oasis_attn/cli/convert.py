@@ -189,7 +189,6 @@ def convert(
 _SHOWN = (
     "perplexity.windowed",
     "outlier.max_activation",
-    "outlier.activation_size",
     "sink.mass",
     "sink.max_mass",
 )

@@ -11,12 +11,13 @@ Some models have secondary sinks: tokens with massive activations later in the s
 can replace them.  Each is made from one token, which is found by trying those with the largest
 activations.
 
-Axes: H query heads, G key heads, d head width; N windows, B windows in a batch, T tokens.
+Axes: L layers, H query heads, G key heads, S keys, d head width; N windows, B sequences in a batch,
+T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -33,9 +34,10 @@ from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 
-NORMALIZER = "key_value_null"
-CANDIDATES = 8
+CANDIDATES = 4
 """Tokens that are tried for each null after the first."""
+_SEARCH_WINDOWS, _SEARCH_TOKENS = 8, 128  # of the windows that they are tried on
+_OCCURRENCES = 16  # of a token, which its null is the mean of
 _ROWS = 4  # windows per forward pass
 _TOKENS = 256  # sequences of one token per forward pass
 
@@ -45,7 +47,7 @@ class SinkConversion(NamedTuple):
 
     Attributes:
         model: the model with its nulls.
-        tokens: the tokens that the nulls after the first are made from, in order.
+        tokens: the tokens that the nulls after the first were made from, in order.
     """
 
     model: OasisForCausalLM
@@ -78,14 +80,15 @@ def null_from_sink(
     whose null is made from BOS continues to treat BOS as a sink.
 
     For each null after the first, the tokens with the largest activations (relative to the median
-    token of a layer) are tried in the model that has the nulls found so far: the token runs alone,
-    and its keys and values are those of the null.  The token that decreases `activation_size` most
-    is kept.  If none decreases it, the search ends.
+    token of a layer) are tried, in the model that has the nulls found so far.  The key and the
+    value are the means over the places at which the activations of the token are largest; positions
+    are shifted so that the token is at position 0.  The token whose null decreases
+    `activation_size` most is kept.  If none decreases it, the search ends.
 
     Args:
         model: a native model of a supported family (not an OASIS model).  It remains usable and
             shares its weights with the result.
-        ids_NT: windows of text, int64.
+        ids_NT: windows of text, int64.  Nulls after the first are searched on a part of them.
         variant: a name in `variants()`; its token normalizer is replaced by `key_value_null`.
         nulls: maximum number of nulls of each head.
         on_try: is called before each token is tried, `CANDIDATES` times for each null but one.
@@ -97,21 +100,24 @@ def null_from_sink(
     """
     check_null_from_sink(overrides, nulls=nulls)
     _check_ids(model, ids_NT)
+    _converted(model, 1, variant, overrides)  # raises for a model or a setting that cannot work
     if family_of(model.config.get_text_config(decoder=True)).sinks:
         raise UserError(
             f"model: family {model.config.model_type!r} has learned sinks of its own, which are"
             " nulls already; use the exact conversion"
         )
     with eval_mode(model), torch.no_grad():
-        found = [_null_of_tokens(model, ids_NT.flatten())]
+        found = [_mean_null(model, ids_NT.reshape(-1, 1).split(_TOKENS))]
         tokens: list[int] = []
         while len(found) < nulls:
-            token = _best_token(model, found, ids_NT, on_try)
-            if token is None:
+            better = _best_null(model, found, ids_NT[:_SEARCH_WINDOWS, :_SEARCH_TOKENS], on_try)
+            if better is None:
                 break
-            found.append(_null_of_tokens(_with_nulls(model, found), torch.tensor([token])))
-            tokens.append(token)
-    return SinkConversion(_with_nulls(model, found, variant, **overrides), tuple(tokens))
+            tokens.append(better[0])
+            found.append(better[1])
+        converted = _converted(model, len(found), variant, overrides)
+        _set_nulls(converted, found)
+    return SinkConversion(converted, tuple(tokens))
 
 
 def _check_ids(model: PreTrainedModel, ids_NT: Tensor) -> None:
@@ -124,64 +130,93 @@ def _check_ids(model: PreTrainedModel, ids_NT: Tensor) -> None:
         raise UserError(f"ids_NT: token ids {low} .. {high} are not all in 0 .. {size - 1}")
 
 
-@torch.no_grad()
-def _with_nulls(
-    model: PreTrainedModel, nulls: list[_Null], variant: str = "kv_null", **overrides: Any
+def _converted(
+    model: PreTrainedModel, nulls: int, variant: str, overrides: dict[str, Any]
 ) -> OasisForCausalLM:
-    """`model` with these nulls."""
-    normalizer = {"name": NORMALIZER, "nulls": len(nulls)} if len(nulls) > 1 else NORMALIZER
-    converted = convert(model, variant, token_normalizer=normalizer, **overrides)
+    """`model` with so many nulls, which are switched off."""
+    normalizer = {"name": "key_value_null", "nulls": nulls} if nulls > 1 else "key_value_null"
+    return convert(model, variant, token_normalizer=normalizer, **overrides)
+
+
+def _set_nulls(converted: OasisForCausalLM, nulls: list[_Null]) -> None:
     for index, layer in enumerate(converted.model.layers):
         layer.null_logit.zero_()
         layer.null_key.copy_(torch.stack([null.keys[index] for null in nulls], 1))
         layer.null_value.copy_(torch.stack([null.values[index] for null in nulls], 1))
+
+
+def _with_nulls(model: PreTrainedModel, nulls: list[_Null]) -> OasisForCausalLM:
+    converted = _converted(model, len(nulls), "kv_null", {})
+    _set_nulls(converted, nulls)
     return converted
 
 
-def _null_of_tokens(model: PreTrainedModel, ids_N: Tensor) -> _Null:
-    """The mean key and value of tokens, each of which is the first and only one of a sequence."""
+def _mean_null(model: PreTrainedModel, batches: Iterable[Tensor]) -> _Null:
+    """The mean key and value of the last tokens of sequences, which are at position 0.
+
+    Args:
+        model: the model, with the nulls found so far.
+        batches: token ids, each [B, T].
+    """
     keys: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
 
     def add(call: AttentionCall) -> None:
         groups = call.query_BHTd.shape[1] // call.key_BGSd.shape[1]
         for sums, x_BGSd in ((keys, call.key_BGSd), (values, call.value_BGSd)):
-            x_Hd = x_BGSd[:, :, 0].double().sum(0).repeat_interleave(groups, 0)
-            sums[call.layer] = sums.get(call.layer, 0) + x_Hd / len(ids_N)
+            x_Gd = x_BGSd[:, :, -1].double().sum(0)
+            sums[call.layer] = sums.get(call.layer, 0) + x_Gd.repeat_interleave(groups, 0)
 
+    count = 0
     with observe_attention(model, add):
-        for ids_B in ids_N.split(_TOKENS):
-            _run(model, ids_B[:, None])
+        for ids_BT in batches:
+            positions_1T = torch.arange(1 - ids_BT.shape[1], 1, device=model.device)[None]
+            _run(model, ids_BT, position_ids=positions_1T)
+            count += len(ids_BT)
     layers = range(len(decoder_map(model).layers))
-    return _Null([keys[layer] for layer in layers], [values[layer] for layer in layers])
+    return _Null(*([sums[layer] / count for layer in layers] for sums in (keys, values)))
 
 
-def _best_token(
+def _best_null(
     model: PreTrainedModel, found: list[_Null], ids_NT: Tensor, on_try: Callable[[], None]
-) -> int | None:
-    """The token whose null decreases `activation_size` most; None if none does."""
+) -> tuple[int, _Null] | None:
+    """The null that decreases `activation_size` most, and its token; None if none does."""
     current = _with_nulls(model, found)
     peaks_LNT = token_peaks(current, ids_NT)
-    sizes = {None: activation_size(peaks_LNT)}
-    for token in _largest_tokens(peaks_LNT, ids_NT):
+    least, best = activation_size(peaks_LNT), None
+    for token, sequences in _candidates(peaks_LNT, ids_NT):
         on_try()
-        longer = [*found, _null_of_tokens(current, torch.tensor([token]))]
-        sizes[token] = activation_size(token_peaks(_with_nulls(model, longer), ids_NT))
-    return min(sizes, key=lambda token: sizes[token])
+        null = _mean_null(current, sequences)
+        size = activation_size(token_peaks(_with_nulls(model, [*found, null]), ids_NT))
+        if size < least:
+            least, best = size, (token, null)
+    return best
 
 
-def _largest_tokens(peaks_LNT: Tensor, ids_NT: Tensor) -> list[int]:
-    """The tokens with the largest peaks relative to those of the median token of a layer."""
+def _candidates(peaks_LNT: Tensor, ids_NT: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+    """The tokens with the largest activations, and sequences [1, T] that end with the token.
+
+    Each sequence is the start of a window, up to a place at which the activations of the token are
+    at least half as large as at most.
+    """
     median_L = peaks_LNT.flatten(1).median(-1).values
     relative_NT = (peaks_LNT / median_L[:, None, None]).amax(0)
     order = relative_NT.flatten().argsort(descending=True, stable=True)
-    found = dict.fromkeys(ids_NT.flatten()[order].tolist())
-    return list(found)[:CANDIDATES]
+    tokens_by_size = dict.fromkeys(ids_NT.flatten()[order].tolist())
+    for token in list(tokens_by_size)[:CANDIDATES]:
+        sizes_NT = relative_NT.where(ids_NT == token, 0)
+        places = (sizes_NT >= sizes_NT.max() / 2).nonzero()[:_OCCURRENCES].tolist()
+        yield token, [ids_NT[n, : t + 1][None] for n, t in places]
 
 
 def activation_size(peaks_LNT: Tensor) -> float:
-    """The geometric mean over layers of max |h|, from the result of `token_peaks`."""
-    return float(peaks_LNT.amax((1, 2)).double().log().mean().exp())
+    """The size of the largest activations, from the result of `token_peaks`.
+
+    The geometric mean over layers of the power mean over windows of max |h|, with the exponent 4:
+    between the mean, which one large window does not change, and the maximum, which sees no other.
+    """
+    largest_LN = peaks_LNT.amax(2).double()
+    return float(largest_LN.pow(4).mean(1).pow(1 / 4).log().mean().exp())
 
 
 @torch.no_grad()
@@ -203,5 +238,5 @@ def token_peaks(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
     return torch.stack([torch.cat(series) for series in peaks])
 
 
-def _run(model: PreTrainedModel, ids_BT: Tensor) -> None:
-    model.base_model(input_ids=ids_BT.to(model.device), use_cache=False)
+def _run(model: PreTrainedModel, ids_BT: Tensor, **arguments: Any) -> None:
+    model.base_model(input_ids=ids_BT.to(model.device), use_cache=False, **arguments)

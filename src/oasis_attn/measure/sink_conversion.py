@@ -67,10 +67,9 @@ def null_from_sink_checkpoint(
         progress: see `Progress`.
 
     Returns:
-        The record.  It has each metric `before` and `after` the conversion: `loss.windowed` and
-        `perplexity.windowed`, `outlier.max_activation`, `outlier.activation_size` and `sink.*`; and
-        `null.mass` after it.  The tables `before` and `after` hold, for each layer, `largest`, the
-        largest activation with its channel, token and position, and the tables of `Sinks`.
+        The record.  It has each metric `before` and `after` the conversion: `loss.windowed`,
+        `perplexity.windowed`, `outlier.max_activation` and `sink.*`; and `null.mass` after it.  Its
+        tables `before` and `after` are those of `measure_sink`.
 
     Raises:
         UserError: unusable arguments, or an error of `null_from_sink`.  Nothing is written then.
@@ -112,7 +111,7 @@ def null_from_sink_checkpoint(
         config=converted.config.settings,
         nulls=1 + len(tokens),
         tokens=tokens,
-        texts=tuple(tokenizer.decode([token]) for token in tokens),
+        texts=tuple(str(tokenizer.decode([token])) for token in tokens),
         data=held_out.info,
         calibration=seen.info,
         metrics=tuple(metrics),
@@ -132,10 +131,9 @@ def measure_sink(model: PreTrainedModel, windows: Windows) -> tuple[list[Metric]
     """Perplexity, largest activations and sinks of a model, in one pass over all windows.
 
     Returns:
-        The metrics `loss.windowed`, `perplexity.windowed`, `outlier.max_activation`,
-        `outlier.activation_size` and those of `Sinks`.  The tables of `Sinks`, and
-        `largest`: for each layer, the `value`, `channel`, `token` and `position` of the largest |x|
-        of its output.
+        The metrics `loss.windowed`, `perplexity.windowed`, `outlier.max_activation` and those of
+        `Sinks`.  The tables of `Sinks`, and `largest`: for each layer the `value`, `channel`,
+        `token` and `position` of the output with the largest |x|.
 
     Raises:
         UserError: the layers of the model were not found, or a window is longer than the model has
@@ -168,14 +166,10 @@ def measure_sink(model: PreTrainedModel, windows: Windows) -> tuple[list[Metric]
         for ids_BT in windows.ids_NT.to(model.device).split(1):
             losses.append(window_losses(model, ids_BT))
             sinks.check(model)
-    sizes_L = torch.tensor([abs(row["value"]) for row in largest], dtype=torch.float64)
-    values = {
-        "outlier.max_activation": float(sizes_L.max()),
-        "outlier.activation_size": float(sizes_L.log().mean().exp()),
-    }
+    largest_activation = max(abs(row["value"]) for row in largest)
     metrics = [
         *loss_metrics(torch.cat(losses)),
-        *(Metric(name=name, value=value, n=len(windows)) for name, value in values.items()),
+        Metric(name="outlier.max_activation", value=largest_activation, n=len(windows)),
         *sinks.metrics(),
     ]
     return metrics, {"largest": largest} | sinks.tables()

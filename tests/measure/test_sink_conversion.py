@@ -1,0 +1,143 @@
+"""The record of a conversion has the numbers of an eager computation."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from oasis_attn import OasisForCausalLM, UserError
+from oasis_attn.cli import main
+from oasis_attn.data import load_corpus, read_windows
+from oasis_attn.measure.sink_conversion import null_from_sink_checkpoint
+from oasis_attn.modeling.decoder_map import decoder_map
+from oasis_attn.records import Record
+from tiny_models import VOCABULARY, tiny_config, word_tokenizer
+
+PAGE = Path(__file__).parents[2] / "docs" / "retrofit.md"
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    config = tiny_config(initializer_range=0.2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split, step in (("train", 7), ("test", 11)):
+        line = " ".join(f"w{step * i % VOCABULARY}" for i in range(300))
+        (folder / f"{split}.txt").write_text(line)
+    return str(folder)
+
+
+@torch.no_grad()
+def eager(model, ids):
+    """Perplexity, mean and largest first-token probability, and the largest |x| of each layer."""
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        layer.module.register_forward_hook(
+            lambda _m, _a, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for layer in decoder_map(model).layers
+    ]
+    found = model(ids, labels=ids, output_attentions=True)
+    for hook in hooks:
+        hook.remove()
+    mass = torch.stack([p[:, :, 1:, 0].mean((0, 2)) for p in found.attentions])
+    return math.exp(found.loss), mass, [x.abs().max().item() for x in outputs], outputs
+
+
+def test_the_record(model, text, tmp_path):
+    out = tmp_path / "out"
+    record = null_from_sink_checkpoint(
+        model, out, nulls=2, calibration=text, window=16, windows=3, dtype="float32"
+    )
+    assert record == Record.load(out / "record.json")
+    assert record.config["token_normalizer"] == {"name": "key_value_null", "nulls": 2}
+    assert (record.nulls, len(record.tokens)) == (2, 1)
+    assert record.texts == (f"w{record.tokens[0]}",)
+    ids = read_windows(load_corpus(text, "test"), word_tokenizer(), window=16, windows=3).ids_NT
+    assert ids[:, 0].eq(1).all()  # BOS
+    native = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+    converted = OasisForCausalLM.from_pretrained(out).eval()
+    for where, each in (("before", native), ("after", converted)):
+        perplexity, mass, sizes, outputs = eager(each, ids)
+
+        def value(name, where=where):
+            return record.metric(name, where).value
+
+        assert value("perplexity.windowed") == pytest.approx(perplexity, rel=1e-5)
+        assert value("loss.windowed") == pytest.approx(math.log(perplexity), rel=1e-5)
+        assert value("sink.mass") == pytest.approx(mass.mean().item(), rel=1e-4)
+        assert value("sink.max_mass") == pytest.approx(mass.max().item(), rel=1e-4)
+        assert value("outlier.max_activation") == pytest.approx(max(sizes), rel=1e-5)
+        rows = record.tables[where]["largest"]
+        for row, size, x in zip(rows, sizes, outputs, strict=True):
+            assert abs(row["value"]) == pytest.approx(size, rel=1e-5)
+            n, t, channel = torch.unravel_index(x.abs().argmax(), x.shape)
+            assert (row["position"], row["channel"]) == (t, channel)
+            assert row["token"] == ids[n, t]
+            assert row["text"] == f"w{row['token']}"
+    card = (out / "README.md").read_text()
+    assert "`perplexity.windowed` after" in card
+    assert "OasisForCausalLM" in (out / "config.json").read_text()
+    with pytest.raises(UserError, match="exists"):
+        null_from_sink_checkpoint(model, out, calibration=text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nulls": 0}, "nulls: 0 is not"),
+        ({"window": 2}, "window: 2 is not"),
+        ({"windows": 0}, "windows: 0 is not"),
+        ({"window": 100}, "window: 100 tokens are more than the model's 64 positions"),
+        ({"calibration_split": "validation"}, "split of corpus .*: 'validation' is not one of"),
+        ({"evaluation": "no/such/text"}, "'no/such/text' does not exist"),
+        ({"overrides": {"null_logit": 1.0}}, "null_logit: the conversion sets it"),
+        ({"variant": "gated_attention"}, "output_gate: 'head' scales"),
+    ],
+)
+def test_bad_input_writes_nothing(model, text, tmp_path, options, message):
+    given = {"calibration": text, "window": 16, "windows": 3} | options
+    with pytest.raises(UserError, match=message):
+        null_from_sink_checkpoint(model, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_text(model, tmp_path):
+    (tmp_path / "short").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "short" / f"{split}.txt").write_text("w5 w6 w7")
+    with pytest.raises(UserError, match="less than"):
+        null_from_sink_checkpoint(
+            model, tmp_path / "out", calibration=str(tmp_path / "short"), window=16
+        )
+
+
+def test_the_commands_of_the_page(model, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"^```sh\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    assert block is not None
+    names = {"smollm2": model.name, "pydoc": text}
+    commands = [[names.get(word, word) for word in line.split()] for line in block[1].splitlines()]
+    assert [words[1] for words in commands] == ["convert", "diagnose", "quantize"]
+    for words in commands:
+        monkeypatch.setattr("sys.argv", [*words, "--window", "16", "--windows", "3"])
+        assert main() == 0
+    converted, quantized = (
+        Record.load(tmp_path / name / "record.json") for name in ("retrofitted", "quantized")
+    )
+    after = converted.metric("perplexity.windowed", "after").value
+    assert quantized.metric("perplexity.windowed", "before").value == pytest.approx(after)
