@@ -1,7 +1,7 @@
 """The sink of SmolLM2 becomes a null: without training, and after training on two budgets.
 
-python experiments/retrofit.py run --null CONVERTED --corpus FOLDER --runs RUNS [--device cuda]
-python experiments/retrofit.py table --runs RUNS
+python experiments/retrofit_training.py run --null CONVERTED --corpus FOLDER --runs RUNS
+python experiments/retrofit_training.py table --runs RUNS
 
 `run` trains every row of `ROWS` that trains, measures every row, and writes RUNS/records/ROW.json
 as soon as a row is finished.  A row that has a record is skipped, and a training that was
@@ -83,6 +83,8 @@ class Row:
         if self.penalty is not None and self.penalty.weight:
             options["outlier_penalty"] = self.penalty.weight
             options["outlier_tensors"] = self.penalty.tensors
+        if self.penalty is not None:
+            options["distill_from"] = "original"
         if self.start != "original":
             options["null_to_logit"] = round(ROAD_SHARE * options["steps"])
         return options
@@ -328,7 +330,7 @@ COLUMNS = {
 
 
 def publish(folder: Path) -> None:
-    """Write docs/results/retrofit: one record of all rows, and two tables."""
+    """Write the record of all rows, and its tables, to docs/results/retrofit."""
     from oasis_attn.files import write_text
     from oasis_attn.records import BenchmarkRecord
 
@@ -339,23 +341,29 @@ def publish(folder: Path) -> None:
     }
     if not records:
         sys.exit(f"{folder} has no finished record")
-    first = next(iter(records.values()))
     merged = replace(
-        first,
-        settings={"rows": {name: record.settings for name, record in records.items()}},
+        next(iter(records.values())),
+        name="retrofit_training",
+        settings={name: record.settings["training"] for name, record in records.items()},
         metrics=tuple(
-            replace(metric, where=f"{name}: {metric.where}".removesuffix(": "))
+            replace(metric, where=f"{name} / {metric.where}".removesuffix(" / "))
             for name, record in records.items()
             for metric in record.metrics
         ),
         tables={name: record.tables for name, record in records.items()},
     )
-    merged.save(RESULTS / "record.json")
-    write_text(RESULTS / "table.md", table(records, COLUMNS))
+    merged.save(RESULTS / "training.json")
+    for name, text in tables(merged).items():
+        write_text(RESULTS / f"{name}.md", text)
+
+
+def tables(record: Any) -> dict[str, str]:
+    """The tables by name, in Markdown."""
+    made = {"training": table(record, COLUMNS)}
     for text in TEXTS:
-        columns = {scheme: (PERPLEXITY, f"{text}, {scheme}") for scheme in SCHEMES}
-        unquantized = {"float32": (PERPLEXITY, text)}
-        write_text(RESULTS / f"quantized-{text}.md", table(records, unquantized | columns))
+        schemes = {scheme: (PERPLEXITY, f"{text}, {scheme}") for scheme in SCHEMES}
+        made[f"training-{text}"] = table(record, {"float32": (PERPLEXITY, text)} | schemes)
+    return made
 
 
 def _order(name: str) -> tuple[int, int]:
@@ -364,12 +372,16 @@ def _order(name: str) -> tuple[int, int]:
     return tokens, list(ROWS).index(name)
 
 
-def table(records: dict[str, Any], columns: dict[str, tuple[str, str]]) -> str:
+def table(record: Any, columns: dict[str, tuple[str, str]]) -> str:
     """A Markdown table: one row per model, one column per metric."""
+    found = {(metric.name, metric.where): metric.value for metric in record.metrics}
     lines = ["| SmolLM2-135M | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for record in records.values():
-        values = (f"{record.metric(*column).value:.4g}" for column in columns.values())
-        lines.append(f"| {record.settings['label']} | " + " | ".join(values) + " |")
+    for name in record.settings:
+        places = (
+            (metric, f"{name} / {where}" if where else name) for metric, where in columns.values()
+        )
+        values = (f"{found[place]:.4g}" for place in places)
+        lines.append(f"| {ROWS[name].label} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
 
