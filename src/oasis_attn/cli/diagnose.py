@@ -50,7 +50,7 @@ def diagnose(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, attention sinks and activation outliers, per layer and head.
+    """Measure perplexity, attention sinks and activation outliers; name their tokens and channels.
 
     Example: [bold]oasis diagnose smollm2 --text book.txt --figures figures[/bold]
     """
@@ -73,7 +73,7 @@ def diagnose(
 
     from oasis_attn.hub.loading import load_model
     from oasis_attn.measure import diagnose as measure
-    from oasis_attn.report import layer_table, summary_table
+    from oasis_attn.report import activation_table, layer_table, sink_table, summary_table
     from oasis_attn.report.figures import save_figures
 
     with working(f"diagnosing {model}", as_json=as_json):
@@ -96,3 +96,5 @@ def diagnose(
     else:
         print_table(summary_table(record))
         print_table(layer_table(record))
+        print_table(activation_table(record))
+        print_table(sink_table(record))

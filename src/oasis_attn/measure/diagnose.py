@@ -18,8 +18,9 @@ from oasis_attn.measure.joint_distribution import Joint
 from oasis_attn.measure.loss import loss_metrics, window_losses
 from oasis_attn.measure.outliers import Outliers
 from oasis_attn.measure.secondary_sinks import SecondarySinks
+from oasis_attn.measure.sink_tokens import SinkTokens
 from oasis_attn.measure.sinks import Sinks
-from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.records import DiagnosisRecord
 
@@ -45,7 +46,7 @@ def diagnose(
         texts_or_tokens: a corpus, a text, or an iterable of texts, cut by `read_windows`; rows of
             token ids ([N, T] or a sequence of [T]), each a window; or `Windows`, all of which are
             read.
-        tokenizer: reads the texts.
+        tokenizer: reads the texts, and names the tokens of tables.
         window: tokens in a window; by default, 512 (or all of a shorter text) for texts, and the
             rows' own length for tokens.
         windows: maximum number of windows; they are spread over a text, and the first of rows.
@@ -62,8 +63,9 @@ def diagnose(
         Metrics: `perplexity.windowed`, the exponential of `loss.windowed` (nats per token, disjoint
         windows), `outlier.*`, `sink.*`, `null.mass` if attention has a null option, `depth.*` if
         the model has depth routing, and `joint.*`.
-        Tables per layer and head: see `Outliers.tables`, `Sinks.tables`, `SecondarySinks.tables`,
-        `Depth.tables` and `Joint.tables`.
+        Tables per layer, head and token: see `Outliers.tables`, `Sinks.tables`,
+        `SinkTokens.tables`, `SecondarySinks.tables`, `Depth.tables` and `Joint.tables`.  With a
+        tokenizer, rows about a token have its `text`.
 
     Raises:
         UserError: text or tokens that make no window (see `as_windows`) or a longer one than the
@@ -88,6 +90,11 @@ def diagnose(
     layers = sum(point.kind == "layer" for point in points)
     outliers, depth = Outliers(points), Depth()
     sinks, secondary = Sinks(points), SecondarySinks(layers)
+    sink_tokens = SinkTokens(model)
+
+    def on_attention(call: AttentionCall) -> None:
+        sinks.update(call)
+        sink_tokens.update(call)
 
     def see(point: HookPoint, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
@@ -99,7 +106,7 @@ def diagnose(
     batches, losses_N = ids_NT.to(model.device).split(batch_size), []
     with eval_mode(model), torch.no_grad():
         with ExitStack() as stack:
-            stack.enter_context(observe_attention(model, sinks.update))
+            stack.enter_context(observe_attention(model, on_attention))
             stack.enter_context(observe_depth(model, depth.update))
             for point in points:
                 stack.enter_context(_hooked(point, see))
@@ -108,6 +115,7 @@ def diagnose(
             for ids_BT in batches:
                 losses_N.append(window_losses(model, ids_BT))
                 sinks.check(model)
+                sink_tokens.classify(ids_BT)
         secondary.score(model, torch.cat(batches))
         importance = causal_importance(
             model,
@@ -125,17 +133,34 @@ def diagnose(
             *loss_metrics(torch.cat(losses_N)),
             *outliers.metrics(),
             *sinks.metrics(),
+            *sink_tokens.metrics(),
             *secondary.metrics(),
             *depth.metrics(),
             *importance,
             *joint_metrics,
         ),
-        tables=outliers.tables()
-        | sinks.tables()
-        | secondary.tables()
-        | depth.tables()
-        | joint_tables,
+        tables=_with_texts(
+            outliers.tables()
+            | sinks.tables()
+            | sink_tokens.tables()
+            | secondary.tables()
+            | depth.tables()
+            | joint_tables,
+            tokenizer,
+        ),
     )
+
+
+def _with_texts(
+    tables: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """The tables, with the text of the token in each row about a token."""
+    if tokenizer is not None:
+        for rows in tables.values():
+            for row in rows:
+                if isinstance(row, dict) and "token" in row:
+                    row["text"] = str(tokenizer.decode([row["token"]]))
+    return tables
 
 
 @contextmanager

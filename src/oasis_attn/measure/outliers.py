@@ -33,6 +33,12 @@ def inf_norm(x_BM: Tensor) -> Tensor:
     return torch.maximum(x_BM.amax(-1), -x_BM.amin(-1))
 
 
+def massive(x_TD: Tensor) -> Tensor:
+    """Which entries of a hidden state are massive activations, bool [T, D]."""
+    sizes_TD = x_TD.abs()
+    return sizes_TD > max(MASSIVE, MASSIVE_RATIO * float(sizes_TD.median()))
+
+
 @dataclass(frozen=True)
 class Moments:
     """Mean and central moments of each row of x / scale, all [B] float64.
@@ -116,6 +122,7 @@ class Outliers:
         self._moments: dict[str, list[Moments]] = {point.name: [] for point in points}
         self._non_finite = dict.fromkeys(self._inf_norms, 0)
         self._massive: dict[tuple[int, int, int], dict[str, Any]] = {}
+        self._largest: dict[int, dict[str, Any]] = {}
 
     def update(self, point: HookPoint, x: Tensor, ids_BT: Tensor) -> None:
         """Add the output `x` of one module, [B, T, D] or (for some MLPs) [B * T, D]."""
@@ -127,23 +134,35 @@ class Outliers:
             if not abs(peak) < float("inf"):
                 broken = x_BM[sequence].isfinite().logical_not().sum()
                 self._non_finite[point.name] += int(broken)
-            elif point.kind == "layer" and peak > MASSIVE:
-                self._record_massive(
-                    point, x_BM[sequence].view(ids_BT.shape[1], -1), ids_BT[sequence]
-                )
+            elif point.kind == "layer":
+                x_TD = x_BM[sequence].view(ids_BT.shape[1], -1)
+                self._record_largest(point, peak, x_TD, ids_BT[sequence])
+                if peak > MASSIVE:
+                    self._record_massive(point, x_TD, ids_BT[sequence])
+
+    def _record_largest(self, point: HookPoint, peak: float, x_TD: Tensor, ids_T: Tensor) -> None:
+        assert point.layer is not None
+        largest = self._largest.get(point.layer)
+        if largest is None or peak > abs(largest["largest"]):
+            position, channel = divmod(int(x_TD.abs().argmax()), x_TD.shape[1])
+            self._largest[point.layer] = {
+                "channel": channel,
+                "token": int(ids_T[position]),
+                "position": position,
+                "largest": float(x_TD[position, channel]),
+            }
 
     def _record_massive(self, point: HookPoint, x_TD: Tensor, ids_T: Tensor) -> None:
         assert point.layer is not None
-        sizes_TD = x_TD.abs()
-        massive = sizes_TD > max(MASSIVE, MASSIVE_RATIO * float(sizes_TD.median()))
-        for position, channel in massive.nonzero().tolist():
+        for position, channel in massive(x_TD).nonzero().tolist():
             key = (point.layer, channel, int(ids_T[position]))
             value = float(x_TD[position, channel])
             row = self._massive.setdefault(
-                key, {"count": 0, "largest": value, "first_position": position}
+                key, {"count": 0, "largest": 0.0, "position": position, "first_position": position}
             )
             row["count"] += 1
-            row["largest"] = max(row["largest"], value, key=abs)
+            if abs(value) > abs(row["largest"]):
+                row |= {"largest": value, "position": position}
             row["first_position"] = min(row["first_position"], position)
 
     def _rows(self, name: str) -> Moments:
@@ -228,8 +247,9 @@ class Outliers:
         """Tables about the outputs of the decoder layers.
 
         `outlier.inf_norm_layer`, `outlier.kurtosis_layer` and `outlier.pearson_kurtosis_layer` (NaN
-        for a constant output), all [L]; and `outlier.massive`, one row per layer, channel and token
-        with massive activations.
+        for a constant output), all [L]; `outlier.massive`, one row per layer, channel and token
+        with massive activations, with the `largest` one and its `position`; and `outlier.largest`,
+        the same for the largest activation of each layer, massive or not.
         """
         layers = [point.name for point in self._points if point.kind == "layer"]
         return {
@@ -241,6 +261,9 @@ class Outliers:
             "outlier.massive": [
                 {"layer": layer, "channel": channel, "token": token} | row
                 for (layer, channel, token), row in sorted(self._massive.items())
+            ],
+            "outlier.largest": [
+                {"layer": layer} | row for layer, row in sorted(self._largest.items())
             ],
         }
 

@@ -116,7 +116,9 @@ OUTLIERS = (
         "median |x| of the window",
         unit="values",
         better="lower",
-        protocol="`diagnose`: sum over layers and windows",
+        protocol="`diagnose`: sum over layers and windows.  The table of this name lists layer, "
+        "channel, token and position, and `outlier.largest` the same for the largest value of each "
+        "layer",
         source="arXiv 2402.17762 (Sun et al. 2024), section 2",
     ),
     Definition(
@@ -177,6 +179,17 @@ SINKS = (
         better="lower",
         protocol=_HEADS.replace(" and heads", ""),
         source="arXiv 2004.10102 (Kobayashi et al. 2020)",
+    ),
+    Definition(
+        name="sink.tokens@<eps>",
+        definition="number of sink tokens in a window.  The received attention of a token in a "
+        "head is its probability, mean over the queries of the window (0 for queries before it); "
+        "of windows longer than 64 tokens, over at most 64 evenly spaced queries.  A token is a "
+        "sink if it exceeds eps in at least one head.  Tokens of a stored prefix count",
+        unit="tokens",
+        protocol=f"{_WINDOWS}.  The table `sink.tokens` lists the ten largest with position, "
+        "heads and layers",
+        source="arXiv 2410.10781 (Gu et al. 2024) for the threshold 0.3; this library for the rest",
     ),
     Definition(
         name="sink.secondary_tokens@<rule>",

@@ -205,14 +205,14 @@ class AttentionCall:
         all_queries = slice(0, self.query_BHTd.shape[2])
         return self._probabilities(all_queries, slice(position, position + 1)).squeeze(-1)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Probabilities of queries `start` to `stop` (exclusive), `[B, H, stop - start, S']`,
-        float32.  S' counts the keys up to the last one that any of these queries attends to."""
+    def rows(self, start: int, stop: int, step: int = 1) -> Tensor:
+        """Probabilities of the queries in `range(start, stop, step)`, `[B, H, queries, S']`,
+        float32.  S' counts the keys up to the last one that a query before `stop` attends to."""
         if self.weights_BHTS is not None:
-            return self.weights_BHTS[:, :, start:stop]
+            return self.weights_BHTS[:, :, start:stop:step]
         T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
         end = S if self._mask is not None else S - T + stop
-        return self._probabilities(slice(start, stop), slice(0, end))
+        return self._probabilities(slice(start, stop, step), slice(0, end))
 
     def _probabilities(self, queries: slice, keys: slice) -> Tensor:
         """Probabilities of the given queries and keys, recomputed from the log-sum-exps."""

@@ -1,26 +1,30 @@
 """Tables, figures and self-contained HTML pages from records.
 
-`report.figures` and `report.html` import matplotlib; this module does not.
+Only `report.figures` imports matplotlib.
 """
 
 from __future__ import annotations
 
 from oasis_attn.report.tables import (
     Table,
+    activation_table,
     comparison,
     label,
     layer_table,
     number,
+    sink_table,
     summary_table,
     variants_table,
 )
 
 __all__ = [
     "Table",
+    "activation_table",
     "comparison",
     "label",
     "layer_table",
     "number",
+    "sink_table",
     "summary_table",
     "variants_table",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +13,8 @@ from oasis_attn.records import DiagnosisRecord, ModelRecord, Record
 
 ABSENT = "-"
 _LITERATURE_KURTOSIS = ("outlier.avg_kurtosis", "outlier.max_kurtosis")
+_NAMED = 5  # largest number of tokens in a table that names them
+_LONGEST = 24  # characters of a token's name
 _CAVEATS = {"outlier.silent_tensors": "silent", "outlier.understated_kurtosis": "understated"}
 
 
@@ -144,6 +146,74 @@ def layer_table(record: DiagnosisRecord) -> Table:
         for layer, values in enumerate(zip(*columns.values(), strict=True))
     )
     return Table(title="By layer", columns=("layer", *columns), rows=rows)
+
+
+def activation_table(record: DiagnosisRecord) -> Table:
+    """The largest massive activations of a diagnosis, one row per token and channel.
+
+    Without a massive activation, the largest ones of any layer.
+    """
+    title = "Massive activations of layer outputs"
+    found = record.tables["outlier.massive"]
+    if not found:
+        title = "Largest activations of layer outputs; none is massive"
+        found = record.tables["outlier.largest"]
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in found:
+        groups.setdefault((row["token"], row["channel"]), []).append(row)
+    largest = [(max(rows, key=lambda row: abs(row["largest"])), rows) for rows in groups.values()]
+    largest.sort(key=lambda each: abs(each[0]["largest"]), reverse=True)
+    return Table(
+        title=title,
+        columns=("token", "position", "channel", "value", "in layer", "layers"),
+        rows=tuple(
+            (
+                token_name(row),
+                str(row["position"]),
+                str(row["channel"]),
+                number(row["largest"]),
+                str(row["layer"]),
+                ranges(each["layer"] for each in rows),
+            )
+            for row, rows in largest[:_NAMED]
+        ),
+    )
+
+
+def sink_table(record: DiagnosisRecord) -> Table:
+    """The sink tokens of a diagnosis that receive most attention."""
+    return Table(
+        title="Sink tokens: more than 0.3 of a head's attention",
+        columns=("token", "position", "attention", "heads", "layers", "windows"),
+        rows=tuple(
+            (
+                token_name(row),
+                str(row["position"]),
+                number(row["received"]),
+                number(row["heads"]),
+                ranges(row["layers"]),
+                str(row["windows"]),
+            )
+            for row in record.tables["sink.tokens"][:_NAMED]
+        ),
+    )
+
+
+def token_name(row: Mapping[str, Any]) -> str:
+    """The text of the token that a row is about, quoted, or its id."""
+    text = repr(row["text"]) if "text" in row else f"id {row['token']}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]}...{text[0]}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers as ranges: `0, 3-7`."""
+    found: list[list[int]] = []
+    for each in sorted(set(numbers)):
+        if found and each == found[-1][-1] + 1:
+            found[-1][1:] = [each]
+        else:
+            found.append([each])
+    return ", ".join("-".join(map(str, ends)) for ends in found)
 
 
 def _over_heads(table: Sequence[Sequence[float]]) -> list[float]:
