@@ -72,3 +72,16 @@ def test_same_gradients_under_checkpointing():
         (loss + torch.stack(found).mean()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_outputs_of_layers():
+    model = tiny_model().train()
+    outputs = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+    penalty = OutlierPenalty(model, "layer_outputs")
+    with penalty.collect() as found:
+        model(torch.randint(VOCABULARY, (3, 9)))
+    assert len(found) == len(outputs) == model.config.num_hidden_layers
+    for peak_B, x_BTD in zip(found, outputs, strict=True):
+        assert torch.equal(peak_B, log_peak(x_BTD))

@@ -77,10 +77,34 @@ def train(
             " null_logit=NUMBER or log_context; with --from, the default is 0).",
         ),
     ] = 0,
+    null_to_logit: Annotated[
+        int,
+        Option(
+            metavar="N",
+            help="Turn the nulls of a model from `convert --null-from-sink`, which have keys and"
+            " values, into a logit per head during the first N steps.",
+        ),
+    ] = 0,
+    distill_from: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            help="Train on the divergence from the next-token distributions of this model.",
+            show_default=False,
+        ),
+    ] = None,
+    distill_weight: Annotated[
+        float,
+        Option(help="With --distill-from: weight W of the divergence, and 1 - W of the loss."),
+    ] = 1.0,
     outlier_penalty: Annotated[
         float,
         Option(help="Weight of a penalty on the log of the largest activation of each token."),
     ] = 0.0,
+    outlier_tensors: Annotated[
+        str,
+        Option(help="What the penalty reads: linear_inputs, or layer_outputs (residual stream)."),
+    ] = "linear_inputs",
     activation_checkpointing: Annotated[
         bool,
         Option("--activation-checkpointing", help="Recompute layers in the backward pass."),
@@ -136,8 +160,9 @@ def train(
     check_names(given["settings"])
     for split in ("train", eval_split):
         check_text(corpus, split)
-    if from_model is not None:
-        find_model(from_model)
+    for name in (from_model, distill_from):
+        if name is not None:
+            find_model(name)
     config = TrainingConfig(**given)
 
     from oasis_attn.report import summary_table

@@ -223,6 +223,8 @@ def _config_changes_function(config: OasisConfig) -> str | None:
         return f"null_logit: {config.null_logit!r} is above {NULL_OFF}, so the null is not off"
     if config.output_gate != "none":
         return f"output_gate: {config.output_gate!r} scales the attention output"
+    if config.output_bias:
+        return "output_bias: True adds a bias that the family's own model does not have"
     if config.branch_norm != "none":
         return f"branch_norm: {config.branch_norm!r} scales the branches"
     if config.residual == "official":

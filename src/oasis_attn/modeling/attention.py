@@ -192,6 +192,12 @@ class AttentionCall:
         """Index of the decoder layer."""
         return int(self.module.layer_idx)  # type: ignore[arg-type]
 
+    @property
+    def null_logit_BHT(self) -> Tensor:
+        """The logit of the null for every query, `[B, H, T]`; of several, their log-sum-exp."""
+        smallest = torch.finfo(self.null_BHT.dtype).tiny
+        return self.null_BHT.clamp(min=smallest).log() + self._lse_BHT
+
     def column(self, position: int) -> Tensor:
         """Probability of key `position` for every query, `[B, H, T]`, float32; 0 where masked."""
         if self.weights_BHTS is not None:

@@ -215,6 +215,17 @@ def find_decoder(model: PreTrainedModel) -> Part:
     return Part(name, model.get_submodule(name))
 
 
+def output_projection_name(attention: nn.Module) -> str | None:
+    """The name, inside an attention module, of the projection whose output is the module's."""
+    depth = {  # In some families, the projection is inside a module of the attention.
+        name: name.count(".")
+        for name, _ in attention.named_modules()
+        if name.rpartition(".")[2] in _ATTENTION_OUTPUT
+    }
+    outputs = [name for name in depth if depth[name] == min(depth.values())]
+    return outputs[0] if len(outputs) == 1 else None
+
+
 def is_router(name: str) -> bool:
     """Whether a module of this name chooses or weights experts."""
     return _ROUTER.search(name) is not None
@@ -286,13 +297,8 @@ def _norm_roles(norms: list[Part], row: Family | None) -> list[Part | None]:
 
 def _map_attention(part: Part, pre_norm: Part | None, post_norm: Part | None) -> AttentionMap:
     query, key, value, gate = (_child(part, names) for names in (_QUERY, _KEY, _VALUE, _GATE))
-    depth = {  # In some families, the projection is inside a module of the attention.
-        name: name.count(".")
-        for name, _ in part.module.named_modules()
-        if name.rpartition(".")[2] in _ATTENTION_OUTPUT
-    }
-    outputs = [name for name in depth if depth[name] == min(depth.values())]
-    output = _only([Part(_join(part.name, at), part.module.get_submodule(at)) for at in outputs])
+    at = output_projection_name(part.module)
+    output = None if at is None else Part(_join(part.name, at), part.module.get_submodule(at))
     return AttentionMap(
         name=part.name,
         module=part.module,

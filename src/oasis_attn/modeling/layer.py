@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from oasis_attn.errors import UserError
 from oasis_attn.modeling.attach import Attached
 from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.modeling.decoder_map import output_projection_name
 from oasis_attn.modeling.depth_cache import SumCache
 from oasis_attn.modeling.extensions import BranchNorm, NullSignal, null_evidence
 from oasis_attn.modeling.families import Family, check_fits
@@ -72,8 +74,40 @@ class RoutedLayer(Attached):
             head_wise = config.output_gate == "head"
             gates = heads if head_wise else heads * width
             self.output_gate = nn.Linear(text.hidden_size, gates, bias=head_wise)
+        if config.output_bias:
+            self.add_output_bias()
         if config.residual == "official":
             self.attn_res_sa, self.attn_res_mlp = OfficialRouter(config), OfficialRouter(config)
+
+    @property
+    def output_projection(self) -> nn.Linear:
+        """The linear layer whose output is that of the attention.
+
+        Raises:
+            UserError: it was not found.
+        """
+        name = output_projection_name(self.self_attn)
+        found = None if name is None else self.self_attn.get_submodule(name)
+        if not isinstance(found, nn.Linear):
+            kind = self.oasis_config.text_config.model_type
+            raise UserError(
+                f"output_bias: no linear output projection found in the attention of {kind!r}"
+            )
+        return found
+
+    def add_output_bias(self) -> None:
+        """Add a bias of zeros to the output projection of attention.
+
+        Raises:
+            UserError: it has one.
+        """
+        linear = self.output_projection
+        if linear.bias is not None:
+            kind = self.oasis_config.text_config.model_type
+            raise UserError(
+                f"output_bias: True has no effect with {kind!r}, whose attention has its own bias"
+            )
+        linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
 
     def reset_null(self) -> None:
         """Initialize the parameters of the null: keys and values as in arXiv 2402.17762."""

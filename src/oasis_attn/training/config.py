@@ -21,6 +21,7 @@ from oasis_attn.modeling.settings import check_settings
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.parameters import GROUPS, check_patterns
 
+OUTLIER_TENSORS = ("linear_inputs", "layer_outputs")
 _NO_EFFECT_ON_RESULT = ("out", "resume", "trust_remote_code")
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
 _LARGEST = 1e6
@@ -57,7 +58,13 @@ class TrainingConfig:
         anneal_null: if above 0, raise the null logit over this many steps to that of the variant
             and `settings`; with `from_model`, from the model's own to that of `settings`, default
             0.  See `NullAnneal`.
+        null_to_logit: if above 0, turn the key-and-value nulls of `from_model` into plain nulls
+            over this many steps.  See `NullToLogit`.
+        distill_from: a model for `load_model`, with the same tokenizer: the loss becomes the
+            Kullback-Leibler divergence of its next-token distributions from the trained model's.
+        distill_weight: w in w * divergence + (1 - w) * next-token loss, with `distill_from`.
         outlier_penalty: weight of `OutlierPenalty`, in nats, added to the loss.
+        outlier_tensors: `linear_inputs` or `layer_outputs`, see `OutlierPenalty`.
         activation_checkpointing: recompute each layer in backward instead of storing activations.
         warmup: share of the steps for the warmup, in [0, 1].
         weight_decay: weight decay of AdamW, for matrices only.
@@ -92,7 +99,11 @@ class TrainingConfig:
     trainable: Sequence[str] | None = None
     lora_rank: int = 0
     anneal_null: int = 0
+    null_to_logit: int = 0
+    distill_from: str | Path | None = None
+    distill_weight: float = 1.0
     outlier_penalty: float = 0.0
+    outlier_tensors: str = "linear_inputs"
     activation_checkpointing: bool = False
     warmup: float = 0.05
     weight_decay: float = 0.1
@@ -120,13 +131,29 @@ class TrainingConfig:
             "eval_windows": 1,
             "lora_rank": 0,
             "anneal_null": 0,
+            "null_to_logit": 0,
         }
         for name, least in lowest.items():
             check_whole(name, getattr(self, name), least)
         check_seed("seed", self.seed)
         for name in ("bf16", "activation_checkpointing", "resume", "trust_remote_code"):
             check_flag(name, getattr(self, name))
-        check_at_least("warmup", self.warmup, 0, 1)
+        for name in ("warmup", "distill_weight"):
+            check_at_least(name, getattr(self, name), 0, 1)
+        if self.distill_from is None and self.distill_weight != type(self).distill_weight:
+            raise UserError(
+                f"distill_weight: {self.distill_weight!r} has no effect without distill_from"
+            )
+        check_choice("outlier_tensors", self.outlier_tensors, OUTLIER_TENSORS)
+        if not self.outlier_penalty and self.outlier_tensors != type(self).outlier_tensors:
+            raise UserError(
+                f"outlier_tensors: {self.outlier_tensors!r} has no effect without outlier_penalty"
+            )
+        if self.null_to_logit and self.from_model is None:
+            raise UserError(
+                f"null_to_logit: {self.null_to_logit!r} needs from_model, a model whose nulls have"
+                " values"
+            )
         for name in ("weight_decay", "clip", "outlier_penalty"):
             check_at_least(name, getattr(self, name), 0, _LARGEST)
         if not isinstance(self.learning_rates, Mapping):
@@ -138,10 +165,11 @@ class TrainingConfig:
             check_choice("learning_rates", group, GROUPS)
             check_at_least(f"learning_rates[{group!r}]", rate, 0, _LARGEST)
         check_at_least("learning_rate", self._rate, 0, _LARGEST)
-        if self.anneal_null > self.steps:
-            raise UserError(
-                f"anneal_null: {self.anneal_null!r} is more than the run's {self.steps} steps"
-            )
+        for name in ("anneal_null", "null_to_logit"):
+            if getattr(self, name) > self.steps:
+                raise UserError(
+                    f"{name}: {getattr(self, name)!r} is more than the run's {self.steps} steps"
+                )
         check_patterns(self.trainable or ())
         if not self.clip:
             raise UserError(f"clip: {self.clip!r} is not above 0")
@@ -177,6 +205,7 @@ class TrainingConfig:
         """The fields that affect the result, as values that JSON supports."""
         plain = asdict(self) | {
             "from_model": None if self.from_model is None else str(self.from_model),
+            "distill_from": None if self.distill_from is None else str(self.distill_from),
             "size": str(self.size),
             "corpus": str(self.corpus),
             "learning_rate": self._rate,

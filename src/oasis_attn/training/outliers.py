@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from oasis_attn.modeling.decoder_map import decoder_map
+
 _FLOOR = 1e-12  # smallest mean square
 
 
@@ -48,15 +50,24 @@ def log_peak(x_BTD: Tensor) -> Tensor:
 
 
 class OutlierPenalty:
-    """Mean `log_peak` of the inputs of the linear layers of a model's decoder.
+    """Mean `log_peak` of tensors of a model's decoder.
 
-    Static quantization uses one range for each of these tensors.  An input of several layers counts
-    once.  The head, the layers of LoRA, and experts, whose inputs are not sequences, do not count.
+    Args:
+        model: the model; its forward passes are observed from now on.
+        tensors: `linear_inputs`, the inputs of linear layers, for each of which static quantization
+            uses one range.  An input of several layers counts once.  The head, the layers of LoRA,
+            and experts, whose inputs are not sequences, do not count.  Or `layer_outputs`, the
+            outputs of decoder layers: massive activations are largest there, and norms remove them
+            from most inputs of linear layers.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, tensors: str = "linear_inputs"):
         self._found: list[Tensor] | None = None
         self._last: Callable[[], Tensor | None] = lambda: None
+        if tensors == "layer_outputs":
+            for layer in decoder_map(model).layers:
+                layer.module.register_forward_hook(self._read_output)
+            return
         head = model.get_output_embeddings()
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name:
@@ -71,6 +82,9 @@ class OutlierPenalty:
             yield found
         finally:
             self._found = None
+
+    def _read_output(self, module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._read(module, output if isinstance(output, tuple) else (output,))
 
     def _read(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x_BTD = inputs[0]

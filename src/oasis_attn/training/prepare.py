@@ -26,6 +26,7 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_savable
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
+from oasis_attn.modeling.hf_compat import parse_flag_from_env
 from oasis_attn.modeling.null_logit import resolve_null_logit
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.ops.normalizers import with_length
@@ -33,10 +34,14 @@ from oasis_attn.training.anneal import LOWEST_START, NullAnneal
 from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.lora import adapt
 from oasis_attn.training.model import build_model
+from oasis_attn.training.null_to_logit import NullToLogit, finish
 from oasis_attn.training.parameters import group_of, train_only, trained
 
 if TYPE_CHECKING:
     from peft import LoraModel
+
+
+_MEASURED_BLOCKS = 8  # for the means that `NullToLogit` needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,7 @@ class Prepared:
         model: the initial model.
         adapter: the LoRA wrapper of `model`; None without LoRA.
         tokenizer: the tokenizer of the model.
+        teacher: the model to distill from; None without one.
         callbacks: Trainer callbacks that change the model between steps.
         corpus: the training split.
         held_out: the split for the final loss.
@@ -63,6 +69,7 @@ class Prepared:
     model: PreTrainedModel
     adapter: LoraModel | None
     tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel | None
     callbacks: list[TrainerCallback]
     corpus: Corpus
     blocks: TokenBlocks
@@ -92,20 +99,30 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
             f"block_length: {config.block_length} is more than the {most} positions of "
             f"{str(config.from_model or config.size)!r}"
         )
+    teacher = _teacher(config, model, tokenizer)
     identity = config.to_dict() | {
         "processes": processes,
         "corpus_sha256": corpus.sha256,
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "weights_sha256": _sha256(model) if config.from_model else None,
+        "teacher_sha256": _sha256(teacher) if teacher is not None else None,
     }
     if getattr(model, "is_quantized", False):
         raise UserError(
             f"from_model: {str(config.from_model)!r} is quantized; train the original model"
         )
+    if tokenizer.eos_token_id is None:
+        raise UserError("tokenizer: it has no end-of-text token, which separates documents")
+    vocab_size = model.config.vocab_size
+    blocks = token_blocks(corpus, tokenizer, config.block_length, vocab_size=vocab_size)
     callbacks: list[TrainerCallback] = []
     if config.anneal_null:
         callbacks.append(_null_anneal(config, model))
+    shrinking = _null_to_logit(config, model, blocks) if config.null_to_logit else None
     adapter = _adapted(config, model)
+    if shrinking is not None:
+        shrinking.freeze()
+        callbacks.append(shrinking)
     groups = sorted({group_of(name) for name, _ in trained(model)})
     for group in config.learning_rates:
         if group not in groups:
@@ -114,10 +131,6 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
                 f" groups are {', '.join(groups)}"
             )
 
-    if tokenizer.eos_token_id is None:
-        raise UserError("tokenizer: it has no end-of-text token, which separates documents")
-    vocab_size = model.config.vocab_size
-    blocks = token_blocks(corpus, tokenizer, config.block_length, vocab_size=vocab_size)
     windows = read_windows(
         held_out,
         tokenizer,
@@ -137,6 +150,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         model=model,
         adapter=adapter,
         tokenizer=tokenizer,
+        teacher=teacher,
         callbacks=callbacks,
         corpus=corpus,
         blocks=blocks,
@@ -158,6 +172,8 @@ def whole_model(
             model.config.null_logit = prepared.model.config.null_logit
     if adapter is not None:
         adapter.merge_and_unload()
+    if config.null_to_logit:
+        finish(model)
     return model
 
 
@@ -191,6 +207,38 @@ def _null_anneal(config: TrainingConfig, model: PreTrainedModel) -> NullAnneal:
         target=resolve_null_logit(final, text),
         start=getattr(model.config, "null_logit", LOWEST_START),
     )
+
+
+def _null_to_logit(
+    config: TrainingConfig, model: PreTrainedModel, blocks: TokenBlocks
+) -> NullToLogit:
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise UserError("null_to_logit: FSDP is not supported; use DDP or one process")
+    count = min(_MEASURED_BLOCKS, len(blocks))
+    batches = [blocks[index * len(blocks) // count][None] for index in range(count)]
+    return NullToLogit(model, config.null_to_logit, batches)
+
+
+def _teacher(
+    config: TrainingConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | None:
+    """The model of `distill_from`; `UserError` if its tokens are not those of `model`."""
+    if config.distill_from is None:
+        return None
+    teacher, own = load_model(config.distill_from, trust_remote_code=config.trust_remote_code)
+    same = tokenizer_sha256(own) == tokenizer_sha256(tokenizer)
+    if not same or teacher.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"distill_from: {str(config.distill_from)!r} has another tokenizer or vocabulary size"
+            " than the model to train"
+        )
+    if config.block_length > teacher.config.max_position_embeddings:
+        raise UserError(
+            f"distill_from: {str(config.distill_from)!r} has"
+            f" {teacher.config.max_position_embeddings} positions, fewer than block_length:"
+            f" {config.block_length}"
+        )
+    return teacher.requires_grad_(False)
 
 
 def _adapted(config: TrainingConfig, model: PreTrainedModel) -> LoraModel | None:

@@ -27,6 +27,7 @@ _COLUMNS = {  # key in the Trainer's log -> column in the record
     "grad_norm": "gradient_norm",
     "outlier_penalty": "outlier_penalty",
     "null_logit": "null_logit",
+    "null_factor": "null_factor",
 }
 
 

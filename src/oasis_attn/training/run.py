@@ -98,6 +98,9 @@ def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
                 tokenizer=prepared.tokenizer,
                 rates=config.rates,
                 penalty=config.outlier_penalty,
+                penalized=config.outlier_tensors,
+                teacher=prepared.teacher,
+                distill_weight=config.distill_weight,
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import DistributedType, PartialState
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from oasis_attn.files import writing
 from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.hf_compat import SAFE_WEIGHTS_NAME, parse_flag_from_env
 from oasis_attn.training.checkpoints import publish
+from oasis_attn.training.null_to_logit import NullToLogit
 from oasis_attn.training.outliers import OutlierPenalty
 from oasis_attn.training.parameters import GROUPS, group_of, trained
 
@@ -35,6 +37,9 @@ class OasisTrainer(Trainer):
         tokenizer: saved with each checkpoint.
         rates: peak learning rate of each group in `GROUPS`.
         penalty: weight of `OutlierPenalty` in the objective; the logged loss does not include it.
+        penalized: the tensors that `OutlierPenalty` reads.
+        teacher: a model to distill from, with frozen weights.
+        distill_weight: w in w * divergence from the teacher + (1 - w) * next-token loss.
     """
 
     def __init__(
@@ -45,6 +50,9 @@ class OasisTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         rates: Mapping[str, float],
         penalty: float = 0.0,
+        penalized: str = "linear_inputs",
+        teacher: PreTrainedModel | None = None,
+        distill_weight: float = 1.0,
         **kwargs: Any,
     ):
         super().__init__(model=model, **kwargs)
@@ -55,8 +63,13 @@ class OasisTrainer(Trainer):
         self._tokenizer = tokenizer
         self._run = run
         self._rates = rates
+        self._teacher = teacher
+        self._distill_weight = distill_weight
+        if self._teacher is not None:
+            self._teacher.to(self.args.device)  # type: ignore[arg-type]
+            self.loss_is_scaled_for_ga = True  # see `_loss`
         self._weight = penalty
-        self._penalty = OutlierPenalty(model) if penalty else None
+        self._penalty = OutlierPenalty(model, penalized) if penalty else None
         self._penalties: list[Tensor] = []  # one per forward pass since the last log
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -111,12 +124,29 @@ class OasisTrainer(Trainer):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         if self._penalty is None:
-            return super().compute_loss(*args, **kwargs)
+            return self._loss(*args, **kwargs)
         with self._penalty.collect() as penalties:
-            loss: Any = super().compute_loss(*args, **kwargs)
+            loss = self._loss(*args, **kwargs)
         penalty = torch.stack(penalties).mean()
         self._penalties.append(penalty.detach())
         return loss + self._share() * penalty
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
+        """The loss of a forward pass, without the penalty."""
+        if self._teacher is None:
+            plain: Any = super().compute_loss(model, inputs, **kwargs)
+            return plain
+        ids_BT, weight = inputs["input_ids"], self._distill_weight
+        loss: Any = 0.0
+        if weight == 1:
+            outputs = model(input_ids=ids_BT, use_cache=False)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        with torch.no_grad():
+            aim_BTV = self._teacher(input_ids=ids_BT, use_cache=False).logits
+        distance = divergence(aim_BTV, outputs.logits)
+        # This divergence is a mean over one forward pass; the loss is scaled already.
+        return (1 - weight) * loss + weight / self.current_gradient_accumulation_steps * distance
 
     def _share(self) -> float:
         """Weight of one forward pass's penalty in the step; the Trainer scales the loss itself."""
@@ -128,6 +158,9 @@ class OasisTrainer(Trainer):
                 mean = torch.stack(self._penalties).mean()
                 logs["outlier_penalty"] = self.accelerator.gather(mean).mean().item()
                 self._penalties.clear()
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, NullToLogit):
+                    logs["null_factor"] = callback.factor
             null_logit = getattr(
                 self.accelerator.unwrap_model(self.model).config, "null_logit", None
             )
@@ -185,3 +218,10 @@ class OasisTrainer(Trainer):
         if self.args.should_save:
             self._tokenizer.save_pretrained(staged)
             publish(staged, staging.parent, self._run)
+
+
+def divergence(aim_BTV: Tensor, logits_BTV: Tensor) -> Tensor:
+    """KL(softmax(aim) || softmax(logits)) in nats per token, in float32 or better."""
+    precise = torch.promote_types(logits_BTV.dtype, torch.float32)
+    aim, found = (x.flatten(0, 1).to(precise).log_softmax(-1) for x in (aim_BTV, logits_BTV))
+    return F.kl_div(found, aim, log_target=True, reduction="batchmean")
