@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the names that `__getattr__` imports, for type checkers
     from oasis_attn.evaluation import evaluate
     from oasis_attn.hub.convert import convert
     from oasis_attn.measure import diagnose
+    from oasis_attn.measure.sink_callback import SinkCallback
     from oasis_attn.modeling.configuration_oasis import OasisConfig
     from oasis_attn.modeling.extensions import register_branch_norm, register_null_signal
     from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
@@ -33,6 +34,7 @@ _HOMES = {
     "OasisConfig": "oasis_attn.modeling.configuration_oasis",
     "OasisForCausalLM": "oasis_attn.modeling.modeling_oasis",
     "Record": "oasis_attn.records",
+    "SinkCallback": "oasis_attn.measure.sink_callback",
     "UserError": "oasis_attn.errors",
     "convert": "oasis_attn.hub.convert",
     "diagnose": "oasis_attn.measure",
@@ -49,6 +51,7 @@ __all__ = [
     "OasisConfig",
     "OasisForCausalLM",
     "Record",
+    "SinkCallback",
     "UserError",
     "__version__",
     "convert",

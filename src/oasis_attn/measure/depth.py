@@ -61,7 +61,8 @@ class Depth:
         `depth.sink_rate@eps`: share of (window, router) pairs whose mean weight on the embedding
         exceeds eps (uniform weights are 1/S).  `depth.entropy`: entropy in nats of the renormalized
         weights; `depth.entropy_normalized`: the same divided by log S.  `depth.null`: null
-        probability of the depth normalizer, if it has one.  `depth.signal`: standard deviation over
+        probability of the depth normalizer, if it has one.  `depth.weight`: mean weight of each
+        source in the routers that read it.  `depth.signal`: standard deviation over
         a token's sources of what the null signal adds to their logits, in nats, if there is one.
         """
         if not self._series:
@@ -83,7 +84,13 @@ class Depth:
         for name in self._optional:
             values = self._routers(name)
             means[f"depth.{name}"] = torch.stack([values[router] for router in several], dim=1)
-        return [mean_metric(name, values_NR.mean(1)) for name, values_NR in means.items()]
+        return [
+            *(mean_metric(name, values_NR.mean(1)) for name, values_NR in means.items()),
+            *(
+                mean_metric("depth.weight", _of_source(source, weights, several), f"source.{source}")
+                for source in range(max(weights[router].shape[1] for router in several))
+            ),
+        ]
 
     def tables(self) -> dict[str, Any]:
         """For a model with depth routing: `depth.weights` [router][source], and `depth.entropy`,
@@ -96,6 +103,12 @@ class Depth:
             f"depth.{name}": [values.mean(0).tolist() for values in self._routers(name).values()]
             for name in names
         }
+
+
+def _of_source(source: int, weights: dict[int, Tensor], routers: list[int]) -> Tensor:
+    """The weight of a source [N], mean over those of `routers` that read it."""
+    readers = [weights[router] for router in routers if weights[router].shape[1] > source]
+    return torch.stack([weights_NS[:, source] for weights_NS in readers]).mean(0)
 
 
 def causal_sources(model: PreTrainedModel, causal: bool | Sequence[int]) -> list[int]:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Corpus, Windows, as_windows
 from oasis_attn.errors import check_whole
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
-from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
+from oasis_attn.measure.hooks import HookPoint, find_hook_points
 from oasis_attn.measure.joint_distribution import Joint
 from oasis_attn.measure.loss import loss_metrics, window_losses
 from oasis_attn.measure.outliers import Outliers
 from oasis_attn.measure.secondary_sinks import SecondarySinks
 from oasis_attn.measure.sink_tokens import SinkTokens
 from oasis_attn.measure.sinks import Sinks
-from oasis_attn.modeling.attention import AttentionCall, observe_attention
-from oasis_attn.modeling.depth_cache import observe_depth
+from oasis_attn.measure.stream import stream
+from oasis_attn.modeling.attention import AttentionCall
 from oasis_attn.records import DiagnosisRecord
 
 
@@ -96,26 +97,27 @@ def diagnose(
         sinks.update(call)
         sink_tokens.update(call)
 
-    def see(point: HookPoint, output: Any) -> None:
-        x = output[0] if isinstance(output, tuple) else output
-        check_output(model, point, x, ids_BT)
+    def on_output(point: HookPoint, x: Tensor, ids_BT: Tensor) -> None:
         outliers.update(point, x, ids_BT)
         if point.kind == "final_norm" or (point.kind == "layer" and point.layer != layers - 1):
             secondary.update(x, ids_BT)
 
-    batches, losses_N = ids_NT.to(model.device).split(batch_size), []
+    def after(ids_BT: Tensor) -> None:
+        sinks.check(model)
+        sink_tokens.classify(ids_BT)
+
+    batches = ids_NT.to(model.device).split(batch_size)
     with eval_mode(model), torch.no_grad():
-        with ExitStack() as stack:
-            stack.enter_context(observe_attention(model, on_attention))
-            stack.enter_context(observe_depth(model, depth.update))
-            for point in points:
-                stack.enter_context(_hooked(point, see))
-            if joint_measures:
-                stack.enter_context(joint_measures.observe())
-            for ids_BT in batches:
-                losses_N.append(window_losses(model, ids_BT))
-                sinks.check(model)
-                sink_tokens.classify(ids_BT)
+        with joint_measures.observe() if joint_measures else nullcontext():
+            losses_N = stream(
+                model,
+                points,
+                batches,
+                attention=on_attention,
+                output=on_output,
+                depth=depth.update,
+                after=after,
+            )
         secondary.score(model, torch.cat(batches))
         importance = causal_importance(
             model,
@@ -130,7 +132,7 @@ def diagnose(
         data=read.info,
         seed=seed,
         metrics=(
-            *loss_metrics(torch.cat(losses_N)),
+            *loss_metrics(losses_N),
             *outliers.metrics(),
             *sinks.metrics(),
             *sink_tokens.metrics(),
@@ -161,12 +163,3 @@ def _with_texts(
                 if isinstance(row, dict) and "token" in row:
                     row["text"] = str(tokenizer.decode([row["token"]]))
     return tables
-
-
-@contextmanager
-def _hooked(point: HookPoint, see: Any) -> Iterator[None]:
-    handle = point.module.register_forward_hook(lambda _module, _inputs, output: see(point, output))
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -262,6 +262,13 @@ DEPTH = (
         protocol=_ROUTERS,
     ),
     Definition(
+        name="depth.weight",
+        definition="weight of the source `where`, mean over tokens.  Source 0 is the embedding",
+        unit="probability",
+        protocol="`diagnose`: depth routers that read the source and at least one other; mean over "
+        "routers, then windows",
+    ),
+    Definition(
         name="depth.null",
         definition="null probability of the depth normalizer, mean over tokens",
         unit="probability",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.parameters import GROUPS, check_patterns
 
 OUTLIER_TENSORS = ("linear_inputs", "layer_outputs")
-_NO_EFFECT_ON_RESULT = ("out", "resume", "trust_remote_code")
+SERVICES = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX")}
+"""Where `report_to` can log -> the packages of which one must be installed."""
+_NO_EFFECT_ON_RESULT = ("out", "report_to", "resume", "trust_remote_code")
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
 _LARGEST = 1e6
 """Largest learning rate or weight: above it, a step is not finite in float32."""
@@ -76,6 +79,7 @@ class TrainingConfig:
         log_every: steps that one row of the loss table is the mean of.
         eval_split: split of the corpus that the final loss is measured on.
         eval_windows: maximum number of windows, which are spread over that split.
+        report_to: also log to `wandb`, `trackio` or `tensorboard` (files in `out/tensorboard`).
         resume: continue from the last complete checkpoint in `out`; a finished run is not changed.
 
     Raises:
@@ -114,6 +118,7 @@ class TrainingConfig:
     log_every: int = 10
     eval_split: str = "validation"
     eval_windows: int = 64
+    report_to: str | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -178,6 +183,9 @@ class TrainingConfig:
             raise UserError(
                 f"save_every: {self.save_every!r} is not a multiple of log_every={self.log_every!r}"
             )
+        if self.report_to is not None:
+            check_choice("report_to", self.report_to, SERVICES)
+            _check_installed(self.report_to)
         self._check_model()
 
     def _check_model(self) -> None:
@@ -225,3 +233,18 @@ class TrainingConfig:
                     f"{option.name}: {value!r} has no effect with from_model="
                     f"{str(self.from_model)!r}, because the model has its own"
                 )
+
+
+def _check_installed(service: str) -> None:
+    """Raise `UserError` if the package of `service` is missing.
+
+    Its metadata tell; `wandb` also leaves a folder of its name, which Python could import.
+    """
+    for package in SERVICES[service]:
+        try:
+            distribution(package)
+        except PackageNotFoundError:
+            continue
+        return
+    package = SERVICES[service][0]
+    raise UserError(f"report_to: {service!r} is not installed; run: pip install {package}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from oasis_attn.data import collate
@@ -30,7 +31,12 @@ from oasis_attn.training.trainer import OasisTrainer
 _BETAS = (0.9, 0.95)
 
 
-def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
+def train(
+    config: TrainingConfig,
+    *,
+    progress: bool = True,
+    callbacks: Sequence[Callable[[Trainer], TrainerCallback]] = (),
+) -> TrainingRecord:
     """Train a model, save it with its tokenizer, measure the final loss, and save a record.
 
     The same config gives bit-identical losses on the same machine and thread count, whether or not
@@ -44,6 +50,7 @@ def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
     Args:
         config: the configuration of the run.
         progress: show progress on standard error.
+        callbacks: functions that take the Trainer and return a callback for it, as `SinkCallback`.
 
     Returns:
         Metrics: `loss.windowed` (nats per token) and `perplexity.windowed` on disjoint windows of
@@ -103,6 +110,11 @@ def train(config: TrainingConfig, *, progress: bool = True) -> TrainingRecord:
                 distill_weight=config.distill_weight,
             )
             trainer.remove_callback(PrinterCallback)
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                    callback.logging_dir = str(out / "tensorboard")
+            for make in callbacks:
+                trainer.add_callback(make(trainer))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             weights = trainer.gathered_weights()
         if processes.is_main_process:
@@ -173,6 +185,7 @@ def _arguments(config: TrainingConfig, out: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.save_every,
-        report_to="none",
+        report_to=config.report_to or "none",
+        run_name=out.name,
         disable_tqdm=True,
     )
