@@ -22,14 +22,18 @@ FSDP2 = {
 """What `accelerate launch --use_fsdp --fsdp_version 2 ...` puts into the environment."""
 
 
-def start(config: TrainingConfig, environment: dict[str, str]):
+def start(config: TrainingConfig, environment: dict[str, str], callbacks=()):
     """A process that runs `train(config)`."""
-    process = _context.Process(target=_run, args=(config, dict(os.environ) | environment))
+    process = _context.Process(
+        target=_run, args=(config, dict(os.environ) | environment, callbacks)
+    )
     process.start()
     return process
 
 
-def launch(config: TrainingConfig, environment: dict[str, str], processes: int = 2) -> None:
+def launch(
+    config: TrainingConfig, environment: dict[str, str], processes: int = 2, callbacks=()
+) -> None:
     """`train(config)` on several processes at once; every one must end well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -39,7 +43,9 @@ def launch(config: TrainingConfig, environment: dict[str, str], processes: int =
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     started = [
-        start(config, environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start(
+            config, environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, callbacks
+        )
         for rank in range(processes)
     ]
     for process in started:
@@ -50,7 +56,7 @@ def launch(config: TrainingConfig, environment: dict[str, str], processes: int =
     assert codes == [0] * processes
 
 
-def _run(config: TrainingConfig, environment: dict[str, str]) -> None:
+def _run(config: TrainingConfig, environment: dict[str, str], callbacks) -> None:
     os.environ.clear()
     os.environ.update(environment)
     import torch
@@ -59,6 +65,6 @@ def _run(config: TrainingConfig, environment: dict[str, str]) -> None:
     from oasis_attn.training import train
 
     torch.set_num_threads(1)
-    train(config, progress=False)
+    train(config, progress=False, callbacks=callbacks)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

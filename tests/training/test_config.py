@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -37,8 +38,25 @@ def test_defaults_are_valid_and_json():
         ({"save_every": 25, "log_every": 10}, "save_every: 25 is not a multiple of log_every=10"),
         ({"eval_windows": 0}, "eval_windows: 0"),
         ({"vocab_size": 0}, "vocab_size: 0"),
+        ({"report_to": "wanb"}, "report_to: 'wanb' is not one of wandb, .* did you mean 'wandb'"),
     ],
 )
 def test_bad_values(change, message):
     with pytest.raises(UserError, match=message):
         TrainingConfig(out="x", **change)
+
+
+def test_a_service_that_is_not_installed(monkeypatch):
+    found = []
+
+    def distribution(name):
+        found.append(name)
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("oasis_attn.training.config.distribution", distribution)
+    with pytest.raises(UserError) as error:
+        TrainingConfig(out="x", report_to="tensorboard")
+    assert str(error.value) == (
+        "report_to: 'tensorboard' is not installed; run: pip install tensorboard"
+    )
+    assert found == ["tensorboard", "tensorboardX"]

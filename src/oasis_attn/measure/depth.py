@@ -87,7 +87,9 @@ class Depth:
         return [
             *(mean_metric(name, values_NR.mean(1)) for name, values_NR in means.items()),
             *(
-                mean_metric("depth.weight", _of_source(source, weights, several), f"source.{source}")
+                mean_metric(
+                    "depth.weight", _of_source(source, weights, several), f"source.{source}"
+                )
                 for source in range(max(weights[router].shape[1] for router in several))
             ),
         ]

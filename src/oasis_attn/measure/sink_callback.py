@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from oasis_attn.data import Windows, as_windows
-from oasis_attn.errors import UserError, check_whole
+from oasis_attn.errors import MOST, UserError, check_whole
 from oasis_attn.hub.model_info import check_lengths
 from oasis_attn.measure.depth import Depth
 from oasis_attn.measure.hooks import find_hook_points
@@ -71,7 +71,7 @@ class SinkCallback(TrainerCallback):
             tokens,
             tokenizer=None,
             window=None,
-            windows=len(tokens) if isinstance(tokens, Sized) else _WINDOWS,
+            windows=MOST,
             vocab_size=embedding.weight.shape[0],
         )
         check_lengths(model, read.ids_NT.shape[1:], "tokens")

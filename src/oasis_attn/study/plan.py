@@ -24,7 +24,10 @@ from oasis_attn.study.plan_claims import check_claims, check_criteria
 from oasis_attn.study.reading import read_fields, read_list, read_mapping
 from oasis_attn.training import TrainingConfig
 
-_SET_BY_TRIAL = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}
+_SET_BY_TRIAL = {
+    *("out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"),
+    "report_to",
+}
 _TRAINING = tuple(f.name for f in fields(TrainingConfig) if f.name not in _SET_BY_TRIAL)
 # What one variant may change: the data of a training run stay equal for all variants.
 _TRAINING_OF_VARIANT = ("learning_rate", "learning_rates", "outlier_penalty", "trainable")

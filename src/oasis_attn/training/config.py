@@ -23,7 +23,11 @@ from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.parameters import GROUPS, check_patterns
 
 OUTLIER_TENSORS = ("linear_inputs", "layer_outputs")
-SERVICES = {"wandb": ("wandb",), "trackio": ("trackio",), "tensorboard": ("tensorboard", "tensorboardX")}
+SERVICES = {
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+}
 """Where `report_to` can log -> the packages of which one must be installed."""
 _NO_EFFECT_ON_RESULT = ("out", "report_to", "resume", "trust_remote_code")
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
