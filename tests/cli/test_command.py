@@ -253,6 +253,8 @@ WRONG = [
     ["train", "--out", "new", "--corpus", "misspelt"],
     ["train", "--out", "new", "--eval-split", "dev"],
     ["train", "--out", "new", "--from", "smolm2"],
+    ["train", "--out", "new", "--report-to", "wanb"],
+    ["train", "--out", "new", "--log-sinks-every", "10"],
     ["train", "--out", "new", "--size", "nanoo"],
     ["train", "--out", "new", "--variant", "misspelt"],
     ["train", "--out", "new", "--vocab-size", "0"],

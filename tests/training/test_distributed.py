@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from oasis_attn import SinkCallback, diagnose
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training import train
 from oasis_attn.training.checkpoints import last_checkpoint
+from oasis_attn.training.prepare import prepare
 from training import processes
 
 STEPS = {"steps": 6, "save_every": 2}
@@ -84,6 +88,22 @@ def test_two_processes_resume(configure, engine):
     assert losses(resumed) == losses(whole)
     assert resumed["loss.windowed"] == whole["loss.windowed"]
     assert last_checkpoint(config.out / "checkpoints", {"processes": 2}) is not None
+
+
+@pytest.mark.parametrize("engine", [processes.DDP, processes.FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_log_the_sinks_of_one(configure, alone, engine):
+    config = configure("two", **STEPS, batch_size=2)
+    processes.launch(config, engine, callbacks=(partial(SinkCallback, every=2),))
+    record = TrainingRecord.load(config.out / "record.json")
+    assert losses(record) == pytest.approx(losses(alone(configure)), abs=2e-5)
+    state = json.loads((config.out / "checkpoints/checkpoint-4/trainer_state.json").read_text())
+    logged = {row["step"]: row for row in state["log_history"] if "sink.mass" in row}
+    assert list(logged) == [0, 2, 4]
+    checkpoint = AutoModelForCausalLM.from_pretrained(config.out / "checkpoints/checkpoint-4")
+    first = prepare(config, 1).blocks[0]
+    expected = diagnose(checkpoint, first[None])
+    for name in ("sink.mass", "null.mass", "outlier.max_inf_norm", "loss.windowed"):
+        assert logged[4][name] == pytest.approx(expected[name], rel=1e-5)
 
 
 def test_accelerate_launch(corpus, size, tmp_path):

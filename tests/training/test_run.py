@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 import oasis_attn
+from oasis_attn import SinkCallback, diagnose
 from oasis_attn.errors import UserError
 from oasis_attn.hub.model_card import variant_of
 from oasis_attn.records import TrainingRecord
@@ -119,6 +122,38 @@ def test_stopped_while_saving(configure, reference, monkeypatch):
     names = sorted(path.name for path in (config.out / "checkpoints").glob("checkpoint-*"))
     assert names == ["checkpoint-4", "checkpoint-8"]
     assert losses(quiet(configure("stopped", resume=True))) == reference(configure())
+
+
+def test_watched_losses_are_the_same_and_reach_the_service(configure, reference, monkeypatch):
+    logged, folders = {}, []
+
+    class Service(TensorBoardCallback):
+        def __init__(self):
+            self.logging_dir = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            folders.append(self.logging_dir)
+            assert args.run_name == "watched"
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "sink.mass" in logs:
+                logged[state.global_step] = logs
+
+        def on_train_end(self, args, state, control, **kwargs):
+            pass
+
+    monkeypatch.setattr("oasis_attn.training.config.distribution", lambda name: name)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Service)
+    config = configure("watched", report_to="tensorboard")
+    record = train(config, progress=False, callbacks=[partial(SinkCallback, every=5)])
+    assert losses(record) == reference(configure())
+    assert "report_to" not in record.training
+    assert list(logged) == [0, 5, 10, 15, 20]
+    assert folders == [str(config.out / "tensorboard")]
+    blocks = prepare(configure("again"), 1).blocks
+    expected = diagnose(AutoModelForCausalLM.from_pretrained(config.out), blocks[0][None])
+    for name in ("sink.mass", "null.mass", "outlier.avg_kurtosis", "loss.windowed"):
+        assert logged[20][name] == pytest.approx(expected[name], rel=1e-6)
 
 
 def test_stopped_before_the_first_checkpoint(configure, reference, monkeypatch):
