@@ -131,11 +131,11 @@ def test_watched_losses_are_the_same_and_reach_the_service(configure, reference,
         def __init__(self):
             self.logging_dir = None
 
-        def on_train_begin(self, args, state, control, **kwargs):
+        def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
             folders.append(self.logging_dir)
             assert args.run_name == "watched"
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
+        def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002
             if "sink.mass" in logs:
                 logged[state.global_step] = logs
 

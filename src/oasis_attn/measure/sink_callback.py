@@ -80,7 +80,7 @@ class SinkCallback(TrainerCallback):
     @property
     def _model(self) -> PreTrainedModel:
         model: Any = self._trainer.model
-        return model  # type: ignore[no-any-return]
+        return model
 
     def measure(self) -> dict[str, float]:
         """The metrics of the Trainer's model now, by name; the values of `diagnose`."""
