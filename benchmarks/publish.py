@@ -1,5 +1,5 @@
 """Publish a study: write plan, compact records and tables to docs/results, and update the tables
-of docs/study.md.
+of docs/study.md and docs/lab.md.
 
 python benchmarks/publish.py FOLDER
 
@@ -20,15 +20,17 @@ from statistics import NormalDist, median
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from oasis_attn.errors import UserError
+import lab_page
 from oasis_attn.files import write_text
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
+from oasis_attn.report.figures import save_png
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table
 from oasis_attn.study.criteria import fails_none, rule
@@ -42,10 +44,11 @@ from oasis_attn.study.study_report import progress_text, write_report
 from oasis_attn.study.tables import criteria_summary
 from oasis_attn.study.trial import TIMES
 from oasis_attn.study.verdict import judge
+from pages import DOCS, RESULTS, fill, published
 
-DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "study.md"
-STUDIES = ("paper", "isolate", "signal", "beyond", "confirm")
+STUDIES = ("paper", "isolate", "signal", "beyond", "confirm")  # of language models
+COLORS = 32  # of a figure
 VOCABULARY = 2048  # vocabulary size of the models in the studies
 BATCH = 262_144  # tokens per step
 TOKENS = 20  # tokens per parameter (Hoffmann et al., arXiv 2203.15556)
@@ -66,43 +69,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     folder = StudyFolder.open(parser.parse_args().folder)
-    place, text = DOCS / "results" / folder.plan.name, PAGE.read_text(encoding="utf-8")
+    place = RESULTS / folder.plan.name
+    pages = {path: path.read_text(encoding="utf-8") for path in (PAGE, lab_page.PAGE)}
     with tempfile.TemporaryDirectory(dir=place.parent) as stage:
         new = Path(stage, folder.plan.name)
         folder.publish(new)
         report = Path(stage, "report")
         write_report(StudyFolder.open(new), report / "index.html")
-        shown = [path for path in report.glob("*.png") if f"{place.name}/{path.name}" in text]
-        for path in (report / "tables.md", *shown):
-            shutil.copy(path, new)
+        shutil.copy(report / "tables.md", new)
+        if folder.plan.on_task:
+            figure = lab_page.figure(Results(folder.plan, folder.records()))
+            save_png(figure, report / "variants.png")
+        for path in report.glob("*.png"):
+            if any(f"results/{place.name}/{path.name}" in text for text in pages.values()):
+                save_with_palette(path, new / path.name)
         shutil.rmtree(place, ignore_errors=True)
         new.rename(place)
-    write_text(PAGE, page(text))
+    for path, text in pages.items():
+        write_text(path, (page if path == PAGE else lab_page.page)(text))
+
+
+def save_with_palette(figure: Path, path: Path) -> None:
+    """Save a PNG file with `COLORS` colors: a third of the size, with no visible difference."""
+    image = Image.open(figure).convert("RGB")
+    image.quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def page(text: str) -> str:
     """docs/study.md with every table generated again."""
     generators = verdicts, initial_differences, almost_equal, silent, criteria, scaling
-    blocks = {generate.__name__: generate() for generate in generators}
-    for name, table in blocks.items():
-        begin, end = f"<!-- benchmarks/publish.py: {name} -->\n", "<!-- end -->\n"
-        head, mark, rest = text.partition(begin)
-        if not mark:
-            raise UserError(f"study.md: {begin.strip()!r} is missing")
-        text = head + begin + table + end + rest.partition(end)[2]
-    return text
-
-
-def published() -> dict[str, Results]:
-    """The results of each study under docs/results, by name."""
-    places = {name: DOCS / "results" / name for name in STUDIES}
-    folders = {name: StudyFolder.open(place) for name, place in places.items() if place.is_dir()}
-    return {name: Results(folder.plan, folder.records()) for name, folder in folders.items()}
+    return fill(PAGE, text, "publish.py", generators)
 
 
 def verdicts() -> str:
     """The verdict on each claim, one column per published study."""
-    studies = published()
+    studies = published(STUDIES)
     judged = {
         name: {each.claim.text: each.verdict for each in judge(results)}
         for name, results in studies.items()
@@ -121,7 +122,7 @@ def verdicts() -> str:
 
 def almost_equal() -> str:
     """The difference between trained variants that start almost equal, compared with seeds."""
-    results = published()["isolate"]
+    results = published(STUDIES)["isolate"]
     known = {metric.name: metric for metric in study_metrics(())}
     # These variants differ in the scale of a mix, which these metrics do not depend on.
     mlp = StudyMetric(
@@ -216,7 +217,7 @@ def almost_equal_variants(plan: Plan) -> list[list[str]]:
 
 def silent() -> str:
     """The variants of `beyond` with heads that give almost all attention to the null."""
-    results = published()["beyond"]
+    results = published(STUDIES)["beyond"]
     heads: dict[str, list[bool]] = {}
     layers: dict[str, list[bool]] = {}
     for trial, record in results.records.items():
@@ -235,7 +236,7 @@ def silent() -> str:
 
 def criteria() -> str:
     """The acceptance criteria of all candidates; empty if no published study has candidates."""
-    held = [results for results in published().values() if results.plan.candidates]
+    held = [results for results in published(STUDIES).values() if results.plan.candidates]
     if not held:
         return ""
     tables = (
@@ -276,7 +277,7 @@ def relative_costs() -> dict[tuple[bool, bool], float]:
     The median over all pairs with the same corpus, seed, commit and device.
     """
     ratios: dict[tuple[bool, bool], list[float]] = {each: [] for each in CLASSES}
-    for results in published().values():
+    for results in published(STUDIES).values():
         reference = {
             trial.condition: record
             for trial, record in results.records.items()

@@ -106,6 +106,10 @@ LENGTHS = {
     128: search(128, 3.5, 5, seeds=3),
     256: search(256, 4, 5.5, seeds=3, resolution=0.5),
 }
+LONG = (  # the batch of the check at length 256
+    search(512, 4.5, 6.5, batch_size=8, seeds=3, resolution=0.5),
+    search(1024, 5, 7, batch_size=8, seeds=3, resolution=0.5),
+)
 SHAPES = (
     search(16, 2, 3.5, heads=2),
     search(16, 2, 4, layers=2, seeds=3),
@@ -144,10 +148,11 @@ GROUPS = (  # in the order of their importance
     *CHECKS,
     *(arm for arm in ARMS if arm.length == 64),
     *SHAPES[4:],
+    *LONG,
 )
 
 
-def run(group: Group, file: RunFile) -> None:
+def run(group: Group, file: RunFile, device: str = "cpu") -> None:
     """Train what is missing of a group."""
     while starts := _missing(group, file.of(group.name)):
         began = time.process_time()
@@ -157,7 +162,7 @@ def run(group: Group, file: RunFile) -> None:
             batch_size=group.batch_size,
             max_steps=group.max_steps,
         )
-        trained = train(group.config, task, starts, rule)
+        trained = train(group.config, task, starts, rule, device=device)
         measured = [measure(each.model, task, sequences=SEQUENCES) for each in trained]
         file.add([run_row(group.name, *pair) for pair in zip(trained, measured, strict=True)])
         seconds = time.process_time() - began
@@ -447,12 +452,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
     file = RunFile(options.out / "runs.jsonl")
     if not options.report:
         for group in GROUPS:
-            run(group, file)
+            run(group, file, options.device)
     report(file, options.out)
 
 

@@ -1,12 +1,16 @@
 """No figure in the docs is typed: tables are made from records."""
 
+import re
+import shlex
 from pathlib import Path
 
 import arith
 import healing
 import matrix
+from oasis_attn.cli import main
 from oasis_attn.records import Record
 from oasis_attn.report.markdown import markdown
+from tiny_models import tiny_model, word_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -39,3 +43,24 @@ def test_arith() -> None:
     table = markdown(arith.table(Record.load(folder / "record.json")))
     assert (folder / "table.md").read_text() == table
     assert table in (DOCS / "quantization.md").read_text()
+
+
+def test_view(tmp_path, monkeypatch):
+    """Commands and Python run as written, with a tiny model in the place of smollm2."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "article.txt").write_text("w5 w6 w7")
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "view.md").read_text().replace("smollm2", "./tiny")
+    commands = re.findall(r"^oasis .*", text, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        assert main() == 0
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "view.md", "exec"), {})
+    for name in ("view.html", "article.html", "fox.html"):
+        assert (tmp_path / name).read_text().startswith("<!doctype html>")
+    assert (DOCS / "assets" / "view.png").stat().st_size < 150_000

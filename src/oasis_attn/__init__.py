@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the names that `__getattr__` imports, for type checkers
     from oasis_attn.ops.normalizers import register_token_normalizer
     from oasis_attn.quantization import quantize
     from oasis_attn.records import Record
+    from oasis_attn.report.text_page import view
 
 __version__ = metadata.version("oasis-attn")
 
@@ -41,6 +42,7 @@ _HOMES = {
     "register_null_signal": "oasis_attn.modeling.extensions",
     "register_token_normalizer": "oasis_attn.ops.normalizers",
     "variants": "oasis_attn.modeling.variants",
+    "view": "oasis_attn.report.text_page",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "register_null_signal",
     "register_token_normalizer",
     "variants",
+    "view",
 ]
 
 if not TYPE_CHECKING:  # otherwise type checkers would accept any name

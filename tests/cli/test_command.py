@@ -21,7 +21,10 @@ from oasis_attn.report import Table
 from oasis_attn.study.demo import run_demo
 from oasis_attn.training import TrainingConfig
 
-COMMANDS = ("demo", "diagnose", "evaluate", "metrics", "prefix", "quantize", "train", "variants")
+COMMANDS = (
+    *("demo", "diagnose", "evaluate", "metrics", "prefix", "quantize", "train", "variants"),
+    "view",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from transformers import PreTrainedTokenizerFast
 
 from oasis_attn.data import load_corpus, token_blocks
-from oasis_attn.data.tokens import continuation_ids, prompt_ids
+from oasis_attn.data.tokens import continuation_ids, prompt_ids, token_texts
 from oasis_attn.errors import UserError
 from tokenizer_factories import TEXT, byte_level, spaced
 
@@ -32,6 +32,17 @@ def plain(tokenizer, text):
 @pytest.fixture(params=[*SPACED, "byte_level"])
 def tokenizer(request) -> PreTrainedTokenizerFast:
     return byte_level() if request.param == "byte_level" else spaced(request.param)
+
+
+def test_texts_of_tokens_are_the_whole_text(tokenizer):
+    text = "The dog,\n\n  says so. " + "ä 🙂" * (tokenizer.unk_token is None)
+    ids = plain(tokenizer, text)
+    texts = token_texts(ids, tokenizer)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids)
+    if tokenizer.unk_token is None:
+        assert texts[-1] == "🙂"
+        assert texts[-2] == ""
 
 
 def test_the_tokenizers_are_of_the_forms_that_matter():

@@ -23,6 +23,14 @@ def test_parameter_counts(size, millions):
     assert model.config.head_dim in (32, 64)
 
 
+def test_pico():
+    """Its MLP is wider than 8/3 D, because 8/3 * 64 is rounded up to a multiple of 32."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(text_config("pico"))
+    assert model.num_parameters() / 1e6 == pytest.approx(0.28, rel=0.02)
+    assert (model.config.intermediate_size, model.config.head_dim) == (192, 16)
+
+
 def test_vocabulary_of_ones_own():
     assert text_config("nano").vocab_size == SIZES["nano"]["vocab_size"]
     assert text_config("nano", 1000).vocab_size == 1000

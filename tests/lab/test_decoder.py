@@ -31,6 +31,18 @@ def test_the_same_seed_gives_the_same_decoder_and_settings_do_not_change_the_seq
     assert seed.data_sha256 != first.data_sha256
 
 
+def test_equal_depth_weights_of_unit_scale_are_the_residual_sum():
+    settings = settings_of("attn_residual") | {"mix_scale": "rms"}
+    fixed = replace(SHORT, trainable=["backbone"])
+    ours, vanilla = (
+        train_decoder("lab-2", each, TASK, training, seed=3)
+        for each, training in ((settings, fixed), (settings_of("vanilla"), SHORT))
+    )
+    assert not ours.model.model.depth.queries.any()
+    losses, expected = ([row["loss"] for row in run.losses] for run in (ours, vanilla))
+    assert losses == pytest.approx(expected, rel=1e-3)  # the eps of the norms is not 0
+
+
 def test_a_decoder_learns_the_task():
     trained = train_decoder(
         "lab-1", settings_of("vanilla"), TASK, replace(SHORT, steps=150, batch_size=16), seed=0

@@ -1,6 +1,7 @@
 """The threshold of the null, its search, and the gradients that decide it."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.lab.attention_only import AttentionOnlyConfig, AttentionOnlyModels, Start
 from oasis_attn.lab.attention_only_training import TrainingRule, measure, train
 from oasis_attn.lab.null_law import crossing, fit_line, logit_gradients, next_logits
-from oasis_attn.lab.runs import RunFile, run_row
+from oasis_attn.lab.runs import RunFile, run_in_processes, run_row
 
 
 def sigmoid(x):
@@ -112,13 +113,14 @@ def test_the_gradients_at_the_start():
     assert found.lse == pytest.approx(sum(logs) / 15, abs=0.05)
 
 
-def test_runs_are_kept(tmp_path):
+@pytest.mark.parametrize("name", ["runs.jsonl", "runs.jsonl.gz"])
+def test_runs_are_kept(tmp_path, name):
     config, task = AttentionOnlyConfig(), TriggerTask()
     (trained,) = train(config, task, [Start(3)], TrainingRule(max_steps=2, batch_size=2))
     row = run_row("a", trained, measure(trained.model, task, sequences=2))
     assert (row["seed"], row["steps"], row["solved"]) == (3, 2, False)
     assert row["null_logits"] == [["-inf"]]
-    file = RunFile(tmp_path / "folder" / "runs.jsonl")
+    file = RunFile(tmp_path / "folder" / name)
     file.add([row])
     file.add([row | {"group": "b"}])
     again = RunFile(file.path)
@@ -127,3 +129,28 @@ def test_runs_are_kept(tmp_path):
     file.path.write_text('{"group"')
     with pytest.raises(UserError, match="out"):
         RunFile(file.path)
+
+
+def test_missing_units_are_run_in_order_and_a_failed_one_does_not_stop_the_others(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        "oasis_attn.lab.runs.ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
+    )
+
+    def missing(file):
+        done = {row["unit"] for row in file.rows}
+        return [unit for unit in (3, 1, 2) if unit not in done] or ([4] if 4 not in done else [])
+
+    def run(unit):
+        if unit == 1:
+            raise ValueError("unit 1")
+        return {"group": "a", "unit": unit}
+
+    file = RunFile(tmp_path / "runs.jsonl.gz")
+    run_in_processes(file, missing, run, workers=1, minutes=0)
+    assert not file.rows
+    with pytest.raises(RuntimeError, match="1 units failed"):
+        run_in_processes(file, missing, run, workers=1)
+    assert [row["unit"] for row in RunFile(file.path).rows] == [3, 2]
+    assert "ValueError: unit 1" in capsys.readouterr().err

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from oasis_attn.report import Table
 from oasis_attn.report.changes import Change, change_figure
 from oasis_attn.report.markdown import markdown
+from oasis_attn.report.seed_values import seed_values_figure
 
 
 def test_markdown_aligns_words_and_numbers_and_escapes():
@@ -38,3 +41,12 @@ def test_no_floor_no_band():
     )
     (axes,) = change_figure([change], title="t").axes
     assert len(axes.patches) == 0
+
+
+def test_a_dot_per_seed_and_the_mean():
+    panels = {"sink": {"a": [0.1, 0.3], "b": []}, "error": {"a": [1e-5, 1e-4], "b": [1.0]}}
+    sink, error = seed_values_figure(panels, logarithmic=["error"]).axes
+    assert [text.get_text() for text in sink.get_yticklabels()] == ["a", "b"]
+    drawn = [list(line.get_xdata()) for line in sink.lines]
+    assert drawn == [[0.1, 0.3], [pytest.approx(0.2)], []]
+    assert (sink.get_xscale(), error.get_xscale()) == ("linear", "log")

@@ -120,6 +120,7 @@ def test_a_real_study_runs_in_processes_and_is_published(record, tiny, tmp_path)
         ({"sizes": ["nano"]}, "sizes: 'nano' is not one of lab-1"),
         ({"training": {"block_length": 8}}, "training: 'block_length' is not one of steps"),
         ({"training": {"steps": 0}}, "steps: 0"),
+        ({"training": {"trainable": ["rooter"]}}, "trainable: 'rooter' matches no parameter"),
         ({"evaluation": {"limit": 2}}, "evaluation: a study of generated tasks has no problems"),
         (
             {"variants": {"a": {"base": "oasis", "training": {"outlier_penalty": 1.0}}}},

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
+import lab_page
 import publish
 from oasis_attn.study.results import Results
 from oasis_attn.study.storage import StudyFolder
@@ -24,6 +26,55 @@ def test_committed_tables_equal_those_of_the_committed_records(path: Path) -> No
     results = Results(folder.plan, folder.records())
     expected = tables_text(results, judge(results))
     assert (path / "tables.md").read_text(encoding="utf-8") == expected
+
+
+def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
+    results = lab_page.published("necessity")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def mean(name: str, variant: str) -> float:
+        return fmean(results.values(known[name], variant).values())
+
+    sums = ("vanilla", "softmax1", "learned_sink", "gated_attention")
+    routed = ("attn_residual", "attn_residual_gated", "oasis", "official")
+    assert all(mean("sink.idle_largest", variant) > 0.9 for variant in (*sums, *routed))
+    assert 0.02 < mean("sink.idle_largest", "softpick") < 0.9
+    clipped = ("clipped_softmax_a2", "clipped_softmax_a4")
+    assert all(mean("task.error", each) > 5 * mean("task.error", "vanilla") for each in clipped)
+    strong = ("softmax1_c8", "strong", "strong_signal_off", "strong_unit", "strong_official")
+    assert all(mean("sink.idle_largest", variant) < 0.02 for variant in strong)
+    assert mean("sink.idle_largest", "softmax1_c4.5") < 0.05
+    assert mean("sink.idle_largest", "oasis_c4.5") > 0.3
+    assert 0.02 < mean("sink.idle_largest", "oasis_c6") < 0.3
+    error = "task.error"
+    assert mean(error, "softmax1_c8") > mean(error, "vanilla") > mean(error, "attn_residual")
+    assert mean(error, "strong") < mean(error, "softmax1_c8")
+    assert mean(error, "value_null_c8") < mean(error, "softmax1_c8")
+    assert mean("sink.idle_largest", "softmax1_log_context") < 0.02
+    assert mean("sink.idle_largest", "oasis_log_context") > 0.02
+    ratio = "task.error_ratio@w8a8-static-full"
+    for variant in ("softmax1_c8", "strong", "gated_attention", "attn_residual", "vanilla_unit"):
+        assert mean(ratio, variant) < mean(ratio, "vanilla") / 2
+    for variant in ("oasis_c4.5", "oasis_c6", "oasis_log_context"):
+        assert mean(ratio, variant) > mean(ratio, "oasis") > mean(ratio, "strong")
+    low = "task.error@w8a8-static-full"
+    measured = [each for each in results.plan.variants if results.values(known[low], each)]
+    best = sorted(measured, key=lambda each: mean(low, each))[:2]
+    assert {*best} == {"attn_residual_unit", "attn_residual_gated"}
+    for name in ("sink.idle", ratio):
+        assert mean(name, "attn_residual") < mean(name, "vanilla")
+        assert mean(name, "attn_residual") < mean(name, "depth_sigmoid_only")
+    moved = "signal.output_change"
+    assert all(mean(moved, variant) < 1e-4 for variant in ("oasis", "official", "strong"))
+    assert mean(moved, "strong_beta") > 0.1
+    assert mean(low, "strong_beta") > mean(low, "strong_signal_off")
+    kurtosis = "outlier.mean_pearson_kurtosis"
+    assert mean(kurtosis, "softmax1_c8") > mean(kurtosis, "vanilla")
+    assert mean(kurtosis, "strong") > mean(kurtosis, "oasis")
+    four = "task.error@w4a4"
+    assert mean(four, "softmax1_c8") > mean(four, "vanilla")
+    assert mean(four, "strong") > mean(four, "oasis")
 
 
 def test_the_example_of_claims_and_criteria_is_valid() -> None:
@@ -47,3 +98,5 @@ def test_the_page_contains_the_published_tables() -> None:
     assert publish.criteria() in text
     assert publish.scaling() in text
     assert publish.page(text) == text
+    lab = lab_page.PAGE.read_text(encoding="utf-8")
+    assert lab_page.page(lab) == lab

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from oasis_attn.errors import UserError
 from oasis_attn.records import Metric
 from oasis_attn.study.results import Results
-from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.storage import TRIALS, StudyFolder
 from oasis_attn.study.study_report import tables_text
 from oasis_attn.study.verdict import judge
 from oasis_attn.study.worker import run_alone
@@ -50,7 +51,7 @@ def test_whole_model_metrics_tables_and_verdicts_are_kept(whole, published):
 
 def test_publishing_again_changes_nothing(published, tmp_path):
     published.publish(tmp_path / "again")
-    for name in ("plan.yaml", "trials.jsonl"):
+    for name in ("plan.yaml", TRIALS):
         assert (tmp_path / "again" / name).read_bytes() == (published.path / name).read_bytes()
 
 
@@ -71,7 +72,15 @@ def test_a_rerun_is_compared_with_the_record_of_the_folder_if_there_is_one(publi
     "line", ["{", "[]", '{"kind": "trial", "version": 1}', '{"kind": "trial", "version": 9}']
 )
 def test_a_broken_line_is_named(published, line):
-    path = published.path / "trials.jsonl"
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=r"trials.jsonl:19"):
+    path = published.path / TRIALS
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + line.encode()))
+    with pytest.raises(UserError, match=r"trials.jsonl.gz:19"):
+        StudyFolder.open(published.path).records()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"text" + data])
+def test_a_damaged_file_is_one_clear_error(published, damage):
+    path = published.path / TRIALS
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"record: .*trials.jsonl.gz' cannot be read"):
         StudyFolder.open(published.path).records()

@@ -256,7 +256,7 @@ def test_bf16_and_accumulation_learn(configure):
         ({"batch_size": 100_000}, "batch_size: a step needs 100000 sequences"),
         ({"vocab_size": 100}, "vocab_size: 100"),
         ({"corpus": "majority-64"}, "block_length: 32 is not 64, the number of tokens"),
-        ({"corpus": "majority-32"}, "vocab_size: 270 is not 264, the number of words"),
+        ({"corpus": "majority-32"}, "vocab_size: 270 is not 140, the number of words"),
         ({"resume": True}, "contains no run to resume"),
         ({"variant": "vanilla", "learning_rates": {"beta": 0.1}}, "of the group 'beta'"),
     ],

@@ -26,6 +26,7 @@ from oasis_attn.cli.quantize import quantize
 from oasis_attn.cli.study import study
 from oasis_attn.cli.train import train
 from oasis_attn.cli.variants import variants
+from oasis_attn.cli.view import view
 from oasis_attn.errors import UserError, shown
 from oasis_attn.extension_files import EXTENSIONS_VARIABLE
 from oasis_attn.files import refusal
@@ -65,7 +66,10 @@ def top(
     ctx.obj = [*filter(None, paths), *(extension or ())]  # `Command` runs these files
 
 
-for command in (demo, diagnose, convert, train, evaluate, prefix, quantize, variants, metrics):
+for command in (
+    *(demo, diagnose, view, convert, train, evaluate, prefix, quantize),
+    *(variants, metrics),
+):
     app.command(cls=Command)(command)
 app.add_typer(study)
 

@@ -23,7 +23,7 @@ def train(
     ] = None,
     variant: Annotated[str, Option(help="A variant of `oasis variants`.")] = "oasis",
     size: Annotated[
-        str, Option(help="nano, micro, mini, small, medium, or a Hugging Face config file.")
+        str, Option(help="pico, nano, micro, mini, small, medium, or a Hugging Face config file.")
     ] = "nano",
     corpus: Annotated[
         str, Option(help="Name of a corpus, or a local text file or folder.")

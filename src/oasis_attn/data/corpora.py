@@ -209,14 +209,16 @@ def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
     return Corpus(name=name, split=split, reader=splits[split], task=task)
 
 
-def whole_file(path: str | Path) -> Corpus:
+def whole_file(path: str | Path, argument: str = "text") -> Corpus:
     """All of a text file, as split `whole`: one document, or one a line for .jsonl and .jsonl.gz.
+
+    Error messages start with `argument`.
 
     Raises:
         UserError: a missing file, or one of another type.
     """
-    file = _text_file(str(path), "text")
-    reader = partial(readers.file_documents, file, readers.whole, "text")
+    file = _text_file(str(path), argument)
+    reader = partial(readers.file_documents, file, readers.whole, argument)
     return Corpus(name=str(path), split=_WHOLE, reader=reader)
 
 

@@ -1,6 +1,6 @@
 """`majority`: generated sequences of words on which a language model with softmax forms sinks.
 
-    <b7> <a3> <a59> <d12> <b7> <a3> <?> <A> <c40> <c21> <a5> <?> <A> ...
+    <b7> <a3> <a15> <h12> <b7> <a3> <?> <A> <c10> <c2> <a5> <?> <A> ...
 
 Each word belongs to a class, which is the letter in it.  After a question `<?>` comes the answer:
 the class of most words so far (of classes with equally many, the first in the alphabet).  So a head
@@ -44,16 +44,16 @@ class MajorityTask:
         rate: probability of a question after a word.  No question is among the first 4 words, or
             directly after an answer, and each has an answer in the same document.
         noise: probability that a word is uniformly random.  Otherwise it is the successor of the
-            word before it, in a fixed random permutation of all words.  A word after an answer is
-            always uniformly random.
+            last word before it, in a fixed random permutation of all words.  So after an answer,
+            the model must look back over it.
 
     Raises:
         UserError: a value outside these ranges.
     """
 
     window: int = 64
-    classes: int = 4
-    class_words: int = 64
+    classes: int = 8
+    class_words: int = 16
     rate: float = 0.12
     noise: float = 0.5
 
@@ -101,17 +101,18 @@ class MajorityTask:
         length, words = self.window - 2, len(successors)
         ids_NT = np.empty((count, length), np.int64)
         counts_NK = np.zeros((count, self.classes), np.int64)
-        word_N = np.zeros(count, np.int64)
+        word_N = np.zeros(count, np.int64)  # the last one
         after_word_N, asked_N = np.zeros((2, count), bool)
         for t in range(length):
             ask_N, follow_N, choice_N = random.random_sample((3, count))
             question_N = after_word_N & (ask_N < self.rate) & (_FIRST <= t < length - 1)
-            follows_N = after_word_N & (follow_N >= self.noise)
+            follows_N = (t > 0) & (follow_N >= self.noise)
             uniform_N = (choice_N * words).astype(np.int64)
-            word_N = np.where(follows_N, successors[word_N], uniform_N)
-            other_N = np.where(asked_N, 1 + counts_NK.argmax(1), 1 + self.classes + word_N)
+            next_N = np.where(follows_N, successors[word_N], uniform_N)
+            other_N = np.where(asked_N, 1 + counts_NK.argmax(1), 1 + self.classes + next_N)
             ids_NT[:, t] = np.where(question_N, 0, other_N)
             after_word_N, asked_N = ~(question_N | asked_N), question_N
+            word_N = np.where(after_word_N, next_N, word_N)
             counts_NK[after_word_N, word_N[after_word_N] // self.class_words] += 1
         return ids_NT
 

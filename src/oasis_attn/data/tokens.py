@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from oasis_attn.errors import UserError
@@ -37,6 +38,27 @@ def continuation_ids(prompt: str, text: str, tokenizer: Any) -> tuple[list[int],
             raise UserError("prompt: it is empty, and the tokenizer has neither BOS nor EOS")
         given = [first]
     return given, predicted
+
+
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The part of the text that each token adds; together they are the whole text.
+
+    Several tokens can make one character; then the last of them has it, and the others are empty.
+    """
+
+    def text(start: int, end: int) -> str:
+        return tokenizer.decode(list(ids[start:end]), clean_up_tokenization_spaces=False)
+
+    # What a token adds depends on the token before it: some tokenizers drop the first blank.
+    texts, start, done = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        before, now = text(start, done), text(start, end)
+        if now.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(now[len(before) :])
+            start, done = done, end
+    return texts
 
 
 def _whole(text: str, tokenizer: Any, *, offsets: bool = False) -> dict[str, list[Any]]:

@@ -35,8 +35,9 @@ def _llama(*, width: int, layers: int, heads: int, vocab_size: int, length: int)
     }
 
 
-# Parameters:   nano 2.1 M,  micro 8.5 M,  mini 29.5 M,  small 110 M,  medium 337 M
+# Parameters:   pico 0.3 M,  nano 2.1 M,  micro 8.5 M,  mini 29.5 M,  small 110 M,  medium 337 M
 SIZES: dict[str, dict[str, Any]] = {
+    "pico": _llama(width=64, layers=4, heads=4, vocab_size=1024, length=512),
     "nano": _llama(width=128, layers=8, heads=4, vocab_size=4096, length=2048),
     "micro": _llama(width=256, layers=8, heads=4, vocab_size=8192, length=2048),
     "mini": _llama(width=512, layers=8, heads=8, vocab_size=8192, length=2048),

@@ -235,8 +235,8 @@ class AttentionOnlyModels(nn.Module):
 
     def _weights(self, scores_MBHTS: Tensor, x_MBTN: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         T = scores_MBHTS.shape[-1]
-        causal_TS = torch.ones(T, T, dtype=torch.bool).tril()
-        position_T = torch.arange(T, dtype=scores_MBHTS.dtype)
+        causal_TS = torch.ones(T, T, dtype=torch.bool, device=scores_MBHTS.device).tril()
+        position_T = torch.arange(T, dtype=scores_MBHTS.dtype, device=scores_MBHTS.device)
         if self.config.normalizer == RELU:
             positive = scores_MBHTS.relu().masked_fill(~causal_TS, 0)
             weights_MBHTS = positive / position_T.clamp(min=1).unsqueeze(-1)

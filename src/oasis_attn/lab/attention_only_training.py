@@ -84,6 +84,7 @@ def train(
     rule: TrainingRule | None = None,
     *,
     observe: Observe | None = None,
+    device: str = "cpu",
 ) -> list[Trained]:
     """Train one model per start; the results are in the order of `starts`.
 
@@ -94,6 +95,7 @@ def train(
         rule: default: `TrainingRule()` for one layer, with learning rate 1e-4 for several.
         observe: called before each step with the number of steps done, the models that are still
             in training, and their starts.
+        device: where the models are trained; the data are drawn on the CPU.
 
     Raises:
         UserError: the width of the task is not that of the models.
@@ -102,7 +104,7 @@ def train(
         raise UserError(f"width: the task has {task.width} and the models have {config.width}")
     rule = rule or TrainingRule(learning_rate=1e-3 if config.layers == 1 else 1e-4)
     generators = {start.seed: torch.Generator().manual_seed(start.seed) for start in starts}
-    models = AttentionOnlyModels.initial(config, starts, generators)
+    models = AttentionOnlyModels.initial(config, starts, generators).to(device)
     optimizer = _adam(models, rule)
     trained: dict[int, Trained] = {}
     running = list(range(len(starts)))
@@ -113,8 +115,8 @@ def train(
         batches = {
             seed: task.batch(rule.batch_size, generators[seed]) for seed in dict.fromkeys(seeds)
         }
-        x_MBTN = torch.stack([batches[seed].x_BTN for seed in seeds])
-        y_MBTN = torch.stack([models.target(batches[seed]) for seed in seeds])
+        x_MBTN = torch.stack([batches[seed].x_BTN for seed in seeds]).to(device)
+        y_MBTN = torch.stack([models.target(batches[seed]) for seed in seeds]).to(device)
         error_MBTN = models(x_MBTN) - y_MBTN
         largest_M = error_MBTN.detach().abs().amax((1, 2, 3))
         solved = (largest_M < rule.tolerance).tolist()
@@ -190,6 +192,7 @@ def measure(model: AttentionOnlyModels, task: TriggerTask, *, sequences: int = 1
     Idle queries are all but the first token and the trigger.
     """
     generator = torch.Generator().manual_seed(_MEASURE_SEED)
+    device = model.query.device
     trigger = task.length // 2
     size = max(1, _MAP_ENTRIES // (task.length**2 * model.config.heads))
     means: dict[str, Tensor] = {}
@@ -198,10 +201,11 @@ def measure(model: AttentionOnlyModels, task: TriggerTask, *, sequences: int = 1
         count = min(size, sequences - first)
         batch = task.batch(count, generator, trigger=trigger)
         layers: list[LayerAttention] = []
-        error_BTN = (model(batch.x_BTN.unsqueeze(0), layers) - model.target(batch))[0]
+        output_BTN = model(batch.x_BTN.to(device).unsqueeze(0), layers)[0]
+        error_BTN = output_BTN - model.target(batch).to(device)
         largest = max(largest, float(error_BTN.abs().max()))
         squares += float(error_BTN[:, trigger].square().mean()) * count / sequences
-        for name, value in _layer_means(layers, batch.idle_BT[0], trigger).items():
+        for name, value in _layer_means(layers, batch.idle_BT[0].to(device), trigger).items():
             means[name] = means.get(name, 0) + value * count / sequences
     heads = {name: tuple(map(tuple, value.tolist())) for name, value in means.items()}
     return Measurement(**heads, largest_error=largest, trigger_error=squares**0.5)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from oasis_attn.data.trigger import TriggerTask
 from oasis_attn.errors import check_at_least, check_choice, check_flag, check_whole
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
+from oasis_attn.training.parameters import check_patterns, train_only, trained
 
 LAB_SIZES: Mapping[str, int] = MappingProxyType({f"lab-{n}": n for n in (1, 2, 4, 8, 16)})
 """Sizes of decoders by name: number of layers.  All have width 64 and 2 heads."""
@@ -43,6 +44,8 @@ class DecoderTraining:
         warmup_steps: steps of the warm-up.
         rotary: whether attention has rotary position embeddings; without them, only the causal mask
             tells positions apart.
+        trainable: patterns of the parameters that are trained: see `training.parameters.train_only`
+            (all if empty).
 
     Raises:
         UserError: a value is not allowed.
@@ -53,6 +56,7 @@ class DecoderTraining:
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     rotary: bool = False
+    trainable: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_whole("steps", self.steps, 1)
@@ -60,6 +64,7 @@ class DecoderTraining:
         check_at_least("learning_rate", self.learning_rate, 0)
         check_whole("warmup_steps", self.warmup_steps, 0)
         check_flag("rotary", self.rotary)
+        check_patterns(self.trainable)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0, as a fraction of the peak."""
@@ -120,6 +125,31 @@ def predict(model: PreTrainedModel, x_BTN: Tensor) -> Tensor:
     return output
 
 
+def new_decoder(
+    size: str,
+    settings: Mapping[str, Any],
+    task: TriggerTask,
+    *,
+    seed: int,
+    rotary: bool = False,
+) -> OasisForCausalLM:
+    """An untrained decoder.
+
+    Args:
+        size: one of `LAB_SIZES`.
+        settings: settings of `OasisConfig`.
+        task: sets the coordinates of a token, and the positions.
+        seed: sets the initial weights.
+        rotary: see `DecoderTraining`.
+
+    Raises:
+        UserError: an unknown size, or settings that are not allowed.
+    """
+    backbone = decoder_backbone(size, task, rotary=rotary)
+    torch.manual_seed(seed)
+    return OasisForCausalLM(OasisConfig(text_config=backbone, **settings))
+
+
 def train_decoder(
     size: str,
     settings: Mapping[str, Any],
@@ -128,23 +158,30 @@ def train_decoder(
     *,
     seed: int,
 ) -> TrainedDecoder:
-    """Train a decoder to minimize the mean square error over all tokens and coordinates.
+    """Train a new decoder to minimize the mean square error over all tokens and coordinates.
 
     Args:
         size: one of `LAB_SIZES`.
         settings: settings of `OasisConfig`.
         task: generates the sequences.
-        training: steps, batch size and learning rate.
+        training: steps, batch size, learning rate and what is trained.
         seed: sets the initial weights and the sequences; the sequences are equal for all settings.
 
     Raises:
-        UserError: an unknown size, or settings that are not allowed.
+        UserError: an unknown size, settings that are not allowed, or a pattern of `trainable` that
+            matches no parameter.
     """
-    backbone = decoder_backbone(size, task, rotary=training.rotary)
-    torch.manual_seed(seed)
-    model = OasisForCausalLM(OasisConfig(text_config=backbone, **settings)).train()
+    model = new_decoder(size, settings, task, seed=seed, rotary=training.rotary)
+    return continue_training(model, task, training, seed=seed)
+
+
+def continue_training(
+    model: OasisForCausalLM, task: TriggerTask, training: DecoderTraining, *, seed: int
+) -> TrainedDecoder:
+    """As `train_decoder`, from the weights of `model`, which is changed in place."""
+    train_only(model.train(), training.trainable)
     data = torch.Generator().manual_seed(seed)
-    parameters = list(model.parameters())
+    parameters = [parameter for _, parameter in trained(model)]
     optimizer = torch.optim.AdamW(
         parameters, training.learning_rate, betas=_BETAS, weight_decay=0.0, fused=True
     )

@@ -33,6 +33,12 @@ def inf_norm(x_BM: Tensor) -> Tensor:
     return torch.maximum(x_BM.amax(-1), -x_BM.amin(-1))
 
 
+def massive(x_TD: Tensor) -> Tensor:
+    """Which entries of a hidden state are massive activations, bool [T, D]."""
+    sizes_TD = x_TD.abs()
+    return sizes_TD > max(MASSIVE, MASSIVE_RATIO * float(sizes_TD.median()))
+
+
 @dataclass(frozen=True)
 class Moments:
     """Mean and central moments of each row of x / scale, all [B] float64.
@@ -148,9 +154,7 @@ class Outliers:
 
     def _record_massive(self, point: HookPoint, x_TD: Tensor, ids_T: Tensor) -> None:
         assert point.layer is not None
-        sizes_TD = x_TD.abs()
-        massive = sizes_TD > max(MASSIVE, MASSIVE_RATIO * float(sizes_TD.median()))
-        for position, channel in massive.nonzero().tolist():
+        for position, channel in massive(x_TD).nonzero().tolist():
             key = (point.layer, channel, int(ids_T[position]))
             value = float(x_TD[position, channel])
             row = self._massive.setdefault(

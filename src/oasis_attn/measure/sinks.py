@@ -22,11 +22,10 @@ RATE_LENGTH = 64  # T of the sink rate in Gu et al. 2024 (arXiv 2410.10781)
 RATE_THRESHOLDS = (0.3, 0.2)
 
 
-def first_position_norms(p_BHT: Tensor, value_BHd: Tensor, out_projection: nn.Module) -> Tensor:
-    """|| sum_h A_h[t, 0] f_h(x_0) || for each query t, [B, T] float64.
+def value_images(value_BHd: Tensor, out_projection: nn.Module) -> Tensor:
+    """f_h(x): the value of each head times the output projection without bias, [B, H, D] float64.
 
-    Kobayashi et al. 2020 (arXiv 2004.10102): f_h(x_0) is the value of the first position of head h
-    times the output projection, without bias.  An output gate is not included.
+    Kobayashi et al. 2020 (arXiv 2004.10102).  An output gate is not included.
     """
     batch, heads, width = value_BHd.shape
     # One row per head, zero for the other heads, so that any type of projection module works.
@@ -35,11 +34,27 @@ def first_position_norms(p_BHT: Tensor, value_BHd: Tensor, out_projection: nn.Mo
     # .forward, so that hooks on the projection are not called.
     images_BHD = out_projection.forward(rows_BHHd.flatten(2))
     images_BHD = images_BHD - out_projection.forward(rows_BHHd.new_zeros(1, 1, heads * width))
-    images_BHD = images_BHD.double()
+    return images_BHD.double()
+
+
+def first_position_norms(p_BHT: Tensor, value_BHd: Tensor, out_projection: nn.Module) -> Tensor:
+    """|| sum_h A_h[t, 0] f_h(x_0) || for each query t, [B, T] float64: see `value_images`."""
+    images_BHD = value_images(value_BHd, out_projection)
     # || sum_h p_h f_h ||^2 = p^T (F F^T) p needs H values per query instead of D.
     gram_BHH = images_BHD @ images_BHD.transpose(1, 2)
     p_BTH = p_BHT.transpose(1, 2).double()
     return ((p_BTH @ gram_BHH) * p_BTH).sum(-1).clamp_min(0).sqrt()
+
+
+def check_calls(model: PreTrainedModel, calls: Counter[int], layers: int) -> None:
+    """Raise `UserError` unless each of `layers` made one attention call; `calls` counts them."""
+    for layer in {*range(layers), *calls}:
+        if layer >= layers or calls[layer] != 1:
+            raise UserError(
+                f"model: family {model.config.model_type!r} is not supported by diagnose: layer"
+                f" {layer} calls the attention interface of transformers {calls[layer]} times"
+                " per forward pass, not once, so its attention sinks cannot be measured"
+            )
 
 
 class Sinks:
@@ -79,15 +94,8 @@ class Sinks:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `UserError` unless each layer has made one attention call since the last check."""
-        layers = range(len(self._out_projections))
         calls, self._calls = self._calls, Counter()
-        for layer in {*layers, *calls}:
-            if layer not in layers or calls[layer] != 1:
-                raise UserError(
-                    f"model: family {model.config.model_type!r} is not supported by diagnose: layer"
-                    f" {layer} calls the attention interface of transformers {calls[layer]} times"
-                    " per forward pass, not once, so its attention sinks cannot be measured"
-                )
+        check_calls(model, calls, len(self._out_projections))
 
     def _record(self, name: str, layer: int, values: Tensor) -> None:
         series = self._series.setdefault(name, [[] for _ in self._out_projections])

@@ -1,6 +1,6 @@
 """Tables, figures and self-contained HTML pages from records.
 
-`report.figures` and `report.html` import matplotlib; this module does not.
+Only `report.figures` imports matplotlib.
 """
 
 from __future__ import annotations

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from oasis_attn.files import write_text
-from oasis_attn.report.figures import svg
 from oasis_attn.report.tables import Table
 
-_CSS = """
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+THEME = """
 :root { color-scheme: light dark; --ground: #ffffff; --panel: #f6f7f9; --ink: #1b1f24;
         --muted: #68717b; --rule: #d5dae0; --accent: #2f6690; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #14171a; --panel: #1c2024; --ink: #e4e7ea; --muted: #98a2ac; --rule: #343a40;
           --accent: #7fb5dc; } }
+"""
+"""The colors of all pages, light and dark."""
+
+_CSS = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 3rem 1.25rem 5rem; max-width: 54rem; background: var(--ground);
        color: var(--ink); font: 16px/1.6 system-ui, -apple-system, "Segoe UI", sans-serif; }
@@ -56,6 +61,8 @@ def paragraph(text: str) -> Block:
 
 def figure_block(figure: Figure, caption: str) -> Block:
     """A figure with a caption, which is also its title for screen readers."""
+    from oasis_attn.report.figures import svg
+
     start, end = svg(figure).split(">", 1)
     titled = f'{start} role="img"><title>{escape(caption)}</title>{end}'
     return f"<figure>{titled}<figcaption>{escape(caption)}</figcaption></figure>"
@@ -107,7 +114,7 @@ def write_page(
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{_CSS}</style>
+<style>{THEME}{_CSS}</style>
 </head>
 <body>
 <header><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p></header>

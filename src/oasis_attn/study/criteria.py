@@ -151,6 +151,8 @@ def _apply(results: Results, criterion: Criterion, variant: str) -> CriterionRes
 def _inapplicable(results: Results, criterion: Criterion, metric: StudyMetric, variant: str) -> str:
     """Why a criterion does not apply to a variant; empty if it does."""
     other = _against(criterion.against, results.plan)
+    if other == variant:
+        return "it is the baseline"
     compared = metric.within_form and other in results.plan.variants
     if compared and not criterion.across_residual_forms and not results.same_form(variant, other):
         return "the residual forms differ"

@@ -103,7 +103,7 @@ def _draw_values(axes: Axes, pretrained: Pretrained) -> None:
     middle = len(plain) // 2
     for values, color, text, above in (
         (plain, FIRST, "as it is", 9),
-        (prefixed, NULL, "with a prefix", 9),
+        (prefixed, NULL, "with a prefix", -16),
     ):
         axes.annotate(
             text, (middle, values[middle]), (0, above), textcoords="offset points",

@@ -27,7 +27,7 @@ from oasis_attn.training import TrainingConfig
 _SET_BY_TRIAL = {"out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"}
 _TRAINING = tuple(f.name for f in fields(TrainingConfig) if f.name not in _SET_BY_TRIAL)
 # What one variant may change: the data of a training run stay equal for all variants.
-_TRAINING_OF_VARIANT = ("learning_rate", "learning_rates", "outlier_penalty")
+_TRAINING_OF_VARIANT = ("learning_rate", "learning_rates", "outlier_penalty", "trainable")
 _EVALUATION = ("limit", "shots", "max_new_tokens", "batch_size")
 _MAX_NAME_LENGTH = 64
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.+-]{{0,{_MAX_NAME_LENGTH - 1}}}")
@@ -121,8 +121,9 @@ class Plan:
     Attributes:
         name: name of the study.
         about: the question that it answers, in a sentence or two.
-        variants: name -> {base, overrides, training}.  `training` changes learning rates or the
-            outlier penalty for this variant.  A name of `oasis variants` means that variant.
+        variants: name -> {base, overrides, training}.  `training` changes learning rates, the
+            outlier penalty or the trained parameters for this variant.  A name of `oasis variants`
+            means that variant.
         corpora: corpus -> the tasks that models trained on it are evaluated on; or names of
             generated tasks (`oasis_attn.data.trigger`), none of which is text.
         seeds: random seeds; each sets the initial weights and the data order.

@@ -2,16 +2,18 @@
 
 OUT/plan.yaml           the plan; the folder accepts no other
 OUT/trials/<id>.json    the record of a finished trial; never partly written
-OUT/trials.jsonl        of a published study, instead of trials/: one compact record per line
+OUT/trials.jsonl.gz     of a published study, instead of trials/: one compact record per line
 OUT/failed/<id>.log     the output of a trial that failed; removed when the trial is run again
 OUT/work/               files of unfinished trials; can be removed while no trial runs
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shlex
+import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +21,14 @@ from statistics import median
 
 from oasis_attn.errors import UserError, reason
 from oasis_attn.extension_files import extension_hashes
-from oasis_attn.files import check_free, is_locked, write_text
+from oasis_attn.files import check_free, is_locked, write_bytes, write_text
 from oasis_attn.records import TrialRecord
 from oasis_attn.study.lookup import PLAN_FILE, plan_path, shipped_plans
 from oasis_attn.study.plan import Plan, Trial
 from oasis_attn.study.plan_file import load_plan, parse_plan, plan_text
 from oasis_attn.study.study_metrics import TIMES
 
-TRIALS = "trials.jsonl"
+TRIALS = "trials.jsonl.gz"
 KEPT_TABLES = (
     *("null.mass", "sink.idle", "sink.trigger", "null.idle", "null.trigger", "signal.beta"),
 )
@@ -158,13 +160,13 @@ class StudyFolder:
 
     @cached_property
     def _published(self) -> dict[str, TrialRecord]:
-        """The compact records of `trials.jsonl`, by trial id."""
+        """The compact records of `trials.jsonl.gz`, by trial id."""
         path = self.path / TRIALS
         if not path.is_file():
             return {}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
+            lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise UserError(f"record: {str(path)!r} cannot be read ({reason(error)})") from error
         numbered = enumerate(lines, start=1)
         records = (TrialRecord.from_json(line, f"{path}:{n}") for n, line in numbered)
@@ -176,8 +178,9 @@ class StudyFolder:
         Compact records have whole-model metrics only, and only the tables of `KEPT_TABLES`.
         """
         lines = [_compact(record).to_json(indent=None) for record in self.records().values()]
+        text = "".join(f"{line}\n" for line in lines)
         write_text(Path(path) / PLAN_FILE, plan_text(self.plan))
-        write_text(Path(path) / TRIALS, "".join(f"{line}\n" for line in lines))
+        write_bytes(Path(path) / TRIALS, gzip.compress(text.encode(), mtime=0))
 
     def status(self) -> Status:
         """The current progress of the study."""

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from oasis_attn.data.trigger import trigger_task
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.lab import LAB_SIZES, DecoderTraining, decoder_backbone
 from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
+from oasis_attn.training.parameters import train_only
 
 if TYPE_CHECKING:
     from oasis_attn.study.plan import Plan
@@ -31,6 +35,9 @@ def check_decoder(size: str, settings: Mapping[str, Any], training: Mapping[str,
     """Raise `UserError` unless a decoder can have these settings and be trained so."""
     for name in training:
         check_choice("training", name, [field.name for field in fields(DecoderTraining)])
-    DecoderTraining(**training)
+    patterns = DecoderTraining(**training).trainable
     backbone = decoder_backbone(size, trigger_task("trigger"))
-    OasisConfig(text_config=backbone, **settings)
+    config = OasisConfig(text_config=backbone, **settings)
+    if patterns:
+        with torch.device("meta"):
+            train_only(OasisForCausalLM(config), patterns)

@@ -19,7 +19,7 @@ from oasis_attn.errors import (
 from oasis_attn.hub.model_sizes import check_size, text_config
 from oasis_attn.modeling.settings import check_settings
 from oasis_attn.modeling.variants import settings_of
-from oasis_attn.training.parameters import GROUPS
+from oasis_attn.training.parameters import GROUPS, check_patterns
 
 _NO_EFFECT_ON_RESULT = ("out", "resume", "trust_remote_code")
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
@@ -142,11 +142,7 @@ class TrainingConfig:
             raise UserError(
                 f"anneal_null: {self.anneal_null!r} is more than the run's {self.steps} steps"
             )
-        patterns = self.trainable or ()
-        if isinstance(patterns, str) or not (
-            isinstance(patterns, Sequence) and all(isinstance(name, str) for name in patterns)
-        ):
-            raise UserError(f"trainable: {shown(self.trainable)} is not a list of patterns")
+        check_patterns(self.trainable or ())
         if not self.clip:
             raise UserError(f"clip: {self.clip!r} is not above 0")
         if self.save_every % self.log_every:

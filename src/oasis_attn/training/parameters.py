@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +30,14 @@ def group_of(name: str) -> str:
     """The group of `GROUPS` that the parameter `name` belongs to."""
     found = (group for group, pattern in _NAMES.items() if re.search(pattern, name))
     return next(found, "backbone")
+
+
+def check_patterns(trainable: object) -> None:
+    """Raise `UserError` unless `trainable` can be the patterns of `train_only`."""
+    if isinstance(trainable, str) or not (
+        isinstance(trainable, Sequence) and all(isinstance(name, str) for name in trainable)
+    ):
+        raise UserError(f"trainable: {shown(trainable)} is not a list of patterns")
 
 
 def train_only(model: nn.Module, patterns: Sequence[str]) -> None:

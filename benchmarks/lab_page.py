@@ -1,0 +1,275 @@
+"""The tables of docs/lab.md, from the records of the lab and of the studies of generated tasks.
+
+`benchmarks/publish.py` writes the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from oasis_attn.records import BenchmarkRecord
+from oasis_attn.report.markdown import markdown
+from oasis_attn.report.seed_values import seed_values_figure
+from oasis_attn.report.tables import ABSENT, Table, number
+from oasis_attn.study.criteria import (
+    MET,
+    MET_WHOLE_INTERVAL,
+    NOT_MET,
+    CriterionResult,
+    check_criteria,
+    fails_none,
+)
+from oasis_attn.study.criteria import rule as criteria_rule
+from oasis_attn.study.results import Results
+from oasis_attn.study.study_metrics import StudyMetric, study_metrics
+from oasis_attn.study.study_report import progress_text
+from oasis_attn.study.tables import percent, verdict_table
+from oasis_attn.study.verdict import judge
+from pages import DOCS, RESULTS, fill
+from pages import published as published_studies
+
+PAGE = DOCS / "lab.md"
+STUDIES = ("necessity", "necessity-depth", "necessity-win")
+LAB = RESULTS / "lab"
+UNPUBLISHED = "This study is not published yet.\n"
+BATCH = ", batch 32"  # of the models whose thresholds are shown
+LONG = "length 64, 1x1, batch 32, "  # of the models with other nulls that are shown
+DIGITS = 3
+COLUMNS = {  # metric -> header and whether the range over seeds is shown
+    "sink.idle_largest": ("idle sink, largest head", True),
+    "sink.idle": ("idle sink, mean", False),
+    "null.idle": ("idle null, mean", False),
+    "task.error": ("task error", True),
+    "outlier.max_inf_norm": ("max inf-norm", False),
+    "outlier.mean_pearson_kurtosis": ("mean Pearson kurtosis", False),
+    "task.error_ratio@w8a8-static-full": ("w8a8-static-full error ratio", True),
+    "task.error_ratio@w4a4": ("w4a4 error ratio", False),
+    "signal.output_change": ("output moved by the signal", False),
+}
+DRAWN = ("sink.idle_largest", "task.error", "task.error@w8a8-static-full")
+
+
+def page(text: str) -> str:
+    """docs/lab.md with every table generated again."""
+    generators = (
+        *(source, thresholds, learned_nulls, rows, verdicts, criteria, growth, depth_verdicts),
+        *(signal_rows, signal_verdicts, signal_criteria),
+    )
+    return fill(PAGE, text, "lab_page.py", generators)
+
+
+@cache
+def published(name: str) -> Results | None:
+    """The results of a study; None if it is not under docs/results."""
+    return published_studies([name]).get(name)
+
+
+def source() -> str:
+    """Sinks of the models of arXiv 2603.11487 and of other normalizers, trained here."""
+    record = BenchmarkRecord.load(LAB / "source" / "record.json")
+    names = ("sink_idle", "row_sum_idle", "largest_error", "steps")
+    wheres = dict.fromkeys(metric.where for metric in record.metrics)
+    rows = []
+    for where in wheres:
+        found = [record.metric(f"attention_only.{name}", where) for name in names]
+        rows.append((where, str(found[0].n), *(number(each.value) for each in found)))
+    columns = "model", "seeds", "idle sink, largest head", "idle row sum", "largest error", "steps"
+    return markdown(Table(columns=columns, rows=tuple(rows)))
+
+
+def thresholds() -> str:
+    """The smallest null logit without a sink by length, layers and heads, and the fitted line."""
+    record = BenchmarkRecord.load(LAB / "null_law" / "record.json")
+    rows = []
+    for row in sorted(record.tables["thresholds"], key=lambda row: row["length"]):
+        if row["group"].endswith(BATCH):
+            cells = [row["group"].removesuffix(BATCH), f"{math.log(row['length']):.2f}"]
+            for level in row["thresholds"]:
+                metric = record.metric(f"null_law.threshold@{level}", row["group"])
+                cells.append(f"{metric.value:.2f} (n {metric.n})")
+            rows.append((*cells, f"{row['solved']} of {row['runs']}"))
+    levels = (f"c* for a sink below {level}" for level in record.tables["fits"])
+    columns = "models", "log(length)", *levels, "converged runs"
+    lines = []
+    for level, fit in record.tables["fits"].items():
+        slope, low, high = (_short(x) for x in (fit["slope"], *fit["slope_interval"]))
+        lines.append(
+            f"- Sink below {level}: c* = {_short(fit['intercept'])} + {slope} log(length), 95 % "
+            f"interval of the slope {low} to {high}, from {fit['n']} thresholds of models of 1 "
+            "layer of 1 head. The largest c* - log(length) of all models is "
+            f"{_short(record[f'null_law.margin@{level}'])}."
+        )
+    return markdown(Table(columns=columns, rows=tuple(rows))) + "\n" + "\n".join(lines) + "\n"
+
+
+def learned_nulls() -> str:
+    """Nulls that are learned, have a value, or depend on the query or its position."""
+    record = BenchmarkRecord.load(LAB / "null_law" / "record.json")
+    columns = ("sink", "null", "last_null_logit", "trigger_error")
+    rows = tuple(
+        (name, _short(row["null_logit"]), *(_range(row[each]) for each in columns))
+        for row in record.tables["arms"]
+        if (name := row["group"].removeprefix(LONG)) != row["group"]
+    )
+    head = "null", "null logit at the start", "idle sink", "idle null", "null logit at the end"
+    return markdown(Table(columns=(*head, "error at triggers"), rows=rows))
+
+
+def rows() -> str:
+    """The results of each variant of `necessity`."""
+    return _rows("necessity")
+
+
+def signal_rows() -> str:
+    """The results of each variant of `necessity-win`."""
+    return _rows("necessity-win")
+
+
+def _rows(name: str) -> str:
+    results = published(name)
+    if results is None:
+        return UNPUBLISHED
+    known = {metric.name: metric for metric in results.metrics}
+    chosen = {known[name]: column for name, column in COLUMNS.items() if name in known}
+    measured, missing = [], []
+    for variant in results.plan.variants:
+        values = {metric: [*results.values(metric, variant).values()] for metric in chosen}
+        if any(values.values()):
+            cells = (_cell(m, values[m], spread=spread) for m, (_, spread) in chosen.items())
+            seeds = max(map(len, values.values()))
+            measured.append((variant, str(seeds), *cells))
+        else:
+            missing.append(variant)
+    columns = "variant", "seeds", *(header for header, _ in chosen.values())
+    lines = [f"[`{name}`](results/{name}/tables.md): {progress_text(results)}"]
+    if len(results.records) < len(results.plan.trials):
+        lines.append("The study is not finished; tables and verdicts are of the finished trials.")
+    if missing:
+        lines.append(f"These variants have no trials yet: {', '.join(missing)}.")
+    text = " ".join(lines)
+    return f"{text}\n\n{markdown(Table(columns=columns, rows=tuple(measured)))}"
+
+
+def figure(results: Results) -> Figure:
+    """The metrics `DRAWN` of each variant that is measured."""
+    known = {metric.name: metric for metric in results.metrics}
+    panels = {
+        known[name].label: {
+            variant: [*results.values(known[name], variant).values()]
+            for variant in dict.fromkeys(trial.variant for trial in results.records)
+        }
+        for name in DRAWN
+    }
+    ratios = [known[name].label for name in DRAWN if known[name].scale == "ratio"]
+    return seed_values_figure(panels, logarithmic=ratios)
+
+
+def verdicts() -> str:
+    """The verdict on each claim of `necessity`."""
+    return _verdicts("necessity")
+
+
+def criteria() -> str:
+    """The acceptance criteria of `necessity`: one column per metric, the worst baseline named."""
+    return _criteria("necessity")
+
+
+def signal_criteria() -> str:
+    """The same criteria for the candidates of `necessity-win`."""
+    return _criteria("necessity-win")
+
+
+def _criteria(study: str) -> str:
+    results = published(study)
+    if results is None:
+        return UNPUBLISHED
+    known = {metric.name: metric for metric in study_metrics(results.plan.schemes)}
+    names = [each.metric for each in results.plan.criteria]
+    labels = {name: known[name].label for name in names}
+    table = []
+    for variant in results.plan.candidates:
+        found = check_criteria(results, variant)
+        if any(each.n for each in found):
+            groups = {
+                name: [each for each, own in zip(found, names, strict=True) if own == name]
+                for name in labels
+            }
+            table.append((variant, *map(_criteria_cell, groups.values())))
+    columns = ("variant", *labels.values())
+    shown = markdown(Table(columns=columns, rows=tuple(table), text_columns=len(columns)))
+    none_failed = ", ".join(fails_none(results)) or "no variant"
+    return f"{criteria_rule(results.plan)}\n\nNone is failed by: {none_failed}.\n\n{shown}"
+
+
+def growth() -> str:
+    """The slopes of log metric against log layers of each variant of `necessity-depth`."""
+    results = published("necessity-depth")
+    if results is None:
+        return UNPUBLISHED
+    names = dict.fromkeys(t.metric for claim in results.plan.claims for t in claim.tests)
+    metrics = [metric for metric in results.metrics if metric.name in names]
+    table = []
+    for variant in results.plan.variants:
+        slopes = [[*results.slopes(metric, variant).values()] for metric in metrics]
+        if any(slopes):
+            table.append((variant, *(_range(each, mean=True) for each in slopes)))
+    columns = "variant", *(f"slope of {metric.label}" for metric in metrics)
+    text = f"[`necessity-depth`](results/necessity-depth/tables.md): {progress_text(results)}"
+    return f"{text}\n\n{markdown(Table(columns=columns, rows=tuple(table)))}"
+
+
+def depth_verdicts() -> str:
+    """The verdict on each claim of `necessity-depth`."""
+    return _verdicts("necessity-depth")
+
+
+def signal_verdicts() -> str:
+    """The verdict on each claim of `necessity-win`."""
+    return _verdicts("necessity-win")
+
+
+def _verdicts(name: str) -> str:
+    results = published(name)
+    if results is None:
+        return UNPUBLISHED
+    table = verdict_table(judge(results))
+    return markdown(Table(columns=table.columns, rows=table.rows, text_columns=4))
+
+
+def _criteria_cell(criteria: Sequence[CriterionResult]) -> str:
+    """The outcome of criteria on one metric, with the change from the baseline that is worst."""
+    tested = [each for each in criteria if each.outcome in (MET_WHOLE_INTERVAL, MET, NOT_MET)]
+    if not tested:
+        return criteria[0].outcome
+    worst = max(tested, key=lambda each: each.change)  # less of every metric here is better
+    outcome = next(
+        o for o in (NOT_MET, MET, MET_WHOLE_INTERVAL) if o in {e.outcome for e in tested}
+    )
+    if worst.fixed:
+        return f"{_short(worst.change)}, {outcome}"
+    against = worst.text.rpartition(" against ")[2]
+    return f"{percent(worst.change)} ({against}), {outcome}"
+
+
+def _cell(metric: StudyMetric, values: Sequence[float], *, spread: bool) -> str:
+    if not values:
+        return ABSENT
+    mean = fmean(values)
+    if metric.scale == "ratio":  # as in the tests of claims
+        mean = math.exp(fmean(map(math.log, values)))
+    return _short(mean) + (f" [{_range(values)}]" if spread else "")
+
+
+def _range(values: Sequence[float], *, mean: bool = False) -> str:
+    low, high = _short(min(values)), _short(max(values))
+    text = low if low == high else f"{low} to {high}"
+    return f"{_short(fmean(values))} [{text}]" if mean else text
+
+
+def _short(value: float) -> str:
+    return number(float(f"{value:.{DIGITS}g}"))
