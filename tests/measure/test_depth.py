@@ -212,7 +212,7 @@ def test_the_measures_by_hand():
             RouterCall(0, torch.ones(1, len(weights), 1), torch.zeros(1, len(weights)), None)
         )
         depth.update(RouterCall(1, torch.tensor([weights]), torch.tensor([null]), None))
-    values = {metric.name: metric.value for metric in depth.metrics()}
+    values = {f"{metric.name} {metric.where}".strip(): metric.value for metric in depth.metrics()}
     # Means over tokens first: 1 and 0.125; entropies 0, and log 2 and 0; null 0 and 0.75.
     assert values == {
         "depth.sink_rate@0.3": 0.5,
@@ -220,6 +220,8 @@ def test_the_measures_by_hand():
         "depth.entropy": pytest.approx(math.log(2) / 4),
         "depth.entropy_normalized": pytest.approx(0.25),
         "depth.null": pytest.approx(0.375),
+        "depth.weight source.0": 0.5625,
+        "depth.weight source.1": 0.0625,
     }
     assert depth.tables()["depth.null"] == [0, pytest.approx(0.375)]
 

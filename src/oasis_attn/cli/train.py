@@ -163,8 +163,8 @@ def train(
 
     Several processes: [bold]accelerate launch -m oasis_attn train ...[/bold]
     """
-    other = ("as_json", "log_sinks_every")
-    given = {name: value for name, value in locals().items() if name not in other}
+    given = dict(locals())
+    del given["as_json"], given["log_sinks_every"]
 
     given["settings"] = pairs("--config", settings)
     given["learning_rates"] = pairs("--rate", learning_rates)
