@@ -1,8 +1,8 @@
 """Conversion of a model with a plain null to `granite_swa`, a family of transformers with sinks.
 
 A null with only a logit c per head is one more column of the softmax that adds nothing to the
-output.  transformers and inference engines call it a sink (gpt-oss, arXiv 2508.10925).  `granite_swa`
-is the Llama layer with sinks, multipliers, and a sliding window and RoPE base per layer, so that the
+output.  transformers and inference engines call it a sink (gpt-oss, arXiv 2508.10925).  `granite_swa` is
+the Llama layer with sinks, multipliers, and a sliding window and RoPE base per layer, so that the
 families in `CONVERTIBLE` convert exactly.  The other families with sinks are no Llama layers:
 gpt_oss clamps the activations of its experts, flint normalizes queries and keys, and mimo_v2_flash
 has sinks only in layers with a sliding window and other numbers of heads in them.
@@ -27,7 +27,7 @@ from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.weight_names import is_ours
 from oasis_attn.ops.normalizers import LEARNED_NULL_VALUE
 
-CONVERTIBLE = ("granite", "llama", "mistral", "qwen2", "smollm3")
+CONVERTIBLE = ("cwm", "granite", "llama", "ministral", "mistral", "qwen2", "seed_oss", "smollm3")
 """Families whose layers `granite_swa` can express."""
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -121,11 +121,12 @@ def _check_family(text: Any) -> None:
 def to_sinks(model: OasisForCausalLM) -> PreTrainedModel:
     """The `granite_swa` model that computes the same function; it shares the weights of `model`.
 
-    The sinks have the dtype of the weights, to which the fixed null logit of `softmax1` is rounded.
-    Biases that `granite_swa` has only together with those of `model` are 0.
+    Its own attention computes the softmax in float32, whatever the dtype of the weights.  The sinks have the dtype of the weights, to which the fixed null logit of `softmax1` is rounded.
+    `granite_swa` has biases in all projections of attention or in none; those that `model` lacks
+    are 0.
 
     Raises:
-        UserError: see `check_sinks`, or a prefix is attached to the model.
+        UserError: see `check_sinks`.
     """
     check_sinks(model.config)
     weights = {name: x for name, x in model.state_dict().items() if not is_ours(name)}
