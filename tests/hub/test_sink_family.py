@@ -1,37 +1,20 @@
 """A model with a plain null becomes a family with sinks that computes the same function."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
+import sink_attention
 from oasis_attn import UserError
 from oasis_attn.hub.convert import convert_checkpoint
 from oasis_attn.hub.prefix import attach_prefix, compute_prefix
 from oasis_attn.hub.sink_family import CONVERTIBLE, to_sinks
 from tiny_models import greedy, tiny_config, tiny_model, word_tokenizer
-
-FLOAT64 = '''
-def attention_in_float64(module, query, key, value, mask, scaling, s_aux=None, **kwargs):
-    """Softmax with the sinks as one more column, in the dtype of the query, unlike the family's."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * scaling
-    if mask is not None:
-        scores = scores + mask
-    sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
-    return (weights @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("float64", attention_in_float64)
-AttentionMaskInterface.register("float64", eager_mask)
-'''
-exec(FLOAT64)
 
 ROPES = (
     {"rope_type": "linear", "factor": 2.0},
@@ -84,8 +67,35 @@ def test_each_family_computes_the_same(family, changes, ids):
     expected = model(ids).logits
     # The family's own attention computes its softmax in float32.
     torch.testing.assert_close(target(ids).logits, expected, rtol=0, atol=1e-5)
-    target.set_attn_implementation("float64")
+    target.set_attn_implementation("plain_sinks")
     torch.testing.assert_close(target(ids).logits, expected, rtol=0, atol=1e-9)
+
+
+WITHOUT_US = """
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sink_attention
+
+given, folder, out = load_file(sys.argv[1]), *sys.argv[2:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+assert AutoTokenizer.from_pretrained(folder)("w5 w7").input_ids == [5, 7]
+assert (model.generation_config.do_sample, model.generation_config.temperature) == (True, 0.7)
+single = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+model.set_attn_implementation("plain_sinks")
+ids = given["input_ids"]
+with torch.no_grad():
+    result = {"own": single(**given).logits, "logits": model(**given).logits}
+    cache = model(ids[:, :7]).past_key_values
+    result["cached"] = model(ids[:, 7:], past_key_values=cache).logits
+options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+result["tokens"] = model.generate(**given, **options)
+save_file(result, out)
+assert "oasis_attn" not in sys.modules
+"""
 
 
 @torch.no_grad()
@@ -100,34 +110,15 @@ def test_a_process_without_this_library_computes_the_same(variant, settings, ids
     convert_checkpoint(tmp_path / "ours", tmp_path / "sinks", dtype="auto", sinks=True)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
-    code = f"""
-import sys
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import eager_mask
-{FLOAT64}
-given, folder, out = load_file(sys.argv[1]), *sys.argv[2:]
-model = AutoModelForCausalLM.from_pretrained(folder)
-assert AutoTokenizer.from_pretrained(folder)("w5 w7").input_ids == [5, 7]
-assert (model.generation_config.do_sample, model.generation_config.temperature) == (True, 0.7)
-with torch.no_grad():
-    single = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    result = {{"own": single(**given).logits}}
-    model.set_attn_implementation("float64")
-    result["logits"] = model(**given).logits
-    options = {{"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}}
-    result["tokens"] = model.generate(**given, **options)
-    ids = given["input_ids"]
-    cache = model(ids[:, :7]).past_key_values
-    result["cached"] = model(ids[:, 7:], past_key_values=cache).logits
-save_file(result, out)
-assert "oasis_attn" not in sys.modules
-"""
     save_file({"input_ids": ids, "attention_mask": mask}, tmp_path / "given")
     files = [tmp_path / name for name in ("given", "sinks", "out")]
-    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
+    paths = [str(Path(sink_attention.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US, *files],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     theirs, visible = load_file(tmp_path / "out"), mask.bool()
     assert theirs["logits"].dtype == torch.float64
@@ -187,6 +178,6 @@ def test_refusals_come_before_the_weights_are_read_and_write_nothing(tmp_path):
             convert_checkpoint(tmp_path / name, tmp_path / "out", sinks=True)
     with pytest.raises(UserError, match="to_sinks: cannot be combined with a variant"):
         convert_checkpoint(tmp_path / "depth", tmp_path / "out", variant="oasis", sinks=True)
-    with pytest.raises(UserError, match="to_sinks: .* has a prefix"):
+    with pytest.raises(UserError, match=r"to_sinks: .* has a prefix"):
         to_sinks(model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["depth", "native", "prefixed"]

@@ -1,11 +1,12 @@
 """Conversion of a model with a plain null to `granite_swa`, a family of transformers with sinks.
 
 A null with only a logit c per head is one more column of the softmax that adds nothing to the
-output.  transformers and inference engines call it a sink (gpt-oss, arXiv 2508.10925).  `granite_swa` is
-the Llama layer with sinks, multipliers, and a sliding window and RoPE base per layer, so that the
-families in `CONVERTIBLE` convert exactly.  The other families with sinks are no Llama layers:
-gpt_oss clamps the activations of its experts, flint normalizes queries and keys, and mimo_v2_flash
-has sinks only in layers with a sliding window and other numbers of heads in them.
+output.  transformers and inference engines call it a sink (gpt-oss, arXiv 2508.10925).
+`granite_swa` is the Llama layer with sinks, multipliers, and a sliding window and RoPE base per
+layer, so that the families in `CONVERTIBLE` convert exactly.  The other families with sinks are no
+Llama layers: gpt_oss has clamped experts with biases, flint normalizes queries and keys and rotates
+only layers with a sliding window, and mimo_v2_flash has sinks only in such layers, which also have
+more key heads than the others.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ tags: [oasis-attn, granite_swa]
 
 # {family} with attention sinks
 
-A `{family}` decoder with {parameters:,} parameters, trained with oasis-attn with the null option
-`{normalizer}` ([OASIS](https://arxiv.org/abs/2605.17887)). It is stored as `granite_swa`, whose sinks
-are the logits of the null, so that transformers loads it without oasis-attn:
+A `{family}` decoder with {parameters:,} parameters and the null option `{normalizer}` of
+[OASIS](https://arxiv.org/abs/2605.17887). It is stored as `granite_swa`, whose sinks are the logits
+of the null, so that transformers loads it without oasis-attn:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -121,9 +122,10 @@ def _check_family(text: Any) -> None:
 def to_sinks(model: OasisForCausalLM) -> PreTrainedModel:
     """The `granite_swa` model that computes the same function; it shares the weights of `model`.
 
-    Its own attention computes the softmax in float32, whatever the dtype of the weights.  The sinks have the dtype of the weights, to which the fixed null logit of `softmax1` is rounded.
+    Its own attention computes the softmax in float32, whatever the dtype of the weights.  The sinks
+    have the dtype of the weights, to which the fixed null logit of `softmax1` is rounded.
     `granite_swa` has biases in all projections of attention or in none; those that `model` lacks
-    are 0.
+    are 0, as are those of the MLP.
 
     Raises:
         UserError: see `check_sinks`.
