@@ -5,15 +5,18 @@ from __future__ import annotations
 from oasis_attn.lab.decoder import (
     LAB_SIZES,
     DecoderTraining,
+    TrainedDecoder,
     decoder_backbone,
     predict,
     train_decoder,
 )
-from oasis_attn.lab.measure import measure_decoder, quantized_errors
+from oasis_attn.lab.measure import attention_maps, measure_decoder, quantized_errors
 
 __all__ = [
     "LAB_SIZES",
     "DecoderTraining",
+    "TrainedDecoder",
+    "attention_maps",
     "decoder_backbone",
     "measure_decoder",
     "predict",

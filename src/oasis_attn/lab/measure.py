@@ -114,6 +114,20 @@ def measure_decoder(
     return metrics, attention.tables() | outliers.tables() | depth.tables() | signal_tables
 
 
+@torch.no_grad()
+def attention_maps(model: OasisForCausalLM, batch: TriggerBatch) -> Tensor:
+    """All attention probabilities of a decoder, [L, B, H, T, 1 + T]; the first key is the null."""
+    maps: dict[int, Tensor] = {}
+
+    def update(call: AttentionCall) -> None:
+        p_BHTS = call.rows(0, batch.x_BTN.shape[1])
+        maps[call.layer] = torch.cat([call.null_BHT.unsqueeze(-1).to(p_BHTS.dtype), p_BHTS], -1)
+
+    with eval_mode(model), _fixed_random_state(), observe_attention(model, update):
+        predict(model, batch.x_BTN)
+    return torch.stack([maps[layer] for layer in sorted(maps)])
+
+
 def quantized_errors(
     model: OasisForCausalLM,
     batch: TriggerBatch,

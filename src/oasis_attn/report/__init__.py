@@ -8,7 +8,6 @@ from __future__ import annotations
 from oasis_attn.report.tables import (
     Table,
     activation_table,
-    comparison,
     label,
     layer_table,
     number,
@@ -20,7 +19,6 @@ from oasis_attn.report.tables import (
 __all__ = [
     "Table",
     "activation_table",
-    "comparison",
     "label",
     "layer_table",
     "number",

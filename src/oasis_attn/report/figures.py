@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_bytes
-from oasis_attn.records import DiagnosisRecord, ModelRecord, QuantizationRecord, TrainingRecord
+from oasis_attn.records import DiagnosisRecord, ModelRecord
 from oasis_attn.report.tables import label, number
 
 INK, MUTED, RULE = "#24292f", "#68717b", "#d5dae0"
@@ -121,69 +121,6 @@ def outlier_lines(records: Sequence[DiagnosisRecord]) -> Figure:
             axes.xaxis.get_major_locator().set_params(integer=True)
         if len(records) > 1:
             left.legend()
-    return figure
-
-
-def loss_lines(records: Sequence[TrainingRecord]) -> Figure:
-    """Training loss over steps, one line per training record: table `loss` [{step, loss, ...}]."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(8.2, 3.5), layout="constrained")
-        axes = figure.subplots()
-        for record, color in zip(records, _colors(records), strict=True):
-            rows = _table(record, "loss")
-            steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-            axes.plot(steps, losses, color=color, label=label(record))
-        _set_title(axes, "Training loss", "cross-entropy of the next token")
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss (nats per token)")
-        axes.legend()
-    return figure
-
-
-def overview(models: Sequence[tuple[DiagnosisRecord, QuantizationRecord]]) -> Figure:
-    """The sinks of the first model, and the outliers and 8-bit perplexity of every model.
-
-    Args:
-        models: the records of each model; one of quantization has `perplexity.windowed` at
-            `before` and `after`.
-    """
-    diagnoses = [diagnosis for diagnosis, _ in models]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(12.5, 3.9), layout="constrained")
-        sinks, largest, ratio = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.15))
-        _draw_map(
-            figure,
-            sinks,
-            _rectangle(_table(diagnoses[0], "sink.mass")),
-            color_label="mean attention probability",
-        )
-        sinks.set(xlabel="head", ylabel="layer")
-        _set_title(sinks, f"Attention on the first token: {label(diagnoses[0])}", "sink.mass")
-        for row, (records, color) in enumerate(zip(models, _colors(diagnoses), strict=True)):
-            diagnosis, quantization = records
-            peaks = np.array(_table(diagnosis, _INF_NORM), dtype=float)
-            place = (np.arange(len(peaks)) + 1) / len(peaks)
-            largest.plot(place, peaks, color=color, marker="o", markersize=3)
-            before, after = quantization.before_after("perplexity.windowed")
-            ratio.plot([1, after / before], [row, row], color=color)
-            ratio.plot([after / before], [row], color=color, marker="o", markersize=8)
-            ratio.annotate(
-                f"{number(before)} to {number(after)}", (1, row), (0, 9),
-                textcoords="offset points", color=MUTED,
-            )  # fmt: skip
-        _set_title(largest, "Largest value of each layer's output", _INF_NORM)
-        _log_scale(largest)
-        largest.set(xlabel="depth (fraction of layers)", ylabel="max |h|")
-        _set_title(
-            ratio,
-            "Perplexity after quantization to 8 bits",
-            models[0][1].scheme["name"],
-        )
-        ratio.set(xlabel="perplexity / float32 perplexity", ylim=(len(models) - 0.5, -0.7))
-        ratio.set_yticks(range(len(models)), labels=[label(record) for record in diagnoses])
-        ratio.grid(axis="y", visible=False)
-        for text, color in zip(ratio.get_yticklabels(), _colors(diagnoses), strict=True):
-            text.set(color=color, fontweight="bold")
     return figure
 
 

@@ -60,10 +60,12 @@ def paragraph(text: str) -> Block:
 
 
 def figure_block(figure: Figure, caption: str) -> Block:
-    """A figure with a caption."""
+    """A figure with a caption, which is also its title for screen readers."""
     from oasis_attn.report.figures import svg
 
-    return f"<figure>{svg(figure)}<figcaption>{escape(caption)}</figcaption></figure>"
+    start, end = svg(figure).split(">", 1)
+    titled = f'{start} role="img"><title>{escape(caption)}</title>{end}'
+    return f"<figure>{titled}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def table_block(table: Table) -> Block:

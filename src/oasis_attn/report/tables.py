@@ -47,53 +47,19 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def mean_and_range(values: Sequence[float]) -> str:
-    """A single value, or for several (one per seed) `mean [lowest, highest]`."""
-    if len(values) == 1:
-        return number(values[0])
-    return f"{number(fmean(values))} [{number(min(values))}, {number(max(values))}]"
-
-
-def comparison(
-    groups: Mapping[str, Sequence[Record]],
-    columns: Mapping[str, tuple[str, str, str]],
-    *,
-    title: str = "",
-) -> Table:
-    """One row per model, one column per whole-model metric.
-
-    Args:
-        groups: name of the row -> records of the model; one of each kind per seed.
-        columns: header -> (kind of record, name of the metric, its `where`).  A dash means that a
-            model has no such value.
-        title: title of the table.
-    """
-    rows = tuple(
-        (name, *(_cell(records, *column) for column in columns.values()))
-        for name, records in groups.items()
-    )
-    return Table(title=title, columns=("model", *columns), rows=rows)
-
-
-def _cell(records: Sequence[Record], kind: str, metric: str, where: str) -> str:
-    chosen = [record for record in records if record.kind == kind]
-    values = [m.value for record in chosen for m in record.each(metric) if m.where == where]
-    return mean_and_range(values) + caveat(metric, chosen) if values else ABSENT
-
-
-def caveat(metric: str, records: Sequence[Record]) -> str:
+def caveat(metric: str, record: Record) -> str:
     """A warning after the kurtosis of the literature, such as ` (1 silent, 2 understated)`.
 
-    The counts are numbers of tensors, the largest over `records`; see `outlier.silent_tensors` and
+    The counts are numbers of tensors; see `outlier.silent_tensors` and
     `outlier.understated_kurtosis`.  The result is empty for other metrics.
     """
     if metric not in _LITERATURE_KURTOSIS:
         return ""
-    found = []
-    for name, word in _CAVEATS.items():
-        counts = [m.value for record in records for m in record.each(name) if not m.where]
-        if any(counts):
-            found.append(f"{max(counts):.0f} {word}")
+    counts = {
+        word: next((m.value for m in record.each(name) if not m.where), 0)
+        for name, word in _CAVEATS.items()
+    }
+    found = [f"{count:.0f} {word}" for word, count in counts.items() if count]
     return f" ({', '.join(found)})" if found else ""
 
 
@@ -119,7 +85,7 @@ def summary_table(record: ModelRecord) -> Table:
     rows = tuple(
         (
             m.name,
-            number(m.value) + caveat(m.name, [record]),
+            number(m.value) + caveat(m.name, record),
             ABSENT if m.standard_error is None else number(m.standard_error),
         )
         for m in record.metrics

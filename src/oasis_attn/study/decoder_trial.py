@@ -9,7 +9,13 @@ import torch
 
 from oasis_attn.data.trigger import TriggerBatch, trigger_task
 from oasis_attn.hub.model_info import describe_model
-from oasis_attn.lab import DecoderTraining, measure_decoder, quantized_errors, train_decoder
+from oasis_attn.lab import (
+    DecoderTraining,
+    TrainedDecoder,
+    measure_decoder,
+    quantized_errors,
+    train_decoder,
+)
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.records import BlocksInfo, TextInfo, TrialRecord
 from oasis_attn.study.plan import Trial
@@ -19,17 +25,26 @@ MEASURED_SEED, CALIBRATION_SEED = 2**32, 2**32 + 1
 
 
 def run_decoder_trial(trial: Trial, command: str) -> TrialRecord:
-    """Train the decoder and measure it, unquantized and with each scheme.
+    """Train the decoder and measure it, unquantized and with each scheme."""
+    return measure_trial(trial, train_trial(trial), command)
 
-    All trials on a task are measured on the same sequences.
-    """
-    task, training = trigger_task(trial.corpus), DecoderTraining(**trial.training)
+
+def train_trial(trial: Trial) -> TrainedDecoder:
+    """Train the decoder of a trial."""
     settings = settings_of(trial.base) | dict(trial.overrides)
-    trained = train_decoder(trial.size, settings, task, training, seed=trial.seed)
-    measured, calibration = (
-        task.batch(trial.windows, torch.Generator().manual_seed(seed))
-        for seed in (MEASURED_SEED, CALIBRATION_SEED)
-    )
+    task, training = trigger_task(trial.corpus), DecoderTraining(**trial.training)
+    return train_decoder(trial.size, settings, task, training, seed=trial.seed)
+
+
+def measured_batch(trial: Trial, seed: int = MEASURED_SEED) -> TriggerBatch:
+    """The sequences that all trials on a task are measured on, or, by its seed, another batch."""
+    return trigger_task(trial.corpus).batch(trial.windows, torch.Generator().manual_seed(seed))
+
+
+def measure_trial(trial: Trial, trained: TrainedDecoder, command: str) -> TrialRecord:
+    """Measure the decoder of a trial, unquantized and with each scheme."""
+    training = DecoderTraining(**trial.training)
+    measured, calibration = measured_batch(trial), measured_batch(trial, CALIBRATION_SEED)
     metrics, tables = measure_decoder(trained.model, measured)
     errors, targets = quantized_errors(trained.model, measured, calibration, trial.schemes)
     sequences = training.steps * training.batch_size

