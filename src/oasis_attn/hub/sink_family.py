@@ -134,7 +134,7 @@ def to_sinks(model: OasisForCausalLM) -> PreTrainedModel:
     weights = {name: x for name, x in model.state_dict().items() if not is_ours(name)}
     config = _config(model, weights)
     with torch.device("meta"):
-        target = GraniteSWAForCausalLM(config)
+        target: PreTrainedModel = GraniteSWAForCausalLM(config)
     for name, parameter in target.named_parameters():
         if name.endswith(".bias") and name not in weights:
             weights[name] = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
@@ -147,10 +147,11 @@ def to_sinks(model: OasisForCausalLM) -> PreTrainedModel:
     decoder.rotary_embs = nn.ModuleList(
         rotary(part.config).to(model.device) for part in decoder.rotary_embs
     )
-    target.tie_weights()  # type: ignore[no-untyped-call]
+    target.tie_weights()
     target.generation_config = copy.deepcopy(model.generation_config)
     target.config.name_or_path = model.config.name_or_path
-    return target.train(model.training)
+    target.train(model.training)
+    return target
 
 
 def write_sinks_card(model: PreTrainedModel, source: OasisConfig, folder: Path) -> None:
@@ -179,7 +180,7 @@ def _config(model: OasisForCausalLM, weights: dict[str, Tensor]) -> GraniteSWACo
         attention_multiplier=attention.scaling,
         attention_bias=_has_bias(weights, ".self_attn."),
         mlp_bias=_has_bias(weights, ".mlp."),
-        tie_word_embeddings=model.config.tie_word_embeddings,
+        tie_word_embeddings=bool(model.config.tie_word_embeddings),
         rope_parameters=dict(text.rope_parameters),
         layer_rope_theta=[theta if each else 0 for each in rotated],
         layer_types=list(kinds),

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 
-def plain_sinks(module, query, key, value, mask, scaling, s_aux=None, **kwargs):
+def plain_sinks(_module, query, key, value, mask, scaling, s_aux=None, **_):
     """Softmax over the keys and, as one more column, the sinks."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
