@@ -53,6 +53,14 @@ def convert(
         bool,
         Option("--to-vanilla", help="Convert an OASIS checkpoint back to its own model family."),
     ] = False,
+    to_sinks: Annotated[
+        bool,
+        Option(
+            "--to-sinks",
+            help="Convert an OASIS checkpoint with a plain null and no depth routing to a family"
+            " with attention sinks, which transformers and engines load without oasis-attn.",
+        ),
+    ] = False,
     null_from_sink: Annotated[
         bool,
         Option(
@@ -135,6 +143,8 @@ def convert(
         raise UserError(f"{next(iter(options))}: it has an effect only with --null-from-sink")
     if null_from_sink and to_vanilla:
         raise UserError("to_vanilla: cannot be combined with --null-from-sink")
+    if to_sinks and (to_vanilla or null_from_sink):
+        raise UserError("to_sinks: cannot be combined with --to-vanilla or --null-from-sink")
     changed = pairs("--config", settings)
     if null_from_sink:
         from oasis_attn.hub.null_options import check_null_from_sink
@@ -172,7 +182,7 @@ def convert(
     from oasis_attn.report import Table
 
     with working(f"converting {model}", as_json=as_json):
-        converted = convert_checkpoint(model, out, back=to_vanilla, **common)
+        converted = convert_checkpoint(model, out, back=to_vanilla, sinks=to_sinks, **common)
     facts = {
         "folder": str(out),
         "model_type": converted.config.model_type,

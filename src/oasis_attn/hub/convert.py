@@ -20,6 +20,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.hub.prefix import prefix_of
+from oasis_attn.hub.sink_family import check_sinks, to_sinks, write_sinks_card
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.extensions import NULL_SIGNALS, null_signal_module
@@ -130,6 +131,7 @@ def convert_checkpoint(
     overrides: dict[str, Any] | None = None,
     dtype: str = "auto",
     back: bool = False,
+    sinks: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Convert the model `source` and save it, with its tokenizer, in the new folder `out`.
@@ -141,14 +143,19 @@ def convert_checkpoint(
         overrides: settings of `OasisConfig` that replace those of the variant.
         dtype: dtype of the saved weights; `auto` is that of the checkpoint.
         back: convert an OASIS checkpoint to the family's own form, with `to_vanilla`.
+        sinks: convert an OASIS checkpoint to a family with sinks, with `to_sinks`.
         trust_remote_code: passed to `load_model`.
 
     Raises:
-        UserError: see `load_model`, `convert` and `to_vanilla`; nothing is written in this case.
+        UserError: see `load_model`, `convert`, `to_vanilla` and `check_sinks`; nothing is written
+            in this case.
     """
     check_free(out)
-    if back and (variant or overrides):
-        raise UserError("to_vanilla: cannot be combined with a variant or settings")
+    for name, given in (("to_vanilla", back), ("to_sinks", sinks)):
+        if given and (variant or overrides):
+            raise UserError(f"{name}: cannot be combined with a variant or settings")
+    if sinks:
+        return _sinks_checkpoint(source, out, dtype, trust_remote_code)
     model: PreTrainedModel
     if variant == "official":
         model, tokenizer = _official(source, dtype, overrides or {}, trust_remote_code)
@@ -167,6 +174,21 @@ def convert_checkpoint(
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
     return model
+
+
+def _sinks_checkpoint(
+    source: str | Path, out: str | Path, dtype: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    model: Any
+    model, tokenizer = load_model(
+        source, dtype=dtype, trust_remote_code=trust_remote_code, check=check_sinks
+    )
+    target = to_sinks(model)
+    with quiet(), staged_folder(out) as stage:
+        target.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        write_sinks_card(target, model.config, stage)
+    return target
 
 
 def _official(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,6 +40,7 @@ def load_model(
     dtype: str = "float32",
     overrides: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    check: Callable[[PreTrainedConfig], None] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, in eval mode on the CPU, and its tokenizer.  A stored prefix is attached.
 
@@ -52,6 +54,7 @@ def load_model(
             not record them.
         trust_remote_code: run Python code from the checkpoint if it needs it.  If False, such a
             checkpoint raises an error without a prompt.
+        check: called with the configuration before the weights are read; it may raise.
 
     Raises:
         UserError: the model does not exist; files are invalid or would not be read; weights are
@@ -72,6 +75,8 @@ def load_model(
         else:
             config = OasisConfig.from_pretrained(source, **overrides)
         _check_causal(config, name, trust_remote_code)
+    if check is not None:
+        check(config)
     # A parameter takes at least one byte, or one bit if it is quantized.
     limit = checkpoint.weight_bytes() * (8 if quantized else 1)
     with checkpoint.foreign("model"), quiet(), parameter_limit(limit, too_large):
