@@ -29,7 +29,7 @@ def test_every_shipped_plan_can_be_run():
             with pytest.raises(UserError, match="'attention_only' is not one of off, on, shuffled"):
                 plan.check()
             plan.check(["oasis"])
-            load_extensions(EXPERIMENTS.glob("*.py"))
+            load_extensions(EXPERIMENTS / each for each in ("branch_norms.py", "null_signals.py"))
         plan.check()
         assert plan.name == name
         assert len({trial.id for trial in plan.trials}) == len(plan.trials)
