@@ -100,11 +100,16 @@ assert "oasis_attn" not in sys.modules
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("variant", "settings"),
-    [("softmax1", {"null_logit": 0.7}), ("learned_sink", {"output_bias": True})],
+    ("variant", "settings", "changes"),
+    [
+        ("softmax1", {"null_logit": 0.7}, {}),
+        ("learned_sink", {}, {"attention_output_bias": True}),
+    ],
 )
-def test_a_process_without_this_library_computes_the_same(variant, settings, ids, tmp_path):
-    model = plain(variant, settings=settings, tie_word_embeddings=True)
+def test_a_process_without_this_library_computes_the_same(
+    variant, settings, changes, ids, tmp_path
+):
+    model = plain(variant, settings=settings, tie_word_embeddings=True, **changes)
     model.generation_config.update(do_sample=True, temperature=0.7)
     save(model, tmp_path / "ours")
     convert_checkpoint(tmp_path / "ours", tmp_path / "sinks", dtype="auto", sinks=True)

@@ -22,7 +22,10 @@ from oasis_attn.modeling.extensions import NULL_SIGNALS, null_evidence
 from oasis_attn.ops import normalize
 from tiny_models import tiny_config, tiny_model
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.py"))
+EXPERIMENTS = [
+    Path(__file__).parents[2] / "experiments" / name
+    for name in ("branch_norms.py", "null_signals.py")
+]
 EXPERIMENTAL = [
     ("null_signal", "log"),
     ("null_signal", "attention_only"),

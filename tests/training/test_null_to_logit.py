@@ -70,7 +70,7 @@ def test_ends(form, tmp_path):
         model.save_pretrained(tmp_path)
         loaded = OasisForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
         assert torch.equal(loaded(tokens).logits, plain)
-        assert loaded.config.output_bias
+        assert loaded.config.text_config.attention_output_bias
 
 
 def test_the_logit_and_the_bias_are_means_over_the_tokens():
@@ -104,21 +104,19 @@ def test_a_bias_that_the_family_has_is_used():
     model = with_null(family="starcoder2")
     start = [layer.self_attn.o_proj.bias.detach().clone() for layer in routed_layers(model)]
     move_to(NullToLogit(model, 1, [ids()]), 0)
-    assert not model.config.output_bias
+    assert not hasattr(model.config.text_config, "attention_output_bias")
     for before, layer in zip(start, routed_layers(model), strict=True):
         assert not torch.equal(before, layer.self_attn.o_proj.bias)
 
 
 def test_output_bias():
     with pytest.raises(UserError, match=r"output_bias: True has no effect with 'starcoder2'"):
-        tiny_model("softmax1", family="starcoder2", output_bias=True)
-    with pytest.raises(UserError, match="output_bias: 'yes'"):
-        tiny_model("softmax1", output_bias="yes")
-    biases = [layer.self_attn.o_proj.bias for layer in routed_layers(tiny_model(output_bias=True))]
+        tiny_model("softmax1", text=tiny_config("starcoder2", attention_output_bias=True))
+    text = tiny_config(attention_output_bias=True)
+    biases = [layer.self_attn.o_proj.bias for layer in routed_layers(tiny_model(text=text))]
     assert all(bias is not None and not bias.any() for bias in biases)
-    native = AutoModelForCausalLM.from_config(tiny_config())
     with pytest.raises(UserError, match=r"output_bias: True adds a bias .* change the function"):
-        convert(native, output_bias=True)
+        convert(AutoModelForCausalLM.from_config(text))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.extensions import NULL_SIGNALS, null_signal_module
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.hf_compat import experts_implementation, set_experts_implementation
-from oasis_attn.modeling.layer import RoutedLayer
+from oasis_attn.modeling.layer import OUTPUT_BIAS, RoutedLayer
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.settings import check_settings
 from oasis_attn.modeling.variants import settings_of
@@ -245,8 +245,8 @@ def _config_changes_function(config: OasisConfig) -> str | None:
         return f"null_logit: {config.null_logit!r} is above {NULL_OFF}, so the null is not off"
     if config.output_gate != "none":
         return f"output_gate: {config.output_gate!r} scales the attention output"
-    if config.output_bias:
-        return "output_bias: True adds a bias that the family's own model does not have"
+    if getattr(config.text_config, OUTPUT_BIAS, False):
+        return f"{OUTPUT_BIAS}: True adds a bias that the family's own model does not have"
     if config.branch_norm != "none":
         return f"branch_norm: {config.branch_norm!r} scales the branches"
     if config.residual == "official":

@@ -17,8 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.granite_swa import GraniteSWAConfig, GraniteSWAForCausalLM
+from transformers import (
+    GraniteSWAConfig,
+    GraniteSWAForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import write_text

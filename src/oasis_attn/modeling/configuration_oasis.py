@@ -76,8 +76,6 @@ class OasisConfig(PreTrainedConfig):
             later change of the positions does not change the null.
         output_gate: sigmoid gate on the attention output before its projection: one per `head`
             and token (Bondarenko 2023), or `elementwise` (arXiv 2505.06708).
-        output_bias: add a bias to the output projection of attention, in a family without one.
-            Retrofitting replaces the mean contribution of a null's value by it.
         residual: `sum`, `depth` for attention over depth (arXiv 2603.15031), or `official` for the
             form of the OASIS authors' code, in which routers in each layer mix hidden states.
         depth_block_size: sublayers per depth source; 1 is the full form.
@@ -114,7 +112,6 @@ class OasisConfig(PreTrainedConfig):
     token_normalizer: str | dict[str, Any] = "softmax1"
     null_logit: Any = 0.0
     output_gate: str = "none"
-    output_bias: bool = False
     residual: str = "depth"
     depth_block_size: int = 1
     depth_normalizer: str = "softmax1"

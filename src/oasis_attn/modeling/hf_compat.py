@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
     from transformers.conversion_mapping import (
         register_checkpoint_conversion_mapping as register_checkpoint_conversion_mapping,
     )
+    from transformers.integrations import TensorBoardCallback as TensorBoardCallback
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING as GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf.gguf_config_mapping import (
         GGUF_CONFIG_ARCHS as GGUF_CONFIG_ARCHS,
@@ -91,6 +92,9 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
 
 _NAMES = {  # module: {name: why we need it; what breaks without it}
     # --- transformers: the forward pass
+    "transformers.integrations": {
+        "TensorBoardCallback": "writes event files; they are not in the folder of the run",
+    },
     "transformers.integrations.sdpa_attention": {
         "create_position_bias_mask": "adds a position bias; families with such a bias fail",
         "sdpa_attention_forward": "computes plain softmax; logits differ from the stock model's",

@@ -26,6 +26,11 @@ from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.modeling.official import OfficialRouter
 from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT, LEARNED_NULL_VALUE
 
+OUTPUT_BIAS = "attention_output_bias"
+"""In `text_config`: add a bias to the output projection of attention, in a family without one.
+
+Training that removes the value of a null replaces its mean contribution by this bias.
+"""
 _NULL_STD = 0.02  # of null keys and values, for families without an initializer_range
 
 
@@ -74,7 +79,7 @@ class RoutedLayer(Attached):
             head_wise = config.output_gate == "head"
             gates = heads if head_wise else heads * width
             self.output_gate = nn.Linear(text.hidden_size, gates, bias=head_wise)
-        if config.output_bias:
+        if getattr(text, OUTPUT_BIAS, False):
             self.add_output_bias()
         if config.residual == "official":
             self.attn_res_sa, self.attn_res_mlp = OfficialRouter(config), OfficialRouter(config)
@@ -91,7 +96,7 @@ class RoutedLayer(Attached):
         if not isinstance(found, nn.Linear):
             kind = self.oasis_config.text_config.model_type
             raise UserError(
-                f"output_bias: no linear output projection found in the attention of {kind!r}"
+                f"{OUTPUT_BIAS}: no linear output projection found in the attention of {kind!r}"
             )
         return found
 
@@ -105,7 +110,7 @@ class RoutedLayer(Attached):
         if linear.bias is not None:
             kind = self.oasis_config.text_config.model_type
             raise UserError(
-                f"output_bias: True has no effect with {kind!r}, whose attention has its own bias"
+                f"{OUTPUT_BIAS}: True has no effect with {kind!r}, whose attention has its own bias"
             )
         linear.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]))
 

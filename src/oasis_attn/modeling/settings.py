@@ -10,7 +10,6 @@ from oasis_attn.errors import (
     UserError,
     check_at_least,
     check_choice,
-    check_flag,
     check_whole,
 )
 from oasis_attn.extension_files import loaded_extensions
@@ -21,7 +20,6 @@ SETTINGS = (
     "token_normalizer",
     "null_logit",
     "output_gate",
-    "output_bias",
     "residual",
     "depth_block_size",
     "depth_normalizer",
@@ -77,8 +75,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name, allowed in _CHOICES.items():
         if name in settings:
             check_choice(name, settings[name], allowed)
-    if "output_bias" in settings:
-        check_flag("output_bias", settings["output_bias"])
     if "depth_block_size" in settings:
         check_whole("depth_block_size", settings["depth_block_size"], 1)
     if "beta_init" in settings:

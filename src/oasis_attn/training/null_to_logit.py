@@ -29,7 +29,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.hub.model_info import eval_mode
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.configuration_oasis import OasisConfig
-from oasis_attn.modeling.layer import RoutedLayer
+from oasis_attn.modeling.layer import OUTPUT_BIAS, RoutedLayer
 from oasis_attn.ops.normalizers import LEARNED_NULL_VALUE
 
 PLAIN = "learned_sink"
@@ -52,8 +52,9 @@ class NullToLogit(TrainerCallback):
     """Shrinks keys and values of nulls linearly to 0 over `steps` steps; the last trains at 0.
 
     The factor depends only on the step.  The learned parts, the logit and the bias, grow by equal
-    amounts at each of these steps, so that a checkpoint contains them.  The model gets the setting
-    `output_bias`, if its family has no such bias; `finish` makes it a model with a plain null.
+    amounts at each of these steps, so that a checkpoint contains them.  `text_config` gets
+    `attention_output_bias`, if the family has no such bias; `finish` makes the model one with a
+    plain null.
 
     Args:
         model: an OASIS model whose null has a value, with the weights that the run starts from,
@@ -84,7 +85,7 @@ class NullToLogit(TrainerCallback):
         for layer in layers:
             if layer.output_projection.bias is None:
                 layer.add_output_bias()
-                config.output_bias = True
+                setattr(config.text_config, OUTPUT_BIAS, True)
         self.steps, self.factor = steps, 1.0
         self._layers = [
             _changes(layer, *means)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
 from oasis_attn.data import collate
 from oasis_attn.errors import UserError, parse_json, reason, shown
 from oasis_attn.files import check_free, lock, write_text, writing
 from oasis_attn.hub.model_card import write_card
+from oasis_attn.modeling.hf_compat import TensorBoardCallback
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training.checkpoints import STAGING, check_same_run, last_checkpoint
