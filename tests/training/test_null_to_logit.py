@@ -112,6 +112,8 @@ def test_a_bias_that_the_family_has_is_used():
 def test_output_bias():
     with pytest.raises(UserError, match=r"output_bias: True has no effect with 'starcoder2'"):
         tiny_model("softmax1", text=tiny_config("starcoder2", attention_output_bias=True))
+    with pytest.raises(UserError, match="output_bias: 'yes'"):
+        tiny_model("softmax1", text=tiny_config(attention_output_bias="yes"))
     text = tiny_config(attention_output_bias=True)
     biases = [layer.self_attn.o_proj.bias for layer in routed_layers(tiny_model(text=text))]
     assert all(bias is not None and not bias.any() for bias in biases)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, check_flag
 from oasis_attn.modeling.attach import Attached
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.decoder_map import output_projection_name
@@ -79,7 +79,9 @@ class RoutedLayer(Attached):
             head_wise = config.output_gate == "head"
             gates = heads if head_wise else heads * width
             self.output_gate = nn.Linear(text.hidden_size, gates, bias=head_wise)
-        if getattr(text, OUTPUT_BIAS, False):
+        output_bias = getattr(text, OUTPUT_BIAS, False)
+        check_flag(OUTPUT_BIAS, output_bias)
+        if output_bias:
             self.add_output_bias()
         if config.residual == "official":
             self.attn_res_sa, self.attn_res_mlp = OfficialRouter(config), OfficialRouter(config)
