@@ -79,8 +79,8 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
     - A value half way between two codes, up to floating-point rounding, may get the other code.
       The inputs of all later layers then change too, so that logits differ by up to about the
       effect of the quantization itself.
-    - Symmetric dynamic ranges: the library divides max|x| by (2^bits - 1) / 2, this package (and
-      vLLM) by 2^(bits-1) - 1.
+    - Symmetric dynamic ranges: the library divides max|x| by (2^bits - 1) / 2, this package by
+      2^(bits-1) - 1.
     - Dynamic ranges of a layer that gets its tokens as `[N, D]`, such as the MLP of OPT: the
       library computes one range for all N tokens.
 
