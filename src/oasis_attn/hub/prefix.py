@@ -323,10 +323,9 @@ def _prepend_prefix(
     cache: Any = kwargs.get("past_key_values")
     if cache is None:
         cache = DynamicCache(config=module.config.get_text_config(decoder=True))
-    elif getattr(cache, "is_compileable", False):
-        raise UserError(
-            f"past_key_values: {type(cache).__name__} has a fixed size and cannot hold a prefix"
-        )
+    elif not isinstance(cache, Cache) or getattr(cache, "is_compileable", False):
+        kind = "has a fixed size" if isinstance(cache, Cache) else "belongs to generate_batch"
+        raise UserError(f"past_key_values: {type(cache).__name__} {kind} and cannot hold a prefix")
     length, held = len(store.tokens), type(cache).get_seq_length(cache)
     if held == 0:
         store.fill(cache, batch)
