@@ -79,6 +79,11 @@ def test_another_process_computes_the_same_without_this_library(oasis, model, tm
     assert (code, facts["prefix"], facts["tokens"]) == (0, "in the tokenizer", [5, 6])
     code, shown = oasis("export", tmp_path / "tuned model", tmp_path / "tuned", "--json")
     assert (code, json.loads(shown.out)["prefix"]) == (0, "a PEFT adapter")
+    for name, line in {
+        "tokens": "tokenizer puts the tokens [5, 6] before every text",
+        "tuned": 'model = AutoModelForCausalLM.from_pretrained(f"{path}/base_model")',
+    }.items():
+        assert line in (tmp_path / name / "README.md").read_text()
     run = [sys.executable, "-c", READER, str(tmp_path), TEXT]
     subprocess.run(run, check=True, capture_output=True, text=True, timeout=300)
     found = torch.load(tmp_path / "logits.pt")

@@ -128,7 +128,7 @@ def write_gguf(
     """
     check_gguf(model.config)
     config: Any = model.config
-    described = GGUFTokenizer.of(tokenizer, len(model.get_input_embeddings().weight))
+    described = GGUFTokenizer.of(tokenizer, config.vocab_size)
     architecture = ARCHITECTURES[config.model_type]
     tensors = dict(_tensors(model, architecture, codes or {}, weights))
     with staged_file(path) as temporary:
@@ -179,7 +179,8 @@ def _tensors(
         yield stored, (source.shape, kind, source)
     rope: Any = config.rope_parameters
     if rope["rope_type"] == "llama3":
-        frequencies = model.base_model.rotary_emb.inv_freq.double().cpu()
+        decoder: Any = model.base_model
+        frequencies = decoder.rotary_emb.inv_freq.double().cpu()
         count = len(frequencies)
         plain_frequencies = rope["rope_theta"] ** (-torch.arange(count).double() / count)
         factors = plain_frequencies / frequencies
@@ -225,7 +226,7 @@ def _write_fields(writer: GGUFWriter, model: PreTrainedModel, weights: str) -> N
         writer.add_name(name)
     writer.add_file_type(_FILE_TYPES[weights])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(len(model.get_input_embeddings().weight))
+    writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)

@@ -26,6 +26,32 @@ BASE_MODEL = "base_model"
 """The subfolder with the model to which an adapter belongs."""
 
 _PIECE = "<prefix>"  # a name in the template of the post-processor, not the text of a token
+_CARD = """\
+---
+library_name: {library}
+pipeline_tag: text-generation
+tags: [oasis-attn, {family}]
+---
+
+# {family} with a prefix of {count} tokens
+
+{text}
+"""
+_IN_TOKENIZER = """\
+The tokenizer puts the tokens {tokens} before every text, and the chat template puts their text before
+every chat. A program that tokenizes a text with `add_special_tokens=False`, or reads token ids, must put
+them there itself."""
+_ADAPTER = """\
+The keys and values of the prefix were tuned and are a PEFT adapter for the model in `base_model`:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(f"{{path}}/base_model")
+model = PeftModel.from_pretrained(model, path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+```"""
 _CHAT = [{"role": "user", "content": "Hello."}]
 _PROBES = ("", "a", "One text, and then another: 12 + 3 = 15.\n\n  End.")
 
@@ -95,6 +121,14 @@ def save_adapter(prefix: Prefix, folder: Path, base_model: str) -> None:
     file = folder / "adapter_config.json"
     about = json.loads(file.read_text(encoding="utf-8"))
     write_text(file, json.dumps(about | {"base_model_name_or_path": base_model}, indent=1) + "\n")
+
+
+def write_prefix_card(prefix: Prefix, folder: Path, family: str, *, adapter: bool) -> None:
+    """Write the README.md of an exported model of `family`."""
+    text = (_ADAPTER if adapter else _IN_TOKENIZER).format(tokens=list(prefix.tokens))
+    library, count = "peft" if adapter else "transformers", len(prefix)
+    card = _CARD.format(library=library, family=family, count=count, text=text)
+    write_text(folder / "README.md", card)
 
 
 def _error(reason: str) -> UserError:

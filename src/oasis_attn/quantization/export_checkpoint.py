@@ -20,6 +20,7 @@ from oasis_attn.hub.prefix_export import (
     is_computed,
     save_adapter,
     save_tokenizer_with_prefix,
+    write_prefix_card,
 )
 from oasis_attn.hub.prefix_storage import METHOD as PREFIX_METHOD
 from oasis_attn.modeling.configuration_oasis import OasisConfig
@@ -151,10 +152,12 @@ def _write_folder(
             tokenizer.save_pretrained(stage)
         return {"prefix": "none"}
     tokens, plain = list(prefix.tokens), without_prefix(model)
+    family = model.config.get_text_config(decoder=True).model_type
     if is_computed(model):
         with staged_folder(out) as stage:
             plain.save_pretrained(stage)
             chats = save_tokenizer_with_prefix(tokenizer, prefix.tokens, stage)
+            write_prefix_card(prefix, stage, family, adapter=False)
         had_template = bool(getattr(tokenizer, "chat_template", None))
         chat = "with the prefix" if chats else "left out" if had_template else "none"
         return {"prefix": "in the tokenizer", "tokens": tokens, "chat template": chat}
@@ -163,4 +166,5 @@ def _write_folder(
         tokenizer.save_pretrained(stage / BASE_MODEL)
         tokenizer.save_pretrained(stage)
         save_adapter(prefix, stage, str(out.absolute() / BASE_MODEL))
+        write_prefix_card(prefix, stage, family, adapter=True)
     return {"prefix": "a PEFT adapter", "tokens": tokens}
