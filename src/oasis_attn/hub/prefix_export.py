@@ -38,9 +38,9 @@ tags: [oasis-attn, {family}]
 {text}
 """
 _IN_TOKENIZER = """\
-The tokenizer puts the tokens {tokens} before every text, and the chat template puts their text before
-every chat. A program that tokenizes a text with `add_special_tokens=False`, or reads token ids, must put
-them there itself."""
+The tokenizer puts the tokens {tokens} before every text, and the chat template, if there is one,
+puts their text before every chat. A program that tokenizes a text with
+`add_special_tokens=False`, or reads token ids, must put them there itself."""
 _ADAPTER = """\
 The keys and values of the prefix were tuned and are a PEFT adapter for the model in `base_model`:
 
