@@ -152,7 +152,13 @@ def test_what_a_format_cannot_hold_is_one_line_and_writes_nothing(oasis, model, 
         save(each, tmp_path / name)
     (tmp_path / "old.gguf").write_bytes(b"")
     before = sorted(path.name for path in tmp_path.iterdir())
+    save(model, tmp_path / "broken")
+    config = tmp_path / "broken" / "config.json"
+    stored = {"quant_method": "oasis", "scheme": {}, "targets": [], "transforms": {}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": stored}))
+    before.append("broken")
     for words, message in {
+        ("broken", "m.gguf"): "quantization_config: KeyError",
         ("prefixed", "m.gguf"): "it has a prefix, which a GGUF file cannot hold",
         ("int8", "m.gguf"): "cannot hold 'w8a8-dynamic': it quantizes activations",
         ("int8", "out"): "quantized in the format of this library",
@@ -170,4 +176,4 @@ def test_what_a_format_cannot_hold_is_one_line_and_writes_nothing(oasis, model, 
         code, shown = oasis("export", tmp_path / words[0], tmp_path / words[1], *words[2:])
         assert code == 2, words
         assert message in shown.err.splitlines()[-1], words
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before)

@@ -71,7 +71,7 @@ def check_gguf(config: PreTrainedConfig) -> None:
         raise _error(f"family {kind!r} is not one of {', '.join(ARCHITECTURES)}")
     window = fields.get("sliding_window")
     kinds = fields.get("layer_types") or ["sliding_attention" if window else "full_attention"]
-    if "sliding_attention" in kinds and window < config.max_position_embeddings:
+    if "sliding_attention" in kinds and (window or 0) < config.max_position_embeddings:
         raise _error(f"sliding_window: {window} is shorter than the context, but {kind!r} has none")
     if fields["hidden_act"] != "silu":
         raise _error(f"hidden_act: {fields['hidden_act']!r} is not 'silu'")

@@ -25,7 +25,11 @@ from oasis_attn.hub.prefix_export import (
 from oasis_attn.hub.prefix_storage import METHOD as PREFIX_METHOD
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.progress import Progress, no_progress
-from oasis_attn.quantization.hf_quantizer import METHOD, get_quantization_config
+from oasis_attn.quantization.hf_quantizer import (
+    METHOD,
+    OasisQuantizationConfig,
+    get_quantization_config,
+)
 from oasis_attn.quantization.linear import QuantizedLinear
 from oasis_attn.quantization.primitives import to_blocks
 from oasis_attn.quantization.schemes import Scheme
@@ -88,8 +92,7 @@ def _check_config(config: PreTrainedConfig, *, format: str, weights: str | None)
     stored = getattr(config.get_text_config(decoder=True), "quantization_config", None)
     if stored is None:
         return
-    fields: Mapping[str, Any] = stored if isinstance(stored, dict) else vars(stored)
-    method = fields["quant_method"]
+    method = stored["quant_method"]
     if method not in (METHOD, PREFIX_METHOD):
         raise UserError(f"model: it is quantized by {method}; export the original model")
     if format == "transformers" and method == METHOD:
@@ -97,12 +100,13 @@ def _check_config(config: PreTrainedConfig, *, format: str, weights: str | None)
             "model: it is quantized in the format of this library; export the original model"
         )
     if format == "gguf":
-        if fields.get("prefix"):
+        if method == PREFIX_METHOD or stored.get("prefix"):
             raise UserError(
                 "model: it has a prefix, which a GGUF file cannot hold, and which quantization of"
                 " weights alone does not need; export the original model"
             )
-        kind = _block_type(Scheme.from_dict(fields["scheme"]), fields["transforms"])
+        fields = OasisQuantizationConfig.from_dict(stored)
+        kind = _block_type(Scheme.from_dict(fields.scheme), fields.transforms)
         if weights not in (None, kind):
             raise UserError(f"weights: {weights!r} is not {kind!r}, the type of the model's codes")
 
