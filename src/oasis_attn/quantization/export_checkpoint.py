@@ -97,7 +97,8 @@ def _check_config(config: PreTrainedConfig, *, format: str, weights: str | None)
         raise UserError(f"model: it is quantized by {method}; export the original model")
     if format == "transformers" and method == METHOD:
         raise UserError(
-            "model: it is quantized in the format of this library; export the original model"
+            "model: it is quantized in the format of this library; quantize the original model with"
+            " --format compressed-tensors"
         )
     if format == "gguf":
         if method == PREFIX_METHOD or stored.get("prefix"):
