@@ -4,14 +4,20 @@ import re
 import shlex
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
+
 import arith
 import healing
 import matrix
 import retrofit
 from oasis_attn.cli import main
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
+from oasis_attn.quantization import quantize
 from oasis_attn.records import Record
 from oasis_attn.report.markdown import markdown
-from tiny_models import tiny_model, word_tokenizer
+from tiny_models import tiny_config, tiny_model, word_tokenizer
+from tokenizer_factories import byte_level
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -72,3 +78,33 @@ def test_view(tmp_path, monkeypatch):
     for name in ("view.html", "article.html", "fox.html"):
         assert (tmp_path / name).read_text().startswith("<!doctype html>")
     assert (DOCS / "assets" / "view.png").stat().st_size < 150_000
+
+
+def test_serving(tmp_path, monkeypatch):
+    """The exports and the Python run as written, with tiny models in the place of theirs."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_level()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64}
+    model = AutoModelForCausalLM.from_config(tiny_config(**sizes, initializer_range=0.2))
+    prefix = compute_prefix(model, [5, 6])
+    prefixed = with_prefix(model, prefix)
+    prefix.keys_LGPd[:] = prefix.keys_LGPd + 1
+    tuned = with_prefix(model, prefix)
+    quantized = quantize(model, "w4a16")
+    places = {"tiny": model, "prefixed": prefixed, "tuned": tuned, "w4a16": quantized}
+    for name, each in places.items():
+        each.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    text = (DOCS / "serving.md").read_text().replace("smollm2", "./tiny")
+    commands = re.findall(r"^oasis export .*", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        assert main() == 0
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "serving.md", "exec"), names)
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        got = names["model"].eval()(input_ids=ids).logits
+        torch.testing.assert_close(got, tuned(ids).logits, rtol=0, atol=1e-4)

@@ -22,8 +22,8 @@ from oasis_attn.study.demo import run_demo
 from oasis_attn.training import TrainingConfig
 
 COMMANDS = (
-    *("demo", "diagnose", "evaluate", "metrics", "prefix", "quantize", "train", "variants"),
-    "view",
+    *("demo", "diagnose", "evaluate", "export", "metrics", "prefix", "quantize", "train"),
+    *("variants", "view"),
 )
 
 
@@ -229,6 +229,9 @@ WRONG = [
     ["evaluate", "smollm2", "--corpus", "arith", "--k", "2"],
     ["evaluate", "smollm2", "--corpus", "arith", "--kv-bits", "3"],
     ["evaluate", "smollm2", "--tasks", "bogus"],
+    ["export", "smollm2", "new", "--format", "ggf"],
+    ["export", "smollm2", "new", "--weights", "q8_0"],
+    ["export", "smollm2", "new.gguf", "--weights", "q8"],
     ["metrics", "bogus"],
     ["prefix", "smollm2", "new", "--length", "0"],
     ["prefix", "smollm2", "new", "--method", "gredy"],

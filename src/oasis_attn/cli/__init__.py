@@ -20,6 +20,7 @@ from oasis_attn.cli.convert import convert
 from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
 from oasis_attn.cli.evaluate import evaluate
+from oasis_attn.cli.export import export
 from oasis_attn.cli.metrics import metrics
 from oasis_attn.cli.prefix import prefix
 from oasis_attn.cli.quantize import quantize
@@ -68,7 +69,7 @@ def top(
 
 for command in (
     *(demo, diagnose, view, convert, train, evaluate, prefix, quantize),
-    *(variants, metrics),
+    *(export, variants, metrics),
 ):
     app.command(cls=Command)(command)
 app.add_typer(study)
