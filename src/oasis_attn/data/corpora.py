@@ -64,7 +64,7 @@ class Corpus:
     def label(self) -> str:
         """The argument, name and split, for error messages."""
         if self.split == _WHOLE:
-            return f"text: {self.name!r}"
+            return f"text_file: {self.name!r}"
         return f"corpus: {self.name!r} split {self.split!r}"
 
     @cached_property
@@ -209,16 +209,14 @@ def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
     return Corpus(name=name, split=split, reader=splits[split], task=task)
 
 
-def whole_file(path: str | Path, argument: str = "text") -> Corpus:
+def whole_file(path: str | Path) -> Corpus:
     """All of a text file, as split `whole`: one document, or one a line for .jsonl and .jsonl.gz.
-
-    Error messages start with `argument`.
 
     Raises:
         UserError: a missing file, or one of another type.
     """
-    file = _text_file(str(path), argument)
-    reader = partial(readers.file_documents, file, readers.whole, argument)
+    file = _text_file(str(path), "text_file")
+    reader = partial(readers.file_documents, file, readers.whole, "text_file")
     return Corpus(name=str(path), split=_WHOLE, reader=reader)
 
 
