@@ -100,6 +100,7 @@ def run(
     from oasis_attn.study.launch import ClusterLauncher
     from oasis_attn.study.lookup import plan_path
     from oasis_attn.study.plan_file import load_plan
+    from oasis_attn.study.storage import StudyFolder
 
     options = pairs("--executor-option", executor_option)
     if options and cluster is None:
@@ -107,9 +108,10 @@ def run(
     check_whole("workers", workers, 1)
     launcher = None if cluster is None else ClusterLauncher(cluster, options)
     loaded = load_plan(plan)
-    loaded.check()
+    StudyFolder.check(out, loaded)
     for folder in reuse_from or ():
         plan_path(folder)
+    loaded.check()
 
     from oasis_attn.study.run import run_study
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from oasis_attn.data import readers
 from oasis_attn.data.arith import arith_rows
 from oasis_attn.data.majority import MajorityTask, majority_task
+from oasis_attn.data.trigger import is_task
 from oasis_attn.errors import UserError, check_choice, shown
 
 Reader = Callable[[], Iterator[str]]
@@ -245,6 +246,8 @@ def _splits(name: str) -> Mapping[str, Reader]:
         if os.path.isfile(name) or name.endswith(readers.SUFFIXES):
             path = _text_file(name, "corpus")
             return {split: partial(_file_share, path, share) for split, share in _SHARES.items()}
+        if is_task(name):
+            raise UserError(f"corpus: {name!r} is a task of vectors, which only studies train on")
         if "/" in name:
             raise UserError(f"corpus: {shown(name)} does not exist")
         check_choice("corpus (or a text file)", name, CORPORA)
