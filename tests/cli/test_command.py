@@ -60,6 +60,8 @@ def test_version(oasis) -> None:
         (["bogus"], "'bogus'"),
         (["variants", "--bogus"], "--bogus"),
         (["train"], "--out: it is missing; see oasis train --help"),
+        (["train", "--out", "/"], "or continue its run with --resume"),
+        (["view", "smollm2", "--text", "a", "b"], "(b); put a value that contains spaces in"),
         (["diagnose"], "MODEL: it is missing; see oasis diagnose --help"),
         (["train", "--out", "x", "--steps", "many"], "--steps: 'many' is not a whole number"),
         (["train", "--out", "x", "--learning-rate", "a"], "--learning-rate: 'a' is not a number"),

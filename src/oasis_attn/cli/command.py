@@ -76,6 +76,9 @@ class Command(_Help, TyperCommand):
         except typer.TyperException as error:
             name = getattr(error, "option_name", None)
             known = [option for parameter in self.params for option in parameter.opts]
+            if name is None and "unexpected extra argument" in error.message:
+                hint = "put a value that contains spaces in quotes"
+                raise UserError(f"{error.message}; {hint}") from error
             if name is None or name in known:
                 raise
             options = [option[2:] for option in known if option.startswith("--")]
