@@ -224,11 +224,16 @@ def test_demo_s_options_are_parameters_of_the_library_s_with_their_defaults() ->
 
 
 def test_help_comes_without_the_heavy_libraries() -> None:
-    code = (
-        "import sys; sys.argv = ['oasis', '--help']; from oasis_attn.cli import main; main();"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'datasets'} & set(sys.modules);"
-        "sys.exit(str(heavy) if heavy else 0)"
-    )
+    words = [[], *([command] for command in COMMANDS), ["study"], ["study", "run"]]
+    code = f"""
+import sys
+from oasis_attn.cli import main
+for words in {words!r}:
+    sys.argv = ["oasis", *words, "--help"]
+    main()
+heavy = {{"torch", "transformers", "matplotlib", "datasets"}} & set(sys.modules)
+sys.exit(str(heavy) if heavy else 0)
+"""
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 

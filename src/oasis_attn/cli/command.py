@@ -53,7 +53,7 @@ class _Help:
         from typer import rich_utils
 
         # With typer's padding on both sides, long options are cut off in terminals of 80 columns.
-        rich_utils.STYLE_OPTIONS_TABLE_PADDING = (0, 1, 0, 0)
+        rich_utils.STYLE_OPTIONS_TABLE_PADDING = (0, 1, 0, 0)  # type: ignore[assignment]
         super().format_help(ctx, formatter)  # type: ignore[misc]
 
 
