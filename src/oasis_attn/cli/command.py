@@ -123,6 +123,7 @@ def _bad_parameter(error: typer.BadParameter, ctx: Any) -> str:
     name = parameter.opts[-1] if parameter.opts[-1].startswith("--") else parameter.metavar
     parsed: Any = error.__cause__
     if parsed is None:
-        return f"{name}: it is missing; see {ctx.command_path} --help"
+        reason = error.message or f"it is missing; see {ctx.command_path} --help"
+        return f"{name}: {reason}"
     wanted = "a number" if parameter.bare_type() == "float" else "a whole number"
     return f"{name}: {shown(parsed.errors()[0]['input'])} is not {wanted}"
