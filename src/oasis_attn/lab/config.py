@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from oasis_attn.errors import check_at_least, check_flag, check_whole
-from oasis_attn.training.parameters import check_patterns
+from oasis_attn.training.parameters import check_learning_rates, check_patterns
 
 LAB_SIZES: Mapping[str, int] = MappingProxyType({f"lab-{n}": n for n in (1, 2, 4, 8, 16)})
 """Sizes of decoders by name: number of layers.  All have width 64 and 2 heads."""
@@ -23,6 +23,7 @@ class DecoderTraining:
         steps: number of optimizer steps.
         batch_size: sequences per step.
         learning_rate: peak learning rate; linear warm-up, then cosine decay to a tenth of it.
+        learning_rates: peak learning rates of parameter groups; see `training.parameters.GROUPS`.
         warmup_steps: steps of the warm-up.
         rotary: whether attention has rotary position embeddings; without them, only the causal mask
             tells positions apart.
@@ -36,6 +37,7 @@ class DecoderTraining:
     steps: int = 1500
     batch_size: int = 32
     learning_rate: float = 3e-3
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
     warmup_steps: int = 100
     rotary: bool = False
     trainable: Sequence[str] = ()
@@ -44,6 +46,7 @@ class DecoderTraining:
         check_whole("steps", self.steps, 1)
         check_whole("batch_size", self.batch_size, 1)
         check_at_least("learning_rate", self.learning_rate, 0)
+        check_learning_rates(self.learning_rates)
         check_whole("warmup_steps", self.warmup_steps, 0)
         check_flag("rotary", self.rotary)
         check_patterns(self.trainable)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, SmolLM3Config
 
 from oasis_attn.data.trigger import TriggerTask
@@ -22,7 +22,7 @@ from oasis_attn.errors import check_choice
 from oasis_attn.lab.config import LAB_SIZES, DecoderTraining
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
-from oasis_attn.training.parameters import train_only, trained
+from oasis_attn.training.parameters import check_groups_trained, group_of, train_only, trained
 
 _WIDTH, _HEADS = 64, 2
 _BETAS, _MAX_NORM = (0.9, 0.95), 1.0
@@ -123,8 +123,8 @@ def train_decoder(
         seed: sets the initial weights and the sequences; the sequences are equal for all settings.
 
     Raises:
-        UserError: an unknown size, settings that are not allowed, or a pattern of `trainable` that
-            matches no parameter.
+        UserError: an unknown size, settings that are not allowed, a pattern of `trainable` that
+            matches no parameter, or a group of `learning_rates` of which none is trained.
     """
     model = new_decoder(size, settings, task, seed=seed, rotary=training.rotary)
     return continue_training(model, task, training, seed=seed)
@@ -135,11 +135,17 @@ def continue_training(
 ) -> TrainedDecoder:
     """As `train_decoder`, from the weights of `model`, which is changed in place."""
     train_only(model.train(), training.trainable)
+    check_groups_trained(model, training.learning_rates)
     data = torch.Generator().manual_seed(seed)
     parameters = [parameter for _, parameter in trained(model)]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained(model):
+        rate = training.learning_rates.get(group_of(name), training.learning_rate)
+        groups.setdefault(rate, []).append(parameter)
     optimizer = torch.optim.AdamW(
-        parameters, training.learning_rate, betas=_BETAS, weight_decay=0.0, fused=True
-    )
+        [{"params": group, "lr": rate} for rate, group in groups.items()],
+        betas=_BETAS, weight_decay=0.0, fused=True,
+    )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.rate)
     digest, every = hashlib.sha256(), max(1, training.steps // _LOGGED)
     losses: list[dict[str, float]] = []

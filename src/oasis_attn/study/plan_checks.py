@@ -120,11 +120,14 @@ def check_model(trial: Trial, sizes: tuple[str, ...], settings: Mapping[str, Any
 
     from oasis_attn.lab import decoder_backbone
     from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
-    from oasis_attn.training.parameters import train_only
+    from oasis_attn.training.parameters import check_groups_trained, train_only
 
     config = OasisConfig(
         text_config=decoder_backbone(trial.size, trigger_task("trigger")), **settings
     )
-    if patterns := decoder_training(trial.training).trainable:
+    training = decoder_training(trial.training)
+    if training.trainable or training.learning_rates:
         with torch.device("meta"):
-            train_only(OasisForCausalLM(config), patterns)
+            model = OasisForCausalLM(config)
+        train_only(model, training.trainable)
+        check_groups_trained(model, training.learning_rates)
