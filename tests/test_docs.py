@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import arith
 import healing
@@ -16,6 +16,7 @@ from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
 from oasis_attn.records import Record
 from oasis_attn.report.markdown import markdown
+from oasis_attn.study.plan_file import parse_plan
 from tiny_models import tiny_config, tiny_model, word_tokenizer
 from tokenizer_factories import byte_level
 
@@ -57,6 +58,24 @@ def test_retrofit() -> None:
     table = markdown(retrofit.table(Record.load(folder / "record.json")))
     assert (folder / "table.md").read_text() == table
     assert table.strip() in (DOCS / "retrofit.md").read_text()
+
+
+def test_sink_callback(tmp_path):
+    """The Python of the page, given a Trainer."""
+    rows = [{"input_ids": ids_T, "labels": ids_T} for ids_T in torch.randint(3, 20, (4, 8))]
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
+    text = (DOCS / "training.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "training.md", "exec"), {"trainer": trainer})
+    trainer.train()
+    assert "sink.mass" in trainer.state.log_history[0]
+
+
+def test_lab_plan():
+    text = (DOCS / "lab.md").read_text()
+    (plan,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    parse_plan(plan, "mine.yaml").check()
 
 
 def test_view(tmp_path, monkeypatch):

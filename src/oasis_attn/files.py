@@ -189,12 +189,18 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
             raise
 
 
-def check_free(path: str | Path, argument: str = "out") -> None:
-    """Raise `UserError` if the folder `path` cannot be created; it may be an empty folder."""
+def check_free(path: str | Path, argument: str = "out", *, hint: str = "") -> None:
+    """Raise `UserError` if the folder `path` cannot be created; it may be an empty folder.
+
+    Args:
+        hint: what else can be done if it exists.
+    """
     path = Path(path)
     with writing(path, argument):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UserError(f"{argument}: {str(path)!r} exists; give a new folder or remove it")
+            raise UserError(
+                f"{argument}: {str(path)!r} exists; give a new folder or remove it{hint}"
+            )
         if path.resolve() == Path.cwd():
             raise UserError(
                 f"{argument}: {str(path)!r} is the current folder; give a new folder in it"

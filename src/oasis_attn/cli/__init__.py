@@ -15,7 +15,7 @@ import typer
 from typer import Exit, Option
 
 from oasis_attn import __version__
-from oasis_attn.cli.command import Command
+from oasis_attn.cli.command import Command, Group
 from oasis_attn.cli.convert import convert
 from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
@@ -37,6 +37,7 @@ _MAX_MESSAGE_LENGTH = 3000
 
 app = typer.Typer(
     name="oasis",
+    cls=Group,
     epilog="Start with: oasis demo",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
