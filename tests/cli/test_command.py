@@ -23,7 +23,7 @@ from oasis_attn.training import TrainingConfig
 
 COMMANDS = (
     *("demo", "diagnose", "evaluate", "metrics", "prefix", "quantize", "train", "variants"),
-    "view",
+    *("report", "view"),
 )
 
 

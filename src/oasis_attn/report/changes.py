@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -71,6 +72,8 @@ def change_figure(changes: Sequence[Change], *, title: str, columns: int = 3) ->
         labels = _LETTER * max(len(each.label) for each in changes) + 30
         size = (columns * max(4.2, (labels + 150) / 72), rows * (1.25 + 0.2 * max(tallest, 2)))
         figure = Figure(figsize=size, layout="constrained")
+        engine: Any = figure.get_layout_engine()
+        engine.set(w_pad=0.12)
         axes_RC = figure.subplots(rows, columns, squeeze=False)
         for axes in axes_RC.flat[len(panels) :]:
             axes.set_visible(False)

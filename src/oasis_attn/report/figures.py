@@ -215,7 +215,7 @@ def _map(table: Sequence[Sequence[float]], title: str, subtitle: str, kind: _Map
         axes = figure.subplots()
         _draw_map(figure, axes, values, color_label=kind.color_label)
         axes.set(xlabel=kind.across, ylabel=kind.down)
-        _set_title(axes, title, subtitle, margin=120)
+        _set_title(axes, title, subtitle, margin=45)
     return figure
 
 

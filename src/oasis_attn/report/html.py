@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from html import escape
@@ -45,7 +46,8 @@ def render(item: Item) -> str:
             return f'<ul class="badges">{"".join(shown)}</ul>'
         case Fold():
             body = "\n".join(map(render, item.items))
-            return f"<details><summary>{_text(item.summary)}</summary>\n{body}\n</details>"
+            summary = f"<summary>{_text(item.summary)}</summary>"
+            return f'<details>{summary}\n<div class="inside">\n{body}\n</div></details>'
 
 
 def paragraph(text: str) -> str:
@@ -57,7 +59,7 @@ def picture_block(picture: Picture) -> str:
     """A figure with its caption.  It scrolls if its text would become too small to read."""
     from oasis_attn.report.figures import svg
 
-    start, end = svg(picture.figure).split(">", 1)
+    start, end = _with_own_ids(svg(picture.figure)).split(">", 1)
     width = 96 * _SMALLEST * float(picture.figure.get_size_inches()[0])
     title = escape(picture.title, quote=False)
     titled = f'{start} role="img" style="min-width: {width:.0f}px"><title>{title}</title>{end}'
@@ -151,6 +153,19 @@ img-src data:">
 </html>
 """
     return write_text(path, page)
+
+
+def _with_own_ids(text: str) -> str:
+    """An SVG whose ids no other figure of the page has; ids that nothing refers to are left out.
+
+    Two figures with the same id would share the parts of the first, which a fold may hide.
+    """
+    used = set(re.findall(r"[\"(]#([\w.-]+)", text))
+    own = hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = re.sub(
+        r' id="([\w.-]+)"', lambda id_: f' id="{own}-{id_[1]}"' if id_[1] in used else "", text
+    )
+    return re.sub(r"([\"(]#)([\w.-]+)", rf"\g<1>{own}-\2", text)
 
 
 def _scroll(html: str, name: str) -> str:

@@ -17,9 +17,8 @@ def findings(records: Mapping[str, Record]) -> list[str]:
     """At most three sentences about one record, or about the metrics that several share."""
     if len(records) == 1:
         ((label, record),) = records.items()
-        return [*_about_tables(record), *_about_changes(record), *_about_metrics(label, record)][
-            :_MOST
-        ]
+        said = [*_about_tables(record), *_about_changes(record), *_about_metrics(record)]
+        return said[:_MOST] or [f"`{label}` has {len(record.metrics)} numbers."]
     shared = _shared(records)
     said = [_on_shared(name, values) for name, values in shared.items()]
     if len(said) < _MOST:
@@ -101,10 +100,10 @@ def _about_changes(record: Record) -> list[str]:
     return said
 
 
-def _about_metrics(label: str, record: Record) -> list[str]:
+def _about_metrics(record: Record) -> list[str]:
     whole = [metric for metric in record.metrics if not metric.where]
     if not whole:
-        return _about_places(label, record)
+        return _about_places(record)
     order = sorted(whole, key=lambda m: (m.name not in _MAIN, not better(m.name)))
     said = []
     for metric in order[:_MOST]:
@@ -119,11 +118,15 @@ def _about_metrics(label: str, record: Record) -> list[str]:
     return said
 
 
-def _about_places(label: str, record: Record) -> list[str]:
+def _about_places(record: Record) -> list[str]:
     """Where in a benchmark a metric is best and worst."""
     said = []
     for name in dict.fromkeys(metric.name for metric in record.metrics if better(metric.name)):
-        values = {m.where: m.value for m in record.each(name) if math.isfinite(m.value)}
+        values = {
+            metric.where: metric.value
+            for metric in record.each(name)
+            if math.isfinite(metric.value) and metric.where not in BEFORE_AFTER
+        }
         order = sorted(values, key=values.__getitem__, reverse=better(name) == "higher")
         if len(order) > 1:
             best, worst = order[0], order[-1]
@@ -131,4 +134,4 @@ def _about_places(label: str, record: Record) -> list[str]:
                 f"Of {len(order)} values of `{name}`, the best is that of {best}, "
                 f"{number(values[best])}, and the worst that of {worst}, {number(values[worst])}."
             )
-    return said or [f"`{label}` has {len(record.metrics)} numbers."]
+    return said

@@ -160,9 +160,10 @@ def _parts(name: str, record: Record, path: str) -> _Parts:
             if isinstance(record, DiagnosisRecord) and set(needed) <= set(tables)
             if (table := make(record)).rows
         ]
-        layers = isinstance(record, ModelRecord) and set(_LAYERS) <= set(tables)
-        if layers:
+        layers = False
+        if isinstance(record, ModelRecord) and set(_LAYERS) <= set(tables):
             outlier_lines({name: record})  # fails here if they are not numbers
+            layers = True
         return _Parts(
             tables=own,
             arrays=array_tables(record, name),

@@ -98,6 +98,7 @@ def settings_tables(records: Records) -> list[Table]:
 def array_tables(record: Record, label: str) -> list[Table]:
     """Each array of the record: rows with named columns, numbers, or rows of numbers."""
     found = []
+    rows: tuple[tuple[str, ...], ...]
     for name, value in record.tables.items():
         title = f"{label}: {name}"
         if isinstance(value, dict):

@@ -12,7 +12,7 @@ from typing import Any
 
 from oasis_attn.records import DiagnosisRecord, TrialRecord
 from oasis_attn.report import Table, activation_table, number, sink_table
-from oasis_attn.report.document import Item, Picture, Section
+from oasis_attn.report.document import Picture, Section
 from oasis_attn.report.figures import save_png
 from oasis_attn.report.html import write_page
 from oasis_attn.report.tables import token_name
@@ -220,7 +220,7 @@ def _lab(lab: tuple[TrialRecord, ...]) -> list[Section]:
     ]
 
 
-def _provenance(demo: Demo) -> list[Item]:
+def _provenance(demo: Demo) -> list[str]:
     blocks = []
     if demo.pretrained:
         data, calibration = demo.pretrained.plain.data, demo.pretrained.broken.calibration
