@@ -72,3 +72,18 @@ def test_view(tmp_path, monkeypatch):
     for name in ("view.html", "article.html", "fox.html"):
         assert (tmp_path / name).read_text().startswith("<!doctype html>")
     assert (DOCS / "assets" / "view.png").stat().st_size < 150_000
+
+
+def test_report(tmp_path, monkeypatch):
+    """Commands run as written."""
+    (tmp_path / "docs").symlink_to(DOCS)
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^oasis .*", (DOCS / "report.md").read_text(), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        assert main() == 0
+    for name in ("training.html", "side-by-side.html", "study.html"):
+        assert (tmp_path / name).read_text().startswith("<!doctype html>")
+    assert len([*(tmp_path / "figures").glob("*.svg")]) == 5
+    assert len([*(tmp_path / "tables").glob("*.tex")]) == 4
