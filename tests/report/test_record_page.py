@@ -101,7 +101,7 @@ def test_a_diagnosis_names_token_and_channel():
     records = named({"d.json": diagnosis("m", tables=tables)})
     said = " ".join(findings(records))
     assert "'The' at position 0, in the layers 0-2" in said
-    assert "channel 7, in layer 3" in said
+    assert "The largest activation is inf, in channel 7 of 'The' at position 0, in layer 3" in said
     assert {"m: By layer", "m: Massive activations of layer outputs"} <= set(
         shown({"d.json": diagnosis("m", tables=tables)}, Table)
     )

@@ -80,8 +80,8 @@ def test_criteria_come_first_if_the_study_has_candidates():
         made(claims=[], criteria=CRITERIA, candidates=["gated_attention", "softmax1"])
     )
     assert text_of(page)[0] == (
-        "None of 2 candidates meets every acceptance criterion; `gated_attention` comes closest: it "
-        "meets 1 of 2 that apply."
+        "None of 2 candidates meets every acceptance criterion; `gated_attention` comes closest: "
+        "it meets 1 of 2 that apply."
     )
 
 

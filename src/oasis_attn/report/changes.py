@@ -54,7 +54,7 @@ class Change:
     outcome: str
 
 
-def change_figure(changes: Sequence[Change], *, title: str, columns: int = 3) -> Figure:
+def change_figure(changes: Sequence[Change], *, title: str, columns: int = 2) -> Figure:
     """One panel per metric: each change is a dot with its interval; see `READING`.
 
     Changes that are not finite are not drawn.
@@ -73,7 +73,7 @@ def change_figure(changes: Sequence[Change], *, title: str, columns: int = 3) ->
         size = (columns * max(4.2, (labels + 150) / 72), rows * (1.25 + 0.2 * max(tallest, 2)))
         figure = Figure(figsize=size, layout="constrained")
         engine: Any = figure.get_layout_engine()
-        engine.set(w_pad=0.12)
+        engine.set(w_pad=0.12, h_pad=0.08)
         axes_RC = figure.subplots(rows, columns, squeeze=False)
         for axes in axes_RC.flat[len(panels) :]:
             axes.set_visible(False)

@@ -80,6 +80,7 @@ def table_block(table: Table) -> str:
         written = []
         for index, cell in enumerate(cells):
             kinds = ["word"] * (index < table.text_columns) + ["long"] * long[index]
+            kinds += ["broad"] * (len(table.columns[index]) > _LONG)
             kind = f' class="{" ".join(kinds)}"' if kinds else ""
             first = not index and table.text_columns > 0
             scope = ' scope="col"' if head else ' scope="row"' if first else ""
@@ -180,7 +181,7 @@ def _badge(text: str, tone: str) -> str:
 
 
 def _text(text: str) -> str:
-    parts = escape(text, quote=False).split("`")
+    parts = escape(text, quote=False).replace(" %", "&nbsp;%").split("`")
     return "".join(
         part if index % 2 == 0 else f"<code>{part}</code>" for index, part in enumerate(parts)
     )

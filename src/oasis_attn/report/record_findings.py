@@ -73,11 +73,11 @@ def _about_tables(record: Record) -> list[str]:
             said.append("No token is an attention sink.")
         if rows:
             row = max(rows, key=lambda each: abs(each["largest"]))
-            known = "" if massive is None else "massive " if massive else "not massive "
+            known = "" if massive is None else "; it is massive" if massive else "; none is massive"
+            token = f"{token_name(row)} at position {row['position']}"
             said.append(
-                f"The largest activation ({known or ''}at {number(row['largest'])}) belongs to "
-                f"{token_name(row)} at position {row['position']}, channel {row['channel']}, in "
-                f"layer {row['layer']}."
+                f"The largest activation is {number(row['largest'])}, in channel {row['channel']} "
+                f"of {token}, in layer {row['layer']}{known}."
             )
     if isinstance(record, TrainingRecord) and record.tables.get("loss"):
         rows = record.tables["loss"]

@@ -171,7 +171,7 @@ def _parts(name: str, record: Record, path: str) -> _Parts:
                 Picture(
                     name=f"{Path(name).name}-{kind}",
                     title=figure.axes[0].get_title(loc="left").replace("\n", " "),
-                    caption=f"{name}. The color scale is the same in all maps of this kind.",
+                    caption="Colors stand for 0 to 1 in every map, so that maps can be compared.",
                     figure=figure,
                 )
                 for kind, figure in (
