@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from oasis_attn.report import Table
-from oasis_attn.report.document import Badges, Fold, Gallery, Picture, Section, walk
+from oasis_attn.report.document import Badges, Fold, Gallery, Page, Picture, Section, walk
 from oasis_attn.report.html import paragraph, render, table_block, write_page
 
 VOID = {"meta", "path", "use", "rect", "image", "line", "link", "wbr"}
@@ -83,8 +83,7 @@ def test_everything_in_folds_and_galleries_is_found() -> None:
 
 
 def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
-    path = write_page(
-        tmp_path / "index.html",
+    page = Page(
         title="Title & more",
         lead="Lead.",
         answers=["The answer.", Badges((("2 supported", "good"),))],
@@ -96,21 +95,21 @@ def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
         ],
         footer="From records.",
     )
-    page = path.read_text(encoding="utf-8")
+    html = write_page(tmp_path / "index.html", page).read_text(encoding="utf-8")
     balance = Balance()
-    balance.feed(page)
+    balance.feed(html)
     assert balance.open == []
     assert balance.wrong == []
-    assert "<title>Title &amp; more</title>" in page
-    assert not re.search(r"(?:src|href)=[\"']?http|@import|url\(http|\bimport\b|fetch\(", page)
-    assert page.index("The answer.") < page.index("Lead.")
-    links = re.findall(r'<a href="#([^"]*)"', page)
+    assert "<title>Title &amp; more</title>" in html
+    assert not re.search(r"(?:src|href)=[\"']?http|@import|url\(http|\bimport\b|fetch\(", html)
+    assert html.index("The answer.") < html.index("Lead.")
+    links = re.findall(r'<a href="#([^"]*)"', html)
     assert links == ["part", "part-1", "table", "section"]
-    assert all(f'<h2 id="{link}">' in page for link in links)
-    assert page.count("<title>A line</title>") == 2
+    assert all(f'<h2 id="{link}">' in html for link in links)
+    assert html.count("<title>A line</title>") == 2
 
 
 def test_a_short_page_has_no_contents(tmp_path: Path) -> None:
     sections = [Section("Part", ["Text."])]
-    path = write_page(tmp_path / "p.html", title="T", lead="", sections=sections, footer="")
-    assert "<nav" not in path.read_text()
+    page = Page(title="T", lead="", sections=sections, footer="")
+    assert "<nav" not in write_page(tmp_path / "p.html", page).read_text()

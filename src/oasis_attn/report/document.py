@@ -66,6 +66,25 @@ class Section:
     items: Sequence[Item]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A page.
+
+    Attributes:
+        title: its heading.
+        answers: what it says first, in sentences and badges.
+        lead: what it is about.
+        sections: its parts.
+        footer: the provenance of the numbers.
+    """
+
+    title: str
+    answers: Sequence[Item] = ()
+    lead: str
+    sections: Sequence[Section]
+    footer: str
+
+
 def walk(sections: Iterable[Section]) -> Iterator[Item]:
     """Every item of the sections, also those in folds and galleries."""
     for section in sections:

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from oasis_attn.files import write_text
-from oasis_attn.report.document import Badges, Fold, Gallery, Item, Picture, Section
+from oasis_attn.report.document import Badges, Fold, Gallery, Item, Page, Picture
 from oasis_attn.report.tables import Table
 
 THEME = """
@@ -97,25 +97,9 @@ def table_block(table: Table) -> str:
     return _scroll(html, table.title or "Table")
 
 
-def write_page(
-    path: str | Path,
-    *,
-    title: str,
-    lead: str,
-    sections: Sequence[Section],
-    footer: str,
-    answers: Sequence[Item] = (),
-) -> Path:
-    """Write the page atomically.
-
-    Args:
-        path: path of the file.
-        title: heading of the page.
-        lead: introduction below the heading.
-        sections: the parts of the page; from four on, it begins with a list of them.
-        footer: the provenance of the numbers.
-        answers: what stands above the sections.
-    """
+def write_page(path: str | Path, page: Page) -> Path:
+    """Write the page atomically; from four sections on, it has a list of them."""
+    sections = page.sections
     anchors = _anchors([section.heading for section in sections])
     links = "".join(
         f'<li><a href="#{anchor}">{_text(section.heading)}</a></li>'
@@ -128,8 +112,8 @@ def write_page(
         + "\n</section>"
         for section, anchor in zip(sections, anchors, strict=True)
     )
-    above = "\n".join(map(render, answers))
-    page = f"""<!doctype html>
+    above = "\n".join(map(render, page.answers))
+    html = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -138,22 +122,22 @@ def write_page(
       content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
 img-src data:">
 <link rel="icon" href="data:,">
-<title>{escape(title)}</title>
+<title>{escape(page.title)}</title>
 <style>{THEME}{_read("page.css")}</style>
 </head>
 <body>
-<header><h1>{escape(title)}</h1>
+<header><h1>{escape(page.title)}</h1>
 {f'<div class="answers">{above}</div>' if above else ""}
-<p class="lead">{escape(lead)}</p></header>
+<p class="lead">{escape(page.lead)}</p></header>
 {contents if len(sections) >= _CONTENTS else ""}<main>
 {body}
 </main>
-<footer>{escape(footer)}</footer>
+<footer>{escape(page.footer)}</footer>
 <script>{_read("page.js")}</script>
 </body>
 </html>
 """
-    return write_text(path, page)
+    return write_text(path, html)
 
 
 def _with_own_ids(text: str) -> str:

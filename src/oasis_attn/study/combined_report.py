@@ -9,14 +9,14 @@ from pathlib import Path
 from oasis_attn.errors import UserError, shown
 from oasis_attn.files import check_writable
 from oasis_attn.records import Record
-from oasis_attn.report.document import Item, Section
+from oasis_attn.report.document import Item, Page, Section
 from oasis_attn.report.export import save_figures, save_tables
 from oasis_attn.report.html import write_page
 from oasis_attn.report.record_findings import findings
 from oasis_attn.report.record_page import footer, named, record_sections, title
 from oasis_attn.study.lookup import PLAN_FILE
 from oasis_attn.study.storage import StudyFolder
-from oasis_attn.study.study_page import StudyPage, study_page
+from oasis_attn.study.study_page import study_page
 from oasis_attn.study.study_report import finished_results
 
 _RECORD_FILE = "record.json"  # in the folder of a trained or quantized model
@@ -88,22 +88,13 @@ def write_combined_report(
         if folder is not None:
             check_writable(Path(folder) / "any", name)
     page = combined_page(read_inputs(paths))
-    written = [
-        write_page(
-            out,
-            title=page.title,
-            lead=page.lead,
-            answers=page.answers,
-            sections=page.sections,
-            footer=page.footer,
-        )
-    ]
+    written = [write_page(out, page)]
     written += save_figures(page.sections, figures) if figures is not None else []
     written += save_tables(page.sections, tables) if tables is not None else []
     return written
 
 
-def combined_page(inputs: Inputs) -> StudyPage:
+def combined_page(inputs: Inputs) -> Page:
     """The parts of the page: those of each study, and those of all records together."""
     pages = [study_page(finished_results(folder)) for folder in inputs.studies]
     if len(pages) == 1 and not inputs.records:
@@ -124,7 +115,7 @@ def combined_page(inputs: Inputs) -> StudyPage:
         headings = [title(records), *headings]
         footers = [footer(records), *footers]
     read = ", ".join([*inputs.records, *(str(folder.path) for folder in inputs.studies)])
-    return StudyPage(
+    return Page(
         title=headings[0] if len(headings) == 1 else "; ".join(headings),
         lead=f"From {read}.",
         answers=tuple(answers),

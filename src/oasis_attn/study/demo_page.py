@@ -12,7 +12,7 @@ from typing import Any
 
 from oasis_attn.records import DiagnosisRecord, TrialRecord
 from oasis_attn.report import Table, activation_table, number, sink_table
-from oasis_attn.report.document import Picture, Section
+from oasis_attn.report.document import Page, Picture, Section
 from oasis_attn.report.figures import save_png
 from oasis_attn.report.html import write_page
 from oasis_attn.report.tables import token_name
@@ -25,8 +25,7 @@ def write_demo(demo: Demo, folder: Path) -> None:
     """Write index.html and overview.png to `folder`."""
     save_png(overview(demo), folder / "overview.png")
     before = _pretrained(demo.pretrained) if demo.pretrained else [_absent()]
-    write_page(
-        folder / "index.html",
+    page = Page(
         title="One token breaks 8-bit quantization. Why it exists, and what prevents it",
         lead=(
             "Softmax weights sum to 1. An attention head with nothing to read must still put its "
@@ -40,6 +39,7 @@ def write_demo(demo: Demo, folder: Path) -> None:
         ],
         footer=_footer(demo.lab[0]),
     )
+    write_page(folder / "index.html", page)
 
 
 def lab_table(lab: Sequence[TrialRecord]) -> Table:

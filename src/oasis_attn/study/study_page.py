@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from oasis_attn.report.changes import BETTER, READING, WORSE
-from oasis_attn.report.document import Badges, Fold, Gallery, Item, Section
+from oasis_attn.report.document import Badges, Fold, Gallery, Item, Page, Section
 from oasis_attn.report.tables import Table
 from oasis_attn.study.answers import Criteria, answers, applicable, met, ranked
 from oasis_attn.study.criteria import check_criteria
@@ -27,24 +27,7 @@ from oasis_attn.study.tables import (
 from oasis_attn.study.verdict import CLAIM_NOT_TESTED, NOT_TESTED, Verdict, judge, rule
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudyPage:
-    """The parts of the page of a study.
-
-    Attributes:
-        title, lead, footer: its heading, the question, and the provenance of the numbers.
-        answers: what the study found, in sentences and badges.
-        sections: the parts of the page.
-    """
-
-    title: str
-    lead: str
-    footer: str
-    answers: tuple[Item, ...]
-    sections: tuple[Section, ...]
-
-
-def study_page(results: Results) -> StudyPage:
+def study_page(results: Results) -> Page:
     """The page of a study that has at least one record."""
     plan, verdicts = results.plan, judge(results)
     checked = {name: check_criteria(results, name) for name in plan.candidates}
@@ -80,7 +63,7 @@ def study_page(results: Results) -> StudyPage:
     said = answers(results, verdicts, criteria, comparisons)
     record = next(iter(results.records.values()))
     versions = ", ".join(f"{name} {v}" for name, v in record.environment.versions.items())
-    return StudyPage(
+    return Page(
         title=f"Study: {plan.name}",
         lead=f"{plan.about} {progress_text(results)}",
         footer=f"{record.created} · {record.environment.device} · {versions}",

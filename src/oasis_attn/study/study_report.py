@@ -36,16 +36,7 @@ def write_report(folder: StudyFolder, page: str | Path) -> list[Path]:
     for item in walk(parts.sections):
         if isinstance(item, Picture):
             written.append(save_png(item.figure, page.parent / f"{item.name}.png"))
-    written.append(
-        write_page(
-            page,
-            title=parts.title,
-            lead=parts.lead,
-            answers=parts.answers,
-            sections=parts.sections,
-            footer=parts.footer,
-        )
-    )
+    written.append(write_page(page, parts))
     return written
 
 
