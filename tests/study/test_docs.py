@@ -80,6 +80,26 @@ def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
     assert mean(four, "strong") > mean(four, "oasis")
 
 
+def test_what_the_page_says_of_growth_with_depth() -> None:
+    results = lab_page.published("necessity-depth")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def slope(name: str, variant: str) -> float:
+        return fmean(results.slopes(known[name], variant).values())
+
+    largest, ratio = "outlier.max_inf_norm", "task.error_ratio@w8a8-static-full"
+    assert 0.45 < slope(largest, "vanilla") < 0.65
+    assert 0.75 < slope(ratio, "vanilla") < 1
+    assert abs(slope(largest, "softmax1_c8")) < 0.1
+    assert 0.4 < slope(ratio, "softmax1_c8") / slope(ratio, "vanilla") < 0.6
+    for variant in ("attn_residual", "oasis", "strong"):
+        assert slope(largest, variant) < 0.1
+        assert slope(ratio, variant) < 0.15
+    for variant in results.plan.variants:
+        assert slope("outlier.mean_pearson_kurtosis", variant) < 0.15
+
+
 def test_what_the_page_says_of_stronger_signals() -> None:
     results = lab_page.published("necessity-win")
     assert results is not None
