@@ -127,3 +127,18 @@ def test_serving(tmp_path, monkeypatch):
     with torch.no_grad():
         got = names["model"].eval()(input_ids=ids).logits
         torch.testing.assert_close(got, tuned(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_report(tmp_path, monkeypatch):
+    """Commands run as written."""
+    (tmp_path / "docs").symlink_to(DOCS)
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^oasis .*", (DOCS / "report.md").read_text(), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        assert main() == 0
+    for name in ("training.html", "side-by-side.html", "study.html"):
+        assert (tmp_path / name).read_text().startswith("<!doctype html>")
+    assert len([*(tmp_path / "figures").glob("*.svg")]) == 5
+    assert len([*(tmp_path / "tables").glob("*.tex")]) == 4

@@ -23,7 +23,7 @@ from oasis_attn.training import TrainingConfig
 
 COMMANDS = (
     *("convert", "demo", "diagnose", "evaluate", "export", "metrics", "prefix", "quantize"),
-    *("train", "variants", "view"),
+    *("report", "train", "variants", "view"),
 )
 
 

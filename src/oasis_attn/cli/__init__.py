@@ -24,6 +24,7 @@ from oasis_attn.cli.export import export
 from oasis_attn.cli.metrics import metrics
 from oasis_attn.cli.prefix import prefix
 from oasis_attn.cli.quantize import quantize
+from oasis_attn.cli.report import report
 from oasis_attn.cli.study import study
 from oasis_attn.cli.train import train
 from oasis_attn.cli.variants import variants
@@ -70,7 +71,7 @@ def top(
 
 for command in (
     *(demo, diagnose, view, convert, train, evaluate, prefix, quantize),
-    *(export, variants, metrics),
+    *(export, report, variants, metrics),
 ):
     app.command(cls=Command)(command)
 app.add_typer(study)
