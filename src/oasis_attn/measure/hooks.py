@@ -78,8 +78,8 @@ def check_output(model: PreTrainedModel, point: HookPoint, x: Any, ids_BT: Tenso
         return x.movedim(0, 2).flatten(2)
     raise _refusal(
         model.config.model_type,
-        f"the output of {point.name} is {list(shape) if shape else type(x).__name__}, not one vector"
-        f" for each of {list(tokens)} tokens",
+        f"the output of {point.name} is {list(shape) if shape else type(x).__name__}, not one"
+        f" vector for each of {list(tokens)} tokens",
     )
 
 
@@ -120,7 +120,9 @@ def _mlps(layer: LayerMap) -> Iterable[Part]:
     if layer.mlp is None:
         return mlp_modules(layer)
     adds = "residual" in inspect.signature(layer.mlp.module.forward).parameters
-    return [layer.mlp.output if adds and layer.mlp.output else Part(layer.mlp.name, layer.mlp.module)]
+    return [
+        layer.mlp.output if adds and layer.mlp.output else Part(layer.mlp.name, layer.mlp.module)
+    ]
 
 
 def _refusal(family: str, reason: str) -> UserError:

@@ -117,7 +117,9 @@ class SecondarySinks:
             with torch.random.fork_rng(), observe_attention(model, on_attention):
                 model(input_ids=ids_NT[window : window + 1], use_cache=False)
             self._scores += [
-                float(torch.stack(received[s.position]).mean()) if received[s.position] else math.nan
+                float(torch.stack(received[s.position]).mean())
+                if received[s.position]
+                else math.nan
                 for s in sinks
             ]
 

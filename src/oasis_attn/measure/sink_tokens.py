@@ -55,7 +55,9 @@ class SinkTokens:
         self._layers = sorted(self._batch)
         heads = max(received_BHS.shape[1] for received_BHS in self._batch.values())
         received_BLHS = ids_BT.new_zeros(
-            (len(ids_BT), len(self._layers), heads, keys_BS.shape[1]), dtype=torch.float, device="cpu"
+            (len(ids_BT), len(self._layers), heads, keys_BS.shape[1]),
+            dtype=torch.float,
+            device="cpu",
         )
         for index, layer in enumerate(self._layers):
             # Some layers have fewer heads, or further keys that are no tokens.
@@ -89,9 +91,7 @@ class SinkTokens:
         return {"sink.tokens": rows[:ROWS]}
 
 
-def _row(
-    position: int, token: int, received_NLH: Tensor, layers: list[int]
-) -> dict[str, Any]:
+def _row(position: int, token: int, received_NLH: Tensor, layers: list[int]) -> dict[str, Any]:
     sink_NLH = received_NLH > THRESHOLD
     return {
         "position": position,

@@ -68,7 +68,8 @@ class Sinks:
     def __init__(self, points: list[HookPoint]) -> None:
         self._attention = attention_layers(points)
         self._layers = [point for point in points if point.kind == "layer"]
-        self._mixers = {point.layer: point for point in points if point.kind == "mixer"}
+        # What a layer without softmax attention has instead; it may be only an MLP.
+        self._others = {p.layer: p for kind in ("mlp", "mixer") for p in points if p.kind == kind}
         self._series: dict[str, dict[int, list[Tensor]]] = {}
         self._window = 0
         self._calls: Counter[int] = Counter()
@@ -181,7 +182,7 @@ class Sinks:
 
     def _without_map(self) -> list[dict[str, Any]]:
         return [
-            {"layer": layer, "module": type(self._mixers.get(layer, point).module).__name__}
+            {"layer": layer, "module": type(self._others.get(layer, point).module).__name__}
             for layer, point in enumerate(self._layers)
             if layer not in self._attention
         ]

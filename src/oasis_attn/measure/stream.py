@@ -51,7 +51,7 @@ def stream(
 
     def see(point: HookPoint, x: Any) -> None:
         runs[point.name] += 1
-        x_BTD = check_output(model, point, x[0] if isinstance(x, tuple) else x, ids_BT)
+        x_BTD = check_output(model, point, x[0] if isinstance(x, tuple | list) else x, ids_BT)
         if point.kind == "final_norm":  # some families also use it before the first layer
             final[point.name] = point, x_BTD
         else:

@@ -218,7 +218,7 @@ def find_decoder(model: PreTrainedModel) -> Part:
 
 
 def mlp_modules(layer: Part | LayerMap) -> tuple[Part, ...]:
-    """The children of a layer with the name or class of an MLP; several if it adds their outputs."""
+    """The children of a layer that are MLPs by name or class; several if it adds their outputs."""
     part = Part(layer.name, layer.module)
     return _unique(*_named(part, MLP_NAMES), *_children(part, _MLP_CLASS))
 

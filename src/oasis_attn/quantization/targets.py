@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention import oasis_attention, observed
 from oasis_attn.modeling.configuration_oasis import ATTENTION, OasisConfig
 from oasis_attn.modeling.decoder_map import (
