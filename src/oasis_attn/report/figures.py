@@ -126,7 +126,9 @@ def outlier_lines(records: Sequence[DiagnosisRecord]) -> Figure:
 
 def diagnosis_figures(record: DiagnosisRecord) -> dict[str, Figure]:
     """Every figure that the tables of this diagnosis allow, by file name."""
-    figures = {"first-token-mass": sink_map(record), "outliers": outlier_lines([record])}
+    figures = {"outliers": outlier_lines([record])}
+    if "sink.mass" in record.tables:
+        figures = {"first-token-mass": sink_map(record)} | figures
     if "null.mass" in record.tables:
         figures["null-mass"] = null_map(record)
     if "depth.weights" in record.tables:
