@@ -31,11 +31,20 @@ def quantize(
             " repeatable.",
         ),
     ] = None,
+    format: Annotated[
+        str,
+        Option(
+            help="oasis holds every scheme and model. compressed-tensors is loaded without this"
+            " package, by transformers, vLLM and SGLang; writing it needs"
+            r" pip install 'oasis-attn\[export]'."
+        ),
+    ] = "oasis",
     simulate: Annotated[
         bool,
         Option(
             "--simulate",
-            help="Simulate the quantization in floating point; without it, use int8 kernels.",
+            help="Simulate the quantization in floating point; without it, use int8 kernels."
+            " With --format compressed-tensors, it is always simulated.",
         ),
     ] = False,
     ignore: Annotated[
@@ -77,6 +86,9 @@ def quantize(
     """Quantize a model, measure perplexity, size and speed, and save it for from_pretrained.
 
     Example: [bold]oasis quantize smollm2 --scheme w4a4 --simulate --out small[/bold]
+
+    To serve a model: [bold]oasis quantize smollm2 --format compressed-tensors --out small[/bold],
+    then [bold]vllm serve small --dtype bfloat16[/bold].
     """
     from oasis_attn.files import check_free
     from oasis_attn.hub.locate import find_model
@@ -86,6 +98,7 @@ def quantize(
     varied = get_scheme(scheme).with_options(pairs("--scheme-option", scheme_option))
     check_quantization(
         varied,
+        format=format,
         simulate=simulate,
         window=window,
         windows=windows,
@@ -104,6 +117,7 @@ def quantize(
             model,
             out,
             scheme=varied,
+            format=format,
             simulate=simulate,
             ignore=ignore or (),
             calibration=calibration,
