@@ -5,6 +5,7 @@ Axes: B batch, H query heads, T queries, S keys, K selected keys, d head width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -87,8 +88,10 @@ def observed_map(
         callback(module, AttentionCall.of_map(module, weights_BHTS, value_BHd))
 
     with ExitStack() as stack:
+        if "output_attentions" in inspect.signature(attention.module.forward).parameters:
+            # Others return it unasked; asking would make transformers add hooks for good.
+            stack.callback(model.register_forward_pre_hook(ask, with_kwargs=True).remove)
         for handle in (
-            model.register_forward_pre_hook(ask, with_kwargs=True),
             attention.output.module.register_forward_pre_hook(project),
             attention.module.register_forward_hook(returned),
         ):
