@@ -6,9 +6,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table, working
+from oasis_attn.cli.terminal import (
+    AsJson,
+    Model,
+    TrustRemoteCode,
+    check_text,
+    pairs,
+    print_table,
+    working,
+)
 
 if TYPE_CHECKING:
     from oasis_attn.records import QuantizationRecord
@@ -16,9 +24,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    model: Annotated[
-        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
-    ],
+    model: Model,
     out: Annotated[Path, Option(help="A new folder for the quantized model.")],
     scheme: Annotated[
         str, Option(help="w8a8-static-full, w8a8-static-linear, w8a8-dynamic, w4a8, w4a4 or w4a16.")
