@@ -147,9 +147,8 @@ def measure_sink(model: PreTrainedModel, windows: Windows) -> tuple[list[Metric]
     largest: list[dict[str, Any]] = [{"value": 0.0} for _ in layers]
 
     def see(point: HookPoint, output: Any) -> None:
-        x_BTD = output[0] if isinstance(output, tuple) else output
-        check_output(model, point, x_BTD, ids_BT)
-        x_BTD = x_BTD.view(*ids_BT.shape, -1)
+        x = output[0] if isinstance(output, tuple) else output
+        x_BTD = check_output(model, point, x, ids_BT)
         place = x_BTD.abs().argmax()
         row, position, channel = map(int, torch.unravel_index(place, x_BTD.shape))
         value = float(x_BTD[row, position, channel])

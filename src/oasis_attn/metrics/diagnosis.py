@@ -7,9 +7,13 @@ from oasis_attn.metrics.definition import Definition
 _WINDOWS = "`diagnose`: disjoint windows; mean over windows, n windows"
 _TENSORS = (
     "`diagnose`: the tensors are the outputs of each layer, its MLP, its attention output "
-    "projection and its norms, and of the final norm; one value per window and tensor"
+    "projection or linear attention, and its norms, and of the final norm; one value per window "
+    "and tensor"
 )
-_HEADS = "`diagnose`: mean over layers and heads, then over windows, n windows"
+_HEADS = (
+    "`diagnose`: mean over the heads of all layers with softmax attention, then over windows, n "
+    "windows"
+)
 _ROUTERS = "`diagnose`: depth routers with at least two sources; mean over routers, then windows"
 _JOINT = (
     "`diagnose --joint`: p_i is the mean over heads; mean over all queries but the first token, all"
@@ -177,7 +181,7 @@ SINKS = (
         "to the attention output, without biases and output gates; mean over the later queries",
         unit="activation",
         better="lower",
-        protocol=_HEADS.replace(" and heads", ""),
+        protocol=_HEADS.replace("the heads of all", "all"),
         source="arXiv 2004.10102 (Kobayashi et al. 2020)",
     ),
     Definition(
@@ -263,7 +267,10 @@ DEPTH = (
     ),
     Definition(
         name="depth.weight",
-        definition="weight of the source `where`, mean over tokens.  Source 0 is the embedding",
+        definition="weight of the source `where`, mean over tokens.  Source 0 is the embedding.  "
+        "Families of transformers with depth routing have it too: block attention residuals "
+        "(inkling2), and hyper-connections (deepseek_v4, hy_v4), where it is the sum over streams "
+        "of the weight of the stream times that of the source in the stream",
         unit="probability",
         protocol="`diagnose`: depth routers that read the source and at least one other; mean over "
         "routers, then windows",

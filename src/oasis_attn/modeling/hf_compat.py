@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
         sdpa_attention_forward as sdpa_attention_forward,
     )
     from transformers.masking_utils import create_masks_for_generate as create_masks_for_generate
+    from transformers.masking_utils import eager_mask as eager_mask
     from transformers.masking_utils import sdpa_mask as sdpa_mask
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS as TENSOR_PROCESSORS
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor as TensorProcessor
@@ -104,6 +105,7 @@ _NAMES = {  # module: {name: why we need it; what breaks without it}
     },
     "transformers.masking_utils": {
         "create_masks_for_generate": "masks packed sequences; they attend to each other",
+        "eager_mask": "makes masks that families without SDPA expect; such masks are misread",
         "sdpa_mask": "makes our attention's masks; padding and sliding windows are ignored",
     },
     "transformers.utils.import_utils": {
@@ -272,6 +274,19 @@ def attention_implementation(config: Any) -> str:
 def set_attention_implementation(config: Any, name: str) -> None:
     """Choose the function, unchecked; without it, a config of ours does not choose our function."""
     config._attn_implementation = name
+
+
+def supports_boolean_masks(model: PreTrainedModel) -> bool:
+    """Whether a family accepts SDPA's masks; without it, families with other masks misread ours."""
+    return bool(model._supports_sdpa)
+
+
+def uses_attention_interface(model: PreTrainedModel) -> bool:
+    """Whether a family's attention calls the registered function; without it, ours is not called.
+
+    transformers only warns if it does not.
+    """
+    return bool(model._can_set_attn_implementation())
 
 
 def experts_implementation(config: Any) -> str | None:

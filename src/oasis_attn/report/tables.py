@@ -105,16 +105,20 @@ def layer_table(record: DiagnosisRecord) -> Table:
     }
     if "outlier.pearson_kurtosis_layer" in record.tables:
         columns["Pearson kurtosis"] = record.tables["outlier.pearson_kurtosis_layer"]
-    columns |= {
-        "first-token mass": _over_heads(record.tables["sink.mass"]),
-    }
+    if "sink.mass" in record.tables:
+        columns["first-token mass"] = _over_heads(record.tables["sink.mass"])
     if "null.mass" in record.tables:
         columns["null probability"] = _over_heads(record.tables["null.mass"])
     rows = tuple(
         (str(layer), *(number(float(value)) for value in values))
         for layer, values in enumerate(zip(*columns.values(), strict=True))
     )
-    return Table(title="By layer", columns=("layer", *columns), rows=rows)
+    others: dict[str, list[str]] = {}
+    for row in record.tables.get("sink.no_map", ()):
+        others.setdefault(row["module"], []).append(str(row["layer"]))
+    without = "; ".join(f"{', '.join(layers)} ({module})" for module, layers in others.items())
+    title = f"By layer; layers without an attention map: {without}" if without else "By layer"
+    return Table(title=title, columns=("layer", *columns), rows=rows)
 
 
 def activation_table(record: DiagnosisRecord) -> Table:
@@ -186,7 +190,9 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _over_heads(table: Sequence[Sequence[float]]) -> list[float]:
-    return [fmean(map(float, heads)) for heads in table]
+    """Means of the finite values: NaN stands for heads that a layer does not have."""
+    known = ([x for x in map(float, heads) if not math.isnan(x)] for heads in table)
+    return [fmean(values) if values else math.nan for values in known]
 
 
 def label(record: ModelRecord) -> str:
