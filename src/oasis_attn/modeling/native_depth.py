@@ -88,7 +88,7 @@ def _block_weights(module: Any, blocks_BTSD: Tensor, partial_BTD: Tensor) -> Ten
     sources_BTSD = torch.cat([blocks_BTSD, partial_BTD.unsqueeze(-2)], dim=-2).float()
     width = sources_BTSD.shape[-1]
     query_QD = module.query.float().view(-1, width)
-    logits_BTSQ = module.norm(sources_BTSD) @ query_QD.T * width**-0.5
+    logits_BTSQ: Tensor = module.norm(sources_BTSD) @ query_QD.T * width**-0.5
     return logits_BTSQ.softmax(-2).mean(-1)
 
 
