@@ -100,6 +100,33 @@ def test_the_logit_and_the_bias_are_means_over_the_tokens():
     assert torch.allclose(linear.bias, F.linear(added, linear.weight), atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"output_gate": "head"}),
+        ("llama", {"output_gate": "elementwise"}),
+        ("afmoe", {}),  # with a gate of its own
+        ("bitnet", {}),  # with a norm before the output projection
+        ("stablelm", {}),
+    ],
+)
+def test_the_bias_is_what_the_values_add_after_gates_and_norms(family, settings):
+    """In the first layer, whose input does not depend on the null."""
+    model, tokens = with_null(family=family, dtype=torch.float64, **settings), ids()
+    layer, seen = routed_layers(model)[0], []
+    hook = layer.self_attn.register_forward_hook(lambda _m, _a, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(tokens)
+        value = layer.null_value.clone()
+        layer.null_value.zero_()
+        model(tokens)
+        layer.null_value.copy_(value)
+    hook.remove()
+    move_to(NullToLogit(model, 1, [tokens]), 0)
+    bias_D = layer.output_projection.bias
+    torch.testing.assert_close(bias_D, (seen[0] - seen[1]).mean((0, 1)), rtol=0, atol=1e-12)
+
+
 def test_a_bias_that_the_family_has_is_used():
     model = with_null(family="starcoder2")
     start = [layer.self_attn.o_proj.bias.detach().clone() for layer in routed_layers(model)]
