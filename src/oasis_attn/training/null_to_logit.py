@@ -17,6 +17,7 @@ Axes: B batch, H heads, T tokens, M nulls, D width.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from contextlib import ExitStack
@@ -157,27 +158,38 @@ def _means(model: PreTrainedModel, batches: list[Tensor]) -> list[tuple[Tensor, 
     without the values, because some families gate or normalize what the projection reads.
     """
     logits: dict[int, list[Tensor]] = defaultdict(list)
-    added: dict[int, list[Tensor]] = defaultdict(list)
+    outputs: dict[int, list[Tensor]] = defaultdict(list)
+    without: dict[int, list[Tensor]] = defaultdict(list)
 
     def observe(call: AttentionCall) -> None:
         logits[call.layer].append(call.null_logit_BHT.double().mean((0, 2)))  # equal in both runs
 
-    def compare(module: Any, args: Any, kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
-        without_BTD = module.forward(*args, **kwargs | {"null_value": None})[0]
-        added[module.layer_idx].append((output[0].double() - without_BTD.double()).mean((0, 1)))
+    def run_without(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = copy.deepcopy(kwargs.get("past_key_values"))  # of a prefix; attention adds to it
+        changed = kwargs | {"null_value": None, "past_key_values": cache}
+        add(without, module, module.forward(*args, **changed))
+
+    def add(means: dict[int, list[Tensor]], module: Any, output: tuple[Tensor, Any]) -> None:
+        means[module.layer_idx].append(output[0].double().mean((0, 1)))
 
     with eval_mode(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(observe_attention(model, observe))
         for layer in routed_layers(model):
-            hook = layer.self_attn.register_forward_hook(compare, with_kwargs=True)
-            stack.callback(hook.remove)
+            attention = layer.self_attn
+            before = attention.register_forward_pre_hook(run_without, with_kwargs=True)
+            after = attention.register_forward_hook(lambda x, _, output: add(outputs, x, output))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
         for ids_BT in batches:
             model.base_model(input_ids=ids_BT, use_cache=False)
     several = math.log(_nulls(model))
-    return [
-        (torch.stack(logits[layer]).mean(0) - several, torch.stack(added[layer]).mean(0))
-        for layer in sorted(logits)
-    ]
+    results = []
+    for layer in sorted(logits):
+        logit_H, output_D, without_D = (
+            torch.stack(found[layer]).mean(0) for found in (logits, outputs, without)
+        )
+        results.append((logit_H - several, output_D - without_D))
+    return results
 
 
 def _nulls(model: PreTrainedModel) -> int:

@@ -119,6 +119,11 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         shrinking.freeze()
         callbacks.append(shrinking)
     groups = sorted({group_of(name) for name, _ in trained(model)})
+    if not groups:
+        raise UserError(
+            f"trainable: {list(config.trainable or ())} are keys and values of nulls, which"
+            " null_to_logit shrinks and does not train"
+        )
     for group in config.learning_rates:
         if group not in groups:
             raise UserError(
