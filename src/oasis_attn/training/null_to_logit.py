@@ -184,9 +184,9 @@ def _means(model: PreTrainedModel, batches: list[Tensor]) -> list[tuple[Tensor, 
             model.base_model(input_ids=ids_BT, use_cache=False)
     several = math.log(_nulls(model))
     results = []
-    for layer in sorted(logits):
+    for index in sorted(logits):
         logit_H, output_D, without_D = (
-            torch.stack(found[layer]).mean(0) for found in (logits, outputs, without)
+            torch.stack(found[index]).mean(0) for found in (logits, outputs, without)
         )
         results.append((logit_H - several, output_D - without_D))
     return results
