@@ -53,6 +53,9 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
     from transformers.integrations.gguf.gguf_config_mapping import (
         get_gguf_config as get_gguf_config,
     )
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_PRE_TOKENIZER_SPLITS as GGUF_PRE_TOKENIZER_SPLITS,
+    )
     from transformers.integrations.gguf.reader import read_gguf_metadata as read_gguf_metadata
     from transformers.integrations.sdpa_attention import (
         create_position_bias_mask as create_position_bias_mask,
@@ -150,6 +153,9 @@ _NAMES = {  # module: {name: why we need it; what breaks without it}
     "transformers.integrations.gguf.gguf_config_mapping": {
         "GGUF_CONFIG_ARCHS": "lists who has the newer reader; dropped keys are not noticed",
         "get_gguf_config": "shows the keys of the newer reader; dropped keys are not noticed",
+    },
+    "transformers.integrations.gguf.gguf_tokenizer_mapping": {
+        "GGUF_PRE_TOKENIZER_SPLITS": "names splitting patterns; Llama 3's and Qwen's are refused",
     },
     "transformers.integrations.gguf.reader": {
         "read_gguf_metadata": "reads keys for the newer reader; dropped keys are not noticed",
@@ -323,6 +329,11 @@ def before_upload(
     Without it, a quantized model of another library's class is uploaded with an empty model card.
     """
     vars(model)["_upload_modified_files"] = partial(_write_and_upload, model, write)
+
+
+def not_before_upload(model: PreTrainedModel) -> None:
+    """Undo `before_upload`; without it, a copy without prefix is uploaded with our model card."""
+    vars(model).pop("_upload_modified_files", None)
 
 
 def _write_and_upload(

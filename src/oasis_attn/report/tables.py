@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +29,8 @@ class Table:
         text_columns: number of leading columns that contain text; the others contain numbers.
         key_columns: number of leading columns that identify a row.  They are repeated if a table
             is too wide for the terminal and its other columns are split into several tables.
+        tone: the tone of the badge that a page draws around a cell (see `document.TONES`), from
+            its text; empty for none.
     """
 
     title: str = ""
@@ -36,6 +38,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     text_columns: int = 1
     key_columns: int = 1
+    tone: Callable[[str], str] | None = None
 
 
 def number(value: float) -> str:
