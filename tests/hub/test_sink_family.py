@@ -71,6 +71,13 @@ def test_each_family_computes_the_same(family, changes, ids):
     torch.testing.assert_close(target(ids).logits, expected, rtol=0, atol=1e-9)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("null_logit", [-1e6, 1e6])
+def test_a_null_logit_beyond_the_dtype(null_logit, ids):
+    model = plain("softmax1", dtype=torch.float16, settings={"null_logit": null_logit})
+    torch.testing.assert_close(to_sinks(model)(ids).logits, model(ids).logits, rtol=0, atol=0.1)
+
+
 WITHOUT_US = """
 import sys
 

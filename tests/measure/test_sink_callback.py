@@ -156,6 +156,9 @@ def test_refusals(tmp_path):
     text = trainer_of(native(), tmp_path, [{"text": "a", "label": 1}])
     with pytest.raises(UserError, match=r"tokens: None needs .* its rows have text, label; give"):
         SinkCallback(text)
+    for row in (None, "text", {"input_ids": ["a"]}):
+        with pytest.raises(UserError, match="tokens: None needs training data of token ids, not"):
+            SinkCallback(trainer_of(native(), tmp_path, [row]))
     config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
     mamba = trainer_of(AutoModelForCausalLM.from_config(config), tmp_path)
     with pytest.raises(UserError, match="model: family 'mamba' cannot be diagnosed: "):

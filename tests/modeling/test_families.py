@@ -102,6 +102,16 @@ def test_the_null_probability_reaches_the_routers(family, ids):
     assert min(moved) > 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_maps(family, ids):
+    model = tiny_model("kv_null", family=family, dtype=torch.float64)
+    outputs = model(ids, output_attentions=True, output_null_probability=True)
+    torch.testing.assert_close(outputs.logits, model(ids).logits, rtol=0, atol=2e-6)
+    for map_BHTS, null_BHT in zip(outputs.attentions, outputs.null_probability, strict=True):
+        torch.testing.assert_close(map_BHTS.sum(-1), 1 - null_BHT, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("family", SINKS)
 def test_own_sinks_are_the_null_logits(family, ids):
     """No second parameter, and a null probability that follows them."""

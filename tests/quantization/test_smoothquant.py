@@ -12,7 +12,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.smoothquant import smooth
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
 
 LAYER = "model.layers.1."
 pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
@@ -55,6 +55,19 @@ def test_a_family_is_unchanged(family):
 )
 def test_a_variant_is_unchanged_and_everything_is_folded(variant):
     model = perturbed(tiny_model(variant, dtype=torch.float64))
+    smoothed_model, online = smoothed(model)
+    torch.testing.assert_close(
+        float64_logits(smoothed_model), float64_logits(model), rtol=0, atol=1e-10
+    )
+    assert not online
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
+@pytest.mark.parametrize("form", ["value_null", {"name": "key_value_null", "nulls": 2}], ids=str)
+def test_a_null_with_a_value_is_unchanged(family, form):
+    text = tiny_config(family, initializer_range=0.2, attention_output_bias=True)
+    model = tiny_model("kv_null", text=text, token_normalizer=form, dtype=torch.float64)
+    model = perturbed(model)
     smoothed_model, online = smoothed(model)
     torch.testing.assert_close(
         float64_logits(smoothed_model), float64_logits(model), rtol=0, atol=1e-10

@@ -172,6 +172,18 @@ def test_text_chat_and_ids():
             view(model, None, bad)
 
 
+def test_what_is_no_text_is_refused():
+    model, tokenizer = native("llama"), word_tokenizer()
+    for none in ("", []):
+        with pytest.raises(UserError, match="text: 0 tokens; at least 2 are needed"):
+            view(model, tokenizer, none)
+    message = {"role": "user", "content": "w5 w6"}
+    for bad in (None, ["w5", "w6"], [5, 6.5], message, [message, "w5"], torch.ones(2, 5).long()):
+        with pytest.raises(UserError, match=r"text: this .* has neither token ids nor") as raised:
+            view(model, tokenizer, bad)
+        assert "\n" not in str(raised.value)
+
+
 # --- In a browser --------------------------------------------------------------------------------
 
 

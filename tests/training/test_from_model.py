@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig
 
-from oasis_attn import convert
+from oasis_attn import SinkCallback, convert
 from oasis_attn.data import load_corpus, train_tokenizer
 from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model
@@ -297,6 +297,17 @@ def test_a_quantized_model_is_refused(onward, models):
     assert not onward().out.exists()
 
 
+def test_a_family_without_positions(onward, models):
+    """It trains; what cannot watch it refuses, and leaves no folder."""
+    text = BloomConfig(vocab_size=270, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0)
+    AutoModelForCausalLM.from_config(text).save_pretrained(models / "bloom")
+    load_model(models / "native")[1].save_pretrained(models / "bloom")
+    assert quiet(onward("trained", "bloom", steps=2))["loss.windowed"] > 0
+    with pytest.raises(UserError, match="model: family 'bloom' is not supported by diagnose"):
+        train(onward(source="bloom", steps=2), progress=False, callbacks=[SinkCallback])
+    assert not onward().out.exists()
+
+
 def test_bad_input(onward):
     for change, message in [
         ({"variant": "vanilla"}, "variant: 'vanilla' has no effect with from_model"),
@@ -319,7 +330,7 @@ def test_bad_input(onward):
         ({"trainable": "router"}, "trainable: 'router' is not a list"),
         ({"lora_rank": -1}, "lora_rank: -1"),
         ({"outlier_penalty": -1.0}, "outlier_penalty: -1"),
-        ({"block_length": 65}, "block_length: 65 is more than the 64 positions"),
+        ({"block_length": 65}, "block_length: 65 tokens are more than the model's 64 positions"),
         ({"from_model": "no/such/model/here"}, "does not exist"),
     ]:
         with pytest.raises(UserError, match=message) as caught:

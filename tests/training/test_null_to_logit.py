@@ -14,6 +14,7 @@ from oasis_attn import convert
 from oasis_attn.data import load_corpus, train_tokenizer
 from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.ops.null_attention import null_attention
@@ -98,6 +99,52 @@ def test_the_logit_and_the_bias_are_means_over_the_tokens():
     assert torch.allclose(layer.null_logit, logits_BHT.mean((0, 2)), atol=1e-12)
     linear = layer.self_attn.o_proj
     assert torch.allclose(linear.bias, F.linear(added, linear.weight), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"output_gate": "head"}),
+        ("llama", {"output_gate": "elementwise"}),
+        ("afmoe", {}),  # with a gate of its own
+        ("bitnet", {}),  # with a norm before the output projection
+        ("stablelm", {}),
+    ],
+)
+def test_the_bias_is_what_the_values_add_after_gates_and_norms(family, settings):
+    """In the first layer, whose input does not depend on the null."""
+    model, tokens = with_null(family=family, dtype=torch.float64, **settings), ids()
+    layer, seen = routed_layers(model)[0], []
+    hook = layer.self_attn.register_forward_hook(lambda _m, _a, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(tokens)
+        value = layer.null_value.clone()
+        layer.null_value.zero_()
+        model(tokens)
+        layer.null_value.copy_(value)
+    hook.remove()
+    move_to(NullToLogit(model, 1, [tokens]), 0)
+    bias_D = layer.output_projection.bias
+    torch.testing.assert_close(bias_D, (seen[0] - seen[1]).mean((0, 1)), rtol=0, atol=1e-12)
+
+
+def test_a_prefix_takes_part_in_the_means():
+    """As the same tokens before the text do, whose own outputs do not count."""
+    model, tokens = with_null(dtype=torch.float64), ids()
+    prefixed = with_prefix(model, compute_prefix(model, (5, 6)))
+    whole = torch.cat([torch.tensor([[5, 6]]).expand(2, -1), tokens], 1)
+    layer, seen = routed_layers(model)[0], []
+    hook = layer.self_attn.register_forward_hook(lambda _m, _a, out: seen.append(out[0][:, 2:]))
+    with torch.no_grad():
+        model(whole)
+        value = layer.null_value.clone()
+        layer.null_value.zero_()
+        model(whole)
+        layer.null_value.copy_(value)
+    hook.remove()
+    move_to(NullToLogit(prefixed, 1, [tokens]), 0)
+    bias_D = routed_layers(prefixed)[0].output_projection.bias
+    torch.testing.assert_close(bias_D, (seen[0] - seen[1]).mean((0, 1)), rtol=0, atol=1e-12)
 
 
 def test_a_bias_that_the_family_has_is_used():
@@ -231,6 +278,7 @@ def test_bad_input(onward, tmp_path, corpus, monkeypatch):
         ({"null_to_logit": 7}, "null_to_logit: 7 is more than the run's 6 steps"),
         ({"null_to_logit": 2, "from_model": None}, "null_to_logit: 2 needs from_model"),
         ({"null_to_logit": 2, "source": "native"}, "null_to_logit: 2 .* 'key_value_null', but"),
+        ({"null_to_logit": 2, "trainable": ["*.null_key"]}, "trainable: .* are keys and values"),
         ({"distill_weight": 0.5}, "distill_weight: 0.5 has no effect without distill_from"),
         ({"distill_weight": 2}, "distill_weight: 2"),
         ({"distill_from": other}, "distill_from: .* has another tokenizer"),

@@ -287,7 +287,7 @@ def test_bf16_and_accumulation_learn(configure):
     [
         ({"corpus": "stdlb"}, "did you mean 'stdlib'"),
         ({"eval_split": "test"}, "is not one of train, validation"),
-        ({"block_length": 257}, "block_length: 257 is more than the 256 positions"),
+        ({"block_length": 257}, "block_length: 257 tokens are more than the model's 256 positions"),
         ({"batch_size": 100_000}, "batch_size: a step needs 100000 sequences"),
         ({"vocab_size": 100}, "vocab_size: 100"),
         ({"corpus": "majority-64"}, "block_length: 32 is not 64, the number of tokens"),

@@ -202,7 +202,8 @@ def _null_logit(layer: Any, model: OasisForCausalLM) -> Tensor:
     if layer.null_logit is not None:
         learned: Tensor = layer.null_logit
         return learned
-    heads, fixed = model.config.text_config.num_attention_heads, model.config.null_logit
+    heads, most = model.config.text_config.num_attention_heads, torch.finfo(model.dtype).max
+    fixed = min(max(model.config.null_logit, -most), most)
     return torch.full((heads,), fixed, dtype=model.dtype, device=model.device)
 
 

@@ -133,13 +133,19 @@ def _first_rows(dataset: Any, rows: int) -> list[Tensor]:
 
 
 def _ids(row: Any) -> Tensor:
-    if not isinstance(row, Mapping):
-        return torch.as_tensor(row)
-    if "input_ids" not in row:
+    ids, mask = row, None
+    if isinstance(row, Mapping):
+        if "input_ids" not in row:
+            raise UserError(
+                f"tokens: None needs training data with input_ids, but its rows have"
+                f" {', '.join(row)}; give rows of token ids"
+            )
+        ids, mask = row["input_ids"], row.get("attention_mask")
+    try:
+        ids_T = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"tokens: None needs training data with input_ids, but its rows have {', '.join(row)};"
-            " give rows of token ids"
-        )
-    ids_T = torch.as_tensor(row["input_ids"])
-    mask = row.get("attention_mask")
+            f"tokens: None needs training data of token ids, not of {type(ids).__name__}; give rows"
+            " of token ids"
+        ) from error
     return ids_T if mask is None else ids_T[torch.as_tensor(mask).bool()]

@@ -68,7 +68,7 @@ def oasis_attention(
     null_key: Tensor | None = None,
     null_value: Tensor | None = None,
     output_gate: Tensor | None = None,
-    output_attentions: bool = False,
+    attention_map: bool = False,
     position_bias: Tensor | None = None,
     is_causal: bool | None = None,
     indices: Tensor | None = None,
@@ -87,7 +87,7 @@ def oasis_attention(
         null_logit, null_key, null_value: see `null_attention`.
         output_gate: logits of the output gate, `[B, T, H]` or `[B, T, H * d]`; the output is
             multiplied by their sigmoid.
-        output_attentions: compute the attention matrix and pass it to the observers.
+        attention_map: compute the attention matrix and pass it to the observers.
         position_bias: `[B, H, T, S]`, added to the logits.
         is_causal: whether a query attends only to keys before it if there is no mask; by default,
             as the attention module says.
@@ -123,7 +123,7 @@ def oasis_attention(
     if softmax:
         null_logit = -torch.inf
     weights_free = softmax or normalizer.name in WITH_NULL_LOGIT
-    needs_weights = output_attentions or not weights_free
+    needs_weights = attention_map or not weights_free
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     null: dict[str, Any] = {
         "null_logit": null_logit, "null_key": null_key, "null_value": null_value,
@@ -175,7 +175,7 @@ def oasis_attention(
             )  # fmt: skip
             for observer in tuple(_observers):
                 observer(module, call)
-        out_BTHd = out_BHTd.transpose(1, 2)
+        out_BTHd = out_BHTd.transpose(1, 2).contiguous()  # afmoe calls .view
     if output_gate is not None:
         B, T, H, _ = out_BTHd.shape
         out_BTHd = out_BTHd * torch.sigmoid(output_gate).view(B, T, H, -1)

@@ -111,7 +111,8 @@ class OasisModel(Attached, OasisPreTrainedModel):
             output_attentions = config.output_attentions
         if kwargs.get("output_hidden_states") is None:
             kwargs["output_hidden_states"] = config.output_hidden_states
-        kwargs["depth_cache"], kwargs["layer_args"] = self._depth_cache(), self._layer_args()
+        kwargs["depth_cache"] = self._depth_cache()
+        kwargs["layer_args"] = self._layer_args(attention_map=output_attentions)
         if not output_attentions:
             return super().forward(input_ids, **kwargs)
         maps: list[Tensor | None] = []
@@ -135,14 +136,19 @@ class OasisModel(Attached, OasisPreTrainedModel):
         devices = (next(layer.parameters()).device.type for layer in self.layers)
         return any(device not in ("cpu", "meta") for device in devices)
 
-    def _layer_args(self) -> LayerArgs:
+    def _layer_args(self, *, attention_map: bool) -> LayerArgs:
         config = self.oasis_config
         signal: Any = None
         if config.null_signal != "off":
             signal = self.null_signal
             if signal is None:
                 signal = NULL_SIGNALS[config.null_signal]
-        attention = {"normalizer": config.normalizer, "null_logit": config.null_logit}
+        # Not `output_attentions`, which the attention modules of some families do not pass on.
+        attention = {
+            "normalizer": config.normalizer,
+            "null_logit": config.null_logit,
+            "attention_map": attention_map,
+        }
         norm = None if config.branch_norm == "none" else BRANCH_NORMS[config.branch_norm]
         return LayerArgs(attention, signal, norm)
 

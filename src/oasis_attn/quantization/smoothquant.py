@@ -114,7 +114,7 @@ def _smooth_writer(
     writer: dict[str, nn.Linear], source: Source, largest: dict[str, Tensor], alpha: float
 ) -> None:
     [(name, linear)] = writer.items()
-    rows, start, groups, repeats, width = source
+    rows, start, groups, repeats, width, null = source
     heads = (groups, repeats, width)
     inputs_GW, columns_GW = (
         of_D.view(heads).amax(1) for of_D in (largest[name], _columns([linear]))
@@ -128,6 +128,10 @@ def _smooth_writer(
             shape = (-1,) + (1,) * (divided.dim() - 1)
             divided[start : start + groups * width] /= scale_GW.view(shape)
             setattr(rows, name, like(parameter, divided))
+    if null is not None:
+        value_HMW: Tensor = null.null_value  # type: ignore[assignment]
+        scale_H1W = scale_GW.repeat_interleave(repeats, 0)[:, None]
+        null.null_value = like(value_HMW, value_HMW.double() / scale_H1W)
 
 
 def _smooth_readers(sublayer: Sublayer, largest: dict[str, Tensor], alpha: float) -> bool:

@@ -26,7 +26,8 @@ class Source(NamedTuple):
     """Rows of a reader, from `start` on, on which the writer's input depends linearly.
 
     The rows are [groups, width], and the writer's input is [groups, repeats, width]: one value head
-    is used by all query heads of its group.
+    is used by all query heads of its group.  `null` is the layer whose `null_value` is another part
+    of the input; None if there is no such value.
     """
 
     linear: nn.Linear
@@ -34,6 +35,7 @@ class Source(NamedTuple):
     groups: int
     repeats: int
     width: int
+    null: nn.Module | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ def _sublayer(layer: LayerMap, found: AttentionMap | MlpMap, heads: int) -> Subl
     for linear in writer.values():
         if isinstance(found, AttentionMap):
             source = _value_rows(_plain(found.value), linear, heads)
+            if source and getattr(layer.module, "null_value", None) is not None:
+                source = source._replace(null=layer.module)
         else:
             source = _up_rows(found, linear)
     gate = getattr(layer.module, "output_gate", None)

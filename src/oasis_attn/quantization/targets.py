@@ -200,7 +200,7 @@ def quantized_attention(
         calls.append(call)
 
     with observed(add):
-        kwargs["output_attentions"] = True
+        kwargs["attention_map"] = True
         _, null_BHT = oasis_attention(module, query, key, value, attention_mask, **kwargs)
     (call,) = calls
     context_BHTd = naive_mix(

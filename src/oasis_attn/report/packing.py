@@ -52,7 +52,7 @@ def pack_map(rows: Sequence[np.ndarray], levels: int) -> str:
 
 def packed_bytes(lengths: Iterable[int], levels: int) -> int:
     """The largest number of characters of `pack_map` for rows of these lengths that sum to 1."""
-    n_R = np.array(list(lengths))
+    n_R = np.array(list(lengths), np.int64)
     most_R = levels + n_R // 2 + 1  # each of the n numbers may have been rounded up
     k_R = _rice_parameters(most_R, n_R)
     bits = int((_K_BITS + n_R * (1 + k_R) + (most_R >> k_R)).sum())

@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from operator import index
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -94,8 +95,8 @@ def view(
     shape = config.num_hidden_layers, config.num_attention_heads
     _levels(*shape, tokens=min(tokens, len(ids)))  # refuses a page that is too large
     inspection = inspect_text(model, ids[:tokens])
-    shown = (*inspection.prefix, *inspection.ids)
-    texts = [f"{token} " for token in shown] if tokenizer is None else token_texts(shown, tokenizer)
+    every = (*inspection.prefix, *inspection.ids)
+    texts = [f"{token} " for token in every] if tokenizer is None else token_texts(every, tokenizer)
     return text_page(inspection, texts, total=len(ids))
 
 
@@ -160,10 +161,15 @@ def _token_ids(
 ) -> list[int]:
     if isinstance(text, str):
         return prompt_ids(text, _needed(tokenizer))
-    messages = [dict(each) for each in text if isinstance(each, Mapping)]
-    if not messages:
-        return [int(each) for each in cast(Sequence[int], text)]
-    tokenizer = _needed(tokenizer)
+    try:
+        parts: list[Any] = list(text)
+        if not (parts and all(isinstance(each, Mapping) for each in parts)):
+            return [index(each) for each in parts]
+    except TypeError as error:
+        raise UserError(
+            f"text: this {type(text).__name__} is no text, and has neither token ids nor messages"
+        ) from error
+    messages, tokenizer = [dict(each) for each in parts], _needed(tokenizer)
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template is a program that comes with the model

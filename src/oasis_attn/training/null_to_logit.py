@@ -7,21 +7,23 @@ Over N steps, with f falling linearly from 1 to 0,
 
     key = f key_0        value = f value_0        c = f c_0 + (1 - f) mean(logit of the null)
 
-and the output projection gets a bias, to which (1 - f) times the projected mean of what the null
-adds to the output is added.  The means are over tokens of the training corpus, in the initial
+and the output projection gets a bias, to which (1 - f) times the mean of what the null adds to the
+output of attention is added.  The means are over tokens of the training corpus, in the initial
 model.  Keys and values are not trained; c, the bias and all other weights are.
 
-Axes: B batch, H heads, T tokens, M nulls, d head width, D width.
+Axes: B batch, H heads, T tokens, M nulls, D width.
 """
 # ruff: noqa: ARG002  the signatures are TrainerCallback's
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import defaultdict
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -114,14 +116,13 @@ class NullToLogit(TrainerCallback):
                 parameter.add_((growth * share).to(parameter))
 
 
-def _changes(layer: RoutedLayer, logit_H: Tensor, output_Hd: Tensor) -> _Layer:
+def _changes(layer: RoutedLayer, logit_H: Tensor, output_D: Tensor) -> _Layer:
     found = (layer.null_key, layer.null_value)
-    linear, logit = layer.output_projection, layer.null_logit
+    bias, logit = layer.output_projection.bias, layer.null_logit
     assert logit is not None
-    output_D = F.linear(output_Hd.flatten(), linear.weight.detach().double())
     return _Layer(
         shrinking=[(x, x.detach().clone()) for x in found if x is not None],
-        growing=[(logit, logit_H - logit.detach().double()), (linear.bias, output_D)],
+        growing=[(logit, logit_H - logit.detach().double()), (bias, output_D)],
     )
 
 
@@ -150,27 +151,45 @@ def routed_layers(model: PreTrainedModel) -> list[RoutedLayer]:
 
 
 def _means(model: PreTrainedModel, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """For each layer: the mean logit of a null, `[H]`, and of what the nulls add, `[H, d]`.
+    """For each layer: the mean logit of a null, `[H]`, and of what its values add to the output of
+    attention, `[D]`.
 
-    Of M nulls, the logit is their log-sum-exp minus log M.
+    Of M nulls, the logit is their log-sum-exp minus log M.  Each attention runs a second time
+    without the values, because some families gate or normalize what the projection reads.
     """
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    logits: dict[int, list[Tensor]] = defaultdict(list)
+    outputs: dict[int, list[Tensor]] = defaultdict(list)
+    without: dict[int, list[Tensor]] = defaultdict(list)
 
     def observe(call: AttentionCall) -> None:
-        assert call.null_output_BHTd is not None
-        logit_BHT = call.null_logit_BHT.double()
-        means = logit_BHT.mean((0, 2)), call.null_output_BHTd.double().mean((0, 2))
-        found.setdefault(call.layer, []).append(means)
+        logits[call.layer].append(call.null_logit_BHT.double().mean((0, 2)))  # equal in both runs
 
-    with eval_mode(model), torch.no_grad(), observe_attention(model, observe):
+    def run_without(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = copy.deepcopy(kwargs.get("past_key_values"))  # of a prefix; attention adds to it
+        changed = kwargs | {"null_value": None, "past_key_values": cache}
+        add(without, module, module.forward(*args, **changed))
+
+    def add(means: dict[int, list[Tensor]], module: Any, output: tuple[Tensor, Any]) -> None:
+        means[module.layer_idx].append(output[0].double().mean((0, 1)))
+
+    with eval_mode(model), torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(observe_attention(model, observe))
+        for layer in routed_layers(model):
+            attention = layer.self_attn
+            before = attention.register_forward_pre_hook(run_without, with_kwargs=True)
+            after = attention.register_forward_hook(lambda x, _, output: add(outputs, x, output))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
         for ids_BT in batches:
-            model.base_model(input_ids=ids_BT, use_cache=False, output_attentions=True)
+            model.base_model(input_ids=ids_BT, use_cache=False)
     several = math.log(_nulls(model))
-    means = []
-    for _, of_layer in sorted(found.items()):
-        logits, outputs = (torch.stack(parts).mean(0) for parts in zip(*of_layer, strict=True))
-        means.append((logits - several, outputs))
-    return means
+    results = []
+    for index in sorted(logits):
+        logit_H, output_D, without_D = (
+            torch.stack(found[index]).mean(0) for found in (logits, outputs, without)
+        )
+        results.append((logit_H - several, output_D - without_D))
+    return results
 
 
 def _nulls(model: PreTrainedModel) -> int:

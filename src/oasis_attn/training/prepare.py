@@ -23,7 +23,7 @@ from oasis_attn.data import (
 )
 from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model
-from oasis_attn.hub.model_info import check_savable
+from oasis_attn.hub.model_info import check_lengths, check_savable
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.modeling.hf_compat import parse_flag_from_env
@@ -93,12 +93,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         )
     model, tokenizer = _start(config, corpus)
     check_savable(model)
-    most = model.config.max_position_embeddings
-    if config.block_length > most:
-        raise UserError(
-            f"block_length: {config.block_length} is more than the {most} positions of "
-            f"{str(config.from_model or config.size)!r}"
-        )
+    check_lengths(model, [config.block_length], "block_length")
     teacher = _teacher(config, model, tokenizer)
     identity = config.to_dict() | {
         "processes": processes,
@@ -113,7 +108,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         )
     if tokenizer.eos_token_id is None:
         raise UserError("tokenizer: it has no end-of-text token, which separates documents")
-    vocab_size = model.config.vocab_size
+    vocab_size = _vocab_size(model)
     blocks = token_blocks(corpus, tokenizer, config.block_length, vocab_size=vocab_size)
     callbacks: list[TrainerCallback] = []
     if config.anneal_null:
@@ -123,6 +118,11 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
     if shrinking is not None:
         shrinking.freeze()
         callbacks.append(shrinking)
+    if not any(trained(model)):
+        raise UserError(
+            f"trainable: {list(config.trainable or ())} are keys and values of nulls, which"
+            " null_to_logit shrinks and does not train"
+        )
     check_groups_trained(model, config.learning_rates)
 
     windows = read_windows(
@@ -221,18 +221,18 @@ def _teacher(
         return None
     teacher, own = load_model(config.distill_from, trust_remote_code=config.trust_remote_code)
     same = tokenizer_sha256(own) == tokenizer_sha256(tokenizer)
-    if not same or teacher.config.vocab_size != model.config.vocab_size:
+    if not same or _vocab_size(teacher) != _vocab_size(model):
         raise UserError(
             f"distill_from: {str(config.distill_from)!r} has another tokenizer or vocabulary size"
             " than the model to train"
         )
-    if config.block_length > teacher.config.max_position_embeddings:
-        raise UserError(
-            f"distill_from: {str(config.distill_from)!r} has"
-            f" {teacher.config.max_position_embeddings} positions, fewer than block_length:"
-            f" {config.block_length}"
-        )
+    check_lengths(teacher, [config.block_length], "block_length with distill_from")
     return teacher.requires_grad_(False)
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return size
 
 
 def _adapted(config: TrainingConfig, model: PreTrainedModel) -> LoraModel | None:

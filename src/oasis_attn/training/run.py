@@ -94,6 +94,8 @@ def train(
             * processes.num_processes,
             show=progress and processes.is_main_process,
         )
+        if processes.is_main_process and begun is None:
+            stack.enter_context(_removed_if_refused(out, meter))
         with meter:
             trainer = OasisTrainer(
                 model=prepared.model,
@@ -143,6 +145,20 @@ def _begun(out: Path, *, resume: bool) -> dict[str, Any] | None:
         raise UserError(
             f"resume: {shown(str(out))} contains no run to resume ({reason(error)})"
         ) from error
+
+
+@contextmanager
+def _removed_if_refused(out: Path, meter: Meter) -> Iterator[None]:
+    """Context that removes the folder of a run if an error comes before the end of its first step.
+
+    `prepare` does not check what the Trainer and the callbacks refuse.
+    """
+    try:
+        yield
+    except UserError:
+        if not meter.tokens:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 @contextmanager
