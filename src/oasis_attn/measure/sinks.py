@@ -20,6 +20,7 @@ from oasis_attn.records import Metric
 
 RATE_LENGTH = 64  # T of the sink rate in Gu et al. 2024 (arXiv 2410.10781)
 RATE_THRESHOLDS = (0.3, 0.2)
+IDLE = 0.5  # an idle head gives more than this to the first position and the null
 
 
 def value_images(value_BHd: Tensor, out_projection: nn.Module) -> Tensor:
@@ -133,18 +134,27 @@ class Sinks:
         metrics = [mean_metric(name, values.flatten(1).mean(1)) for name, values in means.items()]
         mass_NLH = self._stack("mass")
         largest = float(mass_NLH.mean(0).max())
-        return [*metrics, Metric(name="sink.max_mass", value=largest, n=len(mass_NLH))]
+        return [
+            *metrics,
+            Metric(name="sink.max_mass", value=largest, n=len(mass_NLH)),
+            Metric(name="sink.idle_heads", value=float(len(self._idle())), n=len(mass_NLH)),
+        ]
 
     def tables(self) -> dict[str, Any]:
-        """`sink.mass` [L][H], `sink.value_weighted` [L], and, if attention has a null option,
-        `null.mass` [L][H]."""
+        """`sink.mass` [L][H], `sink.value_weighted` [L], `sink.idle_heads` (the layer and the index
+        of each), and, if attention has a null option, `null.mass` [L][H]."""
         tables = {
             "sink.mass": self._stack("mass").mean(0).tolist(),
             "sink.value_weighted": self._stack("value_weighted").mean(0).tolist(),
+            "sink.idle_heads": self._idle(),
         }
         if self._has_null:
             tables["null.mass"] = self._stack("null").mean(0).tolist()
         return tables
+
+    def _idle(self) -> list[list[int]]:
+        idle_LH = (self._stack("mass") + self._stack("null")).mean(0) > IDLE
+        return idle_LH.nonzero().tolist()  # type: ignore[no-any-return]
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from oasis_attn.errors import UserError, shown
 from oasis_attn.metrics.attention_only import ATTENTION_ONLY
 from oasis_attn.metrics.benchmarks import BENCHMARKS
 from oasis_attn.metrics.definition import Definition
-from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, SINKS
+from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, RANGES, SINKS
 from oasis_attn.metrics.lab import LAB
 from oasis_attn.metrics.runs import (
     CONVERSION,
@@ -30,6 +30,7 @@ __all__ = ["GLOSSARY", "SECTIONS", "Definition", "definitions"]
 SECTIONS: dict[str, tuple[Definition, ...]] = {
     "Language modeling": LANGUAGE,
     "Outliers": OUTLIERS,
+    "Ranges of 8 bits": RANGES,
     "Attention sinks and the null": SINKS,
     "Depth routing": DEPTH,
     "Joint distribution over depth and positions": JOINT,

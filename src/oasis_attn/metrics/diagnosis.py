@@ -9,6 +9,10 @@ _TENSORS = (
     "`diagnose`: the tensors are the outputs of each layer, its MLP, its attention output "
     "projection and its norms, and of the final norm; one value per window and tensor"
 )
+_RANGES = (
+    "`diagnose`: the tensors of `outlier.max_inf_norm`; the table `range.noise` has each of them; "
+    "mean over tensors, then over windows, n windows"
+)
 _HEADS = "`diagnose`: mean over layers and heads, then over windows, n windows"
 _ROUTERS = "`diagnose`: depth routers with at least two sources; mean over routers, then windows"
 _JOINT = (
@@ -130,6 +134,45 @@ OUTLIERS = (
     ),
 )
 
+RANGES = (
+    Definition(
+        name="range.noise_static",
+        definition="(r / 255)^2 / (12 s): mean square of the rounding errors of one 8-bit range "
+        "for a tensor, over the mean square s of the median token; r is the range of all tokens of "
+        "a window.  At 1, the values of the median token are lost.  It is 0 if they are all 0",
+        unit="1",
+        better="lower",
+        protocol=_RANGES,
+    ),
+    Definition(
+        name="range.noise_static_rest",
+        definition="`range.noise_static`, where r is the range of the tokens that are not outlier "
+        "tokens (`range.outlier_tokens`)",
+        unit="1",
+        better="lower",
+        protocol=_RANGES,
+    ),
+    Definition(
+        name="range.noise_dynamic",
+        definition="(r_t / 255)^2 / (12 s_t), median over tokens t: the same noise of one 8-bit "
+        "range for each token, where r_t and s_t are of the token itself",
+        unit="1",
+        better="lower",
+        protocol=_RANGES,
+    ),
+    Definition(
+        name="range.outlier_tokens",
+        definition="number of outlier tokens in a window: tokens whose max |x| exceeds 64 times "
+        "that of the median token of the window, in the output of a layer",
+        unit="tokens",
+        better="lower",
+        protocol=f"{_WINDOWS}.  The table of this name lists the ten worst with position, ratio "
+        "and layers",
+        source="arXiv 2410.05265 (PrefixQuant), section 4.1, for the threshold 64; this library "
+        "for the tensors",
+    ),
+)
+
 SINKS = (
     Definition(
         name="sink.mass",
@@ -146,6 +189,22 @@ SINKS = (
         better="lower",
         protocol="`diagnose`: mean over windows for each head, then maximum over layers and heads; "
         "n windows",
+    ),
+    Definition(
+        name="sink.idle_heads",
+        definition="number of idle heads: heads whose `sink.mass` plus `null.mass` is above 0.5",
+        unit="heads",
+        protocol="`diagnose`: mean over windows for each head, then the number over all layers",
+    ),
+    Definition(
+        name="sink.silent_heads",
+        definition="number of silent heads.  A head writes its part of the attention output, after "
+        "any gate, times the output projection without bias.  It is silent if the root mean square "
+        "over tokens of the norm of what it writes is at most a tenth of that of all heads of its "
+        "layer",
+        unit="heads",
+        protocol="`diagnose`: over at most 16 evenly spaced tokens of each window.  The table "
+        "`head.output` has this norm for each head",
     ),
     Definition(
         name="sink.mass_renormalized",

@@ -165,6 +165,23 @@ def sink_table(record: DiagnosisRecord) -> Table:
     )
 
 
+def head_table(record: DiagnosisRecord) -> Table:
+    """The idle and the silent heads of each layer that has some; see `sink.idle_heads`."""
+    heads: dict[int, tuple[list[int], list[int]]] = {}
+    for column, name in enumerate(("sink.idle_heads", "sink.silent_heads")):
+        for layer, head in record.tables[name]:
+            heads.setdefault(layer, ([], []))[column].append(head)
+    return Table(
+        title="Heads by layer",
+        columns=("layer", "idle heads", "silent heads"),
+        rows=tuple(
+            (str(layer), *(ranges(each) or ABSENT for each in columns))
+            for layer, columns in sorted(heads.items())
+        ),
+        text_columns=3,
+    )
+
+
 def token_name(row: Mapping[str, Any]) -> str:
     """The text of the token that a row is about, quoted, or its id."""
     text = repr(row["text"]) if "text" in row else f"id {row['token']}"
