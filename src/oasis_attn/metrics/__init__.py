@@ -18,6 +18,7 @@ from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, RANGES, SINKS
 from oasis_attn.metrics.lab import LAB
 from oasis_attn.metrics.runs import (
     CONVERSION,
+    DOCTOR,
     LANGUAGE,
     QUANTIZATION,
     STUDY_QUANTIZED,
@@ -37,6 +38,7 @@ SECTIONS: dict[str, tuple[Definition, ...]] = {
     "Tasks": TASKS,
     "Training and studies": TRAINING,
     "Quantization and prefixes": QUANTIZATION,
+    "Tries of the doctor": DOCTOR,
     "Conversion with a null from the sink": CONVERSION,
     "Quantized models in a study": STUDY_QUANTIZED,
     "Decoders on generated tasks": LAB,

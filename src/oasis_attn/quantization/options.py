@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oasis_attn.errors import UserError, check_choice, check_seed, check_whole
+from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed, check_whole
 from oasis_attn.quantization.schemes import Scheme
 
 PREFIX_METHODS = ("greedy", "frequency")
@@ -40,6 +40,14 @@ def check_quantization(
     check_seed("seed", seed)
     if not simulate:
         check_has_kernels(scheme)
+
+
+def check_doctor(*, tolerance: float, window: int, windows: int, seed: int) -> None:
+    """Raise `UserError` for an option that `doctor` cannot use with any model."""
+    check_at_least("tolerance", tolerance, 0)
+    check_whole("window", window, 2)
+    check_whole("windows", windows, 1)
+    check_seed("seed", seed)
 
 
 def check_prefix(

@@ -27,7 +27,7 @@ import math
 from dataclasses import dataclass
 
 from oasis_attn.records import DiagnosisRecord
-from oasis_attn.report.tables import number, ranges, token_name
+from oasis_attn.report.tables import number, percent, ranges, token_name
 
 BREAKS = 0.1
 """The largest noise of a range that does not break a model."""
@@ -85,7 +85,7 @@ def _carriers(record: DiagnosisRecord) -> str:
 
 
 def _about_ranges(noise: Noise) -> list[str]:
-    static, rest, dynamic = (_percent(value) for value in vars(noise).values())
+    static, rest, dynamic = (percent(value) for value in vars(noise).values())
     error = f"their rounding error is {static} of the power of a median token"
     if not noise.breaks["static"]:
         holds = f"Static per-tensor ranges of 8 bits will hold: {error}"
@@ -111,11 +111,6 @@ def _about_heads(record: DiagnosisRecord) -> list[str]:
         f"Idle heads: {idle} of {heads}; more than half of their attention goes to {to}.",
         f"Silent heads: {silent} of {heads}; they write less than a tenth of what others do.",
     ]
-
-
-def _percent(share: float) -> str:
-    """A share as a percentage, with two significant digits below 10 %."""
-    return f"{100 * share:,.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
 
 
 def _capital(text: str) -> str:

@@ -47,6 +47,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def percent(share: float) -> str:
+    """A share as a percentage, with two significant digits below 10 %."""
+    return f"{100 * share:.2g} %" if abs(share) < 0.0995 else f"{100 * share:,.0f} %"
+
+
 def caveat(metric: str, record: Record) -> str:
     """A warning after the kurtosis of the literature, such as ` (1 silent, 2 understated)`.
 
