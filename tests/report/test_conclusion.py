@@ -62,8 +62,8 @@ BREAKS = (
                 ONE,
                 BREAKS,
                 (
-                    "Dynamic per-token ranges (0.051 %) or a prefix (1.2 % without these tokens)"
-                    " will not."
+                    "Dynamic per-token ranges (0.051 %) or a prefix that takes over from the"
+                    " outlier tokens (1.2 %) will not."
                 ),
             ],
         ),
@@ -72,7 +72,7 @@ BREAKS = (
             [
                 BREAKS,
                 "Dynamic per-token ranges (1 %) will not.",
-                "A prefix (50 % without these tokens) will break too.",
+                "A prefix that takes over from the outlier tokens (50 %) will break too.",
             ],
         ),
         (
@@ -80,7 +80,7 @@ BREAKS = (
             [
                 ONE,
                 BREAKS,
-                "A prefix (5 % without these tokens) will not.",
+                "A prefix that takes over from the outlier tokens (5 %) will not.",
                 "Dynamic per-token ranges (50 %) will break too.",
             ],
         ),
@@ -89,8 +89,8 @@ BREAKS = (
             [
                 BREAKS,
                 (
-                    "Dynamic per-token ranges (50 %) and a prefix (50 % without these tokens) will"
-                    " break too."
+                    "Dynamic per-token ranges (50 %) and a prefix that takes over from the outlier"
+                    " tokens (50 %) will break too."
                 ),
                 "Channels carry the outliers: try SmoothQuant or a rotation.",
             ],

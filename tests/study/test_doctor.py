@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from oasis_attn.cli import main
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.remedies import REMEDIES
-from oasis_attn.quantization.schemes import get_scheme
 from oasis_attn.records import DoctorRecord, Record
 from oasis_attn.report import conclusion
 from oasis_attn.report.remedies import doctor_conclusion, doctor_table, ranked
@@ -123,7 +122,7 @@ def test_the_first_good_remedy_ends_the_visit() -> None:
     said = doctor_conclusion(result.diagnosis, record, NAMES)
     assert said[1].startswith("mlp.down_proj alone causes ")
     assert said[2].startswith("Within the limit: dynamic ranges (")
-    assert said[-1].startswith("Not tried: SmoothQuant, a prefix, a rotation, GPTQ.")
+    assert said[-1].startswith("Not tried: a rotation, SmoothQuant, a prefix, GPTQ.")
     assert [row[0] for row in doctor_table(record).rows] == ["full precision", "dynamic", "plain"]
     (step,) = steps(record, Path("q"), TEXT)
     assert "--scheme w8a8-dynamic --calibration" in step.line
@@ -149,7 +148,7 @@ def test_a_second_run_measures_only_what_is_missing(monkeypatch) -> None:
     assert names(DoctorRecord.load("out/record.json")) == ["plain", "dynamic"]
     result = doctor("model", "out", **TEXT, try_all=True, tolerance=0.5,
                     progress=lambda step, *_: done.append(step.partition(";")[0]))  # fmt: skip
-    singles = ["dynamic", "prefix", "smoothquant", "rotation", "gptq"]
+    singles = ["dynamic", "prefix", "rotation", "smoothquant", "gptq"]
     assert names(result.record)[:6] == ["plain", *singles]
     assert done[2:6] == [f"trying {name}" for name in singles[1:]]
     assert result.record.tries[:2] == first.record.tries
@@ -175,17 +174,6 @@ def test_results_of_another_run_are_refused(changes, what) -> None:
 def test_a_folder_with_other_files_is_refused() -> None:
     with pytest.raises(UserError, match="out: 'model' exists"):
         doctor("model", "model", **TEXT)
-
-
-@pytest.mark.usefixtures("ill")
-def test_what_helps_is_combined_if_nothing_is_good() -> None:
-    scheme = get_scheme("w8a8-static-linear").with_options({"weight.bits": 3, "activation.bits": 4})
-    record = doctor("model", "out", scheme=scheme, tolerance=0.0, **TEXT).record
-    assert [part for part in names(record)[-1].split("+") if part in NAMES][1:]
-    best, *_ = ranked(record)
-    found = {x.name: record.metric("doctor.increase", x.name).value for x in ranked(record)}
-    assert found[best.name] == min(found.values())
-    assert found[names(record)[-1]] < found["plain"]
 
 
 def with_a_massive_position() -> PreTrainedModel:
@@ -222,7 +210,7 @@ def test_the_commands_give_the_measured_perplexity(
     monkeypatch.chdir(tmp_path)
     save(model(), tmp_path)
     arguments = TEXT | {"evaluation_split": "train"}
-    record = doctor("model", "out", scheme=scheme, tolerance=0.5, try_all=True, **arguments).record
+    record = doctor("model", "out", scheme=scheme, tolerance=2.0, try_all=True, **arguments).record
     first = ranked(record)[0]
     assert best in first.name.split("+")
     found = steps(record, Path("q"), arguments)
@@ -238,6 +226,32 @@ def test_the_commands_give_the_measured_perplexity(
     assert applied.metric("perplexity.windowed", "after").value == pytest.approx(expected, rel=1e-6)
     assert applied.scheme == first.scheme | {"name": applied.scheme["name"]}
     assert applied.prefix == first.prefix
+
+
+@pytest.mark.usefixtures("healthy")
+def test_the_commands_of_the_docs(monkeypatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    commands = [line for line in page.splitlines() if line.startswith("oasis doctor ")]
+    assert len(commands) == 2
+    words = ["--calibration", "text", "--window", str(WINDOW), "--windows", str(WINDOWS)]
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command.replace("smollm2", "model")) + words)
+        assert main() == 0
+    assert Record.load("quantized/record.json").kind == "quantization"
+
+
+def test_what_helps_is_combined_if_nothing_is_good(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(with_a_massive_position(), tmp_path)
+    record = doctor("model", "out", tolerance=0.0, try_all=True, **TEXT).record
+    plain, *singles, together = (each for each in record.tries if not each.problem)
+    found = {x.name: record.metric("doctor.increase", x.name).value for x in (plain, *singles)}
+    helped = sorted((x for x in found if found[x] < found["plain"]), key=lambda x: found[x])
+    assert {"smoothquant", "rotation", "prefix"} < set(helped)
+    # The two exclude each other, so that the better one is taken.
+    helped.remove(max("smoothquant", "rotation", key=lambda x: found[x]))
+    assert together.name == "+".join(helped)
+    assert together.prefix == next(x.prefix for x in singles if x.name == "prefix")
 
 
 @pytest.mark.usefixtures("healthy")

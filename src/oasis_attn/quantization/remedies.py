@@ -61,10 +61,10 @@ def _prefix(scheme: Scheme) -> Options:
 
 
 REMEDIES = (
-    Remedy(name="dynamic", options=_dynamic, effort=2),
-    Remedy(name="smoothquant", options=lambda _: {"smooth_alpha": 0.8}, effort=4),
-    Remedy(name="prefix", options=_prefix, prefix=True, effort=9),
-    Remedy(name="rotation", options=lambda _: {"rotation": "hadamard"}, effort=5),
+    Remedy(name="dynamic", options=_dynamic, effort=1),
+    Remedy(name="rotation", options=lambda _: {"rotation": "hadamard"}, effort=2),
+    Remedy(name="smoothquant", options=lambda _: {"smooth_alpha": 0.8}, effort=2.5),
+    Remedy(name="prefix", options=_prefix, prefix=True, effort=6),
     Remedy(name="gptq", options=lambda _: {"rounding": "gptq"}, effort=20),
 )
 """The remedies, the fastest ones first."""

@@ -92,7 +92,7 @@ def _about_ranges(noise: Noise) -> list[str]:
         return ["There is nothing to cure.", f"{holds} (dynamic per-token ranges: {dynamic})."]
     cures = {
         f"dynamic per-token ranges ({dynamic})": noise.breaks["dynamic"],
-        f"a prefix ({rest} without these tokens)": noise.breaks["rest"],
+        f"a prefix that takes over from the outlier tokens ({rest})": noise.breaks["rest"],
     }
     held = " or ".join(cure for cure, breaks in cures.items() if not breaks)
     broken = " and ".join(cure for cure, breaks in cures.items() if breaks)

@@ -50,7 +50,7 @@ from oasis_attn.report.remedies import PLAIN, increase, is_good
 DIAGNOSIS, RECORD = "diagnosis.json", "record.json"
 LENGTH = 4  # at most so many tokens in a prefix, as by default in `oasis prefix`
 SHARE = 4  # one of so many windows is read for the sensitivity
-_DIAGNOSIS, _PLAIN, _SENSITIVITY = 2, 3, 6
+_DIAGNOSIS, _PLAIN, _SENSITIVITY = 1.5, 2, 4
 """Efforts, as those of `Remedy`."""
 _SAME = {
     "sha256": "model",
