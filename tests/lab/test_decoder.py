@@ -10,8 +10,10 @@ import torch
 from oasis_attn.data.trigger import trigger_task
 from oasis_attn.errors import UserError
 from oasis_attn.lab import DecoderTraining, decoder_backbone, predict, train_decoder
+from oasis_attn.lab.decoder import new_decoder
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
+from oasis_attn.training.parameters import group_of
 
 TASK = trigger_task("trigger-every-8")
 SHORT = DecoderTraining(steps=6, batch_size=4, warmup_steps=2)
@@ -75,6 +77,26 @@ def test_a_saved_decoder_computes_the_same(tmp_path):
     assert torch.equal(predict(loaded, x_BTN), predict(trained.model, x_BTN))
 
 
+def test_a_group_has_its_own_rate():
+    settings = settings_of("kv_null") | {"null_logit": 2.0}
+
+    def state(**rates):
+        training = replace(SHORT, learning_rates=rates)
+        return train_decoder("lab-1", settings, TASK, training, seed=0).model.state_dict()
+
+    default, same, still = state(), state(null=SHORT.learning_rate), state(null=0.0)
+    assert all(torch.equal(value, same[name]) for name, value in default.items())
+    untrained = new_decoder("lab-1", settings, TASK, seed=0).state_dict()
+    unchanged = {name for name, value in still.items() if torch.equal(value, untrained[name])}
+    assert unchanged == {name for name in still if group_of(name) == "null"}
+
+
+def test_a_group_without_parameters_is_refused():
+    training = replace(SHORT, learning_rates={"null": 0.1})
+    with pytest.raises(UserError, match=r"no parameter of the group 'null' is trained"):
+        train_decoder("lab-1", settings_of("vanilla"), TASK, training, seed=0)
+
+
 def test_the_rate_warms_up_and_decays_to_a_tenth():
     training = DecoderTraining(steps=100, warmup_steps=10)
     rates = [training.rate(step) for step in range(101)]
@@ -90,6 +112,9 @@ def test_the_rate_warms_up_and_decays_to_a_tenth():
         ({"steps": 0}, "steps: 0"),
         ({"batch_size": 0}, "batch_size: 0"),
         ({"learning_rate": -1.0}, "learning_rate: -1.0"),
+        ({"learning_rates": {"nulls": 0.1}}, "learning_rates: 'nulls'"),
+        ({"learning_rates": {None: 0.1}}, "None is not a group; in YAML, quote the group"),
+        ({"learning_rates": {"null": -0.1}}, "learning_rates"),
         ({"warmup_steps": -1}, "warmup_steps: -1"),
         ({"rotary": 1}, "rotary: 1"),
     ],

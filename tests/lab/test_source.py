@@ -13,7 +13,7 @@ from oasis_attn.ops.normalizers import TOKEN_NORMALIZERS
 
 TASK = TriggerTask()
 CLIPPED = {"name": "clipped_softmax", "gamma": -0.03}
-OTHERS = {CLIPPED["name"], "value_null", "key_value_null"}
+OTHERS = {CLIPPED["name"], "value_null", "key_null", "key_value_null"}
 NORMALIZERS = ["relu", CLIPPED, {"name": "softmax1"}, *sorted(set(TOKEN_NORMALIZERS) - OTHERS)]
 
 

@@ -13,7 +13,7 @@ from oasis_attn.modeling.variants import settings_of
 from tiny_models import tiny_config, tiny_model
 
 SEVERAL = {"name": "key_value_null", "nulls": 3}
-FORMS = ["value_null", "key_value_null", SEVERAL]
+FORMS = ["value_null", "key_null", "key_value_null", SEVERAL]
 NAMES = ("null_logit", "null_key", "null_value")
 
 
@@ -34,6 +34,7 @@ def test_parameters(form, tmp_path, ids):
     for layer in model.model.layers:
         assert layer.null_logit.eq(2).all()
         assert (layer.null_key is None) is (form == "value_null")
+        assert (layer.null_value is None) is (form == "key_null")
         for parameter in (layer.null_key, layer.null_value):
             if parameter is not None:
                 assert parameter.shape == (4, M, 8)
@@ -49,9 +50,12 @@ def test_parameters(form, tmp_path, ids):
 @torch.no_grad()
 def test_a_form_contains_the_simpler_ones(ids):
     """A null without a value is a learned sink, and one with a zero key has one logit a head."""
-    models = [of(form) for form in ("learned_sink", "value_null", "key_value_null")]
-    sink, value, key = models
-    for simple, general, zero in ((sink, value, "null_value"), (value, key, "null_key")):
+    forms = ("learned_sink", "value_null", "key_null", "key_value_null")
+    sink, value, key, both = map(of, forms)
+    for simple, general, zero in (
+        (sink, value, "null_value"), (sink, key, "null_key"),
+        (value, both, "null_key"), (key, both, "null_value"),
+    ):  # fmt: skip
         general.load_state_dict(simple.state_dict(), strict=False)
         for name, parameter in general.named_parameters():
             if name.endswith(zero):
@@ -151,7 +155,8 @@ def test_conversion_there_and_back(form, variant, ids):
     again = convert(native, variant, token_normalizer=form)
     assert all(map(torch.equal, ours.state_dict().values(), again.state_dict().values()))
     assert torch.equal(to_vanilla(ours)(ids).logits, native(ids).logits)
-    ours.model.layers[1].null_value.fill_(7.0)  # without effect while the null is off
+    if form != "key_null":
+        ours.model.layers[1].null_value.fill_(7.0)  # without effect while the null is off
     assert torch.equal(to_vanilla(ours)(ids).logits, native(ids).logits)
     if form != "value_null":
         ours.model.layers[2].null_key[1] = -3.0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 
 import pytest
 
 import lab_page
 import publish
+from oasis_attn.study.criteria import NOT_MET, check_criteria, fails_none
 from oasis_attn.study.results import Results
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.study_report import tables_text
@@ -77,6 +78,67 @@ def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
     four = "task.error@w4a4"
     assert mean(four, "softmax1_c8") > mean(four, "vanilla")
     assert mean(four, "strong") > mean(four, "oasis")
+
+
+def test_what_the_page_says_of_growth_with_depth() -> None:
+    results = lab_page.published("necessity-depth")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def slope(name: str, variant: str) -> float:
+        return fmean(results.slopes(known[name], variant).values())
+
+    largest, ratio = "outlier.max_inf_norm", "task.error_ratio@w8a8-static-full"
+    assert 0.45 < slope(largest, "vanilla") < 0.65
+    assert 0.75 < slope(ratio, "vanilla") < 1
+    assert abs(slope(largest, "softmax1_c8")) < 0.1
+    assert 0.4 < slope(ratio, "softmax1_c8") / slope(ratio, "vanilla") < 0.6
+    for variant in ("attn_residual", "oasis", "strong"):
+        assert slope(largest, variant) < 0.1
+        assert slope(ratio, variant) < 0.15
+    for variant in results.plan.variants:
+        assert slope("outlier.mean_pearson_kurtosis", variant) < 0.15
+
+
+def test_what_the_page_says_of_stronger_signals() -> None:
+    results = lab_page.published("necessity-win")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+    sink, error, kurtosis = "sink.idle_largest", "task.error", "outlier.mean_pearson_kurtosis"
+    eight, four, ratio = (
+        "task.error@w8a8-static-full", "task.error@w4a4", "task.error_ratio@w8a8-static-full",
+    )  # fmt: skip
+
+    def values(name: str, variant: str) -> list[float]:
+        return list(results.values(known[name], variant).values())
+
+    def change(name: str, variant: str, baseline: str) -> float:
+        return geometric_mean(values(name, variant)) / geometric_mean(values(name, baseline)) - 1
+
+    assert not fails_none(results)
+    nearest = check_criteria(results, "strong_signal_off")
+    missed = [each.text for each in nearest if each.outcome == NOT_MET]
+    assert missed
+    assert all("w4a4" in text for text in missed)
+    assert 1.5 < change(four, "strong_signal_off", "gated_attention") < 2.5
+    assert -0.6 < change(ratio, "unit_signal_off", "strong_signal_off") < -0.45
+    assert change(four, "unit_signal_off", "sum_unit") < -0.4
+    for variant in ("unit", "unit_beta"):
+        assert abs(change(eight, variant, "unit_signal_off")) < 0.05
+        assert abs(change(kurtosis, variant, "unit_signal_off")) < 0.05
+    assert change(kurtosis, "silence_mlp", "unit_signal_off") < -0.6
+    assert change(four, "silence_mlp", "unit_signal_off") < -0.6
+    assert 0.4 < change(error, "silence_mlp", "unit_signal_off") < 0.45
+    assert abs(change(kurtosis, "silence_mlp", "silence_mlp_shuffled")) < 0.15
+    assert abs(change(four, "silence_mlp", "silence_mlp_shuffled")) < 0.15
+    assert round(change(error, "rms_silence", "rms_signal_off"), 2) == -0.29
+    assert max(values(sink, "rms_silence")) > 0.5
+    assert [round(extreme(values(ratio, "rms_silence"))) for extreme in (min, max)] == [2, 76]
+    silenced, without = (
+        values(sink, f"rms_{each}") for each in ("silence_attention", "signal_off")
+    )
+    assert all(a < b for a, b in zip(silenced, without, strict=True))
+    assert -0.8 < change(ratio, "rms_silence_attention", "rms_signal_off") < -0.7
 
 
 def test_the_example_of_claims_and_criteria_is_valid() -> None:

@@ -12,19 +12,26 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, SmolLM3Config
 
 from oasis_attn.data.trigger import TriggerTask
 from oasis_attn.errors import check_at_least, check_choice, check_flag, check_whole
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
-from oasis_attn.training.parameters import check_patterns, train_only, trained
+from oasis_attn.training.parameters import (
+    check_groups_trained,
+    check_learning_rates,
+    check_patterns,
+    group_of,
+    train_only,
+    trained,
+)
 
 LAB_SIZES: Mapping[str, int] = MappingProxyType({f"lab-{n}": n for n in (1, 2, 4, 8, 16)})
 """Sizes of decoders by name: number of layers.  All have width 64 and 2 heads."""
@@ -41,6 +48,7 @@ class DecoderTraining:
         steps: number of optimizer steps.
         batch_size: sequences per step.
         learning_rate: peak learning rate; linear warm-up, then cosine decay to a tenth of it.
+        learning_rates: peak learning rates of parameter groups; see `training.parameters.GROUPS`.
         warmup_steps: steps of the warm-up.
         rotary: whether attention has rotary position embeddings; without them, only the causal mask
             tells positions apart.
@@ -54,6 +62,7 @@ class DecoderTraining:
     steps: int = 1500
     batch_size: int = 32
     learning_rate: float = 3e-3
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
     warmup_steps: int = 100
     rotary: bool = False
     trainable: Sequence[str] = ()
@@ -62,6 +71,7 @@ class DecoderTraining:
         check_whole("steps", self.steps, 1)
         check_whole("batch_size", self.batch_size, 1)
         check_at_least("learning_rate", self.learning_rate, 0)
+        check_learning_rates(self.learning_rates)
         check_whole("warmup_steps", self.warmup_steps, 0)
         check_flag("rotary", self.rotary)
         check_patterns(self.trainable)
@@ -168,8 +178,8 @@ def train_decoder(
         seed: sets the initial weights and the sequences; the sequences are equal for all settings.
 
     Raises:
-        UserError: an unknown size, settings that are not allowed, or a pattern of `trainable` that
-            matches no parameter.
+        UserError: an unknown size, settings that are not allowed, a pattern of `trainable` that
+            matches no parameter, or a group of `learning_rates` of which none is trained.
     """
     model = new_decoder(size, settings, task, seed=seed, rotary=training.rotary)
     return continue_training(model, task, training, seed=seed)
@@ -180,11 +190,17 @@ def continue_training(
 ) -> TrainedDecoder:
     """As `train_decoder`, from the weights of `model`, which is changed in place."""
     train_only(model.train(), training.trainable)
+    check_groups_trained(model, training.learning_rates)
     data = torch.Generator().manual_seed(seed)
     parameters = [parameter for _, parameter in trained(model)]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained(model):
+        rate = training.learning_rates.get(group_of(name), training.learning_rate)
+        groups.setdefault(rate, []).append(parameter)
     optimizer = torch.optim.AdamW(
-        parameters, training.learning_rate, betas=_BETAS, weight_decay=0.0, fused=True
-    )
+        [{"params": group, "lr": rate} for rate, group in groups.items()],
+        betas=_BETAS, weight_decay=0.0, fused=True,
+    )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.rate)
     digest, every = hashlib.sha256(), max(1, training.steps // _LOGGED)
     losses: list[dict[str, float]] = []

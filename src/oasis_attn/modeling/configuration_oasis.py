@@ -68,8 +68,8 @@ class OasisConfig(PreTrainedConfig):
             `length` in place of gamma = -alpha / length.  `length` is that of the training
             sequences; by default, the `max_position_embeddings` of `text_config`.
         null_logit: c of `softmax1`, and the initial value of the learned c of `learned_sink`,
-            `value_null` and `key_value_null`.  0 is Softmax1 and the start in gpt-oss; -inf
-            switches the null of `softmax1` off.
+            `value_null`, `key_null` and `key_value_null`.  0 is Softmax1 and the start in gpt-oss;
+            -inf switches the null of `softmax1` off.
             `log_context` is log(n) plus a margin, with n the `max_position_embeddings` of
             `text_config`; `{"name": "log_context", "length": n}` states another n.  It is replaced
             by the number when the config is created, so that config.json contains the number and a

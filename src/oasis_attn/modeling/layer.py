@@ -24,7 +24,7 @@ from oasis_attn.modeling.extensions import BranchNorm, NullSignal, null_evidence
 from oasis_attn.modeling.families import Family, check_fits
 from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.modeling.official import OfficialRouter
-from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT, LEARNED_NULL_VALUE
+from oasis_attn.ops.normalizers import LEARNED_NULL_KEY, LEARNED_NULL_LOGIT, LEARNED_NULL_VALUE
 
 OUTPUT_BIAS = "attention_output_bias"
 """In `text_config`: add a bias to the output projection of attention, in a family without one.
@@ -71,7 +71,7 @@ class RoutedLayer(Attached):
             self.null_logit = nn.Parameter(torch.empty(heads))
         if name in LEARNED_NULL_VALUE:
             self.null_value = nn.Parameter(torch.empty(heads, nulls, width))
-        if name == "key_value_null":
+        if name in LEARNED_NULL_KEY:
             key_width = getattr(attention, "qk_head_dim", None) or usual
             self.null_key = nn.Parameter(torch.empty(heads, nulls, key_width))
         self.reset_null()

@@ -41,6 +41,7 @@ OWN_NAMES = {
         "softmax1",
         "learned_sink",
         "value_null",
+        "key_null",
         "key_value_null",
         "clipped_softmax",
         "softpick",

@@ -8,8 +8,10 @@ without this subtraction, so that small values stay accurate.
     softmax1         a null logit c in the denominator; Miller 2023, OutEffHop arXiv 2404.03828
     learned_sink     softmax1 with a learned c per head; gpt-oss, arXiv 2508.10925
     value_null       learned_sink with a learned value per head, which the null adds to the output
-    key_value_null   value_null with a learned key per head, so that c depends on the query: the
-                     attention bias of Sun et al. 2024, arXiv 2402.17762; `nulls` of them, default 1
+    key_null         learned_sink with a learned key per head, so that c depends on the query;
+                     `nulls` of them, default 1
+    key_value_null   key_null with a learned value for each key: the attention bias of Sun et al.
+                     2024, arXiv 2402.17762
     clipped_softmax  clip((1 - gamma) softmax + gamma, 0, 1), gamma < 0, or gamma = -alpha / length
                      with the length of the training sequences; arXiv 2306.12929 eq. 4 and 4.2
     softpick         relu(e^x - 1) / sum |e^x - 1|; arXiv 2504.20966 eq. 2
@@ -93,7 +95,7 @@ def _softmax1(scores: Tensor, null_logit: float | Tensor) -> tuple[Tensor, Tenso
     return null_softmax(scores, c.masked_fill(fully_masked & (c == -torch.inf), 0))
 
 
-def _key_value_null(
+def _key_null(
     scores: Tensor, null_logit: float | Tensor = 0.0, nulls: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Softmax1: `null_logit` is the log-sum-exp over the logits of the null keys."""
@@ -173,9 +175,11 @@ def _entmax(scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return weights, masked.all(-1).to(scores.dtype)
 
 
+LEARNED_NULL_KEY = ("key_null", "key_value_null")
+"""Normalizers whose null has a learned key."""
 LEARNED_NULL_VALUE = ("value_null", "key_value_null")
 """Normalizers whose null has a learned value."""
-LEARNED_NULL_LOGIT = ("learned_sink", *LEARNED_NULL_VALUE)
+LEARNED_NULL_LOGIT = ("learned_sink", "value_null", *LEARNED_NULL_KEY)
 """Normalizers whose null logit is a parameter."""
 WITH_NULL_LOGIT = ("softmax1", *LEARNED_NULL_LOGIT)
 """Normalizers with a null logit; the fused kernels compute these and softmax."""
@@ -189,7 +193,8 @@ TOKEN_NORMALIZERS = Registry(
         "softmax1": _softmax1,
         "learned_sink": _softmax1,
         "value_null": _softmax1,
-        "key_value_null": _key_value_null,
+        "key_null": _key_null,
+        "key_value_null": _key_null,
         "clipped_softmax": _clipped_softmax,
         "softpick": _softpick,
         "sparsemax": _sparsemax,

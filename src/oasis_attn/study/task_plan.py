@@ -13,7 +13,7 @@ from oasis_attn.errors import UserError, check_choice
 from oasis_attn.lab import LAB_SIZES, DecoderTraining, decoder_backbone
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
-from oasis_attn.training.parameters import train_only
+from oasis_attn.training.parameters import check_groups_trained, train_only
 
 if TYPE_CHECKING:
     from oasis_attn.study.plan import Plan
@@ -35,9 +35,11 @@ def check_decoder(size: str, settings: Mapping[str, Any], training: Mapping[str,
     """Raise `UserError` unless a decoder can have these settings and be trained so."""
     for name in training:
         check_choice("training", name, [field.name for field in fields(DecoderTraining)])
-    patterns = DecoderTraining(**training).trainable
+    given = DecoderTraining(**training)
     backbone = decoder_backbone(size, trigger_task("trigger"))
     config = OasisConfig(text_config=backbone, **settings)
-    if patterns:
+    if given.trainable or given.learning_rates:
         with torch.device("meta"):
-            train_only(OasisForCausalLM(config), patterns)
+            model = OasisForCausalLM(config)
+        train_only(model, given.trainable)
+        check_groups_trained(model, given.learning_rates)

@@ -15,12 +15,11 @@ from oasis_attn.errors import (
     check_flag,
     check_seed,
     check_whole,
-    shown,
 )
 from oasis_attn.hub.model_sizes import check_size, text_config
 from oasis_attn.modeling.settings import check_settings
 from oasis_attn.modeling.variants import settings_of
-from oasis_attn.training.parameters import GROUPS, check_patterns
+from oasis_attn.training.parameters import GROUPS, check_learning_rates, check_patterns
 
 OUTLIER_TENSORS = ("linear_inputs", "layer_outputs")
 SERVICES = {
@@ -165,14 +164,7 @@ class TrainingConfig:
             )
         for name in ("weight_decay", "clip", "outlier_penalty"):
             check_at_least(name, getattr(self, name), 0, _LARGEST)
-        if not isinstance(self.learning_rates, Mapping):
-            raise UserError(
-                f"learning_rates: {shown(self.learning_rates)} is not a mapping from groups to"
-                " learning rates"
-            )
-        for group, rate in self.learning_rates.items():
-            check_choice("learning_rates", group, GROUPS)
-            check_at_least(f"learning_rates[{group!r}]", rate, 0, _LARGEST)
+        check_learning_rates(self.learning_rates, _LARGEST)
         check_at_least("learning_rate", self._rate, 0, _LARGEST)
         for name in ("anneal_null", "null_to_logit"):
             if getattr(self, name) > self.steps:

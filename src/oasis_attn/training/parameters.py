@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from oasis_attn.errors import UserError, shown
+from oasis_attn.errors import UserError, check_at_least, check_choice, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,30 @@ def check_patterns(trainable: object) -> None:
         isinstance(trainable, Sequence) and all(isinstance(name, str) for name in trainable)
     ):
         raise UserError(f"trainable: {shown(trainable)} is not a list of patterns")
+
+
+def check_learning_rates(rates: object, largest: float = math.inf) -> None:
+    """Raise `UserError` unless `rates` is a mapping from groups to learning rates."""
+    if not isinstance(rates, Mapping):
+        raise UserError(
+            f"learning_rates: {shown(rates)} is not a mapping from groups to learning rates"
+        )
+    if None in rates:
+        raise UserError('learning_rates: None is not a group; in YAML, quote the group: "null"')
+    for group, rate in rates.items():
+        check_choice("learning_rates", group, GROUPS)
+        check_at_least(f"learning_rates[{group!r}]", rate, 0, largest)
+
+
+def check_groups_trained(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Raise `UserError` if no parameter of a group in `rates` is trained."""
+    groups = sorted({group_of(name) for name, _ in trained(model)})
+    for group in rates:
+        if group not in groups:
+            raise UserError(
+                f"learning_rates: no parameter of the group {group!r} is trained; the trained"
+                f" groups are {', '.join(groups)}"
+            )
 
 
 def train_only(model: nn.Module, patterns: Sequence[str]) -> None:

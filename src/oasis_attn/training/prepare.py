@@ -35,7 +35,7 @@ from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.lora import adapt
 from oasis_attn.training.model import build_model
 from oasis_attn.training.null_to_logit import NullToLogit, finish
-from oasis_attn.training.parameters import group_of, train_only, trained
+from oasis_attn.training.parameters import check_groups_trained, train_only, trained
 
 if TYPE_CHECKING:
     from peft import LoraModel
@@ -123,13 +123,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
     if shrinking is not None:
         shrinking.freeze()
         callbacks.append(shrinking)
-    groups = sorted({group_of(name) for name, _ in trained(model)})
-    for group in config.learning_rates:
-        if group not in groups:
-            raise UserError(
-                f"learning_rates: no parameter of the group {group!r} is trained; the trained"
-                f" groups are {', '.join(groups)}"
-            )
+    check_groups_trained(model, config.learning_rates)
 
     windows = read_windows(
         held_out,
