@@ -112,7 +112,7 @@ def shortest_name(scheme: Scheme) -> tuple[str, dict[str, Any]]:
         for name, named in schemes().items()
         if (named.activation is None) == (scheme.activation is None)
     ]
-    return min(found, key=lambda each: len(each[1]))
+    return min(found, key=lambda each: (len(each[1]), each[0] != scheme.name))
 
 
 def options_from(before: Scheme, after: Scheme) -> dict[str, Any]:
