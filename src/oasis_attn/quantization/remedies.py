@@ -65,7 +65,7 @@ REMEDIES = (
     Remedy(name="rotation", options=lambda _: {"rotation": "hadamard"}, effort=2),
     Remedy(name="smoothquant", options=lambda _: {"smooth_alpha": 0.8}, effort=2.5),
     Remedy(name="prefix", options=_prefix, prefix=True, effort=6),
-    Remedy(name="gptq", options=lambda _: {"rounding": "gptq"}, effort=20),
+    Remedy(name="gptq", options=lambda _: {"rounding": "gptq"}, effort=5),
 )
 """The remedies, the fastest ones first."""
 
