@@ -62,7 +62,7 @@ class HeadOutputs:
     def _silent(self) -> list[list[int]]:
         output_LH = self._outputs()
         limits_L = SILENT * output_LH.square().mean(1).sqrt()
-        return (output_LH <= limits_L[:, None]).nonzero().tolist()  # type: ignore[no-any-return]
+        return (output_LH <= limits_L[:, None]).nonzero().tolist()
 
     def _outputs(self) -> Tensor:
         return torch.stack([torch.cat(squares).mean(0) for squares in self._squares]).sqrt()

@@ -154,7 +154,7 @@ class Sinks:
 
     def _idle(self) -> list[list[int]]:
         idle_LH = (self._stack("mass") + self._stack("null")).mean(0) > IDLE
-        return idle_LH.nonzero().tolist()  # type: ignore[no-any-return]
+        return idle_LH.nonzero().tolist()
 
 
 def _mean(x: Tensor) -> Tensor:

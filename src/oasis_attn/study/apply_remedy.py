@@ -61,7 +61,7 @@ class Step:
         """Run the command, and return its record."""
         run: Any = prefix_checkpoint if self.command == "prefix" else quantize_checkpoint
         given = {} if self.scheme is None else {"scheme": self.scheme}
-        return run(self.model, self.out, **given, **self.options, progress=progress)  # type: ignore[no-any-return]
+        return run(self.model, self.out, **given, **self.options, progress=progress)
 
 
 def steps(record: DoctorRecord, out: Path, arguments: Mapping[str, Any]) -> tuple[Step, ...]:
