@@ -25,9 +25,9 @@ from oasis_attn.study.criteria import (
     fails_none,
 )
 from oasis_attn.study.criteria import rule as criteria_rule
+from oasis_attn.study.reading_guide import progress_text
 from oasis_attn.study.results import Results
 from oasis_attn.study.study_metrics import StudyMetric, study_metrics
-from oasis_attn.study.study_report import progress_text
 from oasis_attn.study.tables import percent, verdict_table
 from oasis_attn.study.verdict import judge
 from pages import DOCS, RESULTS, fill

@@ -36,11 +36,12 @@ from oasis_attn.report.tables import Table
 from oasis_attn.study.criteria import fails_none, rule
 from oasis_attn.study.plan import Plan, Trial
 from oasis_attn.study.plan_file import load_plan
+from oasis_attn.study.reading_guide import progress_text
 from oasis_attn.study.results import Results
 from oasis_attn.study.statistics import noise_floor
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.study_metrics import StudyMetric, study_metrics
-from oasis_attn.study.study_report import progress_text, write_report
+from oasis_attn.study.study_report import write_report
 from oasis_attn.study.tables import criteria_summary
 from oasis_attn.study.trial import TIMES
 from oasis_attn.study.verdict import judge

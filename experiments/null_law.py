@@ -450,9 +450,11 @@ def report(file: RunFile, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--report", action="store_true", help="train nothing")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and tables")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing; write the tables again"
+    )
+    parser.add_argument("--device", default="cpu", help="such as cpu (the default) or cuda")
     options = parser.parse_args()
     torch.set_num_threads(1)
     file = RunFile(options.out / "runs.jsonl")

@@ -275,11 +275,15 @@ _COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
-    parser.add_argument("--minutes", type=float, help="start no run later")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and tables")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="number of processes (2), of one thread each"
+    )
+    parser.add_argument("--minutes", type=float, help="after this time, start no further run")
+    parser.add_argument("--device", default="cpu", help="such as cpu (the default) or cuda")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing; write the tables again"
+    )
     options = parser.parse_args()
     file = RunFile(options.out / "runs.jsonl.gz")
     if not options.report:

@@ -231,9 +231,11 @@ def measure(model: OasisForCausalLM, task: TriggerTask) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread")
-    parser.add_argument("--minutes", type=float, help="start no run later")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and tables")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="number of processes (2), of one thread each"
+    )
+    parser.add_argument("--minutes", type=float, help="after this time, start no further run")
     options = parser.parse_args()
     file = RunFile(options.out / "runs.jsonl.gz")
     run_in_processes(file, missing, run, workers=options.workers, minutes=options.minutes)

@@ -317,7 +317,7 @@ def tables(record: BenchmarkRecord) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and tables")
     out = parser.parse_args().out
     record = make_record(RunFile(out / "runs.jsonl.gz"))
     record.save(out / "record.json")

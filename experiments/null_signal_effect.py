@@ -180,7 +180,7 @@ def moved_row(seed: int, beta_init: float, model: Any, batch: TriggerBatch) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", required=True, help="of the decoders")
     seeds = parser.parse_args().seeds
     torch.set_num_threads(1)
     load_extensions([str(Path(__file__).with_name("null_signals.py"))])

@@ -128,8 +128,10 @@ def _by_head(heads: list[list[float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and tables")
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing; write the tables again"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     file = RunFile(options.out / "runs.jsonl")

@@ -4,14 +4,21 @@ import re
 import shlex
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
 import arith
 import healing
 import matrix
 import retrofit
 from oasis_attn.cli import main
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
+from oasis_attn.quantization import quantize
 from oasis_attn.records import Record
 from oasis_attn.report.markdown import markdown
-from tiny_models import tiny_model, word_tokenizer
+from oasis_attn.study.plan_file import parse_plan
+from tiny_models import tiny_config, tiny_model, word_tokenizer
+from tokenizer_factories import byte_level
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -53,6 +60,24 @@ def test_retrofit() -> None:
     assert table.strip() in (DOCS / "retrofit.md").read_text()
 
 
+def test_sink_callback(tmp_path):
+    """The Python of the page, given a Trainer."""
+    rows = [{"input_ids": ids_T, "labels": ids_T} for ids_T in torch.randint(3, 20, (4, 8))]
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
+    text = (DOCS / "training.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "training.md", "exec"), {"trainer": trainer})
+    trainer.train()
+    assert "sink.mass" in trainer.state.log_history[0]
+
+
+def test_lab_plan():
+    text = (DOCS / "lab.md").read_text()
+    (plan,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    parse_plan(plan, "mine.yaml").check()
+
+
 def test_view(tmp_path, monkeypatch):
     """Commands and Python run as written, with a tiny model in the place of smollm2."""
     tokenizer = word_tokenizer()
@@ -72,3 +97,48 @@ def test_view(tmp_path, monkeypatch):
     for name in ("view.html", "article.html", "fox.html"):
         assert (tmp_path / name).read_text().startswith("<!doctype html>")
     assert (DOCS / "assets" / "view.png").stat().st_size < 150_000
+
+
+def test_serving(tmp_path, monkeypatch):
+    """The exports and the Python run as written, with tiny models in the place of theirs."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_level()
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64}
+    model = AutoModelForCausalLM.from_config(tiny_config(**sizes, initializer_range=0.2))
+    prefix = compute_prefix(model, [5, 6])
+    prefixed = with_prefix(model, prefix)
+    prefix.keys_LGPd[:] = prefix.keys_LGPd + 1
+    tuned = with_prefix(model, prefix)
+    quantized = quantize(model, "w4a16")
+    places = {"tiny": model, "prefixed": prefixed, "tuned": tuned, "w4a16": quantized}
+    for name, each in places.items():
+        each.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    text = (DOCS / "serving.md").read_text().replace("smollm2", "./tiny")
+    commands = re.findall(r"^oasis export .*", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        assert main() == 0
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(compile(code, "serving.md", "exec"), names)
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        got = names["model"].eval()(input_ids=ids).logits
+        torch.testing.assert_close(got, tuned(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_report(tmp_path, monkeypatch):
+    """Commands run as written."""
+    (tmp_path / "docs").symlink_to(DOCS)
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^oasis .*", (DOCS / "report.md").read_text(), re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command))
+        assert main() == 0
+    for name in ("training.html", "side-by-side.html", "study.html"):
+        assert (tmp_path / name).read_text().startswith("<!doctype html>")
+    assert len([*(tmp_path / "figures").glob("*.svg")]) == 5
+    assert len([*(tmp_path / "tables").glob("*.tex")]) == 4

@@ -135,7 +135,14 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 
 @contextmanager
 def replacing(path: str | Path, argument: str = "out") -> Iterator[BinaryIO]:
-    """Yield a temporary file that is flushed to disk and renamed to `path` at the end.
+    """Yield a temporary file, open for writing, that becomes `path` as in `staged_file`."""
+    with staged_file(path, argument) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def staged_file(path: str | Path, argument: str = "out") -> Iterator[Path]:
+    """Yield an empty temporary file that is flushed to disk and renamed to `path` at the end.
 
     If the block raises, nothing is left.
 
@@ -147,15 +154,15 @@ def replacing(path: str | Path, argument: str = "out") -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield Path(temporary)
+            os.fsync(descriptor)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
             raise
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -182,12 +189,18 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
             raise
 
 
-def check_free(path: str | Path, argument: str = "out") -> None:
-    """Raise `UserError` if the folder `path` cannot be created; it may be an empty folder."""
+def check_free(path: str | Path, argument: str = "out", *, hint: str = "") -> None:
+    """Raise `UserError` if the folder `path` cannot be created; it may be an empty folder.
+
+    Args:
+        hint: what else can be done if it exists.
+    """
     path = Path(path)
     with writing(path, argument):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UserError(f"{argument}: {str(path)!r} exists; give a new folder or remove it")
+            raise UserError(
+                f"{argument}: {str(path)!r} exists; give a new folder or remove it{hint}"
+            )
         if path.resolve() == Path.cwd():
             raise UserError(
                 f"{argument}: {str(path)!r} is the current folder; give a new folder in it"

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from oasis_attn.cli import main
-from tiny_models import VOCABULARY, word_tokenizer
+from tiny_models import VOCABULARY, tiny_model, word_tokenizer
 
 
 @pytest.fixture
@@ -25,6 +25,16 @@ def oasis(monkeypatch, capsys):
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()
+
+
+@pytest.fixture
+def model(tmp_path, tokenizer) -> Path:
+    """The folder of a tiny model with a tokenizer that has a chat template."""
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}w3 {{ m.content }} w4 {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

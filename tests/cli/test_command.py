@@ -23,8 +23,8 @@ from oasis_attn.study.doctor import doctor as run_doctor
 from oasis_attn.training import TrainingConfig
 
 COMMANDS = (
-    *("demo", "diagnose", "evaluate", "metrics", "prefix", "quantize", "train", "variants"),
-    *("doctor", "view"),
+    *("convert", "demo", "diagnose", "doctor", "evaluate", "export", "metrics", "prefix"),
+    *("quantize", "report", "train", "variants", "view"),
 )
 
 
@@ -34,6 +34,16 @@ def test_every_command_has_help_with_an_example(oasis, command) -> None:
     assert code == 0
     assert f"Example: oasis {command}" in " ".join(out.split())
     assert "--json" in out
+
+
+def test_help_is_readable_at_80_columns(oasis, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in COMMANDS:
+        out = oasis(command, "--help")[1].out
+        assert "…" not in out, command  # a name that is cut off
+        assert "<bool>" not in out, command  # a flag takes no value
+        assert max(map(len, out.splitlines())) <= 80
+    assert " [OPTIONS] MODEL FOLDER " in oasis("convert", "--help")[1].out
 
 
 def test_short_help_is_the_same(oasis) -> None:
@@ -50,8 +60,12 @@ def test_version(oasis) -> None:
     [
         (["bogus"], "'bogus'"),
         (["variants", "--bogus"], "--bogus"),
-        (["train"], "--out"),
-        (["train", "--out", "x", "--steps", "many"], "--steps"),
+        (["train"], "--out: it is missing; see oasis train --help"),
+        (["train", "--out", "/"], "or continue its run with --resume"),
+        (["view", "smollm2", "--text", "a", "b"], "(b); put a value that contains spaces in"),
+        (["diagnose"], "MODEL: it is missing; see oasis diagnose --help"),
+        (["train", "--out", "x", "--steps", "many"], "--steps: 'many' is not a whole number"),
+        (["train", "--out", "x", "--learning-rate", "a"], "--learning-rate: 'a' is not a number"),
         (["train", "--out", "x", "--variant", "oasys"], "did you mean 'oasis'"),
         (["train", "--out", "x", "--size", "nani"], "did you mean 'nano'"),
         (["train", "--out", "x", "--steps", "0"], "steps: 0"),
@@ -59,7 +73,14 @@ def test_version(oasis) -> None:
         (["train", "--out", "x", "--corpus", "sdtlib"], "did you mean 'stdlib'"),
         (["diagnose", "./absent"], "./absent"),
         (["diagnose", "smollm2", "--corpus", "pydok"], "did you mean 'pydoc'"),
-        (["diagnose", "smollm2", "--text", "absent.txt"], "absent.txt"),
+        (["diagnose", "smollm2", "--text", "a.txt"], "'a.txt' is the name of a file; give it as"),
+        (["diagnose", "smollm2", "--text", " "], "--text: it is empty"),
+        (["diagnose", "smollm2", "--text", "a", "--text-file", "a.txt"], "either --text or --text"),
+        (
+            ["diagnose", "smollm2", "--text", "a", "--split", "test"],
+            "--split: 'test' has no effect",
+        ),
+        (["diagnose", "smollm2", "--text-file", "absent.txt"], "--text-file: file 'absent.txt'"),
         (["demo", "--windows", "0"], "windows: 0"),
         (["doctor", "smollm2", "--tolerance", "-1"], "tolerance: -1"),
         (["doctor", "smollm2", "--scheme", "w8a9"], "scheme: 'w8a9' is not one of"),
@@ -216,11 +237,16 @@ def test_doctor_s_options_are_parameters_of_the_library_s_with_their_defaults() 
 
 
 def test_help_comes_without_the_heavy_libraries() -> None:
-    code = (
-        "import sys; sys.argv = ['oasis', '--help']; from oasis_attn.cli import main; main();"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'datasets'} & set(sys.modules);"
-        "sys.exit(str(heavy) if heavy else 0)"
-    )
+    words = [[], *([command] for command in COMMANDS), ["study"], ["study", "run"]]
+    code = f"""
+import sys
+from oasis_attn.cli import main
+for words in {words!r}:
+    sys.argv = ["oasis", *words, "--help"]
+    main()
+heavy = {{"torch", "transformers", "matplotlib", "datasets"}} & set(sys.modules)
+sys.exit(str(heavy) if heavy else 0)
+"""
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -236,7 +262,7 @@ WRONG = [
     ["diagnose", "./absent"],
     ["diagnose", "smollm2", "--corpus", "imbd"],
     ["diagnose", "smollm2", "--split", "dev"],
-    ["diagnose", "smollm2", "--text", "absent.txt"],
+    ["diagnose", "smollm2", "--text-file", "absent.txt"],
     ["diagnose", "smollm2", "--windows", "0"],
     ["doctor", "smolm2"],
     ["doctor", "smollm2", "--apply", "."],
@@ -247,6 +273,9 @@ WRONG = [
     ["evaluate", "smollm2", "--corpus", "arith", "--k", "2"],
     ["evaluate", "smollm2", "--corpus", "arith", "--kv-bits", "3"],
     ["evaluate", "smollm2", "--tasks", "bogus"],
+    ["export", "smollm2", "new", "--format", "ggf"],
+    ["export", "smollm2", "new", "--weights", "q8_0"],
+    ["export", "smollm2", "new.gguf", "--weights", "q8"],
     ["metrics", "bogus"],
     ["prefix", "smollm2", "new", "--length", "0"],
     ["prefix", "smollm2", "new", "--method", "gredy"],

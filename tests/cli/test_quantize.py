@@ -99,9 +99,36 @@ def test_in_int8(oasis, model, shape, tmp_path):
     assert loaded.generate(ids, max_new_tokens=3, eos_token_id=-1).shape == (1, 6)
 
 
+def test_in_the_format_compressed_tensors(oasis, model, shape, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    out = tmp_path / "out"
+    code, shown = oasis(
+        *("quantize", model, "--out", out, "--format", "compressed-tensors", *shape),
+        *("--ignore", "*.0.*"),
+    )
+    assert code == 0
+    assert "speed.over_unquantized" in shown.out
+    record = QuantizationRecord.load(out / "record.json")
+    assert record.arithmetic == "compressed-tensors"
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    assert sum(".0." in name for name in config["ignore"]) == 7
+    loaded, _ = load_model(out)
+    assert not quantized_modules(loaded)
+    card = (out / "README.md").read_text()
+    assert "# needs: pip install compressed-tensors" in card
+    assert "perplexity.windowed" in card
+
+
+EXPORT = ("--format", "compressed-tensors")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--format", "gguf"), "format: 'gguf' is not one of oasis, compressed-tensors"),
+        ((*EXPORT, "--scheme", "w8a8-static-full"), "cannot hold scheme 'w8a8-static-full'"),
+        ((*EXPORT, "--scheme-option", "rotation=inputs"), "does not apply rotation 'inputs'"),
         (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),
         (("--scheme", "w8a8"), "did you mean 'w8a8-static-full' or "),
         (("--scheme", "w4a4"), "'w4a4' can only be simulated"),

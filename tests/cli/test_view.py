@@ -6,17 +6,6 @@ import sys
 
 import pytest
 
-from tiny_models import tiny_model
-
-
-@pytest.fixture
-def model(tmp_path, tokenizer):
-    folder = tmp_path / "model"
-    tiny_model().save_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}w3 {{ m.content }} w4 {% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return folder
-
 
 def test_a_page_is_written_and_its_findings_are_printed(oasis, model, tmp_path) -> None:
     out = tmp_path / "pages" / "view.html"
@@ -52,7 +41,9 @@ BAD = [
     ([], "--text: give either --text or --text-file"),
     (["--text", "w5", "--text-file", "text.txt"], "--text: give either --text or --text-file"),
     (["--text", " "], "--text: it is empty"),
-    (["--text", "text.txt"], "--text: 'text.txt' is a file; give it as --text-file"),
+    (["--text", "text.txt"], "--text: 'text.txt' is the name of a file; give it as --text-file"),
+    (["--text", "absent.txt"], "--text: 'absent.txt' is the name of a file; give it as"),
+    (["--text-file", "empty.txt"], "--text-file: 'empty.txt' has no text"),
     (["--text-file", "absent.txt"], "--text-file: file 'absent.txt' does not exist"),
     (["--text-file", "chat.json"], "--text-file: file 'chat.json' is not one of .txt"),
     (["--text-file", "chat.json", "--chat"], "is not a list of messages, each with role"),
@@ -66,11 +57,13 @@ BAD = [
 def test_bad_input_is_refused(oasis, tmp_path, monkeypatch, words, message) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("w5 w6")
+    (tmp_path / "empty.txt").touch()
     (tmp_path / "chat.json").write_text('[{"role": "user"}]')
     code, (out, error) = oasis("view", "absent", *words)
     assert (code, out) == (2, "")
     assert message in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.json", "text.txt"]
+    kept = ["chat.json", "empty.txt", "text.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
 def test_refusals_come_before_torch_is_imported(tmp_path) -> None:

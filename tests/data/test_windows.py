@@ -190,8 +190,8 @@ def test_a_whole_file_is_one_document(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        ("", {"tokenizer": reader()}, "texts has 0 tokens, which is less than one window of 4"),
-        ("a", {"tokenizer": reader()}, "texts has 2 tokens, which is less than one window of 4"),
+        ("", {"tokenizer": reader()}, "the text has 0 tokens, which is less than one window of 4"),
+        ("a", {"tokenizer": reader()}, "the text has 2 tokens, which is less than one window of 4"),
         (corpus(["a"]), {"tokenizer": reader()}, "'letters' split 'test' has 2 tokens, which"),
         ([], {}, "texts: there are none"),
         ("abcd", {}, "tokenizer: None cannot read text"),
@@ -251,11 +251,11 @@ def test_by_default_a_short_text_is_one_window(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "text: file '.*text.txt' does not exist"),
-        (b" ", "text: '.*text.txt' has no text"),
-        (b"\xff\xfea\x00", "text: '.*text.txt' is UTF-16"),
-        (b"\xe9", "text: '.*text.txt' line 1 is not valid UTF-8"),
-        (b"abc", "text: '.*text.txt' has 4 tokens, which is less than one window of 9"),
+        (None, "text_file: file '.*text.txt' does not exist"),
+        (b" ", "text_file: '.*text.txt' has no text"),
+        (b"\xff\xfea\x00", "text_file: '.*text.txt' is UTF-16"),
+        (b"\xe9", "text_file: '.*text.txt' line 1 is not valid UTF-8"),
+        (b"abc", "text_file: '.*text.txt' has 4 tokens, which is less than one window of 9"),
     ],
 )
 def test_errors_of_a_whole_file_name_the_text(tmp_path, content, message):

@@ -9,6 +9,8 @@ from oasis_attn import UserError
 from oasis_attn.hub.null_from_sink import (
     CANDIDATES,
     _mean_null,
+    _Null,
+    _with_nulls,
     activation_size,
     null_from_sink,
     token_peaks,
@@ -40,8 +42,8 @@ def test_the_null_of_one_token_is_a_prefix_that_shifts_no_position(family, varia
     # The prefix would leave a sliding window; the null does not.
     native = native_model(family, **({"sliding_window": 64} if family == "gemma2" else {}))
     with Float64Mode():
-        converted, tokens = null_from_sink(native, torch.tensor([[7]]), variant=variant)
-        assert tokens == ()
+        converted, layer_0, tokens = null_from_sink(native, torch.tensor([[7]]), variant=variant)
+        assert (layer_0, tokens) == (None, ())
         expected = after_prefix(native, [7])
         torch.testing.assert_close(converted(IDS).logits, expected, rtol=0, atol=1e-9)
         assert (expected - native(IDS).logits).abs().max() > 0.1
@@ -53,7 +55,7 @@ def test_the_second_null_is_the_token_that_decreases_activations_most():
     tried = []
     with Float64Mode():
         one = null_from_sink(native, CALIBRATION).model
-        converted, tokens = null_from_sink(
+        converted, _, tokens = null_from_sink(
             native, CALIBRATION, nulls=2, on_try=lambda: tried.append(1)
         )
         peaks = token_peaks(one, CALIBRATION)
@@ -92,17 +94,38 @@ def rotated(rotary, query_BTGd, positions):
 
 
 @torch.no_grad()
-def test_the_first_null_is_the_mean_over_tokens():
+@pytest.mark.parametrize("massive", [0, 1000])  # every first token is, or none
+def test_the_first_null_is_the_mean_and_in_layer_0_a_token_if_first_tokens_are_massive(
+    massive, monkeypatch
+):
+    monkeypatch.setattr("oasis_attn.hub.null_from_sink._MASSIVE", massive)
     native = native_model("llama")
+    ids = torch.tensor([[5, 5, 5, 9, 9], [11, 11, 7, 7, 8]])
     with Float64Mode():
-        converted = null_from_sink(native, CALIBRATION).model
-        each = [_mean_null(native, [token.view(1, 1)]) for token in CALIBRATION.flatten()]
+        converted, layer_0, _ = null_from_sink(native, ids)
+        each = [_mean_null(native, [token.view(1, 1)]) for token in ids.flatten()]
+        layers = range(4)
+        mean = _Null(
+            [torch.stack([null.keys[layer] for null in each]).mean(0) for layer in layers],
+            [torch.stack([null.values[layer] for null in each]).mean(0) for layer in layers],
+        )
+        options = {None: mean}
+        for token in (5, 7, 9, 11):  # not 8, which is less frequent
+            keys, values = _mean_null(native, [torch.tensor([[token]])])
+            options[token] = _Null([keys[0], *mean.keys[1:]], [values[0], *mean.values[1:]])
+        first = torch.tensor([[5], [7], [8], [9], [11]])
+        sizes = {
+            token: activation_size(token_peaks(_with_nulls(native, [null]), first))
+            for token, null in options.items()
+        }
+    assert min(sizes, key=sizes.get) is not None
+    assert layer_0 == (None if massive else min(sizes, key=sizes.get))
     for index, layer in enumerate(converted.model.layers):
         assert layer.null_logit.eq(0).all()
-        expected = torch.stack([null.keys[index] for null in each]).mean(0)
-        torch.testing.assert_close(layer.null_key[:, 0], expected, rtol=0, atol=1e-10)
-        expected = torch.stack([null.values[index] for null in each]).mean(0)
-        torch.testing.assert_close(layer.null_value[:, 0], expected, rtol=0, atol=1e-10)
+        for found, expected in zip(
+            (layer.null_key, layer.null_value), options[layer_0], strict=True
+        ):
+            torch.testing.assert_close(found[:, 0], expected[index], rtol=0, atol=1e-10)
 
 
 @torch.no_grad()

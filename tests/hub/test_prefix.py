@@ -8,10 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from transformers import (
-    DynamicCache,
-    StaticCache,
-)
+from transformers import DynamicCache, StaticCache
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from hub.prefix_models import TOKENS, native, text
 from oasis_attn.errors import UserError
@@ -276,6 +274,8 @@ def test_unsupported_caches_are_refused(llama):
     ids_BT = text(2, 6)
     with pytest.raises(UserError, match="StaticCache has a fixed size"):
         prefixed(ids_BT, past_key_values=StaticCache(config=model.config, max_cache_len=20))
+    with pytest.raises(UserError, match="belongs to generate_batch and cannot hold a prefix"):
+        prefixed(ids_BT, past_key_values=object.__new__(PagedAttentionCache))
     filled = model(ids_BT, use_cache=True).past_key_values
     with pytest.raises(UserError, match="filled without this model's prefix"):
         prefixed(ids_BT, past_key_values=filled)

@@ -8,7 +8,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
-from tiny_models import VOCABULARY, tiny_config, tiny_wrapper_config
+from oasis_attn.modeling import attention
+from oasis_attn.modeling.decoder_map import decoder_map
+from oasis_attn.modeling.native_depth import observe_native_depth
+from tiny_families import family_config
+from tiny_models import VOCABULARY, tiny_wrapper_config
 
 # Values narrower than keys, or a softcap: not for the fused kernel on the CPU.
 pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
@@ -17,39 +21,22 @@ DIAGNOSED = (
     *("llama", "gemma2", "olmo2", "gpt2", "gpt_neox", "phi", "cohere"),
     *("gpt_oss", "granite_swa", "mixtral", "deepseek_v3", "llama4_text", "doge"),
     *("gemma4_text", "inkling_text"),  # a norm beside the final one; a position bias in attention
+    *("bloom", "mpt", "gptj", "falcon", "xglm"),  # no attention interface; ALiBi in two of them
+    *("deepseek_v32", "minimax_m3_vl_text"),  # an indexer selects keys, or blocks of keys
+    *("deepseek_v4", "hy_v4", "inkling2_text", "gemma3n_text"),  # several streams, or depth routing
+    *("qwen3_next", "bailing_hybrid", "jamba", "falcon_h1"),  # hybrids
+    "jetmoe",  # experts in the attention
 )
-CHANGES = {
-    "llama4_text": {"intermediate_size_mlp": 48},
-    "gemma4_text": {
-        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
-        "global_head_dim": 8, "num_kv_shared_layers": 0,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    },
-    "gemma3n_text": {
-        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
-        "laurel_rank": 4, "activation_sparsity_pattern": None, "altup_num_inputs": 2,
-    },
-    "deepseek_v32": {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
-}  # fmt: skip
 REFUSED = {
-    **dict.fromkeys(("bloom", "mpt", "xglm", "gpt_neox_japanese"), "of transformers 0 times"),
-    "minimax": "layers.1 has no softmax attention, but a MiniMaxLightningAttention",
-    "bailing_hybrid": "layers.0 has no softmax attention, but a BailingHybridDeltaAttention",
-    "diffllama": "of transformers 2 times",
-    "hy_v4": "keys that an indexer selects",  # it has several streams too
-    "deepseek_v32": "keys that an indexer selects",
-    "gemma3n_text": r"layers.0 is \[2, 1, 20, 32\], not one vector for each",
-    "mamba": "layers.0 has no softmax attention, but a MambaMixer",
+    "diffllama": "layer 0 calls the attention interface of transformers 2 times",
     "bert": "0 modules look like its list of 4 layers",
-    "jetmoe": "output projection of model.layers.0.self_attention was not found",
-    "openai-gpt": "final norm was not found",
+    "xlnet": "output projection of transformer.layer.0.rel_attn was not found",
 }
 
 
 def build(family):
     """As the family makes it, each weight off its start."""
-    config = tiny_config(family, **CHANGES.get(family, {}))
+    config = family_config(family)
     if getattr(config, "experts_implementation", None):
         config.experts_implementation = None  # transformers' own choice
     torch.manual_seed(0)
@@ -69,6 +56,8 @@ def test_what_is_measured_is_what_the_family_computes(family):
     model, ids = build(family), tokens()
     record = diagnose(model, ids)
     model.set_attn_implementation("eager")
+    if family == "falcon":  # it cannot be set, but is read in the forward pass
+        model.config._attn_implementation = "eager"
     with torch.no_grad():
         native = model(input_ids=ids, labels=ids, use_cache=False, output_attentions=True)
     assert record["loss.windowed"] == pytest.approx(float(native.loss), abs=1e-4)
@@ -76,9 +65,74 @@ def test_what_is_measured_is_what_the_family_computes(family):
         mass_LH = torch.stack(
             [p_BHTS[0, :, 1:, 0].float().mean(-1) for p_BHTS in native.attentions]
         )
-        torch.testing.assert_close(
-            torch.tensor(record.tables["sink.mass"]), mass_LH, atol=1e-4, rtol=1e-3
-        )
+        without = {row["layer"] for row in record.tables.get("sink.no_map", ())}
+        rows = torch.tensor(record.tables["sink.mass"])
+        assert all(rows[layer].isnan().all() for layer in without)
+        measured = [layer for layer in range(len(rows)) if layer not in without]
+        torch.testing.assert_close(rows[measured], mass_LH, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_maps_that_modules_return_give_the_same_numbers(family, monkeypatch):
+    """As in a family whose attention does not use the interface of transformers."""
+    model, ids = build(family), tokens()
+    record = diagnose(model, ids)
+    monkeypatch.setattr(attention, "uses_attention_interface", lambda _: False)
+    model.set_attn_implementation("eager")
+    returned = diagnose(model, ids)
+    for metric, other in zip(record.metrics, returned.metrics, strict=True):
+        assert (metric.name, metric.where) == (other.name, other.where)
+        assert other.value == pytest.approx(metric.value, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4"])
+def test_depth_weights_of_hyper_connections_rebuild_what_sublayers_read(family):
+    model, ids = build(family), tokens()
+    sources, reads, calls = [model.get_input_embeddings()(ids)], [], []
+
+    def read(_module, _args, output):
+        reads.append(output if isinstance(output, torch.Tensor) else output[-1])
+
+    def written(_module, _args, output):
+        output = output[0] if isinstance(output, tuple) else output
+        sources.append(output.view_as(sources[0]))
+
+    decoder = decoder_map(model)
+    for layer in decoder.layers:
+        for sublayer in (layer.attention, layer.mlp):
+            sublayer.module.register_forward_hook(written)
+        for module in (layer.module.attn_hc, layer.module.ffn_hc):
+            module.register_forward_hook(read)
+    decoder.module.hc_head.register_forward_hook(read)
+    with torch.no_grad(), observe_native_depth(model, calls.append):
+        model(input_ids=ids, use_cache=False)
+    assert [call.router for call in calls] == list(range(9))
+    for call, read_BTD in zip(calls, reads, strict=True):
+        found = torch.stack(sources[: call.router + 1], dim=2)
+        rebuilt_BTD = (call.weights_BTS.unsqueeze(-1) * found).sum(2)
+        torch.testing.assert_close(rebuilt_BTD, read_BTD, atol=1e-5, rtol=1e-4)
+
+
+def test_depth_weights_of_block_attention_residuals():
+    model, ids = build("inkling2_text"), tokens()
+    reads, calls = {}, []
+
+    def read(module, args, output):
+        blocks, partial = args
+        sources = module.norm(torch.cat([blocks, partial.unsqueeze(-2)], dim=-2).float())
+        reads[len(reads)] = sources, torch.stack(output).mean(0)
+
+    decoder = decoder_map(model)
+    for name, module in decoder.module.named_modules():
+        if name.endswith(("attention_input", "mlp_input", "final_input")):
+            module.register_forward_hook(read)
+    with torch.no_grad(), observe_native_depth(model, calls.append):
+        model(input_ids=ids, use_cache=False)
+    assert [call.router for call in calls] == list(range(1, 9))  # layer 0 reads the embedding
+    for call, (sources_BTSD, read_BTD) in zip(calls, reads.values(), strict=True):
+        mixed_BTD = (call.weights_BTS.unsqueeze(-1) * sources_BTSD).sum(2)
+        torch.testing.assert_close(mixed_BTD, read_BTD, atol=1e-5, rtol=1e-4)
+    assert "depth.entropy" in {metric.name for metric in diagnose(model, ids).metrics}
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llama4"])

@@ -29,8 +29,8 @@ def test_a_token_that_sets_the_range_is_found_and_left_out() -> None:
     x_BTD[:, 3, 5] = 1000.0
     ids_BT = torch.arange(18).view(2, 9)
     measured = RangeNoise(points("a", "b"))
-    measured.update(points("a")[0], torch.randn(2, 9, 32), ids_BT)
-    measured.update(points("a", "b")[1], x_BTD, ids_BT)
+    measured.update(points("a")[0], torch.randn(2, 9, 32))
+    measured.update(points("a", "b")[1], x_BTD)
     measured.classify(ids_BT)
 
     _, row = measured.tables()["range.noise"]
@@ -69,7 +69,7 @@ def test_a_tensor_of_zeros_has_no_noise() -> None:
     x_BTD = torch.zeros(1, 5, 8)
     x_BTD[0, 2] = 100.0  # the median token is still zero
     measured = RangeNoise(points("a"))
-    measured.update(points("a")[0], x_BTD, ids_BT)
+    measured.update(points("a")[0], x_BTD)
     measured.classify(ids_BT)
     assert [metric.value for metric in measured.metrics()] == [0, 0, 0, 0]
 

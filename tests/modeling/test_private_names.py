@@ -24,7 +24,9 @@ from oasis_attn.modeling import hf_compat
 
 ROOT = Path(oasis_attn.__file__).parent
 COMPATIBILITY = {"modeling/hf_compat.py", "ops/torch_compat.py"}
-LIBRARIES = {"torch", "transformers", "accelerate", "peft", "torchao", "lm_eval"}
+LIBRARIES = {
+    *("torch", "transformers", "accelerate", "peft", "torchao", "lm_eval", "compressed_tensors"),
+}
 HOOKS = [(owner, name) for owner, names in hf_compat.OVERRIDDEN.items() for name in names]
 
 
@@ -160,6 +162,7 @@ DOCUMENTED = {  # modules that the documentation of our dependencies tells users
     *("torch.utils.hooks", "torch.autograd.function", "torch.nn.modules.module"),
     *("torch.nn.attention", "torch.nn.attention.flex_attention"),
     *("transformers", "transformers.modeling_outputs", "accelerate", "peft"),
+    *("compressed_tensors.compressors", "compressed_tensors.quantization"),
 }
 DOCUMENTED_NAMES = {("transformers.utils", "logging"), ("transformers.utils", "ModelOutput")}
 NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, whatever they look like

@@ -1,4 +1,4 @@
-"""The recipe of docs/quantization.md runs, and its numbers are equal where the page says so."""
+"""The commands of docs/quantization.md run, and numbers are equal where the page says so."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tiny_models import VOCABULARY, tiny_config, word_tokenizer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
 RECIPE = re.search(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+SERVED = re.findall(r"^oasis quantize .*--format.*$", PAGE, re.MULTILINE)
 WINDOW, WINDOWS = 16, 3
 
 
@@ -42,6 +43,8 @@ def small(tmp_path, monkeypatch):
     def words(line: str) -> list[str]:
         small = [names.get(word, word) for word in shlex.split(line)]
         small += ["--window", str(WINDOW)]
+        if "--corpus" not in small and "--calibration" not in small:
+            small += ["--calibration", "text"]
         return small if small[1] == "evaluate" else [*small, "--windows", str(WINDOWS)]
 
     return words
@@ -79,3 +82,17 @@ def test_the_recipe(small, monkeypatch, tmp_path):
         ("quantized", quantized.metric("perplexity.windowed", "after").value),
     ):
         assert math.isclose(alone(name), value, rel_tol=1e-6), name
+
+
+def test_the_commands_before_serving(small, monkeypatch, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    # Not OPT: of its flat tokens, the library computes one dynamic range for a whole batch.
+    AutoModelForCausalLM.from_config(tiny_config(intermediate_size=64)).save_pretrained("model")
+    assert len(SERVED) == 2
+    for line in SERVED:
+        monkeypatch.setattr(sys, "argv", small(line))
+        assert main() == 0
+        folder = tmp_path / shlex.split(line)[-1]
+        after = Record.load(folder / "record.json").metric("perplexity.windowed", "after").value
+        found = evaluate(str(folder), corpus="text", split="test", window=WINDOW, limit=WINDOWS)
+        assert math.isclose(found["perplexity.windowed"], after, rel_tol=1e-6)

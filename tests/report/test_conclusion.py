@@ -111,7 +111,7 @@ def test_heads_are_counted_and_listed() -> None:
     found = record(0.0, 0.0, 0.0)
     assert conclusion(found)[-2:] == (
         "Idle heads: 2 of 4; more than half of their attention goes to the first position.",
-        "Silent heads: 1 of 4; they write less than a tenth of what others do.",
+        "Silent heads: 1; they write less than a tenth of what others do.",
     )
     assert head_table(found).rows == (("0", "0", "-"), ("1", "0", "1"))
 

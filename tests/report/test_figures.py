@@ -22,7 +22,7 @@ def diagnosis(name: str = "tiny", **tables: Any) -> DiagnosisRecord:
 
 
 def test_a_map_shows_every_value_where_it_belongs_on_a_fixed_scale() -> None:
-    figure = figures.sink_map(diagnosis())
+    figure = figures.record_maps(diagnosis(), "tiny")["first-token-mass"]
     mesh = figure.axes[0].collections[0]
     assert mesh.get_array().tolist() == [[0.1, 0.9], [0.5, 0.0]]
     assert mesh.get_clim() == (0, 1)
@@ -31,14 +31,15 @@ def test_a_map_shows_every_value_where_it_belongs_on_a_fixed_scale() -> None:
 
 
 def test_routers_that_see_fewer_sources_leave_cells_empty() -> None:
-    figure = figures.depth_map(diagnosis(**{"depth.weights": [[1.0], [0.4, 0.6]]}))
+    record = diagnosis(**{"depth.weights": [[1.0], [0.4, 0.6]]})
+    figure = figures.record_maps(record, "tiny")["depth-weights"]
     values = figure.axes[0].collections[0].get_array().filled(math.nan)
     assert math.isnan(values[0][1])
     assert values[1].tolist() == [0.4, 0.6]
 
 
 def test_lines_are_one_per_record_and_named() -> None:
-    figure = figures.outlier_lines([diagnosis("first"), diagnosis("second")])
+    figure = figures.outlier_lines({"first": diagnosis(), "second": diagnosis()})
     largest, kurtosis = figure.axes
     assert [line.get_label() for line in largest.lines] == ["first", "second"]
     assert largest.lines[0].get_ydata().tolist() == [1.0, 100.0]
@@ -46,8 +47,8 @@ def test_lines_are_one_per_record_and_named() -> None:
 
 
 def test_a_record_without_the_table_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"depth\.weights.*sink\.mass"):
-        figures.depth_map(diagnosis())
+    with pytest.raises(UserError, match=r"outlier\.inf_norm_layer.*sink\.mass"):
+        figures.outlier_lines({"bare": made(tables={"sink.mass": [[0.5]]})})
 
 
 def test_a_diagnosis_gets_the_figures_it_has_tables_for() -> None:
@@ -59,13 +60,15 @@ def test_a_diagnosis_gets_the_figures_it_has_tables_for() -> None:
 
 
 def test_png_is_written_atomically(tmp_path: Path) -> None:
-    path = figures.save_png(figures.sink_map(diagnosis()), tmp_path / "new" / "map.png")
+    path = figures.save_png(
+        figures.diagnosis_figures(diagnosis())["first-token-mass"], tmp_path / "new" / "map.png"
+    )
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [child.name for child in path.parent.iterdir()] == ["map.png"]
 
 
 def test_svg_has_the_colors_of_the_page_and_no_links() -> None:
-    text = figures.svg(figures.sink_map(diagnosis()))
+    text = figures.svg(figures.diagnosis_figures(diagnosis())["first-token-mass"])
     assert text.startswith("<svg")
     assert "currentColor" in text
     assert figures.INK not in text

@@ -118,3 +118,18 @@ def test_layers_show_the_kurtosis_without_a_scale_too() -> None:
         "first-token mass",
     )
     assert layers.rows == (("0", "1", "0.2", "nan", "0.5"),)
+
+
+def test_layers_without_an_attention_map_are_named() -> None:
+    tables = {
+        "outlier.inf_norm_layer": [1.0, 2.0],
+        "outlier.kurtosis_layer": [3.0, 4.0],
+        "sink.mass": [[0.5, 0.3], ["nan", "nan"]],
+        "sink.no_map": [{"layer": 1, "module": "MambaMixer"}],
+    }
+    layers = layer_table(replace(record(loss=2.0), tables=tables))
+    assert layers.title == "By layer; layers without an attention map: 1 (MambaMixer)"
+    assert layers.rows == (("0", "1", "3", "0.4"), ("1", "2", "4", "nan"))
+    del tables["sink.mass"]
+    layers = layer_table(replace(record(loss=2.0), tables=tables))
+    assert layers.columns == ("layer", "max |h|", "kurtosis")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from example_records import ENVIRONMENT, TEXT, model_info
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.records import BlocksInfo, Metric, TrialRecord
 from oasis_attn.study.plan import Plan, Trial
 from oasis_attn.study.results import Results
+from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.trial import TIMES
 
 
@@ -56,3 +59,11 @@ def results(plan: Plan, value, names=("outlier.max_inf_norm",)) -> Results:
     """Results in which every measure of `names` has the value `value(trial)`."""
     records = {trial: record(trial, dict.fromkeys(names, value(trial))) for trial in plan.trials}
     return Results(plan, records)
+
+
+def saved(path: Path, results: Results) -> StudyFolder:
+    """The folder of a study with these results."""
+    folder = StudyFolder.begin(path, results.plan)
+    for trial, each in results.records.items():
+        each.save(folder.record_path(trial))
+    return folder

@@ -173,7 +173,10 @@ def test_the_report_contains_the_criteria():
         ({"criteria": []}, "candidates require criteria"),
         ({"criteria": "papers"}, "'papers' is not one of necessity, .*; did you mean 'paper'"),
         ({"criteria": 3}, "criteria: 3 is not a list"),
-        ({"criteria": [{"metric": "sink.mass"}]}, "criteria: field 'against' is missing"),
+        (
+            {"criteria": [{"metric": "sink.mass"}]},
+            "criteria: fields 'against', 'limit' are missing",
+        ),
         ({"schemes": ["w4a4"]}, "criteria: metric: 'perplexity.windowed@w8a8-static-full' is not"),
     ],
 )
@@ -194,7 +197,10 @@ def test_wrong_criteria_are_one_clear_error(changes, message):
         ({"limit": True}, "limit: True is not a number"),
         ({"against": "fixed", "limit": "noise floor"}, "'fixed' requires a number"),
         ({"across_residual_forms": "yes"}, "across_residual_forms: 'yes' is neither true nor"),
-        ({"applies_if": {"metric": "sink.mass"}}, "applies_if: field 'above' is missing"),
+        (
+            {"applies_if": {"metric": "sink.mass"}},
+            "applies_if: fields 'above', 'otherwise' are missing",
+        ),
         (
             {"applies_if": {"metric": "sink.mas", "above": 0.1, "otherwise": "x"}},
             "applies_if: metric: 'sink.mas'",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from oasis_attn.errors import UserError
@@ -117,6 +121,7 @@ def test_a_real_study_runs_in_processes_and_is_published(record, tiny, tmp_path)
         ({"corpora": ["trigger", "stdlib"]}, "corpora: trigger, stdlib are corpora of text and"),
         ({"corpora": {"trigger": ["arith"]}}, "tasks of 'trigger': a generated task has none"),
         ({"corpora": ["trigger-3"]}, "length: 3"),
+        ({"corpora": ["triger-every-8"]}, "; did you mean the task trigger-every-LENGTH?"),
         ({"sizes": ["nano"]}, "sizes: 'nano' is not one of lab-1"),
         ({"training": {"block_length": 8}}, "training: 'block_length' is not one of steps"),
         ({"training": {"steps": 0}}, "steps: 0"),
@@ -135,3 +140,36 @@ def test_a_real_study_runs_in_processes_and_is_published(record, tiny, tmp_path)
 def test_a_plan_that_cannot_run_is_refused(plain, changes, message):
     with pytest.raises(UserError, match=message):
         Plan.from_dict(plain(compare={}, **changes)).check()
+
+
+def test_wrong_names_are_refused_without_the_heavy_libraries(plain, tmp_path):
+    """Also another plan in the folder, and a wrong name of the last variant only."""
+    StudyFolder.begin(tmp_path / "started", Plan.from_dict(plain(windows=4)))
+    wrong = [
+        {"sizes": ["lba-1"]},
+        {"corpora": ["trigger-evry-8"]},
+        {"schemes": ["w8a9"]},
+        {"training": {"stepz": 3}},
+        {"training": {"steps": 0}},
+        {"variants": ["vanilla", "oasys"]},
+        {"variants": {"vanilla": None, "a": {"base": "oasis", "overrides": {"nul_logit": 1}}}},
+        {"variants": {"vanilla": None, "a": {"base": "oasis", "training": {"steps": 1}}}},
+        {},
+    ]
+    for index, changes in enumerate(wrong):
+        (tmp_path / f"{index}.yaml").write_text(json.dumps(plain(compare={}, **changes)))
+    code = f"""
+import sys
+from oasis_attn.cli import main
+for index in range({len(wrong)}):
+    sys.argv = ["oasis", "study", "run", f"{{index}}.yaml", "--out", "started"]
+    code = main()
+    heavy = {{"torch", "transformers"}} & set(sys.modules)
+    if code != 2 or heavy:
+        sys.exit(f"plan {{index}}: code {{code}}, imports {{heavy or 'nothing'}}")
+"""
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == len(wrong)
+    assert [path.name for path in (tmp_path / "started").iterdir()] == ["plan.yaml"]

@@ -80,7 +80,7 @@ def test_the_page_is_self_contained_and_its_figures_have_titles(
     if which == "committed":
         write_demo(committed, tmp_path)
     page = ((tmp_path if which == "committed" else out) / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r"(?:src|href)=[\"']?http|<script|<link|@import|url\(http", page)
+    assert not re.search(r"(?:src|href)=[\"']?http|@import|url\(http|fetch\(", page)
     figures = re.findall(r"<svg\b[^>]*>(?:\s*<title>([^<]+)</title>)?", page)
     assert len(figures) == 3
     assert all(figures)

@@ -100,6 +100,39 @@ def test_what_the_page_says_of_growth_with_depth() -> None:
         assert slope("outlier.mean_pearson_kurtosis", variant) < 0.15
 
 
+def test_what_the_page_says_of_a_null_that_depends_on_the_query() -> None:
+    results = lab_page.published("necessity-key-null")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+    sink, error, kurtosis = "sink.idle_largest", "task.error", "outlier.mean_pearson_kurtosis"
+    eight, four = "task.error@w8a8-static-full", "task.error@w4a4"
+
+    def values(name: str, variant: str) -> list[float]:
+        return list(results.values(known[name], variant).values())
+
+    def change(name: str, variant: str, baseline: str) -> float:
+        return geometric_mean(values(name, variant)) / geometric_mean(values(name, baseline)) - 1
+
+    assert fails_none(results) == ["unit_key", "unit_key_signal", "unit_key_beta"]
+    assert all(max(values(sink, variant)) < 0.001 for variant in fails_none(results))
+    for name in (error, four):
+        assert -0.36 < change(name, "unit_key", "gated_attention") < -0.3
+    assert change(eight, "unit_key", "gated_attention") < -0.5
+    for variant in ("unit_constant", "unit_key_slow"):
+        assert change(four, variant, "gated_attention") > 1
+    for variant in ("unit_learned", "unit_key_weak"):
+        assert fmean(values(sink, variant)) > 0.3
+    for variant in ("sum_key", "depth_key"):
+        assert change(eight, variant, "gated_attention") > 0.5
+    for name in (error, eight, four):
+        assert abs(change(name, "unit_key_signal", "unit_key")) < 0.03
+    for name in (kurtosis, four):
+        assert -0.15 < change(name, "unit_key_beta", "unit_key") < -0.05
+        assert change(name, "unit_key_beta_averaged", "unit_key") < 0
+    rates = results.plan.variants["unit_key"]["training"]["learning_rates"]
+    assert 30 < rates["null"] / results.plan.training["learning_rate"] < 35
+
+
 def test_what_the_page_says_of_stronger_signals() -> None:
     results = lab_page.published("necessity-win")
     assert results is not None

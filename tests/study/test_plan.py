@@ -134,6 +134,7 @@ training: {learning_rate: 4e-3, bf16: False}
         ({"name": "a/b"}, "name: 'a/b'"),
         ({"name": 3}, "name: 3 is not text"),
         ({"about": None}, "field 'about' is missing"),
+        ({"about": None, "seeds": None}, "fields 'about', 'seeds' are missing"),
         ({"seedz": [1]}, "did you mean 'seeds'"),
         ({"seeds": []}, "seeds: a study requires at least one"),
         ({"seeds": 3}, "seeds: 3 is not a list"),

@@ -35,7 +35,7 @@ def test_one_process_at_a_time(configure):
     assert not place.exists()
     with lock(place, "it"), pytest.raises(UserError, match=message):
         quiet(configure("new/run", steps=2, resume=True))
-    with pytest.raises(UserError, match="exists; give a new folder"):
+    with pytest.raises(UserError, match=r"exists; give a new folder.* resume=True"):
         quiet(config)
 
 

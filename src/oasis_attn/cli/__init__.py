@@ -15,15 +15,17 @@ import typer
 from typer import Exit, Option
 
 from oasis_attn import __version__
-from oasis_attn.cli.command import Command
+from oasis_attn.cli.command import Command, Group
 from oasis_attn.cli.convert import convert
 from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
 from oasis_attn.cli.doctor import doctor
 from oasis_attn.cli.evaluate import evaluate
+from oasis_attn.cli.export import export
 from oasis_attn.cli.metrics import metrics
 from oasis_attn.cli.prefix import prefix
 from oasis_attn.cli.quantize import quantize
+from oasis_attn.cli.report import report
 from oasis_attn.cli.study import study
 from oasis_attn.cli.train import train
 from oasis_attn.cli.variants import variants
@@ -37,6 +39,7 @@ _MAX_MESSAGE_LENGTH = 3000
 
 app = typer.Typer(
     name="oasis",
+    cls=Group,
     epilog="Start with: oasis demo",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -69,7 +72,7 @@ def top(
 
 for command in (
     *(demo, diagnose, doctor, view, convert, train, evaluate, prefix, quantize),
-    *(variants, metrics),
+    *(export, report, variants, metrics),
 ):
     app.command(cls=Command)(command)
 app.add_typer(study)

@@ -1,4 +1,4 @@
-"""What all commands do: run the extension files first, and name options in errors."""
+"""What all commands do: show help, run the extension files first, and name options in errors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from oasis_attn.errors import UserError, nearest
+from oasis_attn.errors import UserError, nearest, shown
 from oasis_attn.extension_files import load_extensions
 
 _QUOTED = re.compile(r"('[^']*'|\"[^\"]*\")")
@@ -21,7 +21,7 @@ _SYNONYMS = {  # natural names -> the option that may be meant, for error messag
     "dataset": "corpus",
     "epochs": "steps",
     "exclude": "ignore",
-    "file": "text",
+    "file": "text-file",
     "lr": "learning-rate",
     "max-length": "window",
     "model": "from",
@@ -35,7 +35,33 @@ _SYNONYMS = {  # natural names -> the option that may be meant, for error messag
 }
 
 
-class Command(TyperCommand):
+class _Help:
+    """Help in the conventional form: flags have no type, and required arguments no braces."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return found
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        pieces = super().collect_usage_pieces(ctx)  # type: ignore[misc]
+        return [piece.strip("{}") for piece in pieces]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from typer import rich_utils
+
+        # With typer's padding on both sides, long options are cut off in terminals of 80 columns.
+        rich_utils.STYLE_OPTIONS_TABLE_PADDING = (0, 1, 0, 0)  # type: ignore[assignment]
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+
+class Group(_Help, TyperGroup):
+    """A command with subcommands."""
+
+
+class Command(_Help, TyperCommand):
     """A command that runs the user's extension files first; `--help` does not run them.
 
     Errors of the library name parameters; the errors of a command name its options instead:
@@ -45,9 +71,14 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            raise UserError(_bad_parameter(error, ctx)) from error
         except typer.TyperException as error:
             name = getattr(error, "option_name", None)
             known = [option for parameter in self.params for option in parameter.opts]
+            if name is None and "unexpected extra argument" in error.message:
+                hint = "put a value that contains spaces in quotes"
+                raise UserError(f"{error.message}; {hint}") from error
             if name is None or name in known:
                 raise
             options = [option[2:] for option in known if option.startswith("--")]
@@ -82,3 +113,17 @@ class Command(TyperCommand):
             parts[::2] = [pattern.sub(lambda m: options[m[1]], part) for part in parts[::2]]
             rest = "".join(parts)
         return name + rest
+
+
+def _bad_parameter(error: typer.BadParameter, ctx: Any) -> str:
+    """What is wrong with a value that cannot be parsed, or with one that is missing."""
+    parameter: Any = error.param
+    if parameter is None:
+        return error.format_message()
+    name = parameter.opts[-1] if parameter.opts[-1].startswith("--") else parameter.metavar
+    parsed: Any = error.__cause__
+    if parsed is None:
+        reason = error.message or f"it is missing; see {ctx.command_path} --help"
+        return f"{name}: {reason}"
+    wanted = "a number" if parameter.bare_type() == "float" else "a whole number"
+    return f"{name}: {shown(parsed.errors()[0]['input'])} is not {wanted}"

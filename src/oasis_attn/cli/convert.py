@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from oasis_attn.cli.terminal import (
     AsJson,
+    Model,
     TrustRemoteCode,
     check_text,
     pairs,
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
 
 
 def convert(
-    model: Annotated[
-        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
-    ],
-    out: Annotated[Path, Argument(help="A new folder for the converted model.")],
+    model: Model,
+    out: Annotated[Path, Argument(metavar="FOLDER", help="A new folder for the converted model.")],
     variant: Annotated[
         str | None,
         Option(

@@ -27,7 +27,8 @@ def demo(
 ) -> None:
     """Show why one token breaks 8-bit quantization, why it exists, and what prevents it.
 
-    Takes about three minutes.  Without SmolLM2, only the part about small decoders is made.
+    It takes about three minutes. Without SmolLM2, only the part about small decoders is made.
+
     Example: [bold]oasis demo --out demo[/bold]
     """
     from oasis_attn.errors import check_seed, check_whole

@@ -5,22 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, print_sentences, print_table, working
+from oasis_attn.cli.terminal import (
+    AsJson,
+    Model,
+    TrustRemoteCode,
+    print_sentences,
+    print_table,
+    working,
+)
+from oasis_attn.cli.text import given_text
 
 
 def diagnose(
-    model: Annotated[
-        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
-    ],
+    model: Model,
     corpus: Annotated[
-        str, Option(help="Name of a corpus, or a local .txt, .jsonl or .jsonl.gz file.")
-    ] = "stdlib",
-    split: Annotated[str, Option(help="Split of the corpus.")] = "validation",
+        str | None,
+        Option(
+            help="Name of a corpus, or a local .txt, .jsonl or .jsonl.gz file. Default: stdlib.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        Option(help="Split of the corpus. Default: validation.", show_default=False),
+    ] = None,
     text: Annotated[
+        str | None, Option(help="Measure this text instead of a corpus.", show_default=False)
+    ] = None,
+    text_file: Annotated[
         Path | None,
-        Option(help="Use the whole of this file instead of a corpus.", show_default=False),
+        Option(
+            help="Measure the whole of this .txt, .jsonl or .jsonl.gz file instead of a corpus.",
+            show_default=False,
+        ),
     ] = None,
     window: Annotated[
         int | None,
@@ -52,10 +71,10 @@ def diagnose(
 ) -> None:
     """Measure perplexity, attention sinks and activation outliers; name their tokens and channels.
 
-    Example: [bold]oasis diagnose smollm2 --text book.txt --figures figures[/bold]
+    Example: [bold]oasis diagnose smollm2 --text-file book.txt --figures figures[/bold]
     """
-    from oasis_attn.data import load_corpus, whole_file
-    from oasis_attn.errors import check_whole
+    from oasis_attn.data import load_corpus
+    from oasis_attn.errors import UserError, check_whole, shown
     from oasis_attn.files import check_writable
     from oasis_attn.hub.locate import find_model
 
@@ -67,9 +86,16 @@ def diagnose(
         check_writable(out)
     if figures is not None:
         check_writable(figures / "any.png", "figures")
-    source = load_corpus(corpus, split) if text is None else whole_file(text)
+    source = given_text(text, text_file)
+    if source is None:
+        source = load_corpus(corpus or "stdlib", split or "validation")
+    else:
+        for name, value in (("corpus", corpus), ("split", split)):
+            if value is not None:
+                raise UserError(f"{name}: {shown(value)} has no effect together with a text")
     find_model(model)
-    _ = source.sha256  # reads the text, so that errors in it are reported before the model loads
+    if not isinstance(source, str):
+        _ = source.sha256  # reads it, so that errors in it are reported before the model loads
 
     from oasis_attn.hub.loading import load_model
     from oasis_attn.measure import diagnose as measure

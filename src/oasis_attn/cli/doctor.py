@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option, confirm
+from typer import Option, confirm
 
 from oasis_attn.cli.terminal import (
     AsJson,
+    Model,
     TrustRemoteCode,
     check_text,
     pairs,
@@ -21,9 +22,7 @@ from oasis_attn.cli.terminal import (
 
 
 def doctor(
-    model: Annotated[
-        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
-    ],
+    model: Model,
     out: Annotated[
         Path,
         Option(

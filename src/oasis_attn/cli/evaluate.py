@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, print_table, working
+from oasis_attn.cli.terminal import AsJson, Model, TrustRemoteCode, check_text, print_table, working
 from oasis_attn.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[
-        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
-    ],
+    model: Model,
     tasks: Annotated[
         str,
         Option(help="Comma-separated list of perplexity, gsm8k, gsm8k-loglik, arith and majority."),

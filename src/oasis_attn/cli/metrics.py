@@ -11,13 +11,15 @@ from oasis_attn.cli.terminal import AsJson, print_json, print_table
 
 def metrics(
     name: Annotated[
-        str, Argument(metavar="[NAME]", help="A metric, or the first letters of several metrics.")
+        str, Argument(metavar="NAME", help="A metric, or the first letters of several metrics.")
     ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Print the definition of each metric: formula, unit, direction, protocol and source.
 
-    Without NAME, all metrics are listed.  Example: [bold]oasis metrics outlier.avg_kurtosis[/bold]
+    Without NAME, all metrics are listed.
+
+    Example: [bold]oasis metrics outlier.avg_kurtosis[/bold]
     """
     from dataclasses import asdict
 

@@ -7,14 +7,22 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table, working
+from oasis_attn.cli.terminal import (
+    AsJson,
+    Model,
+    TrustRemoteCode,
+    check_text,
+    pairs,
+    print_table,
+    working,
+)
 
 
 def prefix(
-    model: Annotated[
-        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
+    model: Model,
+    out: Annotated[
+        Path, Argument(metavar="FOLDER", help="A new folder for the model with its prefix.")
     ],
-    out: Annotated[Path, Argument(help="A new folder for the model with its prefix.")],
     method: Annotated[str, Option(help="greedy (CushionCache) or frequency (PrefixQuant).")] = (
         "greedy"
     ),

@@ -6,9 +6,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table, working
+from oasis_attn.cli.terminal import (
+    AsJson,
+    Model,
+    TrustRemoteCode,
+    check_text,
+    pairs,
+    print_table,
+    working,
+)
 
 if TYPE_CHECKING:
     from oasis_attn.records import QuantizationRecord
@@ -16,9 +24,7 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    model: Annotated[
-        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
-    ],
+    model: Model,
     out: Annotated[Path, Option(help="A new folder for the quantized model.")],
     scheme: Annotated[
         str, Option(help="w8a8-static-full, w8a8-static-linear, w8a8-dynamic, w4a8, w4a4 or w4a16.")
@@ -31,11 +37,20 @@ def quantize(
             " repeatable.",
         ),
     ] = None,
+    format: Annotated[
+        str,
+        Option(
+            help="oasis holds every scheme and model. compressed-tensors is loaded without this"
+            " package, by transformers, vLLM and SGLang; writing it needs"
+            r" pip install 'oasis-attn\[export]'."
+        ),
+    ] = "oasis",
     simulate: Annotated[
         bool,
         Option(
             "--simulate",
-            help="Simulate the quantization in floating point; without it, use int8 kernels.",
+            help="Simulate the quantization in floating point; without it, use int8 kernels."
+            " With --format compressed-tensors, it is always simulated.",
         ),
     ] = False,
     ignore: Annotated[
@@ -77,6 +92,9 @@ def quantize(
     """Quantize a model, measure perplexity, size and speed, and save it for from_pretrained.
 
     Example: [bold]oasis quantize smollm2 --scheme w4a4 --simulate --out small[/bold]
+
+    To serve a model: [bold]oasis quantize smollm2 --format compressed-tensors --out small[/bold],
+    then [bold]vllm serve small --dtype bfloat16[/bold].
     """
     from oasis_attn.files import check_free
     from oasis_attn.hub.locate import find_model
@@ -86,6 +104,7 @@ def quantize(
     varied = get_scheme(scheme).with_options(pairs("--scheme-option", scheme_option))
     check_quantization(
         varied,
+        format=format,
         simulate=simulate,
         window=window,
         windows=windows,
@@ -104,6 +123,7 @@ def quantize(
             model,
             out,
             scheme=varied,
+            format=format,
             simulate=simulate,
             ignore=ignore or (),
             calibration=calibration,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from oasis_attn.cli.command import Command
+from oasis_attn.cli.command import Command, Group
 from oasis_attn.cli.terminal import AsJson, pairs, print_json, print_table
 
 if TYPE_CHECKING:
@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 
 study = Typer(
     name="study",
+    cls=Group,
     help="Train, measure, quantize and compare variants over corpora and seeds.",
     epilog="Start with: oasis study run smoke --out studies/smoke",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
 
-PlanName = Annotated[str, Argument(help="A plan of `oasis study plans`, or a .yaml file.")]
-Out = Annotated[Path, Argument(help="The folder of the study.")]
+PlanName = Annotated[
+    str, Argument(metavar="PLAN", help="A plan of `oasis study plans`, or a .yaml file.")
+]
+Out = Annotated[Path, Argument(metavar="FOLDER", help="The folder of the study.")]
 
 
 @study.command(cls=Command)
@@ -97,6 +100,7 @@ def run(
     from oasis_attn.study.launch import ClusterLauncher
     from oasis_attn.study.lookup import plan_path
     from oasis_attn.study.plan_file import load_plan
+    from oasis_attn.study.storage import StudyFolder
 
     options = pairs("--executor-option", executor_option)
     if options and cluster is None:
@@ -104,9 +108,10 @@ def run(
     check_whole("workers", workers, 1)
     launcher = None if cluster is None else ClusterLauncher(cluster, options)
     loaded = load_plan(plan)
-    loaded.check()
+    StudyFolder.check(out, loaded)
     for folder in reuse_from or ():
         plan_path(folder)
+    loaded.check()
 
     from oasis_attn.study.run import run_study
 
@@ -199,7 +204,7 @@ def report(
 
 @study.command(cls=Command)
 def trial(
-    where: Annotated[str, Argument(help="A plan, or the folder of a study.")],
+    where: Annotated[str, Argument(metavar="STUDY", help="A plan, or the folder of a study.")],
     trial_id: Annotated[str, Argument(metavar="TRIAL", help="The id of the trial.")],
     out: Annotated[
         Path | None,

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold]."
+    ),
+]
+
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

@@ -180,7 +180,7 @@ def train(
         if report_to is None:
             raise UserError(f"log_sinks_every: {log_sinks_every} has no effect without report_to")
     if not resume:
-        check_free(out)
+        check_free(out, hint=", or continue its run with --resume")
     check_names(given["settings"])
     for split in ("train", eval_split):
         check_text(corpus, split)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, print_json, working
+from oasis_attn.cli.terminal import AsJson, Model, TrustRemoteCode, print_json, working
+from oasis_attn.cli.text import given_text
 from oasis_attn.errors import UserError, check_whole, parse_json, reason, shown
 
 
 def view(
-    model: Annotated[
-        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
-    ],
-    text: Annotated[str | None, Option(help="The text.", show_default=False)] = None,
+    model: Model,
+    text: Annotated[str | None, Option(help="Show this text.", show_default=False)] = None,
     text_file: Annotated[
         Path | None,
-        Option(help="Read the text from this .txt file.", show_default=False),
+        Option(help="Show the text of this .txt, .jsonl or .jsonl.gz file.", show_default=False),
     ] = None,
     chat: Annotated[
         bool,
@@ -65,20 +63,14 @@ def view(
 
 def _given(text: str | None, text_file: Path | None, chat: bool) -> str | list[dict[str, str]]:
     """The text, or the messages of a chat."""
-    from oasis_attn.data import whole_file
-
-    if (text is None) == (text_file is None):
-        raise UserError("text: give either --text or --text-file")
-    if text_file is not None and chat and text_file.suffix == ".json":
+    if text is None and text_file is not None and chat and text_file.suffix == ".json":
         return _messages(text_file)
-    if text_file is not None:
-        text = "\n".join(whole_file(text_file, "text_file").texts()).rstrip("\n")
-    assert text is not None
-    if text.endswith(".txt") and os.path.isfile(text):
-        raise UserError(f"text: {shown(text)} is a file; give it as --text-file")
-    if not text.strip():
-        raise UserError("text: it is empty")
-    return [{"role": "user", "content": text}] if chat else text
+    found = given_text(text, text_file)
+    if found is None:
+        raise UserError("text: give either --text or --text-file")
+    if not isinstance(found, str):
+        found = "\n".join(found.texts()).rstrip("\n")
+    return [{"role": "user", "content": found}] if chat else found
 
 
 def _messages(path: Path) -> list[dict[str, str]]:

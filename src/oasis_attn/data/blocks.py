@@ -126,7 +126,7 @@ def pack_texts(
     block_length: int,
     *,
     vocab_size: int | None = None,
-    source: str = "texts",
+    source: str = "the text",
 ) -> np.ndarray:
     """Token ids [N, T] of the documents, packed in memory.
 

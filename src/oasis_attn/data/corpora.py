@@ -17,6 +17,7 @@ from pathlib import Path
 from oasis_attn.data import readers
 from oasis_attn.data.arith import arith_rows
 from oasis_attn.data.majority import MajorityTask, majority_task
+from oasis_attn.data.trigger import is_task
 from oasis_attn.errors import UserError, check_choice, shown
 
 Reader = Callable[[], Iterator[str]]
@@ -64,7 +65,7 @@ class Corpus:
     def label(self) -> str:
         """The argument, name and split, for error messages."""
         if self.split == _WHOLE:
-            return f"text: {self.name!r}"
+            return f"text_file: {self.name!r}"
         return f"corpus: {self.name!r} split {self.split!r}"
 
     @cached_property
@@ -209,16 +210,14 @@ def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
     return Corpus(name=name, split=split, reader=splits[split], task=task)
 
 
-def whole_file(path: str | Path, argument: str = "text") -> Corpus:
+def whole_file(path: str | Path) -> Corpus:
     """All of a text file, as split `whole`: one document, or one a line for .jsonl and .jsonl.gz.
-
-    Error messages start with `argument`.
 
     Raises:
         UserError: a missing file, or one of another type.
     """
-    file = _text_file(str(path), argument)
-    reader = partial(readers.file_documents, file, readers.whole, argument)
+    file = _text_file(str(path), "text_file")
+    reader = partial(readers.file_documents, file, readers.whole, "text_file")
     return Corpus(name=str(path), split=_WHOLE, reader=reader)
 
 
@@ -247,6 +246,8 @@ def _splits(name: str) -> Mapping[str, Reader]:
         if os.path.isfile(name) or name.endswith(readers.SUFFIXES):
             path = _text_file(name, "corpus")
             return {split: partial(_file_share, path, share) for split, share in _SHARES.items()}
+        if is_task(name):
+            raise UserError(f"corpus: {name!r} is a task of vectors, which only studies train on")
         if "/" in name:
             raise UserError(f"corpus: {shown(name)} does not exist")
         check_choice("corpus (or a text file)", name, CORPORA)

@@ -41,7 +41,7 @@ tags: [{tags}]
 {facts}
 
 ```python
-import oasis_attn  # without it, transformers cannot load this checkpoint
+{requirement}
 from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained(path_or_name)
@@ -49,6 +49,10 @@ model = {auto_class}.from_pretrained(path_or_name)
 {measured}
 *This card was {generated}. Remove this line to keep the card when the model is saved again.*
 """
+_REQUIREMENTS = {
+    "oasis": "import oasis_attn  # without it, transformers cannot load this checkpoint",
+    "compressed-tensors": "# needs: pip install compressed-tensors",
+}
 _SETTINGS = """\
 A `{family}` decoder with {parameters:,} parameters, of which the variant `{variant}` of
 [OASIS](https://arxiv.org/abs/2605.17887) (library oasis-attn) adds {added:,}. Settings that are not
@@ -71,8 +75,13 @@ _MEASURED = """
 """
 
 
-def write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
+def write_card(
+    model: PreTrainedModel, folder: str | os.PathLike[str], *, format: str = "oasis"
+) -> None:
     """Write `folder`/README.md, unless there is one without the line that says it was generated.
+
+    `format` is that of the quantized weights: `oasis`, or `compressed-tensors`, which is loaded
+    without `oasis_attn`.
 
     The measurements come from `folder`/record.json; if it does not exist, from the record in the
     checkpoint that the model was loaded from, and the card names that checkpoint.
@@ -97,7 +106,7 @@ def write_card(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
         if isinstance(tensor, nn.Parameter) or tensor.dtype == torch.int8
     }
     added = sum(n for name, n in counts.items() if is_ours(name))
-    card = model_card(config, sum(counts.values()), added, stored, record, origin)
+    card = model_card(config, sum(counts.values()), added, stored, record, origin, format)
     write_text(path, card)
 
 
@@ -108,6 +117,7 @@ def model_card(
     stored: Any,
     record: Record | None,
     origin: str = "",
+    format: str = "oasis",
 ) -> str:
     """The card as Markdown with YAML front matter.
 
@@ -118,6 +128,7 @@ def model_card(
         stored: the `quantization_config` of the model, or None.
         record: the measurements, if there are any.
         origin: text that names the measured checkpoint if it is not this one.
+        format: see `write_card`.
     """
     text = config.get_text_config(decoder=True)
     tags, family = ["oasis-attn", text.model_type], text.model_type
@@ -156,6 +167,7 @@ def model_card(
         tags=", ".join(tags),
         title=title,
         facts="\n\n".join(facts),
+        requirement=_REQUIREMENTS[format],
         measured="" if record is None else _measured(record, origin),
         generated=_GENERATED,
     )

@@ -65,7 +65,7 @@ def check_lengths(model: PreTrainedModel, lengths: Sequence[int], argument: str)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     prefix = prefix_of(model)
     used = 0 if prefix is None else len(prefix)
-    if limit is not None and max(lengths) + used > limit:
+    if limit is not None and 0 < limit < max(lengths) + used:  # -1 means no limit
         note = f", {used} of which its prefix uses" if used else ""
         raise UserError(
             f"{argument}: {max(lengths)} tokens are more than the model's {limit} positions{note}"

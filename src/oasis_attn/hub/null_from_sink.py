@@ -35,11 +35,11 @@ from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 
 CANDIDATES = 4
-"""Tokens that are tried for each null after the first."""
+"""Tokens that are tried for each null."""
 _SEARCH_WINDOWS, _SEARCH_TOKENS = 8, 128  # of the windows that they are tried on
+_MASSIVE = 10  # times the activations of the median token
 _OCCURRENCES = 16  # of a token, which its null is the mean of
-_ROWS = 4  # windows per forward pass
-_TOKENS = 256  # sequences of one token per forward pass
+_TOKENS = 1024  # per forward pass, unless a window has more
 
 
 class SinkConversion(NamedTuple):
@@ -47,10 +47,12 @@ class SinkConversion(NamedTuple):
 
     Attributes:
         model: the model with its nulls.
+        layer_0: the token whose key and value the first null has in layer 0; None for the mean.
         tokens: the tokens that the nulls after the first were made from, in order.
     """
 
     model: OasisForCausalLM
+    layer_0: int | None
     tokens: tuple[int, ...]
 
 
@@ -79,6 +81,11 @@ def null_from_sink(
     which runs alone, as the first token of a sequence.  They should be text without BOS: a model
     whose null is made from BOS continues to treat BOS as a sink.
 
+    In layer 0, keys and values differ most between tokens, and with their mean, a few first tokens
+    can keep activations that are more than ten times those of the median one.  Then the key and the
+    value of each of the most frequent tokens are tried in layer 0, and the null with the smallest
+    `activation_size` over first tokens is kept.
+
     For each null after the first, the tokens with the largest activations (relative to the median
     token of a layer) are tried, in the model that has the nulls found so far.  The key and the
     value are the means over the places at which the activations of the token are largest; positions
@@ -91,7 +98,7 @@ def null_from_sink(
         ids_NT: windows of text, int64.  Nulls after the first are searched on a part of them.
         variant: a name in `variants()`; its token normalizer is replaced by `key_value_null`.
         nulls: maximum number of nulls of each head.
-        on_try: is called before each token is tried, `CANDIDATES` times for each null but one.
+        on_try: is called before each token is tried, `CANDIDATES` times at most for each null.
         overrides: settings of `OasisConfig` that replace those of the variant.
 
     Raises:
@@ -107,7 +114,8 @@ def null_from_sink(
             " nulls already; use the exact conversion"
         )
     with eval_mode(model), torch.no_grad():
-        found = [_mean_null(model, ids_NT.reshape(-1, 1).split(_TOKENS))]
+        layer_0, first = _first_null(model, ids_NT, on_try)
+        found = [first]
         tokens: list[int] = []
         while len(found) < nulls:
             better = _best_null(model, found, ids_NT[:_SEARCH_WINDOWS, :_SEARCH_TOKENS], on_try)
@@ -117,7 +125,7 @@ def null_from_sink(
             found.append(better[1])
         converted = _converted(model, len(found), variant, overrides)
         _set_nulls(converted, found)
-    return SinkConversion(converted, tuple(tokens))
+    return SinkConversion(converted, layer_0, tuple(tokens))
 
 
 def _check_ids(model: PreTrainedModel, ids_NT: Tensor) -> None:
@@ -149,6 +157,30 @@ def _with_nulls(model: PreTrainedModel, nulls: list[_Null]) -> OasisForCausalLM:
     converted = _converted(model, len(nulls), "kv_null", {})
     _set_nulls(converted, nulls)
     return converted
+
+
+def _first_null(
+    model: PreTrainedModel, ids_NT: Tensor, on_try: Callable[[], None]
+) -> tuple[int | None, _Null]:
+    """The first null, and the token whose key and value it has in layer 0 (None: the mean)."""
+    mean = _mean_null(model, ids_NT.reshape(-1, 1).split(_TOKENS))
+    distinct_N, counts_N = ids_NT.unique(return_counts=True)
+
+    def peaks_LN1(null: _Null) -> Tensor:
+        return token_peaks(_with_nulls(model, [null]), distinct_N.unsqueeze(1))
+
+    found_LN1 = peaks_LN1(mean)
+    least = activation_size(found_LN1)
+    best: tuple[int | None, _Null] = None, mean
+    if not (found_LN1 > _MASSIVE * found_LN1.median(1, keepdim=True).values).any():
+        return best
+    for token in distinct_N[counts_N.argsort(descending=True, stable=True)[:CANDIDATES]].tolist():
+        on_try()
+        keys, values = _mean_null(model, [torch.tensor([[token]])])
+        null = _Null([keys[0], *mean.keys[1:]], [values[0], *mean.values[1:]])
+        if (size := activation_size(peaks_LN1(null))) < least:
+            least, best = size, (token, null)
+    return best
 
 
 def _mean_null(model: PreTrainedModel, batches: Iterable[Tensor]) -> _Null:
@@ -233,7 +265,7 @@ def token_peaks(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
                 series.append(x_BTD.abs().amax(-1).float().cpu())
 
             stack.callback(layer.module.register_forward_hook(see).remove)
-        for ids_BT in ids_NT.split(_ROWS):
+        for ids_BT in ids_NT.split(max(1, _TOKENS // ids_NT.shape[1])):
             _run(model, ids_BT)
     return torch.stack([torch.cat(series) for series in peaks])
 

@@ -6,8 +6,8 @@ not occur at inference time (CushionCache 2406.12016, PrefixQuant 2410.05265).
 
 The prefix is invisible to callers: masks, positions and logits refer to their own tokens.
 `save_pretrained` stores it with the weights (see `prefix_storage`), and `from_pretrained` restores
-it.  The subfolder `prefix` has a copy as a PEFT adapter of type `CARTRIDGE`, for the model without
-prefix.
+it.  The subfolder `prefix` has a copy as a PEFT adapter of type `PREFIX_TUNING`, for the model
+without prefix.
 
 Axes: L layers, G key heads, P prefix tokens, d head width; B batch, T tokens.
 """
@@ -30,12 +30,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from oasis_attn.errors import UserError, one_line
 from oasis_attn.files import write_bytes, write_text
-from oasis_attn.hub.prefix_storage import prefix_hf_quantizer
+from oasis_attn.hub.prefix_storage import forget_prefix, prefix_hf_quantizer
 from oasis_attn.modeling.decoder_map import find_decoder
 from oasis_attn.modeling.hf_compat import find_file
 from oasis_attn.modeling.packing import input_of, is_one_sequence
@@ -72,11 +73,11 @@ class Prefix:
         packed_LKGPd = torch.stack([self.keys_LGPd, self.values_LGPd], 1)
         flat = packed_LKGPd.permute(3, 0, 1, 2, 4).reshape(P, -1).detach().cpu().contiguous()
         config = {
-            "peft_type": "CARTRIDGE",
+            "peft_type": "PREFIX_TUNING",
             "task_type": "CAUSAL_LM",
             "inference_mode": True,
             "num_virtual_tokens": P,
-            "num_frozen_tokens": 0,
+            "prefix_projection": False,
             "num_layers": L,
             "num_attention_heads": G,
             "token_dim": G * d,
@@ -187,6 +188,18 @@ def with_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
     return attach_prefix(copy.deepcopy(model, shared), prefix)
 
 
+def without_prefix(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of `model`, which has a prefix, without it; all tensors are shared."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    result = copy.deepcopy(model, shared)
+    decoder: Any = find_decoder(result).module
+    for handle in decoder.kv_prefix.hooks:
+        handle.remove()
+    del decoder.kv_prefix
+    forget_prefix(result)
+    return result
+
+
 def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
     """Attach `prefix` to `model` in place, so that every sequence attends to it; returns `model`.
 
@@ -216,9 +229,12 @@ def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
         raise UserError(f"prefix: it has {P} tokens, but the model has only {positions} positions")
     prefix_hf_quantizer(model).quantization_config.prefix = prefix.describe()
     decoder: Any = find_decoder(model).module
-    decoder.add_module("kv_prefix", _Store(prefix, model))
-    decoder.register_forward_pre_hook(_prepend_prefix, with_kwargs=True)
-    decoder.register_forward_hook(_restore_cache, with_kwargs=True)
+    store = _Store(prefix, model)
+    decoder.add_module("kv_prefix", store)
+    store.hooks = (
+        decoder.register_forward_pre_hook(_prepend_prefix, with_kwargs=True),
+        decoder.register_forward_hook(_restore_cache, with_kwargs=True),
+    )
     return model
 
 
@@ -249,6 +265,9 @@ def _find_store(model: PreTrainedModel) -> _Store | None:
 
 class _Store(nn.Module):
     """The prefix as a module: it moves to the model's device and dtype, but is not in its state."""
+
+    hooks: tuple[RemovableHandle, ...] = ()
+    """The hooks of the decoder that use the prefix."""
 
     def __init__(self, prefix: Prefix, model: PreTrainedModel) -> None:
         super().__init__()
@@ -304,10 +323,9 @@ def _prepend_prefix(
     cache: Any = kwargs.get("past_key_values")
     if cache is None:
         cache = DynamicCache(config=module.config.get_text_config(decoder=True))
-    elif getattr(cache, "is_compileable", False):
-        raise UserError(
-            f"past_key_values: {type(cache).__name__} has a fixed size and cannot hold a prefix"
-        )
+    elif not isinstance(cache, Cache) or getattr(cache, "is_compileable", False):
+        kind = "has a fixed size" if isinstance(cache, Cache) else "belongs to generate_batch"
+        raise UserError(f"past_key_values: {type(cache).__name__} {kind} and cannot hold a prefix")
     length, held = len(store.tokens), type(cache).get_seq_length(cache)
     if held == 0:
         store.fill(cache, batch)

@@ -27,6 +27,7 @@ from oasis_attn.modeling.hf_compat import (
     QuantizationConfigMixin,
     before_upload,
     has_adapter,
+    not_before_upload,
     register_quantization_config,
     register_quantizer,
 )
@@ -183,6 +184,17 @@ def prefix_hf_quantizer(model: PreTrainedModel) -> PrefixHfQuantizer:
         method = found.quantization_config.quant_method
         raise UserError(f"model: it is quantized by {method!s} and cannot be saved with a prefix")
     return found
+
+
+def forget_prefix(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` save `model` without a prefix; undoes what `attach_prefix` set."""
+    quantizer = prefix_hf_quantizer(model)
+    quantizer.quantization_config.prefix = None
+    if type(quantizer) is PrefixHfQuantizer:  # otherwise the model is quantized, too
+        del model.config.get_text_config(decoder=True).quantization_config
+        for name in ("hf_quantizer", "save_pretrained"):
+            del vars(model)[name]
+        not_before_upload(model)
 
 
 def _save_pretrained(

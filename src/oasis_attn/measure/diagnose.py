@@ -91,6 +91,8 @@ def diagnose(
     ids_NT = read.ids_NT
     check_lengths(model, ids_NT.shape[1:], "window")
     layers = sum(point.kind == "layer" for point in points)
+    # The state after the last layer is taken after the final norm, if there is one.
+    last_state = [point for point in points if point.kind in ("layer", "final_norm")][-1]
     outliers, ranges, depth = Outliers(points), RangeNoise(points), Depth()
     sinks, secondary = Sinks(points), SecondarySinks(layers)
     sink_tokens, heads = SinkTokens(model), HeadOutputs(points)
@@ -102,8 +104,8 @@ def diagnose(
 
     def on_output(point: HookPoint, x: Tensor, ids_BT: Tensor) -> None:
         outliers.update(point, x, ids_BT)
-        ranges.update(point, x, ids_BT)
-        if point.kind == "final_norm" or (point.kind == "layer" and point.layer != layers - 1):
+        ranges.update(point, x)
+        if point is last_state or (point.kind == "layer" and point.layer != layers - 1):
             secondary.update(x, ids_BT)
 
     def after(ids_BT: Tensor) -> None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.hub.prefix import prefix_of
-from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
+from oasis_attn.measure.hooks import HookPoint, attention_layers, check_output, find_hook_points
 from oasis_attn.measure.outliers import massive
 from oasis_attn.measure.sinks import check_calls, value_images
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
@@ -157,7 +157,14 @@ class _Recorder:
     def __init__(self, model: PreTrainedModel, points: list[HookPoint], ids_1T: Tensor) -> None:
         self._model, self._ids_1T = model, ids_1T
         self._layers = [point for point in points if point.kind == "layer"]
-        self._projections = [point.module for point in points if point.kind == "attention"]
+        attention = attention_layers(points)
+        for layer, point in enumerate(self._layers):
+            if layer not in attention or not attention[layer].projects_heads:
+                raise UserError(
+                    f"model: family {model.config.model_type!r} cannot be inspected: {point.name}"
+                    " has no softmax attention with an output projection that was found"
+                )
+        self._projections = [attention[layer].module for layer in range(len(self._layers))]
         self._found: dict[str, dict[int, Tensor]] = {}
         self.massive: list[Massive] = []
 
@@ -181,7 +188,7 @@ class _Recorder:
             depth = (
                 self.run_depth(output_attentions=True) if self._null_values else self.run_depth()
             )
-        check_calls(self._model, calls, len(self._projections))
+        check_calls(self._model, calls, range(len(self._projections)))
         return depth
 
     def run_depth(self, **arguments: Any) -> DepthWeights | None:
@@ -233,9 +240,8 @@ class _Recorder:
 
     def _on_layer(self, point: HookPoint, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
-        check_output(self._model, point, x, self._ids_1T)
         assert point.layer is not None
-        x_TD = x.detach().reshape(self._ids_1T.shape[1], -1)
+        x_TD = check_output(self._model, point, x, self._ids_1T)[0].detach()
         if not x_TD.isfinite().all():
             broken = int(x_TD.isfinite().all(-1).logical_not().nonzero()[0])
             raise UserError(

@@ -125,7 +125,7 @@ class Outliers:
         self._largest: dict[int, dict[str, Any]] = {}
 
     def update(self, point: HookPoint, x: Tensor, ids_BT: Tensor) -> None:
-        """Add the output `x` of one module, [B, T, D] or (for some MLPs) [B * T, D]."""
+        """Add the output `x` of one module, [B, T, D]."""
         x_BM = x.detach().reshape(len(ids_BT), -1)
         peaks_B = inf_norm(x_BM)
         self._inf_norms[point.name].append(peaks_B)
@@ -225,10 +225,11 @@ class Outliers:
             places = [one(name, count, place) for place, count in counts.items() if count]
             return [one(name, sum(counts.values())), *places]
 
+        kinds = {point.kind for point in self._points}
         active = _values(m for m in pearson if m.where not in silent)
         return [
             one("outlier.max_inf_norm", largest()),
-            one("outlier.max_inf_norm_mlp", largest("mlp")),
+            *([one("outlier.max_inf_norm_mlp", largest("mlp"))] if "mlp" in kinds else []),
             one("outlier.max_inf_norm_layer", largest("layer")),
             one("outlier.avg_kurtosis", _values(literature).mean()),
             one("outlier.max_kurtosis", _values(literature).max()),

@@ -40,10 +40,10 @@ class RangeNoise:
         self._counts: list[Tensor] = []
         self._found: dict[tuple[int, int], list[Tensor]] = {}
 
-    def update(self, point: HookPoint, x: Tensor, ids_BT: Tensor) -> None:
-        """Add the output `x` of one module, [B, T, D] or (for some MLPs) [B * T, D]."""
-        x_BTD = x.detach().reshape(*ids_BT.shape, -1)
-        precise = torch.promote_types(x.dtype, torch.float32)
+    def update(self, point: HookPoint, x_BTD: Tensor) -> None:
+        """Add the output of one module."""
+        x_BTD = x_BTD.detach()
+        precise = torch.promote_types(x_BTD.dtype, torch.float32)
         power_BT = torch.linalg.vector_norm(x_BTD, dim=-1, dtype=precise) ** 2 / x_BTD.shape[-1]
         self._batch[point.name] = x_BTD.amin(-1), x_BTD.amax(-1), power_BT
 

@@ -18,6 +18,7 @@ Axes: L states, B windows, 2 candidates for b, T tokens, D width, H heads.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +101,8 @@ class SecondarySinks:
         """Run the windows with secondary sinks once more, to measure the attention they receive.
 
         The score of a sink is its mean attention probability over the queries that can attend to it
-        and over the heads of the layers in whose output it is a sink.
+        and over the heads of the layers in whose output it is a sink; NaN if none of these layers
+        has an attention map.
         """
         for window in sorted({sink.window for sink in self.found}):
             sinks = [sink for sink in self.found if sink.window == window]
@@ -114,7 +116,12 @@ class SecondarySinks:
 
             with torch.random.fork_rng(), observe_attention(model, on_attention):
                 model(input_ids=ids_NT[window : window + 1], use_cache=False)
-            self._scores += [float(torch.stack(received[s.position]).mean()) for s in sinks]
+            self._scores += [
+                float(torch.stack(received[s.position]).mean())
+                if received[s.position]
+                else math.nan
+                for s in sinks
+            ]
 
     def metrics(self) -> list[Metric]:
         """`sink.secondary_tokens@RULE` and `sink.first_copies@RULE` per window, and, if there are

@@ -80,7 +80,7 @@ def null_from_sink_checkpoint(
         load_corpus(calibration, calibration_split),
         load_corpus(evaluation or calibration, evaluation_split),
     ]
-    steps = Steps(progress, 5 + CANDIDATES * (nulls - 1))
+    steps = Steps(progress, 5 + CANDIDATES * nulls)
     steps.start("loading the model")
     loaded, tokenizer = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     check_lengths(loaded, [window], "window")
@@ -89,12 +89,12 @@ def null_from_sink_checkpoint(
     )
     begin = 0 if seen.info.bos is None else 1
     steps.start("computing the null")
-    converted, tokens = null_from_sink(
+    converted, layer_0, tokens = null_from_sink(
         loaded,
         seen.ids_NT[:, begin:],
         variant=variant or "kv_null",
         nulls=nulls,
-        on_try=partial(steps.start, "trying tokens for more nulls"),
+        on_try=partial(steps.start, "trying tokens for the null"),
         **overrides or {},
     )
     measured = {"before": loaded, "after": converted}
@@ -110,6 +110,7 @@ def null_from_sink_checkpoint(
         model=describe_model(loaded),
         config=converted.config.settings,
         nulls=1 + len(tokens),
+        layer_0=None if layer_0 is None else str(tokenizer.decode([layer_0])),
         tokens=tokens,
         texts=tuple(str(tokenizer.decode([token])) for token in tokens),
         data=held_out.info,
@@ -146,9 +147,8 @@ def measure_sink(model: PreTrainedModel, windows: Windows) -> tuple[list[Metric]
     largest: list[dict[str, Any]] = [{"value": 0.0} for _ in layers]
 
     def see(point: HookPoint, output: Any) -> None:
-        x_BTD = output[0] if isinstance(output, tuple) else output
-        check_output(model, point, x_BTD, ids_BT)
-        x_BTD = x_BTD.view(*ids_BT.shape, -1)
+        x = output[0] if isinstance(output, tuple) else output
+        x_BTD = check_output(model, point, x, ids_BT)
         place = x_BTD.abs().argmax()
         row, position, channel = map(int, torch.unravel_index(place, x_BTD.shape))
         value = float(x_BTD[row, position, channel])

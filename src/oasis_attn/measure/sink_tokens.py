@@ -37,6 +37,7 @@ class SinkTokens:
         prefix = prefix_of(model)
         self._prefix = torch.tensor(prefix.tokens if prefix else (), dtype=torch.int64)
         self._batch: dict[int, Tensor] = {}
+        self._layers: list[int] = []
         self._counts: list[Tensor] = []
         self._found: dict[tuple[int, int], list[Tensor]] = {}
 
@@ -48,9 +49,21 @@ class SinkTokens:
 
     def classify(self, ids_BT: Tensor) -> None:
         """Find the sink tokens of a batch, after the calls of all layers."""
-        received_BLHS = torch.stack([self._batch[layer] for layer in sorted(self._batch)], dim=1)
-        self._batch.clear()
+        if not self._batch:
+            return
         keys_BS = torch.cat([self._prefix.expand(len(ids_BT), -1), ids_BT.cpu()], dim=1)
+        self._layers = sorted(self._batch)
+        heads = max(received_BHS.shape[1] for received_BHS in self._batch.values())
+        received_BLHS = ids_BT.new_zeros(
+            (len(ids_BT), len(self._layers), heads, keys_BS.shape[1]),
+            dtype=torch.float,
+            device="cpu",
+        )
+        for index, layer in enumerate(self._layers):
+            # Some layers have fewer heads, or further keys that are no tokens.
+            received_BHS = self._batch[layer][..., : keys_BS.shape[1]]
+            received_BLHS[:, index, : received_BHS.shape[1]] = received_BHS
+        self._batch.clear()
         sinks_BS = (received_BLHS > THRESHOLD).any(2).any(1)
         self._counts.append(sinks_BS.sum(1))
         for window, key in sinks_BS.nonzero().tolist():
@@ -59,6 +72,8 @@ class SinkTokens:
 
     def metrics(self) -> list[Metric]:
         """`sink.tokens@0.3`: the number of sink tokens of a window."""
+        if not self._counts:
+            return []
         return [mean_metric(f"sink.tokens@{THRESHOLD}", torch.cat(self._counts))]
 
     def tables(self) -> dict[str, Any]:
@@ -69,14 +84,14 @@ class SinkTokens:
         (mean), and all `layers` of these heads.
         """
         rows = [
-            _row(position, token, torch.stack(received))
+            _row(position, token, torch.stack(received), self._layers)
             for (position, token), received in self._found.items()
         ]
         rows.sort(key=lambda row: row["windows"] * row["heads"] * row["received"], reverse=True)
         return {"sink.tokens": rows[:ROWS]}
 
 
-def _row(position: int, token: int, received_NLH: Tensor) -> dict[str, Any]:
+def _row(position: int, token: int, received_NLH: Tensor, layers: list[int]) -> dict[str, Any]:
     sink_NLH = received_NLH > THRESHOLD
     return {
         "position": position,
@@ -84,5 +99,5 @@ def _row(position: int, token: int, received_NLH: Tensor) -> dict[str, Any]:
         "windows": len(received_NLH),
         "heads": float(sink_NLH.flatten(1).sum(1).double().mean()),
         "received": float(received_NLH[sink_NLH].mean()),
-        "layers": sink_NLH.any(2).any(0).nonzero().flatten().tolist(),
+        "layers": [layers[index] for index in sink_NLH.any(2).any(0).nonzero().flatten().tolist()],
     }

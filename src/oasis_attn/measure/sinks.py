@@ -5,7 +5,9 @@ Axes: N windows, B windows in a batch, T tokens, L layers, H heads, d head width
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.measure.hooks import HookPoint
+from oasis_attn.measure.hooks import HookPoint, attention_layers
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import AttentionCall
 from oasis_attn.records import Metric
@@ -47,10 +49,10 @@ def first_position_norms(p_BHT: Tensor, value_BHd: Tensor, out_projection: nn.Mo
     return ((p_BTH @ gram_BHH) * p_BTH).sum(-1).clamp_min(0).sqrt()
 
 
-def check_calls(model: PreTrainedModel, calls: Counter[int], layers: int) -> None:
+def check_calls(model: PreTrainedModel, calls: Counter[int], layers: Collection[int]) -> None:
     """Raise `UserError` unless each of `layers` made one attention call; `calls` counts them."""
-    for layer in {*range(layers), *calls}:
-        if layer >= layers or calls[layer] != 1:
+    for layer in sorted({*layers, *calls}):
+        if layer not in layers or calls[layer] != 1:
             raise UserError(
                 f"model: family {model.config.model_type!r} is not supported by diagnose: layer"
                 f" {layer} calls the attention interface of transformers {calls[layer]} times"
@@ -59,18 +61,25 @@ def check_calls(model: PreTrainedModel, calls: Counter[int], layers: int) -> Non
 
 
 class Sinks:
-    """Computes the sink.* metrics of attention, and null.mass, during one pass over windows."""
+    """Computes the sink.* metrics of attention, and null.mass, during one pass over windows.
+
+    Only layers with softmax attention are measured; the others have no attention map.
+    """
 
     def __init__(self, points: list[HookPoint]) -> None:
-        self._out_projections = [point.module for point in points if point.kind == "attention"]
-        self._series: dict[str, list[list[Tensor]]] = {}
+        self._attention = attention_layers(points)
+        self._layers = [point for point in points if point.kind == "layer"]
+        # What a layer without softmax attention has instead; it may be only an MLP.
+        self._others = {p.layer: p for kind in ("mlp", "mixer") for p in points if p.kind == kind}
+        self._series: dict[str, dict[int, list[Tensor]]] = {}
         self._window = 0
         self._calls: Counter[int] = Counter()
 
     def update(self, call: AttentionCall) -> None:
         """Add one attention call."""
         self._calls[call.layer] += 1
-        if call.layer >= len(self._out_projections):
+        point = self._attention.get(call.layer)
+        if point is None:
             return  # `check` raises an error
         p_BHT = call.column(0)
         null_BHT = call.null_BHT
@@ -88,27 +97,33 @@ class Sinks:
         self._record("rate_window", call.layer, _mean(p_BHT))
         self._record("null", call.layer, _mean(null_BHT))
 
-        value_BGd = call.value_BGSd[:, :, 0]
-        value_BHd = value_BGd.repeat_interleave(heads // value_BGd.shape[1], dim=1)
-        norms_BT = first_position_norms(p_BHT, value_BHd, self._out_projections[call.layer])
-        self._record("value_weighted", call.layer, _mean(norms_BT[:, 1:]))
+        if point.projects_heads:
+            value_BGd = call.value_BGSd[:, :, 0]
+            value_BHd = value_BGd.repeat_interleave(heads // value_BGd.shape[1], dim=1)
+            norms_BT = first_position_norms(p_BHT, value_BHd, point.module)
+            self._record("value_weighted", call.layer, _mean(norms_BT[:, 1:]))
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise `UserError` unless each layer has made one attention call since the last check."""
+        """Raise `UserError` unless each layer with softmax attention has made one attention call
+        since the last check, and no other layer has."""
         calls, self._calls = self._calls, Counter()
-        check_calls(model, calls, len(self._out_projections))
+        check_calls(model, calls, self._attention)
 
     def _record(self, name: str, layer: int, values: Tensor) -> None:
-        series = self._series.setdefault(name, [[] for _ in self._out_projections])
-        series[layer].append(values.cpu())
+        self._series.setdefault(name, {}).setdefault(layer, []).append(values.cpu())
 
-    def _stack(self, name: str) -> Tensor:
-        """One series for all windows: [N, L, H] or [N, L]."""
-        return torch.stack([torch.cat(values) for values in self._series[name]], dim=1)
+    def _of_layers(self, name: str) -> dict[int, Tensor]:
+        """One series for all windows, [N, H] or [N], by layer."""
+        series = self._series.get(name, {})
+        return {layer: torch.cat(values) for layer, values in sorted(series.items())}
+
+    def _joined(self, name: str) -> Tensor:
+        """One series for all windows, of all layers and heads: [N, L * H] or [N, L]."""
+        return torch.cat([_columns(x) for x in self._of_layers(name).values()], dim=1)
 
     @property
     def _has_null(self) -> bool:
-        return bool((self._stack("null") != 0).any())
+        return any(bool((x_NH != 0).any()) for x_NH in self._of_layers("null").values())
 
     def metrics(self) -> list[Metric]:
         """Means over layers and heads, with the standard error over windows.
@@ -117,44 +132,81 @@ class Sinks:
         of causality this equals windows of 64 tokens.  `sink.rate_window@eps` is over the whole
         window.  If windows are shorter than 64, only the latter is given.
         """
-        rates = {"sink.rate_window": self._stack("rate_window")}
+        if not self._attention:
+            return []
+        rates = {"sink.rate_window": self._joined("rate_window")}
         if self._window >= RATE_LENGTH:
-            rates = {"sink.rate": self._stack("rate")} | rates
+            rates = {"sink.rate": self._joined("rate")} | rates
         means = {
-            "sink.mass": self._stack("mass"),
-            "sink.mass_renormalized": self._stack("mass_renormalized"),
-            "sink.value_weighted": self._stack("value_weighted"),
-        } | {
+            "sink.mass": self._joined("mass"),
+            "sink.mass_renormalized": self._joined("mass_renormalized"),
+        }
+        if "value_weighted" in self._series:
+            means["sink.value_weighted"] = self._joined("value_weighted")
+        means |= {
             f"{name}@{eps}": (values > eps).double().where(~values.isnan(), torch.nan)
             for name, values in rates.items()
             for eps in RATE_THRESHOLDS
         }
         if self._has_null:
-            means["null.mass"] = self._stack("null")
-        metrics = [mean_metric(name, values.flatten(1).mean(1)) for name, values in means.items()]
-        mass_NLH = self._stack("mass")
-        largest = float(mass_NLH.mean(0).max())
+            means["null.mass"] = self._joined("null")
+        metrics = [mean_metric(name, values.mean(1)) for name, values in means.items()]
+        mass_N = self._joined("mass")
+        largest = float(mass_N.mean(0).max())
         return [
             *metrics,
-            Metric(name="sink.max_mass", value=largest, n=len(mass_NLH)),
-            Metric(name="sink.idle_heads", value=float(len(self._idle())), n=len(mass_NLH)),
+            Metric(name="sink.max_mass", value=largest, n=len(mass_N)),
+            Metric(name="sink.idle_heads", value=float(len(self._idle())), n=len(mass_N)),
         ]
 
     def tables(self) -> dict[str, Any]:
-        """`sink.mass` [L][H], `sink.value_weighted` [L], `sink.idle_heads` (the layer and the index
-        of each), and, if attention has a null option, `null.mass` [L][H]."""
-        tables = {
-            "sink.mass": self._stack("mass").mean(0).tolist(),
-            "sink.value_weighted": self._stack("value_weighted").mean(0).tolist(),
+        """`sink.mass` [L][H], `sink.value_weighted` [L], and, if attention has a null option,
+        `null.mass` [L][H]; NaN in layers without an attention map, and for heads that a layer with
+        fewer heads does not have.  `sink.idle_heads` has the layer and the index of each.  The
+        layers without a map are the rows of `sink.no_map`: `layer`, and the class of the `module`
+        that it has instead."""
+        if not self._attention:
+            return {"sink.no_map": self._without_map()}
+        tables: dict[str, Any] = {
+            "sink.mass": self._by_head("mass"),
             "sink.idle_heads": self._idle(),
         }
+        weighted = self._of_layers("value_weighted")
+        if weighted:
+            tables["sink.value_weighted"] = [
+                float(weighted[layer].mean(0)) if layer in weighted else math.nan
+                for layer in range(len(self._layers))
+            ]
         if self._has_null:
-            tables["null.mass"] = self._stack("null").mean(0).tolist()
+            tables["null.mass"] = self._by_head("null")
+        if len(self._attention) < len(self._layers):
+            tables["sink.no_map"] = self._without_map()
         return tables
 
     def _idle(self) -> list[list[int]]:
-        idle_LH = (self._stack("mass") + self._stack("null")).mean(0) > IDLE
-        return idle_LH.nonzero().tolist()
+        null = self._of_layers("null")
+        return [
+            [layer, head]
+            for layer, mass_NH in self._of_layers("mass").items()
+            for head in ((mass_NH + null[layer]).mean(0) > IDLE).nonzero().flatten().tolist()
+        ]
+
+    def _by_head(self, name: str) -> list[list[float]]:
+        means = {layer: x_NH.mean(0).tolist() for layer, x_NH in self._of_layers(name).items()}
+        heads = max(map(len, means.values()))
+        rows = [means.get(layer, []) for layer in range(len(self._layers))]
+        return [row + [math.nan] * (heads - len(row)) for row in rows]
+
+    def _without_map(self) -> list[dict[str, Any]]:
+        return [
+            {"layer": layer, "module": type(self._others.get(layer, point).module).__name__}
+            for layer, point in enumerate(self._layers)
+            if layer not in self._attention
+        ]
+
+
+def _columns(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.unsqueeze(1)
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from oasis_attn.errors import UserError, shown
 from oasis_attn.metrics.attention_only import ATTENTION_ONLY
 from oasis_attn.metrics.benchmarks import BENCHMARKS
 from oasis_attn.metrics.definition import Definition
-from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, RANGES, SINKS
+from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, SINKS
 from oasis_attn.metrics.lab import LAB
+from oasis_attn.metrics.ranges import RANGES
 from oasis_attn.metrics.runs import (
     CONVERSION,
     DOCTOR,

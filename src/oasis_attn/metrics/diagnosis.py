@@ -7,13 +7,13 @@ from oasis_attn.metrics.definition import Definition
 _WINDOWS = "`diagnose`: disjoint windows; mean over windows, n windows"
 _TENSORS = (
     "`diagnose`: the tensors are the outputs of each layer, its MLP, its attention output "
-    "projection and its norms, and of the final norm; one value per window and tensor"
+    "projection or linear attention, and its norms, and of the final norm; one value per window "
+    "and tensor"
 )
-_RANGES = (
-    "`diagnose`: the tensors of `outlier.max_inf_norm`; the table `range.noise` has each of them; "
-    "mean over tensors, then over windows, n windows"
+_HEADS = (
+    "`diagnose`: mean over the heads of all layers with softmax attention, then over windows, n "
+    "windows"
 )
-_HEADS = "`diagnose`: mean over layers and heads, then over windows, n windows"
 _ROUTERS = "`diagnose`: depth routers with at least two sources; mean over routers, then windows"
 _JOINT = (
     "`diagnose --joint`: p_i is the mean over heads; mean over all queries but the first token, all"
@@ -134,45 +134,6 @@ OUTLIERS = (
     ),
 )
 
-RANGES = (
-    Definition(
-        name="range.noise_static",
-        definition="(r / 255)^2 / (12 s): mean square of the rounding errors of one 8-bit range "
-        "for a tensor, over the mean square s of the median token; r is the range of all tokens of "
-        "a window.  At 1, the values of the median token are lost.  It is 0 if they are all 0",
-        unit="1",
-        better="lower",
-        protocol=_RANGES,
-    ),
-    Definition(
-        name="range.noise_static_rest",
-        definition="`range.noise_static`, where r is the range of the tokens that are not outlier "
-        "tokens (`range.outlier_tokens`)",
-        unit="1",
-        better="lower",
-        protocol=_RANGES,
-    ),
-    Definition(
-        name="range.noise_dynamic",
-        definition="(r_t / 255)^2 / (12 s_t), median over tokens t: the same noise of one 8-bit "
-        "range for each token, where r_t and s_t are of the token itself",
-        unit="1",
-        better="lower",
-        protocol=_RANGES,
-    ),
-    Definition(
-        name="range.outlier_tokens",
-        definition="number of outlier tokens in a window: tokens whose max |x| exceeds 64 times "
-        "that of the median token of the window, in the output of a layer",
-        unit="tokens",
-        better="lower",
-        protocol=f"{_WINDOWS}.  The table of this name lists the ten worst with position, ratio "
-        "and layers",
-        source="arXiv 2410.05265 (PrefixQuant), section 4.1, for the threshold 64; this library "
-        "for the tensors",
-    ),
-)
-
 SINKS = (
     Definition(
         name="sink.mass",
@@ -236,7 +197,7 @@ SINKS = (
         "to the attention output, without biases and output gates; mean over the later queries",
         unit="activation",
         better="lower",
-        protocol=_HEADS.replace(" and heads", ""),
+        protocol=_HEADS.replace("the heads of all", "all"),
         source="arXiv 2004.10102 (Kobayashi et al. 2020)",
     ),
     Definition(
@@ -322,7 +283,10 @@ DEPTH = (
     ),
     Definition(
         name="depth.weight",
-        definition="weight of the source `where`, mean over tokens.  Source 0 is the embedding",
+        definition="weight of the source `where`, mean over tokens.  Source 0 is the embedding.  "
+        "Families of transformers with depth routing have it too: block attention residuals "
+        "(inkling2), and hyper-connections (deepseek_v4, hy_v4), where it is the sum over streams "
+        "of the weight of the stream times that of the source in the stream",
         unit="probability",
         protocol="`diagnose`: depth routers that read the source and at least one other; mean over "
         "routers, then windows",

@@ -14,20 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.attention_call import AttentionCall as AttentionCall
+from oasis_attn.modeling.attention_maps import observed_map, selected_keys_mask
 from oasis_attn.modeling.configuration_oasis import ATTENTION
+from oasis_attn.modeling.decoder_map import decoder_map, find_decoder
 from oasis_attn.modeling.hf_compat import (
     attention_implementation,
     create_position_bias_mask,
+    eager_mask,
     sdpa_attention_forward,
     sdpa_mask,
+    set_attention_implementation,
+    supports_boolean_masks,
+    uses_attention_interface,
 )
 from oasis_attn.ops.normalizers import WITH_NULL_LOGIT, TokenNormalizer, resolve_normalizer
 from oasis_attn.ops.null_attention import (
@@ -40,7 +47,7 @@ from oasis_attn.ops.null_attention import (
 )
 
 SOFTMAX, LEARNED_SINK = (resolve_normalizer("normalizer", x) for x in ("softmax", "learned_sink"))
-_INDICES = ("indices", "block_indices")  # the families' arguments for keys that an indexer selects
+_WITH_ADDITIVE_MASKS = f"{ATTENTION}-additive"  # for families that expect such masks
 _observers: list[Callable[[nn.Module, AttentionCall], None]] = []
 
 
@@ -55,6 +62,7 @@ def oasis_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     normalizer: TokenNormalizer = SOFTMAX,
     null_logit: float | Tensor = -torch.inf,
     null_key: Tensor | None = None,
@@ -62,6 +70,9 @@ def oasis_attention(
     output_gate: Tensor | None = None,
     output_attentions: bool = False,
     position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention with the model's normalizer.
@@ -71,40 +82,42 @@ def oasis_attention(
         key, value: `[B, G, S, d]`.
         attention_mask: boolean (True: may attend) or additive; None means causal.
         s_aux: learned sinks `[H]` of the family (gpt-oss), used as null logits.
+        sinks: the same for each query, `[B, H, T, 1]` (Inkling 2).
         normalizer: see `OasisConfig`.
         null_logit, null_key, null_value: see `null_attention`.
         output_gate: logits of the output gate, `[B, T, H]` or `[B, T, H * d]`; the output is
             multiplied by their sigmoid.
         output_attentions: compute the attention matrix and pass it to the observers.
         position_bias: `[B, H, T, S]`, added to the logits.
+        is_causal: whether a query attends only to keys before it if there is no mask; by default,
+            as the attention module says.
+        indices, block_indices: the keys, or blocks of keys, that the family's indexer selects for
+            every query; the others are masked.
 
     Returns:
         The output `[B, T, H, d]`, and the null probability `[B, H, T]`, or None if softmax was
         computed without it.
-
-    Raises:
-        UserError: the family attends only to keys that an indexer selects; transformers adds them
-            to the mask only for its own implementations.
     """
-    if any(kwargs.get(name) is not None for name in _INDICES):
-        config: Any = module.config
-        raise UserError(
-            f"model: family {config.model_type!r} attends only to keys that an indexer selects,"
-            f" which the attention {ATTENTION!r} does not support"
+    if indices is not None or block_indices is not None:
+        attention_mask = selected_keys_mask(
+            module, query, key, attention_mask, indices, block_indices, kwargs.get("position_ids")
         )
     if s_aux is not None:
         null_logit = s_aux
-        if normalizer is SOFTMAX:
-            normalizer = LEARNED_SINK
+    if (s_aux is not None or sinks is not None) and normalizer is SOFTMAX:
+        normalizer = LEARNED_SINK
+    if sinks is not None:
+        null_logit = -torch.inf  # `sinks` are the only null
     device = query.device.type
     if torch.is_autocast_enabled(device):  # cast as SDPA does: rotary embedding returns float32
         precision = torch.get_autocast_dtype(device)
         query, key, value = query.to(precision), key.to(precision), value.to(precision)
     T = query.shape[2]
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
     if position_bias is not None:
-        causal = getattr(module, "is_causal", True)
         attention_mask = create_position_bias_mask(
-            position_bias, attention_mask, causal, query, key
+            position_bias, attention_mask, is_causal, query, key
         )
     softmax = normalizer.name == "softmax"
     if softmax:
@@ -117,12 +130,14 @@ def oasis_attention(
     }  # fmt: skip
     if softmax and softcap is None and not (needs_weights or _observers):
         out_BTHd, null_BHT = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            is_causal=is_causal, **kwargs,
+        )  # fmt: skip
     elif (
         attention_mask is None
         and can_use_decode_kernel(query, value)
         and softcap is None
+        and sinks is None
         and not (needs_weights or dropout or _observers)
     ):
         out_BHTd, null_BHT = decode_attention(query, key, value, scale=scale, **null)
@@ -130,21 +145,26 @@ def oasis_attention(
     else:
         if attention_mask is None and T > 1:
             key, value = key[:, :, :T], value[:, :, :T]  # a static cache has unused positions
-        causal = attention_mask is None and getattr(module, "is_causal", True)
+        causal = attention_mask is None and is_causal
         if not needs_weights:
             out_BHTd, null_BHT, lse_BHT = attend(
                 query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scale,
                 softcap=softcap, dropout=dropout, **null,
             )  # fmt: skip
+            if sinks is not None:
+                gap_BHT = sinks.squeeze(-1).to(lse_BHT.dtype) - lse_BHT
+                out_BHTd = out_BHTd * torch.sigmoid(-gap_BHT).unsqueeze(-1).to(out_BHTd.dtype)
+                null_BHT, lse_BHT = gap_BHT.sigmoid(), lse_BHT + F.softplus(gap_BHT)
             weights_BHTS = null_output_BHTd = None
         else:
             if causal:
                 visible = torch.ones(T, key.shape[2], dtype=torch.bool, device=query.device)
                 attention_mask = visible.tril(key.shape[2] - T)[None, None]
             of_call = null_of_call(query, key.shape[1], scale=scale, softcap=softcap, **null)
+            logit_BHT = of_call.logit_BHT if sinks is None else sinks.squeeze(-1)
             weights_BHTS, null_BHT, lse_BHT = naive_weights(
                 query, key, attn_mask=attention_mask, scale=scale, softcap=softcap,
-                null_logit=of_call.logit_BHT, normalizer=normalizer,
+                null_logit=logit_BHT, normalizer=normalizer,
             )  # fmt: skip
             null_output_BHTd = of_call.output(null_BHT, dropout)
             out_BHTd = naive_mix(weights_BHTS, value, dropout, null_output_BHTd).to(query.dtype)
@@ -164,103 +184,71 @@ def oasis_attention(
 
 AttentionInterface.register(ATTENTION, oasis_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """The inputs and results of one attention module in one forward pass, for measurements.
-
-    The attention matrix is not stored, unless the forward pass computed it; `column` and `rows`
-    recompute the probabilities that they return.  `null_output_BHTd` is what the null adds to the
-    output, if it has a value and the attention matrix was computed.
-    """
-
-    module: nn.Module
-    query_BHTd: Tensor
-    key_BGSd: Tensor
-    value_BGSd: Tensor
-    null_BHT: Tensor
-    _mask: Tensor | None
-    _scale: float
-    _softcap: float | None
-    _lse_BHT: Tensor
-    weights_BHTS: Tensor | None
-    null_output_BHTd: Tensor | None
-
-    @property
-    def layer(self) -> int:
-        """Index of the decoder layer."""
-        return int(self.module.layer_idx)  # type: ignore[arg-type]
-
-    @property
-    def null_logit_BHT(self) -> Tensor:
-        """The logit of the null for every query, `[B, H, T]`; of several, their log-sum-exp."""
-        smallest = torch.finfo(self.null_BHT.dtype).tiny
-        return self.null_BHT.clamp(min=smallest).log() + self._lse_BHT
-
-    def column(self, position: int) -> Tensor:
-        """Probability of key `position` for every query, `[B, H, T]`, float32; 0 where masked."""
-        if self.weights_BHTS is not None:
-            return self.weights_BHTS[..., position]
-        all_queries = slice(0, self.query_BHTd.shape[2])
-        return self._probabilities(all_queries, slice(position, position + 1)).squeeze(-1)
-
-    def rows(self, start: int, stop: int, step: int = 1) -> Tensor:
-        """Probabilities of the queries in `range(start, stop, step)`, `[B, H, queries, S']`,
-        float32.  S' counts the keys up to the last one that a query before `stop` attends to."""
-        if self.weights_BHTS is not None:
-            return self.weights_BHTS[:, :, start:stop:step]
-        T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
-        end = S if self._mask is not None else S - T + stop
-        return self._probabilities(slice(start, stop, step), slice(0, end))
-
-    def _probabilities(self, queries: slice, keys: slice) -> Tensor:
-        """Probabilities of the given queries and keys, recomputed from the log-sum-exps."""
-        T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
-        groups = self.query_BHTd.shape[1] // self.key_BGSd.shape[1]
-        precise = self._lse_BHT.dtype
-        key_BHSd = self.key_BGSd[:, :, keys].to(precise).repeat_interleave(groups, 1)
-        query_BHTd = self.query_BHTd[:, :, queries].to(precise)
-        scores_BHTS = (query_BHTd @ key_BHSd.transpose(-1, -2)).mul_(self._scale)
-        if self._softcap is not None:
-            scores_BHTS = self._softcap * torch.tanh(scores_BHTS / self._softcap)
-        if self._mask is None:
-            positions = torch.arange(S, device=scores_BHTS.device)
-            future = positions[keys] > positions[S - T :][queries].unsqueeze(-1)
-            scores_BHTS = scores_BHTS.masked_fill_(future, -torch.inf)
-        elif self._mask.dtype == torch.bool:
-            scores_BHTS = scores_BHTS.masked_fill_(~self._mask[..., queries, keys], -torch.inf)
-        else:
-            scores_BHTS = scores_BHTS + self._mask[..., queries, keys]
-        return scores_BHTS.sub_(self._lse_BHT[..., queries, None]).exp_()
+AttentionInterface.register(_WITH_ADDITIVE_MASKS, oasis_attention)
+AttentionMaskInterface.register(_WITH_ADDITIVE_MASKS, eager_mask)
 
 
 @contextmanager
 def observe_attention(
     model: PreTrainedModel, callback: Callable[[AttentionCall], None]
 ) -> Iterator[None]:
-    """Context in which `callback` receives every attention call of `model`.
+    """Context in which `callback` receives every softmax attention call of the decoder of `model`.
 
     A native transformers decoder uses `oasis_attention` in this context, which computes its softmax
-    with the same kernel; the previous attention is restored at the end.
+    with the same kernel; the previous attention is restored at the end.  Attention modules that do
+    not use the attention interface return their maps, which `callback` receives.
 
     Raises:
-        UserError: by a forward pass of such a decoder that was already running, because its masks
-            were made for another attention.
+        UserError: the list of the decoder's layers was not found; by a forward pass of a native
+            decoder that was already running, because its masks were made for another attention.
     """
+    if attention_implementation(model.config) != ATTENTION:
+        with _observed_natively(model, callback):
+            yield
+        return
     modules = set(model.modules())
 
     def observer(module: nn.Module, call: AttentionCall) -> None:
         if module in modules:
             callback(call)
 
-    before = attention_implementation(model.config)
+    with observed(observer):
+        yield
+
+
+@contextmanager
+def _observed_natively(
+    model: PreTrainedModel, callback: Callable[[AttentionCall], None]
+) -> Iterator[None]:
+    decoder: Any = find_decoder(model).module
+    layers = decoder_map(model).layers
+    running: list[int] = []  # the layer that is running, whose attention may be shared or nested
+
+    def observer(_module: nn.Module, call: AttentionCall) -> None:
+        if running:
+            callback(call.in_layer(running[-1]))
+
     with ExitStack() as stack:
-        if before != ATTENTION:
-            model.set_attn_implementation(ATTENTION)
-            stack.callback(model.set_attn_implementation, before)
+        for index, layer in enumerate(layers):
+            for handle in (
+                layer.module.register_forward_pre_hook(lambda *_, i=index: running.append(i)),
+                layer.module.register_forward_hook(lambda *_: running.clear(), always_call=True),
+            ):
+                stack.callback(handle.remove)
+        before = attention_implementation(decoder.config)
+        if uses_attention_interface(decoder):
+            decoder.set_attn_implementation(
+                ATTENTION if supports_boolean_masks(decoder) else _WITH_ADDITIVE_MASKS
+            )
+            stack.callback(decoder.set_attn_implementation, before)
             stack.enter_context(_running_passes_refused(model))
-        stack.enter_context(observed(observer))
+            stack.enter_context(observed(observer))
+        else:
+            set_attention_implementation(decoder.config, "eager")  # which has a map to return
+            stack.callback(set_attention_implementation, decoder.config, before)
+            for layer in layers:
+                if layer.attention is not None:
+                    stack.enter_context(observed_map(model, layer.attention, observer))
         yield
 
 

@@ -36,10 +36,12 @@ from oasis_attn.modeling.families import DEPARTURES, FAMILIES, Family
 
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 _MLP_CLASS = re.compile(r"(MLP|Mlp|M[oO][eE]|FeedForward|FFN)(Block|Layer)?$")
-_SOFTMAX_CLASS = re.compile(r"^(?!.*(Delta|Lightning|Rwkv|Cross)).*Attention")
+_SOFTMAX_CLASS = re.compile(r"^(?!.*(Delta|Lightning|Rwkv|Cross|Residual)).*Attention")
 _MIXER_CLASS = re.compile(
-    r"(Delta|Lightning|Rwkv).*Attention|DeltaNet|Mixer|MambaLayer|ShortConv$|RecurrentBlock|xLSTMLayer"
+    r"(Delta|Lightning|Rwkv|Cross).*Attention|DeltaNet|Mixer|MambaLayer|MambaDecoderLayer|ShortConv$"
+    r"|RecurrentBlock|xLSTMLayer"
 )
+_CROSS_ATTENTION = re.compile(r"(^|\.)(encoder_attn|cross_?att)")
 _NORM_CLASS = re.compile("Norm")
 _ROUTER = re.compile(r"(^|\.)(shared_expert_gate|gate(\.wg)?|router(\.\w+)?)$")
 
@@ -215,6 +217,12 @@ def find_decoder(model: PreTrainedModel) -> Part:
     return Part(name, model.get_submodule(name))
 
 
+def mlp_modules(layer: Part | LayerMap) -> tuple[Part, ...]:
+    """The children of a layer that are MLPs by name or class; several if it adds their outputs."""
+    part = Part(layer.name, layer.module)
+    return _unique(*_named(part, MLP_NAMES), *_children(part, _MLP_CLASS))
+
+
 def output_projection_name(attention: nn.Module) -> str | None:
     """The name, inside an attention module, of the projection whose output is the module's."""
     depth = {  # In some families, the projection is inside a module of the attention.
@@ -224,6 +232,11 @@ def output_projection_name(attention: nn.Module) -> str | None:
     }
     outputs = [name for name in depth if depth[name] == min(depth.values())]
     return outputs[0] if len(outputs) == 1 else None
+
+
+def is_cross_attention(name: str) -> bool:
+    """Whether a module of this name is an attention to an encoder's output, or inside one."""
+    return _CROSS_ATTENTION.search(name) is not None
 
 
 def is_router(name: str) -> bool:
@@ -259,11 +272,11 @@ def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _map_layer(layer: Part, row: Family | None) -> LayerMap:
-    norms = _children(layer, _NORM_CLASS)
-    attention = _only(_children(layer, _SOFTMAX_CLASS))
+    norms = [part for part in _children(layer, _NORM_CLASS) if not is_cross_attention(part.name)]
+    attentions = _children(layer, _SOFTMAX_CLASS)
+    attention = _only([part for part in attentions if not is_cross_attention(part.name)])
     mixer = _only(_children(layer, _MIXER_CLASS))
-    mlp_names = (row.mlp,) if row else MLP_NAMES
-    mlps = _unique(*_named(layer, mlp_names), *([] if row else _children(layer, _MLP_CLASS)))
+    mlps = _unique(*_named(layer, (row.mlp,))) if row else mlp_modules(layer)
     mlp = _only(mlps) or (_child(layer, ("fc2",)) if _child(layer, ("fc1",)) else None)
     pre_attention, post_attention, pre_mlp, post_mlp = _norm_roles(norms, row)
     parts = [part.name for part in (attention, mixer, mlp, *norms) if part]

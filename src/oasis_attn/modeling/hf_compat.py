@@ -53,6 +53,9 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
     from transformers.integrations.gguf.gguf_config_mapping import (
         get_gguf_config as get_gguf_config,
     )
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_PRE_TOKENIZER_SPLITS as GGUF_PRE_TOKENIZER_SPLITS,
+    )
     from transformers.integrations.gguf.reader import read_gguf_metadata as read_gguf_metadata
     from transformers.integrations.sdpa_attention import (
         create_position_bias_mask as create_position_bias_mask,
@@ -61,6 +64,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
         sdpa_attention_forward as sdpa_attention_forward,
     )
     from transformers.masking_utils import create_masks_for_generate as create_masks_for_generate
+    from transformers.masking_utils import eager_mask as eager_mask
     from transformers.masking_utils import sdpa_mask as sdpa_mask
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS as TENSOR_PROCESSORS
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor as TensorProcessor
@@ -101,6 +105,7 @@ _NAMES = {  # module: {name: why we need it; what breaks without it}
     },
     "transformers.masking_utils": {
         "create_masks_for_generate": "masks packed sequences; they attend to each other",
+        "eager_mask": "makes masks that families without SDPA expect; such masks are misread",
         "sdpa_mask": "makes our attention's masks; padding and sliding windows are ignored",
     },
     "transformers.utils.import_utils": {
@@ -150,6 +155,9 @@ _NAMES = {  # module: {name: why we need it; what breaks without it}
     "transformers.integrations.gguf.gguf_config_mapping": {
         "GGUF_CONFIG_ARCHS": "lists who has the newer reader; dropped keys are not noticed",
         "get_gguf_config": "shows the keys of the newer reader; dropped keys are not noticed",
+    },
+    "transformers.integrations.gguf.gguf_tokenizer_mapping": {
+        "GGUF_PRE_TOKENIZER_SPLITS": "names splitting patterns; Llama 3's and Qwen's are refused",
     },
     "transformers.integrations.gguf.reader": {
         "read_gguf_metadata": "reads keys for the newer reader; dropped keys are not noticed",
@@ -268,6 +276,19 @@ def set_attention_implementation(config: Any, name: str) -> None:
     config._attn_implementation = name
 
 
+def supports_boolean_masks(model: PreTrainedModel) -> bool:
+    """Whether a family accepts SDPA's masks; without it, families with other masks misread ours."""
+    return bool(model._supports_sdpa)
+
+
+def uses_attention_interface(model: PreTrainedModel) -> bool:
+    """Whether a family's attention calls the registered function; without it, ours is not called.
+
+    transformers only warns if it does not.
+    """
+    return bool(model._can_set_attn_implementation())
+
+
 def experts_implementation(config: Any) -> str | None:
     """The name of the function of experts; without it, conversion changes it to the default."""
     name: str | None = config._experts_implementation
@@ -323,6 +344,11 @@ def before_upload(
     Without it, a quantized model of another library's class is uploaded with an empty model card.
     """
     vars(model)["_upload_modified_files"] = partial(_write_and_upload, model, write)
+
+
+def not_before_upload(model: PreTrainedModel) -> None:
+    """Undo `before_upload`; without it, a copy without prefix is uploaded with our model card."""
+    vars(model).pop("_upload_modified_files", None)
 
 
 def _write_and_upload(

@@ -13,6 +13,7 @@ from oasis_attn.quantization.schemes import Scheme, schemes
 from oasis_attn.quantization.spec import QuantSpec
 
 if TYPE_CHECKING:  # for type checkers: the names that `__getattr__` imports
+    from oasis_attn.quantization.compressed_tensors_format import save_compressed_tensors
     from oasis_attn.quantization.kv_cache import QuantizedCache
     from oasis_attn.quantization.simulate import quantize, quantized_modules, scheme_targets
     from oasis_attn.quantization.targets import linear_targets, tensor_targets
@@ -22,6 +23,7 @@ _HOMES = {
     "linear_targets": "oasis_attn.quantization.targets",
     "quantize": "oasis_attn.quantization.simulate",
     "quantized_modules": "oasis_attn.quantization.simulate",
+    "save_compressed_tensors": "oasis_attn.quantization.compressed_tensors_format",
     "scheme_targets": "oasis_attn.quantization.simulate",
     "tensor_targets": "oasis_attn.quantization.targets",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "linear_targets",
     "quantize",
     "quantized_modules",
+    "save_compressed_tensors",
     "scheme_targets",
     "schemes",
     "tensor_targets",

@@ -90,14 +90,11 @@ class OasisHfQuantizer(PrefixHfQuantizer):
         if state is None:
             return state, metadata
         modules: dict[str, Any] = dict(quantized_modules(model))
-        _check_unchanged(model, modules, self.quantization_config.targets)
+        check_unchanged(model, modules, self.quantization_config.targets)
         for name, module in modules.items():
             if ":" not in name:
                 state.pop(f"{name}.weight", None)  # missing in int8 layers
-                try:
-                    state[f"{name}.{CODES}"] = module.codes()
-                except UserError as error:
-                    raise UserError(f"{name}.{error}") from error
+                state[f"{name}.{CODES}"] = codes_of(module, name)
         return state, metadata
 
     def get_new_dtype(
@@ -195,7 +192,16 @@ def _names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _check_unchanged(
+def codes_of(layer: Any, name: str) -> Tensor:
+    """`layer.codes()`; the error of a changed weight says that it is in the layer `name`."""
+    try:
+        codes: Tensor = layer.codes()
+    except UserError as error:
+        raise UserError(f"{name}.{error}") from error
+    return codes
+
+
+def check_unchanged(
     model: PreTrainedModel, modules: Mapping[str, Any], targets: Sequence[str]
 ) -> None:
     """Raise `UserError` if `model` no longer matches its `quantization_config`."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed, check_whole
 from oasis_attn.quantization.schemes import Scheme
 
+OASIS, COMPRESSED_TENSORS = FORMATS = ("oasis", "compressed-tensors")
 PREFIX_METHODS = ("greedy", "frequency")
 SENSITIVITY_GROUPS = ("kind", "layer", "target")
 KV_BITS = (2, 4, 8)
@@ -23,9 +26,30 @@ def check_has_kernels(scheme: Scheme) -> None:
         )
 
 
+def check_format(format: str, scheme: Scheme) -> None:
+    """Raise `UserError` if `format` is unknown, lacks its library or cannot hold `scheme`."""
+    check_choice("format", format, FORMATS)
+    if format == OASIS:
+        return
+    if find_spec("compressed_tensors") is None:
+        raise UserError(
+            f"format: {format!r} needs the library of this name: pip install 'oasis-attn[export]'"
+        )
+    reason = ""
+    if scheme.targets == "full":
+        reason = "it quantizes linear layers only; use 'w8a8-static-linear'"
+    elif scheme.rotation != "none":
+        reason = f"transformers does not apply rotation {scheme.rotation!r} to inputs on loading"
+    elif scheme.activation is None and not scheme.weight.symmetric:
+        reason = "transformers cannot load packed weights with zero points; use symmetric weights"
+    if reason:
+        raise UserError(f"format: {format!r} cannot hold scheme {scheme.name!r}: {reason}")
+
+
 def check_quantization(
     scheme: Scheme,
     *,
+    format: str,
     simulate: bool,
     window: int,
     windows: int,
@@ -38,7 +62,8 @@ def check_quantization(
     check_whole("window", window, 2)
     check_whole("windows", windows, 1)
     check_seed("seed", seed)
-    if not simulate:
+    check_format(format, scheme)
+    if format == OASIS and not simulate:
         check_has_kernels(scheme)
 
 

@@ -21,9 +21,13 @@ from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.progress import Progress, no_progress
+from oasis_attn.quantization.compressed_tensors_format import (
+    check_model,
+    save_compressed_tensors,
+)
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8
-from oasis_attn.quantization.options import check_quantization
+from oasis_attn.quantization.options import COMPRESSED_TENSORS, OASIS, check_quantization
 from oasis_attn.quantization.record import quantization_record
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import (
@@ -39,6 +43,7 @@ def quantize_checkpoint(
     out: str | Path,
     *,
     scheme: str | Scheme = "w8a8-dynamic",
+    format: str = OASIS,
     simulate: bool = False,
     ignore: Sequence[str] = (),
     calibration: str = "stdlib",
@@ -58,8 +63,13 @@ def quantize_checkpoint(
         model: see `load_model`.
         out: a new folder; `from_pretrained` restores the quantized model from it.
         scheme: see `quantize`.
+        format: `oasis`, which holds every scheme and model, and is loaded with `oasis_attn`; or
+            `compressed-tensors`, for engines such as vLLM, see `save_compressed_tensors`.  The
+            perplexity and speed `after` are then those of the folder as transformers loads it,
+            without `oasis_attn`.
         simulate: if true, the quantized model computes in floating point, which works for every
-            scheme; if false, it uses int8 kernels, which exist for some schemes only.
+            scheme; if false, it uses int8 kernels, which exist for some schemes only.  It has no
+            effect on the format `compressed-tensors`, whose folders compute in floating point.
         ignore: patterns of target names (`*.down_proj`) that are not quantized.
         calibration, calibration_split: corpus and split for calibration.  The errors of activations
             are measured on the same windows, for every scheme.
@@ -82,12 +92,13 @@ def quantize_checkpoint(
         `sensitivity`, it has the table `sensitivity`.
 
     Raises:
-        UserError: unusable arguments, a scheme without int8 kernels, or an error of `quantize`.
-            Nothing is written then.
+        UserError: unusable arguments, a scheme without int8 kernels, an error of `quantize`, or
+            one of `save_compressed_tensors`.  Nothing is written then.
     """
     scheme = get_scheme(scheme)
     check_quantization(
         scheme,
+        format=format,
         simulate=simulate,
         window=window,
         windows=windows,
@@ -95,7 +106,8 @@ def quantize_checkpoint(
         seed=seed,
     )
     check_free(out)
-    if not simulate:
+    in_int8 = format == OASIS and not simulate
+    if in_int8:
         check_kernels(scheme, torch.device("cpu"))
     corpora = [
         load_corpus(calibration, calibration_split),
@@ -109,6 +121,8 @@ def quantize_checkpoint(
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
     targets = _not_ignored(scheme_targets(loaded, scheme), ignore)
+    if format == COMPRESSED_TENSORS:
+        check_model(loaded, targets)
     batches = list(seen.ids_NT.split(1))
     given = batches if scheme.needs_calibration else None
     progress("quantizing")
@@ -124,20 +138,30 @@ def quantize_checkpoint(
             seed=seed,
             progress=progress,
         )
-    if not simulate:
+    if in_int8:
         to_int8(quantized)
-    progress("measuring perplexity and speed")
-    share = Metric(name="size.quantized_share", value=quantized_share(quantized))
-    metrics = share, *_compare(loaded, quantized, held_out.ids_NT), *metrics
     progress("writing")
     with staged_folder(out) as stage:
-        quantized.save_pretrained(stage)
+        if format == COMPRESSED_TENSORS:
+            save_compressed_tensors(quantized, stage)
+        else:
+            quantized.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
+        measured, fields = quantized, {}
+        if format == COMPRESSED_TENSORS:
+            measured, _ = load_model(stage, trust_remote_code=trust_remote_code)
+            fields = {"arithmetic": format}
+        progress("measuring perplexity and speed")
         sizes = {
             "before": sum(p.numel() * p.element_size() for p in loaded.parameters()),
             "after": sum(path.stat().st_size for path in stage.glob("*.safetensors")),
         }
-        metrics = *(Metric(name="size.bytes", value=v, where=k) for k, v in sizes.items()), *metrics
+        metrics = (
+            *(Metric(name="size.bytes", value=v, where=k) for k, v in sizes.items()),
+            Metric(name="size.quantized_share", value=quantized_share(quantized)),
+            *_compare(loaded, measured, held_out.ids_NT),
+            *metrics,
+        )
         record = quantization_record(
             loaded,
             quantized,
@@ -146,9 +170,11 @@ def quantize_checkpoint(
             seed=seed,
             metrics=metrics,
             tables=tables,
+            **fields,
         )
         record.save(stage / "record.json")
-        write_card(quantized, stage)  # again, because the card shows metrics of the record
+        # Again, because the card shows metrics of the record.
+        write_card(quantized, stage, format=format)
     return record
 
 

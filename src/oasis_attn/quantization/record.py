@@ -27,13 +27,13 @@ def quantization_record(
         before, after: the model in floating point, and its quantized copy.
         data: the text on which both were measured.
         calibration: the text on which `after` was calibrated.
-        measured: the fields `seed`, `metrics` and `tables` of the record.
+        measured: the fields `seed`, `metrics` and `tables` of the record, and `arithmetic` if it is
+            not that of `after`.
     """
     stored, prefix = get_quantization_config(after), prefix_of(after)
     return QuantizationRecord(
         model=describe_model(before),
         scheme=stored.scheme,
-        arithmetic=stored.arithmetic,
         targets=tuple(stored.targets),
         transforms=stored.transforms,
         prefix=() if prefix is None else tuple(prefix.tokens),
@@ -41,5 +41,5 @@ def quantization_record(
         rounded_to_nearest=tuple(rounded_to_nearest(after)),
         data=data,
         calibration=calibration,
-        **measured,
+        **{"arithmetic": stored.arithmetic} | measured,
     )

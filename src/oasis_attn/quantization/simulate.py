@@ -189,8 +189,8 @@ def _calibrate(model: PreTrainedModel, batches: list[Tensor]) -> None:
         if isinstance(module, StaticQuantizer):
             expert = expert_of(model, name.rpartition(".")[0])
             (shared.setdefault(expert, []) if expert else single).append(module)
-    head = isinstance(model.get_output_embeddings(), QuantizedLinear)
-    run = model if head else model.base_model
+    inside = set(model.base_model.modules())
+    run = model.base_model if inside.issuperset([*single, *chain(*shared.values())]) else model
     with ExitStack() as stack:
         for quantizer in single:
             stack.enter_context(quantizer.calibrating())

@@ -17,10 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention import oasis_attention, observed
 from oasis_attn.modeling.configuration_oasis import ATTENTION, OasisConfig
-from oasis_attn.modeling.decoder_map import SublayerMap, decoder_map, is_router
-from oasis_attn.modeling.families import family_of
+from oasis_attn.modeling.decoder_map import (
+    SublayerMap,
+    decoder_map,
+    find_decoder,
+    is_cross_attention,
+    is_part_of,
+    is_router,
+)
+from oasis_attn.modeling.families import why_without_row
 from oasis_attn.modeling.hf_compat import (
     attention_implementation,
     sdpa_mask,
@@ -41,16 +49,29 @@ def linear_targets(model: PreTrainedModel, *, head: bool = False) -> tuple[str, 
 
     These are all linear layers, among them those of experts and `Conv1D`, except: gates on the
     outputs of attention and of shared experts, routers of experts and over depth, Mamba's
-    `dt_proj`, and the output head unless `head` is True.  `coverage` lists other weights that are
-    not quantized, such as embeddings and modules of classes that `linearize` does not know.
+    `dt_proj`, attention to an encoder's output, and the output head unless `head` is True.  Of a
+    model that wraps a text decoder, such as a vision-language model, these are the layers of the
+    decoder.  `coverage` lists other weights that are not quantized, such as embeddings and modules
+    of classes that `linearize` does not know.
     """
-    output = None if head else model.get_output_embeddings()
-    excluded = {name for name, module in model.named_modules() if module is output}
+    output = model.get_output_embeddings()
+    outputs = {name for name, module in model.named_modules() if module is output}
+    decoder = _wrapped_decoder(model)
     return tuple(
         name
         for name in linear_names(model)
-        if name not in excluded and not is_router(name) and not _OURS_IN_FLOAT.search(name)
+        if (head if name in outputs else not decoder or is_part_of(name, [decoder]))
+        and not is_router(name)
+        and not is_cross_attention(name)
+        and not _OURS_IN_FLOAT.search(name)
     )
+
+
+def _wrapped_decoder(model: PreTrainedModel) -> str:
+    """The name of the text decoder in a model that wraps one; empty for other models."""
+    config = model.config
+    wraps = config.get_text_config(decoder=True).model_type != config.model_type
+    return find_decoder(model).name if wraps and not isinstance(config, OasisConfig) else ""
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -79,10 +100,15 @@ def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
 
     Raises:
         UserError: the family has no row in `modeling.families`, so that it is not certain where its
-            norms are.
+            norms are and what is added to its residual stream.
     """
-    family_of(model.config.get_text_config(decoder=True))
+    text = model.config.get_text_config(decoder=True)
     decoder = decoder_map(model)
+    if not decoder.has_row:
+        raise UserError(
+            f"targets: 'full' is not possible with family {text.model_type!r}:"
+            f" {why_without_row(text)}; use 'linear'"
+        )
     routed = getattr(model.config, "residual", "sum") != "sum"
     found: list[str] = []
 

@@ -80,7 +80,8 @@ class QuantizationRecord(_BeforeAfter):
     Attributes:
         model: the model before quantization.
         scheme: `Scheme.to_dict()`.
-        arithmetic: `simulated` in floating point, or `int8`.
+        arithmetic: `simulated` in floating point, `int8`, or `compressed-tensors` for a folder in
+            this format as transformers loads it.
         targets: names of the tensors that are quantized.
         transforms: what is applied to the inputs of linear layers, by layer.
         prefix: tokens of the model's prefix; empty without one.
@@ -163,6 +164,7 @@ class ConversionRecord(_BeforeAfter):
         model: the model before conversion.
         config: the settings of the converted model.
         nulls: number of nulls of each head.
+        layer_0: the token whose key and value the first null has in layer 0; None for the mean.
         tokens, texts: the tokens that the nulls after the first were made from, and their texts.
         data: the windows that were measured on.
         calibration: the windows that the nulls were computed from, before BOS was removed.
@@ -172,6 +174,7 @@ class ConversionRecord(_BeforeAfter):
 
     config: dict[str, Any]
     nulls: int
+    layer_0: str | None
     tokens: tuple[int, ...]
     texts: tuple[str, ...]
     data: TextInfo

@@ -104,13 +104,17 @@ def _about_ranges(noise: Noise) -> list[str]:
 
 
 def _about_heads(record: DiagnosisRecord) -> list[str]:
-    heads = sum(map(len, record.tables["sink.mass"]))
-    idle, silent = int(record["sink.idle_heads"]), int(record["sink.silent_heads"])
+    if "sink.mass" not in record.tables:
+        return []  # there is no softmax attention
+    # Layers with fewer heads than others have NaN in the place of the missing ones.
+    heads = sum(not math.isnan(float(x)) for row in record.tables["sink.mass"] for x in row)
+    idle = int(record["sink.idle_heads"])
     to = "the first position or the null" if "null.mass" in record.tables else "the first position"
-    return [
-        f"Idle heads: {idle} of {heads}; more than half of their attention goes to {to}.",
-        f"Silent heads: {silent} of {heads}; they write less than a tenth of what others do.",
-    ]
+    said = [f"Idle heads: {idle} of {heads}; more than half of their attention goes to {to}."]
+    if "sink.silent_heads" in record.tables:
+        silent = len(record.tables["sink.silent_heads"])
+        said.append(f"Silent heads: {silent}; they write less than a tenth of what others do.")
+    return said
 
 
 def _capital(text: str) -> str:

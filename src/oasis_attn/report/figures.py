@@ -8,7 +8,9 @@ light and dark backgrounds.  Maps use viridis.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from oasis_attn.errors import UserError
-from oasis_attn.files import write_bytes
+from oasis_attn.files import write_bytes, write_text
 from oasis_attn.records import DiagnosisRecord, ModelRecord
 from oasis_attn.report.tables import label, number
 
 INK, MUTED, RULE = "#24292f", "#68717b", "#d5dae0"
+GOOD, BAD = "#1d7a33", "#b3260f"
 VARIANT_COLORS = {"vanilla": "#4477aa", "attn_residual": "#ee6677", "oasis": "#228833"}
 COLORS = ("#aa3377", "#66ccee", "#ccbb44", "#888888")
 _STYLE: Any = {
@@ -52,61 +55,96 @@ _STYLE: Any = {
     "svg.hashsalt": "oasis",
 }
 
+_BOLD_LETTER = 7.6  # points of a letter of a title
 _INF_NORM, _KURTOSIS = "outlier.inf_norm_layer", "outlier.kurtosis_layer"
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+_PAGE_COLORS = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    RULE: "var(--rule)",
+    GOOD: "var(--good)",
+    BAD: "var(--bad)",
+}
 
 
-def sink_map(record: DiagnosisRecord) -> Figure:
-    """Attention on the first token for every layer and head: table `sink.mass` [L][H]."""
-    return _map(
-        record,
-        "sink.mass",
+@dataclass(frozen=True, kw_only=True)
+class _Map:
+    """A heat map of a table: its file name, its title, and the names of its axes and colors."""
+
+    file: str
+    title: str
+    color_label: str
+    across: str = "head"
+    down: str = "layer"
+
+
+_MAPS = {
+    "sink.mass": _Map(
+        file="first-token-mass",
         title="Attention on the first token",
         color_label="mean attention probability",
-        across="head",
-        down="layer",
-    )
-
-
-def null_map(record: DiagnosisRecord) -> Figure:
-    """Attention on the null option for every layer and head: table `null.mass` [L][H]."""
-    return _map(
-        record,
-        "null.mass",
+    ),
+    "sink.idle": _Map(
+        file="first-token-idle",
+        title="Attention of idle tokens on the first token",
+        color_label="mean attention probability",
+    ),
+    "sink.trigger": _Map(
+        file="first-token-trigger",
+        title="Attention of triggers on the first token",
+        color_label="mean attention probability",
+    ),
+    "null.mass": _Map(
+        file="null-mass",
         title="Attention on the null option",
         color_label="mean null probability",
-        across="head",
-        down="layer",
-    )
-
-
-def depth_map(record: DiagnosisRecord) -> Figure:
-    """Mean weight of each source in each depth router: table `depth.weights`, [router][source].
-
-    Rows differ in length, because a router reads only the outputs of previous sublayers.
-    """
-    return _map(
-        record,
-        "depth.weights",
+    ),
+    "null.idle": _Map(
+        file="null-idle",
+        title="Attention of idle tokens on the null option",
+        color_label="mean null probability",
+    ),
+    "depth.weights": _Map(
+        file="depth-weights",
         title="Weights of the depth routers",
         color_label="mean weight",
         across="source (0 is the embedding)",
         down="router",
-    )
+    ),
+}
 
 
-def outlier_lines(records: Sequence[DiagnosisRecord]) -> Figure:
+def record_maps(record: ModelRecord, name: str) -> dict[str, Figure]:
+    """A map of each table of `_MAPS` that the record has, by file name.
+
+    Layers x heads, except `depth.weights`, which is [router][source]: its rows differ in length,
+    because a router reads only the outputs of previous sublayers.
+
+    Args:
+        name: name of the record in the titles.
+    """
+    return {
+        each.file: _map(record.tables[table], f"{each.title}: {name}", table, each)
+        for table, each in _MAPS.items()
+        if table in record.tables
+    }
+
+
+def outlier_lines(records: Mapping[str, ModelRecord]) -> Figure:
     """Largest value and kurtosis of each layer's output, one line per record, log scale.
 
     Tables `outlier.inf_norm_layer` [L] and `outlier.kurtosis_layer` [L].
+
+    Args:
+        records: name in the legend -> record.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.2, 3.5), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for record, color in zip(records, _colors(records), strict=True):
-            for axes, name in ((left, _INF_NORM), (right, _KURTOSIS)):
-                values = np.array(_table(record, name), dtype=float)
-                axes.plot(values, color=color, marker="o", label=label(record))
+        for (name, record), color in zip(records.items(), colors(records), strict=True):
+            for axes, table in ((left, _INF_NORM), (right, _KURTOSIS)):
+                values = np.array(_table(record, table), dtype=float)
+                axes.plot(values, color=color, marker="o", label=name)
         normal = right.axhline(
             3, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="normal distribution"
         )
@@ -126,12 +164,8 @@ def outlier_lines(records: Sequence[DiagnosisRecord]) -> Figure:
 
 def diagnosis_figures(record: DiagnosisRecord) -> dict[str, Figure]:
     """Every figure that the tables of this diagnosis allow, by file name."""
-    figures = {"first-token-mass": sink_map(record), "outliers": outlier_lines([record])}
-    if "null.mass" in record.tables:
-        figures["null-mass"] = null_map(record)
-    if "depth.weights" in record.tables:
-        figures["depth-weights"] = depth_map(record)
-    return figures
+    name = label(record)
+    return {"outliers": outlier_lines({name: record}), **record_maps(record, name)}
 
 
 def save_figures(record: DiagnosisRecord, folder: str | Path) -> list[Path]:
@@ -151,30 +185,37 @@ def save_png(figure: Figure, path: str | Path) -> Path:
 def svg(figure: Figure) -> str:
     """`figure` as an inline <svg> element with the colors of the page's CSS.
 
-    Text remains text.  The page must define `--muted` and `--rule`.
+    Text remains text.  The page must define `--muted`, `--rule`, `--good` and `--bad`.
     """
-    stream = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
-    text = stream.getvalue()
+    text = _svg(figure, transparent=True)
     text = text[text.index("<svg") :]
-    for color, name in ((INK, "currentColor"), (MUTED, "var(--muted)"), (RULE, "var(--rule)")):
+    for color, name in _PAGE_COLORS.items():
         text = text.replace(color, name)
     return text
 
 
-def _map(
-    record: DiagnosisRecord, table: str, *, title: str, color_label: str, across: str, down: str
-) -> Figure:
-    values = _rectangle(_table(record, table))
+def save_svg(figure: Figure, path: str | Path) -> Path:
+    """Write `figure` atomically as an SVG file, in which text remains text."""
+    return write_text(path, _svg(figure, transparent=False))
+
+
+def _svg(figure: Figure, *, transparent: bool) -> str:
+    stream = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(stream, format="svg", transparent=transparent, metadata=_NO_METADATA)
+    return stream.getvalue()
+
+
+def _map(table: Sequence[Sequence[float]], title: str, subtitle: str, kind: _Map) -> Figure:
+    values = _rectangle(table)
     rows, columns = values.shape
     with matplotlib.rc_context(_STYLE):
         size = (min(8.2, 2.6 + 0.34 * columns), min(7.5, 1.5 + 0.19 * rows))
         figure = Figure(figsize=(max(size[0], 4.6), max(size[1], 2.6)), layout="constrained")
         axes = figure.subplots()
-        _draw_map(figure, axes, values, color_label=color_label)
-        axes.set(xlabel=across, ylabel=down)
-        _set_title(axes, f"{title}: {label(record)}", table)
+        _draw_map(figure, axes, values, color_label=kind.color_label)
+        axes.set(xlabel=kind.across, ylabel=kind.down)
+        _set_title(axes, title, subtitle, margin=45)
     return figure
 
 
@@ -198,7 +239,19 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _set_title(axes: Axes, title: str, subtitle: str) -> None:
+def _set_title(axes: Axes, title: str, subtitle: str, *, margin: float = 60) -> None:
+    """A title that wraps before the edge of the figure, and a line below it.
+
+    Args:
+        margin: points beside the axes, for tick labels and color bars.
+    """
+    spec = axes.get_subplotspec()
+    columns = 1 if spec is None else spec.get_gridspec().ncols
+    figure: Any = axes.get_figure(root=True)
+    room = 72 * figure.get_size_inches()[0] / columns - margin
+    title = textwrap.fill(
+        title, max(12, int(room / _BOLD_LETTER)), break_long_words=False, break_on_hyphens=False
+    )
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
     axes.annotate(
         subtitle, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
@@ -220,10 +273,10 @@ def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:
     return values
 
 
-def _colors(records: Sequence[ModelRecord]) -> list[str]:
+def colors(names: Iterable[str]) -> list[str]:
     """One color per record; the main variants have the same color in every figure."""
     others = cycle(COLORS)
-    return [VARIANT_COLORS.get(label(record)) or next(others) for record in records]
+    return [VARIANT_COLORS.get(name) or next(others) for name in names]
 
 
 def _stride(count: int) -> int:

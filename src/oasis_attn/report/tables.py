@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +29,8 @@ class Table:
         text_columns: number of leading columns that contain text; the others contain numbers.
         key_columns: number of leading columns that identify a row.  They are repeated if a table
             is too wide for the terminal and its other columns are split into several tables.
+        tone: the tone of the badge that a page draws around a cell (see `document.TONES`), from
+            its text; empty for none.
     """
 
     title: str = ""
@@ -36,6 +38,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     text_columns: int = 1
     key_columns: int = 1
+    tone: Callable[[str], str] | None = None
 
 
 def number(value: float) -> str:
@@ -107,16 +110,20 @@ def layer_table(record: DiagnosisRecord) -> Table:
     }
     if "outlier.pearson_kurtosis_layer" in record.tables:
         columns["Pearson kurtosis"] = record.tables["outlier.pearson_kurtosis_layer"]
-    columns |= {
-        "first-token mass": _over_heads(record.tables["sink.mass"]),
-    }
+    if "sink.mass" in record.tables:
+        columns["first-token mass"] = _over_heads(record.tables["sink.mass"])
     if "null.mass" in record.tables:
         columns["null probability"] = _over_heads(record.tables["null.mass"])
     rows = tuple(
         (str(layer), *(number(float(value)) for value in values))
         for layer, values in enumerate(zip(*columns.values(), strict=True))
     )
-    return Table(title="By layer", columns=("layer", *columns), rows=rows)
+    others: dict[str, list[str]] = {}
+    for row in record.tables.get("sink.no_map", ()):
+        others.setdefault(row["module"], []).append(str(row["layer"]))
+    without = "; ".join(f"{', '.join(layers)} ({module})" for module, layers in others.items())
+    title = f"By layer; layers without an attention map: {without}" if without else "By layer"
+    return Table(title=title, columns=("layer", *columns), rows=rows)
 
 
 def activation_table(record: DiagnosisRecord) -> Table:
@@ -174,7 +181,7 @@ def head_table(record: DiagnosisRecord) -> Table:
     """The idle and the silent heads of each layer that has some; see `sink.idle_heads`."""
     heads: dict[int, tuple[list[int], list[int]]] = {}
     for column, name in enumerate(("sink.idle_heads", "sink.silent_heads")):
-        for layer, head in record.tables[name]:
+        for layer, head in record.tables.get(name, ()):
             heads.setdefault(layer, ([], []))[column].append(head)
     return Table(
         title="Heads by layer",
@@ -205,7 +212,9 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _over_heads(table: Sequence[Sequence[float]]) -> list[float]:
-    return [fmean(map(float, heads)) for heads in table]
+    """Means of the finite values: NaN stands for heads that a layer does not have."""
+    known = ([x for x in map(float, heads) if not math.isnan(x)] for heads in table)
+    return [fmean(values) if values else math.nan for values in known]
 
 
 def label(record: ModelRecord) -> str:

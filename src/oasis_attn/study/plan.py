@@ -11,27 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oasis_attn.data import load_corpus
 from oasis_attn.data.trigger import is_task
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
-from oasis_attn.evaluation import EvaluationConfig
-from oasis_attn.hub.model_sizes import check_size, text_config
-from oasis_attn.modeling.settings import check_settings
-from oasis_attn.modeling.variants import settings_of, variants
-from oasis_attn.quantization.schemes import schemes
+from oasis_attn.modeling.variants import variants
 from oasis_attn.study.claim import Claim, Criterion, read_claims, read_criteria
+from oasis_attn.study.plan_checks import check_model, check_names, check_variant
 from oasis_attn.study.plan_claims import check_claims, check_criteria
 from oasis_attn.study.reading import read_fields, read_list, read_mapping
 from oasis_attn.training import TrainingConfig
 
-_SET_BY_TRIAL = {
-    *("out", "from_model", "variant", "settings", "corpus", "size", "seed", "resume"),
-    "report_to",
-}
-_TRAINING = tuple(f.name for f in fields(TrainingConfig) if f.name not in _SET_BY_TRIAL)
-# What one variant may change: the data of a training run stay equal for all variants.
-_TRAINING_OF_VARIANT = ("learning_rate", "learning_rates", "outlier_penalty", "trainable")
-_EVALUATION = ("limit", "shots", "max_new_tokens", "batch_size")
 _MAX_NAME_LENGTH = 64
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.+-]{{0,{_MAX_NAME_LENGTH - 1}}}")
 _MAX_THREADS = 1024
@@ -218,69 +206,22 @@ class Plan:
         Raises:
             UserError: a setting, scheme, task, size or corpus is unknown or invalid.
         """
-        for scheme in self.schemes:
-            check_choice("schemes", scheme, schemes())
-        if self.on_task:
-            from oasis_attn.study.task_plan import check_task_plan  # imports torch
-
-            check_task_plan(self)
-        else:
-            self._check_corpora()
-        for name in self.variants if variants is None else variants:
-            self._check_variant(name)
+        check_names(self)
+        names = self.variants if variants is None else variants
+        settings = {name: check_variant(self, name) for name in names}
+        for name, given in settings.items():
+            trial = next(trial for trial in self.trials if trial.variant == name)
+            check_model(trial, self.sizes, given)  # imports torch
 
     @property
     def on_task(self) -> bool:
         """Whether the trials are decoders on generated tasks, not language models on corpora."""
         return any(map(is_task, self.corpora))
 
-    def _check_corpora(self) -> None:
-        for name in self.training:
-            check_choice("training", name, _TRAINING)
-        for name in self.evaluation:
-            check_choice("evaluation", name, _EVALUATION)
-        EvaluationConfig(tasks=("arith",), **self.evaluation)
-        for corpus, tasks in self.corpora.items():
-            for split in ("train", self.eval_split):
-                load_corpus(corpus, split)
-            if "perplexity" in tasks:
-                raise UserError(
-                    f"tasks of {corpus!r}: every trial measures perplexity; remove 'perplexity'"
-                )
-            if tasks:
-                EvaluationConfig(tasks=tasks, corpus=corpus, **self.evaluation)
-        for size in self.sizes:
-            check_size(size)
-
     @property
     def eval_split(self) -> str:
         """The split of each corpus that is used for measurement and calibration."""
         return str(self.training.get("eval_split", "validation"))
-
-    def _check_variant(self, name: str) -> None:
-        given = self.variants[name]
-        base, overrides = given["base"], given["overrides"]
-        for field_name in given.get("training", ()):
-            check_choice(f"training of {name!r}", field_name, _TRAINING_OF_VARIANT)
-        if name in variants() and (base != name or overrides or "training" in given):
-            raise UserError(
-                f"variants: {name!r} is a variant of `oasis variants`; a changed one requires"
-                " another name"
-            )
-        config = settings_of(base) | dict(overrides)
-        check_settings(config)
-        trial = next(trial for trial in self.trials if trial.variant == name)
-        if self.on_task:
-            from oasis_attn.study.task_plan import check_decoder  # imports torch
-
-            check_decoder(trial.size, config, trial.training)
-            return
-
-        from oasis_attn.modeling.configuration_oasis import OasisConfig  # imports transformers
-
-        for size in self.sizes:
-            OasisConfig(text_config=text_config(size), **config)
-        trial.training_config(Path(name))
 
     @cached_property
     def trials(self) -> tuple[Trial, ...]:

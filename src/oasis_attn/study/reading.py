@@ -37,9 +37,9 @@ def read_fields(
         raise UserError(f"{argument}: {shown(value)} is not a mapping of fields to values")
     for name in value:
         check_choice(argument, name, allowed)
-    for name in required:
-        if name not in value:
-            raise UserError(f"{argument}: field {name!r} is missing")
+    if missing := [repr(name) for name in required if name not in value]:
+        are = "field {} is" if len(missing) == 1 else "fields {} are"
+        raise UserError(f"{argument}: {are.format(', '.join(missing))} missing")
     return dict(value)
 
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -139,6 +140,12 @@ def bootstrap_interval(x_C: np.ndarray, y_C: np.ndarray | None = None) -> tuple[
     Pairs are resampled.  Where BCa is not defined (all values are equal), it is the percentile
     interval of the resamples whose baseline is not 0; NaN for a single pair.
     """
+    return _bootstrap_interval(tuple(x_C.tolist()), None if y_C is None else tuple(y_C.tolist()))
+
+
+@lru_cache(maxsize=8192)  # the tables, figures and sentences of a report show the same intervals
+def _bootstrap_interval(xs: tuple[float, ...], ys: tuple[float, ...] | None) -> tuple[float, float]:
+    x_C, y_C = np.array(xs), None if ys is None else np.array(ys)
     if len(x_C) < 2:
         return math.nan, math.nan
 

@@ -84,6 +84,14 @@ class StudyFolder:
             UserError: the folder contains other files or another plan.
         """
         path = Path(path)
+        cls.check(path, plan)
+        if not os.path.isfile(path / PLAN_FILE):
+            write_text(path / PLAN_FILE, plan_text(plan))
+        return cls.open(path)
+
+    @classmethod
+    def check(cls, path: Path, plan: Plan) -> None:
+        """Raise `UserError` if the folder contains other files or another plan."""
         if not os.path.isfile(path / PLAN_FILE):
             # A process that is killed while it writes the plan leaves a hidden file.
             if not (
@@ -91,16 +99,14 @@ class StudyFolder:
                 and all(p.name.startswith(".plan.yaml.") for p in path.iterdir())
             ):
                 check_free(path)
-            write_text(path / PLAN_FILE, plan_text(plan))
-        folder = cls.open(path)
-        kept, asked = folder.plan.to_dict(), plan.to_dict()
+            return
+        kept, asked = cls.open(path).plan.to_dict(), plan.to_dict()
         for name, value in asked.items():
             if kept[name] != value:
                 raise UserError(
                     f"out: {str(path)!r} contains a study whose {name} is different: "
                     f"{json.dumps(kept[name])[:200]}; use a new folder"
                 )
-        return folder
 
     def record_path(self, trial: Trial) -> Path:
         """Path of the record of `trial`, whether or not it exists."""

@@ -8,11 +8,31 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 
 from oasis_attn.report import Table, number
-from oasis_attn.study.criteria import NOT_APPLICABLE, CriterionResult, check_criteria
+from oasis_attn.study.criteria import (
+    MET,
+    MET_WHOLE_INTERVAL,
+    NOT_APPLICABLE,
+    NOT_MET,
+    NOT_TESTED,
+    CriterionResult,
+    check_criteria,
+)
 from oasis_attn.study.results import MetricComparison, Results
 from oasis_attn.study.statistics import LEVEL, Comparison
 from oasis_attn.study.storage import Status
-from oasis_attn.study.verdict import OUTCOMES, ClaimTestResult, Verdict
+from oasis_attn.study.verdict import (
+    CLAIM_INCONCLUSIVE,
+    EQUIVALENT,
+    EQUIVALENT_CLAIM,
+    FAILED,
+    INCONCLUSIVE,
+    NOT_SUPPORTED,
+    OUTCOMES,
+    PASSED,
+    SUPPORTED,
+    ClaimTestResult,
+    Verdict,
+)
 
 ABSENT = "-"
 _INTERVAL = f"{LEVEL:.0%} interval"
@@ -20,6 +40,12 @@ _COMPARISON_COLUMNS = (
     "n", "value", "baseline value", "change", _INTERVAL, "Hedges' g", "p (Holm)", "noise floor",
 )  # fmt: skip
 _EQUIVALENCE = "p (Holm) of equivalence"
+_TONES = {
+    **dict.fromkeys((SUPPORTED, PASSED, MET, MET_WHOLE_INTERVAL), "good"),
+    **dict.fromkeys((NOT_SUPPORTED, FAILED, NOT_MET), "bad"),
+    **dict.fromkeys((EQUIVALENT_CLAIM, EQUIVALENT), "neutral"),
+    **dict.fromkeys((CLAIM_INCONCLUSIVE, INCONCLUSIVE, NOT_TESTED), "weak"),
+}
 
 
 def means_table(results: Results, corpus: str, size: str) -> Table:
@@ -156,6 +182,12 @@ def percent(value: float) -> str:
     if math.isnan(value):
         return ABSENT
     return f"{value:+.2%}" if abs(value) < 1e3 else f"{value:+.2g} x"
+
+
+def tone(cell: str) -> str:
+    """The tone of a cell that is, or ends with, an outcome or verdict; empty for other cells."""
+    outcome = cell.rpartition(", ")[2]
+    return "weak" if cell.startswith(NOT_APPLICABLE) else _TONES.get(outcome, "")
 
 
 def _outcomes(verdict: Verdict) -> str:

@@ -133,7 +133,7 @@ def train(
 def _begun(out: Path, *, resume: bool) -> dict[str, Any] | None:
     """The identity of the run in `out`; None for a new run, or one killed before it wrote it."""
     if not resume:
-        check_free(out)
+        check_free(out, hint=", or continue its run with resume=True")
         return None
     try:
         if out.is_dir() and all(path.name.startswith(".run.json.") for path in out.iterdir()):

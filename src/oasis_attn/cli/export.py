@@ -1,0 +1,67 @@
+"""`oasis export`: write a model in a format that inference engines read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, print_json, print_table, working
+
+
+def export(
+    model: Annotated[
+        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
+    ],
+    out: Annotated[Path, Argument(help="A new .gguf file, or a new folder.")],
+    format: Annotated[
+        str | None,
+        Option(
+            help="gguf (for llama.cpp), or transformers (a folder for transformers and engines that"
+            " read such folders). Default: gguf if OUT ends in .gguf.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        Option(
+            help="Type of the weights. gguf: q8_0 (default), q4_0, f16, bf16 or f32; transformers:"
+            " auto (default: as the model), float32, bfloat16 or float16.",
+            show_default=False,
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model so that other programs can serve it without oasis-attn.
+
+    A prefix becomes part of the tokenizer, or a PEFT adapter if it was tuned.
+
+    Example: [bold]oasis export smollm2 smollm2.gguf --weights q4_0[/bold]
+
+    Example: [bold]oasis export prefixed served --format transformers[/bold]
+    """
+    from oasis_attn.hub.export_options import check_export
+    from oasis_attn.hub.locate import find_model
+
+    check_export(out, format, weights)
+    find_model(model)
+
+    from oasis_attn.quantization.export_checkpoint import export_checkpoint
+    from oasis_attn.report import Table
+
+    with working(f"exporting {model}", as_json=as_json) as report:
+        facts = export_checkpoint(
+            model,
+            out,
+            format=format,
+            weights=weights,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+        )
+    if as_json:
+        print_json(facts)
+    else:
+        rows = tuple((name, str(value)) for name, value in facts.items())
+        print_table(Table(title="Exported", columns=("", ""), rows=rows, text_columns=2))

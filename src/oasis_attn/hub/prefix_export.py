@@ -1,0 +1,202 @@
+"""Take a prefix out of a model, in a form that other programs read.
+
+An untuned prefix is what the model computes from the prefix tokens, so it is enough that every text
+begins with them: they become part of the tokenizer, and every program that uses the tokenizer has
+the prefix.  A tuned prefix is no longer that of any tokens.  It becomes a PEFT adapter for prefix
+tuning (2101.00190), which transformers applies with peft.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from oasis_attn.errors import UserError, shown
+from oasis_attn.files import write_text
+from oasis_attn.hub.prefix import Prefix, compute_prefix, prefix_of, without_prefix
+
+BASE_MODEL = "base_model"
+"""The subfolder with the model to which an adapter belongs."""
+
+_PIECE = "<prefix>"  # a name in the template of the post-processor, not the text of a token
+_CARD = """\
+---
+library_name: {library}
+pipeline_tag: text-generation
+tags: [oasis-attn, {family}]
+---
+
+# {family} with a prefix of {count} tokens
+
+{text}
+"""
+_IN_TOKENIZER = """\
+The tokenizer puts the tokens {tokens} before every text, and the chat template, if there is one,
+puts their text before every chat. A program that tokenizes a text with
+`add_special_tokens=False`, or reads token ids, must put them there itself."""
+_ADAPTER = """\
+The keys and values of the prefix were tuned and are a PEFT adapter for the model in `base_model`:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(f"{{path}}/base_model")
+model = PeftModel.from_pretrained(model, path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+```"""
+_CHAT = [{"role": "user", "content": "Hello."}]
+_PROBES = ("", "a", "One text, and then another: 12 + 3 = 15.\n\n  End.")
+
+
+@torch.no_grad()
+def is_computed(model: PreTrainedModel) -> bool:
+    """Whether `model` computes the keys and values of its prefix from the tokens of the prefix.
+
+    They differ after the prefix was tuned, or the model was trained.
+    """
+    prefix: Any = prefix_of(model)
+    computed = compute_prefix(without_prefix(model), prefix.tokens)
+    pairs = (
+        (prefix.keys_LGPd, computed.keys_LGPd),
+        (prefix.values_LGPd, computed.values_LGPd),
+    )
+    allowed = math.sqrt(torch.finfo(model.dtype).eps)  # of the rounding in all layers
+    return all(bool((stored - again).norm() <= allowed * again.norm()) for stored, again in pairs)
+
+
+def save_tokenizer_with_prefix(
+    tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...], folder: Path
+) -> bool:
+    """Save a tokenizer that puts `tokens` before every text, once, and before BOS.
+
+    `add_special_tokens=False` leaves them out as it does BOS.  Programs tokenize the result of a
+    chat template in this way, so that the text of the tokens precedes the template.
+
+    Args:
+        folder: it holds the config of the model.
+
+    Returns:
+        Whether chats have the prefix.  If the text of the tokens cannot precede the chat template,
+        because it would be cut into other tokens, the tokenizer is saved without a template.
+
+    Raises:
+        UserError: the tokenizer has no `tokenizer.json`, or one that cannot have a prefix.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _error("the tokenizer has no tokenizer.json")
+    saved: Any = copy.deepcopy(tokenizer)
+    chats = bool(saved.chat_template) and _put_before_chats(saved, tokens)
+    if not chats:
+        saved.chat_template = None
+    saved.save_pretrained(folder)
+    for path in folder.glob("*"):  # other forms of the vocabulary, which say nothing of the prefix
+        if path.suffix in (".model", ".txt") or path.name in ("vocab.json", "added_tokens.json"):
+            path.unlink()
+    file = folder / "tokenizer.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    fields["post_processor"] = _with_prefix(fields["post_processor"], tokens, saved)
+    write_text(file, json.dumps(fields, ensure_ascii=False))
+    file = folder / "tokenizer_config.json"
+    about = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("add_bos_token", "add_eos_token"):  # with them, the post-processor is made anew
+        about.pop(name, None)
+    about["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_text(file, json.dumps(about, ensure_ascii=False, indent=2))
+    _check_saved(tokenizer, tokens, folder)
+    return chats
+
+
+def save_adapter(prefix: Prefix, folder: Path, base_model: str) -> None:
+    """Write `prefix` to `folder` as a PEFT adapter for the model in the folder `base_model`."""
+    prefix.save(folder)
+    file = folder / "adapter_config.json"
+    about = json.loads(file.read_text(encoding="utf-8"))
+    write_text(file, json.dumps(about | {"base_model_name_or_path": base_model}, indent=1) + "\n")
+
+
+def write_prefix_card(prefix: Prefix, folder: Path, family: str, *, adapter: bool) -> None:
+    """Write the README.md of an exported model of `family`."""
+    text = (_ADAPTER if adapter else _IN_TOKENIZER).format(tokens=list(prefix.tokens))
+    library, count = "peft" if adapter else "transformers", len(prefix)
+    card = _CARD.format(library=library, family=family, count=count, text=text)
+    write_text(folder / "README.md", card)
+
+
+def _error(reason: str) -> UserError:
+    return UserError(f"prefix: it cannot become part of the tokenizer: {reason}")
+
+
+def _put_before_chats(tokenizer: Any, tokens: tuple[int, ...]) -> bool:
+    """Put the prefix before the chat templates; whether a chat then begins with its tokens."""
+    text = tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+    given = tokenizer.chat_template
+    # A Jinja string literal has the escapes of JSON.
+    start = "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+    templates = given if isinstance(given, dict) else {"default": given}
+    changed = {name: start + template for name, template in templates.items()}
+    for name, template in templates.items():
+        for prompt in (False, True):
+            options = {"tokenize": False, "add_generation_prompt": prompt}
+            try:
+                before, after = (
+                    tokenizer.apply_chat_template(_CHAT, chat_template=each, **options)
+                    for each in (template, changed[name])
+                )
+            except (TemplateError, ValueError, TypeError, KeyError):
+                return False  # the template needs more than a message of the user
+            plain, prefixed = (
+                tokenizer(each, add_special_tokens=False).input_ids for each in (before, after)
+            )
+            if after != text + before or prefixed != [*tokens, *plain]:
+                return False
+    tokenizer.chat_template = changed if isinstance(given, dict) else changed["default"]
+    return True
+
+
+def _with_prefix(
+    processor: dict[str, Any] | None, tokens: tuple[int, ...], tokenizer: Any
+) -> dict[str, Any]:
+    """The post-processor in `tokenizer.json`, which also puts `tokens` before a text."""
+    if processor is None:
+        steps = []
+    elif processor["type"] == "Sequence":
+        steps = list(processor["processors"])
+    else:
+        steps = [processor]
+    kinds = [step["type"] for step in steps]
+    others = sorted({*kinds} - {"ByteLevel", "TemplateProcessing"})
+    if others or kinds.count("TemplateProcessing") > 1:
+        raise _error(f"its post-processor is {others or kinds}")
+    if "TemplateProcessing" not in kinds:
+        sequences = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
+        template = {
+            "type": "TemplateProcessing",
+            "single": sequences[:1],
+            "pair": sequences,
+            "special_tokens": {},
+        }
+        steps.append(template)
+    piece = {"SpecialToken": {"id": _PIECE, "type_id": 0}}
+    names = tokenizer.convert_ids_to_tokens(list(tokens))
+    for step in steps:
+        if step["type"] == "TemplateProcessing":
+            step["single"], step["pair"] = [piece, *step["single"]], [piece, *step["pair"]]
+            step["special_tokens"][_PIECE] = {"id": _PIECE, "ids": list(tokens), "tokens": names}
+    return steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
+
+
+def _check_saved(tokenizer: Any, tokens: tuple[int, ...], folder: Path) -> None:
+    """Raise `UserError` unless transformers reads the prefix from `folder`."""
+    saved: Any = AutoTokenizer.from_pretrained(folder)
+    for text in _PROBES:
+        if saved(text).input_ids != [*tokens, *tokenizer(text).input_ids]:
+            raise _error(f"transformers then reads {shown(text)} as {saved(text).input_ids}")

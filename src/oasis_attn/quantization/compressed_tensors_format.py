@@ -1,0 +1,223 @@
+"""Export of a quantized model in the format compressed-tensors, which vLLM and SGLang serve.
+
+The compressed-tensors library writes the weights and the `quantization_config`; transformers loads
+the folder without this package.  Codes, scales and static ranges are those of the quantized model:
+nothing is quantized again.  Weights are int8 codes (`int-quantized`) where inputs are quantized
+too, and otherwise packed codes (`pack-quantized`).
+
+In the format, a code q stands for scale * (q - zero_point), with q from -2^(bits-1) to
+2^(bits-1) - 1 (`primitives.QParams` has codes without a zero point).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from oasis_attn.errors import UserError
+from oasis_attn.files import staged_folder
+from oasis_attn.hub.model_card import write_card
+from oasis_attn.hub.prefix import prefix_of
+from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.quantization.hf_quantizer import (
+    check_unchanged,
+    codes_of,
+    get_quantization_config,
+)
+from oasis_attn.quantization.linear import QuantizedLinear
+from oasis_attn.quantization.linearize import linear_names
+from oasis_attn.quantization.options import COMPRESSED_TENSORS, check_format
+from oasis_attn.quantization.quantizers import StaticQuantizer
+from oasis_attn.quantization.schemes import Scheme
+from oasis_attn.quantization.simulate import quantized_modules
+from oasis_attn.quantization.spec import QuantSpec
+
+
+def check_model(model: PreTrainedModel, targets: Iterable[str]) -> None:
+    """Raise `UserError` if the format cannot hold `model` with `targets` quantized."""
+    if isinstance(model.config, OasisConfig):
+        raise _refusal(
+            "it is loaded without oasis_attn, which an OASIS model needs; convert a null without"
+            " depth routing with `oasis convert --to-sinks` first, or use --format oasis and import"
+            " oasis_attn where the model is loaded"
+        )
+    if prefix_of(model) is not None:
+        raise _refusal("the model has a prefix, which only --format oasis stores")
+    plain = _without_weights(model)
+    modules = dict(plain.named_modules())
+    for name in linear_names(plain):
+        if name not in modules:  # the name that `linearize` would give it
+            raise _refusal(
+                f"{name} is an expert, and transformers cannot load experts in this format, whether"
+                " they are quantized or not"
+            )
+    for name in targets:
+        if not isinstance(modules[name], nn.Linear):
+            raise _refusal(
+                f"{name} is of class {type(modules[name]).__name__}, and the format quantizes only"
+                " linear layers; leave such layers out with --ignore (ignore=...)"
+            )
+
+
+@torch.no_grad()
+def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write a quantized model in the format compressed-tensors, with a model card.
+
+    `AutoModelForCausalLM.from_pretrained(folder)` loads it without `oasis_attn`.  The library
+    decompresses each weight before the folder appears, and the result must be equal bit for bit.
+    In float32 the loaded weights are therefore those of `model`; transformers rounds the scales if
+    it loads the folder in another dtype.  Without quantized activations, the logits are equal too.
+
+    With them, a layer with the same input computes the same, with these exceptions:
+
+    - A value half way between two codes, up to floating-point rounding, may get the other code.
+      The inputs of all later layers then change too, so that logits differ by up to about the
+      effect of the quantization itself.
+    - Symmetric dynamic ranges: the library divides max|x| by (2^bits - 1) / 2, this package by
+      2^(bits-1) - 1.
+    - Dynamic ranges of a layer that gets its tokens as `[N, D]`, such as the MLP of OPT: the
+      library computes one range for all N tokens.
+
+    Args:
+        model: a quantized model of a family of transformers.
+        folder: a new folder.  The tokenizer is not part of it.
+
+    Raises:
+        UserError: the library is not installed; the format cannot hold the scheme or the model;
+            weights were changed after quantizing; the folder exists.  Nothing is written then.
+    """
+    layers = {name: cast(QuantizedLinear, each) for name, each in quantized_modules(model).items()}
+    if not layers:
+        raise UserError("model: nothing in it is quantized; call quantize first")
+    fields = get_quantization_config(model)
+    scheme = Scheme.from_dict(fields.scheme)
+    check_format(COMPRESSED_TENSORS, scheme)
+    if fields.transforms:
+        name = next(iter(fields.transforms))
+        raise _refusal(
+            f"the input of {name} is scaled at run time, because SmoothQuant could not fold the"
+            " scales into the layer before it; the format has no such scales"
+        )
+    check_model(model, layers)
+    check_unchanged(model, layers, fields.targets)
+    with staged_folder(folder) as stage:
+        _write(model, layers, scheme, stage)
+        write_card(model, stage, format=COMPRESSED_TENSORS)
+
+
+def _write(
+    model: PreTrainedModel, layers: dict[str, QuantizedLinear], scheme: Scheme, stage: Path
+) -> None:
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+        apply_quantization_config,
+    )
+
+    form = "pack-quantized" if scheme.activation is None else "int-quantized"
+    inputs = scheme.activation and _arguments(scheme.activation, dynamic=not scheme.static)
+    group = QuantizationScheme(
+        targets=["Linear"],
+        weights=_arguments(scheme.weight),
+        input_activations=inputs,
+        format=form,
+    )
+    plain = _plain_model(model, layers)
+    config = QuantizationConfig(
+        config_groups={"group_0": group},
+        format=form,
+        ignore=_in_float(plain, layers),
+        quantization_status=QuantizationStatus.FROZEN,
+    )
+    apply_quantization_config(plain, config, show_progress=False)
+    for name, layer in layers.items():
+        _compress(plain.get_submodule(name), layer, name, model.dtype)
+    config.quantization_status = QuantizationStatus.COMPRESSED
+    plain.save_pretrained(stage)
+    ModelCompressor(quantization_config=config).update_config(str(stage))
+
+
+def _arguments(spec: QuantSpec, *, dynamic: bool = False) -> Any:
+    """The library's description of `spec`."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    return QuantizationArgs(
+        num_bits=spec.bits,
+        symmetric=spec.symmetric,
+        strategy=spec.granularity,
+        group_size=spec.group_size,
+        dynamic=dynamic,
+    )
+
+
+def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same family and configuration, unquantized, on the meta device."""
+    config = copy.deepcopy(model.config)
+    for part in (config, config.get_text_config(decoder=True)):
+        vars(part).pop("quantization_config", None)
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _plain_model(model: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> PreTrainedModel:
+    """The unquantized model, for saving, without the weights of `layers`; it shares all tensors."""
+    plain, state = _without_weights(model), model.state_dict()
+    names = plain.state_dict().keys() - {f"{name}.weight" for name in layers}
+    plain.load_state_dict({name: state[name] for name in names}, strict=False, assign=True)
+    plain.tie_weights()
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain
+
+
+def _in_float(plain: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> list[str]:
+    """The modules with weights that are not quantized: the head, routers, gates and ignored ones.
+
+    Embeddings are not listed, because the format quantizes only linear layers here.
+    """
+    return [
+        name
+        for name, module in plain.named_modules()
+        if name not in layers
+        and not isinstance(module, nn.Embedding)
+        and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+    ]
+
+
+def _compress(linear: Any, layer: QuantizedLinear, name: str, dtype: torch.dtype) -> None:
+    """Give `linear` the parameters of `layer`, compress it, and check what it decompresses to."""
+    from compressed_tensors.compressors import BaseCompressor, compress_module
+
+    spec, weight = layer.scheme.weight, layer.decode(codes_of(layer, name), dtype)
+    parameters = {"weight": weight, "weight_scale": layer.weight_scale}
+    if not spec.symmetric:
+        parameters["weight_zero_point"] = _zero_point(layer.weight_quant_min, spec)
+    quantizer = layer.input_quantizer
+    if isinstance(quantizer, StaticQuantizer):
+        parameters["input_scale"] = quantizer.scale
+        if not quantizer.spec.symmetric:
+            parameters["input_zero_point"] = _zero_point(quantizer.quant_min, quantizer.spec)
+    for key, value in parameters.items():
+        shape = getattr(linear, key).shape
+        setattr(linear, key, nn.Parameter(value.view(shape), requires_grad=False))
+    compress_module(linear)
+    scheme = linear.quantization_scheme
+    library = BaseCompressor.get_value_from_registry(scheme.format.value)
+    restored = library.decompress(linear.state_dict(), scheme)["weight"].to(weight.dtype)
+    if not torch.equal(restored, weight):
+        raise _refusal(f"compressed-tensors does not restore {name}.weight exactly")
+
+
+def _zero_point(quant_min: Tensor, spec: QuantSpec) -> Tensor:
+    return -(quant_min + 2 ** (spec.bits - 1)).to(torch.int8)
+
+
+def _refusal(reason: str) -> UserError:
+    return UserError(f"format: 'compressed-tensors' cannot hold this model: {reason}")

@@ -1,0 +1,292 @@
+"""A folder in the format compressed-tensors holds the codes of a model, and loads without ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from oasis_attn.errors import UserError
+from oasis_attn.hub.loading import quiet
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
+from oasis_attn.quantization import (
+    QuantSpec,
+    linear_targets,
+    options,
+    quantize,
+    quantized_modules,
+    save_compressed_tensors,
+    schemes,
+)
+from oasis_attn.quantization.int8 import to_int8
+from oasis_attn.quantization.quantizers import StaticQuantizer, observe_qparams
+from tiny_models import VOCABULARY, tiny_config, tiny_model
+
+pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+
+TABLE = schemes()
+STATIC, DYNAMIC = TABLE["w8a8-static-linear"], TABLE["w8a8-dynamic"]
+GROUPS = QuantSpec(bits=4, symmetric=True, granularity="group", group_size=16)
+W4A16 = replace(TABLE["w4a16"], weight=GROUPS)
+SCHEMES = {
+    "dynamic": DYNAMIC,
+    "head": replace(DYNAMIC, head=True),
+    "static": STATIC,
+    "static, symmetric, per channel": replace(
+        STATIC, weight=DYNAMIC.weight, activation=QuantSpec(bits=8, symmetric=True)
+    ),
+    "smoothed": replace(STATIC, smooth_alpha=0.5),
+    "w4a16": W4A16,
+    "w4a16, gptq": replace(W4A16, rounding="gptq"),
+    "w3a16": replace(W4A16, weight=replace(DYNAMIC.weight, bits=3)),
+    "w4a8": TABLE["w4a8"],
+    "w4a8, groups": replace(TABLE["w4a8"], weight=GROUPS),
+    "w4a8, asymmetric weights": replace(TABLE["w4a8"], weight=replace(GROUPS, symmetric=False)),
+    "w4a4": TABLE["w4a4"],
+}
+HALF_WAY = 2**-13  # rounding of x / scale + zero point in float32, for codes of up to 8 bits
+
+
+def make(kind="llama", dtype=torch.float32):
+    torch.manual_seed(0)
+    config = tiny_config(kind, tie_word_embeddings=True)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def quantized(model, scheme, **keywords):
+    batches = [
+        torch.randint(3, VOCABULARY, (2, 12), generator=torch.manual_seed(i)) for i in range(3)
+    ]
+    return quantize(
+        model, scheme, calibration=batches if scheme.needs_calibration else None, **keywords
+    )
+
+
+def export(model, folder):
+    with quiet():
+        save_compressed_tensors(model, folder)
+        loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    return loaded
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def check_layers(ours, theirs, ids):
+    """With the same input, the library's layers have the same weights and codes."""
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    inputs = {}
+    for name, layer in quantized_modules(ours).items():
+        layer.input_quantizer.register_forward_hook(
+            lambda _module, args, output, name=name: inputs.update({name: (args[0], output)})
+        )
+    logits(ours, ids)
+    logits(theirs, ids)  # the first forward pass decompresses the weights
+    for name, layer in quantized_modules(ours).items():
+        other = theirs.get_submodule(name)
+        assert torch.equal(other.weight, layer.weight)
+        arguments, (x, expected) = other.quantization_scheme.input_activations, inputs[name]
+        if arguments is None:
+            continue
+        found = forward_quantize(other, x, "input", arguments)
+        quantizer = layer.input_quantizer
+        static = isinstance(quantizer, StaticQuantizer)
+        scale = quantizer.scale if static else observe_qparams(x, quantizer.spec).scale
+        steps = ((found - expected) / scale).abs()
+        half_way = ((x / scale).frac().abs() - 0.5).abs() < HALF_WAY
+        assert (steps < torch.where(half_way, 1 + HALF_WAY, HALF_WAY)).all()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_loads_with_the_same_codes(name, ids, tmp_path):
+    model, scheme = make(), SCHEMES[name]
+    ours = quantized(model, scheme)
+    theirs = export(ours, tmp_path / "out")
+    assert type(theirs) is type(model)
+    expected, found, exact = logits(ours, ids), logits(theirs, ids), logits(model, ids)
+    if scheme.activation is None:
+        assert torch.equal(found, expected)
+    # An input that lies half way between two codes changes the inputs of all later layers.
+    assert (found - expected).norm() < (expected - exact).norm()
+    check_layers(ours, theirs, ids)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_neox", "granite_swa", "opt", "qwen3"])
+def test_families(kind, ids, tmp_path):
+    ours = quantized(make(kind), W4A16)
+    assert torch.equal(logits(export(ours, tmp_path / "out"), ids), logits(ours, ids))
+
+
+def test_what_the_folder_holds(tmp_path):
+    model = make()
+    targets = [name for name in linear_targets(model) if "self_attn" in name]
+    ours = quantized(model, STATIC, targets=targets)
+    export(ours, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, layer in quantized_modules(ours).items():
+        assert torch.equal(stored[f"{name}.weight"], layer.codes())
+        assert torch.equal(stored[f"{name}.weight_scale"], layer.weight_scale.view(-1))
+        assert torch.equal(stored[f"{name}.input_scale"], layer.input_quantizer.scale)
+        zero_point = -128 - layer.input_quantizer.quant_min
+        assert stored[f"{name}.input_zero_point"].tolist() == zero_point.tolist()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    assert config["format"] == "int-quantized"
+    assert config["quantization_status"] == "compressed"
+    mlp = {f"model.layers.{i}.mlp.{name}_proj" for i in range(4) for name in ("gate", "up", "down")}
+    assert set(config["ignore"]) == {"lm_head", *mlp}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pip install compressed-tensors" in card
+    assert "import oasis_attn" not in card
+
+
+def test_a_process_without_this_package(ids, tmp_path):
+    ours = quantized(make(), SCHEMES["w4a16, gptq"])
+    with quiet():
+        save_compressed_tensors(ours, tmp_path / "out")
+    torch.save(ids, tmp_path / "ids.pt")
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("out")
+ids = torch.load("ids.pt")
+with torch.no_grad():
+    torch.save(model(input_ids=ids).logits, "logits.pt")
+assert model.generate(ids[:1], max_new_tokens=2, eos_token_id=-1).shape == (1, ids.shape[1] + 2)
+assert not any(name.startswith("oasis") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(ours, ids))
+
+
+def test_a_model_in_int8_arithmetic_has_the_same_files(tmp_path):
+    utils = pytest.importorskip("torchao.utils", reason="torchao is not installed")
+    if utils.should_reduce_range(torch.device("cpu")):
+        pytest.skip("this processor has no VNNI instructions")
+    ours = quantized(make(), DYNAMIC)
+    with quiet():
+        save_compressed_tensors(ours, tmp_path / "simulated")
+        save_compressed_tensors(to_int8(ours), tmp_path / "int8")
+    for name in ("model.safetensors", "config.json"):
+        simulated, int8 = (tmp_path / each / name for each in ("simulated", "int8"))
+        assert simulated.read_bytes() == int8.read_bytes()
+
+
+def test_transformers_rounds_the_scales_of_a_model_in_bfloat16(tmp_path):
+    ours = quantized(make(dtype=torch.bfloat16), W4A16)
+    theirs = export(ours, tmp_path / "out")
+    assert theirs.dtype == torch.bfloat16
+    logits(theirs, torch.tensor([[3]]))
+    for name, layer in quantized_modules(ours).items():
+        found, expected = theirs.get_submodule(name).weight.float(), layer.weight.float()
+        assert ((found - expected).abs() <= 2**-7 * expected.abs()).all()
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight_scale"],
+        layer.weight_scale.squeeze(-1),
+    )
+
+
+def test_dynamic_ranges_that_the_library_computes_otherwise(ids, tmp_path):
+    """As the docs say: symmetric ranges are a little smaller, and flat tokens share one."""
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    symmetric = QuantSpec(bits=8, symmetric=True, granularity="token")
+    theirs = export(quantized(make(), replace(DYNAMIC, activation=symmetric)), tmp_path / "1")
+    x = torch.randn(2, 5, 32)
+    layer = theirs.get_submodule("model.layers.0.self_attn.q_proj")
+    scale, _ = compute_dynamic_scales_and_zp(x, layer.quantization_scheme.input_activations, layer)
+    ours = observe_qparams(x, symmetric).scale
+    torch.testing.assert_close(scale * 127.5, ours * 127)
+
+    ours = quantized(make("opt"), DYNAMIC)
+    theirs = export(ours, tmp_path / "2")
+    shapes = {}
+    for name in quantized_modules(ours):
+        theirs.get_submodule(name).register_forward_pre_hook(
+            lambda _module, args, name=name: shapes.update({name: args[0].ndim})
+        )
+    logits(theirs, ids)
+    assert {name.rpartition(".")[2] for name, axes in shapes.items() if axes == 2} == {"fc1", "fc2"}
+
+
+def oasis():
+    return quantized(tiny_model(), DYNAMIC)
+
+
+def prefixed():
+    model = make()
+    return quantized(with_prefix(model, compute_prefix(model, [5])), DYNAMIC)
+
+
+def changed():
+    model = quantized(make(), DYNAMIC)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    return model
+
+
+REFUSED = {
+    "full": (lambda: quantized(make(), TABLE["w8a8-static-full"]), "it quantizes linear layers"),
+    "hadamard": (
+        lambda: quantized(make(), replace(DYNAMIC, rotation="hadamard")),
+        "transformers does not apply rotation 'hadamard'",
+    ),
+    "inputs": (
+        lambda: quantized(make(), replace(DYNAMIC, rotation="inputs")),
+        "transformers does not apply rotation 'inputs'",
+    ),
+    "zero points": (
+        lambda: quantized(make(), replace(W4A16, weight=replace(GROUPS, symmetric=False))),
+        "packed weights with zero points",
+    ),
+    "scales at run time": (
+        lambda: quantized(make("bloom"), replace(STATIC, smooth_alpha=0.5)),
+        "is scaled at run time",
+    ),
+    "oasis": (oasis, "which an OASIS model needs"),
+    "prefix": (prefixed, "the model has a prefix"),
+    "experts": (
+        lambda: quantized(make("mixtral"), DYNAMIC),
+        "experts.0.gate_up_proj is an expert, and transformers cannot",
+    ),
+    "Conv1D": (lambda: quantized(make("gpt2"), DYNAMIC), "c_attn is of class Conv1D"),
+    "changed": (changed, "weight: it was changed after quantizing"),
+    "unquantized": (make, "model: nothing in it is quantized"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name, tmp_path):
+    model, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        save_compressed_tensors(model(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_library_is_missing(monkeypatch):
+    monkeypatch.setattr(options, "find_spec", lambda _name: None)
+    with pytest.raises(UserError, match=r"pip install 'oasis-attn\[export\]'"):
+        options.check_format("compressed-tensors", DYNAMIC)
+    options.check_format("oasis", DYNAMIC)
+
+
+def test_an_export_that_stops_leaves_nothing(monkeypatch, tmp_path):
+    from compressed_tensors.compressors import ModelCompressor
+
+    def stop(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelCompressor, "update_config", stop)
+    with pytest.raises(KeyboardInterrupt), quiet():
+        save_compressed_tensors(quantized(make(), W4A16), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
