@@ -17,6 +17,7 @@ from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.records import Record
 from oasis_attn.report.glossary import glossary_page
+from oasis_attn.study.doctor import doctor
 from oasis_attn.study.plan import Plan
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.trial import run_trial
@@ -133,6 +134,7 @@ def fresh(tmp_path_factory, corpus, size) -> set[str]:
                 run, folder / "q", scheme="w8a8-static-full", simulate=True, **shape
             ),
             prefix_checkpoint(with_a_sink(folder / "sink", run), folder / "p", **shape),
+            doctor(with_a_sink(folder / "ill", run), folder / "doctor", **shape).record,
             null_from_sink_checkpoint(of_a_family(folder / "llama", run), folder / "n", **shape),
             on_a_task(folder),
             of_a_task(folder / "trial", size, patch),

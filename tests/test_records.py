@@ -15,6 +15,7 @@ from oasis_attn.records import (
     BlocksInfo,
     ConversionRecord,
     DiagnosisRecord,
+    DoctorRecord,
     EvaluationRecord,
     Metric,
     PrefixRecord,
@@ -22,6 +23,7 @@ from oasis_attn.records import (
     TrainingData,
     TrainingRecord,
     TrialRecord,
+    Try,
 )
 
 BLOCKS = BlocksInfo(split="train", blocks=3, sha256="0")
@@ -45,6 +47,15 @@ EXAMPLES = [
         **OF_MODEL,
     ),
     DiagnosisRecord(data=TEXT, **OF_MODEL),
+    DoctorRecord(
+        sha256="0",
+        scheme={"name": "w8a8"},
+        tolerance=0.5,
+        tries=(Try(name="prefix", scheme={"name": "w8a8"}, prefix=(3,), problem="too short"),),
+        data=TEXT,
+        calibration=TEXT,
+        **OF_MODEL,
+    ),
     EvaluationRecord(
         sha256="0",
         model_notes={"kv_cache": {"bits": 4}},

@@ -19,11 +19,12 @@ from oasis_attn.metrics import GLOSSARY
 from oasis_attn.modeling.variants import variants
 from oasis_attn.report import Table
 from oasis_attn.study.demo import run_demo
+from oasis_attn.study.doctor import doctor as run_doctor
 from oasis_attn.training import TrainingConfig
 
 COMMANDS = (
-    *("convert", "demo", "diagnose", "evaluate", "export", "metrics", "prefix", "quantize"),
-    *("report", "train", "variants", "view"),
+    *("convert", "demo", "diagnose", "doctor", "evaluate", "export", "metrics", "prefix"),
+    *("quantize", "report", "train", "variants", "view"),
 )
 
 
@@ -81,6 +82,11 @@ def test_version(oasis) -> None:
         ),
         (["diagnose", "smollm2", "--text-file", "absent.txt"], "--text-file: file 'absent.txt'"),
         (["demo", "--windows", "0"], "windows: 0"),
+        (["doctor", "smollm2", "--tolerance", "-1"], "tolerance: -1"),
+        (["doctor", "smollm2", "--scheme", "w8a9"], "scheme: 'w8a9' is not one of"),
+        (["doctor", "smollm2", "--scheme-option", "bits=4"], "scheme option: 'bits' is not one"),
+        (["doctor", "smollm2", "--out", "/proc/x"], "out: '/proc/x'"),
+        (["doctor", "smollm2", "--apply", "/proc/x"], "--apply: '/proc/x'"),
         (["metrics", "sink.rat@0.3"], "did you mean 'sink.rate@<eps>'"),
         (
             ["study", "run", "absent.yaml", "--out", "x"],
@@ -223,6 +229,13 @@ def test_demo_s_options_are_parameters_of_the_library_s_with_their_defaults() ->
         assert options[name] == parameters[name].default, name
 
 
+def test_doctor_s_options_are_parameters_of_the_library_s_with_their_defaults() -> None:
+    parameters = inspect.signature(run_doctor).parameters
+    options = {p.name: p.default for p in get_command(app).commands["doctor"].params}
+    for name in options.keys() - {"model", "out", "scheme_option", "apply", "as_json"}:
+        assert options[name] == parameters[name].default, name
+
+
 def test_help_comes_without_the_heavy_libraries() -> None:
     words = [[], *([command] for command in COMMANDS), ["study"], ["study", "run"]]
     code = f"""
@@ -251,6 +264,11 @@ WRONG = [
     ["diagnose", "smollm2", "--split", "dev"],
     ["diagnose", "smollm2", "--text-file", "absent.txt"],
     ["diagnose", "smollm2", "--windows", "0"],
+    ["doctor", "smolm2"],
+    ["doctor", "smollm2", "--apply", "."],
+    ["doctor", "smollm2", "--calibration", "imbd"],
+    ["doctor", "smollm2", "--scheme", "w4a5"],
+    ["doctor", "smollm2", "--windows", "0"],
     ["evaluate", "./absent"],
     ["evaluate", "smollm2", "--corpus", "arith", "--k", "2"],
     ["evaluate", "smollm2", "--corpus", "arith", "--kv-bits", "3"],

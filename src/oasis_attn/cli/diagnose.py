@@ -7,7 +7,14 @@ from typing import Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, Model, TrustRemoteCode, print_table, working
+from oasis_attn.cli.terminal import (
+    AsJson,
+    Model,
+    TrustRemoteCode,
+    print_sentences,
+    print_table,
+    working,
+)
 from oasis_attn.cli.text import given_text
 
 
@@ -92,7 +99,14 @@ def diagnose(
 
     from oasis_attn.hub.loading import load_model
     from oasis_attn.measure import diagnose as measure
-    from oasis_attn.report import activation_table, layer_table, sink_table, summary_table
+    from oasis_attn.report import (
+        activation_table,
+        conclusion,
+        head_table,
+        layer_table,
+        sink_table,
+        summary_table,
+    )
     from oasis_attn.report.figures import save_figures
 
     with working(f"diagnosing {model}", as_json=as_json):
@@ -113,7 +127,6 @@ def diagnose(
     if as_json:
         print(record.to_json())
     else:
-        print_table(summary_table(record))
-        print_table(layer_table(record))
-        print_table(activation_table(record))
-        print_table(sink_table(record))
+        for table in (summary_table, layer_table, activation_table, sink_table, head_table):
+            print_table(table(record))
+        print_sentences("Conclusion", conclusion(record))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -93,6 +93,16 @@ def print_table(table: Table) -> None:
         for row in table.rows:
             grid.add_row(*(row[column] for column in columns))
         console.print(grid)
+
+
+def print_sentences(title: str, sentences: Iterable[str]) -> None:
+    """Print sentences under a title, one per paragraph, wrapped to the width of the terminal."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    console.print(title, style="italic")
+    for sentence in sentences:
+        console.print(sentence)
 
 
 def _split(table: Table, console_width: int) -> list[list[int]]:

@@ -14,10 +14,12 @@ from oasis_attn.data import Corpus, Windows, as_windows
 from oasis_attn.errors import check_whole
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
+from oasis_attn.measure.head_outputs import HeadOutputs
 from oasis_attn.measure.hooks import HookPoint, find_hook_points
 from oasis_attn.measure.joint_distribution import Joint
 from oasis_attn.measure.loss import loss_metrics, window_losses
 from oasis_attn.measure.outliers import Outliers
+from oasis_attn.measure.range_noise import RangeNoise
 from oasis_attn.measure.secondary_sinks import SecondarySinks
 from oasis_attn.measure.sink_tokens import SinkTokens
 from oasis_attn.measure.sinks import Sinks
@@ -62,11 +64,11 @@ def diagnose(
 
     Returns:
         Metrics: `perplexity.windowed`, the exponential of `loss.windowed` (nats per token, disjoint
-        windows), `outlier.*`, `sink.*`, `null.mass` if attention has a null option, `depth.*` if
-        the model has depth routing, and `joint.*`.
-        Tables per layer, head and token: see `Outliers.tables`, `Sinks.tables`,
-        `SinkTokens.tables`, `SecondarySinks.tables`, `Depth.tables` and `Joint.tables`.  With a
-        tokenizer, rows about a token have its `text`.
+        windows), `outlier.*`, `range.*`, `sink.*`, `null.mass` if attention has a null option,
+        `depth.*` if the model has depth routing, and `joint.*`.
+        Tables per layer, head and token: see `Outliers.tables`, `RangeNoise.tables`,
+        `Sinks.tables`, `HeadOutputs.tables`, `SinkTokens.tables`, `SecondarySinks.tables`,
+        `Depth.tables` and `Joint.tables`.  With a tokenizer, rows about a token have its `text`.
 
     Raises:
         UserError: text or tokens that make no window (see `as_windows`) or a longer one than the
@@ -91,26 +93,29 @@ def diagnose(
     layers = sum(point.kind == "layer" for point in points)
     # The state after the last layer is taken after the final norm, if there is one.
     last_state = [point for point in points if point.kind in ("layer", "final_norm")][-1]
-    outliers, depth = Outliers(points), Depth()
+    outliers, ranges, depth = Outliers(points), RangeNoise(points), Depth()
     sinks, secondary = Sinks(points), SecondarySinks(layers)
-    sink_tokens = SinkTokens(model)
+    sink_tokens, heads = SinkTokens(model), HeadOutputs(points)
 
     def on_attention(call: AttentionCall) -> None:
         sinks.update(call)
         sink_tokens.update(call)
+        heads.update(call)
 
     def on_output(point: HookPoint, x: Tensor, ids_BT: Tensor) -> None:
         outliers.update(point, x, ids_BT)
+        ranges.update(point, x)
         if point is last_state or (point.kind == "layer" and point.layer != layers - 1):
             secondary.update(x, ids_BT)
 
     def after(ids_BT: Tensor) -> None:
         sinks.check(model)
         sink_tokens.classify(ids_BT)
+        ranges.classify(ids_BT)
 
     batches = ids_NT.to(model.device).split(batch_size)
     with eval_mode(model), torch.no_grad():
-        with joint_measures.observe() if joint_measures else nullcontext():
+        with heads.observe(), joint_measures.observe() if joint_measures else nullcontext():
             losses_N = stream(
                 model,
                 points,
@@ -136,7 +141,9 @@ def diagnose(
         metrics=(
             *loss_metrics(losses_N),
             *outliers.metrics(),
+            *ranges.metrics(),
             *sinks.metrics(),
+            *heads.metrics(),
             *sink_tokens.metrics(),
             *secondary.metrics(),
             *depth.metrics(),
@@ -145,7 +152,9 @@ def diagnose(
         ),
         tables=_with_texts(
             outliers.tables()
+            | ranges.tables()
             | sinks.tables()
+            | heads.tables()
             | sink_tokens.tables()
             | secondary.tables()
             | depth.tables()

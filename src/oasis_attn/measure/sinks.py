@@ -22,6 +22,7 @@ from oasis_attn.records import Metric
 
 RATE_LENGTH = 64  # T of the sink rate in Gu et al. 2024 (arXiv 2410.10781)
 RATE_THRESHOLDS = (0.3, 0.2)
+IDLE = 0.5  # an idle head gives more than this to the first position and the null
 
 
 def value_images(value_BHd: Tensor, out_projection: nn.Module) -> Tensor:
@@ -152,16 +153,24 @@ class Sinks:
         metrics = [mean_metric(name, values.mean(1)) for name, values in means.items()]
         mass_N = self._joined("mass")
         largest = float(mass_N.mean(0).max())
-        return [*metrics, Metric(name="sink.max_mass", value=largest, n=len(mass_N))]
+        return [
+            *metrics,
+            Metric(name="sink.max_mass", value=largest, n=len(mass_N)),
+            Metric(name="sink.idle_heads", value=float(len(self._idle())), n=len(mass_N)),
+        ]
 
     def tables(self) -> dict[str, Any]:
         """`sink.mass` [L][H], `sink.value_weighted` [L], and, if attention has a null option,
         `null.mass` [L][H]; NaN in layers without an attention map, and for heads that a layer with
-        fewer heads does not have.  These layers are the rows of `sink.no_map`: `layer`, and the
-        class of the `module` that it has instead."""
+        fewer heads does not have.  `sink.idle_heads` has the layer and the index of each.  The
+        layers without a map are the rows of `sink.no_map`: `layer`, and the class of the `module`
+        that it has instead."""
         if not self._attention:
             return {"sink.no_map": self._without_map()}
-        tables: dict[str, Any] = {"sink.mass": self._by_head("mass")}
+        tables: dict[str, Any] = {
+            "sink.mass": self._by_head("mass"),
+            "sink.idle_heads": self._idle(),
+        }
         weighted = self._of_layers("value_weighted")
         if weighted:
             tables["sink.value_weighted"] = [
@@ -173,6 +182,14 @@ class Sinks:
         if len(self._attention) < len(self._layers):
             tables["sink.no_map"] = self._without_map()
         return tables
+
+    def _idle(self) -> list[list[int]]:
+        null = self._of_layers("null")
+        return [
+            [layer, head]
+            for layer, mass_NH in self._of_layers("mass").items()
+            for head in ((mass_NH + null[layer]).mean(0) > IDLE).nonzero().flatten().tolist()
+        ]
 
     def _by_head(self, name: str) -> list[list[float]]:
         means = {layer: x_NH.mean(0).tolist() for layer, x_NH in self._of_layers(name).items()}

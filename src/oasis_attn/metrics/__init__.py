@@ -16,8 +16,10 @@ from oasis_attn.metrics.benchmarks import BENCHMARKS
 from oasis_attn.metrics.definition import Definition
 from oasis_attn.metrics.diagnosis import DEPTH, JOINT, OUTLIERS, SINKS
 from oasis_attn.metrics.lab import LAB
+from oasis_attn.metrics.ranges import RANGES
 from oasis_attn.metrics.runs import (
     CONVERSION,
+    DOCTOR,
     LANGUAGE,
     QUANTIZATION,
     STUDY_QUANTIZED,
@@ -30,12 +32,14 @@ __all__ = ["GLOSSARY", "SECTIONS", "Definition", "definitions"]
 SECTIONS: dict[str, tuple[Definition, ...]] = {
     "Language modeling": LANGUAGE,
     "Outliers": OUTLIERS,
+    "Ranges of 8 bits": RANGES,
     "Attention sinks and the null": SINKS,
     "Depth routing": DEPTH,
     "Joint distribution over depth and positions": JOINT,
     "Tasks": TASKS,
     "Training and studies": TRAINING,
     "Quantization and prefixes": QUANTIZATION,
+    "Tries of the doctor": DOCTOR,
     "Conversion with a null from the sink": CONVERSION,
     "Quantized models in a study": STUDY_QUANTIZED,
     "Decoders on generated tasks": LAB,

@@ -152,6 +152,22 @@ SINKS = (
         "n windows",
     ),
     Definition(
+        name="sink.idle_heads",
+        definition="number of idle heads: heads whose `sink.mass` plus `null.mass` is above 0.5",
+        unit="heads",
+        protocol="`diagnose`: mean over windows for each head, then the number over all layers",
+    ),
+    Definition(
+        name="sink.silent_heads",
+        definition="number of silent heads.  A head writes its part of the attention output, after "
+        "any gate, times the output projection without bias.  It is silent if the root mean square "
+        "over tokens of the norm of what it writes is at most a tenth of that of all heads of its "
+        "layer",
+        unit="heads",
+        protocol="`diagnose`: over at most 16 evenly spaced tokens of each window.  The table "
+        "`head.output` has this norm for each head",
+    ),
+    Definition(
         name="sink.mass_renormalized",
         definition="`sink.mass` with each row of probabilities divided by its sum; rows with a sum "
         "of at most 1e-6 are excluded",

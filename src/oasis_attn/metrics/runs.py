@@ -1,4 +1,4 @@
-"""The metrics of `train`, `evaluate`, `quantize`, `prefix`, `convert` and `study`."""
+"""The metrics of `train`, `evaluate`, `quantize`, `prefix`, `doctor`, `convert` and `study`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _CONVERSION = (
     "`convert --null-from-sink`: `where` is `before` or `after` the conversion, as for the other "
     "metrics in its records"
 )
+_DOCTOR = "`doctor`: for each try (`where`); the quantization is simulated"
 _STUDY = "`study`: the same model quantized with <scheme>; otherwise as the metric before the @"
 
 LANGUAGE = (
@@ -33,7 +34,8 @@ LANGUAGE = (
         unit="1",
         better="lower",
         protocol="as `loss.windowed`; `where` is `before` or `after` in records of `quantize`, "
-        "`prefix` and `convert`, and the scheme and method in the quantization benchmark",
+        "`prefix` and `convert`, the try in records of `doctor`, and the scheme and method in the "
+        "quantization benchmark",
     ),
     Definition(
         name="loss.strided",
@@ -220,6 +222,31 @@ QUANTIZATION = (
         unit="activation",
         better="lower",
         protocol=f"{_PREFIX}; over all evaluation windows, n windows",
+    ),
+)
+
+DOCTOR = (
+    Definition(
+        name="doctor.increase",
+        definition="`perplexity.windowed` of the try / that of the unquantized model - 1",
+        unit="1",
+        better="lower",
+        protocol=f"{_DOCTOR}; both on the same windows, n windows",
+    ),
+    Definition(
+        name="doctor.run_time_work",
+        definition="number of linear layers whose input is transformed at run time, plus number "
+        "of those whose range is computed at run time, over the number of quantized linear layers",
+        unit="1",
+        better="lower",
+        protocol=_DOCTOR,
+    ),
+    Definition(
+        name="doctor.seconds",
+        definition="time of the try: search, calibration, rounding and evaluation",
+        unit="seconds",
+        better="lower",
+        protocol=f"{_DOCTOR}; on the hardware in the record",
     ),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from oasis_attn.errors import UserError, check_choice, check_seed, check_whole
+from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed, check_whole
 from oasis_attn.quantization.schemes import Scheme
 
 OASIS, COMPRESSED_TENSORS = FORMATS = ("oasis", "compressed-tensors")
@@ -65,6 +65,14 @@ def check_quantization(
     check_format(format, scheme)
     if format == OASIS and not simulate:
         check_has_kernels(scheme)
+
+
+def check_doctor(*, tolerance: float, window: int, windows: int, seed: int) -> None:
+    """Raise `UserError` for an option that `doctor` cannot use with any model."""
+    check_at_least("tolerance", tolerance, 0)
+    check_whole("window", window, 2)
+    check_whole("windows", windows, 1)
+    check_seed("seed", seed)
 
 
 def check_prefix(

@@ -27,7 +27,7 @@ from oasis_attn.quantization.sensitivity import perplexity
 from oasis_attn.quantization.simulate import check_unquantized, quantize
 from oasis_attn.records import Metric, PrefixRecord
 
-SEARCH_WINDOWS, SEARCH_TOKENS = 4, 48
+_SEARCH_WINDOWS, _SEARCH_TOKENS = 4, 48
 _MEASUREMENTS = 4  # steps of `_measure`
 
 
@@ -96,7 +96,7 @@ def prefix_checkpoint(
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
-    search_BT = seen.ids_NT[:SEARCH_WINDOWS, :SEARCH_TOKENS].contiguous()
+    search_BT = search_rows(seen.ids_NT)
     searching = partial(steps.start, "searching for a prefix")
     tokens = find_prefix(loaded, search_BT, method=method, length=length, on_round=searching)
     steps.skip_to(1 + length)
@@ -129,6 +129,11 @@ def prefix_checkpoint(
         record.save(stage / "record.json")
         write_card(prefixed, stage)  # again, because the card shows metrics of the record
     return record
+
+
+def search_rows(ids_NT: Tensor) -> Tensor:
+    """The beginnings of the first calibration windows, [B, T], for the search of a prefix."""
+    return ids_NT[:_SEARCH_WINDOWS, :_SEARCH_TOKENS].contiguous()
 
 
 def _measure(

@@ -22,13 +22,12 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
 from oasis_attn.hub.prefix import Prefix, prefix_of, prefix_replaced, with_prefix
 from oasis_attn.modeling.decoder_map import decoder_map
+from oasis_attn.ops.rounding_noise import OUTLIER, rounding_noise
 from oasis_attn.quantization.options import PREFIX_METHODS
 from oasis_attn.quantization.targets import linear_targets
 
-OUTLIER = 64.0  # max|x| of a token over that of the median token (PrefixQuant, section 4.1)
 GAIN = 0.5  # a longer prefix must at least halve the noise (threshold of CushionCache)
 CANDIDATES = 32
-_STEPS = 255  # steps of an 8-bit range
 _ROWS = 16  # sequences per forward pass
 
 
@@ -149,9 +148,8 @@ def range_noise(
 
 
 def _noise(x_CND: Tensor) -> Tensor:
-    step_C = (x_CND.amax((1, 2)).clamp(min=0) - x_CND.amin((1, 2)).clamp(max=0)).double() / _STEPS
-    signal_C = x_CND.square().mean(-1).median(-1).values.double()
-    return step_C.square() / (12 * signal_C.clamp(min=torch.finfo(x_CND.dtype).tiny))
+    signal_C = x_CND.square().mean(-1).median(-1).values
+    return rounding_noise(x_CND.amin((1, 2)), x_CND.amax((1, 2)), signal_C)
 
 
 @torch.no_grad()

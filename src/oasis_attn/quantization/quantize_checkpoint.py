@@ -31,8 +31,7 @@ from oasis_attn.quantization.options import COMPRESSED_TENSORS, OASIS, check_qua
 from oasis_attn.quantization.record import quantization_record
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import (
-    measure_sensitivity,
-    perplexity,
+    sensitivity_table,
     target_metrics,
 )
 from oasis_attn.quantization.simulate import quantize, scheme_targets
@@ -132,7 +131,7 @@ def quantize_checkpoint(
     metrics = target_metrics(quantized, batches)
     tables: dict[str, Any] = {}
     if sensitivity is not None:
-        tables["sensitivity"] = _sensitivity_table(
+        tables["sensitivity"] = sensitivity_table(
             *(loaded, scheme, held_out.ids_NT, given),
             targets=targets,
             by=sensitivity,
@@ -185,32 +184,6 @@ def _not_ignored(targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
             example = f", such as {targets[0]!r}" if targets else "; it has none in this model"
             raise UserError(f"ignore: {pattern!r} matches none of the scheme's targets{example}")
     return [name for name in targets if not any(fnmatchcase(name, p) for p in ignore)]
-
-
-def _sensitivity_table(
-    model: PreTrainedModel,
-    scheme: Scheme,
-    ids_NT: Tensor,
-    calibration: list[Tensor] | None,
-    *,
-    progress: Progress,
-    **options: Any,
-) -> dict[str, list[Any]]:
-    """Columns: the group, and the perplexity with all but it and with only it quantized."""
-    passes = 0
-
-    def score(partly_quantized: PreTrainedModel) -> float:
-        nonlocal passes
-        passes += 1
-        progress(f"measuring the sensitivity to each tensor: pass {passes}")
-        return perplexity(partly_quantized, ids_NT)
-
-    scores = measure_sensitivity(model, scheme, score, calibration=calibration, **options)
-    return {
-        "group": list(scores),
-        "all_but": [value for value, _ in scores.values()],
-        "only": [value for _, value in scores.values()],
-    }
 
 
 @torch.no_grad()

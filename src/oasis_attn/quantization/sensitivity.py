@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from oasis_attn.errors import check_choice
 from oasis_attn.ops.token_losses import token_losses
+from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear
 from oasis_attn.quantization.linearize import expert_of
 from oasis_attn.quantization.options import SENSITIVITY_GROUPS
@@ -123,6 +124,36 @@ def measure_sensitivity(
         with _quantization_disabled(quantized, unquantized, modules.keys() - names):
             scores[group] = without, score(quantized)
     return scores
+
+
+def sensitivity_table(
+    model: PreTrainedModel,
+    scheme: Scheme,
+    ids_NT: Tensor,
+    calibration: list[Tensor] | None,
+    *,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> dict[str, list[Any]]:
+    """The table `sensitivity` of records, from `measure_sensitivity`.
+
+    Its columns are the `group`, and the perplexity on the windows `ids_NT` with `all_but` this
+    group and with `only` this group quantized.
+    """
+    passes = 0
+
+    def score(partly_quantized: PreTrainedModel) -> float:
+        nonlocal passes
+        passes += 1
+        progress(f"measuring the sensitivity to each tensor: pass {passes}")
+        return perplexity(partly_quantized, ids_NT)
+
+    scores = measure_sensitivity(model, scheme, score, calibration=calibration, **options)
+    return {
+        "group": list(scores),
+        "all_but": [value for value, _ in scores.values()],
+        "only": [value for _, value in scores.values()],
+    }
 
 
 def _group(model: PreTrainedModel, name: str, by: str) -> str:

@@ -8,11 +8,12 @@ has the keys of its kind's dataclass, `kind` and `version`, and no other.
 
 from oasis_attn.records.base import Metric, Record
 from oasis_attn.records.environment import Environment, current_environment, processor
-from oasis_attn.records.infos import BlocksInfo, ModelInfo, TextInfo, TrainingData
+from oasis_attn.records.infos import BlocksInfo, ModelInfo, TextInfo, TrainingData, Try
 from oasis_attn.records.kinds import (
     BenchmarkRecord,
     ConversionRecord,
     DiagnosisRecord,
+    DoctorRecord,
     EvaluationRecord,
     ModelRecord,
     PrefixRecord,
@@ -26,6 +27,7 @@ __all__ = [
     "BlocksInfo",
     "ConversionRecord",
     "DiagnosisRecord",
+    "DoctorRecord",
     "Environment",
     "EvaluationRecord",
     "Metric",
@@ -38,6 +40,7 @@ __all__ = [
     "TrainingData",
     "TrainingRecord",
     "TrialRecord",
+    "Try",
     "current_environment",
     "processor",
 ]

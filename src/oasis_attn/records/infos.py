@@ -63,6 +63,23 @@ class TextInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Try:
+    """One way to quantize a model that `doctor` has tried.
+
+    Attributes:
+        name: names of the remedies, with `+` between; `plain` without any.
+        scheme: `Scheme.to_dict()` of the scheme with these remedies.
+        prefix: tokens of the model's prefix; empty without one.
+        problem: why it is not possible; empty if it was measured.
+    """
+
+    name: str
+    scheme: dict[str, Any]
+    prefix: tuple[int, ...]
+    problem: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlocksInfo:
     """A split of a corpus cut into blocks of tokens: the number of blocks, and a hash of all."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oasis_attn.records.base import Record
-from oasis_attn.records.infos import BlocksInfo, ModelInfo, TextInfo, TrainingData
+from oasis_attn.records.infos import BlocksInfo, ModelInfo, TextInfo, TrainingData, Try
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +126,32 @@ class PrefixRecord(_BeforeAfter):
     method: str
     tune_steps: int
     scheme: dict[str, Any]
+    data: TextInfo
+    calibration: TextInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRecord(ModelRecord):
+    """What `doctor` has tried so far.
+
+    A metric of a try has its name as `where`; without `where`, it is of the unquantized model.
+
+    Attributes:
+        sha256: `fingerprint` of the model.
+        scheme: `Scheme.to_dict()` of the scheme that the remedies change.
+        tolerance: the largest increase of perplexity, relative to the unquantized model, that is
+            good enough.
+        tries: the tries, in their order.
+        data: the windows that were measured on.
+        calibration: the windows for calibration and for the search of a prefix.
+    """
+
+    kind = "doctor"
+
+    sha256: str
+    scheme: dict[str, Any]
+    tolerance: float
+    tries: tuple[Try, ...]
     data: TextInfo
     calibration: TextInfo
 

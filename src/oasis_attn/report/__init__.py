@@ -5,9 +5,11 @@ Only `report.figures` imports matplotlib.
 
 from __future__ import annotations
 
+from oasis_attn.report.conclusion import conclusion
 from oasis_attn.report.tables import (
     Table,
     activation_table,
+    head_table,
     label,
     layer_table,
     number,
@@ -19,6 +21,8 @@ from oasis_attn.report.tables import (
 __all__ = [
     "Table",
     "activation_table",
+    "conclusion",
+    "head_table",
     "label",
     "layer_table",
     "number",

@@ -50,6 +50,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def percent(share: float) -> str:
+    """A share as a percentage, with two significant digits below 10 %."""
+    return f"{100 * share:.2g} %" if abs(share) < 0.0995 else f"{100 * share:,.0f} %"
+
+
 def caveat(metric: str, record: Record) -> str:
     """A warning after the kurtosis of the literature, such as ` (1 silent, 2 understated)`.
 
@@ -169,6 +174,23 @@ def sink_table(record: DiagnosisRecord) -> Table:
             )
             for row in record.tables["sink.tokens"][:_NAMED]
         ),
+    )
+
+
+def head_table(record: DiagnosisRecord) -> Table:
+    """The idle and the silent heads of each layer that has some; see `sink.idle_heads`."""
+    heads: dict[int, tuple[list[int], list[int]]] = {}
+    for column, name in enumerate(("sink.idle_heads", "sink.silent_heads")):
+        for layer, head in record.tables.get(name, ()):
+            heads.setdefault(layer, ([], []))[column].append(head)
+    return Table(
+        title="Heads by layer",
+        columns=("layer", "idle heads", "silent heads"),
+        rows=tuple(
+            (str(layer), *(ranges(each) or ABSENT for each in columns))
+            for layer, columns in sorted(heads.items())
+        ),
+        text_columns=3,
     )
 
 

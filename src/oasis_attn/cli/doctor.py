@@ -1,0 +1,147 @@
+"""`oasis doctor`: find out why quantization breaks a model, and what helps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option, confirm
+
+from oasis_attn.cli.terminal import (
+    AsJson,
+    Model,
+    TrustRemoteCode,
+    check_text,
+    pairs,
+    print_json,
+    print_sentences,
+    print_table,
+    working,
+)
+
+
+def doctor(
+    model: Model,
+    out: Annotated[
+        Path,
+        Option(
+            help="Folder for the records. Results in it are not measured again, so that an"
+            " interrupted run continues."
+        ),
+    ] = Path("doctor"),
+    scheme: Annotated[
+        str, Option(help="Scheme to make good enough; weights get one scale per output channel.")
+    ] = "w8a8-static-linear",
+    scheme_option: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=VALUE",
+            help="Change an option of the scheme, such as weight.bits=4; repeatable.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float, Option(help="Increase of perplexity that is good enough: 0.05 is 5 %.")
+    ] = 0.05,
+    try_all: Annotated[
+        bool, Option("--all", help="Try everything, also when something is good enough.")
+    ] = False,
+    apply: Annotated[
+        Path | None,
+        Option(
+            help="Apply the best try, and write the quantized model to this new folder.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        str,
+        Option(help="Corpus for calibration and search: a name, or a local text file."),
+    ] = "stdlib",
+    calibration_split: Annotated[str, Option(help="Split of the calibration corpus.")] = "train",
+    evaluation: Annotated[
+        str | None,
+        Option(help="Corpus for perplexity. Default: the calibration corpus.", show_default=False),
+    ] = None,
+    evaluation_split: Annotated[str, Option(help="Split of the evaluation corpus.")] = "test",
+    window: Annotated[int, Option(help="Tokens per window.")] = 256,
+    windows: Annotated[
+        int,
+        Option(
+            help="Maximum number of windows for calibration, and for perplexity. They are spread"
+            " over the split."
+        ),
+    ] = 8,
+    seed: Annotated[int, Option(help="Random seed of the rotation.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Diagnose a model, try what makes a quantization scheme good enough, and rank the tries.
+
+    It ends with the commands that apply the best one.
+    Example: [bold]oasis doctor smollm2 --apply quantized[/bold]
+    """
+    from oasis_attn.files import check_free
+    from oasis_attn.hub.locate import find_model
+    from oasis_attn.quantization.options import check_doctor
+    from oasis_attn.quantization.schemes import get_scheme
+
+    varied = get_scheme(scheme).with_options(pairs("--scheme-option", scheme_option))
+    check_doctor(tolerance=tolerance, window=window, windows=windows, seed=seed)
+    if not (out / "record.json").is_file():
+        check_free(out)
+    if apply is not None:
+        check_free(apply, "apply")
+    find_model(model)
+    check_text(calibration, calibration_split)
+    check_text(evaluation or calibration, evaluation_split)
+
+    from oasis_attn.quantization.remedies import REMEDIES
+    from oasis_attn.report import conclusion
+    from oasis_attn.report.remedies import doctor_conclusion, doctor_table
+    from oasis_attn.study.apply_remedy import check_targets, steps
+    from oasis_attn.study.doctor import doctor as consult
+
+    arguments: dict[str, Any] = {
+        "calibration": calibration,
+        "calibration_split": calibration_split,
+        "evaluation": evaluation,
+        "evaluation_split": evaluation_split,
+        "window": window,
+        "windows": windows,
+        "trust_remote_code": trust_remote_code,
+    }
+    if apply is not None:
+        check_targets(apply)
+    with working(model, as_json=as_json) as report:
+        result = consult(
+            model,
+            out,
+            scheme=varied,
+            tolerance=tolerance,
+            try_all=try_all,
+            seed=seed,
+            progress=report,
+            **arguments,
+        )
+    record = result.record
+    found = steps(record, out / "quantized" if apply is None else apply, arguments)
+    said = {
+        "diagnosis": conclusion(result.diagnosis),
+        "conclusion": doctor_conclusion(
+            result.diagnosis, record, [remedy.name for remedy in REMEDIES]
+        ),
+        "commands": tuple(step.line for step in found),
+    }
+    if as_json:
+        print_json(said | {"record": record.to_dict()})
+    else:
+        print_sentences("Diagnosis", said["diagnosis"])
+        print_table(doctor_table(record))
+        print_sentences("Conclusion", said["conclusion"])
+        print("\nTo apply the best:", *said["commands"], sep="\n")
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+    if apply is not None or (terminal and confirm("\nRun these commands now?")):
+        for step in found:
+            with working(f"oasis {step.command}", as_json=as_json) as report:
+                step.run(progress=report)
+            print(f"{step.out} is complete", file=sys.stderr)

@@ -1,0 +1,141 @@
+"""What the tries of the doctor came to: their ranking, as a table and in sentences.
+
+The rules.  A try is good if its increase of perplexity is at most the tolerance.  Of the good
+tries, the one with the least work at run time is the best; of equal ones, the one with the smallest
+increase.  If none is good, the one with the smallest increase is the best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from oasis_attn.records import DiagnosisRecord, DoctorRecord, Try
+from oasis_attn.report.conclusion import Noise
+from oasis_attn.report.tables import ABSENT, Table, label, number, percent
+
+PLAIN = "plain"
+"""The name of the try without a remedy."""
+_WORDS = {
+    "dynamic": "dynamic ranges",
+    "smoothquant": "SmoothQuant",
+    "prefix": "a prefix",
+    "rotation": "a rotation",
+    "gptq": "GPTQ",
+}
+
+
+def increase(record: DoctorRecord, tried: Try) -> float:
+    """The increase of perplexity with a try, infinite if it is not possible or not a number."""
+    if tried.problem:
+        return math.inf
+    value = record.metric("doctor.increase", tried.name).value
+    return math.inf if math.isnan(value) else value
+
+
+def is_good(record: DoctorRecord, tried: Try) -> bool:
+    """Whether a try is within the tolerance."""
+    return increase(record, tried) <= record.tolerance
+
+
+def ranked(record: DoctorRecord) -> list[Try]:
+    """The tries that are possible, the best one first."""
+
+    def rank(tried: Try) -> tuple[float, ...]:
+        work = record.metric("doctor.run_time_work", tried.name).value
+        good = is_good(record, tried)
+        return (0, work, increase(record, tried)) if good else (1, increase(record, tried), work)
+
+    return sorted((tried for tried in record.tries if not tried.problem), key=rank)
+
+
+def doctor_table(record: DoctorRecord) -> Table:
+    """One row per try that is possible, the best one first."""
+    full = (number(record["perplexity.windowed"]), ABSENT, ABSENT, ABSENT)
+    return Table(
+        title=f"{label(record)}: {record.scheme['name']}, tolerance {percent(record.tolerance)}",
+        columns=("try", "perplexity", "increase", "run-time work", "seconds"),
+        rows=(
+            ("full precision", *full),
+            *(_row(record, tried) for tried in ranked(record)),
+        ),
+    )
+
+
+def doctor_conclusion(
+    diagnosis: DiagnosisRecord, record: DoctorRecord, remedies: Sequence[str]
+) -> tuple[str, ...]:
+    """What the tries came to, in sentences.
+
+    Args:
+        diagnosis, record: of the same model.
+        remedies: names of all remedies, to say which were not tried.
+    """
+    plain = next(tried for tried in record.tries if tried.name == PLAIN)
+    scheme, limit = record.scheme["name"], percent(record.tolerance)
+    changes = (
+        f"{scheme} alone changes the perplexity by {_change(record, plain)}; {limit} is the limit."
+    )
+    if is_good(record, plain):
+        expected = record.scheme["static"] and Noise.of(diagnosis).breaks["static"]
+        but = [
+            "The diagnosis expects a break, but the predictions of this model do not depend on it."
+        ]
+        return "There is nothing to cure.", changes, *(but if expected else [])
+    said = [changes, *_about_sensitivity(record)]
+    found = [tried for tried in ranked(record) if tried.name != PLAIN]
+    good = [tried for tried in found if is_good(record, tried)]
+    if good:
+        named = [f"{in_words(each)} ({_change(record, each)})" for each in good]
+        said.append(f"Within the limit: {', '.join(named)}.")
+        if len(good) > 1:
+            said.append(f"The best is {in_words(good[0])}: it has the least work at run time.")
+    elif found:
+        best = f"{in_words(found[0])} ({_change(record, found[0])})"
+        said.append(f"No try is within the limit.  The best is {best}.")
+    problems = [each for each in record.tries if each.problem]
+    said += [f"Not possible: {in_words(each)}; {each.problem}." for each in problems]
+    tried = {part for each in record.tries for part in each.name.split("+")}
+    if left := [_WORDS[name] for name in remedies if name not in tried]:
+        said.append(f"Not tried: {', '.join(left)}.  With --all, they are tried too.")
+    return tuple(said)
+
+
+def in_words(tried: Try) -> str:
+    """The remedies of a try, such as `a rotation with GPTQ`."""
+    return " with ".join(_WORDS.get(part, part) for part in tried.name.split("+"))
+
+
+def _about_sensitivity(record: DoctorRecord) -> list[str]:
+    """Which group of tensors costs most, as a share of what all groups cost."""
+    table = record.tables.get("sensitivity")
+    if table is None:
+        return []
+    loss = {
+        name: math.log(float(x)) for name, x in zip(table["group"], table["all_but"], strict=True)
+    }
+    cost = loss.pop("all") - loss["none"]
+    least = loss.pop("none")
+    if not (loss and cost > 0):
+        return []
+    group = min(loss, key=lambda name: loss[name])
+    share = percent((cost - (loss[group] - least)) / cost)
+    return [f"{group} alone causes {share} of the loss: so much is gone if it is not quantized."]
+
+
+def _change(record: DoctorRecord, tried: Try) -> str:
+    value = increase(record, tried)
+    return f"{'+' if value > 0 else ''}{percent(value)}"
+
+
+def _row(record: DoctorRecord, tried: Try) -> tuple[str, ...]:
+    def value(metric: str) -> float:
+        return record.metric(metric, tried.name).value
+
+    return (
+        tried.name,
+        number(value("perplexity.windowed")),
+        _change(record, tried),
+        number(value("doctor.run_time_work")),
+        f"{value('doctor.seconds'):,.0f}",
+    )

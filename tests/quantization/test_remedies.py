@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+
+from oasis_attn.errors import UserError
+from oasis_attn.quantization.remedies import REMEDIES, Remedy, combine, per_channel, shortest_name
+from oasis_attn.quantization.schemes import Scheme, get_scheme, schemes
+
+BY_NAME = {remedy.name: remedy for remedy in REMEDIES}
+STATIC = per_channel(get_scheme("w8a8-static-linear"))
+
+
+def applying(scheme: Scheme) -> set[str]:
+    return {remedy.name for remedy in REMEDIES if remedy.applies_to(scheme)}
+
+
+def test_only_weights_with_one_scale_change() -> None:
+    assert STATIC.weight.granularity == "channel"
+    for name in ("w8a8-dynamic", "w4a16"):
+        assert per_channel(get_scheme(name)) is get_scheme(name)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "missing"),
+    [
+        (STATIC, set()),
+        (get_scheme("w4a4"), {"dynamic"}),
+        (get_scheme("w4a16"), {"dynamic", "prefix"}),
+        (STATIC.with_options({"rotation": "hadamard", "rounding": "gptq"}), {"rotation", "gptq"}),
+    ],
+)
+def test_a_remedy_that_changes_nothing_does_not_apply(scheme, missing) -> None:
+    assert applying(scheme) == set(BY_NAME) - missing
+
+
+def test_a_remedy_that_the_scheme_excludes_is_refused() -> None:
+    rotated = STATIC.with_options({"rotation": "hadamard"})
+    assert BY_NAME["smoothquant"].applies_to(rotated)
+    with pytest.raises(UserError, match="does not go with rotation"):
+        BY_NAME["smoothquant"].apply_to(rotated)
+
+
+def test_dynamic_ranges_make_the_dynamic_scheme() -> None:
+    changed = BY_NAME["dynamic"].apply_to(STATIC)
+    assert shortest_name(changed) == ("w8a8-dynamic", {})
+
+
+def test_a_prefix_cuts_static_ranges_unless_another_observer_is_chosen() -> None:
+    prefix = BY_NAME["prefix"]
+    assert prefix.apply_to(STATIC).observer == "percentile"
+    assert prefix.apply_to(STATIC.with_options({"observer": "mse"})).observer == "mse"
+    assert prefix.apply_to(get_scheme("w4a4")) == get_scheme("w4a4")
+
+
+def test_a_combination_leaves_out_what_earlier_parts_exclude() -> None:
+    def combined(*names: str) -> Remedy | None:
+        return combine([BY_NAME[name] for name in names], STATIC)
+
+    found = combined("rotation", "smoothquant", "prefix", "gptq")
+    assert found.name == "rotation+prefix+gptq"
+    assert found.prefix
+    assert found.apply_to(STATIC) == STATIC.with_options(
+        {"rotation": "hadamard", "observer": "percentile", "rounding": "gptq"}
+    )
+    assert not combined("rotation", "gptq").prefix
+    assert combined("rotation", "smoothquant") is None
+    assert combined() is None
+
+
+@pytest.mark.parametrize("name", schemes())
+@pytest.mark.parametrize("options", [{}, {"weight.bits": 3, "rounding": "gptq"}])
+def test_the_shortest_name_gives_the_scheme_again(name, options) -> None:
+    scheme = get_scheme(name).with_options(options)
+    found, changed = shortest_name(scheme)
+    assert len(changed) <= len(options)
+    assert get_scheme(found).with_options(changed) == scheme

@@ -1,0 +1,276 @@
+"""The doctor on tiny models: one with nothing to cure, and one that static ranges break."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from oasis_attn.cli import main
+from oasis_attn.errors import UserError
+from oasis_attn.quantization.remedies import REMEDIES
+from oasis_attn.records import DoctorRecord, Record
+from oasis_attn.report import conclusion
+from oasis_attn.report.remedies import doctor_conclusion, doctor_table, ranked
+from oasis_attn.study import doctor as module
+from oasis_attn.study.apply_remedy import steps
+from oasis_attn.study.doctor import doctor
+from tiny_models import tiny_config, word_tokenizer
+
+WINDOW, WINDOWS = 32, 4
+TEXT = {"calibration": "text", "window": WINDOW, "windows": WINDOWS}
+NAMES = [remedy.name for remedy in REMEDIES]
+
+
+def tiny() -> PreTrainedModel:
+    """A model that is certain of its predictions, so that errors raise its perplexity."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", initializer_range=0.2)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    return model
+
+
+def with_a_massive_token() -> PreTrainedModel:
+    """BOS has a channel of its own, which one neuron of a layer turns into a huge value.
+
+    The neuron writes only to that channel, which no other token has: static ranges must cover it,
+    and nothing else depends on it.
+    """
+    model = tiny()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] = 0
+        model.model.embed_tokens.weight[1, 3] = 300
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[3] = 0
+            layer.mlp.down_proj.weight[3] = 0
+            layer.mlp.gate_proj.weight[0] = layer.mlp.up_proj.weight[0] = 0
+            layer.mlp.gate_proj.weight[0, 3] = layer.mlp.up_proj.weight[0, 3] = 100
+            layer.mlp.down_proj.weight[:, 0] = 0
+            layer.mlp.down_proj.weight[3, 0] = 0.1
+    return model
+
+
+def save(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model, and beside it a corpus that it has written."""
+    model.save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    (folder / "text").mkdir()
+    torch.manual_seed(1)
+    begin = torch.ones(2 * WINDOWS, 1, dtype=torch.int64)
+    ids = model.generate(
+        begin, max_new_tokens=WINDOW - 1, min_new_tokens=WINDOW - 1, do_sample=True, top_k=0,
+        bad_words_ids=[[1]],
+    )  # fmt: skip
+    for split, rows in (("train", ids[:WINDOWS]), ("test", ids[WINDOWS:])):
+        words = " ".join(f"w{token}" for token in rows[:, 1:].flatten().tolist())
+        (folder / "text" / f"{split}.txt").write_text(words)
+
+
+@pytest.fixture
+def healthy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tiny(), tmp_path)
+
+
+@pytest.fixture
+def ill(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(with_a_massive_token(), tmp_path)
+
+
+def names(record: DoctorRecord) -> list[str]:
+    return [tried.name for tried in record.tries]
+
+
+@pytest.mark.usefixtures("healthy")
+def test_a_model_without_outliers_has_nothing_to_cure() -> None:
+    result = doctor("model", "out", **TEXT)
+    assert names(result.record) == ["plain"]
+    assert "sensitivity" not in result.record.tables
+    assert conclusion(result.diagnosis)[0] == "There is nothing to cure."
+    said = doctor_conclusion(result.diagnosis, result.record, NAMES)
+    assert said[0] == "There is nothing to cure."
+    assert len(said) == 2
+    (step,) = steps(result.record, Path("q"), TEXT)
+    assert step.line == (
+        "oasis quantize model --out q --scheme w8a8-static-linear"
+        " --scheme-option weight.granularity=channel --calibration text --window 32 --windows 4"
+    )
+
+
+@pytest.mark.usefixtures("ill")
+def test_the_first_good_remedy_ends_the_visit() -> None:
+    result = doctor("model", "out", **TEXT)
+    record = result.record
+    assert names(record) == ["plain", "dynamic"]
+    plain, dynamic = (record.metric("doctor.increase", name).value for name in names(record))
+    assert plain > 0.2
+    assert dynamic < 0.05
+    assert record["perplexity.windowed"] == result.diagnosis["perplexity.windowed"]
+    table = record.tables["sensitivity"]
+    assert min(table["all_but"][2:]) == table["all_but"][table["group"].index("mlp.down_proj")]
+
+    first, second, third = conclusion(result.diagnosis)[:3]
+    assert first.startswith("One token carries the outliers: 'w1' at position 0 reaches 128,")
+    assert second.startswith("Static per-tensor ranges of 8 bits will break")
+    assert third.startswith("Dynamic per-token ranges (")
+    said = doctor_conclusion(result.diagnosis, record, NAMES)
+    assert said[1].startswith("mlp.down_proj alone causes ")
+    assert said[2].startswith("Within the limit: dynamic ranges (")
+    assert said[-1].startswith("Not tried: a rotation, SmoothQuant, a prefix, GPTQ.")
+    assert [row[0] for row in doctor_table(record).rows] == ["full precision", "dynamic", "plain"]
+    (step,) = steps(record, Path("q"), TEXT)
+    assert "--scheme w8a8-dynamic --calibration" in step.line
+
+
+@pytest.mark.usefixtures("ill")
+def test_a_second_run_measures_only_what_is_missing(monkeypatch) -> None:
+    first = doctor("model", "out", **TEXT)
+    assert Record.load("out/record.json") == first.record
+    assert Record.load("out/diagnosis.json") == first.diagnosis
+    done: list[str] = []
+    doctor("model", "out", **TEXT, progress=lambda step, *_: done.append(step))
+    assert done == ["loading the model"]
+    assert Record.load("out/record.json") == first.record
+
+    def interrupted(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "find_prefix", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            doctor("model", "out", **TEXT, try_all=True)
+    assert names(DoctorRecord.load("out/record.json")) == ["plain", "dynamic"]
+    result = doctor("model", "out", **TEXT, try_all=True, tolerance=0.5,
+                    progress=lambda step, *_: done.append(step.partition(";")[0]))  # fmt: skip
+    singles = ["dynamic", "prefix", "rotation", "smoothquant", "gptq"]
+    assert names(result.record)[:6] == ["plain", *singles]
+    assert done[2:6] == [f"trying {name}" for name in singles[1:]]
+    assert result.record.tries[:2] == first.record.tries
+    assert result.record.tolerance == 0.5
+    assert result.record.tries[2].problem.startswith("model: no prefix")
+    assert "prefix" not in [tried.name for tried in ranked(result.record)]
+
+
+@pytest.mark.usefixtures("healthy")
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"window": 16}, "evaluation text"), ({"scheme": "w4a4"}, "scheme"), ({"seed": 1}, "seed")],
+)
+def test_results_of_another_run_are_refused(changes, what) -> None:
+    doctor("model", "out", **TEXT)
+    before = Path("out/record.json").read_bytes()
+    with pytest.raises(UserError, match=f"out: 'out' has results for another {what}; give a new"):
+        doctor("model", "out", **TEXT | changes)
+    assert Path("out/record.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("healthy")
+def test_a_folder_with_other_files_is_refused() -> None:
+    with pytest.raises(UserError, match="out: 'model' exists"):
+        doctor("model", "model", **TEXT)
+
+
+def with_a_massive_position() -> PreTrainedModel:
+    """As `with_a_massive_token`, for the first position, which a prefix takes over."""
+    torch.manual_seed(0)
+    config = tiny_config(
+        "opt", ffn_dim=48, word_embed_proj_dim=32, num_hidden_layers=2, init_std=0.2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+        decoder.embed_tokens.weight[:, 3] = 0
+        decoder.embed_positions.weight.mul_(0.1)
+        decoder.embed_positions.weight[:, 3] = 0
+        decoder.embed_positions.weight[2, 3] = 300
+        for layer in decoder.layers:
+            layer.self_attn.out_proj.weight[3] = 0
+            layer.fc1.weight[0] = 0
+            layer.fc1.weight[0, 3], layer.fc1.bias[0] = 1000, -3000
+            layer.fc2.weight[3] = layer.fc2.weight[:, 0] = 0
+            layer.fc2.weight[3, 0] = 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "best"),
+    [(with_a_massive_position, "w8a8-static-linear", "prefix"), (tiny, "w4a4", "gptq")],
+)
+def test_the_commands_give_the_measured_perplexity(
+    tmp_path, monkeypatch, model, scheme, best
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(model(), tmp_path)
+    arguments = TEXT | {"evaluation_split": "train"}
+    record = doctor("model", "out", scheme=scheme, tolerance=2.0, try_all=True, **arguments).record
+    first = ranked(record)[0]
+    assert best in first.name.split("+")
+    found = steps(record, Path("q"), arguments)
+    assert len(found) == 1 + bool(first.prefix)
+    for step in found:
+        words = shlex.split(step.line)
+        if step.command == "quantize" and "--simulate" not in words:
+            words.append("--simulate")  # the kernels round differently
+        monkeypatch.setattr("sys.argv", words)
+        assert main() == 0
+    applied = Record.load("q/record.json")
+    expected = record.metric("perplexity.windowed", first.name).value
+    assert applied.metric("perplexity.windowed", "after").value == pytest.approx(expected, rel=1e-6)
+    assert applied.scheme == first.scheme | {"name": applied.scheme["name"]}
+    assert applied.prefix == first.prefix
+
+
+@pytest.mark.usefixtures("healthy")
+def test_the_commands_of_the_docs(monkeypatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    commands = [line for line in page.splitlines() if line.startswith("oasis doctor ")]
+    assert len(commands) == 2
+    words = ["--calibration", "text", "--window", str(WINDOW), "--windows", str(WINDOWS)]
+    for command in commands:
+        monkeypatch.setattr("sys.argv", shlex.split(command.replace("smollm2", "model")) + words)
+        assert main() == 0
+    assert Record.load("quantized/record.json").kind == "quantization"
+
+
+def test_what_helps_is_combined_if_nothing_is_good(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(with_a_massive_position(), tmp_path)
+    record = doctor("model", "out", tolerance=0.0, try_all=True, **TEXT).record
+    plain, *singles, together = (each for each in record.tries if not each.problem)
+    found = {x.name: record.metric("doctor.increase", x.name).value for x in (plain, *singles)}
+    helped = sorted((x for x in found if found[x] < found["plain"]), key=lambda x: found[x])
+    assert {"smoothquant", "rotation", "prefix"} < set(helped)
+    # The two exclude each other, so that the better one is taken.
+    helped.remove(max("smoothquant", "rotation", key=lambda x: found[x]))
+    assert together.name == "+".join(helped)
+    assert together.prefix == next(x.prefix for x in singles if x.name == "prefix")
+
+
+@pytest.mark.usefixtures("healthy")
+def test_the_command(monkeypatch, capsys) -> None:
+    words = ["oasis", "doctor", "model", "--apply", "q", "--calibration", "text"]
+    words += ["--window", str(WINDOW), "--windows", str(WINDOWS)]
+    monkeypatch.setattr("sys.argv", words)
+    assert main() == 0
+    out = capsys.readouterr().out
+    assert out.count("There is nothing to cure.") == 2
+    command = out.splitlines()[-1]
+    assert command.startswith("oasis quantize model --out q --scheme w8a8-static-linear")
+    assert Record.load("q/record.json").kind == "quantization"
+    monkeypatch.setattr("sys.argv", words)
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("oasis: --apply: 'q' exists")
+    monkeypatch.setattr("sys.argv", [*words[:3], *words[5:], "--json"])
+    assert main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["diagnosis", "conclusion", "commands", "record"]
+    assert found["commands"] == [command.replace("--out q", "--out doctor/quantized")]
+    assert found["record"] == json.loads(Path("doctor/record.json").read_text())
