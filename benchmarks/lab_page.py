@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from statistics import fmean
 
@@ -34,7 +34,7 @@ from pages import DOCS, RESULTS, fill
 from pages import published as published_studies
 
 PAGE = DOCS / "lab.md"
-STUDIES = ("necessity", "necessity-depth", "necessity-key-null", "necessity-win")
+STUDIES = ("necessity", "necessity-depth", "necessity-key-null", "necessity-win", "majority")
 LAB = RESULTS / "lab"
 UNPUBLISHED = "This study is not published yet.\n"
 BATCH = ", batch 32"  # of the models whose thresholds are shown
@@ -51,6 +51,17 @@ COLUMNS = {  # metric -> header and whether the range over seeds is shown
     "task.error_ratio@w4a4": ("w4a4 error ratio", False),
     "signal.output_change": ("output moved by the signal", False),
 }
+LANGUAGE_COLUMNS = {
+    "sink.max_mass": ("largest sink", True),
+    "sink.mass": ("mean sink", False),
+    "majority.accuracy": ("accuracy of answers", True),
+    "perplexity.windowed": ("perplexity", True),
+    "outlier.max_inf_norm": ("max inf-norm", False),
+    "outlier.massive": ("massive activations", False),
+    "outlier.mean_pearson_kurtosis": ("mean Pearson kurtosis", False),
+    "perplexity.windowed@w8a8-static-full": ("perplexity, w8a8-static-full", True),
+    "perplexity.windowed@w4a4": ("perplexity, w4a4", True),
+}
 DRAWN = ("sink.idle_largest", "task.error", "task.error@w8a8-static-full")
 
 
@@ -60,6 +71,7 @@ def page(text: str) -> str:
         *(source, thresholds, learned_nulls, rows, verdicts, criteria, growth, depth_verdicts),
         *(key_null_rows, key_null_verdicts, key_null_criteria),
         *(signal_rows, signal_verdicts, signal_criteria),
+        *(language_rows, language_verdicts, language_criteria),
     )
     return fill(PAGE, text, "lab_page.py", generators)
 
@@ -136,12 +148,17 @@ def signal_rows() -> str:
     return _rows("necessity-win")
 
 
-def _rows(name: str) -> str:
+def language_rows() -> str:
+    """The results of each variant of `majority`."""
+    return _rows("majority", LANGUAGE_COLUMNS)
+
+
+def _rows(name: str, wanted: Mapping[str, tuple[str, bool]] = COLUMNS) -> str:
     results = published(name)
     if results is None:
         return UNPUBLISHED
     known = {metric.name: metric for metric in results.metrics}
-    chosen = {known[name]: column for name, column in COLUMNS.items() if name in known}
+    chosen = {known[name]: column for name, column in wanted.items() if name in known}
     measured, missing = [], []
     for variant in results.plan.variants:
         values = {metric: [*results.values(metric, variant).values()] for metric in chosen}
@@ -200,6 +217,11 @@ def signal_criteria() -> str:
     return _criteria("necessity-win")
 
 
+def language_criteria() -> str:
+    """The acceptance criteria of `majority`, those of the language models of the study."""
+    return _criteria("majority")
+
+
 def _criteria(study: str) -> str:
     results = published(study)
     if results is None:
@@ -252,6 +274,11 @@ def key_null_verdicts() -> str:
 def signal_verdicts() -> str:
     """The verdict on each claim of `necessity-win`."""
     return _verdicts("necessity-win")
+
+
+def language_verdicts() -> str:
+    """The verdict on each claim of `majority`."""
+    return _verdicts("majority")
 
 
 def _verdicts(name: str) -> str:

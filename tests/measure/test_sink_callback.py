@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import (
     AutoModelForCausalLM,
-    MambaConfig,
+    BertConfig,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -159,7 +159,10 @@ def test_refusals(tmp_path):
     for row in (None, "text", {"input_ids": ["a"]}):
         with pytest.raises(UserError, match="tokens: None needs training data of token ids, not"):
             SinkCallback(trainer_of(native(), tmp_path, [row]))
-    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4)
-    mamba = trainer_of(AutoModelForCausalLM.from_config(config), tmp_path)
-    with pytest.raises(UserError, match="model: family 'mamba' cannot be diagnosed: "):
-        SinkCallback(mamba)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, is_decoder=True,
+    )  # fmt: skip
+    refused = trainer_of(AutoModelForCausalLM.from_config(config), tmp_path)
+    with pytest.raises(UserError, match="model: family 'bert' cannot be diagnosed: "):
+        SinkCallback(refused)

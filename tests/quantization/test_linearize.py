@@ -147,5 +147,5 @@ def test_a_weight_used_without_its_layer_is_not_quantized(ids, tmp_path):
 
 
 def test_full_targets_need_a_known_family():
-    with pytest.raises(UserError, match="'gpt2' is not supported"):
+    with pytest.raises(UserError, match="'full' is not possible with family 'gpt2'"):
         quantize(make("gpt2"), "w8a8-static-full", calibration=batches())

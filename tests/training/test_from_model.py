@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, DiffLlamaConfig
 
 from oasis_attn import SinkCallback, convert
 from oasis_attn.data import load_corpus, train_tokenizer
@@ -298,13 +298,23 @@ def test_a_quantized_model_is_refused(onward, models):
 
 
 def test_a_family_without_positions(onward, models):
-    """It trains; what cannot watch it refuses, and leaves no folder."""
+    """It trains, and can be watched."""
     text = BloomConfig(vocab_size=270, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0)
     AutoModelForCausalLM.from_config(text).save_pretrained(models / "bloom")
     load_model(models / "native")[1].save_pretrained(models / "bloom")
     assert quiet(onward("trained", "bloom", steps=2))["loss.windowed"] > 0
-    with pytest.raises(UserError, match="model: family 'bloom' is not supported by diagnose"):
-        train(onward(source="bloom", steps=2), progress=False, callbacks=[SinkCallback])
+    assert train(onward(source="bloom", steps=2), progress=False, callbacks=[SinkCallback])
+
+
+def test_a_callback_that_refuses_the_model_leaves_no_folder(onward, models):
+    text = DiffLlamaConfig(
+        vocab_size=270, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(text).save_pretrained(models / "diffllama")
+    load_model(models / "native")[1].save_pretrained(models / "diffllama")
+    with pytest.raises(UserError, match="model: family 'diffllama' is not supported by diagnose"):
+        train(onward(source="diffllama", steps=2), progress=False, callbacks=[SinkCallback])
     assert not onward().out.exists()
 
 

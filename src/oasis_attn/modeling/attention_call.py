@@ -31,7 +31,7 @@ class AttentionCall:
     _lse_BHT: Tensor
     weights_BHTS: Tensor | None
     null_output_BHTd: Tensor | None
-    _layer: int | None = None
+    layer_index: int | None = None
 
     @classmethod
     def of_map(cls, module: nn.Module, weights_BHTS: Tensor, value_BHd: Tensor) -> AttentionCall:
@@ -44,12 +44,12 @@ class AttentionCall:
 
     def in_layer(self, layer: int) -> AttentionCall:
         """The same call, of the decoder layer with this index."""
-        return replace(self, _layer=layer)
+        return replace(self, layer_index=layer)
 
     @property
     def layer(self) -> int:
         """Index of the decoder layer."""
-        return int(self.module.layer_idx) if self._layer is None else self._layer  # type: ignore[arg-type]
+        return int(self.module.layer_idx) if self.layer_index is None else self.layer_index  # type: ignore[arg-type]
 
     @property
     def null_logit_BHT(self) -> Tensor:
