@@ -164,5 +164,5 @@ def test_refusals(tmp_path):
         num_attention_heads=2, is_decoder=True,
     )  # fmt: skip
     refused = trainer_of(AutoModelForCausalLM.from_config(config), tmp_path)
-    with pytest.raises(UserError, match="model: family 'bert' cannot be diagnosed: "):
+    with pytest.raises(UserError, match="model: family 'bert' is not supported: "):
         SinkCallback(refused)
