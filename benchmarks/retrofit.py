@@ -43,9 +43,7 @@ CALIBRATION = ("wikitext-2", "validation")
 TEXTS = ("gsm8k", "wikitext-2")
 ORIGINAL, LATER = "original", "original, without the first token"
 NULLS = {"1 null": 1, "6 nulls": 6}
-MEAN = "1 null, mean in layer 0"
-"""The null before tokens were tried in layer 0: stays in the record, and is not measured again."""
-MODELS = (ORIGINAL, MEAN, *NULLS)
+MODELS = (ORIGINAL, *NULLS)
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static-linear, weights per channel, percentile": (
         "w8a8-static-linear",
