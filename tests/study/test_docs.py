@@ -133,6 +133,29 @@ def test_what_the_page_says_of_a_null_that_depends_on_the_query() -> None:
     assert 30 < rates["null"] / results.plan.training["learning_rate"] < 35
 
 
+def test_what_the_page_says_of_language_models() -> None:
+    results = lab_page.published("majority")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def mean(name: str, variant: str) -> float:
+        return fmean(results.values(known[name], variant).values())
+
+    perplexity, accuracy = "perplexity.windowed", "majority.accuracy"
+    assert mean("sink.max_mass", "unit_key") < 0.1
+    assert 1.08 < mean(perplexity, "unit_key") / mean(perplexity, "vanilla") < 1.12
+    assert mean(accuracy, "unit_key") < mean(accuracy, "vanilla")
+    assert mean("sink.max_mass", "softpick") < 0.1
+    assert mean(perplexity, "softpick") < mean(perplexity, "vanilla") * 1.005
+    assert mean(accuracy, "softpick") > 0.98
+    for variant in ("softmax1_c8", "unit_constant"):
+        assert mean(accuracy, variant) < 2 / 3 < mean(accuracy, "unit_key")
+        assert mean(perplexity, variant) > mean(perplexity, "unit_key")
+    assert mean(f"{perplexity}@w8a8-static-full", "vanilla") < 1.01 * mean(perplexity, "vanilla")
+    fine = [mean(perplexity, x) for x in ("vanilla", "gated_attention", "softpick", "oasis")]
+    assert max(fine) < 1.01 * min(fine)
+
+
 def test_what_the_page_says_of_stronger_signals() -> None:
     results = lab_page.published("necessity-win")
     assert results is not None
