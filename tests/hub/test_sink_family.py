@@ -157,6 +157,13 @@ LONG = {
         ("oasis", {}, "llama", {}, "residual: 'depth' is depth routing.*import oasis_attn"),
         ("kv_null", {}, "llama", {}, "'key_value_null' has null values.*--null-to-logit first"),
         ("vanilla", {}, "llama", {}, "token_normalizer: 'softmax' has no null; use to_vanilla"),
+        (
+            "vanilla",
+            {"token_normalizer": "key_null"},
+            "llama",
+            {},
+            "'key_null' has .* on the query",
+        ),
         ("softpick", {}, "llama", {}, "token_normalizer: 'softpick' is not a softmax with a null"),
         ("softmax1", {"null_logit": -torch.inf}, "llama", {}, "null_logit: -inf switches"),
         ("softmax1", {"output_gate": "head"}, "llama", {}, "output_gate: 'head' is in no family"),

@@ -30,7 +30,7 @@ from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.weight_names import is_ours
-from oasis_attn.ops.normalizers import LEARNED_NULL_VALUE
+from oasis_attn.ops.normalizers import LEARNED_NULL_KEY, LEARNED_NULL_VALUE
 
 CONVERTIBLE = ("cwm", "granite", "llama", "ministral", "mistral", "qwen2", "seed_oss", "smollm3")
 """Families whose layers `granite_swa` can express."""
@@ -89,8 +89,13 @@ def check_sinks(config: PreTrainedConfig) -> None:
         )
     if name == "softmax":
         raise _refusal("token_normalizer: 'softmax' has no null; use to_vanilla")
+    allowed = " or ".join(map(repr, _PLAIN_NULL))
+    if name in LEARNED_NULL_KEY:
+        raise _refusal(
+            f"token_normalizer: {name!r} has a null logit that depends on the query, and that of a"
+            f" sink does not; use {allowed}"
+        )
     if name not in _PLAIN_NULL:
-        allowed = " or ".join(map(repr, _PLAIN_NULL))
         raise _refusal(f"token_normalizer: {name!r} is not a softmax with a null; use {allowed}")
     if config.null_logit == -torch.inf:
         raise _refusal("null_logit: -inf switches the null off; use to_vanilla")
