@@ -46,9 +46,10 @@ from oasis_attn.ops.null_attention import (
     null_of_call,
 )
 
+MapObserver = Callable[[AttentionCall], None]
 SOFTMAX, LEARNED_SINK = (resolve_normalizer("normalizer", x) for x in ("softmax", "learned_sink"))
 _WITH_ADDITIVE_MASKS = f"{ATTENTION}-additive"  # for families that expect such masks
-_observers: list[Callable[[AttentionCall], None]] = []
+_observers: list[MapObserver] = []
 
 
 def oasis_attention(
@@ -68,7 +69,7 @@ def oasis_attention(
     null_key: Tensor | None = None,
     null_value: Tensor | None = None,
     output_gate: Tensor | None = None,
-    map_observer: Callable[[AttentionCall], None] | None = None,
+    map_observer: MapObserver | None = None,
     position_bias: Tensor | None = None,
     is_causal: bool | None = None,
     indices: Tensor | None = None,

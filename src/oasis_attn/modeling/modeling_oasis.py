@@ -19,7 +19,7 @@ Saved parameters have the family's names.  If a setting needs them, there are al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -30,7 +30,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.attach import Attached, attached_layer, attached_model
-from oasis_attn.modeling.attention import AttentionCall
+from oasis_attn.modeling.attention import MapObserver  # this registers our attention function
+from oasis_attn.modeling.attention_call import AttentionCall
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import DepthCache, DepthRouter, SumCache
 from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS, null_signal_module
@@ -135,7 +136,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         devices = (next(layer.parameters()).device.type for layer in self.layers)
         return any(device not in ("cpu", "meta") for device in devices)
 
-    def _layer_args(self, map_observer: Callable[[AttentionCall], None] | None) -> LayerArgs:
+    def _layer_args(self, map_observer: MapObserver | None) -> LayerArgs:
         config = self.oasis_config
         signal: Any = None
         if config.null_signal != "off":

@@ -184,6 +184,8 @@ LEARNED_NULL_LOGIT = ("learned_sink", "value_null", *LEARNED_NULL_KEY)
 """Normalizers whose null logit is a parameter."""
 WITH_NULL_LOGIT = ("softmax1", *LEARNED_NULL_LOGIT)
 """Normalizers with a null logit; the fused kernels compute these and softmax."""
+NEED_ENTMAX = ("sparsemax", "entmax15")
+"""Normalizers that are computed by the package entmax."""
 _LARGEST = 1e6  # largest absolute value of an argument
 _MOST_NULLS = 64
 _HAS_NULL = {*WITH_NULL_LOGIT, "clipped_softmax", "softpick"}
