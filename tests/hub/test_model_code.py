@@ -17,7 +17,7 @@ from oasis_attn.hub.model_info import fingerprint
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.ops import compiled
 from oasis_attn.quantization import quantize
-from tiny_models import greedy, tiny_config, tiny_model, word_tokenizer
+from tiny_models import cast, greedy, tiny_config, tiny_model, word_tokenizer
 
 NULLS = {"name": "key_value_null", "nulls": 2}
 CASES = {
@@ -56,23 +56,25 @@ def results(model, ids, mask):
 
 ids, mask = torch.load("ids.pt")
 found, models = {}, {}
-for folder in sys.argv[1:]:
-    model = models[folder] = load(folder)
+for name in sys.argv[1:]:
+    model = models[name] = load(f"{name}/model")
     model.set_experts_implementation("eager")  # the others have no float64
-    found[folder] = results(model, ids, mask)
+    found[name] = results(model, ids, mask)
 first = models["oasis"]
 found["maps"] = first(ids, output_attentions=True).attentions
 first.gradient_checkpointing_enable()
 first.train()(ids, labels=ids).loss.backward()
 found["gradients"] = {name: x.grad for name, x in first.named_parameters()}
 first.eval().save_pretrained("again")
-found["again"] = results(load("again"), ids, mask)
-found["bfloat16"] = load("oasis", dtype=torch.bfloat16)(ids).logits
+found["again"] = results(load("again"), ids, mask)  # it has a copy of the code of its own
+found["clipped, then"] = results(models["clipped"], ids, mask)
+found["bfloat16"] = load("oasis/model", dtype=torch.bfloat16)(ids).logits
 try:
-    load("oasis", attn_implementation="sdpa")
+    load("oasis/model", attn_implementation="sdpa")
 except ValueError as error:
     found["sdpa"] = str(error)
-found["tokens"] = AutoTokenizer.from_pretrained("oasis", trust_remote_code=True)("w5 w6").input_ids
+tokenizer = AutoTokenizer.from_pretrained("oasis/model", trust_remote_code=True)
+found["tokens"] = tokenizer("w5 w6").input_ids
 assert not [name for name in sys.modules if name.split(".")[0] == "oasis_attn"]
 torch.save(found, "found.pt")
 """
@@ -87,11 +89,10 @@ def test_another_process_computes_the_same_bits(tmp_path, ids):
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     torch.save((ids, mask), tmp_path / "ids.pt")
-    models = {}
     for name, settings in CASES.items():
-        model = models[name] = with_code(tiny_model(dtype=torch.float64, **settings))
-        model.save_pretrained(tmp_path / name)
-    word_tokenizer().save_pretrained(tmp_path / "oasis")
+        model = with_code(tiny_model(dtype=torch.float64, **settings))
+        model.save_pretrained(tmp_path / name / "model")
+    word_tokenizer().save_pretrained(tmp_path / "oasis" / "model")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     run = [sys.executable, "-c", READER, *CASES]
     done = subprocess.run(
@@ -99,7 +100,10 @@ def test_another_process_computes_the_same_bits(tmp_path, ids):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = torch.load(tmp_path / "found.pt")
-    for name, model in models.items():
+    models = {}
+    for name in CASES:
+        model = OasisForCausalLM.from_pretrained(tmp_path / name / "model", dtype="auto")
+        models[name] = cast(model, torch.float64).eval()
         with torch.no_grad():
             logits = model(ids, attention_mask=mask).logits
             tokens = greedy(model, ids, attention_mask=mask)
@@ -107,13 +111,14 @@ def test_another_process_computes_the_same_bits(tmp_path, ids):
         assert torch.equal(found[name][1], tokens), name
     model = models["oasis"]
     assert all(map(torch.equal, found["again"], found["oasis"]))
+    assert all(map(torch.equal, found["clipped, then"], found["clipped"]))
     assert sorted(path.name for path in (tmp_path / "again").glob("*.py")) == sorted(model_code())
     assert all(map(torch.equal, found["maps"], model(ids, output_attentions=True).attentions))
     model.train()(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(found["gradients"][name], parameter.grad), name
     assert found["bfloat16"].dtype == torch.bfloat16
-    low = OasisForCausalLM.from_pretrained(tmp_path / "oasis", dtype=torch.bfloat16)
+    low = OasisForCausalLM.from_pretrained(tmp_path / "oasis" / "model", dtype=torch.bfloat16)
     torch.testing.assert_close(found["bfloat16"], low(ids).logits, rtol=0, atol=0)
     assert "'sdpa' has no null option" in found["sdpa"]
     assert found["tokens"] == word_tokenizer()("w5 w6").input_ids
@@ -157,17 +162,19 @@ def test_this_library_prefers_its_own_classes(tmp_path, monkeypatch):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=trust)
         assert type(loaded) is OasisForCausalLM
     loaded, _ = load_model(tmp_path / "a")
-    assert fingerprint(loaded) == fingerprint(tiny_model())
+    before = fingerprint(loaded)
     loaded.save_pretrained(tmp_path / "b")
     assert (tmp_path / "b" / "modeling_oasis.py").read_text() == model_code()["modeling_oasis.py"]
-    quantize(loaded, "w4a16").save_pretrained(tmp_path / "c")  # only this library loads it
+    quantize(loaded, "w8a8-dynamic").save_pretrained(tmp_path / "c")  # only this library loads it
     assert not [*(tmp_path / "c").glob("*.py")]
     assert "auto_map" not in (tmp_path / "c" / "config.json").read_text()
+    del loaded.config.auto_map
+    assert fingerprint(loaded) == before
 
 
 @pytest.mark.usefixtures("own_extensions")
 def test_what_has_no_code_is_refused():
-    quantized = quantize(tiny_model(), "w4a16").config
+    quantized = quantize(tiny_model(), "w8a8-dynamic").config
     register_null_signal("largest", lambda null_BHT, _layer: null_BHT.amax(1))
     for config, message in (
         (tiny_config("qwen3"), "family 'qwen3' is one of transformers, which needs no code"),

@@ -123,16 +123,25 @@ SAVE_HOOKS.append(write_code)
 
 @dataclass
 class _Module:
-    """The parts of a module.  `ours` and `theirs` are its imports: name -> (module, name)."""
+    """A module of this package, in parts.
+
+    Attributes:
+        name: the whole name.
+        definitions: name -> the statement that defines it; `__doc__` is the docstring.
+        effects: the statements that define nothing, which run when the module is imported.
+        segments: statement -> its text, with the comments before it and the docstring after it.
+        ours, theirs: name -> where it is imported from: the module, and the name there, which is
+            empty for a whole module.
+        typing_only: the names that are imported for type checkers only.
+    """
 
     name: str
-    lines: list[str]
     definitions: dict[str, ast.stmt] = field(default_factory=dict)
+    effects: list[ast.stmt] = field(default_factory=list)
+    segments: dict[ast.stmt, str] = field(default_factory=dict)
     ours: dict[str, tuple[str, str]] = field(default_factory=dict)
     theirs: dict[str, tuple[str, str]] = field(default_factory=dict)
-    typing_only: set[str] = field(default_factory=set)  # of the imported names
-    effects: list[ast.stmt] = field(default_factory=list)  # statements that define nothing
-    segments: dict[ast.stmt, str] = field(default_factory=dict)  # with the comments before them
+    typing_only: set[str] = field(default_factory=set)
 
     def add_import(self, node: ast.Import | ast.ImportFrom) -> None:
         for alias in node.names:
@@ -147,14 +156,16 @@ class _Module:
 
 @cache
 def _module(name: str) -> _Module:
+    """Read a module."""
     path = _PACKAGE.joinpath(*name.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     source = path.read_text(encoding="utf-8")
     if name == _COMPILED:
         source = _returning_none(source)
-    module, end, last = _Module(name, source.splitlines(keepends=True)), 0, None
+    lines, end = source.splitlines(keepends=True), 0
+    module, last = _Module(name), None
     for node in ast.parse(source).body:
-        segment = "".join(module.lines[end : node.end_lineno])
+        segment = "".join(lines[end : node.end_lineno])
         end = node.end_lineno or end
         if isinstance(node, ast.Import | ast.ImportFrom):
             module.add_import(node)
@@ -170,19 +181,18 @@ def _module(name: str) -> _Module:
             if last is not None:  # the docstring of a constant
                 module.segments[last] += segment
             else:
-                module.segments[node] = segment
-                module.definitions["__doc__"] = node
+                module.segments[node], module.definitions["__doc__"] = segment, node
         else:
-            module.segments[node] = segment
-            for defined in (names := list(_defined(node))):
-                module.definitions[defined] = node
+            module.segments[node], last = segment, node
+            names = set(_defined(node))
+            module.definitions |= dict.fromkeys(names, node)
             if not names and not _registers_a_class(node):
                 module.effects.append(node)
-            last = node
     return module
 
 
 def _returning_none(source: str) -> str:
+    """The source with functions that do nothing but return None."""
     tree = ast.parse(source)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
@@ -191,10 +201,12 @@ def _returning_none(source: str) -> str:
 
 
 def _registers_a_class(node: ast.stmt) -> bool:
+    """Whether a statement is a call of `AutoModel.register` or another Auto class."""
     return re.match(r"Auto(Config|Model\w*)\.register\(", ast.unparse(node)) is not None
 
 
 def _defined(node: ast.stmt) -> Iterator[str]:
+    """The names that a statement defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield node.name
     elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -203,15 +215,16 @@ def _defined(node: ast.stmt) -> Iterator[str]:
 
 
 def _names(node: ast.AST) -> set[str]:
-    """The names in a piece of code, and `_imported` by its functions."""
+    """The names that a piece of code uses, in type annotations too."""
     for each in ast.walk(node):
-        inner = isinstance(each, ast.ImportFrom) and str(each.module).startswith("oasis_attn")
-        assert not inner, f"line {each.lineno}: {ast.unparse(each)} is not at the top of its module"  # type: ignore[attr-defined]
+        if isinstance(each, ast.ImportFrom):
+            inner = str(each.module).startswith("oasis_attn")
+            assert not inner, f"{ast.unparse(each)}: it must be at the top of its module"
     return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
 
 
 def _home(module: str, name: str) -> tuple[str, str]:
-    """The module that defines what `module` calls `name`, and its name there."""
+    """The module that defines what `module` calls `name`, and the name there."""
     found = _module(module)
     while name not in found.definitions:
         if name in found.theirs:
@@ -222,7 +235,7 @@ def _home(module: str, name: str) -> tuple[str, str]:
 
 
 def _reached() -> dict[str, set[str]]:
-    """The definitions that the class reaches, by module."""
+    """The names of the definitions that the class reaches, by module."""
     reached: dict[str, set[str]] = {}
     todo = [(_ENTRY, _CLASS)]
     while todo:
