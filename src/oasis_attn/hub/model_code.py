@@ -34,6 +34,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
 from oasis_attn.modeling.configuration_oasis import ATTENTION, OasisConfig
 from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS
+from oasis_attn.modeling.hf_compat import has_adapter
 from oasis_attn.modeling.pretrained import SAVE_HOOKS
 from oasis_attn.ops.normalizers import TOKEN_NORMALIZERS
 
@@ -111,9 +112,9 @@ def model_code() -> dict[str, str]:
 
 
 def write_code(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
-    """Write the files next to a model whose config has an `auto_map`."""
+    """Write the files next to a model whose config has an `auto_map`, unless it is an adapter."""
     config = getattr(model, "oasis_config", None)
-    if getattr(config, "auto_map", None):
+    if getattr(config, "auto_map", None) and not has_adapter(model):
         for name, text in model_code().items():
             write_text(Path(folder) / name, text)
 
@@ -289,7 +290,7 @@ def _imports(module: _Module, used: set[str]) -> str:
             home, there = _home(home, there)
             home = f".{_file(home)}" if home.startswith("oasis_attn.") else home
         block = blocks[name in module.typing_only]
-        renamed = "" if name in (there, home) else f" as {name}"
+        renamed = "" if name == (there or home) else f" as {name}"
         start = f"from {home} import" if there else "import"
         block.setdefault(start, []).append((there or home) + renamed)
     typing = "".join(_statement(*each, "    ") for each in blocks[True].items())
