@@ -44,8 +44,9 @@ def export(
 ) -> None:
     """Write a model so that other programs can serve it without oasis-attn.
 
-    A prefix becomes part of the tokenizer, or a PEFT adapter if it was tuned.  An OASIS model needs
-    [bold]--with-code[/bold].
+    A prefix becomes part of the tokenizer, or a PEFT adapter if it was tuned.
+
+    An OASIS model needs [bold]--with-code[/bold], or is converted by [bold]oasis convert[/bold].
 
     Example: [bold]oasis export smollm2 smollm2.gguf --weights q4_0[/bold]
 
