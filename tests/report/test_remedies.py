@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from example_records import ENVIRONMENT, TEXT, diagnosis, model_info
 from oasis_attn.records import DoctorRecord, Metric, Try
+from oasis_attn.report.record_findings import findings
+from oasis_attn.report.record_page import record_sections
 from oasis_attn.report.remedies import doctor_conclusion, doctor_table, ranked
 
 Numbers = dict[str, tuple[float, float] | str]
@@ -67,6 +71,16 @@ def test_of_good_tries_the_one_with_least_work_is_first() -> None:
         ("full precision", "10", "-", "-", "-"),
         ("prefix", "10.42", "+4.2 %", "0", "12"),
     )
+
+
+def test_the_page_of_a_record_begins_with_the_conclusion() -> None:
+    records = {"m": record(MANY)}
+    assert findings(records) == list(doctor_conclusion(None, records["m"], ()))
+    (numbers, *_) = record_sections(records, {"m": "record.json"})
+    assert numbers.items[0] == doctor_table(records["m"])
+    begun = replace(records["m"], tries=())
+    assert findings({"m": begun}) == ["`perplexity.windowed` is 10 (n = 1)."]
+    assert record_sections({"m": begun}, {"m": "record.json"})
 
 
 def test_what_is_said_of_good_tries() -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from oasis_attn.records import DiagnosisRecord, EvaluationRecord, Record, TrainingRecord
+from oasis_attn.records import (
+    DiagnosisRecord,
+    EvaluationRecord,
+    Record,
+    TrainingRecord,
+)
 from oasis_attn.report.record_tables import BEFORE_AFTER, better
+from oasis_attn.report.remedies import doctor_conclusion, has_tries
 from oasis_attn.report.tables import number, ranges, token_name
 
 _MOST = 3  # sentences
@@ -14,9 +20,14 @@ _MAIN = ("perplexity.windowed", "task.error", "sink.mass", "outlier.max_inf_norm
 
 
 def findings(records: Mapping[str, Record]) -> list[str]:
-    """At most three sentences about one record, or about the metrics that several share."""
+    """At most three sentences about one record, or about the metrics that several share.
+
+    About the tries of the doctor, all that it says.
+    """
     if len(records) == 1:
         ((label, record),) = records.items()
+        if has_tries(record):
+            return list(doctor_conclusion(None, record, ()))
         said = [*_about_tables(record), *_about_changes(record), *_about_metrics(record)]
         return said[:_MOST] or [f"`{label}` has {len(record.metrics)} numbers."]
     shared = _shared(records)

@@ -12,6 +12,7 @@ from oasis_attn.errors import UserError, reason, shown
 from oasis_attn.records import (
     BenchmarkRecord,
     DiagnosisRecord,
+    DoctorRecord,
     EvaluationRecord,
     ModelRecord,
     Record,
@@ -28,6 +29,7 @@ from oasis_attn.report.record_tables import (
     metric_table,
     settings_tables,
 )
+from oasis_attn.report.remedies import doctor_table, has_tries
 from oasis_attn.report.tables import (
     Table,
     activation_table,
@@ -99,7 +101,8 @@ def record_sections(records: Mapping[str, Record], paths: Mapping[str, str]) -> 
     several = len(records) > 1
     numbers = [change_table(records), metric_table(records, whole=True)]
     places = metric_table(records, whole=False)
-    shown_numbers: list[Item] = [table for table in numbers if table.rows]
+    tries = [doctor_table(record) for record in records.values() if has_tries(record)]
+    shown_numbers: list[Item] = [*tries, *(table for table in numbers if table.rows)]
     if places.rows:
         few = len(places.rows) <= 40 and not shown_numbers
         shown_numbers.append(places if few else Fold(places.title, (places,)))
@@ -258,10 +261,10 @@ def _values(records: Mapping[str, Record]) -> list[Picture]:
 
 
 def _places(records: Mapping[str, Record]) -> list[Picture]:
-    """The metrics of a benchmark by place, with their standard errors."""
+    """The metrics of a benchmark by place, or of the doctor by try, with their standard errors."""
     found: dict[str, list[Value]] = {}
     for label_, record in records.items():
-        for metric in record.metrics if isinstance(record, BenchmarkRecord) else ():
+        for metric in record.metrics if isinstance(record, BenchmarkRecord | DoctorRecord) else ():
             if metric.where and metric.where not in BEFORE_AFTER:
                 name = metric.where if len(records) == 1 else f"{label_}: {metric.where}"
                 error = metric.standard_error if metric.standard_error is not None else math.nan
