@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from oasis_attn.records import (
 )
 from oasis_attn.report.document import Fold, Gallery, Item, Picture, Section
 from oasis_attn.report.figures import outlier_lines, record_maps
-from oasis_attn.report.record_findings import main_metrics
+from oasis_attn.report.record_findings import findings, main_metrics
 from oasis_attn.report.record_tables import (
     BEFORE_AFTER,
     array_tables,
@@ -85,6 +86,12 @@ def title(records: Mapping[str, Record]) -> str:
         return f"{len(records)} records side by side"
     ((name, record),) = records.items()
     return f"{record.kind.capitalize()}: {name}"
+
+
+def answers(records: Mapping[str, Record], paths: Mapping[str, str]) -> list[str]:
+    """The sentences above the sections; for the arguments, see `record_sections`."""
+    with _refused(", ".join(paths.values())):
+        return findings(records)
 
 
 def record_sections(records: Mapping[str, Record], paths: Mapping[str, str]) -> list[Section]:
@@ -155,7 +162,7 @@ def _with_floats(record: Record) -> Record:
 
 
 def _parts(name: str, record: Record, path: str) -> _Parts:
-    try:
+    with _refused(path):
         tables = record.tables
         own = [
             replace(table, title=f"{name}: {table.title}")
@@ -184,6 +191,13 @@ def _parts(name: str, record: Record, path: str) -> _Parts:
             losses=[(float(row["step"]), float(row["loss"])) for row in tables.get("loss", ())],
             has_layers=layers,
         )
+
+
+@contextmanager
+def _refused(path: str) -> Iterator[None]:
+    """Context in which an error in an array of a record becomes a `UserError` with its path."""
+    try:
+        yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"record: {shown(path)} has an array of an unexpected form "
