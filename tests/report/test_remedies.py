@@ -100,6 +100,12 @@ def test_what_is_said_of_good_tries() -> None:
     )
 
 
+def test_a_group_does_not_cause_more_than_the_loss() -> None:
+    table = {"group": ["all", "none", "a", "b"], "all_but": [11.0, 10.0, 9.9, 11.0]}
+    found = record(MANY, tables={"sensitivity": table})
+    assert not any("of the loss" in text for text in doctor_conclusion(None, found, ALL))
+
+
 def test_what_is_said_if_nothing_is_good() -> None:
     tries: Numbers = {"plain": (9.0, 0.0), "rotation": (2.0, 1.0), "gptq": (4.0, 0.0)}
     found = record(tries | {"rotation+gptq": (0.5, 1.0)})

@@ -138,6 +138,11 @@ def test_a_second_run_measures_only_what_is_missing(monkeypatch) -> None:
     assert done == ["loading the model"]
     assert Record.load("out/record.json") == first.record
 
+    Path("out/diagnosis.json").unlink()  # then only the model is diagnosed again
+    again = doctor("model", "out", **TEXT)
+    assert again.record == first.record
+    assert again.diagnosis.metrics == first.diagnosis.metrics
+
     def interrupted(*_, **__) -> None:
         raise KeyboardInterrupt
 
@@ -275,6 +280,10 @@ def test_the_command(monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", words)
     assert main() == 2
     assert capsys.readouterr().err.startswith("oasis: --apply: 'q' exists")
+    monkeypatch.setattr("sys.argv", [*words[:4], "./new", "--out", "new", *words[5:]])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("oasis: --apply: 'new' is the folder of the records")
+    assert not Path("new").exists()
     monkeypatch.setattr("sys.argv", [*words[:3], *words[5:], "--json"])
     assert main() == 0
     found = json.loads(capsys.readouterr().out)

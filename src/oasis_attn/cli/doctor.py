@@ -103,7 +103,7 @@ def doctor(
         "trust_remote_code": trust_remote_code,
     }
     if apply is not None:
-        check_targets(apply)
+        check_targets(apply, out)
     with working(model, as_json=as_json) as report:
         result = consult(
             model,

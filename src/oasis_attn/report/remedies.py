@@ -131,7 +131,10 @@ def _about_sensitivity(record: DoctorRecord) -> list[str]:
     if not (loss and cost > 0):
         return []
     group = min(loss, key=lambda name: loss[name])
-    share = percent((cost - (loss[group] - least)) / cost)
+    part = (cost - (loss[group] - least)) / cost
+    if part > 1:  # without this group, the loss is smaller than that of the unquantized model
+        return []
+    share = percent(part)
     return [f"{group} alone causes {share} of the loss: so much is gone if it is not quantized."]
 
 

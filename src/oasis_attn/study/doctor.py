@@ -254,7 +254,8 @@ class _Visit:
         with self._step("diagnosing", _DIAGNOSIS, later=_PLAIN + _SENSITIVITY + self._remedies):
             diagnosis = diagnose(self._model, self._held_out, tokenizer=tokenizer)
         diagnosis.save(path)
-        self.save(metrics=(diagnosis.metric("perplexity.windowed"),))
+        of_tries = (metric for metric in self.record.metrics if metric.where)
+        self.save(metrics=(diagnosis.metric("perplexity.windowed"), *of_tries))
         return diagnosis
 
     def measure_sensitivity(self) -> None:
