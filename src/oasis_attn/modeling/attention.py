@@ -246,9 +246,9 @@ def _observed_natively(
         else:
             set_attention_implementation(decoder.config, "eager")  # which has a map to return
             stack.callback(set_attention_implementation, decoder.config, before)
-            for layer in decoder_map(model).layers:
-                if layer.attention is not None:
-                    stack.enter_context(observed_map(model, layer.attention, observer))
+            for mapped in decoder_map(model).layers:
+                if mapped.attention is not None:
+                    stack.enter_context(observed_map(model, mapped.attention, observer))
         yield
 
 
