@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert
 from oasis_attn.hub.convert import to_vanilla
@@ -134,6 +134,13 @@ def test_left_padding_without_positions_changes_nothing(form, family, ids):
         )  # fmt: skip
         cache = outputs.past_key_values
         pieces.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1)[:, 4:], expected, rtol=0, atol=1e-5)
+    cache = StaticCache(config=model.config, max_cache_len=20)  # with a mask for all its places
+    whole = torch.cat([mask, mask[:, -4:]], 1)
+    pieces = [
+        model(padded[:, start:stop], attention_mask=whole, past_key_values=cache).logits
+        for start, stop in ((0, 9), (9, 10), (10, 16))
+    ]
     torch.testing.assert_close(torch.cat(pieces, 1)[:, 4:], expected, rtol=0, atol=1e-5)
     mask[1, 7:9] = 0  # tokens in the middle that are hidden
     given = model(ids, attention_mask=mask[:, 4:], position_ids=torch.arange(12)[None]).logits

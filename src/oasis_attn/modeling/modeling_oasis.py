@@ -99,7 +99,8 @@ class OasisModel(Attached, OasisPreTrainedModel):
         given = input_of((input_ids,), kwargs)
         if kwargs.get("past_key_values") is not None:
             check_cache(kwargs["past_key_values"], self.layers, len(given))
-        kwargs = with_packed_masks(self, (input_ids,), self._with_positions(kwargs, given.shape[1]))
+        kwargs = with_packed_masks(self, (input_ids,), kwargs)
+        kwargs = self._with_positions(kwargs, given.shape[1])
         if self.training and getattr(self.layers[0], "gradient_checkpointing", False):
             if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
                 raise UserError(
