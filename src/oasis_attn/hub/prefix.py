@@ -21,7 +21,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -366,7 +365,6 @@ def _prepend_prefix(
     return args, kwargs
 
 
-@lru_cache
 def _takes_positions(kind: type[nn.Module]) -> bool:
     """Whether a decoder has `position_ids`; those that have none count the tokens of the mask."""
     own = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]

@@ -128,9 +128,10 @@ class OasisModel(Attached, OasisPreTrainedModel):
         Between two tokens only the distance counts, but a null key has a fixed position.
         """
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return kwargs
         keyed = cast(RoutedLayer, self.layers[0]).null_key is not None
-        padded = isinstance(mask, Tensor) and mask.ndim == 2
-        if not (keyed and padded) or kwargs.get("position_ids") is not None:
+        if not keyed or kwargs.get("position_ids") is not None:
             return kwargs
         past = 0 if cache is None else cache.get_seq_length()
         return kwargs | {"position_ids": padded_positions(mask, past, length)}
