@@ -17,6 +17,7 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.prefix import prefix_of, without_prefix
 from oasis_attn.hub.prefix_export import (
     BASE_MODEL,
+    check_adapter,
     is_computed,
     save_adapter,
     save_tokenizer_with_prefix,
@@ -171,5 +172,6 @@ def _write_folder(
         tokenizer.save_pretrained(stage / BASE_MODEL)
         tokenizer.save_pretrained(stage)
         save_adapter(prefix, stage, str(out.absolute() / BASE_MODEL))
+        check_adapter(model, stage)
         write_prefix_card(prefix, stage, family, adapter=True)
     return {"prefix": "a PEFT adapter", "tokens": tokens}
