@@ -77,8 +77,8 @@ def check_prefix_in_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedToken
     prefix: Any = prefix_of(model)
     if not is_computed(model):
         raise _error(
-            "it was tuned, or the model was trained after it got the prefix, so that its keys and"
-            " values are not those of its tokens; use --format oasis"
+            "it was tuned, or the model was trained or cast after it got the prefix, so that its"
+            " keys and values are not those of its tokens; use --format oasis"
         )
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
