@@ -36,13 +36,8 @@ from oasis_attn.report.tables import Table, number
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "served_prefix"
 WINDOWS, WINDOW = 8, 256
 CORPUS = "wikitext-2"
-SCHEMES: dict[str, dict[str, Any]] = {
-    "w8a8-static-linear": {},
-    "w8a8-static-linear, weights per channel, percentile": {
-        "weight.granularity": "channel",
-        "observer": "percentile",
-    },
-}
+SCHEMES: dict[str, dict[str, Any]] = {"w8a8-static-linear": {}}
+"""Columns of the table -> changes of the scheme w8a8-static-linear."""
 FP32, NONE, STORED = "not quantized", "without prefix", "prefix stored"
 INSIDE = "prefix from tokens, inside the ranges"
 CLIPPED = "prefix from tokens, behind the ranges"
