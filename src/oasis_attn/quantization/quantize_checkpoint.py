@@ -149,7 +149,8 @@ def quantize_checkpoint(
         tokenizer.save_pretrained(stage)
         measured, fields = quantized, {}
         if format == COMPRESSED_TENSORS:
-            measured, _ = load_model(stage, trust_remote_code=trust_remote_code)
+            # The dtype of the folder: block formats cannot be computed in float32.
+            measured, _ = load_model(stage, dtype="auto", trust_remote_code=trust_remote_code)
             fields = {"arithmetic": format}
         progress("measuring perplexity and speed")
         sizes = {
