@@ -75,9 +75,12 @@ COMMANDS = {
 CELLS = dict.fromkeys(
     [
         *((row, column) for row in (FLOAT, *ROWS) for column in COLUMNS),
-        *((row, column) for column in ("plain", "prefix") for row in FORMATS),
-        *((ROTATED.format(row), "plain") for row in FORMATS),
-        *((row, "null") for row in (FLOAT, *FORMATS)),
+        *(
+            cell
+            for row in reversed(FORMATS)
+            for cell in ((row, "plain"), (row, "prefix"), (ROTATED.format(row), "plain"))
+        ),
+        *((row, "null") for row in (FLOAT, *reversed(FORMATS))),
     ]
 )
 del CELLS[FLOAT, "SmoothQuant"]
