@@ -55,17 +55,19 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a4, inputs rotated, GPTQ": ("w4a4", {"rotation": "inputs", "rounding": "gptq"}),
 }
 COLUMNS = ("plain", "SmoothQuant", "prefix", "prefix, tuned")
+FULL = "fp8-static, between linear layers too"
 FORMATS = (
-    *("w8a8-static-linear", "fp8-static", "w8a8-dynamic", "fp8-dynamic", "mxfp8"),
-    *("w4a4", "mxfp4", "nvfp4"),
+    *("w8a8-static-full", FULL, "w8a8-static-linear", "fp8-static", "w8a8-dynamic", "fp8-dynamic"),
+    *("mxfp8", "w4a4", "mxfp4", "nvfp4"),
 )
 ROTATED = "{}, Hadamard"
 FORMAT_COLUMNS = ("plain", "prefix", "null", "Hadamard")
-SCHEMES = (
-    ROWS
-    | {name: (name, {}) for name in FORMATS}
-    | {ROTATED.format(name): (name, {"rotation": "hadamard"}) for name in FORMATS}
-)
+UNROTATED = ROWS | {name: (name, {}) for name in FORMATS if name != FULL}
+UNROTATED[FULL] = "fp8-static", {"targets": "full"}
+SCHEMES = UNROTATED | {
+    ROTATED.format(row): (UNROTATED[row][0], UNROTATED[row][1] | {"rotation": "hadamard"})
+    for row in FORMATS
+}
 _CALIBRATION = "--calibration wikitext-2 --calibration-split validation"
 COMMANDS = {
     "prefix": f"prefix smollm2 {{out}} {_CALIBRATION}",
@@ -75,10 +77,11 @@ COMMANDS = {
 CELLS = dict.fromkeys(
     [
         *((row, column) for row in (FLOAT, *ROWS) for column in COLUMNS),
+        *((row, "plain") for row in FORMATS),
         *(
             cell
             for row in reversed(FORMATS)
-            for cell in ((row, "plain"), (row, "prefix"), (ROTATED.format(row), "plain"))
+            for cell in ((row, "prefix"), (ROTATED.format(row), "plain"))
         ),
         *((row, "null") for row in (FLOAT, *reversed(FORMATS))),
     ]
