@@ -225,6 +225,7 @@ FLOATS = {
     "fp8-static": TABLE["fp8-static"],
     "fp8-static, smoothed": replace(TABLE["fp8-static"], smooth_alpha=0.5),
     "fp8-dynamic": TABLE["fp8-dynamic"],
+    "fp8, weights": replace(TABLE["fp8-dynamic"], activation=None),
     "mxfp8": TABLE["mxfp8"],
     "mxfp4": TABLE["mxfp4"],
     "mxfp4, gptq": replace(TABLE["mxfp4"], rounding="gptq"),

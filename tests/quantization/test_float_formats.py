@@ -12,7 +12,12 @@ import torch
 from oasis_attn.errors import UserError
 from oasis_attn.quantization import QuantSpec, schemes
 from oasis_attn.quantization.linear import QuantizedLinear
-from oasis_attn.quantization.primitives import QParams, fake_quantize, power_of_two
+from oasis_attn.quantization.primitives import (
+    QParams,
+    fake_quantize,
+    power_of_two,
+    two_level_scales,
+)
 from oasis_attn.quantization.quantizers import (
     StaticQuantizer,
     fake_quantize_dynamic,
@@ -143,6 +148,30 @@ def test_nvfp4_with_a_range_from_calibration():
     bad[0, 0], bad[0, 16] = torch.inf, torch.nan
     assert quantizer(bad)[0, 0] == 2688
     assert quantizer(bad)[0, 16:].isnan().all()
+
+
+def test_both_scales_of_nvfp4_are_found_again():
+    for seed in range(300):
+        x = wide(2, 64, seed=seed) * 1.01**seed
+        qparams = observe_qparams(x, NVFP4)
+        numbers, encode = two_level_scales(qparams.scale)
+        assert torch.equal(numbers / encode, qparams.scale)
+        assert numbers.max() == 448
+        assert torch.equal(numbers.to(torch.float8_e4m3fn).float(), numbers)
+    zeros = observe_qparams(torch.zeros(2, 64), NVFP4).scale
+    numbers, encode = two_level_scales(zeros)
+    assert torch.equal(numbers / encode, zeros)
+    assert encode.isfinite()
+
+
+@pytest.mark.parametrize("spec", [FP8, MXFP8, MXFP4], ids=["fp8", "mxfp8", "mxfp4"])
+def test_the_mse_observer_lowers_the_error(spec):
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    errors = [
+        (fake_quantize_dynamic(x, spec, observer=observer) - x).square().sum()
+        for observer in ("minmax", "mse")
+    ]
+    assert errors[1] <= errors[0]
 
 
 def test_torchao_has_the_same_mx_numbers():

@@ -80,11 +80,12 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
     `AutoModelForCausalLM.from_pretrained(folder)` loads it without `oasis_attn`.  The library
     decompresses each weight before the folder appears, and the result must be equal bit for bit.
     In float32 the loaded weights are therefore those of `model`; transformers rounds the scales if
-    it loads the folder in another dtype.  Without quantized activations, the logits are equal too.
-    The block formats (MXFP4, MXFP8, NVFP4) are written in bfloat16, the only dtype in which the
-    library restores them: everything else in the folder is `model.to(torch.bfloat16)`.
+    it loads the folder in another dtype.  The block formats (MXFP4, MXFP8, NVFP4) are written in
+    bfloat16, the only dtype in which the library restores them; their folders hold the weights of
+    `model.to(torch.bfloat16)`.
 
-    With them, a layer with the same input computes the same, with these exceptions:
+    Without quantized activations, the logits are equal too.  With them, a layer with the same input
+    computes the same, with these exceptions:
 
     - A value half way between two codes, up to floating-point rounding, may get the other code.
       The inputs of all later layers then change too, so that logits differ by up to about the

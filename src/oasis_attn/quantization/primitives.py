@@ -93,9 +93,9 @@ def _float_scale(largest: Tensor, spec: QuantSpec, tensor_scale: Tensor | None) 
     if spec.scale_type == "float32":
         return scale
     encode = encode_scale(scale.max() if tensor_scale is None else tensor_scale)
-    kind = FLOAT_TYPES["e4m3"]
-    smallest = 2.0 ** (kind.min_exponent - kind.mantissa_bits)
-    return round_codes(scale * encode, "e4m3").clamp_(smallest, kind.largest) / encode
+    e4m3 = FLOAT_TYPES["e4m3"]
+    smallest = 2.0 ** (e4m3.min_exponent - e4m3.mantissa_bits)
+    return round_codes(scale * encode, "e4m3").clamp_(smallest, e4m3.largest) / encode
 
 
 def encode_scale(tensor_scale: Tensor) -> Tensor:
@@ -109,12 +109,13 @@ def encode_scale(tensor_scale: Tensor) -> Tensor:
 
 def two_level_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
     """The `e4m3` numbers and the `encode_scale`, [1], whose quotients are the scales of blocks."""
-    top = scale.new_tensor([FLOAT_TYPES["e4m3"].largest])
-    encode = top / scale.max()  # up to rounding
-    for candidate in (encode, encode.nextafter(0 * top), encode.nextafter(top / 0)):
-        numbers = round_codes(scale * candidate, "e4m3")
-        if torch.equal(numbers / candidate, scale):
-            return numbers, candidate
+    integer, _ = _EXPONENT_BITS[scale.dtype]
+    near = encode_scale(scale.max().view(1)).view(integer)  # two roundings from the one wanted
+    for steps in (0, 1, -1, 2, -2):
+        encode = (near + steps).view(scale.dtype)
+        numbers = round_codes(scale * encode, "e4m3")
+        if torch.equal(numbers / encode, scale):
+            return numbers, encode
     raise AssertionError("not the scales of blocks")
 
 
