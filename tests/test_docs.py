@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ import retrofit
 from oasis_attn.cli import main
 from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
-from oasis_attn.records import Record
+from oasis_attn.quantization.remedies import REMEDIES
+from oasis_attn.records import DoctorRecord, Record
 from oasis_attn.report.markdown import markdown
+from oasis_attn.report.remedies import doctor_conclusion, doctor_table
 from oasis_attn.study.plan_file import parse_plan
 from tiny_models import tiny_config, tiny_model, word_tokenizer
 from tokenizer_factories import byte_level
@@ -83,6 +86,18 @@ def test_retrofit() -> None:
     assert table.strip() in (DOCS / "retrofit.md").read_text()
 
 
+def test_doctor() -> None:
+    record = DoctorRecord.load(DOCS / "results" / "doctor" / "record.json")
+    whole = doctor_table(record)
+    without_seconds = replace(
+        whole, title="", columns=whole.columns[:-1], rows=tuple(row[:-1] for row in whole.rows)
+    )
+    page = (DOCS / "quantization.md").read_text()
+    assert markdown(without_seconds) in page
+    said = doctor_conclusion(None, record, [remedy.name for remedy in REMEDIES])
+    assert "\n>\n".join(f"> {sentence}" for sentence in said) in page
+
+
 def test_sink_callback(tmp_path):
     """The Python of the page, given a Trainer."""
     rows = [{"input_ids": ids_T, "labels": ids_T} for ids_T in torch.randint(3, 20, (4, 8))]
@@ -134,22 +149,24 @@ def test_serving(tmp_path, monkeypatch):
     tuned = with_prefix(model, prefix)
     quantized = quantize(model, "w4a16")
     places = {"tiny": model, "prefixed": prefixed, "tuned": tuned, "w4a16": quantized}
+    places["oasis-model"] = tiny_model(text=tiny_config(**sizes, initializer_range=0.2))
     for name, each in places.items():
         each.save_pretrained(name)
         tokenizer.save_pretrained(name)
     text = (DOCS / "serving.md").read_text().replace("smollm2", "./tiny")
     commands = re.findall(r"^oasis export .*", text, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         monkeypatch.setattr("sys.argv", shlex.split(command))
         assert main() == 0
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    names: dict = {}
-    exec(compile(code, "serving.md", "exec"), names)
+    codes = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     ids = torch.arange(5, 12)[None]
-    with torch.no_grad():
-        got = names["model"].eval()(input_ids=ids).logits
-        torch.testing.assert_close(got, tuned(ids).logits, rtol=0, atol=1e-4)
+    for code, want in zip(codes, (tuned, places["oasis-model"]), strict=True):
+        names: dict = {}
+        exec(compile(code, "serving.md", "exec"), names)
+        with torch.no_grad():
+            got = names["model"].eval()(input_ids=ids).logits
+            torch.testing.assert_close(got, want(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_report(tmp_path, monkeypatch):
