@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.calibration import run_batch
 from oasis_attn.quantization.linearize import expert_of
-from oasis_attn.quantization.primitives import QParams, fake_quantize, to_blocks
+from oasis_attn.quantization.primitives import QParams, fake_quantize, round_codes, to_blocks
 from oasis_attn.quantization.quantizers import observe_qparams
 from oasis_attn.quantization.spec import QuantSpec
 
@@ -143,12 +143,13 @@ def round_weight(weight_OI: Tensor, factor_II: Tensor, qparams: QParams, spec: Q
         stop = min(start + _BLOCK, len(left_IO))
         errors = torch.empty_like(left_IO[start:stop])
         for column in range(start, stop):
-            code = (left_IO[column] / scale[column]).round_()
+            code = round_codes(left_IO[column] / scale[column], spec.element_type)
             rounded = code.clamp_(quant_min[column], quant_max[column]).mul_(scale[column])
             error = (left_IO[column] - rounded) / factor_II[column, column]
             left_IO[column] = rounded
             left_IO[column + 1 : stop].addr_(factor_II[column, column + 1 : stop], error, alpha=-1)
             errors[column - start] = error
         left_IO[stop:].addmm_(factor_II[start:stop, stop:].T, errors, alpha=-1)
-    on_grid = fake_quantize(to_blocks(left_IO.T.to(qparams.scale.dtype), spec), qparams)
+    blocks = to_blocks(left_IO.T.to(qparams.scale.dtype), spec)
+    on_grid = fake_quantize(blocks, qparams, spec.element_type)
     return on_grid.reshape(weight_OI.shape).to(weight_OI.dtype)
