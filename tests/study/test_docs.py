@@ -182,6 +182,23 @@ def test_what_the_page_says_of_language_models() -> None:
     fine = [mean(perplexity, x) for x in ("vanilla", "gated_attention", "softpick", "oasis")]
     assert max(fine) < 1.01 * min(fine)
 
+    no_sink = {"unit_key_c4", "unit_key_c4_beta", "sum_key_c4"}
+    assert set(fails_none(results)) == no_sink
+    for variant in no_sink:
+        assert mean("sink.max_mass", variant) < 0.105
+        assert mean(perplexity, variant) < 1.005 * mean(perplexity, "vanilla")
+    others = {x for x in results.plan.variants if mean("sink.max_mass", x) < 0.2} - {"sum_key_c4"}
+    assert others > {"softpick", "unit_key"}
+    for scheme in ("", "@w8a8-static-full", "@w4a4"):
+        metric = known[perplexity + scheme]
+        best = results.values(metric, "sum_key_c4")
+        for variant in {*others, "vanilla"}:
+            rest = results.values(metric, variant)
+            assert best.keys() == rest.keys()
+            assert all(best[place] < rest[place] for place in best)
+    assert 0.94 < mean("sink.max_mass", "unit_softmax") < 0.955
+    assert mean("outlier.max_inf_norm", "vanilla") < 100  # massive activations are larger
+
 
 def test_what_the_page_says_of_stronger_signals() -> None:
     results = lab_page.published("necessity-win")
