@@ -81,6 +81,15 @@ def test_mse_is_no_worse_than_any_threshold(symmetric):
     assert (chosen <= 1.05 * fine).all()
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_mse_in_float16_is_that_in_float32(size):
+    """Though squares of float16 numbers overflow, or vanish."""
+    x = (torch.randn(2000) * size).half()
+    spec = QuantSpec(bits=4, symmetric=False)
+    low, high = observe("mse", [x.float()], spec)
+    assert observe("mse", [x], spec) == (low.half(), high.half())
+
+
 def test_mse_of_several_batches_equals_that_of_one():
     torch.manual_seed(2)
     parts = torch.randn(4, 1000).unbind()

@@ -38,7 +38,7 @@ def test_table_is_not_shared():
     ("change", "message"),
     [
         ({"observer": "max"}, "observer: 'max' is not one of minmax"),
-        ({"activation": None}, "static: granularity None has no static range"),
+        ({"activation": None}, "static: True is for activations, which are not quantized"),
         (
             {"activation": QuantSpec(bits=8, symmetric=True, granularity="token")},
             "static: granularity 'token' has no static range",
@@ -114,6 +114,7 @@ def test_options_of_weight_and_activation():
         ({"static.head": True}, "scheme option: 'static.head' is not one of"),
         ({"activation.bits": 3}, "activation.bits: scheme 'w4a16' does not quantize activations"),
         ({"weight": 3}, "scheme: {'weight': 3} does not fit"),
+        ({"weight": None}, "weight: None is no format"),
         ({"smooth_alpha": "much"}, "scheme: .* does not fit"),
         ({"weight.bits": 1}, "bits: 1 is not an integer from 2 to 8"),
         ({"weight.element_type": "e4m3"}, "bits: 4 does not go with element_type 'e4m3'"),

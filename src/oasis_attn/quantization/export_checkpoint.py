@@ -129,6 +129,8 @@ def _block_type(scheme: Scheme, transforms: Mapping[str, str]) -> str:
         reason = "it quantizes activations"
     elif transforms:
         reason = "it transforms the inputs of layers"
+    elif weight.element_type != "int":
+        reason = "its codes are floating-point numbers"
     elif not weight.symmetric:
         reason = "its codes are not symmetric"
     elif (weight.group_size or BLOCK) % BLOCK:

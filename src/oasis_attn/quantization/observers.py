@@ -129,7 +129,8 @@ class MSEObserver(MinMaxObserver):
         return super()._batch_range(blocks)
 
     def _store(self, values: Tensor, weights: Tensor) -> None:
-        self._values.append(values.clone())
+        # Squares of float16 numbers overflow, or vanish.
+        self._values.append(values.to(torch.promote_types(values.dtype, torch.float32), copy=True))
         self._weights.append(weights)
 
     def range(self) -> Range:

@@ -49,7 +49,7 @@ def check_format(format: str, scheme: Scheme) -> None:
     reason = ""
     types = {spec.element_type for spec in (scheme.weight, scheme.activation) if spec}
     if scheme.targets == "full":
-        reason = "it quantizes linear layers only; use 'w8a8-static-linear'"
+        reason = "it quantizes linear layers only; use targets='linear'"
     elif scheme.rotation != "none":
         reason = f"transformers does not apply rotation {scheme.rotation!r} to inputs on loading"
     elif scheme.activation is None and not scheme.weight.symmetric:

@@ -67,13 +67,17 @@ class Scheme:
         for name in ("static", "head"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}: {getattr(self, name)!r} is neither true nor false")
+        if not isinstance(self.weight, QuantSpec):
+            raise UserError(f"weight: {self.weight!r} is no format; only activations can be None")
         if self.weight.granularity == "token":
             raise UserError("weight: granularity 'token' is for activations; use 'channel'")
         activation = self.activation
         granularity = activation.granularity if activation else None
         if granularity == "channel":
             raise UserError("activation: granularity 'channel' is for weights; use 'token'")
-        if self.static and not (activation and activation.has_static_scale):
+        if self.static and activation is None:
+            raise UserError("static: True is for activations, which are not quantized; use False")
+        if self.static and activation and not activation.has_static_scale:
             raise UserError(
                 f"static: granularity {granularity!r} has no static range; it must be 'tensor'"
             )
