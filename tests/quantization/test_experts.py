@@ -307,7 +307,9 @@ def test_experts_that_are_no_targets_do_not_change(tmp_path):
     )
 
 
-@pytest.mark.parametrize("changes", [{"rotation": "inputs"}, {"smooth_alpha": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{"rotation": "inputs"}, {"rotation": "fitted"}, {"smooth_alpha": 0.5}]
+)
 def test_transforms_do_not_change_the_function(changes):
     model = copy.deepcopy(make("mixtral")).double()
     model.set_experts_implementation("eager")  # the default kernel does not support float64

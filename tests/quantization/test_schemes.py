@@ -74,6 +74,7 @@ def test_which_schemes_need_calibration():
         assert scheme.needs_calibration == scheme.static
     assert replace(schemes()["w4a4"], rounding="gptq").needs_calibration
     assert replace(schemes()["w4a4"], smooth_alpha=0.0).needs_calibration
+    assert replace(schemes()["w4a4"], rotation="fitted").needs_calibration
 
 
 @pytest.mark.parametrize("scheme", schemes().values(), ids=schemes())

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.calibration import run_batch
+from oasis_attn.quantization.calibration import one_batch, run_batch
 from oasis_attn.quantization.linearize import expert_of
 from oasis_attn.quantization.primitives import QParams, fake_quantize, to_blocks
 from oasis_attn.quantization.quantizers import observe_qparams
@@ -67,10 +67,7 @@ def gptq(
         UserError: batches of different lengths, a layer other than an expert that no token reached,
             or inputs that are not finite.
     """
-    lengths = {batch.shape[1] for batch in batches}
-    if len(lengths) != 1:
-        raise UserError(f"calibration: batches of lengths {sorted(lengths)}; GPTQ needs one length")
-    batch = torch.cat(list(batches))
+    batch = one_batch(batches)
     layers = {name: model.get_submodule(name) for name in names}
     head = model.get_output_embeddings()
     rounder = _Rounder(spec, observer)

@@ -14,7 +14,7 @@ from oasis_attn.quantization.spec import QuantSpec
 
 OBSERVERS = ("minmax", "running_minmax", "percentile", "mse")
 TARGETS = ("linear", "full")
-ROTATIONS = ("none", "hadamard", "inputs")
+ROTATIONS = ("none", "hadamard", "inputs", "fitted")
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -38,7 +38,9 @@ class Scheme:
         rotation: `hadamard` rotates the residual stream and the MLP's inner activations before
             quantization, to spread outliers over all channels (QuaRot, 2404.00456).  `inputs`
             rotates the input of every linear layer at run time: it is slower, works for any family,
-            and is more accurate at 4 bits.
+            and is more accurate at 4 bits.  `fitted` multiplies the same inputs by the matrices
+            with the smallest error, computed from calibration data (after WUSH, 2512.00956): it
+            is the most accurate, and the slowest.
         rounding: of weights: `nearest`, or `gptq` (2210.17323), which minimizes the change of each
             layer's output.
 
@@ -90,7 +92,8 @@ class Scheme:
     @property
     def needs_calibration(self) -> bool:
         """Whether `quantize` needs calibration data."""
-        return self.static or self.smooth_alpha is not None or self.rounding == "gptq"
+        calibrated = self.rotation == "fitted" or self.rounding == "gptq"
+        return self.static or self.smooth_alpha is not None or calibrated
 
     @property
     def simulated_only(self) -> str:
