@@ -43,10 +43,14 @@ FLOAT = "fp32"
 CHANNELS = {"weight.granularity": "channel", "observer": "percentile"}
 GPTQ = {"rounding": "gptq", "observer": "mse"}
 W4A16 = "w4a16", {"weight.symmetric": False, **GPTQ}
-W4A4 = "w4a4", {"rotation": "fitted", **GPTQ}
+W4A4 = "w4a4", {"rotation": "fitted", "clip_ratio": 0.9, **GPTQ}
 OTHER_TEXT = ", calibrated on imdb"
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static-full": ("w8a8-static-full", {}),
+    "w8a8-static-full, weights per channel, Hadamard": (
+        "w8a8-static-full",
+        {"weight.granularity": "channel", "rotation": "hadamard"},
+    ),
     "w8a8-static-linear": ("w8a8-static-linear", {}),
     "w8a8-static-linear, weights per channel, percentile": ("w8a8-static-linear", CHANNELS),
     "w8a8-dynamic": ("w8a8-dynamic", {}),
@@ -58,8 +62,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a4, Hadamard": ("w4a4", {"rotation": "hadamard"}),
     "w4a4, Hadamard, GPTQ": ("w4a4", {"rotation": "hadamard", "rounding": "gptq"}),
     "w4a4, inputs rotated, GPTQ": ("w4a4", {"rotation": "inputs", "rounding": "gptq"}),
-    "w4a4, inputs fitted, GPTQ": W4A4,
-    f"w4a4, inputs fitted, GPTQ{OTHER_TEXT}": W4A4,
+    "w4a4, inputs fitted and clipped, GPTQ": W4A4,
+    f"w4a4, inputs fitted and clipped, GPTQ{OTHER_TEXT}": W4A4,
 }
 SEARCH = "prefix smollm2 {out} --calibration wikitext-2 --calibration-split validation"
 PREFIXES = {"prefix": SEARCH, "prefix, tuned": f"{SEARCH} --tune-steps 64"}
