@@ -111,22 +111,24 @@ def test_serving(tmp_path, monkeypatch):
     tuned = with_prefix(model, prefix)
     quantized = quantize(model, "w4a16")
     places = {"tiny": model, "prefixed": prefixed, "tuned": tuned, "w4a16": quantized}
+    places["oasis-model"] = tiny_model(text=tiny_config(**sizes, initializer_range=0.2))
     for name, each in places.items():
         each.save_pretrained(name)
         tokenizer.save_pretrained(name)
     text = (DOCS / "serving.md").read_text().replace("smollm2", "./tiny")
     commands = re.findall(r"^oasis export .*", text, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         monkeypatch.setattr("sys.argv", shlex.split(command))
         assert main() == 0
-    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    names: dict = {}
-    exec(compile(code, "serving.md", "exec"), names)
+    codes = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     ids = torch.arange(5, 12)[None]
-    with torch.no_grad():
-        got = names["model"].eval()(input_ids=ids).logits
-        torch.testing.assert_close(got, tuned(ids).logits, rtol=0, atol=1e-4)
+    for code, want in zip(codes, (tuned, places["oasis-model"]), strict=True):
+        names: dict = {}
+        exec(compile(code, "serving.md", "exec"), names)
+        with torch.no_grad():
+            got = names["model"].eval()(input_ids=ids).logits
+            torch.testing.assert_close(got, want(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_report(tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ _MODULES_AFTER = {
         "transformers.modeling_layers",  # it may be importing this module, and be incomplete
         "oasis_attn.hub.model_card",  # adds a function to `SAVE_HOOKS`
         "oasis_attn.hub.prefix",  # adds another
+        "oasis_attn.hub.model_code",  # adds another
     ),
     "transformers.modeling_layers": ("oasis_attn.modeling.task_heads",),
     "transformers.quantizers.auto": ("oasis_attn.quantization.hf_quantizer",),

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from oasis_attn import UserError
 from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.ops import c_kernels
-from oasis_attn.ops.depth_mix import AutogradMixer, CMixer, TwoPhaseMixer
+from oasis_attn.ops.depth_mix import AutogradMixer, TwoPhaseMixer
+from oasis_attn.ops.depth_mix.c_mixer import CMixer
 from tiny_models import tiny_model
 
 VARIANTS = ["oasis", "oasis_block", "attn_residual", "official", "oasis_depth_sigmoid", "vanilla"]

@@ -8,7 +8,8 @@ import torch
 
 from oasis_attn.modeling.depth_cache import observe_depth
 from oasis_attn.ops import c_kernels
-from oasis_attn.ops.depth_mix import CMixer, TwoPhaseMixer, c_mixer
+from oasis_attn.ops.depth_mix import TwoPhaseMixer, c_mixer
+from oasis_attn.ops.depth_mix.c_mixer import CMixer
 from oasis_attn.ops.null_attention import decode_attention, null_attention
 from tiny_models import tiny_config, tiny_model
 

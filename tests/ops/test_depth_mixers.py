@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from oasis_attn.ops import c_kernels
-from oasis_attn.ops.depth_mix import AutogradMixer, CMixer, Routers, TwoPhaseMixer
+from oasis_attn.ops.depth_mix import AutogradMixer, Routers, TwoPhaseMixer
+from oasis_attn.ops.depth_mix.c_mixer import CMixer
 from oasis_attn.ops.depth_mix.naive import naive_scores, naive_sum
 
 B, T, D, R = 2, 5, 16, 9

@@ -15,12 +15,13 @@ import torch
 from oasis_attn.ops.depth_mix import (
     AutogradMixer,
     Routers,
-    TritonMixer,
     TwoPhaseMixer,
+    autograd,
     depth_mix,
     passes,
 )
 from oasis_attn.ops.depth_mix.autograd import depth_weights
+from oasis_attn.ops.depth_mix.triton_mixer import TritonMixer
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -71,15 +72,20 @@ def kernels():
         yield triton_kernels
 
 
+def use(kernels_for, patch):
+    for module in (autograd, passes):
+        patch.setattr(module, "kernels_for", kernels_for)
+
+
 @pytest.fixture
 def no_kernels(monkeypatch):
     """What PyTorch computes without them."""
-    monkeypatch.setattr(passes, "kernels_for", lambda _: None)
+    use(lambda _: None, monkeypatch)
 
 
 @pytest.fixture
 def used(kernels, monkeypatch):
-    """`passes` uses the kernels wherever they fit, on this device; the number of times it did."""
+    """The kernels are used wherever they fit, on this device; the number of times it did."""
     times = []
 
     def kernels_for(sources):
@@ -88,7 +94,7 @@ def used(kernels, monkeypatch):
         times.append(len(sources))
         return kernels
 
-    monkeypatch.setattr(passes, "kernels_for", kernels_for)
+    use(kernels_for, monkeypatch)
     return times
 
 
@@ -185,7 +191,7 @@ def test_weights_and_gradients(used, normalizer, signal, S, dtype):
         up, up_null = draw(2, 35, S, dtype=dtype), draw(2, 35, dtype=dtype)
         with pytest.MonkeyPatch.context() as patch:
             if not with_kernels:
-                patch.setattr(passes, "kernels_for", lambda _: None)
+                use(lambda _: None, patch)
             weights, null = depth_weights(scores, psi, beta if signal else 0.0, normalizer)
             results.append([weights, null])
             losses = [(weights * up).sum(), (null * up_null).sum()]
@@ -219,7 +225,7 @@ def test_a_model_of_routers(used, case, branches_dtype):
         leaves = [x.requires_grad_() for x in (*branches, *psi[1:], queries, beta)]
         with pytest.MonkeyPatch.context() as patch:
             if not with_kernels:
-                patch.setattr(passes, "kernels_for", lambda _: None)
+                use(lambda _: None, patch)
             mixer = AutogradMixer(Routers(queries, beta, 1e-6, normalizer="softmax1", **case))
             mixes = [mixer.update(branches[i], psi[i] if i else None, i) for i in range(R)]
             loss = sum((x.to(wide) * draw(2, 5, 24, dtype=wide)).sum() for x in mixes)

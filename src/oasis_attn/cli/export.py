@@ -31,6 +31,14 @@ def export(
             show_default=False,
         ),
     ] = None,
+    with_code: Annotated[
+        bool,
+        Option(
+            "--with-code",
+            help="Write the code of an OASIS model into its folder, for loading with"
+            " trust_remote_code=True.",
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -38,14 +46,18 @@ def export(
 
     A prefix becomes part of the tokenizer, or a PEFT adapter if it was tuned.
 
+    An OASIS model needs [bold]--with-code[/bold], or is converted by [bold]oasis convert[/bold].
+
     Example: [bold]oasis export smollm2 smollm2.gguf --weights q4_0[/bold]
 
     Example: [bold]oasis export prefixed served --format transformers[/bold]
+
+    Example: [bold]oasis export oasis-model folder --with-code[/bold]
     """
     from oasis_attn.hub.export_options import check_export
     from oasis_attn.hub.locate import find_model
 
-    check_export(out, format, weights)
+    check_export(out, format, weights, with_code)
     find_model(model)
 
     from oasis_attn.quantization.export_checkpoint import export_checkpoint
@@ -57,6 +69,7 @@ def export(
             out,
             format=format,
             weights=weights,
+            with_code=with_code,
             trust_remote_code=trust_remote_code,
             progress=report,
         )

@@ -14,12 +14,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Types of the weights in a folder for transformers."""
 
 
-def check_export(out: str | Path, format: str | None, weights: str | None) -> str:
+def check_export(
+    out: str | Path, format: str | None, weights: str | None, with_code: bool = False
+) -> str:
     """Return the format, which by default follows from the name `out`.
 
     Raises:
         UserError: an unknown format or type of weights; `out` exists or cannot be written; the name
-            of a GGUF file does not end in `.gguf`.
+            of a GGUF file does not end in `.gguf`; it is to hold code.
     """
     path = Path(out)
     if format is None:
@@ -30,6 +32,8 @@ def check_export(out: str | Path, format: str | None, weights: str | None) -> st
     if format == "transformers":
         check_free(path)
         return format
+    if with_code:
+        raise UserError("with_code: a GGUF file holds no code; use --format transformers")
     if path.suffix != ".gguf":
         raise UserError(
             f"out: {str(path)!r} does not end in .gguf, as the name of a GGUF file does"

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from oasis_attn.files import write_text
+from oasis_attn.hub.model_code import tested_versions
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.pretrained import SAVE_HOOKS
 from oasis_attn.modeling.settings import SETTINGS
 from oasis_attn.modeling.variants import variants
 from oasis_attn.modeling.weight_names import is_ours
-from oasis_attn.ops.normalizers import with_length
+from oasis_attn.ops.normalizers import NEED_ENTMAX, with_length
 from oasis_attn.records import Record
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ tags: [{tags}]
 {requirement}
 from transformers import {auto_class}
 
-model = {auto_class}.from_pretrained(path_or_name)
+model = {auto_class}.from_pretrained({arguments})
 ```
 {measured}
 *This card was {generated}. Remove this line to keep the card when the model is saved again.*
@@ -53,6 +54,7 @@ _REQUIREMENTS = {
     "oasis": "import oasis_attn  # without it, transformers cannot load this checkpoint",
     "compressed-tensors": "# needs: pip install compressed-tensors",
 }
+_WITH_CODE = "# runs the Python code in this folder, which needs {versions}"
 _SETTINGS = """\
 A `{family}` decoder with {parameters:,} parameters, of which the variant `{variant}` of
 [OASIS](https://arxiv.org/abs/2605.17887) (library oasis-attn) adds {added:,}. Settings that are not
@@ -161,13 +163,20 @@ def model_card(
         title = f"{title}, with a prefix"
         facts.append(_PREFIX.format(tokens=len(prefix["tokens"])))
     task, auto_class = _task(config)
+    arguments, requirement = "path_or_name", _REQUIREMENTS[format]
+    if isinstance(config, OasisConfig) and auto_class in (getattr(config, "auto_map", None) or ()):
+        arguments = "path_or_name, trust_remote_code=True"
+        requirement = _WITH_CODE.format(versions=tested_versions())
+        if config.normalizer.name in NEED_ENTMAX:
+            requirement += " and entmax"
     return _CARD.format(
         task=task,
         auto_class=auto_class,
+        arguments=arguments,
         tags=", ".join(tags),
         title=title,
         facts="\n\n".join(facts),
-        requirement=_REQUIREMENTS[format],
+        requirement=requirement,
         measured="" if record is None else _measured(record, origin),
         generated=_GENERATED,
     )

@@ -37,7 +37,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     differ.  The name or path that the model was loaded from is not included.
     """
     config = model.config.to_dict()
-    for name in PROVENANCE_KEYS:
+    of_code = ("auto_map",) if isinstance(model.config, OasisConfig) else ()  # see `model_code`
+    for name in (*PROVENANCE_KEYS, *of_code):
         config.pop(name, None)
     digest = hashlib.sha256(f"{model}\n{sorted(config.items())}".encode())
     for name, tensor in sorted(model.state_dict().items()):

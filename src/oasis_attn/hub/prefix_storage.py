@@ -164,6 +164,8 @@ def set_hf_quantizer(model: PreTrainedModel, quantizer: PrefixHfQuantizer) -> No
     text = model.config.get_text_config(decoder=True)
     if text is not model.config:
         vars(model.config).pop("quantization_config", None)
+    if model.config.model_type == "oasis":  # `hub.model_code` cannot load what this one stores
+        vars(model.config).pop("auto_map", None)
     text.quantization_config = quantizer.quantization_config
     vars(model)["hf_quantizer"] = quantizer
     vars(model)["save_pretrained"] = partial(_save_pretrained, model)

@@ -46,9 +46,10 @@ from oasis_attn.ops.null_attention import (
     null_of_call,
 )
 
+MapObserver = Callable[[AttentionCall], None]
 SOFTMAX, LEARNED_SINK = (resolve_normalizer("normalizer", x) for x in ("softmax", "learned_sink"))
 _WITH_ADDITIVE_MASKS = f"{ATTENTION}-additive"  # for families that expect such masks
-_observers: list[Callable[[nn.Module, AttentionCall], None]] = []
+_observers: list[MapObserver] = []
 
 
 def oasis_attention(
@@ -68,7 +69,7 @@ def oasis_attention(
     null_key: Tensor | None = None,
     null_value: Tensor | None = None,
     output_gate: Tensor | None = None,
-    attention_map: bool = False,
+    map_observer: MapObserver | None = None,
     position_bias: Tensor | None = None,
     is_causal: bool | None = None,
     indices: Tensor | None = None,
@@ -87,7 +88,7 @@ def oasis_attention(
         null_logit, null_key, null_value: see `null_attention`.
         output_gate: logits of the output gate, `[B, T, H]` or `[B, T, H * d]`; the output is
             multiplied by their sigmoid.
-        attention_map: compute the attention matrix and pass it to the observers.
+        map_observer: receives the call, with the attention matrix, which is otherwise not stored.
         position_bias: `[B, H, T, S]`, added to the logits.
         is_causal: whether a query attends only to keys before it if there is no mask; by default,
             as the attention module says.
@@ -123,12 +124,13 @@ def oasis_attention(
     if softmax:
         null_logit = -torch.inf
     weights_free = softmax or normalizer.name in WITH_NULL_LOGIT
-    needs_weights = attention_map or not weights_free
+    needs_weights = map_observer is not None or not weights_free
+    observers = _observers if map_observer is None else [*_observers, map_observer]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     null: dict[str, Any] = {
         "null_logit": null_logit, "null_key": null_key, "null_value": null_value,
     }  # fmt: skip
-    if softmax and softcap is None and not (needs_weights or _observers):
+    if softmax and softcap is None and not (needs_weights or observers):
         out_BTHd, null_BHT = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             is_causal=is_causal, **kwargs,
@@ -138,7 +140,7 @@ def oasis_attention(
         and can_use_decode_kernel(query, value)
         and softcap is None
         and sinks is None
-        and not (needs_weights or dropout or _observers)
+        and not (needs_weights or dropout or observers)
     ):
         out_BHTd, null_BHT = decode_attention(query, key, value, scale=scale, **null)
         out_BTHd = out_BHTd.transpose(1, 2)
@@ -168,13 +170,13 @@ def oasis_attention(
             )  # fmt: skip
             null_output_BHTd = of_call.output(null_BHT, dropout)
             out_BHTd = naive_mix(weights_BHTS, value, dropout, null_output_BHTd).to(query.dtype)
-        if _observers:
+        if observers:
             call = AttentionCall(
                 module, query, key, value, null_BHT, attention_mask, scale, softcap, lse_BHT,
                 weights_BHTS, null_output_BHTd,
             )  # fmt: skip
-            for observer in tuple(_observers):
-                observer(module, call)
+            for observer in tuple(observers):
+                observer(call)
         out_BTHd = out_BHTd.transpose(1, 2).contiguous()  # afmoe calls .view
     if output_gate is not None:
         B, T, H, _ = out_BTHd.shape
@@ -208,11 +210,11 @@ def observe_attention(
         return
     modules = set(model.modules())
 
-    def observer(module: nn.Module, call: AttentionCall) -> None:
-        if module in modules:
+    def observer(call: AttentionCall) -> None:
+        if call.module in modules:
             callback(call)
 
-    with observed(observer):
+    with _observed(observer):
         yield
 
 
@@ -224,7 +226,7 @@ def _observed_natively(
     layers = decoder_map(model).layers
     running: list[int] = []  # the layer that is running, whose attention may be shared or nested
 
-    def observer(_module: nn.Module, call: AttentionCall) -> None:
+    def observer(call: AttentionCall) -> None:
         if running:
             callback(call.in_layer(running[-1]))
 
@@ -242,7 +244,7 @@ def _observed_natively(
             )
             stack.callback(decoder.set_attn_implementation, before)
             stack.enter_context(_running_passes_refused(model))
-            stack.enter_context(observed(observer))
+            stack.enter_context(_observed(observer))
         else:
             set_attention_implementation(decoder.config, "eager")  # which has a map to return
             stack.callback(set_attention_implementation, decoder.config, before)
@@ -277,8 +279,8 @@ def _running_passes_refused(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def observed(observer: Callable[[nn.Module, AttentionCall], None]) -> Iterator[None]:
-    """Context in which `observer` receives every call of `oasis_attention` and its module."""
+def _observed(observer: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Context in which `observer` receives every call of `oasis_attention`."""
     _observers.append(observer)
     try:
         yield

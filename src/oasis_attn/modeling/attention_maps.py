@@ -55,7 +55,7 @@ def selected_keys_mask(
 def observed_map(
     model: PreTrainedModel,
     attention: AttentionMap,
-    callback: Callable[[nn.Module, AttentionCall], None],
+    callback: Callable[[AttentionCall], None],
 ) -> Iterator[None]:
     """Context in which `callback` receives the map that the module returns with its output.
 
@@ -85,7 +85,7 @@ def observed_map(
         value_BHd = first_BD.unflatten(-1, (heads, -1))
         if S != T:
             value_BHd = torch.full_like(value_BHd, torch.nan)
-        callback(module, AttentionCall.of_map(module, weights_BHTS, value_BHd))
+        callback(AttentionCall.of_map(module, weights_BHTS, value_BHd))
 
     with ExitStack() as stack:
         if "output_attentions" in inspect.signature(attention.module.forward).parameters:

@@ -48,7 +48,7 @@ BROKEN = (
 _BASE_EXTRAS = {  # arguments that transformers may pass to any config
     *("torch_dtype", "attn_implementation", "experts_implementation", "output_attentions"),
     *("name_or_path", "num_labels", "trust_remote_code", "model_type"),
-    *("quantization_config", "tokenizer_class"),
+    *("quantization_config", "tokenizer_class", "auto_map"),
 }
 
 

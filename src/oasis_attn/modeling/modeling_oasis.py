@@ -30,7 +30,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.attach import Attached, attached_layer, attached_model
-from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.modeling.attention import MapObserver  # this registers our attention function
+from oasis_attn.modeling.attention_call import AttentionCall
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import DepthCache, DepthRouter, SumCache
 from oasis_attn.modeling.extensions import BRANCH_NORMS, NULL_SIGNALS, null_signal_module
@@ -112,13 +113,12 @@ class OasisModel(Attached, OasisPreTrainedModel):
         if kwargs.get("output_hidden_states") is None:
             kwargs["output_hidden_states"] = config.output_hidden_states
         kwargs["depth_cache"] = self._depth_cache()
-        kwargs["layer_args"] = self._layer_args(attention_map=output_attentions)
+        calls: list[AttentionCall] = []
+        kwargs["layer_args"] = self._layer_args(calls.append if output_attentions else None)
         if not output_attentions:
             return super().forward(input_ids, **kwargs)
-        maps: list[Tensor | None] = []
-        with observe_attention(self, lambda call: maps.append(call.weights_BHTS)):
-            outputs = super().forward(input_ids, output_attentions=True, **kwargs)
-        outputs["attentions"] = tuple(maps)
+        outputs = super().forward(input_ids, output_attentions=True, **kwargs)
+        outputs["attentions"] = tuple(call.weights_BHTS for call in calls)
         return outputs
 
     def _depth_cache(self) -> SumCache:
@@ -136,7 +136,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         devices = (next(layer.parameters()).device.type for layer in self.layers)
         return any(device not in ("cpu", "meta") for device in devices)
 
-    def _layer_args(self, *, attention_map: bool) -> LayerArgs:
+    def _layer_args(self, map_observer: MapObserver | None) -> LayerArgs:
         config = self.oasis_config
         signal: Any = None
         if config.null_signal != "off":
@@ -147,7 +147,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         attention = {
             "normalizer": config.normalizer,
             "null_logit": config.null_logit,
-            "attention_map": attention_map,
+            "map_observer": map_observer,
         }
         norm = None if config.branch_norm == "none" else BRANCH_NORMS[config.branch_norm]
         return LayerArgs(attention, signal, norm)

@@ -18,8 +18,9 @@ from oasis_attn.ops.torch_compat import allow_side_effects_in_checkpoints
 SAVE_HOOKS: list[Callable[[PreTrainedModel, str | os.PathLike[str]], None]] = []
 """Functions that write further files: called with a model and the folder it was saved in.
 
-The package `hub` appends its own, for the model card and the copy of a stored prefix.  It is above
-this package, which cannot import it; `oasis_attn._registration` does when transformers is imported.
+The package `hub` appends its own, for the model card, the copy of a stored prefix and the code.  It
+is above this package, which cannot import it; `oasis_attn._registration` does when transformers is
+imported.
 """
 
 

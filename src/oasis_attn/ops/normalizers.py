@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -167,8 +168,8 @@ def _entmax15(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _entmax(scores: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    import entmax
-
+    # Not `import entmax`: transformers requires all that the code next to a model imports.
+    entmax = import_module("entmax")
     masked = scores == -torch.inf
     finite = scores.clamp(min=torch.finfo(scores.dtype).min / 4)
     weights = getattr(entmax, name)(finite, dim=-1).masked_fill(masked, 0)
@@ -183,6 +184,8 @@ LEARNED_NULL_LOGIT = ("learned_sink", "value_null", *LEARNED_NULL_KEY)
 """Normalizers whose null logit is a parameter."""
 WITH_NULL_LOGIT = ("softmax1", *LEARNED_NULL_LOGIT)
 """Normalizers with a null logit; the fused kernels compute these and softmax."""
+NEED_ENTMAX = ("sparsemax", "entmax15")
+"""Normalizers that are computed by the package entmax."""
 _LARGEST = 1e6  # largest absolute value of an argument
 _MOST_NULLS = 64
 _HAS_NULL = {*WITH_NULL_LOGIT, "clipped_softmax", "softpick"}

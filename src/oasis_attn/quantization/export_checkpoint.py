@@ -14,6 +14,7 @@ from oasis_attn.files import staged_folder
 from oasis_attn.hub.export_options import check_export
 from oasis_attn.hub.gguf_export import BLOCK, Codes, check_gguf, write_gguf
 from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_code import AUTO_MAP, check_code
 from oasis_attn.hub.prefix import prefix_of, without_prefix
 from oasis_attn.hub.prefix_export import (
     BASE_MODEL,
@@ -41,6 +42,7 @@ def export_checkpoint(
     *,
     format: str | None = None,
     weights: str | None = None,
+    with_code: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def export_checkpoint(
         weights: type of the weights.  In `gguf`: see `write_gguf`; the default is `q8_0`.  In
             `transformers`: a dtype, or `auto` for that of the checkpoint, the default.  A quantized
             model keeps its codes, which determine the type.
+        with_code: for an OASIS model: write its code too, see `hub.model_code`.
         trust_remote_code: see `load_model`.
         progress: see `Progress`.
 
@@ -62,15 +65,17 @@ def export_checkpoint(
     Raises:
         UserError: unusable arguments, or the format cannot hold the model; the message says why.
     """
-    format = check_export(out, format, weights)
+    format = check_export(out, format, weights, with_code)
     progress("loading the model")
     loaded, tokenizer = load_model(
         model,
         dtype="auto" if format == "gguf" else weights or "auto",
         trust_remote_code=trust_remote_code,
-        check=partial(_check_config, format=format, weights=weights),
+        check=partial(_check_config, format=format, weights=weights, with_code=with_code),
     )
     progress("writing")
+    if with_code:
+        loaded.config.auto_map = dict(AUTO_MAP)
     if format == "transformers":
         return {"folder": str(out)} | _write_folder(loaded, tokenizer, Path(out))
     codes = _codes(loaded)
@@ -80,14 +85,18 @@ def export_checkpoint(
     return {"file": str(out), "weights": kind, "tensors": counts, "bytes": size}
 
 
-def _check_config(config: PreTrainedConfig, *, format: str, weights: str | None) -> None:
+def _check_config(
+    config: PreTrainedConfig, *, format: str, weights: str | None, with_code: bool
+) -> None:
     """Raise `UserError` if the format cannot hold a model with this config."""
     if format == "gguf":
         check_gguf(config)
+    elif with_code:
+        check_code(config)
     elif isinstance(config, OasisConfig):
         raise UserError(
-            "model: an OASIS model needs this library; `oasis convert --to-vanilla` or `--to-sinks`"
-            " makes a model of transformers"
+            "model: an OASIS model needs this library; --with-code writes its code with it, and"
+            " `oasis convert --to-vanilla` or `--to-sinks` makes a model of transformers"
         )
     stored = getattr(config.get_text_config(decoder=True), "quantization_config", None)
     if stored is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.attention import oasis_attention, observed
+from oasis_attn.modeling.attention import AttentionCall, oasis_attention
 from oasis_attn.modeling.configuration_oasis import ATTENTION, OasisConfig
 from oasis_attn.modeling.decoder_map import (
     SublayerMap,
@@ -191,18 +191,17 @@ def quantized_attention(
     attention_mask: Tensor | None,
     *,
     output_gate: Tensor | None = None,
+    map_observer: Callable[[AttentionCall], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`oasis_attention` with quantized probabilities and context; it computes the whole map."""
-    calls: list[Any] = []
-
-    def add(_module: nn.Module, call: Any) -> None:
-        calls.append(call)
-
-    with observed(add):
-        kwargs["attention_map"] = True
-        _, null_BHT = oasis_attention(module, query, key, value, attention_mask, **kwargs)
+    calls: list[AttentionCall] = []
+    kwargs["map_observer"] = calls.append
+    _, null_BHT = oasis_attention(module, query, key, value, attention_mask, **kwargs)
     (call,) = calls
+    if map_observer is not None:
+        map_observer(call)
+    assert call.weights_BHTS is not None  # for a map observer it is computed
     context_BHTd = naive_mix(
         _quantizer(module, "probabilities")(call.weights_BHTS),
         call.value_BGSd,

@@ -20,8 +20,8 @@ Words, in this package and in `modeling`:
     mixer      an object that holds the sources of one forward pass and computes each router's mix
 
 `depth_mix` computes one mix.  A model uses a mixer: `AutogradMixer` if gradients are needed, else
-`TwoPhaseMixer` or, if it supports the call, a faster one: `CMixer` on a CPU with a C compiler,
-`TritonMixer` on CUDA with Triton.  Each is tested against `naive.py`.
+`TwoPhaseMixer` or, if it supports the call, one with compiled kernels: `CMixer` on a CPU with a C
+compiler, `TritonMixer` on CUDA with Triton.  Each is tested against `naive.py`.
 
 Axes: B batch, T tokens, D width, S sources, R routers.
 """
@@ -35,28 +35,23 @@ import torch
 from torch import Tensor
 
 from oasis_attn.errors import UserError, check_choice
+from oasis_attn.ops.compiled import compiled_mixer
 from oasis_attn.ops.depth_mix.autograd import depth_scores, depth_weights, weighted_sum
 from oasis_attn.ops.depth_mix.autograd_mixer import AutogradMixer
-from oasis_attn.ops.depth_mix.c_mixer import CMixer, can_use_c_mixer
 from oasis_attn.ops.depth_mix.naive import naive_scores, naive_sum
-from oasis_attn.ops.depth_mix.passes import kernels_for
-from oasis_attn.ops.depth_mix.routers import Routers
-from oasis_attn.ops.depth_mix.triton_mixer import TritonMixer
+from oasis_attn.ops.depth_mix.routers import Mixer, Routers
 from oasis_attn.ops.depth_mix.two_phase_mixer import TwoPhaseMixer
 
 __all__ = [
     "AutogradMixer",
-    "CMixer",
     "Mixer",
     "Routers",
-    "TritonMixer",
     "TwoPhaseMixer",
     "depth_mix",
     "inference_mixer",
     "needs_autograd_mixer",
 ]
 BACKENDS = ("auto", "naive", "fused")
-Mixer = AutogradMixer | TwoPhaseMixer | CMixer | TritonMixer
 
 
 def depth_mix(
@@ -116,19 +111,13 @@ def needs_autograd_mixer(routers: Routers) -> bool:
     return torch.is_grad_enabled() or routers.normalizer == "sigmoid" or routers.dropped is not None
 
 
-def inference_mixer(
-    embedding_BTD: Tensor, routers: Routers, *, one_device: bool = True
-) -> TwoPhaseMixer | CMixer | TritonMixer:
+def inference_mixer(embedding_BTD: Tensor, routers: Routers, *, one_device: bool = True) -> Mixer:
     """A mixer without gradients for one forward pass.
 
     `one_device` says that all layers are on the device of the embedding.
     """
-    kernels = kernels_for([embedding_BTD])
-    if kernels is not None:
-        return TritonMixer(embedding_BTD, routers, kernels)
-    if one_device and can_use_c_mixer(embedding_BTD):
-        return CMixer(embedding_BTD, routers)
-    return TwoPhaseMixer(embedding_BTD, routers)
+    compiled = compiled_mixer(embedding_BTD, routers, one_device=one_device)
+    return TwoPhaseMixer(embedding_BTD, routers) if compiled is None else compiled
 
 
 def _check_shapes(

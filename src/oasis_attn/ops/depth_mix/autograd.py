@@ -20,8 +20,12 @@ import torch
 from torch import Tensor
 
 from oasis_attn.ops.autograd import HandWritten, first_order
-from oasis_attn.ops.depth_mix import passes
+from oasis_attn.ops.compiled import kernels_for, triton_kernels
 from oasis_attn.ops.depth_mix.naive import naive_scores
+from oasis_attn.ops.depth_mix.passes import row_products as products_pass
+from oasis_attn.ops.depth_mix.passes import score_gradients, sum_gradients
+from oasis_attn.ops.depth_mix.passes import scores as scores_pass
+from oasis_attn.ops.depth_mix.passes import weighted_sum as sum_pass
 from oasis_attn.ops.normalizers import normalize, null_softmax
 
 
@@ -51,7 +55,7 @@ def depth_weights(
     The mean of psi over the sources has no effect on a softmax; in a Softmax1 it has the same
     effect as a change of the null logit.
     """
-    kernels = passes.kernels_for([scores_BTS])
+    kernels = kernels_for([scores_BTS])
     if kernels is not None and normalizer in ("softmax", "softmax1"):
         strength = None
         if psi_BTS is not None:
@@ -99,7 +103,7 @@ def chained_sum(
         arguments = (weights_BTS, count, known_BTD, *sources)
         mixed, *rest = _WeightedSum.apply(*arguments)  # type: ignore[no-untyped-call]
         return mixed, rest
-    mixed_BTD = passes.weighted_sum(sources, weights_BTS, sources[0].dtype)
+    mixed_BTD = sum_pass(sources, weights_BTS, sources[0].dtype)
     return mixed_BTD, list(sources[:count])
 
 
@@ -110,7 +114,7 @@ def row_products(sources: Sequence[Tensor], query_BTD: Tensor) -> Tensor:
             query_BTD, *sources
         )
         return products_BTS
-    return passes.row_products(sources, query_BTD)
+    return products_pass(sources, query_BTD)
 
 
 # --------------------------------------------------------------------------- autograd functions
@@ -121,7 +125,7 @@ class _Scores(HandWritten):
 
     @staticmethod
     def forward(source: Tensor, queries: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return passes.scores(source, queries, eps)
+        return scores_pass(source, queries, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -135,7 +139,7 @@ class _Scores(HandWritten):
     ) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None
-        gradients = partial(passes.score_gradients, needed=ctx.needs_input_grad)
+        gradients = partial(score_gradients, needed=ctx.needs_input_grad)
         return *first_order(gradients, grad, *ctx.saved_tensors), None
 
 
@@ -146,7 +150,7 @@ class _Weights(HandWritten):
     def forward(
         scores: Tensor, psi: Tensor | None, beta: Tensor | None, with_null: bool
     ) -> tuple[Tensor, Tensor]:
-        kernels = passes.triton_kernels()
+        kernels = triton_kernels()
         assert kernels is not None
         result: tuple[Tensor, Tensor] = kernels.weights(scores, psi, beta, with_null)
         return result
@@ -162,7 +166,7 @@ class _Weights(HandWritten):
     ) -> tuple[Tensor | None, ...]:
         if grad is None and grad_null is None:
             return None, None, None, None
-        kernels = passes.triton_kernels()
+        kernels = triton_kernels()
         assert kernels is not None
         saved = ctx.saved_tensors
         return *first_order(kernels.weight_gradients, grad, grad_null, *saved), None
@@ -182,7 +186,7 @@ class _WeightedSum(HandWritten):
     ) -> tuple[Tensor, ...]:
         returned = [source.view_as(source) for source in sources[:count]]
         if known is None:
-            known = passes.weighted_sum(sources, weights, sources[0].dtype)
+            known = sum_pass(sources, weights, sources[0].dtype)
         return known, *returned
 
     @staticmethod
@@ -209,7 +213,7 @@ def _sum_gradients(
 ) -> tuple[Tensor | None, ...]:
     half = len(sources_and_later) // 2
     sources, later = sources_and_later[:half], sources_and_later[half:]
-    grad_weights, grads = passes.sum_gradients(
+    grad_weights, grads = sum_gradients(
         sources, weights, grad, needed[3:], later, in_place=in_place, products=needed[0]
     )
     return grad_weights, *grads
@@ -220,7 +224,7 @@ class _RowProducts(HandWritten):
 
     @staticmethod
     def forward(query: Tensor, *sources: Tensor) -> Tensor:
-        return passes.row_products(sources, query)
+        return products_pass(sources, query)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
@@ -236,8 +240,8 @@ class _RowProducts(HandWritten):
 def _product_gradients(
     needed: Sequence[bool], grad: Tensor, query: Tensor, *sources: Tensor
 ) -> tuple[Tensor | None, ...]:
-    grad_query = passes.weighted_sum(sources, grad, query.dtype) if needed[0] else None
-    _, grads = passes.sum_gradients(sources, grad, query, needed[1:], products=False)
+    grad_query = sum_pass(sources, grad, query.dtype) if needed[0] else None
+    _, grads = sum_gradients(sources, grad, query, needed[1:], products=False)
     return grad_query, *grads
 
 

@@ -63,16 +63,7 @@ class AutogradMixer:
         self._unchanged: dict[int, bool] = {}
 
     def update(self, branch_BTD: Tensor, psi_BT: Tensor | None, router: int) -> Tensor:
-        """Add the output of sublayer `router` to the sources, and return the mix of the router.
-
-        Args:
-            branch_BTD: output of sublayer `router`; sublayer 0 is the embedding.
-            psi_BT: its null evidence, float32; None for 0.
-            router: 0 to R - 1, in this order.
-
-        Returns:
-            `[B, T, D]`: the input of sublayer `router + 1`, or the output of the decoder.
-        """
+        """See `Mixer.update`."""
         first_run = router > self.latest
         sources, results = self.weigh(branch_BTD, psi_BT, router)
         weights_BTS = results.weights_BTS
@@ -186,7 +177,7 @@ class AutogradMixer:
         return mix() is hidden_BTD and version == tensor_version(hidden_BTD)
 
     def to(self, device: torch.device) -> None:
-        """Move the whole state to `device`."""
+        """See `Mixer.to`."""
         self.routers = self.routers.to(device)
         moved = tree_map_only(Tensor, lambda tensor: tensor.to(device), vars(self))
         vars(self).update(moved)

@@ -65,7 +65,7 @@ class CMixer:
         self._shape, self._tokens, self._last = embedding_BTD.shape, N, R - 1
 
     def update(self, branch_BTD: Tensor, psi_BT: Tensor | None, router: int) -> Tensor:
-        """See `AutogradMixer.update`."""
+        """See `Mixer.update`."""
         if branch_BTD.shape != self._shape or router > self._last:  # C does not check its bounds
             raise ValueError(
                 f"router {router} (of 0 to {self._last}): the branch is {list(branch_BTD.shape)},"

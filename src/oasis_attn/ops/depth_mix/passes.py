@@ -9,38 +9,12 @@ Axes: B batch, T tokens, D width, S sources, R routers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from oasis_attn.ops.compiled import kernels_for
 from oasis_attn.ops.depth_mix.naive import at_least_float32
-
-
-def kernels_for(sources: Sequence[Tensor]) -> ModuleType | None:
-    """`triton_kernels` if Triton is installed and its `fits` accepts the CUDA tensors `sources`.
-
-    None otherwise.  Also None under torch.compile, which generates its own kernels, and while a
-    CUDA graph is captured: the graph would store the address of the kernel's table of source
-    addresses, and the table itself would be freed.
-    """
-    if not sources[0].is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    kernels = triton_kernels()
-    if kernels is None or torch.cuda.is_current_stream_capturing() or not kernels.fits(sources):
-        return None
-    return kernels
-
-
-@cache
-def triton_kernels() -> ModuleType | None:
-    """The package `triton_kernels`; None if Triton is not installed."""
-    try:
-        from oasis_attn.ops.depth_mix import triton_kernels as package
-    except ImportError:
-        return None
-    return package
 
 
 def weighted_sum(sources: Sequence[Tensor], weights_BTS: Tensor, dtype: torch.dtype) -> Tensor:

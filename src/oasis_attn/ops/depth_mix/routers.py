@@ -1,8 +1,8 @@
-"""The parameters of all routers of a model, as every mixer receives them."""
+"""The parameters of all routers of a model, as every mixer receives them, and what a mixer is."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,25 @@ class Routers(NamedTuple):
         if self.mix_scale != "sum":
             return 1
         return {"softmax": sources, "softmax1": sources + 1, "sigmoid": 2}[self.normalizer]
+
+
+class Mixer(Protocol):
+    """Holds the sources of one forward pass and computes the mix of each router in turn."""
+
+    def update(self, branch_BTD: Tensor, psi_BT: Tensor | None, router: int) -> Tensor:
+        """Add the output of sublayer `router` to the sources, and return the mix of the router.
+
+        Args:
+            branch_BTD: output of sublayer `router`; sublayer 0 is the embedding.
+            psi_BT: its null evidence, float32; None for 0.
+            router: 0 to R - 1, in this order.
+
+        Returns:
+            `[B, T, D]`: the input of sublayer `router + 1`, or the output of the decoder.
+        """
+
+    def to(self, device: torch.device) -> None:
+        """Move the whole state to `device`."""
 
 
 def rms_scale(x_BTD: Tensor, eps: float = RMS_EPS) -> Tensor:

@@ -36,7 +36,7 @@ class TritonMixer:
         self.psi_SBT = None if self.betas is None else torch.empty_like(self.inverse_rms_SBT)
 
     def update(self, branch_BTD: Tensor, psi_BT: Tensor | None, router: int) -> Tensor:
-        """See `AutogradMixer.update`."""
+        """See `Mixer.update`."""
         source, members = self.routers.newest_source(router)
         mixed_BTD: Tensor = self.kernels.mix(
             branch_BTD,
@@ -51,6 +51,6 @@ class TritonMixer:
         return mixed_BTD
 
     def to(self, device: torch.device) -> None:
-        """Move the whole state to `device`."""
+        """See `Mixer.to`."""
         moved = tree_map_only(Tensor, lambda tensor: tensor.to(device), vars(self))
         vars(self).update(moved)

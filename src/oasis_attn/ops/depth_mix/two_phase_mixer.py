@@ -76,7 +76,7 @@ class TwoPhaseMixer:
         self.recent_logits: list[tuple[Tensor, ...]] = []
 
     def update(self, branch_BTD: Tensor, psi_BT: Tensor | None, router: int) -> Tensor:
-        """See `AutogradMixer.update`."""
+        """See `Mixer.update`."""
         if router == 0:
             self._begin_group()
             return self._mix()
@@ -101,7 +101,7 @@ class TwoPhaseMixer:
         return self._mix()
 
     def to(self, device: torch.device) -> None:
-        """Move the whole state to `device`."""
+        """See `Mixer.to`."""
         moved = tree_map_only(Tensor, lambda tensor: tensor.to(device), vars(self))
         vars(self).update(moved)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.ops import c_kernels
+from oasis_attn.ops.compiled import c_library
 from oasis_attn.ops.null_attention.cpu_flash import CpuFlash, pad_head_width
 from oasis_attn.ops.null_attention.cuda_flash import cuda_flash
 from oasis_attn.ops.null_attention.flex import flex
@@ -222,7 +222,7 @@ def decode_attention(
     else:
         logit = null_logit
     B, H, _, d = query_BH1d.shape
-    step = c_kernels.library().null_step  # type: ignore[union-attr]
+    step = c_library().null_step  # type: ignore[union-attr]
     pointers = out.data_ptr(), lse_BH1.data_ptr(), null_BH1.data_ptr(), logits
     step(*pointers, count, logit, B * H, d)
     if null is not None and null.value_BHTd is not None:
@@ -239,7 +239,7 @@ def can_use_decode_kernel(query: Tensor, value: Tensor) -> bool:
         and query.shape[3] == value.shape[3]
         and not torch.is_grad_enabled()
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        and c_kernels.library() is not None
+        and c_library() is not None
     )
 
 
