@@ -17,6 +17,7 @@ from rich.table import Table
 
 import attention
 import decoding
+import diagnosis
 import integer
 import loading
 import training_step
@@ -41,6 +42,7 @@ BOUNDS = {
     "decoding.generate_oasis_speed_over_pytorch": (">=", 1.10),
     "decoding.prefill_oasis_block_speed_over_stock": (">=", 0.93),
     "decoding.prefill_oasis_speed_over_stock": (">=", 0.93),
+    "diagnosis.time_over_forward": ("<=", 1.3),
     "integer.simulated_w8a8_static_linear_speed_over_float": (">=", 0.5),
     "integer.simulated_w8a8_static_full_speed_over_float": (">=", 0.5),
     "integer.simulated_w8a8_dynamic_speed_over_float": (">=", 0.5),
@@ -74,6 +76,7 @@ SUITES = {
     "attention": attention.measure,
     "training_step": training_step.measure,
     "decoding": decoding.measure,
+    "diagnosis": diagnosis.measure,
     "integer": integer.measure,
     "loading": loading.measure,
     "start": start,

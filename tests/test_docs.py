@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ import retrofit
 from oasis_attn.cli import main
 from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
-from oasis_attn.records import Record
+from oasis_attn.quantization.remedies import REMEDIES
+from oasis_attn.records import DoctorRecord, Record
 from oasis_attn.report.markdown import markdown
+from oasis_attn.report.remedies import doctor_conclusion, doctor_table
 from oasis_attn.study.plan_file import parse_plan
 from tiny_models import tiny_config, tiny_model, word_tokenizer
 from tokenizer_factories import byte_level
@@ -58,6 +61,18 @@ def test_retrofit() -> None:
     table = markdown(retrofit.table(Record.load(folder / "record.json")))
     assert (folder / "table.md").read_text() == table
     assert table.strip() in (DOCS / "retrofit.md").read_text()
+
+
+def test_doctor() -> None:
+    record = DoctorRecord.load(DOCS / "results" / "doctor" / "record.json")
+    whole = doctor_table(record)
+    without_seconds = replace(
+        whole, title="", columns=whole.columns[:-1], rows=tuple(row[:-1] for row in whole.rows)
+    )
+    page = (DOCS / "quantization.md").read_text()
+    assert markdown(without_seconds) in page
+    said = doctor_conclusion(None, record, [remedy.name for remedy in REMEDIES])
+    assert "\n>\n".join(f"> {sentence}" for sentence in said) in page
 
 
 def test_sink_callback(tmp_path):

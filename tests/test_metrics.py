@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import run as benchmarks
 from oasis_attn import diagnose
 from oasis_attn.evaluation import evaluate
 from oasis_attn.measure.sink_conversion import null_from_sink_checkpoint
@@ -110,7 +111,7 @@ def of_a_task(folder: Path, size: str, patch: pytest.MonkeyPatch) -> Record:
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory, corpus, size) -> set[str]:
-    """The names in records of every kind, made now."""
+    """The names in records of every kind, made now, and of the numbers that benchmarks bound."""
     folder = tmp_path_factory.mktemp("metrics")
     tokens = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(0))
     run, shape = folder / "run", {"calibration": corpus, "evaluation_split": "validation"}
@@ -139,7 +140,7 @@ def fresh(tmp_path_factory, corpus, size) -> set[str]:
             on_a_task(folder),
             of_a_task(folder / "trial", size, patch),
         ]  # fmt: skip
-    return set().union(*map(names, records))
+    return set(benchmarks.BOUNDS).union(*map(names, records))
 
 
 def test_every_committed_metric_is_defined(committed) -> None:

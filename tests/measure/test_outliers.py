@@ -11,6 +11,7 @@ from oasis_attn.measure.outliers import (
     Outliers,
     inf_norm,
     literature_kurtosis,
+    massive,
     moments,
     pearson_kurtosis,
 )
@@ -258,6 +259,16 @@ def test_massive_activations_by_hand():
         places[1] | {"count": 2, "first_position": 0},
     ]
     assert tables["outlier.largest"] == [places[1]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 6), (7, 9), (64, 96)])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 300.0])
+def test_massive_activations_exceed_a_thousand_medians(shape, scale):
+    generator = torch.Generator().manual_seed(0)
+    for spread in (1, 4, 12):  # of the logarithms of the sizes
+        x_TD = scale * torch.exp(spread * torch.randn(shape, generator=generator))
+        expected = x_TD > max(100, 1000 * float(x_TD.median()))
+        assert torch.equal(massive(-x_TD), expected)
 
 
 def test_nothing_below_100_is_massive():

@@ -67,6 +67,14 @@ def test_png_is_written_atomically(tmp_path: Path) -> None:
     assert [child.name for child in path.parent.iterdir()] == ["map.png"]
 
 
+def test_every_figure_is_written_as_png_and_svg(tmp_path: Path) -> None:
+    written = figures.save_figures(figures.diagnosis_figures(diagnosis()), tmp_path)
+    assert sorted(path.name for path in written) == [
+        "first-token-mass.png", "first-token-mass.svg", "outliers.png", "outliers.svg",
+    ]  # fmt: skip
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+
+
 def test_svg_has_the_colors_of_the_page_and_no_links() -> None:
     text = figures.svg(figures.diagnosis_figures(diagnosis())["first-token-mass"])
     assert text.startswith("<svg")

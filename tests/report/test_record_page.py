@@ -9,10 +9,12 @@ import pytest
 from example_records import diagnosis, model_info, quantization
 from oasis_attn.errors import UserError
 from oasis_attn.records import BenchmarkRecord, Metric
+from oasis_attn.report.conclusion import conclusion
 from oasis_attn.report.document import Picture, walk
 from oasis_attn.report.record_findings import findings
-from oasis_attn.report.record_page import named, record_sections, title
+from oasis_attn.report.record_page import answers, named, record_sections, title
 from oasis_attn.report.tables import Table
+from oasis_attn.report.values import _shortened
 from test_records import EXAMPLES
 
 
@@ -150,3 +152,24 @@ def test_an_array_of_another_form_is_refused_by_path(tables):
     records = named({"path.json": diagnosis("m", tables=tables)})
     with pytest.raises(UserError, match=r"record: 'path.json' has an array of an unexpected form"):
         sections(records)
+
+
+def test_a_diagnosis_begins_with_its_conclusion():
+    noise = {f"range.noise_{kind}": 2.0 for kind in ("static", "static_rest", "dynamic")}
+    record = diagnosis("m", metrics=values(**noise), tables={"sink.tokens": []})
+    said = findings({"m": record})
+    assert said == [*conclusion(record), "No token is an attention sink."]
+    assert said[0].startswith("Static per-tensor ranges of 8 bits will break")
+
+
+def test_a_conclusion_from_an_array_of_another_form_is_refused_by_path():
+    noise = {"range.noise_static": 2.0, "range.noise_static_rest": 0.0, "range.noise_dynamic": 0.0}
+    for tables in ({}, {"range.outlier_tokens": [{}], "outlier.largest": []}):
+        record = diagnosis("m", metrics=values(**noise), tables=tables)
+        with pytest.raises(UserError, match=r"record: 'path.json' has an array of an unexpected"):
+            answers({"m": record}, {"m": "path.json"})
+
+
+def test_long_labels_keep_both_ends():
+    assert _shortened("original / gsm8k / w8a8-static-full") == "original / gs...8-static-full"
+    assert _shortened("original / gsm8k / w4a4") == "original / gsm8k / w4a4"

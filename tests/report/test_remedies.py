@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from example_records import ENVIRONMENT, TEXT, diagnosis, model_info
 from oasis_attn.records import DoctorRecord, Metric, Try
+from oasis_attn.report.record_findings import findings
+from oasis_attn.report.record_page import record_sections
 from oasis_attn.report.remedies import doctor_conclusion, doctor_table, ranked
 
 Numbers = dict[str, tuple[float, float] | str]
@@ -69,6 +73,16 @@ def test_of_good_tries_the_one_with_least_work_is_first() -> None:
     )
 
 
+def test_the_page_of_a_record_begins_with_the_conclusion() -> None:
+    records = {"m": record(MANY)}
+    assert findings(records) == list(doctor_conclusion(None, records["m"], ()))
+    (numbers, *_) = record_sections(records, {"m": "record.json"})
+    assert numbers.items[0] == doctor_table(records["m"])
+    begun = replace(records["m"], tries=())
+    assert findings({"m": begun}) == ["`perplexity.windowed` is 10 (n = 1)."]
+    assert record_sections({"m": begun}, {"m": "record.json"})
+
+
 def test_what_is_said_of_good_tries() -> None:
     table = {
         "group": ["all", "none", "mlp.down_proj", "mlp.up_proj"],
@@ -84,6 +98,12 @@ def test_what_is_said_of_good_tries() -> None:
         "Not possible: SmoothQuant; it fails.",
         "Not tried: GPTQ.  With --all, they are tried too.",
     )
+
+
+def test_a_group_does_not_cause_more_than_the_loss() -> None:
+    table = {"group": ["all", "none", "a", "b"], "all_but": [11.0, 10.0, 9.9, 11.0]}
+    found = record(MANY, tables={"sensitivity": table})
+    assert not any("of the loss" in text for text in doctor_conclusion(None, found, ALL))
 
 
 def test_what_is_said_if_nothing_is_good() -> None:

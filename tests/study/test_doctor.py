@@ -15,7 +15,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.quantization.remedies import REMEDIES
 from oasis_attn.records import DoctorRecord, Record
 from oasis_attn.report import conclusion
-from oasis_attn.report.remedies import doctor_conclusion, doctor_table, ranked
+from oasis_attn.report.remedies import doctor_conclusion, doctor_table, increase, ranked
 from oasis_attn.study import doctor as module
 from oasis_attn.study.apply_remedy import steps
 from oasis_attn.study.doctor import doctor
@@ -138,6 +138,11 @@ def test_a_second_run_measures_only_what_is_missing(monkeypatch) -> None:
     assert done == ["loading the model"]
     assert Record.load("out/record.json") == first.record
 
+    Path("out/diagnosis.json").unlink()  # then only the model is diagnosed again
+    again = doctor("model", "out", **TEXT)
+    assert again.record == first.record
+    assert again.diagnosis.metrics == first.diagnosis.metrics
+
     def interrupted(*_, **__) -> None:
         raise KeyboardInterrupt
 
@@ -244,14 +249,21 @@ def test_what_helps_is_combined_if_nothing_is_good(tmp_path, monkeypatch) -> Non
     monkeypatch.chdir(tmp_path)
     save(with_a_massive_position(), tmp_path)
     record = doctor("model", "out", tolerance=0.0, try_all=True, **TEXT).record
-    plain, *singles, together = (each for each in record.tries if not each.problem)
-    found = {x.name: record.metric("doctor.increase", x.name).value for x in (plain, *singles)}
-    helped = sorted((x for x in found if found[x] < found["plain"]), key=lambda x: found[x])
+    found = {tried.name: increase(record, tried) for tried in record.tries if not tried.problem}
+    singles = {name: value for name, value in found.items() if "+" not in name}
+    helped = sorted((x for x in singles if singles[x] < singles["plain"]), key=lambda x: singles[x])
     assert {"smoothquant", "rotation", "prefix"} < set(helped)
-    # The two exclude each other, so that the better one is taken.
-    helped.remove(max("smoothquant", "rotation", key=lambda x: found[x]))
-    assert together.name == "+".join(helped)
-    assert together.prefix == next(x.prefix for x in singles if x.name == "prefix")
+    best, *rest = helped
+    combined = set()
+    for name in rest:
+        together = f"{best}+{name}"
+        if not {"smoothquant", "rotation"} <= set(together.split("+")):  # they exclude each other
+            combined.add(together)
+            if found[together] < found[best]:
+                best = together
+    assert combined
+    assert combined == found.keys() - singles.keys()
+    assert found[best] == min(found.values())
 
 
 @pytest.mark.usefixtures("healthy")
@@ -268,6 +280,10 @@ def test_the_command(monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", words)
     assert main() == 2
     assert capsys.readouterr().err.startswith("oasis: --apply: 'q' exists")
+    monkeypatch.setattr("sys.argv", [*words[:4], "./new", "--out", "new", *words[5:]])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("oasis: --apply: 'new' is the folder of the records")
+    assert not Path("new").exists()
     monkeypatch.setattr("sys.argv", [*words[:3], *words[5:], "--json"])
     assert main() == 0
     found = json.loads(capsys.readouterr().out)

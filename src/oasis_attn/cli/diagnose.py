@@ -53,7 +53,8 @@ def diagnose(
         Path | None, Option(help="Write the record to this JSON file.", show_default=False)
     ] = None,
     figures: Annotated[
-        Path | None, Option(help="Write PNG figures to this folder.", show_default=False)
+        Path | None,
+        Option(help="Write every figure to this folder, as PNG and SVG.", show_default=False),
     ] = None,
     joint: Annotated[
         bool,
@@ -107,7 +108,7 @@ def diagnose(
         sink_table,
         summary_table,
     )
-    from oasis_attn.report.figures import save_figures
+    from oasis_attn.report.figures import diagnosis_figures, save_figures
 
     with working(f"diagnosing {model}", as_json=as_json):
         loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
@@ -123,7 +124,7 @@ def diagnose(
     if out is not None:
         record.save(out)
     if figures is not None:
-        save_figures(record, figures)
+        save_figures(diagnosis_figures(record), figures)
     if as_json:
         print(record.to_json())
     else:

@@ -8,6 +8,16 @@ from typing import Annotated, Any
 
 from typer import Option, confirm
 
+from oasis_attn.cli.calibration import (
+    Calibration,
+    CalibrationSplit,
+    Evaluation,
+    EvaluationSplit,
+    RotationSeed,
+    SchemeOption,
+    Window,
+    Windows,
+)
 from oasis_attn.cli.terminal import (
     AsJson,
     Model,
@@ -33,13 +43,7 @@ def doctor(
     scheme: Annotated[
         str, Option(help="Scheme to make good enough; weights get one scale per output channel.")
     ] = "w8a8-static-linear",
-    scheme_option: Annotated[
-        list[str] | None,
-        Option(
-            metavar="NAME=VALUE",
-            help="Change an option of the scheme, such as weight.bits=4; repeatable.",
-        ),
-    ] = None,
+    scheme_option: SchemeOption = None,
     tolerance: Annotated[
         float, Option(help="Increase of perplexity that is good enough: 0.05 is 5 %.")
     ] = 0.05,
@@ -53,25 +57,13 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    calibration: Annotated[
-        str,
-        Option(help="Corpus for calibration and search: a name, or a local text file."),
-    ] = "stdlib",
-    calibration_split: Annotated[str, Option(help="Split of the calibration corpus.")] = "train",
-    evaluation: Annotated[
-        str | None,
-        Option(help="Corpus for perplexity. Default: the calibration corpus.", show_default=False),
-    ] = None,
-    evaluation_split: Annotated[str, Option(help="Split of the evaluation corpus.")] = "test",
-    window: Annotated[int, Option(help="Tokens per window.")] = 256,
-    windows: Annotated[
-        int,
-        Option(
-            help="Maximum number of windows for calibration, and for perplexity. They are spread"
-            " over the split."
-        ),
-    ] = 8,
-    seed: Annotated[int, Option(help="Random seed of the rotation.")] = 0,
+    calibration: Calibration = "stdlib",
+    calibration_split: CalibrationSplit = "train",
+    evaluation: Evaluation = None,
+    evaluation_split: EvaluationSplit = "test",
+    window: Window = 256,
+    windows: Windows = 8,
+    seed: RotationSeed = 0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -111,7 +103,7 @@ def doctor(
         "trust_remote_code": trust_remote_code,
     }
     if apply is not None:
-        check_targets(apply)
+        check_targets(apply, out)
     with working(model, as_json=as_json) as report:
         result = consult(
             model,

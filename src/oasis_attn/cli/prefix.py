@@ -7,6 +7,15 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from oasis_attn.cli.calibration import (
+    Calibration,
+    CalibrationSplit,
+    Evaluation,
+    EvaluationSplit,
+    SchemeOption,
+    Window,
+    Windows,
+)
 from oasis_attn.cli.terminal import (
     AsJson,
     Model,
@@ -36,34 +45,13 @@ def prefix(
             help="Static scheme to measure the effect with: w8a8-static-linear or w8a8-static-full."
         ),
     ] = "w8a8-static-linear",
-    scheme_option: Annotated[
-        list[str] | None,
-        Option(
-            metavar="NAME=VALUE",
-            help="Change an option of the scheme, such as weight.granularity=channel; repeatable.",
-        ),
-    ] = None,
-    calibration: Annotated[
-        str,
-        Option(help="Corpus for search, tuning and calibration: a name, or a local text file."),
-    ] = "stdlib",
-    calibration_split: Annotated[str, Option(help="Split of the calibration corpus.")] = "train",
-    evaluation: Annotated[
-        str | None,
-        Option(
-            help="Corpus for the measurements. Default: the calibration corpus.",
-            show_default=False,
-        ),
-    ] = None,
-    evaluation_split: Annotated[str, Option(help="Split of the evaluation corpus.")] = "test",
-    window: Annotated[int, Option(help="Tokens per window.")] = 512,
-    windows: Annotated[
-        int,
-        Option(
-            help="Maximum number of windows for calibration, and for the measurements. They are"
-            " spread over the split."
-        ),
-    ] = 16,
+    scheme_option: SchemeOption = None,
+    calibration: Calibration = "stdlib",
+    calibration_split: CalibrationSplit = "train",
+    evaluation: Evaluation = None,
+    evaluation_split: EvaluationSplit = "test",
+    window: Window = 512,
+    windows: Windows = 16,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:

@@ -8,6 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from oasis_attn.cli.calibration import (
+    Calibration,
+    CalibrationSplit,
+    Evaluation,
+    EvaluationSplit,
+    RotationSeed,
+    SchemeOption,
+    Window,
+    Windows,
+)
 from oasis_attn.cli.terminal import (
     AsJson,
     Model,
@@ -29,14 +39,7 @@ def quantize(
     scheme: Annotated[
         str, Option(help="w8a8-static-full, w8a8-static-linear, w8a8-dynamic, w4a8, w4a4 or w4a16.")
     ] = "w8a8-dynamic",
-    scheme_option: Annotated[
-        list[str] | None,
-        Option(
-            metavar="NAME=VALUE",
-            help="Change an option of the scheme, such as weight.bits=3 or rotation=hadamard;"
-            " repeatable.",
-        ),
-    ] = None,
+    scheme_option: SchemeOption = None,
     format: Annotated[
         str,
         Option(
@@ -60,23 +63,12 @@ def quantize(
             help="Do not quantize targets that match PATTERN, such as '*.down_proj'; repeatable.",
         ),
     ] = None,
-    calibration: Annotated[
-        str, Option(help="Corpus for calibration: a name, or a local text file.")
-    ] = "stdlib",
-    calibration_split: Annotated[str, Option(help="Split of the calibration corpus.")] = "train",
-    evaluation: Annotated[
-        str | None,
-        Option(help="Corpus for perplexity. Default: the calibration corpus.", show_default=False),
-    ] = None,
-    evaluation_split: Annotated[str, Option(help="Split of the evaluation corpus.")] = "test",
-    window: Annotated[int, Option(help="Tokens per window.")] = 512,
-    windows: Annotated[
-        int,
-        Option(
-            help="Maximum number of windows for calibration, and for perplexity. They are spread"
-            " over the split."
-        ),
-    ] = 16,
+    calibration: Calibration = "stdlib",
+    calibration_split: CalibrationSplit = "train",
+    evaluation: Evaluation = None,
+    evaluation_split: EvaluationSplit = "test",
+    window: Window = 512,
+    windows: Windows = 16,
     sensitivity: Annotated[
         str | None,
         Option(
@@ -85,7 +77,7 @@ def quantize(
             metavar="BY",
         ),
     ] = None,
-    seed: Annotated[int, Option(help="Random seed of the rotation.")] = 0,
+    seed: RotationSeed = 0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:

@@ -6,6 +6,7 @@ that fit in the processor cache; no tensor is stored.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import compress
@@ -25,7 +26,7 @@ MASSIVE_RATIO = 1000.0
 LITERATURE_EPSILON = 1e-6  # in the denominator of the kurtosis of the literature
 SILENT = 1e-3  # largest standard deviation of a silent tensor, relative to the median tensor's
 CONSTANT = 1e-12  # largest standard deviation due to rounding, relative to the root mean square
-_PIECE = 1 << 18
+_PIECE = 1 << 16
 
 
 def inf_norm(x_BM: Tensor) -> Tensor:
@@ -36,7 +37,16 @@ def inf_norm(x_BM: Tensor) -> Tensor:
 def massive(x_TD: Tensor) -> Tensor:
     """Which entries of a hidden state are massive activations, bool [T, D]."""
     sizes_TD = x_TD.abs()
-    return sizes_TD > max(MASSIVE, MASSIVE_RATIO * float(sizes_TD.median()))
+
+    def is_massive(size: float) -> bool:
+        # Counting what is smaller than size / 1000 is several times faster than the median.
+        return 2 * int((sizes_TD < size / MASSIVE_RATIO).sum()) > sizes_TD.numel() - 1
+
+    if not is_massive(float(sizes_TD.max())):
+        return torch.zeros_like(sizes_TD, dtype=torch.bool)
+    large = sizes_TD[sizes_TD > MASSIVE].unique().tolist()
+    smallest = bisect_left(large, True, key=is_massive)
+    return sizes_TD >= (large[smallest] if large else torch.inf)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Attention sinks (first-position probability, sink rate, value-weighted norm) and the null.
 
-Axes: N windows, B windows in a batch, T tokens, L layers, H heads, d head width, D width.
+Axes: N windows, B windows in a batch, T tokens, L layers, H heads, I heads and the bias, d head
+width, D width.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ def value_images(value_BHd: Tensor, out_projection: nn.Module) -> Tensor:
     Kobayashi et al. 2020 (arXiv 2004.10102).  An output gate is not included.
     """
     batch, heads, width = value_BHd.shape
-    # One row per head, zero for the other heads, so that any type of projection module works.
-    rows_BHHd = value_BHd.new_zeros(batch, heads, heads, width)
-    rows_BHHd.diagonal(dim1=1, dim2=2).copy_(value_BHd.transpose(1, 2))
+    # One row per head, zero for the other heads, so that any type of projection module works; and
+    # a row of zeros, whose image is the bias.
+    rows_BIHd = value_BHd.new_zeros(batch, heads + 1, heads, width)
+    rows_BIHd[:, :heads].diagonal(dim1=1, dim2=2).copy_(value_BHd.transpose(1, 2))
     # .forward, so that hooks on the projection are not called.
-    images_BHD = out_projection.forward(rows_BHHd.flatten(2))
-    images_BHD = images_BHD - out_projection.forward(rows_BHHd.new_zeros(1, 1, heads * width))
-    return images_BHD.double()
+    images_BID = out_projection.forward(rows_BIHd.flatten(2))
+    return (images_BID[:, :heads] - images_BID[:, heads:]).double()
 
 
 def first_position_norms(p_BHT: Tensor, value_BHd: Tensor, out_projection: nn.Module) -> Tensor:

@@ -89,6 +89,13 @@ BENCHMARKS = (
         protocol="as `decoding.prefill_<model>_speed_over_stock`",
     ),
     Definition(
+        name="diagnosis.time_over_forward",
+        definition="time of `diagnose` / time of the forward pass, SmolLM2",
+        unit="1",
+        better="lower",
+        protocol=f"{_SPEED}; one thread, one window of 1024 tokens",
+    ),
+    Definition(
         name="integer.simulated_<scheme>_speed_over_float",
         definition="tokens per second in prefill, SmolLM2 with simulated quantization / in float",
         unit="1",

@@ -25,7 +25,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention_call import AttentionCall as AttentionCall
 from oasis_attn.modeling.attention_maps import observed_map, selected_keys_mask
 from oasis_attn.modeling.configuration_oasis import ATTENTION
-from oasis_attn.modeling.decoder_map import decoder_map, find_decoder
+from oasis_attn.modeling.decoder_map import decoder_map, find_decoder, find_layers
 from oasis_attn.modeling.hf_compat import (
     attention_implementation,
     create_position_bias_mask,
@@ -223,7 +223,7 @@ def _observed_natively(
     model: PreTrainedModel, callback: Callable[[AttentionCall], None]
 ) -> Iterator[None]:
     decoder: Any = find_decoder(model).module
-    layers = decoder_map(model).layers
+    _, layers = find_layers(model)
     running: list[int] = []  # the layer that is running, whose attention may be shared or nested
 
     def observer(call: AttentionCall) -> None:
@@ -233,8 +233,8 @@ def _observed_natively(
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             for handle in (
-                layer.module.register_forward_pre_hook(lambda *_, i=index: running.append(i)),
-                layer.module.register_forward_hook(lambda *_: running.clear(), always_call=True),
+                layer.register_forward_pre_hook(lambda *_, i=index: running.append(i)),
+                layer.register_forward_hook(lambda *_: running.clear(), always_call=True),
             ):
                 stack.callback(handle.remove)
         before = attention_implementation(decoder.config)
@@ -248,9 +248,9 @@ def _observed_natively(
         else:
             set_attention_implementation(decoder.config, "eager")  # which has a map to return
             stack.callback(set_attention_implementation, decoder.config, before)
-            for layer in layers:
-                if layer.attention is not None:
-                    stack.enter_context(observed_map(model, layer.attention, observer))
+            for mapped in decoder_map(model).layers:
+                if mapped.attention is not None:
+                    stack.enter_context(observed_map(model, mapped.attention, observer))
         yield
 
 

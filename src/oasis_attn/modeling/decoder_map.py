@@ -175,7 +175,7 @@ def decoder_map(model: PreTrainedModel) -> DecoderMap:
     Raises:
         UserError: the list of its layers was not found.
     """
-    path, layers = _find_layers(model)
+    path, layers = find_layers(model)
     decoder = find_decoder(model)
     text = model.config.get_text_config(decoder=True)
     parallel = getattr(text, "use_parallel_residual", False)
@@ -213,7 +213,7 @@ def find_decoder(model: PreTrainedModel) -> Part:
     Raises:
         UserError: the list of its layers was not found.
     """
-    name = _find_layers(model)[0].rpartition(".")[0]
+    name = find_layers(model)[0].rpartition(".")[0]
     return Part(name, model.get_submodule(name))
 
 
@@ -249,7 +249,12 @@ def is_part_of(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
 
-def _find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The path of the list of the decoder's layers, and the list; cheaper than `decoder_map`.
+
+    Raises:
+        UserError: it was not found.
+    """
     text = model.config.get_text_config(decoder=True)
     depth = getattr(text, "num_hidden_layers", None)
     if depth is None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.modeling.decoder_map import decoder_map
+from oasis_attn.modeling.decoder_map import find_decoder, find_layers
 from oasis_attn.modeling.depth_cache import RouterCall
 
 _BLOCKS = ("attention_input", "mlp_input", "final_input")  # Inkling 2's names
@@ -69,15 +69,15 @@ def observe_native_depth(
 
 def _routers(model: PreTrainedModel, names: tuple[str, str, str]) -> dict[nn.Module, int]:
     """The index of each router of a decoder whose routers have these names."""
-    decoder = decoder_map(model)
+    _, layers = find_layers(model)
     found: dict[nn.Module, int] = {}
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(layers):
         for router, name in enumerate(names[:2], 2 * index):
-            module = getattr(layer.module, name, None)
+            module = getattr(layer, name, None)
             if isinstance(module, nn.Module):
                 found[module] = router
-    last = getattr(decoder.module, names[2], None)
-    return found | {last: 2 * len(decoder.layers)} if found and isinstance(last, nn.Module) else {}
+    last = getattr(find_decoder(model).module, names[2], None)
+    return found | {last: 2 * len(layers)} if found and isinstance(last, nn.Module) else {}
 
 
 def _call(router: int, weights_BTS: Tensor) -> RouterCall:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-CHUNK = 256  # positions per call: limits the memory of the copy that log-softmax makes
+CHUNK = 64  # positions per call: the copy that log-softmax makes should fit in the cache
 
 
 def token_losses(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:

@@ -26,14 +26,11 @@ _GROUPED = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 def save_figures(sections: Iterable[Section], folder: str | Path) -> list[Path]:
     """Write every figure to `folder` as a PNG and an SVG file; returns the paths."""
-    from oasis_attn.report.figures import save_png, save_svg
+    from oasis_attn.report import figures
 
     pictures = [item for item in walk(sections) if isinstance(item, Picture)]
-    written = []
-    for name, picture in _named([each.name for each in pictures], pictures):
-        written.append(save_png(picture.figure, Path(folder) / f"{name}.png"))
-        written.append(save_svg(picture.figure, Path(folder) / f"{name}.svg"))
-    return written
+    named = _named([each.name for each in pictures], pictures)
+    return figures.save_figures({name: picture.figure for name, picture in named}, folder)
 
 
 def save_tables(sections: Iterable[Section], folder: str | Path) -> list[Path]:

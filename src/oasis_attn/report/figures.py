@@ -67,9 +67,9 @@ _PAGE_COLORS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Map:
-    """A heat map of a table: its file name, its title, and the names of its axes and colors."""
+    """A heat map of a table: its file name, its title, and the names of its colors and axes."""
 
     file: str
     title: str
@@ -78,36 +78,21 @@ class _Map:
     down: str = "layer"
 
 
+_ATTENTION, _NULL = "mean attention probability", "mean null probability"
 _MAPS = {
-    "sink.mass": _Map(
-        file="first-token-mass",
-        title="Attention on the first token",
-        color_label="mean attention probability",
-    ),
+    "sink.mass": _Map("first-token-mass", "Attention on the first token", _ATTENTION),
     "sink.idle": _Map(
-        file="first-token-idle",
-        title="Attention of idle tokens on the first token",
-        color_label="mean attention probability",
+        "first-token-idle", "Attention of idle tokens on the first token", _ATTENTION
     ),
     "sink.trigger": _Map(
-        file="first-token-trigger",
-        title="Attention of triggers on the first token",
-        color_label="mean attention probability",
+        "first-token-trigger", "Attention of triggers on the first token", _ATTENTION
     ),
-    "null.mass": _Map(
-        file="null-mass",
-        title="Attention on the null option",
-        color_label="mean null probability",
-    ),
-    "null.idle": _Map(
-        file="null-idle",
-        title="Attention of idle tokens on the null option",
-        color_label="mean null probability",
-    ),
+    "null.mass": _Map("null-mass", "Attention on the null option", _NULL),
+    "null.idle": _Map("null-idle", "Attention of idle tokens on the null option", _NULL),
     "depth.weights": _Map(
-        file="depth-weights",
-        title="Weights of the depth routers",
-        color_label="mean weight",
+        "depth-weights",
+        "Weights of the depth routers",
+        "mean weight",
         across="source (0 is the embedding)",
         down="router",
     ),
@@ -168,10 +153,13 @@ def diagnosis_figures(record: DiagnosisRecord) -> dict[str, Figure]:
     return {"outliers": outlier_lines({name: record}), **record_maps(record, name)}
 
 
-def save_figures(record: DiagnosisRecord, folder: str | Path) -> list[Path]:
-    """Write every figure of a diagnosis to `folder` as a PNG file; returns the paths."""
-    figures = diagnosis_figures(record)
-    return [save_png(figure, Path(folder) / f"{name}.png") for name, figure in figures.items()]
+def save_figures(figures: Mapping[str, Figure], folder: str | Path) -> list[Path]:
+    """Write every figure to `folder` as a PNG and an SVG file of its name; returns the paths."""
+    return [
+        save(figure, Path(folder) / f"{name}.{ending}")
+        for name, figure in figures.items()
+        for ending, save in (("png", save_png), ("svg", save_svg))
+    ]
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:

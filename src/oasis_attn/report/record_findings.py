@@ -5,19 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from oasis_attn.records import DiagnosisRecord, EvaluationRecord, Record, TrainingRecord
+from oasis_attn.records import (
+    DiagnosisRecord,
+    EvaluationRecord,
+    Record,
+    TrainingRecord,
+)
+from oasis_attn.report.conclusion import conclusion
 from oasis_attn.report.record_tables import BEFORE_AFTER, better
+from oasis_attn.report.remedies import doctor_conclusion, has_tries
 from oasis_attn.report.tables import number, ranges, token_name
 
 _MOST = 3  # sentences
+_CONCLUSIVE = {"range.noise_static", "range.noise_static_rest", "range.noise_dynamic"}
+"""The metrics that a diagnosis has had since it concludes."""
 _MAIN = ("perplexity.windowed", "task.error", "sink.mass", "outlier.max_inf_norm")
 
 
 def findings(records: Mapping[str, Record]) -> list[str]:
-    """At most three sentences about one record, or about the metrics that several share."""
+    """At most three sentences about one record, or about the metrics that several share.
+
+    About a diagnosis and the tries of the doctor, all that they conclude.
+    """
     if len(records) == 1:
         ((label, record),) = records.items()
-        said = [*_about_tables(record), *_about_changes(record), *_about_metrics(record)]
+        if has_tries(record):
+            return list(doctor_conclusion(None, record, ()))
+        about_tables = _about_tables(record)
+        if isinstance(record, DiagnosisRecord) and {m.name for m in record.metrics} >= _CONCLUSIVE:
+            return [*conclusion(record), *about_tables[:1]]
+        said = [*about_tables, *_about_changes(record), *_about_metrics(record)]
         return said[:_MOST] or [f"`{label}` has {len(record.metrics)} numbers."]
     shared = _shared(records)
     said = [_on_shared(name, values) for name, values in shared.items()]

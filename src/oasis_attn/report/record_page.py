@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from oasis_attn.errors import UserError, reason, shown
 from oasis_attn.records import (
     BenchmarkRecord,
     DiagnosisRecord,
+    DoctorRecord,
     EvaluationRecord,
     ModelRecord,
     Record,
 )
 from oasis_attn.report.document import Fold, Gallery, Item, Picture, Section
 from oasis_attn.report.figures import outlier_lines, record_maps
-from oasis_attn.report.record_findings import main_metrics
+from oasis_attn.report.record_findings import findings, main_metrics
 from oasis_attn.report.record_tables import (
     BEFORE_AFTER,
     array_tables,
@@ -28,6 +30,7 @@ from oasis_attn.report.record_tables import (
     metric_table,
     settings_tables,
 )
+from oasis_attn.report.remedies import doctor_table, has_tries
 from oasis_attn.report.tables import (
     Table,
     activation_table,
@@ -85,6 +88,12 @@ def title(records: Mapping[str, Record]) -> str:
     return f"{record.kind.capitalize()}: {name}"
 
 
+def answers(records: Mapping[str, Record], paths: Mapping[str, str]) -> list[str]:
+    """The sentences above the sections; for the arguments, see `record_sections`."""
+    with _refused(", ".join(paths.values())):
+        return findings(records)
+
+
 def record_sections(records: Mapping[str, Record], paths: Mapping[str, str]) -> list[Section]:
     """The sections of the page.
 
@@ -99,7 +108,8 @@ def record_sections(records: Mapping[str, Record], paths: Mapping[str, str]) -> 
     several = len(records) > 1
     numbers = [change_table(records), metric_table(records, whole=True)]
     places = metric_table(records, whole=False)
-    shown_numbers: list[Item] = [table for table in numbers if table.rows]
+    tries = [doctor_table(record) for record in records.values() if has_tries(record)]
+    shown_numbers: list[Item] = [*tries, *(table for table in numbers if table.rows)]
     if places.rows:
         few = len(places.rows) <= 40 and not shown_numbers
         shown_numbers.append(places if few else Fold(places.title, (places,)))
@@ -152,7 +162,7 @@ def _with_floats(record: Record) -> Record:
 
 
 def _parts(name: str, record: Record, path: str) -> _Parts:
-    try:
+    with _refused(path):
         tables = record.tables
         own = [
             replace(table, title=f"{name}: {table.title}")
@@ -181,6 +191,13 @@ def _parts(name: str, record: Record, path: str) -> _Parts:
             losses=[(float(row["step"]), float(row["loss"])) for row in tables.get("loss", ())],
             has_layers=layers,
         )
+
+
+@contextmanager
+def _refused(path: str) -> Iterator[None]:
+    """Context in which an error in an array of a record becomes a `UserError` with its path."""
+    try:
+        yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"record: {shown(path)} has an array of an unexpected form "
@@ -258,10 +275,10 @@ def _values(records: Mapping[str, Record]) -> list[Picture]:
 
 
 def _places(records: Mapping[str, Record]) -> list[Picture]:
-    """The metrics of a benchmark by place, with their standard errors."""
+    """The metrics of a benchmark by place, or of the doctor by try, with their standard errors."""
     found: dict[str, list[Value]] = {}
     for label_, record in records.items():
-        for metric in record.metrics if isinstance(record, BenchmarkRecord) else ():
+        for metric in record.metrics if isinstance(record, BenchmarkRecord | DoctorRecord) else ():
             if metric.where and metric.where not in BEFORE_AFTER:
                 name = metric.where if len(records) == 1 else f"{label_}: {metric.where}"
                 error = metric.standard_error if metric.standard_error is not None else math.nan

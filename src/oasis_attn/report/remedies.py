@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
-from oasis_attn.records import DiagnosisRecord, DoctorRecord, Try
+from oasis_attn.records import DiagnosisRecord, DoctorRecord, Record, Try
 from oasis_attn.report.conclusion import Noise
 from oasis_attn.report.tables import ABSENT, Table, label, number, percent
 
 PLAIN = "plain"
 """The name of the try without a remedy."""
+_NUMBERS = ("perplexity.windowed", "doctor.increase", "doctor.run_time_work", "doctor.seconds")
 _WORDS = {
     "dynamic": "dynamic ranges",
     "smoothquant": "SmoothQuant",
@@ -23,6 +25,15 @@ _WORDS = {
     "rotation": "a rotation",
     "gptq": "GPTQ",
 }
+
+
+def has_tries(record: Record) -> TypeGuard[DoctorRecord]:
+    """Whether a record is of the doctor and has numbers of the scheme alone, and of all tries."""
+    if not isinstance(record, DoctorRecord):
+        return False
+    possible = {tried.name for tried in record.tries if not tried.problem}
+    measured = ({metric.where for metric in record.each(name)} for name in _NUMBERS)
+    return PLAIN in possible and all(possible <= places for places in measured)
 
 
 def increase(record: DoctorRecord, tried: Try) -> float:
@@ -63,12 +74,13 @@ def doctor_table(record: DoctorRecord) -> Table:
 
 
 def doctor_conclusion(
-    diagnosis: DiagnosisRecord, record: DoctorRecord, remedies: Sequence[str]
+    diagnosis: DiagnosisRecord | None, record: DoctorRecord, remedies: Sequence[str]
 ) -> tuple[str, ...]:
     """What the tries came to, in sentences.
 
     Args:
-        diagnosis, record: of the same model.
+        diagnosis: of the same model, to say if it expected something else; or None.
+        record: the tries.
         remedies: names of all remedies, to say which were not tried.
     """
     plain = next(tried for tried in record.tries if tried.name == PLAIN)
@@ -77,7 +89,7 @@ def doctor_conclusion(
         f"{scheme} alone changes the perplexity by {_change(record, plain)}; {limit} is the limit."
     )
     if is_good(record, plain):
-        expected = record.scheme["static"] and Noise.of(diagnosis).breaks["static"]
+        expected = diagnosis and record.scheme["static"] and Noise.of(diagnosis).breaks["static"]
         but = [
             "The diagnosis expects a break, but the predictions of this model do not depend on it."
         ]
@@ -119,7 +131,10 @@ def _about_sensitivity(record: DoctorRecord) -> list[str]:
     if not (loss and cost > 0):
         return []
     group = min(loss, key=lambda name: loss[name])
-    share = percent((cost - (loss[group] - least)) / cost)
+    part = (cost - (loss[group] - least)) / cost
+    if part > 1:  # without this group, the loss is smaller than that of the unquantized model
+        return []
+    share = percent(part)
     return [f"{group} alone causes {share} of the loss: so much is gone if it is not quantized."]
 
 

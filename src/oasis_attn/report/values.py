@@ -91,4 +91,8 @@ def loss_lines(losses: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
 
 
 def _shortened(label: str) -> str:
-    return label if len(label) <= _LONGEST else f"{label[: _LONGEST - 3]}..."
+    """The label without its middle, because labels differ at their ends."""
+    if len(label) <= _LONGEST:
+        return label
+    kept = (_LONGEST - 3) // 2
+    return f"{label[:kept]}...{label[-kept:]}"

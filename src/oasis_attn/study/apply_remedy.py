@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, shown
 from oasis_attn.files import check_free
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.int8 import check_kernels
@@ -93,10 +93,12 @@ def prefixed_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}-prefixed")
 
 
-def check_targets(out: Path) -> None:
-    """Raise `UserError` if a folder that `steps` may write exists."""
+def check_targets(out: Path, records: Path) -> None:
+    """Raise `UserError` if a folder that `steps` may write exists, or is that of the `records`."""
     for folder in (out, prefixed_folder(out)):
         check_free(folder, "apply")
+        if folder.resolve() == records.resolve():
+            raise UserError(f"apply: {shown(str(folder))} is the folder of the records (--out)")
 
 
 def _has_kernels(scheme: Scheme) -> bool:

@@ -12,8 +12,7 @@ from oasis_attn.records import Record
 from oasis_attn.report.document import Item, Page, Section
 from oasis_attn.report.export import save_figures, save_tables
 from oasis_attn.report.html import write_page
-from oasis_attn.report.record_findings import findings
-from oasis_attn.report.record_page import footer, named, record_sections, title
+from oasis_attn.report.record_page import answers, footer, named, record_sections, title
 from oasis_attn.study.lookup import PLAN_FILE
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.study_page import study_page
@@ -99,10 +98,10 @@ def combined_page(inputs: Inputs) -> Page:
     pages = [study_page(finished_results(folder)) for folder in inputs.studies]
     if len(pages) == 1 and not inputs.records:
         return pages[0]
-    answers: list[Item] = []
+    said: list[Item] = []
     sections: list[Section] = []
     for page in pages:
-        answers += [
+        said += [
             f"{page.title}. {item}" if isinstance(item, str) else item for item in page.answers
         ]
         sections += [Section(f"{page.title}: {each.heading}", each.items) for each in page.sections]
@@ -110,7 +109,7 @@ def combined_page(inputs: Inputs) -> Page:
     if inputs.records:
         records = named(inputs.records)
         labeled = dict(zip(records, inputs.records, strict=True))
-        answers = [*findings(records), *answers]
+        said = [*answers(records, labeled), *said]
         sections = [*record_sections(records, labeled), *sections]
         headings = [title(records), *headings]
         footers = [footer(records), *footers]
@@ -118,7 +117,7 @@ def combined_page(inputs: Inputs) -> Page:
     return Page(
         title=headings[0] if len(headings) == 1 else "; ".join(headings),
         lead=f"From {read}.",
-        answers=tuple(answers),
+        answers=tuple(said),
         sections=tuple(sections),
         footer=" · ".join(footers),
     )

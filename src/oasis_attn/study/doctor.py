@@ -4,7 +4,8 @@
 2. Measure the sensitivity to each kind of tensor, on every fourth window.
 3. Try the remedies one by one: those first that the diagnosis promises to help, and of these the
    fastest first.  Stop at the first good one.
-4. If none is good, try those that help all at once.
+4. If none is good, combine those that help: add one after the other to the best one, and keep it if
+   that is better.
 
 Each result is stored when it is complete, so that a second run continues after the last one.
 """
@@ -194,14 +195,36 @@ def _ordered(scheme: Scheme, diagnosis: DiagnosisRecord) -> list[Remedy]:
 def _try_remedies(visit: _Visit, plain: Try, remedies: Sequence[Remedy], *, try_all: bool) -> None:
     helped: list[tuple[float, int]] = []
     for index, remedy in enumerate(remedies):
-        tried = visit.attempt(remedy, later=remedies[index + 1 :])
+        tried = visit.attempt(
+            remedy, later=(*remedies[index + 1 :], *_chain(remedies, visit.scheme))
+        )
         if is_good(visit.record, tried) and not try_all:
             return
         if increase(visit.record, tried) < increase(visit.record, plain):
             helped.append((increase(visit.record, tried), index))
-    together = combine([remedies[index] for _, index in sorted(helped)], visit.scheme)
-    if together is not None:
-        visit.attempt(together)
+    if helped:
+        least, _ = min(helped)
+        _combine([remedies[index] for _, index in sorted(helped)], visit, least, try_all=try_all)
+
+
+def _combine(helped: Sequence[Remedy], visit: _Visit, least: float, *, try_all: bool) -> None:
+    """Add the remedies to the first one, whose increase is `least`; keep those that reduce it."""
+    parts = list(helped[:1])
+    for index, remedy in enumerate(helped[1:], 2):
+        together = combine([*parts, remedy], visit.scheme)
+        if together is None:
+            continue
+        tried = visit.attempt(together, later=_chain(helped, visit.scheme)[index - 1 :])
+        if is_good(visit.record, tried) and not try_all:
+            return
+        if increase(visit.record, tried) < least:
+            parts, least = [*parts, remedy], increase(visit.record, tried)
+
+
+def _chain(remedies: Sequence[Remedy], scheme: Scheme) -> list[Remedy]:
+    """What `_combine` tries at most."""
+    found = (combine(remedies[:count], scheme) for count in range(2, len(remedies) + 1))
+    return [remedy for remedy in found if remedy is not None]
 
 
 class _Visit:
@@ -221,16 +244,18 @@ class _Visit:
         self._with_prefix: PreTrainedModel | None = None
         self._out, self._progress = out, progress
         self._start, self._done = time.monotonic(), 0.0
+        self._remedies = _effort((*REMEDIES, *_chain(REMEDIES, self.scheme)))
 
     def diagnose(self, tokenizer: PreTrainedTokenizerBase) -> DiagnosisRecord:
         """Diagnose the model."""
         path = self._out / DIAGNOSIS
         if self.record.metrics and path.is_file():
             return DiagnosisRecord.load(path)
-        with self._step("diagnosing", _DIAGNOSIS, later=_PLAIN + _SENSITIVITY + _effort(REMEDIES)):
+        with self._step("diagnosing", _DIAGNOSIS, later=_PLAIN + _SENSITIVITY + self._remedies):
             diagnosis = diagnose(self._model, self._held_out, tokenizer=tokenizer)
         diagnosis.save(path)
-        self.save(metrics=(diagnosis.metric("perplexity.windowed"),))
+        of_tries = (metric for metric in self.record.metrics if metric.where)
+        self.save(metrics=(diagnosis.metric("perplexity.windowed"), *of_tries))
         return diagnosis
 
     def measure_sensitivity(self) -> None:
@@ -238,7 +263,7 @@ class _Visit:
         if "sensitivity" in self.record.tables:
             return
         what = "measuring the sensitivity to each kind of tensor"
-        with self._step(what, _SENSITIVITY, later=_effort(REMEDIES)):
+        with self._step(what, _SENSITIVITY, later=self._remedies):
             table = sensitivity_table(
                 self._model,
                 self.scheme,
@@ -258,7 +283,7 @@ class _Visit:
         for tried in self.record.tries:
             if tried.name == name:
                 return tried
-        later_effort = _effort(later) if remedy else _SENSITIVITY + _effort(REMEDIES)
+        later_effort = _effort(later) if remedy else _SENSITIVITY + self._remedies
         metrics: tuple[Metric, ...] = ()
         with self._step(f"trying {name}", effort, later=later_effort):
             try:
