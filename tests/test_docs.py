@@ -12,6 +12,7 @@ import arith
 import healing
 import matrix
 import retrofit
+import served_prefix
 from oasis_attn.cli import main
 from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
@@ -54,6 +55,19 @@ def test_arith() -> None:
     table = markdown(arith.table(Record.load(folder / "record.json")))
     assert (folder / "table.md").read_text() == table
     assert table in (DOCS / "quantization.md").read_text()
+
+
+def test_served_prefix() -> None:
+    folder = DOCS / "results" / "served_prefix"
+    record = Record.load(folder / "record.json")
+    table = markdown(served_prefix.table(record))
+    assert (folder / "table.md").read_text() == table
+    assert table.strip() in (DOCS / "serving.md").read_text()
+    for scheme in served_prefix.SCHEMES:
+        rows = (served_prefix.STORED, served_prefix.LEFT_OUT, served_prefix.NONE)
+        values = [record.metric("perplexity.windowed", f"{scheme} / {row}").value for row in rows]
+        assert values == sorted(values)
+        assert len(record.settings["left_out"][scheme]) <= 3
 
 
 def test_retrofit() -> None:

@@ -97,9 +97,9 @@ def check_at_least(argument: str, value: object, lowest: float, highest: float =
 def check_whole(argument: str, value: object, lowest: int, highest: int = MOST) -> None:
     """Raise `UserError` unless `value` is an int from `lowest` to `highest`."""
     if type(value) is not int or not lowest <= value <= highest:
-        raise UserError(
-            f"{argument}: {shown(value)} is not a whole number from {lowest} to {highest}"
-        )
+        open_ended = highest == MOST and not (type(value) is int and value > highest)
+        ends = f"of at least {lowest}" if open_ended else f"from {lowest} to {highest}"
+        raise UserError(f"{argument}: {shown(value)} is not a whole number {ends}")
 
 
 def check_seed(argument: str, value: object) -> None:

@@ -80,7 +80,7 @@ def test_another_process_computes_the_same_without_this_library(oasis, model, tm
     code, shown = oasis("export", tmp_path / "tuned model", tmp_path / "tuned", "--json")
     assert (code, json.loads(shown.out)["prefix"]) == (0, "a PEFT adapter")
     for name, line in {
-        "tokens": "tokenizer puts the tokens [5, 6] before every text",
+        "tokens": "tokenizer puts the tokens [5, 6] of the prefix before every text",
         "tuned": 'model = AutoModelForCausalLM.from_pretrained(f"{path}/base_model")',
     }.items():
         assert line in (tmp_path / name / "README.md").read_text()

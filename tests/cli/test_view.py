@@ -48,7 +48,7 @@ BAD = [
     (["--text-file", "chat.json"], "--text-file: file 'chat.json' is not one of .txt"),
     (["--text-file", "chat.json", "--chat"], "is not a list of messages, each with role"),
     (["--text-file", "absent.json", "--chat"], "--text-file: 'absent.json' cannot be read"),
-    (["--text", "w5 w6", "--tokens", "1"], "--tokens: 1 is not a whole number from 2"),
+    (["--text", "w5 w6", "--tokens", "1"], "--tokens: 1 is not a whole number of at least 2"),
     (["--text", "w5 w6", "--out", "."], "--out: '.' is a folder; give a file"),
 ]
 

@@ -118,7 +118,7 @@ def test_bad_input(corpus, tokenizer, tmp_path):
         UserError, match=r"split .train. has \d+ tokens, which is less than one window of 1000000"
     ):
         token_blocks(corpus, tokenizer, 1_000_000)
-    with pytest.raises(UserError, match="block_length: 1 is not a whole number from 2 to"):
+    with pytest.raises(UserError, match="block_length: 1 is not a whole number of at least 2"):
         token_blocks(corpus, tokenizer, 1)
     with pytest.raises(UserError, match="outside the model's vocabulary of 260"):
         token_blocks(corpus, tokenizer, 16, vocab_size=260)

@@ -150,7 +150,7 @@ def test_mixed_with_text(tmp_path, monkeypatch):
         (lambda: corpus_tokenizer(load_corpus("majority"), 512), "vocab_size: 512 is not 140"),
         (
             lambda: corpus_tokenizer(load_corpus("majority+pydoc"), 393),
-            "vocab_size: 393 is not a whole number from 394 to",
+            "vocab_size: 393 is not a whole number of at least 394",
         ),
     ],
 )

@@ -204,8 +204,8 @@ def test_a_whole_file_is_one_document(tmp_path):
         ([[0.5, 1.5]], {"window": None}, "dtype torch.float32 is not an integer type"),
         ([[1, 11]], {"window": None}, "tokens: 11 is outside the model's vocabulary of 11"),
         ([[-1, 5]], {"window": None}, "tokens: -1 is outside"),
-        ("abcd", {"window": 1}, "window: 1 is not a whole number from 2 to"),
-        ("abcd", {"windows": 0}, "windows: 0 is not a whole number from 1 to"),
+        ("abcd", {"window": 1}, "window: 1 is not a whole number of at least 2"),
+        ("abcd", {"windows": 0}, "windows: 0 is not a whole number of at least 1"),
         ([[1, 2]], {"window": None, "source": {"corpora": "x"}}, "data: .*corpora"),
         ([[1, 2]], {"window": None, "source": {"split": 3}}, "data: split 3 is not a string"),
         (

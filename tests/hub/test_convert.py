@@ -13,6 +13,7 @@ from oasis_attn import OasisForCausalLM, UserError, convert, variants
 from oasis_attn.hub.convert import NULL_OFF, convert_checkpoint, to_vanilla
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.prefix import attach_prefix, compute_prefix
+from oasis_attn.quantization import quantize
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 INEXACT = {
@@ -273,8 +274,11 @@ def test_smollm2_keeps_its_logits_and_its_perplexity():
         assert f"{found.loss.exp():.4g}" == f"{expected.loss.exp():.4g}"
 
 
-def test_a_prefix_is_not_lost():
-    native = native_model()
-    attach_prefix(native, compute_prefix(native, [5]))
+@pytest.mark.parametrize("way", [convert, to_vanilla])
+def test_models_with_a_prefix_and_quantized_ones_are_refused(way):
+    model = native_model() if way is convert else convert(native_model())
+    with pytest.raises(UserError, match="model: it is quantized; convert the original model"):
+        way(quantize(model, "w8a8-dynamic"))
+    attach_prefix(model, compute_prefix(model, [5]))
     with pytest.raises(UserError, match="would remove its prefix"):
-        convert(native)
+        way(model)

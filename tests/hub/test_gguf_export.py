@@ -136,10 +136,11 @@ def test_a_file_is_whole_or_absent(tmp_path, tokenizer, monkeypatch):
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     model = build()
-    model.lm_head.weight.data[0, 0] = 1e5
-    with pytest.raises(UserError, match=r"weights: output\.weight has numbers that are too large"):
-        write_gguf(model, tokenizer, tmp_path / "m.gguf", weights="f16")
-    assert not list(tmp_path.iterdir())
+    for weights, value in {"f16": 1e5, "q8_0": 1e7, "q4_0": 1e7}.items():
+        model.lm_head.weight.data[0, 0] = value
+        with pytest.raises(UserError, match=r"output\.weight has numbers that are too large for"):
+            write_gguf(model, tokenizer, tmp_path / "m.gguf", weights=weights)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,15 @@ def test_tokenizers_are_read_again(tmp_path, make, model, pre):
     for name in ("bos", "eos", "unk", "pad"):
         want = getattr(tokenizer, f"{name}_token_id")
         assert want is None or getattr(again, f"{name}_token_id") == want
+
+
+def test_a_token_without_an_embedding_is_refused():
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<image>"])
+    with pytest.raises(
+        UserError, match=r"its token '<image>' is number 330, but .* 330 embeddings"
+    ):
+        GGUFTokenizer.of(tokenizer, len(tokenizer) - 1)
 
 
 def test_tokenizers_without_a_name_are_refused():

@@ -176,7 +176,7 @@ def test_nothing_is_shown(folder, capfd):
 def test_a_missing_tokenizer_is_named(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded: it contains no tokenizer"):
         load_model(folder)
 
 

@@ -120,6 +120,7 @@ def test_the_first_null_is_the_mean_and_in_layer_0_a_token_if_first_tokens_are_m
         }
     assert min(sizes, key=sizes.get) is not None
     assert layer_0 == (None if massive else min(sizes, key=sizes.get))
+    assert converted.config.null_logit == 0
     for index, layer in enumerate(converted.model.layers):
         assert layer.null_logit.eq(0).all()
         for found, expected in zip(
@@ -171,6 +172,14 @@ def test_wrong_tokens_and_models_are_refused(ids):
             null_from_sink(native, wrong)
     with pytest.raises(UserError, match="it is an OASIS model already"):
         null_from_sink(tiny_model(), ids)
+
+
+def test_more_nulls_need_positions_below_0(ids):
+    """Ministral 3 multiplies queries by a function of the position, NaN below 0."""
+    native = AutoModelForCausalLM.from_config(tiny_config("ministral3", initializer_range=0.2))
+    null_from_sink(native, ids)
+    with pytest.raises(UserError, match=r"nulls: .* not finite; family 'ministral3' may not be"):
+        null_from_sink(native, ids, nulls=2)
 
 
 @torch.no_grad()

@@ -156,9 +156,9 @@ def test_an_assistant_model_with_a_prefix(llama):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_left_padding_changes_nothing(family):
-    model = native(family)
+@pytest.mark.parametrize("make", [native, lambda: native("opt"), lambda: tiny_model().double()])
+def test_left_padding_changes_nothing(make):
+    model = make()
     prefixed = with_prefix(model, compute_prefix(model, TOKENS))
     ids_BT = text(2, 7)
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids_BT], 1)
@@ -166,6 +166,15 @@ def test_left_padding_changes_nothing(family):
     greedy = {"max_new_tokens": 6, "do_sample": False}
     want = prefixed.generate(ids_BT, **greedy)
     assert torch.equal(prefixed.generate(padded, attention_mask=mask, **greedy)[:, 3:], want)
+    outputs = prefixed(ids_BT, use_cache=True)
+    again = prefixed(padded, attention_mask=mask, use_cache=True)
+    torch.testing.assert_close(again.logits[:, 3:], outputs.logits, rtol=0, atol=1e-5)
+    wider = torch.cat([mask, mask[:, -1:]], 1)
+    pair = [
+        prefixed(ids_BT[:, :1], past_key_values=each.past_key_values, attention_mask=mask_BS).logits
+        for each, mask_BS in ((outputs, None), (again, wider))
+    ]
+    torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 from hub.prefix_models import TOKENS, native, text
 from oasis_attn.errors import UserError
@@ -17,7 +17,12 @@ from oasis_attn.hub.prefix import (
     with_prefix,
     without_prefix,
 )
-from oasis_attn.hub.prefix_export import is_computed, save_adapter, save_tokenizer_with_prefix
+from oasis_attn.hub.prefix_export import (
+    check_adapter,
+    is_computed,
+    save_adapter,
+    save_tokenizer_with_prefix,
+)
 from tiny_models import word_tokenizer
 from tokenizer_factories import TEXT, byte_level, spaced
 
@@ -86,6 +91,31 @@ def test_every_text_has_the_prefix_once(tmp_path, make):
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "2")(TEXT[0]).input_ids == saved(TEXT[0]).input_ids
     )
+
+
+def test_what_the_class_of_the_tokenizer_sets_is_kept(tmp_path):
+    fields = json.loads(spaced("prepend").backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in fields["merges"]]
+    tokenizer = LlamaTokenizer(vocab=fields["vocab"], merges=merges)
+    assert tokenizer.padding_side == "left"
+    tokenizer.truncation_side = "left"
+    save_tokenizer_with_prefix(tokenizer, TOKENS, tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert (saved.padding_side, saved.truncation_side) == ("left", "left")
+    assert saved.model_input_names == tokenizer.model_input_names
+
+
+def test_an_adapter_that_peft_cannot_apply_is_refused(tmp_path):
+    model = native("gpt2", dtype=torch.float32, num_key_value_heads=4)
+    prefixed = with_prefix(model, compute_prefix(model, TOKENS))
+    save_adapter(prefix_of(prefixed), tmp_path, "somewhere")
+    check_adapter(prefixed, tmp_path)
+    other = with_prefix(model, compute_prefix(model, TOKENS[::-1]))
+    with pytest.raises(UserError, match="peft does not compute the same"):
+        check_adapter(other, tmp_path)
+    prefixed.config.num_key_value_heads = 2  # peft derives sizes from it
+    with pytest.raises(UserError, match="peft cannot apply it to family 'gpt2'"):
+        check_adapter(prefixed, tmp_path)
 
 
 def test_chats_have_the_prefix_once(tmp_path):

@@ -344,7 +344,7 @@ def test_records_that_do_not_pair_are_refused(record, baseline, message):
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(UserError, match="draws: 0 is not a whole number from 1 to"):
+    with pytest.raises(UserError, match="draws: 0 is not a whole number of at least 1"):
         compare_joint(record_of([1, 2]), record_of([1, 2]), draws=0)
     with pytest.raises(UserError, match="model_type: 'gpt2' is not supported"):
         diagnose(native("gpt2"), [[1, 2, 3]], joint=True)

@@ -144,7 +144,7 @@ class Endless(IterableDataset):
 
 def test_refusals(tmp_path):
     trainer = trainer_of(native(), tmp_path)
-    with pytest.raises(UserError, match="every: 0 is not a whole number from 1"):
+    with pytest.raises(UserError, match="every: 0 is not a whole number of at least 1"):
         SinkCallback(trainer, every=0)
     with pytest.raises(UserError, match=f"tokens: {VOCABULARY} is outside the model's vocabulary"):
         SinkCallback(trainer, tokens=[[1, VOCABULARY]])

@@ -145,7 +145,7 @@ def test_depth_softmax1_is_not_inert_with_a_usual_eps_and_small_embeddings(ids):
             {"null_signal": "off", "residual": "sum", "depth_block_size": 4},
             "depth_block_size: 4 has no effect with residual='sum'",
         ),
-        ({"depth_block_size": 0}, "depth_block_size: 0 is not a whole number from 1 to"),
+        ({"depth_block_size": 0}, "depth_block_size: 0 is not a whole number of at least 1"),
         ({"depth_block_size": 2.0}, "depth_block_size: 2.0 is not a whole number"),
         ({"depth_block_size": float("inf")}, "depth_block_size: inf is not a whole number"),
         ({"text_config": "llama"}, "text_config: 'llama' is not a configuration"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from oasis_attn import OasisConfig, OasisForCausalLM, UserError, convert
 from oasis_attn.hub.convert import to_vanilla
@@ -113,6 +113,40 @@ def test_cached_decoding_is_the_full_forward(form, family, dtype, ids):
     unmasked, cache = model(ids).logits, model(ids[:, :11], use_cache=True).past_key_values
     last = model(ids[:, 11:], past_key_values=cache).logits
     torch.testing.assert_close(last, unmasked[:, 11:], rtol=0, atol=atol)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_left_padding_without_positions_changes_nothing(form, family, ids):
+    """The distance to a null key does not count padding.  (Rotary angles are float32.)"""
+    model = of(form, family=family, dtype=torch.float64)
+    padding = torch.zeros(2, 4, dtype=torch.long)
+    padded, mask = (torch.cat([padding, x], 1) for x in (ids, torch.ones_like(ids)))
+    expected = model(ids).logits
+    found = model(padded, attention_mask=mask).logits[:, 4:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    pieces, cache = [], None
+    for start, stop in ((0, 9), (9, 10), (10, 16)):
+        outputs = model(
+            padded[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+        cache = outputs.past_key_values
+        pieces.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1)[:, 4:], expected, rtol=0, atol=1e-5)
+    cache = StaticCache(config=model.config, max_cache_len=20)  # with a mask for all its places
+    whole = torch.cat([mask, mask[:, -4:]], 1)
+    pieces = [
+        model(padded[:, start:stop], attention_mask=whole, past_key_values=cache).logits
+        for start, stop in ((0, 9), (9, 10), (10, 16))
+    ]
+    torch.testing.assert_close(torch.cat(pieces, 1)[:, 4:], expected, rtol=0, atol=1e-5)
+    mask[1, 7:9] = 0  # tokens in the middle that are hidden
+    given = model(ids, attention_mask=mask[:, 4:], position_ids=torch.arange(12)[None]).logits
+    found = model(padded, attention_mask=mask).logits[:, 4:]
+    shown = mask[:, 4:].bool()
+    torch.testing.assert_close(found[shown], given[shown], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

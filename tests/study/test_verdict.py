@@ -163,6 +163,13 @@ def test_the_mean_of_baselines_is_taken_in_each_condition():
 def test_a_metric_that_depends_on_the_residual_form_has_baselines_of_one_form():
     results = factories.results(factories.plan(), lambda trial: 1.0 + trial.seed)
     assert [each.baseline for each in results.comparisons("oasis")] == ["attn_residual"]
+    others = ["attn_residual", "oasis", "oasis_quiet"]  # mixes of another scale, and of the same
+    plan = factories.plan(
+        variants=["vanilla", "oasis_unit", *others], compare={"oasis_unit": others}
+    )
+    assert plan.residual_form("oasis_unit") == "depth with mix_scale rms"
+    results = factories.results(plan, lambda trial: 1.0 + trial.seed)
+    assert [each.baseline for each in results.comparisons("oasis_unit")] == ["oasis_quiet"]
 
 
 def test_only_conditions_that_both_have_are_paired_and_noise_seeds_are_not_among_them():

@@ -24,7 +24,7 @@ def test_defaults_are_valid_and_json():
         ({"settings": {"null_signal": "of"}}, "null_signal: 'of' is not one of off, on"),
         ({"settings": {"depth_blok_size": 2}}, "did you mean 'depth_block_size'"),
         ({"size": "nono"}, "did you mean 'nano'"),
-        ({"steps": 0}, "steps: 0 is not a whole number from 1 to"),
+        ({"steps": 0}, "steps: 0 is not a whole number of at least 1"),
         ({"steps": 1.5}, "steps: 1.5 is not a whole number"),
         ({"seed": -1}, "seed: -1"),
         ({"block_length": 1}, "block_length: 1"),
@@ -38,6 +38,8 @@ def test_defaults_are_valid_and_json():
         ({"save_every": 25, "log_every": 10}, "save_every: 25 is not a multiple of log_every=10"),
         ({"eval_windows": 0}, "eval_windows: 0"),
         ({"vocab_size": 0}, "vocab_size: 0"),
+        ({"lora_rank": 4}, "lora_rank: 4 needs from_model, because adapters leave the backbone"),
+        ({"steps": 2**31}, "steps: 2147483648 is not a whole number from 1 to 2147483647"),
         ({"report_to": "wanb"}, "report_to: 'wanb' is not one of wandb, .* did you mean 'wandb'"),
     ],
 )

@@ -256,6 +256,7 @@ def test_a_null_with_a_key_and_a_value_trains_beside_lora_and_resumes(
             quiet(onward("stopped", **common))
     resumed = quiet(onward("stopped", **common, resume=True))
     assert resumed.tables == whole.tables
+    assert "null_logit" not in whole.tables["loss"][0]  # it is learned, so not that of the config
     before, after, again = (
         load_model(tmp_path / name)[0].state_dict() for name in ("source", "whole", "stopped")
     )

@@ -216,6 +216,7 @@ def test_folder_and_record(configure):
     assert record["training.tokens_per_second"] > 0
     assert [row["step"] for row in record.tables["loss"]] == [2, 4, 5]
     assert record.tables["loss"][-1]["learning_rate"] < record.tables["loss"][0]["learning_rate"]
+    assert record.tables["loss"][-1]["null_logit"] == 0
 
     model = AutoModelForCausalLM.from_pretrained(config.out)
     tokenizer = AutoTokenizer.from_pretrained(config.out)

@@ -68,7 +68,7 @@ def train(
         ),
     ] = None,
     lora_rank: Annotated[
-        int, Option(help="If above 0, train the backbone with LoRA of this rank.")
+        int, Option(help="With --from: if above 0, train the backbone with LoRA of this rank.")
     ] = 0,
     anneal_null: Annotated[
         int,

@@ -69,7 +69,8 @@ def convert(
 
     Raises:
         UserError: the family is not supported, the variant or a setting would change the function,
-            or the weights are not those of the family's own model.
+            the weights are not those of the family's own model, or the model is quantized or has a
+            prefix.
     """
     if variant == "official":
         loaded: OasisForCausalLM = _official(model_or_path, "auto", overrides, trust_remote_code)[0]
@@ -79,10 +80,7 @@ def convert(
         native, _ = load_model(native, dtype="auto", trust_remote_code=trust_remote_code)
     if isinstance(native.config, OasisConfig):
         raise UserError("model: it is an OASIS model already; convert the native checkpoint")
-    if prefix_of(native) is not None:
-        raise UserError(
-            "model: conversion would remove its prefix; convert the model without the prefix"
-        )
+    _check_plain(native)
     config = OasisConfig(
         text_config=native.config, **_initial_settings(native.config, variant, overrides)
     )
@@ -109,8 +107,10 @@ def to_vanilla(model: OasisForCausalLM) -> PreTrainedModel:
     the eps of the norms.
 
     Raises:
-        UserError: a setting or a learned parameter changes the function; the message names it.
+        UserError: a setting or a learned parameter changes the function; the message names it.  Or
+            the model is quantized or has a prefix.
     """
+    _check_plain(model)
     reason = _config_changes_function(model.config) or _parameter_changes_function(model)
     if reason:
         raise UserError(f"to_vanilla: {reason}; the family's own model cannot compute this")
@@ -235,6 +235,18 @@ def _initial_settings(
     if registered or (sinks and settings["null_signal"] != "off"):
         off["beta_init"] = BETA_OFF
     return off | settings
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    """Raise `UserError` if `model` has a prefix or is quantized."""
+    if prefix_of(model) is not None:
+        raise UserError(
+            "model: conversion would remove its prefix; convert the model without the prefix"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(
+            "model: it is quantized; convert the original model, then quantize the result"
+        )
 
 
 def _config_changes_function(config: OasisConfig) -> str | None:

@@ -124,7 +124,7 @@ def write_gguf(
         The number of tensors of each type in GGUF.
 
     Raises:
-        UserError: see `check_gguf` and `GGUFTokenizer`; or a number is too large for float16.
+        UserError: see `check_gguf` and `GGUFTokenizer`; or a number is too large for its type.
     """
     check_gguf(model.config)
     config: Any = model.config
@@ -144,8 +144,8 @@ def write_gguf(
         writer.write_ti_data_to_file()
         for name, (_, kind, source) in tensors.items():
             data = _encode(source, kind)
-            if kind == GGMLQuantizationType.F16 and not np.isfinite(data).all():
-                raise UserError(f"weights: {name} has numbers that are too large for float16")
+            if not _is_finite(data, kind):
+                raise UserError(f"weights: {name} has numbers that are too large for {kind.name}")
             writer.write_tensor_data(np.ascontiguousarray(data))
         writer.close()
     kinds = [kind.name for _, kind, _ in tensors.values()]
@@ -214,6 +214,16 @@ def _encode(source: Tensor | Codes, kind: GGMLQuantizationType) -> np.ndarray:
     else:
         packed = codes.view(np.uint8)
     return np.concatenate([scale, packed], -1).reshape(len(codes), -1)
+
+
+def _is_finite(data: np.ndarray, kind: GGMLQuantizationType) -> bool:
+    """Whether all numbers of an encoded tensor are finite; a block begins with its scale."""
+    if kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0):
+        _, size = gguf.GGML_QUANT_SIZES[kind]
+        data = np.ascontiguousarray(data.reshape(-1, size)[:, :2]).view(np.float16)
+    elif kind == GGMLQuantizationType.BF16:
+        return True  # it has the range of float32
+    return bool(np.isfinite(data).all())
 
 
 def _write_fields(writer: GGUFWriter, model: PreTrainedModel, weights: str) -> None:

@@ -146,6 +146,11 @@ def _tokens(
         is_byte = fields["model"]["byte_fallback"] and _BYTE.fullmatch(token)
         types[index] = TokenType.BYTE if is_byte else TokenType.NORMAL
     for added in fields["added_tokens"]:
+        if added["id"] >= size:
+            raise _error(
+                f"its token {added['content']!r} is number {added['id']}, but the model has only"
+                f" {size} embeddings"
+            )
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         tokens[added["id"]], types[added["id"]] = added["content"], kind
     if "unk" in special and fields["model"]["byte_fallback"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from oasis_attn.hub.locate import DTYPES, find_model
 from oasis_attn.hub.prefix import load_prefix, prefix_of
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 
+_TOKENIZER_FILE = re.compile(r"token|tekken|vocab|\.model$")
 _GGUF_FORMAT = 2
 """Version of converted GGUF files in the cache; increase it when `read_gguf` changes."""
 
@@ -67,6 +69,7 @@ def load_model(
     checkpoint = Checkpoint(name, _resolve(name), trust_remote_code)
     source = checkpoint.source
     quantized = checkpoint.check_json()
+    _check_has_tokenizer(checkpoint)
     too_large = f"model: {name!r}: config.json describes a larger model than its weight files hold"
     with checkpoint.foreign("config.json"):
         config: Any
@@ -175,6 +178,14 @@ def _check_finite(model: PreTrainedModel, name: str) -> None:
             low, high = tensor.aminmax()  # propagates NaN, and needs no mask of the tensor's size
             if not (low.isfinite() and high.isfinite()):
                 raise UserError(f"model: {name!r} has weights that are not finite in {key}")
+
+
+def _check_has_tokenizer(checkpoint: Checkpoint) -> None:
+    folder = Path(checkpoint.source)
+    if folder.is_dir() and not any(_TOKENIZER_FILE.search(path.name) for path in folder.iterdir()):
+        raise checkpoint.error(
+            "it contains no tokenizer; save one in the same folder (tokenizer.save_pretrained)"
+        )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, size: int, name: str) -> None:

@@ -68,6 +68,10 @@ layers and tensors."""
 _PREFIX = """\
 A stored prefix (tokens: {tokens}) precedes every input; its keys and values are part of the
 weights. The folder `prefix` holds a copy as a PEFT adapter for the model without the prefix."""
+PREFIX_IN_TOKENIZER = """\
+The tokenizer puts the tokens {tokens} of the prefix before every text, and the chat template, if
+there is one, puts their text before every chat. A program that tokenizes a text with
+`add_special_tokens=False`, or reads token ids, must put them there itself."""
 _MEASURED = """
 ## Measured{origin}
 
@@ -161,7 +165,10 @@ def model_card(
         )
     if prefix := getattr(stored, "prefix", None):
         title = f"{title}, with a prefix"
-        facts.append(_PREFIX.format(tokens=len(prefix["tokens"])))
+        if format == "oasis":
+            facts.append(_PREFIX.format(tokens=len(prefix["tokens"])))
+        else:
+            facts.append(PREFIX_IN_TOKENIZER.format(tokens=prefix["tokens"]))
     task, auto_class = _task(config)
     arguments, requirement = "path_or_name", _REQUIREMENTS[format]
     if isinstance(config, OasisConfig) and auto_class in (getattr(config, "auto_map", None) or ()):

@@ -147,6 +147,7 @@ def _converted(
 
 
 def _set_nulls(converted: OasisForCausalLM, nulls: list[_Null]) -> None:
+    converted.config.null_logit = 0.0  # no longer that of a null that is switched off
     for index, layer in enumerate(converted.model.layers):
         layer.null_logit.zero_()
         layer.null_key.copy_(torch.stack([null.keys[index] for null in nulls], 1))
@@ -206,7 +207,14 @@ def _mean_null(model: PreTrainedModel, batches: Iterable[Tensor]) -> _Null:
             _run(model, ids_BT, position_ids=positions_1T)
             count += len(ids_BT)
     layers = range(len(decoder_map(model).layers))
-    return _Null(*([sums[layer] / count for layer in layers] for sums in (keys, values)))
+    null = _Null(*([sums[layer] / count for layer in layers] for sums in (keys, values)))
+    if not all(x.isfinite().all() for x in (*null.keys, *null.values)):
+        raise UserError(
+            "nulls: keys and values of a null are not finite; family"
+            f" {model.config.get_text_config(decoder=True).model_type!r} may not be defined for"
+            " positions below 0, which nulls after the first need; use 1"
+        )
+    return null
 
 
 def _best_null(

@@ -21,6 +21,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from types import MethodType
@@ -39,7 +40,7 @@ from oasis_attn.files import write_bytes, write_text
 from oasis_attn.hub.prefix_storage import forget_prefix, prefix_hf_quantizer
 from oasis_attn.modeling.decoder_map import find_decoder
 from oasis_attn.modeling.hf_compat import find_file
-from oasis_attn.modeling.packing import input_of, is_one_sequence
+from oasis_attn.modeling.packing import input_of, is_one_sequence, padded_positions
 from oasis_attn.modeling.pretrained import SAVE_HOOKS
 
 FOLDER = "prefix"
@@ -348,6 +349,8 @@ def _prepend_prefix(
                 " masks cannot be extended by a prefix"
             )
         kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, length), mask], 1)
+        if positions is None and not mask[:, 0].all() and _takes_positions(type(module)):
+            positions = padded_positions(mask, past, fresh)  # the prefix precedes the first token
     if positions is not None:
         counted = torch.arange(past, own, device=positions.device)
         if mask is None and not bool((positions == counted).all()):
@@ -360,6 +363,12 @@ def _prepend_prefix(
         kwargs["position_ids"] = positions + length
     cache.in_decoder = True
     return args, kwargs
+
+
+def _takes_positions(kind: type[nn.Module]) -> bool:
+    """Whether a decoder has `position_ids`; those that have none count the tokens of the mask."""
+    own = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]
+    return any("position_ids" in signature(forward).parameters for forward in own)
 
 
 def _restore_cache(

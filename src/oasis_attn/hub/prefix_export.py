@@ -11,15 +11,19 @@ from __future__ import annotations
 import copy
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.errors import UserError, shown
+from oasis_attn.errors import UserError, one_line, shown
 from oasis_attn.files import write_text
+from oasis_attn.hub.model_card import PREFIX_IN_TOKENIZER
 from oasis_attn.hub.prefix import Prefix, compute_prefix, prefix_of, without_prefix
 
 BASE_MODEL = "base_model"
@@ -37,10 +41,6 @@ tags: [oasis-attn, {family}]
 
 {text}
 """
-_IN_TOKENIZER = """\
-The tokenizer puts the tokens {tokens} before every text, and the chat template, if there is one,
-puts their text before every chat. A program that tokenizes a text with
-`add_special_tokens=False`, or reads token ids, must put them there itself."""
 _ADAPTER = """\
 The keys and values of the prefix were tuned and are a PEFT adapter for the model in `base_model`:
 
@@ -52,6 +52,7 @@ model = AutoModelForCausalLM.from_pretrained(f"{{path}}/base_model")
 model = PeftModel.from_pretrained(model, path)
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```"""
+_CHECKED = 9  # tokens
 _CHAT = [{"role": "user", "content": "Hello."}]
 _PROBES = ("", "a", "One text, and then another: 12 + 3 = 15.\n\n  End.")
 
@@ -68,8 +69,20 @@ def is_computed(model: PreTrainedModel) -> bool:
         (prefix.keys_LGPd, computed.keys_LGPd),
         (prefix.values_LGPd, computed.values_LGPd),
     )
-    allowed = math.sqrt(torch.finfo(model.dtype).eps)  # of the rounding in all layers
-    return all(bool((stored - again).norm() <= allowed * again.norm()) for stored, again in pairs)
+    return all(_is_close(stored, again) for stored, again in pairs)
+
+
+def check_prefix_in_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `UserError` unless the prefix of `model` can become part of `tokenizer`."""
+    prefix: Any = prefix_of(model)
+    if not is_computed(model):
+        raise _error(
+            "it was tuned, or the model was trained or cast after it got the prefix, so that its"
+            " keys and values are not those of its tokens; use --format oasis"
+        )
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        save_tokenizer_with_prefix(tokenizer, prefix.tokens, Path(folder))
 
 
 def save_tokenizer_with_prefix(
@@ -109,7 +122,10 @@ def save_tokenizer_with_prefix(
     about = json.loads(file.read_text(encoding="utf-8"))
     for name in ("add_bos_token", "add_eos_token"):  # with them, the post-processor is made anew
         about.pop(name, None)
+    # The class of a family may have other defaults than this one.
     about["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("padding_side", "truncation_side", "model_input_names"):
+        about[name] = getattr(tokenizer, name)
     write_text(file, json.dumps(about, ensure_ascii=False, indent=2))
     _check_saved(tokenizer, tokens, folder)
     return chats
@@ -123,12 +139,42 @@ def save_adapter(prefix: Prefix, folder: Path, base_model: str) -> None:
     write_text(file, json.dumps(about | {"base_model_name_or_path": base_model}, indent=1) + "\n")
 
 
+@torch.no_grad()
+def check_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Raise `UserError` unless peft computes with the adapter in `folder` what `model` computes.
+
+    Nothing is checked if peft is not installed.
+    """
+    if find_spec("peft") is None:
+        return
+    from peft import PeftModel
+
+    family = model.config.get_text_config(decoder=True).model_type
+    ids_1T = torch.arange(_CHECKED, device=model.device)[None]
+    try:
+        adapted: Any = PeftModel.from_pretrained(without_prefix(model), folder).eval()
+        found = adapted(input_ids=ids_1T).logits
+    except Exception as error:  # peft may raise any type for a family that it does not know
+        raise UserError(
+            f"prefix: peft cannot apply it to family {family!r}: {one_line(error)}"
+        ) from error
+    expected = model(input_ids=ids_1T).logits
+    if not _is_close(found, expected):
+        raise UserError(f"prefix: peft does not compute the same with it in family {family!r}")
+
+
 def write_prefix_card(prefix: Prefix, folder: Path, family: str, *, adapter: bool) -> None:
     """Write the README.md of an exported model of `family`."""
-    text = (_ADAPTER if adapter else _IN_TOKENIZER).format(tokens=list(prefix.tokens))
+    text = (_ADAPTER if adapter else PREFIX_IN_TOKENIZER).format(tokens=list(prefix.tokens))
     library, count = "peft" if adapter else "transformers", len(prefix)
     card = _CARD.format(library=library, family=family, count=count, text=text)
     write_text(folder / "README.md", card)
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ only by the rounding in all layers."""
+    allowed = math.sqrt(torch.finfo(expected.dtype).eps)
+    return bool((found - expected).norm() <= allowed * expected.norm())
 
 
 def _error(reason: str) -> UserError:

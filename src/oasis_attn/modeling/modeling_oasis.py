@@ -40,7 +40,7 @@ from oasis_attn.modeling.hf_compat import can_return_tuple, no_split_modules
 from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.modeling.layer import LayerArgs, RoutedLayer
 from oasis_attn.modeling.official import OfficialCache, OfficialRouter
-from oasis_attn.modeling.packing import input_of, with_packed_masks
+from oasis_attn.modeling.packing import input_of, padded_positions, with_packed_masks
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 from oasis_attn.modeling.settings import refuse_unknown
 
@@ -101,6 +101,7 @@ class OasisModel(Attached, OasisPreTrainedModel):
         if kwargs.get("past_key_values") is not None:
             check_cache(kwargs["past_key_values"], self.layers, len(given))
         kwargs = with_packed_masks(self, (input_ids,), kwargs)
+        kwargs = self._with_positions(kwargs, given.shape[1])
         if self.training and getattr(self.layers[0], "gradient_checkpointing", False):
             if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
                 raise UserError(
@@ -120,6 +121,20 @@ class OasisModel(Attached, OasisPreTrainedModel):
         outputs = super().forward(input_ids, output_attentions=True, **kwargs)
         outputs["attentions"] = tuple(call.weights_BHTS for call in calls)
         return outputs
+
+    def _with_positions(self, kwargs: dict[str, Any], length: int) -> dict[str, Any]:
+        """`kwargs` with positions, if padding on the left would change those relative to null keys.
+
+        Between two tokens only the distance counts, but a null key has a fixed position.
+        """
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return kwargs
+        keyed = cast(RoutedLayer, self.layers[0]).null_key is not None
+        if not keyed or kwargs.get("position_ids") is not None:
+            return kwargs
+        past = 0 if cache is None else cache.get_seq_length()
+        return kwargs | {"position_ids": padded_positions(mask, past, length)}
 
     def _depth_cache(self) -> SumCache:
         if self.depth is not None:
@@ -234,8 +249,9 @@ class OasisForCausalLM(OasisPreTrainedModel, GenerationMixin):
 
         The arguments are those of every causal model in transformers.  `attention_mask` marks
         padding; `position_ids` that restart within a row separate packed sequences, and then no
-        cache is returned.  With `output_attentions=True`, attention computes and stores the maps
-        `attentions`, `[B, H, T, S]` per layer, whose rows sum to 1 - null.  With
+        cache is returned.  Without `position_ids`, padding on the left changes no other output,
+        also if nulls have keys.  With `output_attentions=True`, attention computes and stores the
+        maps `attentions`, `[B, H, T, S]` per layer, whose rows sum to 1 - null.  With
         `output_null_probability=True`, the output has `null_probability`, `[B, H, T]` per layer.
         """
         outputs = self.model(

@@ -1,4 +1,6 @@
-"""Packed rows: several sequences in one row, separated by `position_ids` that restart.
+"""Positions of tokens in packed rows and in rows with padding.
+
+Packed rows are several sequences in one row, separated by `position_ids` that restart.
 
 transformers separates such sequences only if there is neither a cache nor a mask, and only in
 families that pass their positions to the mask function.  OASIS models always separate them, or
@@ -92,6 +94,17 @@ def is_one_sequence(
     after_seen_BT = F.pad(seen_BT, (1, -1))
     rises_BT = torch.where(after_seen_BT, steps_BT == 1, position_ids_BT > highest_BT[:, :-1])
     return (rises_BT | ~seen_BT).all()
+
+
+def padded_positions(attention_mask_BS: Tensor, past: int, length: int) -> Tensor:
+    """Positions `[B, length]` of the tokens after `past` ones: each row begins after its padding.
+
+    Distances between tokens are those without the mask, also across tokens that it hides later in
+    the row.  Padding before the first token has position 0.
+    """
+    padding_B1 = attention_mask_BS.ne(0).cumsum(-1).eq(0).sum(-1, keepdim=True)
+    positions_T = torch.arange(length, device=attention_mask_BS.device) + past
+    return (positions_T - padding_B1).clamp(min=0)
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -48,7 +48,10 @@ def check_model(model: PreTrainedModel, targets: Iterable[str]) -> None:
             " oasis_attn where the model is loaded"
         )
     if prefix_of(model) is not None:
-        raise _refusal("the model has a prefix, which only --format oasis stores")
+        raise _refusal(
+            "the model has a prefix, which must become part of the tokenizer; `oasis quantize"
+            " --format compressed-tensors` writes both"
+        )
     plain = _without_weights(model)
     modules = dict(plain.named_modules())
     for name in linear_names(plain):

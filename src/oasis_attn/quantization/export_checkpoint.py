@@ -18,6 +18,7 @@ from oasis_attn.hub.model_code import AUTO_MAP, check_code
 from oasis_attn.hub.prefix import prefix_of, without_prefix
 from oasis_attn.hub.prefix_export import (
     BASE_MODEL,
+    check_adapter,
     is_computed,
     save_adapter,
     save_tokenizer_with_prefix,
@@ -180,5 +181,6 @@ def _write_folder(
         tokenizer.save_pretrained(stage / BASE_MODEL)
         tokenizer.save_pretrained(stage)
         save_adapter(prefix, stage, str(out.absolute() / BASE_MODEL))
+        check_adapter(model, stage)
         write_prefix_card(prefix, stage, family, adapter=True)
     return {"prefix": "a PEFT adapter", "tokens": tokens}

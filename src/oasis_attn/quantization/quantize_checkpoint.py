@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.errors import UserError
@@ -19,6 +20,8 @@ from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths
+from oasis_attn.hub.prefix import prefix_of, without_prefix
+from oasis_attn.hub.prefix_export import check_prefix_in_tokenizer, save_tokenizer_with_prefix
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.compressed_tensors_format import (
@@ -34,6 +37,7 @@ from oasis_attn.quantization.sensitivity import (
     sensitivity_table,
     target_metrics,
 )
+from oasis_attn.quantization.served_prefix import check_served_prefix
 from oasis_attn.quantization.simulate import quantize, scheme_targets
 from oasis_attn.records import Metric, QuantizationRecord
 
@@ -66,7 +70,7 @@ def quantize_checkpoint(
         format: `oasis`, which holds every scheme and model, and is loaded with `oasis_attn`; or
             `compressed-tensors`, for engines such as vLLM, see `save_compressed_tensors`.  The
             perplexity and speed `after` are then those of the folder as transformers loads it,
-            without `oasis_attn`.
+            without `oasis_attn`.  A prefix becomes part of the tokenizer.
         simulate: if true, the quantized model computes in floating point, which works for every
             scheme; if false, it uses int8 kernels, which exist for some schemes only.  It has no
             effect on the format `compressed-tensors`, whose folders compute in floating point.
@@ -121,12 +125,18 @@ def quantize_checkpoint(
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
     targets = _not_ignored(scheme_targets(loaded, scheme), ignore)
+    prefix = prefix_of(loaded) if format == COMPRESSED_TENSORS else None
+    if prefix is not None:
+        check_prefix_in_tokenizer(loaded, tokenizer)
     if format == COMPRESSED_TENSORS:
-        check_model(loaded, targets)
+        check_model(loaded if prefix is None else without_prefix(loaded), targets)
     batches = list(seen.ids_NT.split(1))
     given = batches if scheme.needs_calibration else None
     progress("quantizing")
     quantized = quantize(loaded, scheme, calibration=given, targets=targets, seed=seed)
+    if prefix is not None:
+        progress("computing the prefix in the quantized model")
+        check_served_prefix(quantized, loaded, seen.ids_NT)
     progress("measuring the errors of each tensor")
     metrics = target_metrics(quantized, batches)
     tables: dict[str, Any] = {}
@@ -142,15 +152,14 @@ def quantize_checkpoint(
         to_int8(quantized)
     progress("writing")
     with staged_folder(out) as stage:
-        if format == COMPRESSED_TENSORS:
-            save_compressed_tensors(quantized, stage)
-        else:
-            quantized.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
         measured, fields = quantized, {}
         if format == COMPRESSED_TENSORS:
-            measured, _ = load_model(stage, trust_remote_code=trust_remote_code)
+            _save_for_engines(quantized, tokenizer, stage)
+            measured = _load_again(stage, trust_remote_code)
             fields = {"arithmetic": format}
+        else:
+            quantized.save_pretrained(stage)
+            tokenizer.save_pretrained(stage)
         progress("measuring perplexity and speed")
         sizes = {
             "before": sum(p.numel() * p.element_size() for p in loaded.parameters()),
@@ -159,7 +168,7 @@ def quantize_checkpoint(
         metrics = (
             *(Metric(name="size.bytes", value=v, where=k) for k, v in sizes.items()),
             Metric(name="size.quantized_share", value=quantized_share(quantized)),
-            *_compare(loaded, measured, held_out.ids_NT),
+            *_compare(loaded, measured, held_out.ids_NT, () if prefix is None else prefix.tokens),
             *metrics,
         )
         record = quantization_record(
@@ -178,6 +187,36 @@ def quantize_checkpoint(
     return record
 
 
+def _save_for_engines(
+    quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write model and tokenizer for engines, with the prefix of the model in the tokenizer."""
+    prefix = prefix_of(quantized)
+    if prefix is None:
+        save_compressed_tensors(quantized, folder)
+        tokenizer.save_pretrained(folder)
+        return
+    save_compressed_tensors(without_prefix(quantized), folder)
+    chats = save_tokenizer_with_prefix(tokenizer, prefix.tokens, folder)
+    if getattr(tokenizer, "chat_template", None) and not chats:
+        warnings.warn(
+            "tokenizer: its chat template is left out, because the text of the prefix would be cut"
+            " into other tokens in front of it",
+            stacklevel=3,
+        )
+
+
+def _load_again(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The model as transformers loads it from the written folder."""
+    try:
+        return load_model(folder, trust_remote_code=trust_remote_code)[0]
+    except UserError as error:
+        raise UserError(
+            "format: 'compressed-tensors' cannot hold this model: transformers does not load it"
+            f" again ({error.__cause__ or error})"
+        ) from error
+
+
 def _not_ignored(targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
     for pattern in ignore:
         if not any(fnmatchcase(name, pattern) for name in targets):
@@ -187,15 +226,21 @@ def _not_ignored(targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _compare(before: PreTrainedModel, after: PreTrainedModel, ids_NT: Tensor) -> list[Metric]:
-    """The perplexity of both models, and the median ratio of their speeds."""
-    models = {"before": before, "after": after}
+def _compare(
+    before: PreTrainedModel, after: PreTrainedModel, ids_NT: Tensor, tokens: Sequence[int]
+) -> list[Metric]:
+    """The perplexity of both models, and the median ratio of their speeds.
+
+    The `tokens` of a prefix precede each window of the model `after`, which does not store it.
+    """
+    models = {"before": (before, ()), "after": (after, tokens)}
     losses: dict[str, list[Tensor]] = {where: [] for where in models}
     seconds: dict[str, list[float]] = {where: [] for where in models}
     for ids_BT in ids_NT.split(1):
-        for where, model in models.items():
+        for where, (model, first) in models.items():
+            read = torch.cat([ids_BT.new_tensor([first]).expand(len(ids_BT), -1), ids_BT], 1)
             start = time.perf_counter()
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+            logits_BTV = model(input_ids=read, use_cache=False).logits[:, len(first) :]
             seconds[where].append(time.perf_counter() - start)
             losses[where].append(token_losses(logits_BTV, ids_BT).mean())
     count = len(ids_NT)

@@ -18,6 +18,7 @@ from oasis_attn.study.claim import Claim, Criterion, read_claims, read_criteria
 from oasis_attn.study.plan_checks import check_model, check_names, check_variant
 from oasis_attn.study.plan_claims import check_claims, check_criteria
 from oasis_attn.study.reading import read_fields, read_list, read_mapping
+from oasis_attn.study.study_metrics import residual_form
 from oasis_attn.training import TrainingConfig
 
 _MAX_NAME_LENGTH = 64
@@ -261,7 +262,7 @@ class Plan:
         """The residual form of a variant; None if its base is not a variant of this version."""
         given = self.variants[variant]
         base = variants().get(given["base"])
-        return None if base is None else str((base | given["overrides"])["residual"])
+        return None if base is None else residual_form(base | given["overrides"])
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, which `from_dict` reads."""

@@ -50,10 +50,8 @@ def _count(items: Collection[object], singular: str, plural: str = "") -> str:
 def notes(results: Results) -> list[str]:
     """Warnings that apply to the variants of this study."""
     forms: dict[str, list[str]] = {}
-    for trial, record in results.records.items():
-        variants = forms.setdefault((record.model.config or {})["residual"], [])
-        if trial.variant not in variants:
-            variants.append(trial.variant)
+    for variant in dict.fromkeys(trial.variant for trial in results.records):
+        forms.setdefault(results.residual_form(variant) or "", []).append(variant)
     found = []
     if len(forms) > 1:
         named = "; ".join(f"{form}: {', '.join(variants)}" for form, variants in forms.items())

@@ -11,7 +11,7 @@ from oasis_attn.records import TrialRecord
 from oasis_attn.study.plan import Condition, Plan, Trial
 from oasis_attn.study.plan_claims import layers_of
 from oasis_attn.study.statistics import Comparison, compare, holm, log_slope, noise_floor
-from oasis_attn.study.study_metrics import StudyMetric, study_metrics
+from oasis_attn.study.study_metrics import StudyMetric, residual_form, study_metrics
 
 BASELINE_MEAN = "baseline mean"
 """The name of the mean of several baselines in tables."""
@@ -85,7 +85,7 @@ class Results:
     @cached_property
     def _residual_forms(self) -> dict[str, str]:
         return {
-            trial.variant: str((record.model.config or {})["residual"])
+            trial.variant: residual_form(record.model.config or {})
             for trial, record in self.records.items()
         }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 TIMES = ("trial.seconds", "trial.processor_seconds")
 """Metrics of the run time of a trial; they are different in every run."""
@@ -17,7 +19,7 @@ class StudyMetric:
         label: name in tables.
         scale: `ratio` or `points`, see `statistics.compare`.
         better: `lower`, `higher`, or empty if neither is better.
-        within_form: it depends on the residual form, so that only variants with the same form are
+        within_form: it depends on the `residual_form`, so that only variants with the same form are
             compared.  A residual sum grows with depth by construction, a weighted mean of sources
             does not, and the next norm removes the scale of both.  The kurtosis of the literature
             has a constant in its denominator and so depends on the scale, too.
@@ -107,6 +109,12 @@ _TASKS = (
         name="majority.other_loss", label="majority other loss", scale="points", better="lower"
     ),
 )
+
+
+def residual_form(config: Mapping[str, Any]) -> str:
+    """The `residual` of a model's settings, with the `mix_scale`, which sets the scale of a mix."""
+    scale = config.get("mix_scale", "none")
+    return str(config["residual"]) + (f" with mix_scale {scale}" if scale != "none" else "")
 
 
 def study_metrics(schemes: tuple[str, ...]) -> tuple[StudyMetric, ...]:

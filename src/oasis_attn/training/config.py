@@ -59,8 +59,8 @@ class TrainingConfig:
         learning_rates: peak learning rates of parameter groups; see `training.parameters.GROUPS`.
         trainable: train only parameters whose name matches one of these shell patterns, or that
             belong to a group with this name; default: all.
-        lora_rank: if above 0, train the backbone with LoRA adapters of this rank (needs peft); at
-            the end the adapters are merged into the weights.
+        lora_rank: if above 0, train the backbone of `from_model` with LoRA adapters of this rank
+            (needs peft); at the end the adapters are merged into the weights.
         anneal_null: if above 0, raise the null logit over this many steps to that of the variant
             and `settings`; with `from_model`, from the model's own to that of `settings`, default
             0.  See `NullAnneal`.
@@ -156,6 +156,11 @@ class TrainingConfig:
         if not self.outlier_penalty and self.outlier_tensors != type(self).outlier_tensors:
             raise UserError(
                 f"outlier_tensors: {self.outlier_tensors!r} has no effect without outlier_penalty"
+            )
+        if self.lora_rank and self.from_model is None:
+            raise UserError(
+                f"lora_rank: {self.lora_rank!r} needs from_model, because adapters leave the"
+                " backbone as it is, and that of a new model is random"
             )
         if self.null_to_logit and self.from_model is None:
             raise UserError(

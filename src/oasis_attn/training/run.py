@@ -56,8 +56,9 @@ def train(
         Metrics: `loss.windowed` (nats per token) and `perplexity.windowed` on disjoint windows of
         `eval_split`, `training.loss` (the last row of the loss table) and
         `training.tokens_per_second`.  The table `loss` has rows of {step, loss, learning_rate,
-        gradient_norm} and, if they apply, {outlier_penalty, null_logit}.  Loss and penalty are
-        means since the previous row, the others are values at the step.  The record is saved as
+        gradient_norm} and, if they apply, {outlier_penalty, null_logit (of Softmax1),
+        null_factor}.  Loss and penalty are means since the previous row, the others are values at
+        the step.  The record is saved as
         `out/record.json` after all other files.
 
     Raises:

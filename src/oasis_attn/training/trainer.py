@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import writing
+from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.hf_compat import SAFE_WEIGHTS_NAME, parse_flag_from_env
 from oasis_attn.training.checkpoints import publish
@@ -161,11 +162,10 @@ class OasisTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, NullToLogit):
                     logs["null_factor"] = callback.factor
-            null_logit = getattr(
-                self.accelerator.unwrap_model(self.model).config, "null_logit", None
-            )
-            if null_logit is not None:
-                logs["null_logit"] = null_logit
+            config = self.accelerator.unwrap_model(self.model).config
+            # A learned null logit only starts at that of the config; a softmax has none.
+            if isinstance(config, OasisConfig) and config.normalizer.name == "softmax1":
+                logs["null_logit"] = config.null_logit
         super().log(logs, start_time)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
