@@ -124,17 +124,16 @@ class OasisHfQuantizer(PrefixHfQuantizer):
         }
         linearize(model, found.values())
         scheme = Scheme.from_dict(config.scheme)
+        makers: dict[str, Callable[[int], torch.nn.Module]] = {
+            "Rotation": Rotation,
+            "Scale": lambda width: Scale(torch.ones(width)),
+            "Dense": lambda width: Dense(torch.empty(width, width)),
+        }
         for name, kind in config.transforms.items():
             linear: Any = model.get_submodule(name)
-            width = linear.in_features
-            makers: dict[str, Callable[[], torch.nn.Module]] = {
-                "Rotation": lambda width=width: Rotation(width),
-                "Scale": lambda width=width: Scale(torch.ones(width)),
-                "Dense": lambda width=width: Dense(torch.empty(width, width)),
-            }
             check_choice("quantization_config: transforms", kind, makers)
             with torch.device("cpu"):  # Hadamard matrices are cached, so they need real memory
-                transform = makers[kind]()
+                transform = makers[kind](linear.in_features)
             transform_input(linear, transform.to(model.dtype))
         for name in config.targets:
             if ":" in name:
