@@ -36,7 +36,8 @@ def check_same(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_unchanged(family):
-    check_same(native_model(family))
+    narrow = {"intermediate_size_mlp": 48} if family == "llama4_text" else {}
+    check_same(native_model(family, **narrow))
 
 
 @pytest.mark.parametrize("variant", ["oasis", "vanilla"])
