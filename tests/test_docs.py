@@ -50,6 +50,33 @@ def test_matrix() -> None:
     assert table.split("\n\n", 1)[1].strip() in (DOCS / "quantization.md").read_text()
 
 
+def test_formats_of_hardware() -> None:
+    folder = DOCS / "results" / "quantization"
+    record = Record.load(folder / "record.json")
+    table = markdown(matrix.formats_table(record))
+    assert (folder / "formats.md").read_text() == table
+    assert table.split("\n\n", 1)[1].strip() in (DOCS / "quantization.md").read_text()
+
+
+def test_what_the_page_says_of_the_formats_of_hardware() -> None:
+    record = Record.load(DOCS / "results" / "quantization" / "record.json")
+    found = matrix.values(record)
+    cost = {
+        row: found[row, "plain"] / found[matrix.FLOAT, "plain"] - 1
+        for row in matrix.FORMATS
+        if (row, "plain") in found
+    }
+    assert cost["fp8-static"] < 0.05
+    assert cost["w8a8-static-linear"] > 0.5
+    assert cost[matrix.FULL] < 0.15
+    assert cost["w8a8-static-full"] > 1000
+    for cell in (("mxfp4", "prefix"), (matrix.ROTATED.format("mxfp4"), "plain")):
+        assert 0.9 < found[cell] / found["mxfp4", "plain"] < 1
+    assert max(cost["nvfp4"], cost["mxfp4"]) < cost["w4a4"] / 10
+    assert cost["mxfp8"] > cost["fp8-static"]
+    assert cost["mxfp4"] > cost["nvfp4"]
+
+
 def test_arith() -> None:
     folder = DOCS / "results" / "arith"
     table = markdown(arith.table(Record.load(folder / "record.json")))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.quantization import linear_targets, quantized_modules, tensor_targets
 from oasis_attn.records import QuantizationRecord
@@ -99,12 +100,13 @@ def test_in_int8(oasis, model, shape, tmp_path):
     assert loaded.generate(ids, max_new_tokens=3, eos_token_id=-1).shape == (1, 6)
 
 
-def test_in_the_format_compressed_tensors(oasis, model, shape, tmp_path):
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "fp8-static", "nvfp4"])
+def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     out = tmp_path / "out"
     code, shown = oasis(
         *("quantize", model, "--out", out, "--format", "compressed-tensors", *shape),
-        *("--ignore", "*.0.*"),
+        *("--scheme", scheme, "--ignore", "*.0.*"),
     )
     assert code == 0
     assert "speed.over_unquantized" in shown.out
@@ -113,7 +115,10 @@ def test_in_the_format_compressed_tensors(oasis, model, shape, tmp_path):
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert sum(".0." in name for name in config["ignore"]) == 7
-    loaded, _ = load_model(out)
+    loaded, _ = load_model(out, dtype="auto")
+    if scheme == "nvfp4":
+        with pytest.raises(UserError, match="a forward pass on 3 tokens"):
+            load_model(out)
     assert not quantized_modules(loaded)
     card = (out / "README.md").read_text()
     assert "# needs: pip install compressed-tensors" in card
@@ -132,6 +137,7 @@ EXPORT = ("--format", "compressed-tensors")
         (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),
         (("--scheme", "w8a8"), "did you mean 'w8a8-static-full' or "),
         (("--scheme", "w4a4"), "'w4a4' can only be simulated"),
+        (("--scheme", "fp8-static"), "can only be simulated: kernels multiply integers only"),
         (("--simulate", "--scheme-option", "weight.bit=3"), "did you mean 'bits'"),
         (("--simulate", "--scheme-option", "weight.bits=9"), "bits: 9 is not"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from oasis_attn.quantization import (
     schemes,
 )
 from oasis_attn.quantization.int8 import to_int8
+from oasis_attn.quantization.primitives import fake_quantize, power_of_two
 from oasis_attn.quantization.quantizers import StaticQuantizer, observe_qparams
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
@@ -53,9 +55,9 @@ SCHEMES = {
 HALF_WAY = 2**-13  # rounding of x / scale + zero point in float32, for codes of up to 8 bits
 
 
-def make(kind="llama", dtype=torch.float32):
+def make(kind="llama", dtype=torch.float32, **sizes):
     torch.manual_seed(0)
-    config = tiny_config(kind, tie_word_embeddings=True)
+    config = tiny_config(kind, tie_word_embeddings=True, **sizes)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
@@ -219,6 +221,91 @@ def test_dynamic_ranges_that_the_library_computes_otherwise(ids, tmp_path):
     assert {name.rpartition(".")[2] for name, axes in shapes.items() if axes == 2} == {"fc1", "fc2"}
 
 
+FLOATS = {
+    "fp8-static": TABLE["fp8-static"],
+    "fp8-static, smoothed": replace(TABLE["fp8-static"], smooth_alpha=0.5),
+    "fp8-dynamic": TABLE["fp8-dynamic"],
+    "fp8, weights": replace(TABLE["fp8-dynamic"], activation=None),
+    "mxfp8": TABLE["mxfp8"],
+    "mxfp4": TABLE["mxfp4"],
+    "mxfp4, gptq": replace(TABLE["mxfp4"], rounding="gptq"),
+    "mxfp4, weights": replace(TABLE["mxfp4"], activation=None),
+    "nvfp4": TABLE["nvfp4"],
+    "nvfp4, head": replace(TABLE["nvfp4"], head=True),
+}
+PRESETS = {
+    "fp8-static": "FP8",
+    "fp8-dynamic": "FP8_DYNAMIC",
+    "mxfp8": "MXFP8",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_floating_point_formats(name, ids, tmp_path):
+    """The weights are equal, and so are the quantized inputs, apart from the scales of MX."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    model, scheme = make(intermediate_size=64), FLOATS[name]
+    ours = quantized(model, scheme)
+    theirs = export(ours, tmp_path / "out")
+    blocks = not name.startswith("fp8")
+    assert theirs.dtype == (torch.bfloat16 if blocks else torch.float32)
+    assert ours.dtype == torch.float32
+    expected = copy.deepcopy(ours).to(theirs.dtype)
+    error = (logits(theirs, ids) - logits(expected, ids)).norm()
+    if not blocks or scheme.activation is None:
+        assert error == 0
+    assert error < (logits(expected, ids) - logits(model, ids)).norm()
+    preset = preset_name_to_scheme(PRESETS[scheme.name], ["Linear"])
+    if scheme.activation is None:
+        preset.input_activations = None
+    seen = 0
+    for target, layer in quantized_modules(expected).items():
+        other = theirs.get_submodule(target)
+        assert torch.equal(other.weight, layer.weight)
+        for part in ("weights", "input_activations"):
+            found, wanted = (
+                args and args.model_dump(exclude={"observer"})
+                for args in (getattr(other.quantization_scheme, part), getattr(preset, part))
+            )
+            assert found == wanted
+        if scheme.activation is None:
+            continue
+        x = torch.randn(3, 5, layer.in_features) * torch.rand(3, 5, 1).mul(3).exp()
+        found = forward_quantize(other, x, "input", other.quantization_scheme.input_activations)
+        rounded = layer.input_quantizer(x)
+        if scheme.activation.scale_type == "e8m0":
+            groups = x.unflatten(-1, (-1, 32))
+            largest = groups.abs().amax(-1, keepdim=True)
+            doubled = largest / power_of_two(largest) >= 1.75
+            qparams = observe_qparams(x, scheme.activation)
+            qparams = qparams._replace(scale=torch.where(doubled, 2, 1) * qparams.scale)
+            rounded = fake_quantize(groups, qparams, scheme.activation.element_type).view_as(x)
+            seen += int(doubled.sum())
+        assert torch.equal(found, rounded)
+    assert bool(seen) == (scheme.weight.scale_type == "e8m0" and scheme.activation is not None)
+
+
+def test_what_an_nvfp4_folder_holds(tmp_path):
+    ours = quantized(make(intermediate_size=64), FLOATS["nvfp4"])
+    with quiet():
+        save_compressed_tensors(ours, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, layer in quantized_modules(ours).items():
+        assert stored[f"{name}.weight_packed"].shape == (layer.out_features, layer.in_features // 2)
+        scale = stored[f"{name}.weight_scale"]
+        assert scale.dtype == torch.float8_e4m3fn
+        assert scale.float().max() == 448
+        blocks = scale.float() / stored[f"{name}.weight_global_scale"]
+        assert torch.equal(blocks, layer.weight_scale.squeeze(-1))
+        fixed = stored[f"{name}.input_global_scale"] * layer.input_quantizer.scale
+        torch.testing.assert_close(fixed, torch.tensor([448.0]))
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
 def oasis():
     return quantized(tiny_model(), DYNAMIC)
 
@@ -252,6 +339,20 @@ REFUSED = {
     "zero points": (
         lambda: quantized(make(), replace(W4A16, weight=replace(GROUPS, symmetric=False))),
         "packed weights with zero points",
+    ),
+    "element types": (
+        lambda: quantized(make(), replace(TABLE["fp8-dynamic"], weight=DYNAMIC.weight)),
+        "of floating-point elements, it has FP8, MXFP4, MXFP8 and NVFP4, the same for weights",
+    ),
+    "group size": (
+        lambda: quantized(
+            make(), TABLE["mxfp4"].with_options({"weight.group_size": 16, "activation": None})
+        ),
+        "it has FP8, MXFP4, MXFP8 and NVFP4",
+    ),
+    "nvfp4 without a fixed range": (
+        lambda: quantized(make(), replace(TABLE["nvfp4"], static=False)),
+        "its NVFP4 has a fixed range of the tensor; use static=True",
     ),
     "scales at run time": (
         lambda: quantized(make("bloom"), replace(STATIC, smooth_alpha=0.5)),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from float64_mode import IDS, native_model
 from oasis_attn.errors import UserError
-from oasis_attn.quantization import QuantSpec
+from oasis_attn.quantization import QuantSpec, schemes
 from oasis_attn.quantization.gptq import DAMPENING, gptq, round_weight, second_moments
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.primitives import QParams, fake_quantize, to_blocks
@@ -22,6 +22,7 @@ SPECS = {
     "channel": QuantSpec(bits=4, symmetric=True, granularity="channel"),
     "tensor": QuantSpec(bits=4, symmetric=False),
     "group": QuantSpec(bits=3, symmetric=False, granularity="group", group_size=16),
+    "nvfp4": schemes()["nvfp4"].weight,
 }
 
 
@@ -40,7 +41,8 @@ def textbook(weight, x, qparams, spec):
     left = (hessian.diagonal() * scale.square().mean(0)).argsort(descending=True)
     while len(left):
         column, inverse = left[0], torch.linalg.inv(hessian[left][:, left])
-        rounded = fake_quantize(to_blocks(weight, spec), qparams).reshape(weight.shape)[:, column]
+        rounded = fake_quantize(to_blocks(weight, spec), qparams, spec.element_type)
+        rounded = rounded.reshape(weight.shape)[:, column]
         error = (weight[:, column] - rounded) / inverse[0, 0]
         weight[:, left] -= error[:, None] * inverse[0]
         weight[:, column] = rounded
@@ -80,7 +82,8 @@ def test_result_is_on_the_grid(kind, out, groups, tokens, seed):
     weight = torch.randn(out, 16 * groups, generator=torch.Generator().manual_seed(seed))
     qparams = observe_qparams(weight, spec)
     found = round_weight(weight, second_moments(x), qparams, spec)
-    assert torch.equal(fake_quantize(to_blocks(found, spec), qparams).view(found.shape), found)
+    again = fake_quantize(to_blocks(found, spec), qparams, spec.element_type)
+    assert torch.equal(again.view(found.shape), found)
 
 
 @pytest.mark.parametrize("kind", SPECS)

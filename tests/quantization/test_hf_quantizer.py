@@ -34,6 +34,11 @@ SCHEMES = {
     "fitted": replace(TABLE["w4a4"], rotation="fitted", clip_ratio=0.9),
     "smoothed": replace(TABLE["w8a8-static-linear"], smooth_alpha=0.5),
     "gptq": replace(TABLE["w4a8"], rounding="gptq", weight=replace(ODD, symmetric=True)),
+    "fp8": replace(TABLE["fp8-static"], targets="full"),
+    "mxfp8, rotated": TABLE["mxfp8"].with_options(
+        {"weight.group_size": 16, "activation.group_size": 16, "rotation": "hadamard"}
+    ),
+    "nvfp4, gptq": replace(TABLE["nvfp4"], rounding="gptq"),
 }
 
 

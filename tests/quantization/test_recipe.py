@@ -20,6 +20,7 @@ from tiny_models import VOCABULARY, tiny_config, word_tokenizer
 PAGE = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
 RECIPE = re.search(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 SERVED = re.findall(r"^oasis quantize .*--format.*$", PAGE, re.MULTILINE)
+FLOATS = re.findall(r"^oasis quantize .*--scheme (?:mx|nv)fp4.*$", PAGE, re.MULTILINE)
 WINDOW, WINDOWS = 16, 3
 
 
@@ -96,3 +97,12 @@ def test_the_commands_before_serving(small, monkeypatch, tmp_path):
         after = Record.load(folder / "record.json").metric("perplexity.windowed", "after").value
         found = evaluate(str(folder), corpus="text", split="test", window=WINDOW, limit=WINDOWS)
         assert math.isclose(found["perplexity.windowed"], after, rel_tol=1e-6)
+
+
+def test_the_commands_of_hardware_formats(small, monkeypatch, tmp_path):
+    AutoModelForCausalLM.from_config(tiny_config(intermediate_size=64)).save_pretrained("model")
+    assert len(FLOATS) == 2
+    for line in FLOATS:
+        monkeypatch.setattr(sys, "argv", small(line))
+        assert main() == 0
+        assert Record.load(tmp_path / shlex.split(line)[-1] / "record.json").scheme["name"] in line

@@ -43,6 +43,10 @@ def test_a_remedy_that_the_scheme_excludes_is_refused() -> None:
 def test_dynamic_ranges_make_the_dynamic_scheme() -> None:
     changed = BY_NAME["dynamic"].apply_to(STATIC)
     assert shortest_name(changed) == ("w8a8-dynamic", {})
+    changed = BY_NAME["dynamic"].apply_to(per_channel(get_scheme("fp8-static")))
+    assert shortest_name(changed) == ("fp8-dynamic", {})
+    changed = BY_NAME["dynamic"].apply_to(get_scheme("nvfp4"))
+    assert shortest_name(changed) == ("nvfp4", {"static": False})
 
 
 def test_a_prefix_cuts_static_ranges_unless_another_observer_is_chosen() -> None:
@@ -67,8 +71,16 @@ def test_a_combination_leaves_out_what_earlier_parts_exclude() -> None:
     assert combined() is None
 
 
-@pytest.mark.parametrize("name", schemes())
-@pytest.mark.parametrize("options", [{}, {"weight.bits": 3, "rounding": "gptq"}])
+INTEGERS = [name for name, scheme in schemes().items() if scheme.weight.element_type == "int"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in schemes()),
+        *((name, {"weight.bits": 3, "rounding": "gptq"}) for name in INTEGERS),
+    ],
+)
 def test_the_shortest_name_gives_the_scheme_again(name, options) -> None:
     scheme = get_scheme(name).with_options(options)
     found, changed = shortest_name(scheme)

@@ -15,9 +15,14 @@ from oasis_attn.quantization.schemes import OBSERVERS
 def test_names_contain_the_bits():
     for name, scheme in schemes().items():
         assert scheme.name == name
-        activation = 16 if scheme.activation is None else scheme.activation.bits
-        assert name.startswith(f"w{scheme.weight.bits}a{activation}")
-        assert ("static" in name) == scheme.static
+        weight, activation = scheme.weight, scheme.activation
+        if weight.element_type == "int":
+            assert name.startswith(f"w{weight.bits}a{activation.bits if activation else 16}")
+        else:
+            assert f"fp{weight.bits}" in name
+            assert activation.bits == weight.bits
+        # All of NVFP4 has a scale of the tensor in addition to those of groups.
+        assert ("static" in name or name == "nvfp4") == scheme.static
 
 
 def test_every_observer_can_be_chosen():
@@ -56,6 +61,18 @@ def test_table_is_not_shared():
         ({"clip_ratio": 0.9}, "clip_ratio: 0.9 is for dynamic ranges; this scheme has none"),
         ({"smooth_alpha": 1.5}, "smooth_alpha: 1.5 is not a number from 0 to 1"),
         ({"smooth_alpha": True}, "smooth_alpha: True is not a number from 0 to 1"),
+        (
+            {"activation": schemes()["mxfp4"].activation},
+            "static: granularity 'group' has no static range",
+        ),
+        (
+            {"activation": schemes()["nvfp4"].activation, "observer": "mse"},
+            "observer: 'mse' does not go with static ranges of groups",
+        ),
+        (
+            {"activation": schemes()["nvfp4"].activation, "targets": "full"},
+            "targets: 'full' quantizes attention probabilities, whose rows are not divisible",
+        ),
         (
             {"smooth_alpha": 0.5, "rotation": "hadamard"},
             "smooth_alpha: 0.5 does not go with rotation 'hadamard'",
@@ -103,8 +120,23 @@ def test_options_of_weight_and_activation():
         ({"weight": 3}, "scheme: {'weight': 3} does not fit"),
         ({"smooth_alpha": "much"}, "scheme: .* does not fit"),
         ({"weight.bits": 1}, "bits: 1 is not an integer from 2 to 8"),
+        ({"weight.element_type": "e4m3"}, "bits: 4 does not go with element_type 'e4m3'"),
     ],
 )
 def test_unknown_options_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         schemes()["w4a16"].with_options(changes)
+
+
+def test_options_of_float_formats():
+    scheme = schemes()["nvfp4"].with_options({"weight.group_size": 32, "static": False})
+    assert (scheme.weight.group_size, scheme.activation.group_size) == (32, 16)
+    assert not scheme.needs_calibration
+
+
+def test_int8_kernels_do_not_compute_floats():
+    for scheme in schemes().values():
+        if scheme.weight.element_type != "int":
+            assert scheme.simulated_only == "kernels multiply integers only"
+    with_targets = schemes()["fp8-static"].with_options({"targets": "full"})
+    assert with_targets.simulated_only == "no kernel quantizes between linear layers"

@@ -29,6 +29,33 @@ def test_committed_tables_equal_those_of_the_committed_records(path: Path) -> No
     assert (path / "tables.md").read_text(encoding="utf-8") == expected
 
 
+def test_what_the_page_says_of_the_formats_of_hardware() -> None:
+    results = lab_page.published("formats")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def ratios(scheme: str, variant: str) -> list[float]:
+        return [*results.values(known[f"task.error_ratio@{scheme}"], variant).values()]
+
+    assert len(ratios("nvfp4", "vanilla")) == 3
+    for sink, null in zip(
+        *(ratios("w8a8-static-full", each) for each in results.plan.variants), strict=True
+    ):
+        assert null < sink / 2
+    for scheme in ("fp8-static", "fp8-dynamic", "mxfp8", "w4a4", "mxfp4", "nvfp4"):
+        for sink, null in zip(
+            *(ratios(scheme, each) for each in results.plan.variants), strict=True
+        ):
+            assert null > sink
+    for variant in results.plan.variants:
+        assert fmean(ratios("nvfp4", variant)) < fmean(ratios("w4a4", variant))
+        assert fmean(ratios("w4a4", variant)) < fmean(ratios("mxfp4", variant))
+        eight = ("w8a8-static-linear", "fp8-static", "fp8-dynamic")
+        assert max(fmean(ratios(each, variant)) for each in eight) < (
+            fmean(ratios("mxfp8", variant))
+        )
+
+
 def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
     results = lab_page.published("necessity")
     assert results is not None
@@ -154,6 +181,23 @@ def test_what_the_page_says_of_language_models() -> None:
     assert mean(f"{perplexity}@w8a8-static-full", "vanilla") < 1.01 * mean(perplexity, "vanilla")
     fine = [mean(perplexity, x) for x in ("vanilla", "gated_attention", "softpick", "oasis")]
     assert max(fine) < 1.01 * min(fine)
+
+    no_sink = {"unit_key_c4", "unit_key_c4_beta", "sum_key_c4"}
+    assert set(fails_none(results)) == no_sink
+    for variant in no_sink:
+        assert mean("sink.max_mass", variant) < 0.105
+        assert mean(perplexity, variant) < 1.005 * mean(perplexity, "vanilla")
+    others = {x for x in results.plan.variants if mean("sink.max_mass", x) < 0.2} - {"sum_key_c4"}
+    assert others > {"softpick", "unit_key"}
+    for scheme in ("", "@w8a8-static-full", "@w4a4"):
+        metric = known[perplexity + scheme]
+        best = results.values(metric, "sum_key_c4")
+        for variant in {*others, "vanilla"}:
+            rest = results.values(metric, variant)
+            assert best.keys() == rest.keys()
+            assert all(best[place] < rest[place] for place in best)
+    assert 0.94 < mean("sink.max_mass", "unit_softmax") < 0.955
+    assert mean("outlier.max_inf_norm", "vanilla") < 100  # massive activations are larger
 
 
 def test_what_the_page_says_of_stronger_signals() -> None:

@@ -37,7 +37,11 @@ def quantize(
     model: Model,
     out: Annotated[Path, Option(help="A new folder for the quantized model.")],
     scheme: Annotated[
-        str, Option(help="w8a8-static-full, w8a8-static-linear, w8a8-dynamic, w4a8, w4a4 or w4a16.")
+        str,
+        Option(
+            help="w8a8-static-full, w8a8-static-linear, w8a8-dynamic, w4a8, w4a4, w4a16,"
+            " fp8-static, fp8-dynamic, mxfp8, mxfp4 or nvfp4."
+        ),
     ] = "w8a8-dynamic",
     scheme_option: SchemeOption = None,
     format: Annotated[

@@ -2,10 +2,11 @@
 
 The compressed-tensors library writes the weights and the `quantization_config`; transformers loads
 the folder without this package.  Codes, scales and static ranges are those of the quantized model:
-nothing is quantized again.  Weights are int8 codes (`int-quantized`) where inputs are quantized
-too, and otherwise packed codes (`pack-quantized`).
+nothing is quantized again.  Integer weights are int8 codes (`int-quantized`) where inputs are
+quantized too, and otherwise packed codes (`pack-quantized`); each floating-point format has its own
+(`options.float_format`).
 
-In the format, a code q stands for scale * (q - zero_point), with q from -2^(bits-1) to
+In the format, an integer q stands for scale * (q - zero_point), with q from -2^(bits-1) to
 2^(bits-1) - 1 (`primitives.QParams` has codes without a zero point).
 """
 
@@ -32,7 +33,14 @@ from oasis_attn.quantization.hf_quantizer import (
 )
 from oasis_attn.quantization.linear import QuantizedLinear
 from oasis_attn.quantization.linearize import linear_names
-from oasis_attn.quantization.options import COMPRESSED_TENSORS, check_format
+from oasis_attn.quantization.options import (
+    COMPRESSED_TENSORS,
+    NVFP4_FORMAT,
+    SMALL_SCALES,
+    check_format,
+    float_format,
+)
+from oasis_attn.quantization.primitives import encode_scale, two_level_scales
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
 from oasis_attn.quantization.simulate import quantized_modules
@@ -75,15 +83,20 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
     `AutoModelForCausalLM.from_pretrained(folder)` loads it without `oasis_attn`.  The library
     decompresses each weight before the folder appears, and the result must be equal bit for bit.
     In float32 the loaded weights are therefore those of `model`; transformers rounds the scales if
-    it loads the folder in another dtype.  Without quantized activations, the logits are equal too.
+    it loads the folder in another dtype.  The block formats (MXFP4, MXFP8, NVFP4) are written in
+    bfloat16, the only dtype in which the library restores them; their folders hold the weights of
+    `model.to(torch.bfloat16)`.
 
-    With them, a layer with the same input computes the same, with these exceptions:
+    Without quantized activations, the logits are equal too.  With them, a layer with the same input
+    computes the same, with these exceptions:
 
     - A value half way between two codes, up to floating-point rounding, may get the other code.
       The inputs of all later layers then change too, so that logits differ by up to about the
       effect of the quantization itself.
-    - Symmetric dynamic ranges: the library divides max|x| by (2^bits - 1) / 2, this package by
-      2^(bits-1) - 1.
+    - Symmetric dynamic ranges of integers: the library divides max|x| by (2^bits - 1) / 2, this
+      package by 2^(bits-1) - 1.
+    - MXFP4 and MXFP8: the library doubles the scale of a group whose largest value is at least 1.75
+      times a power of two.  NVFP4: it rounds the scale of a group to bfloat16 first.
     - Dynamic ranges of a layer that gets its tokens as `[N, D]`, such as the MLP of OPT: the
       library computes one range for all N tokens.
 
@@ -125,15 +138,22 @@ def _write(
         apply_quantization_config,
     )
 
-    form = "pack-quantized" if scheme.activation is None else "int-quantized"
+    form = float_format(scheme)
+    if not form:
+        form = "pack-quantized" if scheme.activation is None else "int-quantized"
     inputs = scheme.activation and _arguments(scheme.activation, dynamic=not scheme.static)
+    if form == NVFP4_FORMAT and inputs:
+        inputs.dynamic = "local"
     group = QuantizationScheme(
         targets=["Linear"],
         weights=_arguments(scheme.weight),
         input_activations=inputs,
         format=form,
     )
-    plain = _plain_model(model, layers)
+    plain, dtype = _plain_model(model, layers), model.dtype
+    if form in SMALL_SCALES:  # the library restores these weights in bfloat16
+        dtype = torch.bfloat16
+        plain.to(dtype)  # type: ignore[arg-type]
     config = QuantizationConfig(
         config_groups={"group_0": group},
         format=form,
@@ -142,7 +162,7 @@ def _write(
     )
     apply_quantization_config(plain, config, show_progress=False)
     for name, layer in layers.items():
-        _compress(plain.get_submodule(name), layer, name, model.dtype)
+        _compress(plain.get_submodule(name), layer, name, dtype)
     config.quantization_status = QuantizationStatus.COMPRESSED
     plain.save_pretrained(stage)
     ModelCompressor(quantization_config=config).update_config(str(stage))
@@ -152,13 +172,20 @@ def _arguments(spec: QuantSpec, *, dynamic: bool = False) -> Any:
     """The library's description of `spec`."""
     from compressed_tensors.quantization import QuantizationArgs
 
+    scale_dtype = _SCALE_DTYPES.get(spec.scale_type)
     return QuantizationArgs(
         num_bits=spec.bits,
+        type="int" if spec.element_type == "int" else "float",
         symmetric=spec.symmetric,
-        strategy=spec.granularity,
+        strategy="tensor_group" if spec.scale_type == "e4m3" else spec.granularity,
         group_size=spec.group_size,
         dynamic=dynamic,
+        scale_dtype=scale_dtype,
+        zp_dtype=scale_dtype,
     )
+
+
+_SCALE_DTYPES = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
 
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -202,8 +229,13 @@ def _compress(linear: Any, layer: QuantizedLinear, name: str, dtype: torch.dtype
     parameters = {"weight": weight, "weight_scale": layer.weight_scale}
     if not spec.symmetric:
         parameters["weight_zero_point"] = _zero_point(layer.weight_quant_min, spec)
+    if spec.scale_type == "e4m3":
+        scale, encode = two_level_scales(layer.weight_scale)
+        parameters |= {"weight_scale": scale, "weight_global_scale": encode}
     quantizer = layer.input_quantizer
-    if isinstance(quantizer, StaticQuantizer):
+    if isinstance(quantizer, StaticQuantizer) and quantizer.spec.scale_type == "e4m3":
+        parameters["input_global_scale"] = encode_scale(quantizer.scale)
+    elif isinstance(quantizer, StaticQuantizer):
         parameters["input_scale"] = quantizer.scale
         if not quantizer.spec.symmetric:
             parameters["input_zero_point"] = _zero_point(quantizer.quant_min, quantizer.spec)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.calibration import one_batch, run_batch
 from oasis_attn.quantization.linearize import expert_of
-from oasis_attn.quantization.primitives import QParams, fake_quantize, to_blocks
+from oasis_attn.quantization.primitives import QParams, fake_quantize, round_codes, to_blocks
 from oasis_attn.quantization.quantizers import observe_qparams
 from oasis_attn.quantization.spec import QuantSpec
 
@@ -151,7 +151,7 @@ def round_weight(
         stop = min(start + _BLOCK, len(left_IO))
         errors = torch.empty_like(left_IO[start:stop])
         for column in range(start, stop):
-            code = (left_IO[column] / scale[column]).round_()
+            code = round_codes(left_IO[column] / scale[column], spec.element_type)
             rounded = code.clamp_(quant_min[column], quant_max[column]).mul_(scale[column])
             error = (left_IO[column] - rounded) / factor_II[column, column]
             left_IO[column] = rounded
@@ -159,5 +159,5 @@ def round_weight(
             errors[column - start] = error
         left_IO[stop:].addmm_(factor_II[start:stop, stop:].T, errors, alpha=-1)
     rounded_OI = left_IO[order_I.argsort()].T.to(qparams.scale.dtype)
-    on_grid = fake_quantize(to_blocks(rounded_OI, spec), qparams)
+    on_grid = fake_quantize(to_blocks(rounded_OI, spec), qparams, spec.element_type)
     return on_grid.reshape(weight_OI.shape).to(weight_OI.dtype)

@@ -1,6 +1,6 @@
 """Saving and loading of quantized models through transformers' `HfQuantizer` interface.
 
-A saved model is an ordinary checkpoint folder.  Weights are stored as integer codes, one byte per
+A saved model is an ordinary checkpoint folder.  Weights are stored as codes, one byte per
 weight at any bit width (no kernel here reads packed codes), together with their scales and the
 static ranges.  Scales and ranges keep the dtype in which they were computed, whatever the dtype of
 the model is.  The `quantization_config` in `config.json`, with `quant_method` "oasis", describes

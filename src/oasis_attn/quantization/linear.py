@@ -1,4 +1,4 @@
-"""A quantized linear layer, and its form on disk: integer codes and scales."""
+"""A quantized linear layer, and its form on disk: codes and scales."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.casts import FixedPrecisionModule
 from oasis_attn.quantization.hf_quantizer import CODES
-from oasis_attn.quantization.primitives import fake_quantize, to_blocks
+from oasis_attn.quantization.primitives import fake_quantize, round_codes, to_blocks
 from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer, observe_qparams
 from oasis_attn.quantization.schemes import Scheme
+from oasis_attn.quantization.spec import FLOAT_TYPES
 
 
 class QuantizedLinear(FixedPrecisionModule, nn.Linear):
@@ -74,7 +75,8 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
         name = f"{name}.weight"
         qparams = observe_qparams(weight, scheme.weight, observer=scheme.observer, name=name)
         blocks = to_blocks(weight if gptq_weight is None else gptq_weight, scheme.weight, name)
-        rounded = fake_quantize(blocks, qparams).reshape(weight.shape).contiguous()
+        rounded = fake_quantize(blocks, qparams, scheme.weight.element_type)
+        rounded = rounded.reshape(weight.shape).contiguous()
         error, norm = (
             torch.linalg.vector_norm(x, dtype=torch.float64) for x in (rounded - weight, weight)
         )
@@ -100,7 +102,10 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
         self.register_buffer(CODES, torch.empty(self.shape, dtype=torch.int8, device="meta"))
 
     def codes(self) -> Tensor:
-        """The weight as int8 codes of the same shape, shifted so that they fit the signed range.
+        """The weight as int8 codes of the same shape.
+
+        Integers are shifted so that they fit the signed range; floating-point numbers are stored as
+        the bits of `e4m3`, which contains `e2m1`.
 
         Raises:
             UserError: no codes reproduce the weight exactly, because it was changed after
@@ -113,15 +118,25 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
 
     def _encode(self, weight: Tensor) -> Tensor | None:
         """The codes of `weight`, which may be rounded to its dtype; None if it has no codes."""
-        half = 2 ** (self.scheme.weight.bits - 1)
-        code = (to_blocks(weight, self.scheme.weight) / self.weight_scale).round_()
-        codes = (code - self._offset()).clamp_(-half, half - 1).to(torch.int8).view(weight.shape)
+        spec = self.scheme.weight
+        code = round_codes(to_blocks(weight, spec) / self.weight_scale, spec.element_type)
+        if spec.element_type == "int":
+            half = 2 ** (spec.bits - 1)
+            codes = (code - self._offset()).clamp_(-half, half - 1).to(torch.int8)
+        else:
+            top = FLOAT_TYPES[spec.element_type].largest
+            codes = code.clamp_(-top, top).to(torch.float8_e4m3fn).view(torch.int8)
+        codes = codes.view(weight.shape)
         return codes if torch.equal(self.decode(codes, weight.dtype), weight) else None
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight that `codes` represent, in `dtype`."""
-        blocks = to_blocks(codes.to(self.weight_scale.dtype), self.scheme.weight)
-        return ((blocks + self._offset()) * self.weight_scale).to(dtype).view(codes.shape)
+        spec, dtype_of_scale = self.scheme.weight, self.weight_scale.dtype
+        if spec.element_type == "int":
+            code = to_blocks(codes.to(dtype_of_scale), spec) + self._offset()
+        else:
+            code = to_blocks(codes.view(torch.float8_e4m3fn).to(dtype_of_scale), spec)
+        return (code * self.weight_scale).to(dtype).view(codes.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Compute the weight from its codes after a cast, so that repeated casts lose nothing."""
@@ -134,7 +149,7 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
         return self
 
     def _offset(self) -> Tensor:
-        """The number that is subtracted from a code so that it fits int8."""
+        """The number that is subtracted from an integer code so that it fits int8."""
         return self.weight_quant_min + 2 ** (self.scheme.weight.bits - 1)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ class MSEObserver(MinMaxObserver):
         for k in range(self.candidates):
             bound = largest * 2 ** (-k / 8)
             qparams = compute_qparams(low.maximum(-bound), high.minimum(bound), self.spec)
-            error = fake_quantize(values, qparams).sub(values).square_().mul(weights)
+            rounded = fake_quantize(values, qparams, self.spec.element_type)
+            error = rounded.sub(values).square_().mul(weights)
             error = error.sum(-1, keepdim=True)
             best = torch.where(error < least, bound, best)
             least = error.minimum(least)

@@ -17,6 +17,17 @@ KV_FIRST, KV_RECENT = 32, 96
 """Default numbers of tokens at the start and at the end that `QuantizedCache` does not quantize."""
 
 
+# Of compressed-tensors: element type, scale type and group size of weights and activations.
+NVFP4_FORMAT = "nvfp4-pack-quantized"
+_FLOAT_FORMATS = {
+    ("e4m3", "float32", None): "float-quantized",
+    ("e4m3", "e8m0", 32): "mxfp8-quantized",
+    ("e2m1", "e8m0", 32): "mxfp4-pack-quantized",
+    ("e2m1", "e4m3", 16): NVFP4_FORMAT,
+}
+SMALL_SCALES = {form for (_, scale, _), form in _FLOAT_FORMATS.items() if scale != "float32"}
+
+
 def check_has_kernels(scheme: Scheme) -> None:
     """Raise `UserError` if no int8 kernel computes `scheme`."""
     if scheme.simulated_only:
@@ -36,6 +47,7 @@ def check_format(format: str, scheme: Scheme) -> None:
             f"format: {format!r} needs the library of this name: pip install 'oasis-attn[export]'"
         )
     reason = ""
+    types = {spec.element_type for spec in (scheme.weight, scheme.activation) if spec}
     if scheme.targets == "full":
         reason = "it quantizes linear layers only; use 'w8a8-static-linear'"
     elif scheme.rotation != "none":
@@ -44,8 +56,28 @@ def check_format(format: str, scheme: Scheme) -> None:
         reason = "it does not clip dynamic ranges; use clip_ratio=1"
     elif scheme.activation is None and not scheme.weight.symmetric:
         reason = "transformers cannot load packed weights with zero points; use symmetric weights"
+    elif types != {"int"} and not float_format(scheme):
+        reason = (
+            "of floating-point elements, it has FP8, MXFP4, MXFP8 and NVFP4, the same for weights"
+            " and activations"
+        )
+    elif float_format(scheme) == NVFP4_FORMAT and scheme.activation and not scheme.static:
+        reason = "its NVFP4 has a fixed range of the tensor; use static=True"
     if reason:
         raise UserError(f"format: {format!r} cannot hold scheme {scheme.name!r}: {reason}")
+
+
+def float_format(scheme: Scheme) -> str:
+    """The format of compressed-tensors for the floating-point elements of `scheme`; empty if none.
+
+    Activations have the format of the weights, or stay unquantized.
+    """
+    found = {
+        _FLOAT_FORMATS.get((spec.element_type, spec.scale_type, spec.group_size), "")
+        for spec in (scheme.weight, scheme.activation)
+        if spec
+    }
+    return found.pop() if len(found) == 1 else ""
 
 
 def check_quantization(

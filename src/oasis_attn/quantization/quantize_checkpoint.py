@@ -207,9 +207,12 @@ def _save_for_engines(
 
 
 def _load_again(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The model as transformers loads it from the written folder."""
+    """The model as transformers loads it from the written folder.
+
+    It has the dtype of the folder, because block formats cannot be computed in float32.
+    """
     try:
-        return load_model(folder, trust_remote_code=trust_remote_code)[0]
+        return load_model(folder, dtype="auto", trust_remote_code=trust_remote_code)[0]
     except UserError as error:
         raise UserError(
             "format: 'compressed-tensors' cannot hold this model: transformers does not load it"

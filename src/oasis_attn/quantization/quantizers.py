@@ -28,7 +28,7 @@ def fake_quantize_dynamic(
 
     Args:
         x: floating point, of any shape that `spec` can divide into blocks.
-        spec: bits, symmetry and granularity.
+        spec: the format.
         observer: a name in `OBSERVERS`; it chooses the range of each block.
         name: error messages call `x` by this name.
         clip_ratio: a factor of the range of each block.
@@ -40,7 +40,7 @@ def fake_quantize_dynamic(
     if x.numel() == 0:
         return x
     qparams = observe_qparams(x, spec, observer=observer, name=name, clip_ratio=clip_ratio)
-    return fake_quantize(to_blocks(x, spec, name), qparams).reshape(x.shape)
+    return fake_quantize(to_blocks(x, spec, name), qparams, spec.element_type).reshape(x.shape)
 
 
 def observe_qparams(
@@ -80,6 +80,9 @@ class StaticQuantizer(FixedPrecisionModule):
     is fixed.  Before that, the buffers `scale`, `quant_min` and `quant_max` ([1], see `QParams`)
     are NaN.  Casts of the module do not change the dtype of these buffers.  While `enabled` is
     false, inputs pass unchanged.
+
+    In a format whose blocks have `e4m3` scales, only the range of the whole tensor is fixed; the
+    scales of blocks relative to it are computed from each input.
     """
 
     fixed_buffers = QParams._fields
@@ -89,7 +92,7 @@ class StaticQuantizer(FixedPrecisionModule):
 
     def __init__(self, spec: QuantSpec, *, observer: str = "minmax", name: str = "x") -> None:
         super().__init__()
-        if spec.granularity != "tensor":
+        if not spec.has_static_scale:
             raise UserError(
                 f"granularity: {spec.granularity!r} has no static range; it must be 'tensor'"
             )
@@ -103,10 +106,11 @@ class StaticQuantizer(FixedPrecisionModule):
     @contextmanager
     def calibrating(self) -> Iterator[None]:
         """Fix the range to that of all inputs inside the context; `UserError` without inputs."""
-        self._active_observer = OBSERVERS[self.observer](self.spec, self.name)
+        spec = self.spec.per_tensor()
+        self._active_observer = OBSERVERS[self.observer](spec, self.name)
         try:
             yield
-            qparams = compute_qparams(*self._active_observer.range(), self.spec)
+            qparams = compute_qparams(*self._active_observer.range(), spec)
         finally:
             self._active_observer = None
         self._set_qparams(qparams)
@@ -123,10 +127,15 @@ class StaticQuantizer(FixedPrecisionModule):
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
             return x
-        if self._active_observer is None:
-            return fake_quantize(x, QParams(self.scale, self.quant_min, self.quant_max))
-        self._active_observer.update(x.detach())
-        return x
+        if self._active_observer is not None:
+            self._active_observer.update(x.detach())
+            return x
+        blocks, qparams = x, QParams(self.scale, self.quant_min, self.quant_max)
+        if self.spec.granularity == "group":
+            blocks = to_blocks(x, self.spec, self.name)
+            largest = blocks.detach().abs().amax(-1, keepdim=True)
+            qparams = compute_qparams(-largest, largest, self.spec, tensor_scale=self.scale)
+        return fake_quantize(blocks, qparams, self.spec.element_type).view_as(x)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, observer={self.observer!r}"
@@ -160,13 +169,13 @@ def calibrating_together(
 
     All of them must have the same specification and observer.
     """
-    first = quantizers[0]
-    shared = SharedObserver(OBSERVERS[first.observer](first.spec, name))
+    first, spec = quantizers[0], quantizers[0].spec.per_tensor()
+    shared = SharedObserver(OBSERVERS[first.observer](spec, name))
     for quantizer in quantizers:
         quantizer._active_observer = shared
     try:
         yield shared
-        qparams = compute_qparams(*shared.range(), first.spec)
+        qparams = compute_qparams(*shared.range(), spec)
     finally:
         for quantizer in quantizers:
             quantizer._active_observer = None

@@ -50,7 +50,11 @@ class Remedy:
 
 
 def _dynamic(scheme: Scheme) -> Options:
-    return {"static": False, "activation.granularity": "token"} if scheme.static else None
+    if not scheme.static or scheme.activation is None:
+        return None
+    if scheme.activation.granularity == "group":
+        return {"static": False}
+    return {"static": False, "activation.granularity": "token"}
 
 
 def _prefix(scheme: Scheme) -> Options:

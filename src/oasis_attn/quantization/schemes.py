@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from oasis_attn.errors import UserError, check_choice
-from oasis_attn.quantization.spec import QuantSpec
+from oasis_attn.quantization.spec import FLOAT_TYPES, QuantSpec
 
 OBSERVERS = ("minmax", "running_minmax", "percentile", "mse")
 TARGETS = ("linear", "full")
@@ -27,7 +27,9 @@ class Scheme:
         weight: the format of the weights [out, in] of linear layers.
         activation: the format of activations [..., in]; None leaves activations unquantized.
         static: true for one fixed range per tensor, found on calibration data; false for a range
-            that is computed from each input.
+            that is computed from each input.  With `e4m3` scales, the scales of groups are computed
+            from each input in either case; the range of the tensor that they are relative to is not
+            if true.
         observer: a name in `OBSERVERS`, for weights and static ranges; dynamic ranges are min-max.
         targets: `linear` quantizes the weights and inputs of linear layers; `full` also quantizes
             the tensors between linear layers, see `tensor_targets`.
@@ -72,16 +74,27 @@ class Scheme:
                 raise UserError(f"{name}: {getattr(self, name)!r} is neither true nor false")
         if self.weight.granularity == "token":
             raise UserError("weight: granularity 'token' is for activations; use 'channel'")
-        granularity = self.activation.granularity if self.activation else None
+        activation = self.activation
+        granularity = activation.granularity if activation else None
         if granularity == "channel":
             raise UserError("activation: granularity 'channel' is for weights; use 'token'")
-        if self.static and granularity != "tensor":
+        if self.static and not (activation and activation.has_static_scale):
             raise UserError(
                 f"static: granularity {granularity!r} has no static range; it must be 'tensor'"
+            )
+        if self.static and granularity == "group" and self.observer == "mse":
+            raise UserError(
+                "observer: 'mse' does not go with static ranges of groups, whose scales are"
+                " computed from each input; use 'minmax'"
             )
         if self.targets == "full" and not self.static:
             raise UserError(
                 "targets: 'full' needs static=True; a dynamic scheme can only have 'linear'"
+            )
+        if self.targets == "full" and granularity == "group":
+            raise UserError(
+                "targets: 'full' quantizes attention probabilities, whose rows are not divisible"
+                " into groups; activation.granularity must be 'tensor'"
             )
         alpha = self.smooth_alpha
         if alpha is not None and (isinstance(alpha, bool) or not 0 <= alpha <= 1):
@@ -109,6 +122,8 @@ class Scheme:
         weight, activation = self.weight, self.activation
         if self.targets == "full":
             return "no kernel quantizes between linear layers"
+        if weight.element_type != "int" or (activation and activation.element_type != "int"):
+            return "kernels multiply integers only"
         if weight.bits != 8 or activation is None or activation.bits != 8:
             return "kernels multiply 8-bit weights by 8-bit activations only"
         if not weight.symmetric or weight.granularity not in ("tensor", "channel"):
@@ -168,6 +183,19 @@ _STATIC: dict[str, Any] = {
     "activation": QuantSpec(bits=8, symmetric=False),
     "static": True,
 }
+
+
+def _float(element_type: str, granularity: str, **groups: Any) -> QuantSpec:
+    bits = FLOAT_TYPES[element_type].bits
+    return QuantSpec(
+        bits=bits, symmetric=True, granularity=granularity, element_type=element_type, **groups
+    )
+
+
+_NVFP4 = _float("e2m1", "group", group_size=16, scale_type="e4m3")
+_MXFP4, _MXFP8 = (
+    _float(element, "group", group_size=32, scale_type="e8m0") for element in ("e2m1", "e4m3")
+)
 _TABLE = (
     # After the outlier literature (Bondarenko et al. 2023, 2306.12929); docs/quantization.md lists
     # the differences.
@@ -179,6 +207,21 @@ _TABLE = (
     Scheme(name="w4a4", weight=_symmetric(4, "channel"), activation=_per_token(4)),
     # Groups of 32 divide the width of small models; the usual group size of 128 does not.
     Scheme(name="w4a16", weight=_symmetric(4, "group", 32), activation=None),
+    # What the hardware of 2023 and later multiplies.  FP8 (Micikevicius et al. 2022, 2209.05433).
+    Scheme(
+        name="fp8-static",
+        weight=_float("e4m3", "tensor"),
+        activation=_float("e4m3", "tensor"),
+        static=True,
+    ),
+    Scheme(
+        name="fp8-dynamic", weight=_float("e4m3", "channel"), activation=_float("e4m3", "token")
+    ),
+    # OCP Microscaling Formats (MX) 1.0; MXFP8 with E4M3 elements.
+    Scheme(name="mxfp8", weight=_MXFP8, activation=_MXFP8),
+    Scheme(name="mxfp4", weight=_MXFP4, activation=_MXFP4),
+    # NVIDIA (2509.25149), with the range of the whole tensor from calibration.
+    Scheme(name="nvfp4", weight=_NVFP4, activation=_NVFP4, static=True),
 )
 
 
