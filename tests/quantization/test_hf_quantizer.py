@@ -31,6 +31,7 @@ SCHEMES = {
     "weights": replace(TABLE["w4a16"], weight=ODD),
     "rotated": replace(TABLE["w4a4"], rotation="hadamard"),
     "inputs rotated": replace(TABLE["w4a4"], rotation="inputs"),
+    "fitted": replace(TABLE["w4a4"], rotation="fitted", clip_ratio=0.9),
     "smoothed": replace(TABLE["w8a8-static-linear"], smooth_alpha=0.5),
     "gptq": replace(TABLE["w4a8"], rounding="gptq", weight=replace(ODD, symmetric=True)),
     "fp8": replace(TABLE["fp8-static"], targets="full"),

@@ -102,6 +102,7 @@ GROUPED = QuantSpec(bits=8, symmetric=True, granularity="group", group_size=8)
             ),
             "asymmetric ranges per token, or static ones",
         ),
+        (replace(TABLE["w8a8-dynamic"], clip_ratio=0.9), "kernels do not clip dynamic ranges"),
     ],
 )
 def test_refuses_schemes_without_kernels(scheme, reason):

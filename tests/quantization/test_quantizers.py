@@ -66,3 +66,13 @@ def test_unknown_observer():
         StaticQuantizer(SPEC, observer="minmx")
     with pytest.raises(UserError, match="did you mean 'minmax'"):
         fake_quantize_dynamic(torch.ones(2), SPEC, observer="minmx")
+
+
+def test_dynamic_ranges_can_be_clipped():
+    spec = QuantSpec(bits=8, symmetric=False, granularity="token")
+    x = torch.linspace(-1, 3, 401).expand(2, -1) * torch.tensor([[1.0], [10.0]])
+    found = DynamicQuantizer(spec, clip_ratio=0.5)(x)
+    step = 2.0 / 255
+    inside = x[0].clamp(-0.5, 1.5)
+    torch.testing.assert_close(found[0], inside, rtol=0, atol=1.01 * step)
+    torch.testing.assert_close(found[1], 10 * found[0])

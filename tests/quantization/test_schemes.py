@@ -56,6 +56,9 @@ def test_table_is_not_shared():
         ({"head": "no"}, "head: 'no' is neither true nor false"),
         ({"rotation": "hadamar"}, "did you mean 'hadamard'"),
         ({"rounding": "up"}, "rounding: 'up' is not one of nearest, gptq"),
+        ({"clip_ratio": 0}, "clip_ratio: 0 is not a number above 0, up to 1"),
+        ({"clip_ratio": "0.9"}, "clip_ratio: '0.9' is not a number"),
+        ({"clip_ratio": 0.9}, "clip_ratio: 0.9 is for dynamic ranges; this scheme has none"),
         ({"smooth_alpha": 1.5}, "smooth_alpha: 1.5 is not a number from 0 to 1"),
         ({"smooth_alpha": True}, "smooth_alpha: True is not a number from 0 to 1"),
         (
@@ -91,6 +94,7 @@ def test_which_schemes_need_calibration():
         assert scheme.needs_calibration == scheme.static
     assert replace(schemes()["w4a4"], rounding="gptq").needs_calibration
     assert replace(schemes()["w4a4"], smooth_alpha=0.0).needs_calibration
+    assert replace(schemes()["w4a4"], rotation="fitted").needs_calibration
 
 
 @pytest.mark.parametrize("scheme", schemes().values(), ids=schemes())

@@ -5,7 +5,7 @@ Axes: B sequences, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,16 @@ def check_batches(model: PreTrainedModel, calibration: Iterable[Tensor]) -> list
     if not batches:
         raise UserError("calibration: it has no batches")
     return batches
+
+
+def one_batch(batches: Sequence[Tensor]) -> Tensor:
+    """All batches in one; `UserError` unless all have one length."""
+    lengths = sorted({batch.shape[1] for batch in batches})
+    if len(lengths) != 1:
+        raise UserError(
+            f"calibration: batches of lengths {lengths}; GPTQ and fitted transforms need one length"
+        )
+    return torch.cat(list(batches))
 
 
 def run_batch(model: Any, batch: Tensor) -> None:

@@ -1,7 +1,9 @@
 """GPTQ: round weights so that the outputs of layers change as little as possible (2210.17323).
 
 Columns are rounded one after the other.  The later columns compensate for the output error of each
-rounded column, weighted by the second moments of the inputs H = 2 X^T X.
+rounded column, weighted by the second moments of the inputs H = 2 X^T X.  The columns with the
+largest expected error, H_jj times the mean square of the scales, come first, when most columns can
+still compensate.  With one scale per row, this is the activation order of the authors' code.
 
 Axes: O out, I in; N tokens.
 """
@@ -18,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.calibration import run_batch
+from oasis_attn.quantization.calibration import one_batch, run_batch
 from oasis_attn.quantization.linearize import expert_of
 from oasis_attn.quantization.primitives import QParams, fake_quantize, round_codes, to_blocks
 from oasis_attn.quantization.quantizers import observe_qparams
@@ -65,10 +67,7 @@ def gptq(
         UserError: batches of different lengths, a layer other than an expert that no token reached,
             or inputs that are not finite.
     """
-    lengths = {batch.shape[1] for batch in batches}
-    if len(lengths) != 1:
-        raise UserError(f"calibration: batches of lengths {sorted(lengths)}; GPTQ needs one length")
-    batch = torch.cat(list(batches))
+    batch = one_batch(batches)
     layers = {name: model.get_submodule(name) for name in names}
     head = model.get_output_embeddings()
     rounder = _Rounder(spec, observer)
@@ -94,7 +93,7 @@ class _Rounder:
     def __init__(self, spec: QuantSpec, observer: str) -> None:
         self.spec, self.observer = spec, observer
         self.weights: dict[str, Tensor] = {}
-        self._factored: tuple[Tensor | None, Tensor] = None, torch.empty(0)
+        self._moments: tuple[Tensor | None, Tensor] = None, torch.empty(0)
 
     def register(self, name: str, layer: nn.Module, *, last: bool) -> RemovableHandle:
         def hook(layer: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -104,41 +103,50 @@ class _Rounder:
             qparams = observe_qparams(
                 weight_OI, self.spec, observer=self.observer, name=f"{name}.weight"
             )
-            factor_II = self._factor(inputs[0], name)
-            self.weights[name] = round_weight(weight_OI, factor_II, qparams, self.spec)
+            moments_II = self._second_moments(inputs[0], name)
+            self.weights[name] = round_weight(weight_OI, moments_II, qparams, self.spec)
             layer.weight = nn.Parameter(self.weights[name], requires_grad=False)
             if last:
                 raise _Done
 
         return layer.register_forward_pre_hook(hook)
 
-    def _factor(self, x: Tensor, name: str) -> Tensor:
-        """`inverse_factor` of `x`, computed once for all layers that read the same tensor."""
-        if self._factored[0] is not x:
+    def _second_moments(self, x: Tensor, name: str) -> Tensor:
+        """`second_moments` of `x`, computed once for all layers that read the same tensor."""
+        if self._moments[0] is not x:
             if not x.isfinite().all():
                 raise UserError(f"{name}: its input holds NaN or infinity")
-            self._factored = x, inverse_factor(x.flatten(0, -2))
-        return self._factored[1]
+            self._moments = x, second_moments(x.flatten(0, -2))
+        return self._moments[1]
 
 
-def inverse_factor(x_NI: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of dampened H, `[I, I]` float64 (paper, section 3)."""
+def second_moments(x_NI: Tensor) -> Tensor:
+    """Dampened H, `[I, I]` float64 (paper, section 3)."""
     x_NI = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
-    H_II = (2 * x_NI.T @ x_NI).double()
-    diagonal_I = H_II.diagonal()
+    moments_II = (2 * x_NI.T @ x_NI).double()
+    diagonal_I = moments_II.diagonal()
     diagonal_I.mul_(1 + DAMPENING)
     diagonal_I[diagonal_I == 0] = 1.0  # channels that are always 0 are rounded to nearest
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(H_II))
-    return torch.linalg.cholesky(inverse_II, upper=True)
+    return moments_II
 
 
-def round_weight(weight_OI: Tensor, factor_II: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
-    """Round `weight_OI` column by column (paper, algorithm 1)."""
+def round_weight(
+    weight_OI: Tensor, moments_II: Tensor, qparams: QParams, spec: QuantSpec
+) -> Tensor:
+    """Round `weight_OI` column by column (paper, algorithm 1).
+
+    `moments_II` are the `second_moments` of the input.
+    """
     blocks = to_blocks(weight_OI, spec)
     scale, quant_min, quant_max = (
         part.double().expand(blocks.shape).reshape(weight_OI.shape).T for part in qparams
     )
-    left_IO = weight_OI.double().T.contiguous()  # columns from `start` on are not rounded yet
+    expected_I = moments_II.diagonal() * scale.square().mean(1)
+    order_I = expected_I.argsort(descending=True, stable=True)
+    scale, quant_min, quant_max = scale[order_I], quant_min[order_I], quant_max[order_I]
+    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(moments_II[order_I][:, order_I]))
+    factor_II = torch.linalg.cholesky(inverse_II, upper=True)
+    left_IO = weight_OI.double().T[order_I]  # columns from `start` on are not rounded yet
     for start in range(0, len(left_IO), _BLOCK):
         stop = min(start + _BLOCK, len(left_IO))
         errors = torch.empty_like(left_IO[start:stop])
@@ -150,6 +158,6 @@ def round_weight(weight_OI: Tensor, factor_II: Tensor, qparams: QParams, spec: Q
             left_IO[column + 1 : stop].addr_(factor_II[column, column + 1 : stop], error, alpha=-1)
             errors[column - start] = error
         left_IO[stop:].addmm_(factor_II[start:stop, stop:].T, errors, alpha=-1)
-    blocks = to_blocks(left_IO.T.to(qparams.scale.dtype), spec)
-    on_grid = fake_quantize(blocks, qparams, spec.element_type)
+    rounded_OI = left_IO[order_I.argsort()].T.to(qparams.scale.dtype)
+    on_grid = fake_quantize(to_blocks(rounded_OI, spec), qparams, spec.element_type)
     return on_grid.reshape(weight_OI.shape).to(weight_OI.dtype)

@@ -12,7 +12,7 @@ is being imported, so they import the rest of this package only when they are us
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,7 +113,7 @@ class OasisHfQuantizer(PrefixHfQuantizer):
         from oasis_attn.quantization.linearize import linearize
         from oasis_attn.quantization.schemes import Scheme
         from oasis_attn.quantization.targets import add_quantizer
-        from oasis_attn.quantization.transforms import Rotation, Scale
+        from oasis_attn.quantization.transforms import Dense, Rotation, Scale
 
         super()._process_model_before_weight_loading(model, **kwargs)
         config = self.quantization_config
@@ -124,12 +124,16 @@ class OasisHfQuantizer(PrefixHfQuantizer):
         }
         linearize(model, found.values())
         scheme = Scheme.from_dict(config.scheme)
+        makers: dict[str, Callable[[int], torch.nn.Module]] = {
+            "Rotation": Rotation,
+            "Scale": lambda width: Scale(torch.ones(width)),
+            "Dense": lambda width: Dense(torch.empty(width, width)),
+        }
         for name, kind in config.transforms.items():
             linear: Any = model.get_submodule(name)
-            check_choice("quantization_config: transforms", kind, ("Rotation", "Scale"))
-            width = linear.in_features
+            check_choice("quantization_config: transforms", kind, makers)
             with torch.device("cpu"):  # Hadamard matrices are cached, so they need real memory
-                transform = Rotation(width) if kind == "Rotation" else Scale(torch.ones(width))
+                transform = makers[kind](linear.in_features)
             transform_input(linear, transform.to(model.dtype))
         for name in config.targets:
             if ":" in name:

@@ -57,7 +57,9 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
                 scheme.activation, observer=scheme.observer, name=f"{name}.input"
             )
         elif scheme.activation is not None:
-            self.input_quantizer = DynamicQuantizer(scheme.activation, name=f"{name}.input")
+            self.input_quantizer = DynamicQuantizer(
+                scheme.activation, name=f"{name}.input", clip_ratio=scheme.clip_ratio
+            )
 
     @classmethod
     def from_linear(

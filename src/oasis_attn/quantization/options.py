@@ -52,6 +52,8 @@ def check_format(format: str, scheme: Scheme) -> None:
         reason = "it quantizes linear layers only; use 'w8a8-static-linear'"
     elif scheme.rotation != "none":
         reason = f"transformers does not apply rotation {scheme.rotation!r} to inputs on loading"
+    elif scheme.clip_ratio != 1:
+        reason = "it does not clip dynamic ranges; use clip_ratio=1"
     elif scheme.activation is None and not scheme.weight.symmetric:
         reason = "transformers cannot load packed weights with zero points; use symmetric weights"
     elif types != {"int"} and not float_format(scheme):

@@ -17,7 +17,12 @@ from oasis_attn.quantization.spec import QuantSpec
 
 
 def fake_quantize_dynamic(
-    x: Tensor, spec: QuantSpec, *, observer: str = "minmax", name: str = "x"
+    x: Tensor,
+    spec: QuantSpec,
+    *,
+    observer: str = "minmax",
+    name: str = "x",
+    clip_ratio: float = 1.0,
 ) -> Tensor:
     """Quantize `x` over its own range and return it in its own shape and dtype.
 
@@ -26,6 +31,7 @@ def fake_quantize_dynamic(
         spec: the format.
         observer: a name in `OBSERVERS`; it chooses the range of each block.
         name: error messages call `x` by this name.
+        clip_ratio: a factor of the range of each block.
 
     Raises:
         UserError: `x` is not finite, the group size does not divide its width, or the observer is
@@ -33,29 +39,35 @@ def fake_quantize_dynamic(
     """
     if x.numel() == 0:
         return x
-    qparams = observe_qparams(x, spec, observer=observer, name=name)
+    qparams = observe_qparams(x, spec, observer=observer, name=name, clip_ratio=clip_ratio)
     return fake_quantize(to_blocks(x, spec, name), qparams, spec.element_type).reshape(x.shape)
 
 
 def observe_qparams(
-    x: Tensor, spec: QuantSpec, *, observer: str = "minmax", name: str = "x"
+    x: Tensor,
+    spec: QuantSpec,
+    *,
+    observer: str = "minmax",
+    name: str = "x",
+    clip_ratio: float = 1.0,
 ) -> QParams:
     """The parameters that `fake_quantize_dynamic` uses for `x`, which must not be empty."""
     check_choice("observer", observer, OBSERVERS)
     chosen = OBSERVERS[observer](spec, name)
     chosen.update(x.detach())
-    return compute_qparams(*chosen.range(), spec)
+    low, high = chosen.range()
+    return compute_qparams(low * clip_ratio, high * clip_ratio, spec)
 
 
 class DynamicQuantizer(nn.Module):
-    """Quantizes each input over its own min-max range."""
+    """Quantizes each input over `clip_ratio` times its own min-max range."""
 
-    def __init__(self, spec: QuantSpec, *, name: str = "x") -> None:
+    def __init__(self, spec: QuantSpec, *, name: str = "x", clip_ratio: float = 1.0) -> None:
         super().__init__()
-        self.spec, self.name = spec, name
+        self.spec, self.name, self.clip_ratio = spec, name, clip_ratio
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_quantize_dynamic(x, self.spec, name=self.name)
+        return fake_quantize_dynamic(x, self.spec, name=self.name, clip_ratio=self.clip_ratio)
 
     def extra_repr(self) -> str:
         return repr(self.spec)

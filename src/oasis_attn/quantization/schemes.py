@@ -14,7 +14,7 @@ from oasis_attn.quantization.spec import FLOAT_TYPES, QuantSpec
 
 OBSERVERS = ("minmax", "running_minmax", "percentile", "mse")
 TARGETS = ("linear", "full")
-ROTATIONS = ("none", "hadamard", "inputs")
+ROTATIONS = ("none", "hadamard", "inputs", "fitted")
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -40,9 +40,13 @@ class Scheme:
         rotation: `hadamard` rotates the residual stream and the MLP's inner activations before
             quantization, to spread outliers over all channels (QuaRot, 2404.00456).  `inputs`
             rotates the input of every linear layer at run time: it is slower, works for any family,
-            and is more accurate at 4 bits.
+            and is more accurate at 4 bits.  `fitted` multiplies the same inputs by the matrices
+            with the smallest error, computed from calibration data (after WUSH, 2512.00956): it
+            is the most accurate, and the slowest.
         rounding: of weights: `nearest`, or `gptq` (2210.17323), which minimizes the change of each
             layer's output.
+        clip_ratio: dynamic ranges are this fraction of the range from minimum to maximum; larger
+            values are clipped (QuaRot uses 0.9 for 4 bits).
 
     Raises:
         UserError: a value is not allowed, or two values exclude each other.
@@ -58,6 +62,7 @@ class Scheme:
     smooth_alpha: float | None = None
     rotation: str = "none"
     rounding: str = "nearest"
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("observer", self.observer, OBSERVERS)
@@ -94,6 +99,11 @@ class Scheme:
         alpha = self.smooth_alpha
         if alpha is not None:
             check_at_least("smooth_alpha", alpha, 0, 1)
+        ratio = self.clip_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            raise UserError(f"clip_ratio: {ratio!r} is not a number above 0, up to 1")
+        if ratio != 1 and (self.static or self.activation is None):
+            raise UserError(f"clip_ratio: {ratio} is for dynamic ranges; this scheme has none")
         if alpha is not None and self.rotation != "none":
             raise UserError(
                 f"smooth_alpha: {alpha} does not go with rotation {self.rotation!r}, which mixes"
@@ -103,7 +113,8 @@ class Scheme:
     @property
     def needs_calibration(self) -> bool:
         """Whether `quantize` needs calibration data."""
-        return self.static or self.smooth_alpha is not None or self.rounding == "gptq"
+        calibrated = self.rotation == "fitted" or self.rounding == "gptq"
+        return self.static or self.smooth_alpha is not None or calibrated
 
     @property
     def simulated_only(self) -> str:
@@ -119,6 +130,8 @@ class Scheme:
             return "kernels need symmetric weights with one scale per tensor or channel"
         if not self.static and (activation.symmetric or activation.granularity != "token"):
             return "kernels need asymmetric ranges per token, or static ones"
+        if self.clip_ratio != 1:
+            return "kernels do not clip dynamic ranges; use clip_ratio=1"
         return ""
 
     def with_options(self, options: Mapping[str, Any]) -> Scheme:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError, check_choice, check_seed
 from oasis_attn.hub.prefix_storage import PrefixHfQuantizer
 from oasis_attn.quantization.calibration import check_batches, run_batch
+from oasis_attn.quantization.fitted import fit_inputs
 from oasis_attn.quantization.gptq import gptq
 from oasis_attn.quantization.hf_quantizer import set_quantization_config
 from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
@@ -67,8 +68,8 @@ def quantize(
         model: a decoder of transformers or of this library.
         scheme: a name in `schemes()`, or a `Scheme`.
         calibration: batches of token ids, int64 [B, T], without padding, or of embeddings,
-            floating point [B, T, D]; the literature uses 16 batches.  Static schemes, SmoothQuant
-            and GPTQ need it; other schemes do not accept it.
+            floating point [B, T, D]; the literature uses 16 batches.  Static schemes, SmoothQuant,
+            fitted transforms and GPTQ need it; other schemes do not accept it.
         targets: the exact names of what to quantize; by default `scheme_targets(model, scheme)`.
         seed: random seed of the rotation.
 
@@ -123,6 +124,8 @@ def transformed_copy(
         transforms = rotate_residual(result, seed=seed)
     elif scheme.rotation == "inputs":
         transforms = rotate_inputs(result, seed=seed)
+    elif scheme.rotation == "fitted" and batches is not None:
+        transforms = fit_inputs(result, batches, seed=seed)
     elif scheme.smooth_alpha is not None and batches is not None:
         transforms = smooth(result, batches, alpha=scheme.smooth_alpha)
     for name, transform in transforms.items():

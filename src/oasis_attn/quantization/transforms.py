@@ -70,3 +70,16 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.inverse
+
+
+class Dense(nn.Module):
+    """x -> x T for any invertible matrix T; `matrix` is T, `[D, D]`."""
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
