@@ -113,6 +113,17 @@ def check_flag(argument: str, value: object) -> None:
         raise UserError(f"{argument}: {shown(value)} is neither true nor false")
 
 
+def check_unicode(argument: str, text: str) -> None:
+    """Raise `UserError` if `text` has half of a surrogate pair, which has no UTF-8 form.
+
+    Python reads bytes of the command line that are not UTF-8 as such characters.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{argument}: character {error.start} is not Unicode") from error
+
+
 def parse_json(text: str | bytes) -> Any:
     """`json.loads` that raises ValueError also for text that is nested too deeply."""
     try:

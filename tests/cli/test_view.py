@@ -41,6 +41,7 @@ BAD = [
     ([], "--text: give either --text or --text-file"),
     (["--text", "w5", "--text-file", "text.txt"], "--text: give either --text or --text-file"),
     (["--text", " "], "--text: it is empty"),
+    (["--text", "w5 \udc80"], "--text: character 3 is not Unicode"),
     (["--text", "text.txt"], "--text: 'text.txt' is the name of a file; give it as --text-file"),
     (["--text", "absent.txt"], "--text: 'absent.txt' is the name of a file; give it as"),
     (["--text-file", "empty.txt"], "--text-file: 'empty.txt' has no text"),

@@ -1,6 +1,7 @@
 """A prefix leaves the library: in the tokenizer, or as an adapter."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hub.prefix_models import TOKENS, native, text
 from oasis_attn.errors import UserError
 from oasis_attn.hub.prefix import (
     compute_prefix,
+    load_prefix,
     prefix_of,
     prefix_replaced,
     with_prefix,
@@ -46,6 +48,25 @@ def test_without_prefix_is_the_original_model(tmp_path, family):
     keys = prefix_of(prefixed).keys_LGPd
     with prefix_replaced(prefixed, keys * 1.01, prefix_of(prefixed).values_LGPd):
         assert not is_computed(prefixed)
+
+
+@torch.no_grad()
+def test_rounding_to_16_bits_is_not_tuning(tmp_path):
+    model = native("llama", dtype=torch.bfloat16)
+    prefix = compute_prefix(model, TOKENS)
+    with_prefix(model, prefix).save_pretrained(tmp_path / "computed")
+    with_prefix(model, replace(prefix, tuned=True)).save_pretrained(tmp_path / "tuned")
+    for dtype in (torch.bfloat16, torch.float32):
+        computed, tuned = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=dtype)
+            for name in ("computed", "tuned")
+        )
+        assert is_computed(computed)
+        assert not is_computed(tuned)
+    assert load_prefix(tmp_path / "tuned").tuned
+    stored = prefix_of(computed)
+    with prefix_replaced(computed, stored.keys_LGPd * 1.01, stored.values_LGPd):
+        assert not is_computed(computed)  # these need float32
 
 
 def byte_level_only():

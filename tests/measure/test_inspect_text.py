@@ -7,12 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
 from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.measure import diagnose
 from oasis_attn.measure.inspect_text import Inspection, Massive, inspect_text
 from oasis_attn.ops import depth_mix
+from tiny_models import tiny_config
 
 from .models import native, ours, tokens
 
@@ -193,6 +195,12 @@ def test_a_model_is_left_as_it_was():
 def test_bad_tokens_are_refused(ids, message):
     with pytest.raises(UserError, match=message):
         inspect_text(native("llama"), ids)
+
+
+def test_attention_whose_values_are_hidden_is_refused():
+    model = AutoModelForCausalLM.from_config(tiny_config("bloom")).eval()
+    with pytest.raises(UserError, match="family 'bloom' cannot be inspected: its attention"):
+        inspect_text(model, [3, 4, 5])
 
 
 def test_values_that_are_not_finite_are_refused():

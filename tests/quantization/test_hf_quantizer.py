@@ -338,9 +338,10 @@ FIELDS = {"scheme": TABLE["w4a4"].to_dict(), "targets": ["lm_head"], "transforms
         {"extra": 1},
         {"arithmetic": "decimal"},
         {"prefix": {}},
-        {"prefix": {"tokens": [1, 2], "shape": [3, 2, 1, 8]}},
-        {"prefix": {"tokens": ["a"], "shape": [3, 2, 1, 8]}},
-        {"prefix": {"tokens": [1], "shape": [3, 2, 1]}},
+        {"prefix": {"tokens": [1, 2], "shape": [3, 2, 1, 8], "tuned": False}},
+        {"prefix": {"tokens": ["a"], "shape": [3, 2, 1, 8], "tuned": False}},
+        {"prefix": {"tokens": [1], "shape": [3, 2, 1], "tuned": False}},
+        {"prefix": {"tokens": [1], "shape": [3, 2, 1, 8], "tuned": 0}},
     ],
 )
 def test_malformed_configs_are_refused(changes):

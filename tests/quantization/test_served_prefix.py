@@ -128,6 +128,13 @@ def test_the_folder_has_the_prefix_in_its_tokenizer(folder, scheme):
     assert after == pytest.approx(float(token_losses(found, ids).mean().exp()), rel=1e-4)
 
 
+def test_a_prefix_in_bfloat16_is_served_too(folder):
+    model = make().bfloat16()
+    with_prefix(model, compute_prefix(model, [SINK])).save_pretrained(folder / "prefixed")
+    run(folder, DYNAMIC)
+    assert AutoTokenizer.from_pretrained(folder / "out")("w7").input_ids == [SINK, 7]
+
+
 def test_what_cannot_be_served_is_refused_and_nothing_written(folder):
     with pytest.raises(UserError, match=f"--ignore {CLIPPED}$"):
         run(folder, STATIC)

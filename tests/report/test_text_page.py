@@ -101,6 +101,15 @@ def test_a_model_without_sinks_has_none():
     assert f"“t{key}” (token {key}) in layer {layer}, head {head}" in second
 
 
+def test_causality_makes_the_first_tokens_of_a_short_text_sinks():
+    found = random_inspection(2, 3, 4)
+    found.attention_LHTS[:] = np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None]
+    said = text_page(found, [f" t{i}" for i in range(4)], total=4).findings
+    sink = "“t0” (token 0) is an attention sink in 6 of 6 heads"
+    assert said[0] == f"{sink} and receives 52 % of all attention."
+    assert said[2] == "The text is short: uniform attention would give it 52 %."
+
+
 def test_the_size_of_a_page_has_a_bound():
     """5 MB for 256 tokens of 30 layers x 9 heads; other parts than maps grow with L (H + 1) T."""
     page = text_page(random_inspection(6, 4, 64), ["word"] * 64, total=64)
@@ -178,6 +187,11 @@ def test_what_is_no_text_is_refused():
         with pytest.raises(UserError, match="text: 0 tokens; at least 2 are needed"):
             view(model, tokenizer, none)
     message = {"role": "user", "content": "w5 w6"}
+    half = "w5 \ud800"
+    for argument, bad in (("text", half), ("chat", [message | {"content": half}])):
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        with pytest.raises(UserError, match=f"{argument}: character 3 is not Unicode"):
+            view(model, tokenizer, bad)
     for bad in (None, ["w5", "w6"], [5, 6.5], message, [message, "w5"], torch.ones(2, 5).long()):
         with pytest.raises(UserError, match=r"text: this .* has neither token ids nor") as raised:
             view(model, tokenizer, bad)

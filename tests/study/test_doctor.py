@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,27 @@ def test_results_of_another_run_are_refused(changes, what) -> None:
     with pytest.raises(UserError, match=f"out: 'out' has results for another {what}; give a new"):
         doctor("model", "out", **TEXT | changes)
     assert Path("out/record.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("healthy")
+def test_a_record_whose_tries_lack_numbers_is_refused() -> None:
+    record = doctor("model", "out", **TEXT).record
+    for metrics in ((), tuple(metric for metric in record.metrics if metric.where)):
+        replace(record, metrics=metrics).save("out/record.json")
+        with pytest.raises(UserError, match=r"out: 'out/record\.json' lacks numbers of its tries"):
+            doctor("model", "out", **TEXT)
+
+
+@pytest.mark.usefixtures("healthy")
+def test_remedies_that_do_not_apply_are_not_proposed(monkeypatch, capsys) -> None:
+    words = ["oasis", "doctor", "model", "--calibration", "text", "--scheme", "w4a8"]
+    words += ["--window", str(WINDOW), "--windows", str(WINDOWS), "--tolerance", "0", "--json"]
+    monkeypatch.setattr("oasis_attn.study.doctor.is_good", lambda _, tried: tried.name == "gptq")
+    monkeypatch.setattr("sys.argv", words)
+    assert main() == 0
+    said = " ".join(json.loads(capsys.readouterr().out)["conclusion"])
+    assert "Not tried: " in said
+    assert "dynamic ranges" not in said  # they are those of the scheme
 
 
 @pytest.mark.usefixtures("healthy")

@@ -75,7 +75,7 @@ def doctor(
     from oasis_attn.files import check_free
     from oasis_attn.hub.locate import find_model
     from oasis_attn.quantization.options import check_doctor
-    from oasis_attn.quantization.schemes import get_scheme
+    from oasis_attn.quantization.schemes import Scheme, get_scheme
 
     varied = get_scheme(scheme).with_options(pairs("--scheme-option", scheme_option))
     check_doctor(tolerance=tolerance, window=window, windows=windows, seed=seed)
@@ -116,12 +116,12 @@ def doctor(
             **arguments,
         )
     record = result.record
+    tried = Scheme.from_dict(record.scheme)
+    applicable = [remedy.name for remedy in REMEDIES if remedy.applies_to(tried)]
     found = steps(record, out / "quantized" if apply is None else apply, arguments)
     said = {
         "diagnosis": conclusion(result.diagnosis),
-        "conclusion": doctor_conclusion(
-            result.diagnosis, record, [remedy.name for remedy in REMEDIES]
-        ),
+        "conclusion": doctor_conclusion(result.diagnosis, record, applicable),
         "commands": tuple(step.line for step in found),
     }
     if as_json:

@@ -55,18 +55,21 @@ class Prefix:
     Attributes:
         tokens: the P token ids.
         keys_LGPd, values_LGPd: keys (after the rotary embedding) and values, as in a cache.
+        tuned: whether they were trained, and are no longer those of the tokens.
     """
 
     tokens: tuple[int, ...]
     keys_LGPd: Tensor
     values_LGPd: Tensor
+    tuned: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def describe(self) -> dict[str, Any]:
-        """The tokens, and the shape of the keys and of the values, as JSON values."""
-        return {"tokens": list(self.tokens), "shape": list(self.keys_LGPd.shape)}
+        """The tokens, the shape of the keys and of the values, and `tuned`, as JSON values."""
+        shape = list(self.keys_LGPd.shape)
+        return {"tokens": list(self.tokens), "shape": shape, "tuned": self.tuned}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a PEFT adapter to `folder`: its config and a tensor `[P, L * 2 * G * d]`."""
@@ -84,8 +87,8 @@ class Prefix:
             "token_dim": G * d,
             "num_transformer_submodules": 1,
         }
-        metadata = {"format": "pt", "tokens": json.dumps(self.tokens)}
-        write_bytes(Path(folder) / _WEIGHTS, save({_TENSOR: flat}, metadata))
+        about = {"tokens": json.dumps(self.tokens), "tuned": json.dumps(self.tuned)}
+        write_bytes(Path(folder) / _WEIGHTS, save({_TENSOR: flat}, {"format": "pt"} | about))
         write_text(Path(folder) / _CONFIG, json.dumps(config, indent=1) + "\n")
 
     @classmethod
@@ -95,7 +98,8 @@ class Prefix:
             about = json.loads(Path(config).read_text(encoding="utf-8"))
             heads, layers = about["num_attention_heads"], about["num_layers"]
             with safe_open(weights, "pt") as file:
-                tokens = tuple(json.loads(file.metadata()["tokens"]))
+                stored = file.metadata()
+                tokens, tuned = tuple(json.loads(stored["tokens"])), json.loads(stored["tuned"])
                 flat = file.get_tensor(_TENSOR)
             packed_PLKGd = flat.view(len(tokens), layers, 2, heads, about["token_dim"] // heads)
         except (OSError, RuntimeError, SafetensorError, *_BROKEN) as error:
@@ -105,7 +109,7 @@ class Prefix:
         if not flat.isfinite().all():
             raise UserError(f"prefix: {str(weights)!r} holds NaN or infinity")
         keys, values = packed_PLKGd.permute(2, 1, 3, 0, 4).contiguous()
-        return cls(tokens=tokens, keys_LGPd=keys, values_LGPd=values)
+        return cls(tokens=tokens, keys_LGPd=keys, values_LGPd=values, tuned=tuned is True)
 
 
 def load_prefix(source: str | os.PathLike[str]) -> Prefix | None:
@@ -243,7 +247,8 @@ def prefix_of(model: PreTrainedModel) -> Prefix | None:
     """The prefix of `model`; None if there is none."""
     store: Any = _find_store(model)
     if store is not None:
-        return Prefix(tokens=store.tokens, keys_LGPd=store.keys, values_LGPd=store.values)
+        keys, values = store.keys, store.values
+        return Prefix(tokens=store.tokens, keys_LGPd=keys, values_LGPd=values, tuned=store.tuned)
     return None
 
 
@@ -272,7 +277,7 @@ class _Store(nn.Module):
 
     def __init__(self, prefix: Prefix, model: PreTrainedModel) -> None:
         super().__init__()
-        self.tokens = prefix.tokens
+        self.tokens, self.tuned = prefix.tokens, prefix.tuned
         for name, x in (("keys", prefix.keys_LGPd), ("values", prefix.values_LGPd)):
             self.register_buffer(name, x.to(model.device, model.dtype), persistent=False)
 

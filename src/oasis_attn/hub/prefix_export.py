@@ -61,9 +61,12 @@ _PROBES = ("", "a", "One text, and then another: 12 + 3 = 15.\n\n  End.")
 def is_computed(model: PreTrainedModel) -> bool:
     """Whether `model` computes the keys and values of its prefix from the tokens of the prefix.
 
-    They differ after the prefix was tuned, or the model was trained.
+    They differ after the prefix was tuned, or the model was trained.  Tuning may change them less
+    than 16-bit numbers do, so that the prefix itself says whether it was tuned.
     """
     prefix: Any = prefix_of(model)
+    if prefix.tuned:
+        return False
     computed = compute_prefix(without_prefix(model), prefix.tokens)
     pairs = (
         (prefix.keys_LGPd, computed.keys_LGPd),
@@ -77,8 +80,8 @@ def check_prefix_in_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedToken
     prefix: Any = prefix_of(model)
     if not is_computed(model):
         raise _error(
-            "it was tuned, or the model was trained or cast after it got the prefix, so that its"
-            " keys and values are not those of its tokens; use --format oasis"
+            "it was tuned, or the model was trained after it got the prefix, so that its keys and"
+            " values are not those of its tokens; use --format oasis"
         )
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -172,8 +175,12 @@ def write_prefix_card(prefix: Prefix, folder: Path, family: str, *, adapter: boo
 
 
 def _is_close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ only by the rounding in all layers."""
-    allowed = math.sqrt(torch.finfo(expected.dtype).eps)
+    """Whether two results differ only by the rounding in all layers.
+
+    That of `found` may have been in 16 bits, even if it was cast to float32 afterwards.
+    """
+    held = [d for d in (torch.bfloat16, torch.float16) if torch.equal(found.to(d).to(found), found)]
+    allowed = math.sqrt(max(torch.finfo(dtype).eps for dtype in (expected.dtype, *held)))
     return bool((found - expected).norm() <= allowed * expected.norm())
 
 

@@ -44,8 +44,8 @@ class PrefixConfig(QuantizationConfigMixin):
     """The `quantization_config` of a model with a prefix.
 
     Args:
-        prefix: `tokens`, a list of ids, and `shape`, the shape `[L, G, P, d]` of the keys and of
-            the values; None if there is no prefix.
+        prefix: `tokens`, a list of ids; `shape`, the shape `[L, G, P, d]` of the keys and of the
+            values; and `tuned`, see `Prefix`; None if there is no prefix.
 
     Raises:
         UserError: by `from_dict`, if a field has the wrong form.
@@ -73,9 +73,10 @@ class PrefixConfig(QuantizationConfigMixin):
             return
         tokens, shape = self.prefix["tokens"], self.prefix["shape"]
         whole = all(type(number) is int and number >= 0 for number in [*tokens, *shape])
-        if not whole or len(shape) != 4 or shape[2] != len(tokens):
+        flag = type(self.prefix["tuned"]) is bool
+        if not (whole and flag) or len(shape) != 4 or shape[2] != len(tokens):
             raise UserError(
-                f"quantization_config: {self.prefix} is not a list of tokens and a shape"
+                f"quantization_config: {self.prefix} is not a list of tokens, a shape and a flag"
             )
 
 
@@ -150,9 +151,13 @@ class PrefixHfQuantizer(HfQuantizer):
             stored = decoder.kv_prefix
             del decoder.kv_prefix
             tokens = tuple(fields["tokens"])
-            attach_prefix(
-                model, Prefix(tokens=tokens, keys_LGPd=stored.keys, values_LGPd=stored.values)
+            prefix = Prefix(
+                tokens=tokens,
+                keys_LGPd=stored.keys,
+                values_LGPd=stored.values,
+                tuned=fields["tuned"],
             )
+            attach_prefix(model, prefix)
         if type(self) is PrefixHfQuantizer:
             vars(model)["is_quantized"] = False  # transformers sets it for every `HfQuantizer`
         return model

@@ -217,6 +217,12 @@ class _Recorder:
             self._found.setdefault(name, {})[layer] = value
 
     def _on_attention(self, call: AttentionCall) -> None:
+        if call.value_BGSd.shape[2] < call.rows(0, 1).shape[-1]:
+            raise UserError(
+                f"model: family {self._model.config.model_type!r} cannot be inspected: its"
+                " attention does not use the interface of transformers, so that its values are not"
+                " known"
+            )
         heads, length = call.query_BHTd.shape[1:3]
         value_SGd = call.value_BGSd[0].transpose(0, 1)
         value_SHd = value_SGd.repeat_interleave(heads // value_SGd.shape[1], dim=1)

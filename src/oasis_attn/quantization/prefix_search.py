@@ -243,7 +243,8 @@ def tune_prefix(
             keys.grad, values.grad = torch.autograd.grad(total, (keys, values))
             optimizer.step()
             schedule.step()
-    return Prefix(tokens=prefix.tokens, keys_LGPd=keys.detach(), values_LGPd=values.detach())
+    keys, values = keys.detach(), values.detach()
+    return Prefix(tokens=prefix.tokens, keys_LGPd=keys, values_LGPd=values, tuned=True)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from oasis_attn.errors import UserError, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice
 from oasis_attn.quantization.spec import FLOAT_TYPES, QuantSpec
 
 OBSERVERS = ("minmax", "running_minmax", "percentile", "mse")
@@ -101,8 +101,8 @@ class Scheme:
                 " into groups; activation.granularity must be 'tensor'"
             )
         alpha = self.smooth_alpha
-        if alpha is not None and (isinstance(alpha, bool) or not 0 <= alpha <= 1):
-            raise UserError(f"smooth_alpha: {alpha!r} is not a number from 0 to 1")
+        if alpha is not None:
+            check_at_least("smooth_alpha", alpha, 0, 1)
         ratio = self.clip_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
             raise UserError(f"clip_ratio: {ratio!r} is not a number above 0, up to 1")
@@ -167,10 +167,12 @@ class Scheme:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Scheme:
         """The scheme that `to_dict` described."""
-        specs = {
-            name: QuantSpec(**fields[name]) if fields[name] else None
-            for name in ("weight", "activation")
-        }
+        specs: dict[str, QuantSpec | None] = {}
+        for name in ("weight", "activation"):
+            try:
+                specs[name] = QuantSpec(**fields[name]) if fields[name] else None
+            except UserError as error:
+                raise UserError(f"{name}.{error}") from error
         return cls(**(fields | specs))
 
 

@@ -28,12 +28,16 @@ _WORDS = {
 
 
 def has_tries(record: Record) -> TypeGuard[DoctorRecord]:
-    """Whether a record is of the doctor and has numbers of the scheme alone, and of all tries."""
+    """Whether a record is of the doctor and has all its numbers.
+
+    These are of the unquantized model, of the scheme alone, and of the tries.
+    """
     if not isinstance(record, DoctorRecord):
         return False
     possible = {tried.name for tried in record.tries if not tried.problem}
     measured = ({metric.where for metric in record.each(name)} for name in _NUMBERS)
-    return PLAIN in possible and all(possible <= places for places in measured)
+    unquantized = any(not metric.where for metric in record.each("perplexity.windowed"))
+    return unquantized and PLAIN in possible and all(possible <= places for places in measured)
 
 
 def increase(record: DoctorRecord, tried: Try) -> float:
@@ -81,7 +85,7 @@ def doctor_conclusion(
     Args:
         diagnosis: of the same model, to say if it expected something else; or None.
         record: the tries.
-        remedies: names of all remedies, to say which were not tried.
+        remedies: names of the remedies for the scheme, to say which were not tried.
     """
     plain = next(tried for tried in record.tries if tried.name == PLAIN)
     scheme, limit = record.scheme["name"], percent(record.tolerance)

@@ -108,12 +108,21 @@ def _about_sinks(inspection: Inspection, names: Sequence[str]) -> list[str]:
         f"{names[first]} is an attention sink in {heads} and {received}.",
         f"Weighted by the norm of what heads read, its share is {weighted}.",
     ]
+    uniform = _uniform(first, len(inspection.ids), len(inspection.prefix))
+    if uniform > THRESHOLD:
+        said.append(f"The text is short: uniform attention would give it {percent(uniform)}.")
     if others:
         named = [f"{names[key]} in {_count(heads_S[key], 'head')}" for key in others[:_SHOWN]]
         more = len(others) - len(named)
         tail = [_count(more, "more token")] if more else []
         said.append(f"Further sinks: {', '.join(named + tail)}.")
     return said
+
+
+def _uniform(key: int, tokens: int, prefix: int) -> float:
+    """The share that a key receives if every token attends equally to all keys up to its own."""
+    counts = prefix + 1 + np.arange(max(key - prefix, 0), tokens)
+    return float((1 / counts).sum() / tokens)
 
 
 def _about_activations(inspection: Inspection, names: Sequence[str]) -> str:

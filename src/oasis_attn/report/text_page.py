@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oasis_attn.data.tokens import prompt_ids, token_texts
-from oasis_attn.errors import UserError, check_whole, one_line
+from oasis_attn.errors import UserError, check_unicode, check_whole, one_line
 from oasis_attn.files import write_text
 from oasis_attn.measure.inspect_text import Inspection, inspect_text
 from oasis_attn.measure.sink_tokens import THRESHOLD
@@ -160,6 +160,7 @@ def _token_ids(
     text: str | Sequence[int] | Sequence[Mapping[str, str]],
 ) -> list[int]:
     if isinstance(text, str):
+        check_unicode("text", text)
         return prompt_ids(text, _needed(tokenizer))
     try:
         parts: list[Any] = list(text)
@@ -174,6 +175,7 @@ def _token_ids(
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template is a program that comes with the model
         raise UserError(f"chat: the chat template failed: {one_line(error)}") from error
+    check_unicode("chat", str(prompt))
     return prompt_ids(str(prompt), tokenizer)
 
 

@@ -46,7 +46,7 @@ from oasis_attn.quantization.sensitivity import perplexity, sensitivity_table
 from oasis_attn.quantization.simulate import check_unquantized, quantize
 from oasis_attn.records import DiagnosisRecord, DoctorRecord, Metric, Try
 from oasis_attn.report.conclusion import Noise
-from oasis_attn.report.remedies import PLAIN, increase, is_good
+from oasis_attn.report.remedies import PLAIN, has_tries, increase, is_good
 
 DIAGNOSIS, RECORD = "diagnosis.json", "record.json"
 LENGTH = 4  # at most so many tokens in a prefix, as by default in `oasis prefix`
@@ -158,10 +158,13 @@ def doctor(
 
 def check_results(out: Path) -> None:
     """Raise `UserError` unless `out` has results of `doctor` or can be created."""
-    if (out / RECORD).is_file():
-        DoctorRecord.load(out / RECORD)
-    else:
+    path = out / RECORD
+    if not path.is_file():
         check_free(out)
+        return
+    record = DoctorRecord.load(path)
+    if record.tries and not has_tries(record):
+        raise UserError(f"out: {str(path)!r} lacks numbers of its tries; give a new folder")
 
 
 def _resumed(out: Path, record: DoctorRecord) -> DoctorRecord:
