@@ -69,7 +69,6 @@ def load_model(
     checkpoint = Checkpoint(name, _resolve(name), trust_remote_code)
     source = checkpoint.source
     quantized = checkpoint.check_json()
-    _check_has_tokenizer(checkpoint)
     too_large = f"model: {name!r}: config.json describes a larger model than its weight files hold"
     with checkpoint.foreign("config.json"):
         config: Any
@@ -80,6 +79,7 @@ def load_model(
         _check_causal(config, name, trust_remote_code)
     if check is not None:
         check(config)
+    _check_has_tokenizer(checkpoint)
     # A parameter takes at least one byte, or one bit if it is quantized.
     limit = checkpoint.weight_bytes() * (8 if quantized else 1)
     with checkpoint.foreign("model"), quiet(), parameter_limit(limit, too_large):
