@@ -72,6 +72,9 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
     assert cost["w8a8-static-full"] > 1000
     for cell in (("mxfp4", "prefix"), (matrix.ROTATED.format("mxfp4"), "plain")):
         assert 0.9 < found[cell] / found["mxfp4", "plain"] < 1
+    for column in ("prefix", "null"):
+        assert 0.95 < found["nvfp4", column] / found["nvfp4", "plain"] < 1
+    assert found[matrix.ROTATED.format("nvfp4"), "plain"] > 2 * found["nvfp4", "plain"]
     assert max(cost["nvfp4"], cost["mxfp4"]) < cost["w4a4"] / 10
     assert cost["mxfp8"] > cost["fp8-static"]
     assert cost["mxfp4"] > cost["nvfp4"]
