@@ -29,6 +29,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from oasis_attn.files import write_text
+from oasis_attn.records import BenchmarkRecord
+from oasis_attn.report.markdown import markdown
+from oasis_attn.report.tables import Table, number
 from oasis_attn.training import TrainingConfig
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "retrofit"
@@ -214,7 +218,7 @@ def measure_row(row: Row, args: argparse.Namespace) -> None:
     from oasis_attn.hub.loading import load_model
     from oasis_attn.measure.loss import measure_loss
     from oasis_attn.quantization.schemes import get_scheme
-    from oasis_attn.records import BenchmarkRecord, Metric, TrainingRecord
+    from oasis_attn.records import Metric, TrainingRecord
 
     begin = time.perf_counter()
     folder = train_row(row, args)
@@ -330,28 +334,21 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(f"failed: {', '.join(failed)}; see the logs in {args.runs}")
 
 
-COLUMNS = {
-    "perplexity, WikiText-2": (PERPLEXITY, "wikitext-2"),
-    "perplexity, GSM8K": (PERPLEXITY, "gsm8k"),
-    "GSM8K log-likelihood": (LIKELIHOOD, ""),
-    "largest first-token mass of a layer": (LAYER_SINK, "wikitext-2"),
-    "max inf-norm of a layer": ("outlier.max_inf_norm_layer", "wikitext-2"),
-    "mean kurtosis": ("outlier.avg_kurtosis", "wikitext-2"),
-}
+MEASURED = (
+    *((metric, text) for text in TEXTS for metric in (PERPLEXITY, LAYER_SINK, *OUTLIERS)),
+    (LIKELIHOOD, ""),
+)
 
 
 def publish(folder: Path) -> None:
-    """Write the record of all rows, and its tables, to docs/results/retrofit."""
-    from oasis_attn.files import write_text
-    from oasis_attn.records import BenchmarkRecord
-
+    """Write the record of all rows, and its table, to docs/results/retrofit."""
     records = {
         name: BenchmarkRecord.load(path)
         for name in sorted(ROWS, key=_order)
-        if is_finished(path := folder / f"{name}.json")
+        if (path := folder / f"{name}.json").is_file()
     }
     if not records:
-        sys.exit(f"{folder} has no finished record")
+        sys.exit(f"{folder} has no record")
     merged = replace(
         next(iter(records.values())),
         name="retrofit_training",
@@ -364,17 +361,7 @@ def publish(folder: Path) -> None:
         tables={name: record.tables for name, record in records.items()},
     )
     merged.save(RESULTS / "training.json")
-    for name, text in tables(merged).items():
-        write_text(RESULTS / f"{name}.md", text)
-
-
-def tables(record: Any) -> dict[str, str]:
-    """The tables by name, in Markdown."""
-    made = {"training": table(record, COLUMNS)}
-    for text in TEXTS:
-        schemes = {scheme: (PERPLEXITY, f"{text}, {scheme}") for scheme in SCHEMES}
-        made[f"training-{text}"] = table(record, {"float32": (PERPLEXITY, text)} | schemes)
-    return made
+    write_text(RESULTS / "training.md", table(merged))
 
 
 def _order(name: str) -> tuple[int, int]:
@@ -383,17 +370,27 @@ def _order(name: str) -> tuple[int, int]:
     return tokens, list(ROWS).index(name)
 
 
-def table(record: Any, columns: dict[str, tuple[str, str]]) -> str:
-    """A Markdown table: one row per model, one column per metric."""
+def table(record: Any) -> str:
+    """A Markdown table: one row per metric, one column per model; empty if not measured."""
     found = {(metric.name, metric.where): metric.value for metric in record.metrics}
-    lines = ["| SmolLM2-135M | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for name in record.settings:
-        places = (
-            (metric, f"{name} / {where}" if where else name) for metric, where in columns.values()
+    lines = {f"`{metric}`{text and f', {text}'}": (metric, text) for metric, text in MEASURED}
+    for text in TEXTS:
+        for scheme in SCHEMES:
+            lines[f"perplexity, {text}, {scheme}"] = PERPLEXITY, f"{text}, {scheme}"
+
+    def cell(name: str, metric: str, where: str) -> str:
+        value = found.get((metric, f"{name} / {where}" if where else name))
+        return "" if value is None else number(value)
+
+    return markdown(
+        Table(
+            columns=("", *(ROWS[name].label for name in record.settings)),
+            rows=tuple(
+                (line, *(cell(name, *place) for name in record.settings))
+                for line, place in lines.items()
+            ),
         )
-        values = (f"{found[place]:.4g}" for place in places)
-        lines.append(f"| {ROWS[name].label} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
+    )
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from experiments import retrofit_training
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import arith
@@ -105,6 +106,36 @@ def test_retrofit() -> None:
     table = markdown(retrofit.table(Record.load(folder / "record.json")))
     assert (folder / "table.md").read_text() == table
     assert table.strip() in (DOCS / "retrofit.md").read_text()
+
+
+def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
+    folder = DOCS / "results" / "retrofit"
+    record = Record.load(folder / "training.json")
+    table = retrofit_training.table(record)
+    assert (folder / "training.md").read_text() == table
+    assert table.strip() in (DOCS / "retrofit.md").read_text()
+
+    def value(name: str, metric: str, where: str) -> float:
+        return record.metric(metric, f"{name} / {where}").value
+
+    perplexity, trained, other, start = (
+        retrofit_training.PERPLEXITY, "short-null", "short-original", "original",
+    )  # fmt: skip
+    for text in retrofit_training.TEXTS:
+        assert value(trained, retrofit_training.LAYER_SINK, text) < 0.01
+        assert value(other, retrofit_training.LAYER_SINK, text) > 0.6
+        plain = value(trained, perplexity, text)
+        assert plain < 1.01 * value(start, perplexity, text)
+        eight = f"{text}, w8a8-static-linear, per channel, percentile"
+        assert value(trained, perplexity, eight) < 1.035 * plain
+        assert value(other, perplexity, eight) > 2 * value(other, perplexity, text)
+        full = f"{text}, w8a8-static-full"
+        assert value(trained, perplexity, full) < 2 * plain
+        assert value(other, perplexity, full) > 1000 * value(other, perplexity, text)
+    norms = record.tables[trained]["outlier.inf_norm_layer, wikitext-2"]
+    assert max(norms[3:10]) < 250
+    assert 1000 < max(norms) == norms[29] < 1100
+    assert value(other, perplexity, "gsm8k") < value(trained, perplexity, "gsm8k")
 
 
 def test_doctor() -> None:

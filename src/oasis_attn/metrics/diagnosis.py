@@ -152,6 +152,13 @@ SINKS = (
         "n windows",
     ),
     Definition(
+        name="sink.max_layer_mass",
+        definition="mean of `sink.mass` over the heads of the layer with the largest value",
+        unit="probability",
+        better="lower",
+        protocol="`experiments/retrofit_training.py`: as `sink.max_mass`",
+    ),
+    Definition(
         name="sink.idle_heads",
         definition="number of idle heads: heads whose `sink.mass` plus `null.mass` is above 0.5",
         unit="heads",
