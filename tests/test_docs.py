@@ -132,6 +132,7 @@ def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
         full = f"{text}, w8a8-static-full"
         assert value(trained, perplexity, full) < 2 * plain
         assert value(other, perplexity, full) > 1000 * value(other, perplexity, text)
+    assert round(record.tables[trained]["seconds"]["training"] / 60) == 52
     norms = record.tables[trained]["outlier.inf_norm_layer, wikitext-2"]
     assert max(norms[3:10]) < 250
     assert 1000 < max(norms) == norms[29] < 1100

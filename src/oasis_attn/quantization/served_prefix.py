@@ -28,6 +28,7 @@ from oasis_attn.quantization.simulate import quantized_modules
 
 ALLOWED = 2.0
 """Largest divergence with the prefix as tokens, relative to that with the stored prefix."""
+_ROUNDING = 1e-6  # a divergence below is rounding, and may be 0
 _WINDOWS = 4  # windows of text to compare on
 _MOST_LEFT_OUT = 8  # inputs of layers
 
@@ -90,7 +91,7 @@ def served_prefix(
         pairs = zip(found, exact, strict=True)
         return sum(float(F.kl_div(x, y, log_target=True, reduction="batchmean")) for x, y in pairs)
 
-    stored = divergence(quantized)
+    stored = max(divergence(quantized), _ROUNDING)
     growth = divergence(served, prefix.tokens) / stored
     left_out: list[str] = []
     if growth <= ALLOWED:
