@@ -112,6 +112,7 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
     assert "speed.over_unquantized" in shown.out
     record = QuantizationRecord.load(out / "record.json")
     assert record.arithmetic == "compressed-tensors"
+    assert record.scheme["fused_scales"] is (scheme == "nvfp4")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert sum(".0." in name for name in config["ignore"]) == 7

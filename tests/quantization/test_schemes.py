@@ -119,6 +119,8 @@ def test_options_of_weight_and_activation():
         ({"activation.bits": 3}, "activation.bits: scheme 'w4a16' does not quantize activations"),
         ({"weight": 3}, "scheme: {'weight': 3} does not fit"),
         ({"weight": None}, "weight: None is no format"),
+        ({"fused_scales": 1}, "fused_scales: 1 is neither true nor false"),
+        ({"fused_scales": True}, "fused_scales: True is for weights with scale_type 'e4m3', not"),
         ({"smooth_alpha": "much"}, "smooth_alpha: 'much' is not a number from 0 to 1"),
         ({"weight.bits": 1}, "^weight.bits: 1 is not an integer from 2 to 8"),
         ({"weight.element_type": "e4m3"}, "^weight.bits: 4 does not go with element_type 'e4m3'"),

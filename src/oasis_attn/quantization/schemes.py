@@ -45,6 +45,8 @@ class Scheme:
             is the most accurate, and the slowest.
         rounding: of weights: `nearest`, or `gptq` (2210.17323), which minimizes the change of each
             layer's output.
+        fused_scales: with `e4m3` scales, the weights that engines multiply by as one matrix (query,
+            key and value; gate and up) share the scale of the whole tensor, as their kernels need.
         clip_ratio: dynamic ranges are this fraction of the range from minimum to maximum; larger
             values are clipped (QuaRot uses 0.9 for 4 bits).
 
@@ -62,6 +64,7 @@ class Scheme:
     smooth_alpha: float | None = None
     rotation: str = "none"
     rounding: str = "nearest"
+    fused_scales: bool = False
     clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
@@ -69,7 +72,7 @@ class Scheme:
         check_choice("targets", self.targets, TARGETS)
         check_choice("rotation", self.rotation, ROTATIONS)
         check_choice("rounding", self.rounding, ROUNDINGS)
-        for name in ("static", "head"):
+        for name in ("static", "head", "fused_scales"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}: {getattr(self, name)!r} is neither true nor false")
         if not isinstance(self.weight, QuantSpec):
@@ -80,6 +83,11 @@ class Scheme:
         granularity = activation.granularity if activation else None
         if granularity == "channel":
             raise UserError("activation: granularity 'channel' is for weights; use 'token'")
+        if self.fused_scales and self.weight.scale_type != "e4m3":
+            raise UserError(
+                f"fused_scales: True is for weights with scale_type 'e4m3', not"
+                f" {self.weight.scale_type!r}; use False"
+            )
         if self.static and activation is None:
             raise UserError("static: True is for activations, which are not quantized; use False")
         if self.static and activation and not activation.has_static_scale:
