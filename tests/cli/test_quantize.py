@@ -141,6 +141,7 @@ EXPORT = ("--format", "compressed-tensors")
         (("--scheme", "fp8-static"), "can only be simulated: kernels multiply integers only"),
         (("--simulate", "--scheme-option", "weight.bit=3"), "did you mean 'bits'"),
         (("--simulate", "--scheme-option", "weight.bits=9"), "bits: 9 is not"),
+        (("--simulate", "--scheme-option", "weight=0"), "weight: 0 is not a mapping with the"),
         (
             ("--simulate", "--scheme-option", "rotation"),
             "--scheme-option: 'rotation' is not NAME=VALUE",

@@ -6,10 +6,10 @@ This module does not import torch, so that a command can check its options at on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice, shown
 from oasis_attn.quantization.spec import FLOAT_TYPES, QuantSpec
 
 OBSERVERS = ("minmax", "running_minmax", "percentile", "mse")
@@ -68,6 +68,8 @@ class Scheme:
     clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise UserError(f"name: {shown(self.name)} is not text")
         check_choice("observer", self.observer, OBSERVERS)
         check_choice("targets", self.targets, TARGETS)
         check_choice("rotation", self.rotation, ROTATIONS)
@@ -162,11 +164,11 @@ class Scheme:
             else:
                 known = fields[parent]
             check_choice("scheme option", last, known)
+            if last in ("weight", "activation"):
+                spec = _spec(last, value)
+                value = spec and asdict(spec)
             known[last] = value
-        try:
-            return Scheme.from_dict(fields)
-        except (TypeError, AttributeError) as error:
-            raise UserError(f"scheme: {dict(options)} does not fit ({error})") from error
+        return Scheme.from_dict(fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -175,13 +177,29 @@ class Scheme:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Scheme:
         """The scheme that `to_dict` described."""
-        specs: dict[str, QuantSpec | None] = {}
-        for name in ("weight", "activation"):
-            try:
-                specs[name] = QuantSpec(**fields[name]) if fields[name] else None
-            except UserError as error:
-                raise UserError(f"{name}.{error}") from error
+        specs = {name: _spec(name, fields[name]) for name in ("weight", "activation")}
         return cls(**(fields | specs))
+
+
+def _spec(name: str, given: object) -> QuantSpec | None:
+    """The format of `weight` or `activation` from its fields; None for unquantized activations."""
+    if given is None and name == "activation":
+        return None
+    if not isinstance(given, Mapping):
+        also = " or null" if name == "activation" else ""
+        raise UserError(
+            f"{name}: {shown(given)} is not a mapping with the fields of a format{also}; to change"
+            f" one field, use its name, such as {name}.bits=4"
+        )
+    for field in given:
+        check_choice(name, field, [each.name for each in fields(QuantSpec)])
+    for field in ("bits", "symmetric"):
+        if field not in given:
+            raise UserError(f"{name}: {shown(dict(given))} lacks the field {field!r}")
+    try:
+        return QuantSpec(**given)
+    except UserError as error:
+        raise UserError(f"{name}.{error}") from error
 
 
 def _symmetric(bits: int, granularity: str, group_size: int | None = None) -> QuantSpec:
