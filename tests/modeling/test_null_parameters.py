@@ -170,7 +170,7 @@ def test_a_mask_of_queries_and_keys_needs_positions_if_it_may_hide_padding(form,
         found = model(padded, attention_mask=given, position_ids=positions).logits
         torch.testing.assert_close(found[:, padding:], expected, rtol=0, atol=1e-5)
         if padding and form != "value_null":
-            with pytest.raises(UserError, match="that hides the first key .* pass position_ids"):
+            with pytest.raises(UserError, match=r"hides the first key .* pass position_ids"):
                 model(padded, attention_mask=given)
         else:
             found = model(padded, attention_mask=given).logits

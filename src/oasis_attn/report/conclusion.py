@@ -101,7 +101,10 @@ def _about_ranges(noise: Noise) -> list[str]:
     error = f"their rounding error is {static} of the power of a median token"
     if not noise.breaks["static"]:
         holds = f"Static per-tensor ranges of 8 bits will hold: {error}"
-        return ["For 8 bits, there is nothing to cure.", f"{holds} (dynamic per-token ranges: {dynamic})."]
+        return [
+            "For 8 bits, there is nothing to cure.",
+            f"{holds} (dynamic per-token ranges: {dynamic}).",
+        ]
     cures = {
         f"dynamic per-token ranges ({dynamic})": noise.breaks["dynamic"],
         f"a prefix that takes over from the outlier tokens ({rest})": noise.breaks["rest"],
