@@ -94,8 +94,8 @@ def doctor_conclusion(
         f"{scheme} alone changes the perplexity by {_change(record, plain)}; {limit} is the limit."
     )
     if is_good(record, plain):
-        tried = Scheme.from_dict(record.scheme)
-        expected = diagnosis and tried.static and scheme_breaks(diagnosis, tried)["static"]
+        asked = Scheme.from_dict(record.scheme)
+        expected = diagnosis and asked.static and scheme_breaks(diagnosis, asked)["static"]
         but = [
             "The diagnosis expects a break, but the predictions of this model do not depend on it."
         ]

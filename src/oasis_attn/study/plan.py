@@ -258,9 +258,9 @@ class Plan:
         """
         own = self.variants[variant].get("training", {})
         found = {**self.training, **own}
-        rates = [each.get("learning_rates") for each in (self.training, own)]
-        if all(isinstance(each, Mapping) for each in rates):
-            found["learning_rates"] = {**rates[0], **rates[1]}
+        common, rates = (each.get("learning_rates") for each in (self.training, own))
+        if isinstance(common, Mapping) and isinstance(rates, Mapping):
+            found["learning_rates"] = {**common, **rates}
         return found
 
     def trial(self, trial_id: str) -> Trial:
