@@ -169,8 +169,11 @@ class Scheme:
         """The scheme that `to_dict` described."""
         specs: dict[str, QuantSpec | None] = {}
         for name in ("weight", "activation"):
+            given = fields[name]
+            if not isinstance(given, Mapping | None):
+                raise UserError(f"{name}: {given!r} is no format; set its fields ({name}.bits=8)")
             try:
-                specs[name] = QuantSpec(**fields[name]) if fields[name] else None
+                specs[name] = None if given is None else QuantSpec(**given)
             except UserError as error:
                 raise UserError(f"{name}.{error}") from error
         return cls(**(fields | specs))
