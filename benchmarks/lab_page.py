@@ -39,6 +39,7 @@ LAB = RESULTS / "lab"
 UNPUBLISHED = "This study is not published yet.\n"
 BATCH = ", batch 32"  # of the models whose thresholds are shown
 LONG = "length 64, 1x1, batch 32, "  # of the models with other nulls that are shown
+DECODERS = {"sum": "Residual sum", "depth": "Attention Residuals"}
 DIGITS = 3
 COLUMNS = {  # metric -> header and whether the range over seeds is shown
     "sink.idle_largest": ("idle sink, largest head", True),
@@ -79,7 +80,8 @@ DRAWN = ("sink.idle_largest", "task.error", "task.error@w8a8-static-full")
 def page(text: str) -> str:
     """docs/lab.md with every table generated again."""
     generators = (
-        *(source, thresholds, learned_nulls, rows, verdicts, criteria, growth, depth_verdicts),
+        *(source, thresholds, learned_nulls, decoder_thresholds, no_op_or_bias),
+        *(rows, verdicts, criteria, growth, depth_verdicts),
         format_rows,
         *(key_null_rows, key_null_verdicts, key_null_criteria),
         *(signal_rows, signal_verdicts, signal_criteria),
@@ -143,6 +145,76 @@ def learned_nulls() -> str:
     )
     head = "null", "null logit at the start", "idle sink", "idle null", "null logit at the end"
     return markdown(Table(columns=(*head, "error at triggers"), rows=rows))
+
+
+def decoder_thresholds() -> str:
+    """The smallest null logit without a sink in whole decoders, and the fitted lines."""
+    record = BenchmarkRecord.load(LAB / "null_law_decoders" / "record.json")
+    found = {
+        (row["length"], row["layers"], row["residual"], level): values
+        for row in record.tables["thresholds"]
+        for level, values in row["thresholds"].items()
+    }
+    cases = sorted({key[2:] for key in found}, key=lambda key: (key[0] != "sum", -float(key[1])))
+    rows = []
+    for length, layers in sorted({key[:2] for key in found}):
+        values = (found.get((length, layers, *case), []) for case in cases)
+        cells = (f"{fmean(each):.2f} (n {len(each)})" if each else ABSENT for each in values)
+        rows.append((str(length), f"{math.log(length):.2f}", str(layers), *cells))
+    columns = (f"{residual}, sink below {level}" for residual, level in cases)
+    lines = []
+    for case, fit in record.tables["fits"].items():
+        residual, level = case.split("@")
+        slope, low, high = (_short(x) for x in (fit["slope"], *fit["slope_interval"]))
+        lines.append(
+            f"- {DECODERS[residual]}, sink below {level}: the slope of c* against log(length) is"
+            f" {slope} (95 % interval {low} to {high}), from {fit['n']} thresholds of decoders of 4"
+            " layers."
+        )
+    head = "length", "log(length)", "layers"
+    table = markdown(Table(columns=(*head, *columns), rows=tuple(rows)))
+    return f"{table}\n" + "\n".join(lines) + "\n"
+
+
+def no_op_or_bias() -> str:
+    """What the first token does in decoders of 4 layers with several nulls and readouts."""
+    record = BenchmarkRecord.load(LAB / "null_law_decoders" / "record.json")
+    names = "sink", "value", "null_value", "error", "removed", "valueless"
+    rows = tuple(
+        (
+            group.replace(", length 32, 4 layers", ""),
+            ABSENT if row["null_logit"] is None else number(row["null_logit"]),
+            *(_short(row[name][1]) for name in names),
+        )
+        for row in record.tables["arms"]
+        if "4 layers" in (group := row["group"]) and "key_value_null" not in group
+    )
+    columns = (
+        *("decoders", "null logit", "idle sink", "value of the first token", "value of the null"),
+        *("relative error", "added without the first token", "added without its value"),
+    )
+    return markdown(Table(columns=columns, rows=rows))
+
+
+def null_law_cells() -> str:
+    """Language models by window and null."""
+    record = BenchmarkRecord.load(LAB / "null_law_cells" / "record.json")
+    names = "sink_largest", "null_mass", "loss_increase", "accuracy"
+    rows = tuple(
+        (
+            row["group"],
+            "softmax" if row["null"] is None else row["null"],
+            ABSENT if row["null"] is None else f"{row['null_logit']:.2f}",
+            str(row["runs"]),
+            *(_range(row[name], mean=True) for name in names),
+        )
+        for row in record.tables["runs"]
+    )
+    columns = (
+        *("models", "null", "null logit at the start", "seeds", "sink, largest head"),
+        *("mean null", "loss over softmax, nats", "right answers"),
+    )
+    return markdown(Table(columns=columns, rows=rows))
 
 
 def rows() -> str:

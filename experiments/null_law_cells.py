@@ -2,10 +2,10 @@
 
 python experiments/null_law_cells.py --out docs/results/lab/null_law_cells --workers 2
 
-Trains decoders of 4 layers on the corpus `majority` with windows of 128, 256 and 512 tokens and
-null logits around the log of the window.  Finished runs are in OUT/runs.jsonl.gz and are not
-repeated; with --minutes, it stops in time and can be resumed.  The record and the tables are made
-from this file; with --report, nothing is trained.
+Trains decoders of 4 layers on the corpus `majority` with windows of 128, 256 and 512 tokens, with
+constant null logits around the log of the window n, and with a null key (`key_null`).  Finished
+runs are in OUT/runs.jsonl.gz and are not repeated; with --minutes, it stops in time and can be
+resumed.  The record and the tables are made from this file; with --report, nothing is trained.
 """
 
 from __future__ import annotations
@@ -36,12 +36,15 @@ from oasis_attn.modeling.variants import settings_of
 from oasis_attn.records import BenchmarkRecord, Metric
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import ABSENT, Table
+from oasis_attn.training.parameters import group_of
 
 WINDOWS = 128, 256, 512
 SEEDS = 2
-LOGITS = (None, "log_context", "0", "log n", "log n + 4", "8", "2")  # None: softmax
+OFFSETS = {"log n - 1.5": -1.5, "log n": 0.0, "log n + 2": 2.0}  # of constant logits
+KEY, KEY_OFFSET, KEY_RATE = "key, log n + 0.5", 0.5, 0.1  # learning rate of the null's parameters
+NULLS = (None, "log n + 2", KEY, "0", "log n", "log n - 1.5")  # None: softmax
 RESIDUALS = {"sum": ("vanilla", "softmax1"), "depth": ("attn_residual", "oasis")}
-STEPS, TOKENS = 1500, 4096  # tokens of a step
+STEPS, TOKENS = 1500, 2048  # tokens of a step
 WIDTH, HEADS, LAYERS = 64, 4, 4
 RATE, WARMUP, BETAS, MAX_NORM = 3e-3, 100, (0.9, 0.99), 1.0
 HELD_OUT = 2**17  # tokens
@@ -68,21 +71,20 @@ class Unit:
         if self.null is None:
             return settings_of(softmax)
         log_n = math.log(self.window)
-        numbers = {"log n": log_n, "log n + 4": log_n + 4, "log_context": "log_context"}
-        null_logit = numbers[self.null] if self.null in numbers else float(self.null)
-        return settings_of(softmax1) | {"null_logit": null_logit}
+        if self.null == KEY:
+            null = {"token_normalizer": "key_null", "null_logit": log_n + KEY_OFFSET}
+        else:
+            null = {"null_logit": log_n + OFFSETS[self.null] if self.null in OFFSETS else 0.0}
+        return settings_of(softmax1) | null
 
 
 def missing(file: RunFile) -> Iterator[Unit]:
-    """What is to be run, the first seeds first."""
+    """What is to be run, the short windows first."""
     done = {(row["group"], row["null"], row["seed"]) for row in file.rows}
-    for seed in range(SEEDS):
-        for null in LOGITS:
-            for residual in RESIDUALS:
-                for window in WINDOWS:
-                    unit = Unit(residual, window, null, seed)
-                    if (unit.group, null, seed) not in done:
-                        yield unit
+    for window, seed, null, residual in product(WINDOWS, range(SEEDS), NULLS, RESIDUALS):
+        unit = Unit(residual, window, null, seed)
+        if (unit.group, null, seed) not in done:
+            yield unit
 
 
 @lru_cache(maxsize=1)
@@ -124,8 +126,16 @@ def run(unit: Unit, device: str) -> Run:
 
 def train(model: OasisForCausalLM, ids_NT: Tensor, batch_size: int, seed: int) -> list[float]:
     """Train in place; returns the mean losses of equal parts of the training."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, RATE, betas=BETAS, fused=True)
+    groups: dict[str, list[Tensor]] = {"null": [], "other": []}
+    for name, parameter in model.named_parameters():
+        groups["null" if group_of(name) == "null" else "other"].append(parameter)
+    parameters = groups["null"] + groups["other"]
+    rates = {"null": KEY_RATE, "other": RATE}
+    optimizer = torch.optim.AdamW(
+        [{"params": each, "lr": rates[name]} for name, each in groups.items() if each],
+        betas=BETAS,
+        fused=True,
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
     losses = []
     for index_B in islice(_batches(len(ids_NT), batch_size, seed), STEPS):
@@ -194,7 +204,7 @@ def make_record(file: RunFile) -> BenchmarkRecord:
         (row["group"], row["seed"]): row["other_loss"] for row in file.rows if row["null"] is None
     }
     metrics, rows = [], []
-    for residual, window, null in product(RESIDUALS, WINDOWS, LOGITS):
+    for residual, window, null in product(RESIDUALS, WINDOWS, NULLS):
         group = Unit(residual, window, null, 0).group
         runs = [row for row in file.of(group) if row["null"] == null]
         if not runs:
@@ -234,7 +244,8 @@ HEAD = """\
 
 Decoders of {layers} layers, width {width} and {heads} heads with rotary positions are trained on
 the corpus `majority` with {steps} steps of {tokens} tokens, on windows of 128, 256 and 512 tokens;
-`sum` are the variants `vanilla` (softmax) and `softmax1`, `depth` are `attn_residual` and `oasis`.
+`sum` are the variants `vanilla` (softmax) and `softmax1`, `depth` are `attn_residual` and `oasis`,
+and `key` is the token normalizer `key_null`, whose null logit depends on the query and is learned.
 The sink is the mean probability of the first token over all later queries, of the head in which it
 is largest.  The loss of tokens that are no answers is compared with softmax of the same seed, in
 nats.  Values are those of the seeds.

@@ -274,7 +274,7 @@ def _head(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def _shown(span: Sequence[float]) -> str:
     """The median, and the range if it is not a point."""
-    low, middle, high = (f"{value:.2g}" for value in span)
+    low, middle, high = (f"{float(value):.2g}" for value in span)  # JSON has "inf" as text
     return middle if low == high else f"{middle} ({low} to {high})"
 
 

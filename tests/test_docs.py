@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from experiments import retrofit_training
+from experiments import retrofit_families, retrofit_training
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import arith
@@ -137,6 +137,36 @@ def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
     assert max(norms[3:10]) < 250
     assert 1000 < max(norms) == norms[29] < 1100
     assert value(other, perplexity, "gsm8k") < value(trained, perplexity, "gsm8k")
+
+
+def test_what_the_page_says_of_models_that_are_trained_with_bos() -> None:
+    folder = DOCS / "results" / "retrofit"
+    record = Record.load(folder / "families.json")
+    table = retrofit_families.table(record)
+    assert (folder / "families.md").read_text() == table
+    assert table.strip() in (DOCS / "retrofit.md").read_text()
+    original, removed, words, shared, replaced, prefix = retrofit_families.CASES
+    found = {(row["family"], row["model"], row["bos"]): row for row in record.tables["runs"]}
+    for family in retrofit_families.FAMILIES:
+        ratio, sink, null = (
+            {case: found[family, *case][name] for case in retrofit_families.CASES}
+            for name in ("retrofit.perplexity_ratio", "sink.max_mass", "null.max_mass")
+        )
+        for seed in range(retrofit_families.SEEDS):
+            assert sink[original][seed] > 0.5
+            assert ratio[removed][seed] > 4
+            assert sink[words][seed] > 0.95 * sink[original][seed]
+            assert abs(null[shared][seed] - sink[shared][seed]) < 0.02
+            assert sink[replaced][seed] < 0.1
+            assert abs(null[replaced][seed] - sink[original][seed]) < 0.02
+            assert all(
+                0.99 < ratio[case][seed] < 1.01 for case in (words, shared, replaced, prefix)
+            )
+        quantized = f"retrofit.perplexity_ratio@{retrofit_families.SCHEME}"
+        assert all(
+            abs(value - 1) < 0.01 for case in (original, replaced)
+            for value in found[family, *case][quantized]
+        )  # fmt: skip
 
 
 def test_doctor() -> None:

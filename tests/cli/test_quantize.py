@@ -112,6 +112,7 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
     assert "speed.over_unquantized" in shown.out
     record = QuantizationRecord.load(out / "record.json")
     assert record.arithmetic == "compressed-tensors"
+    assert record.scheme["fused_scales"] is (scheme == "nvfp4")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert sum(".0." in name for name in config["ignore"]) == 7
@@ -140,6 +141,7 @@ EXPORT = ("--format", "compressed-tensors")
         (("--scheme", "fp8-static"), "can only be simulated: kernels multiply integers only"),
         (("--simulate", "--scheme-option", "weight.bit=3"), "did you mean 'bits'"),
         (("--simulate", "--scheme-option", "weight.bits=9"), "bits: 9 is not"),
+        (("--simulate", "--scheme-option", "weight=0"), "weight: 0 is not a mapping with the"),
         (
             ("--simulate", "--scheme-option", "rotation"),
             "--scheme-option: 'rotation' is not NAME=VALUE",

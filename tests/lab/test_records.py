@@ -1,6 +1,7 @@
 """The committed records and tables of the lab are those of the committed runs."""
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ RESULTS = ROOT / "docs" / "results" / "lab"
 
 
 def experiment(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
     spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
@@ -56,7 +58,36 @@ def test_null_law(monkeypatch):
     assert {row["group"] for row in file.rows} <= {*names}
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("null_law_decoders", "null_law_decoders_report")],
+)
+def test_null_law_of_decoders_and_language_models(monkeypatch, folder, name):
+    law = experiment(name, monkeypatch)
+    file = RunFile(RESULTS / folder / "runs.jsonl.gz")
+    record = BenchmarkRecord.load(RESULTS / folder / "record.json")
+    again = law.make_record(file)
+    assert [(m.name, m.where, m.value, m.n) for m in record.metrics] == approximately(again.metrics)
+    assert (RESULTS / folder / "tables.md").read_text() == law.tables(record)
+
+
 def test_the_margin_of_log_context_removes_every_measured_sink():
     record = BenchmarkRecord.load(RESULTS / "null_law" / "record.json")
     largest = record.metric("null_law.margin@0.02").value
     assert 1 < largest < LOG_CONTEXT_MARGIN < largest + 1
+
+
+def test_the_thresholds_in_decoders():
+    record = BenchmarkRecord.load(RESULTS / "null_law_decoders" / "record.json")
+    found = {"sum": [], "depth": []}
+    for row in record.tables["thresholds"]:
+        found[row["residual"]] += [(row["length"], c) for c in row["thresholds"]["0.02"]]
+    for length, c in found["sum"]:
+        assert 3 < c < 5.2
+        assert length < 32 or c < math.log(length) + LOG_CONTEXT_MARGIN
+    largest = max(c for _, c in found["depth"])
+    assert all(c > 6 for length, c in found["depth"] if length <= 128)
+    assert math.log(128) + LOG_CONTEXT_MARGIN < largest < math.log(256) + LOG_CONTEXT_MARGIN < 8
+    for residual in found:
+        low, high = record.tables["fits"][f"{residual}@0.02"]["slope_interval"]
+        assert low < 0 < high < 0.5

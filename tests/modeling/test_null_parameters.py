@@ -150,6 +150,34 @@ def test_left_padding_without_positions_changes_nothing(form, family, ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_mask_of_queries_and_keys_needs_positions_if_it_may_hide_padding(form, family, ids):
+    """gemma2 has one mask for its sliding window, and one for the other layers."""
+    model = of(form, family=family, dtype=torch.float64)
+    expected = model(ids).logits
+    seen = torch.ones(2, 12, dtype=torch.long)
+    for padding, additive in ((0, False), (4, False), (4, True)):
+        padded, shown = (torch.cat([x.new_zeros(2, padding), x], 1) for x in (ids, seen))
+        T = 12 + padding
+        mask = torch.ones(T, T, dtype=torch.bool).tril() & shown[:, None, None].bool()
+        masks = {"full_attention": mask, "sliding_attention": mask.triu(-5)}
+        if additive:
+            zeros = torch.zeros(mask.shape, dtype=torch.float64)
+            masks = {kind: zeros.masked_fill(~mask, -torch.inf) for kind, mask in masks.items()}
+        given = masks if family == "gemma2" else masks["full_attention"]
+        positions = (torch.arange(T) - padding).clamp(min=0)[None]
+        found = model(padded, attention_mask=given, position_ids=positions).logits
+        torch.testing.assert_close(found[:, padding:], expected, rtol=0, atol=1e-5)
+        if padding and form != "value_null":
+            with pytest.raises(UserError, match=r"hides the first key .* pass position_ids"):
+                model(padded, attention_mask=given)
+        else:
+            found = model(padded, attention_mask=given).logits
+            torch.testing.assert_close(found[:, padding:], expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_attention_maps(form, ids):
     model = of(form, dtype=torch.float64)

@@ -26,6 +26,7 @@ from oasis_attn.quantization import (
     schemes,
 )
 from oasis_attn.quantization.int8 import to_int8
+from oasis_attn.quantization.linear import fused_layers
 from oasis_attn.quantization.primitives import fake_quantize, power_of_two
 from oasis_attn.quantization.quantizers import StaticQuantizer, observe_qparams
 from tiny_models import VOCABULARY, tiny_config, tiny_model, word_tokenizer
@@ -232,6 +233,11 @@ FLOATS = {
     "mxfp4, weights": replace(TABLE["mxfp4"], activation=None),
     "nvfp4": TABLE["nvfp4"],
     "nvfp4, head": replace(TABLE["nvfp4"], head=True),
+    "nvfp4, fused": replace(TABLE["nvfp4"], fused_scales=True),
+    "nvfp4, fused, weights, gptq": TABLE["nvfp4"].with_options(
+        {"activation": None, "static": False, "observer": "mse", "rounding": "gptq"}
+        | {"fused_scales": True}
+    ),
 }
 PRESETS = {
     "fp8-static": "FP8",
@@ -289,8 +295,11 @@ def test_floating_point_formats(name, ids, tmp_path):
     assert bool(seen) == (scheme.weight.scale_type == "e8m0" and scheme.activation is not None)
 
 
-def test_what_an_nvfp4_folder_holds(tmp_path):
-    ours = quantized(make(intermediate_size=64), FLOATS["nvfp4"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_an_nvfp4_folder_holds(fused, tmp_path):
+    """With fused scales, the layers that engines fuse have both scales of tensors in common."""
+    scheme = replace(FLOATS["nvfp4, head"], fused_scales=fused)
+    ours = quantized(make(intermediate_size=64), scheme)
     with quiet():
         save_compressed_tensors(ours, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -298,11 +307,22 @@ def test_what_an_nvfp4_folder_holds(tmp_path):
         assert stored[f"{name}.weight_packed"].shape == (layer.out_features, layer.in_features // 2)
         scale = stored[f"{name}.weight_scale"]
         assert scale.dtype == torch.float8_e4m3fn
-        assert scale.float().max() == 448
         blocks = scale.float() / stored[f"{name}.weight_global_scale"]
         assert torch.equal(blocks, layer.weight_scale.squeeze(-1))
         fixed = stored[f"{name}.input_global_scale"] * layer.input_quantizer.scale
         torch.testing.assert_close(fixed, torch.tensor([448.0]))
+    groups = fused_layers(quantized_modules(ours))
+    assert [len(names) for names in groups] == [3, 1, 2, 1] * 4 + [1]
+    for names in groups:
+        numbers = [stored[f"{name}.weight_scale"].float().max() for name in names]
+        assert max(numbers) == 448
+        assert fused or min(numbers) == 448
+        own, of_input = (
+            {float(stored[f"{name}.{kind}_global_scale"]) for name in names}
+            for kind in ("weight", "input")
+        )
+        assert len(own) == (1 if fused else len(names))
+        assert len(of_input) == 1
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
     word_tokenizer().save_pretrained(tmp_path / "out")
     model, _ = load_model(tmp_path / "out")  # it runs, though the commands ask for float32

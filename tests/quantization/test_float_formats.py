@@ -214,7 +214,8 @@ def test_codes_are_inverse(name, dtype):
     """A weight is restored from its codes, in every dtype and after a cast."""
     scheme = replace(TABLE["mxfp4"], weight=SPECS[name], activation=None)
     linear = torch.nn.Linear(64, 24, dtype=dtype)
-    layer = QuantizedLinear.from_linear(linear, scheme, name="x")
+    qparams = observe_qparams(linear.weight, SPECS[name])
+    layer = QuantizedLinear.from_linear(linear, scheme, qparams, name="x")
     assert torch.equal(layer.decode(layer.codes(), dtype), layer.weight)
     expected = fake_quantize_dynamic(linear.weight.detach(), SPECS[name])
     assert torch.equal(layer.weight, expected)

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.modeling.decoder_map import find_layers
 from oasis_attn.quantization import (
     linear_targets,
     quantize,
@@ -21,6 +22,7 @@ from oasis_attn.quantization import (
     tensor_targets,
 )
 from oasis_attn.quantization.quantizers import StaticQuantizer
+from tiny_families import family_model, tokens
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 SCHEME = schemes()["w8a8-static-full"]
@@ -229,10 +231,80 @@ def test_names_that_are_no_targets():
         quantize(model, "w8a8-dynamic", targets=["model.norm:output"])
 
 
-def test_a_family_without_adapter_is_refused():
-    config = tiny_config("opt", ffn_dim=48, word_embed_proj_dim=32)
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match="'full' is not possible with family 'opt': it is"):
+_HYBRID = (
+    *("{}:input", "{}.post_attention_layernorm:input"),
+    *("{}.post_attention_layernorm:output", "{}.input_layernorm:output"),
+)
+UNKNOWN = {  # the layers of families without a row, and the final norm
+    "gpt2": (
+        *("{}:input", "{}.ln_1:output", "{}.attn:probabilities", "{}.attn:context"),
+        *("{}.ln_2:input", "{}.ln_2:output"),
+    ),
+    "cohere": ("{}:input", "{}.input_layernorm:output", *(f"{{}}.{each}" for each in ATTENTION)),
+    "qwen3_next": (_HYBRID, _HYBRID, _HYBRID, PRE_NORM),
+    "mamba": ("{}:input", "{}.norm:output"),
+}
+FINAL = {"gpt2": "transformer.ln_f", "mamba": "backbone.norm_f"}
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_the_targets_of_a_family_without_a_row_are_found_by_running_it(family):
+    model = family_model(family)
+    path, layers = find_layers(model)
+    rows = UNKNOWN[family]
+    rows = rows if isinstance(rows[0], tuple) else (rows,) * len(layers)
+    named = [target.format(f"{path}.{i}") for i, row in enumerate(rows) for target in row]
+    final = FINAL.get(family, "model.norm")
+    expected = (*named, f"{final}:input", f"{final}:output")
+    assert tensor_targets(model) == expected
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    found = quantize(model, SCHEME, calibration=[tokens()], targets=expected)
+    quantizers, exact = quantized_modules(found), logits(model, tokens())
+    assert set(quantizers) == set(expected)
+    for quantizer in quantizers.values():
+        quantizer.enabled = False
+    off = logits(found, tokens())
+    torch.testing.assert_close(off, exact, rtol=1e-4, atol=1e-6)
+    for target, quantizer in quantizers.items():
+        quantizer.enabled = True
+        assert not torch.equal(logits(found, tokens()), off), target
+        quantizer.enabled = False
+
+
+def test_the_mode_of_training_stays():
+    model = family_model("gpt2").train()
+    model.transformer.h[1].eval()
+    before = [module.training for module in model.modules()]
+    assert tensor_targets(model) == tensor_targets(family_model("gpt2"))
+    assert [module.training for module in model.modules()] == before
+
+
+def _with_gate(model):
+    """A residual stream that is multiplied by a vector."""
+    with torch.no_grad():
+        model.model.layers[2].post_attention_residual.add_(torch.linspace(0, 1, 32))
+
+
+def _with_copy(model):
+    """A layer that does not carry on what its MLP reads."""
+    model.transformer.h[1].ln_2.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("bart", None, "its layers do not add just the outputs of their sublayers to the residual"),
+        ("doge", _with_gate, "its layers do not add just"),
+        ("gpt2", _with_copy, "its layers do not add just"),
+        ("falcon", None, "its attention does not use the attention interface"),
+    ],
+)
+def test_other_forms_are_refused(family, change, reason):
+    model = family_model(family)
+    if change:
+        assert tensor_targets(model)
+        change(model)
+    with pytest.raises(UserError, match=f"'full' is not possible with family .*: {reason}"):
         tensor_targets(model)
     assert linear_targets(model)
 

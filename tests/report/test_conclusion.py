@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from example_records import diagnosis
+from oasis_attn.quantization.schemes import schemes
 from oasis_attn.records import DiagnosisRecord, Metric
 from oasis_attn.report import conclusion, head_table
-from oasis_attn.report.conclusion import Noise
+from oasis_attn.report.conclusion import Noise, scheme_breaks
 
 
 def record(static: float, rest: float, dynamic: float, tokens: int = 1) -> DiagnosisRecord:
@@ -49,7 +52,7 @@ BREAKS = (
         (
             (0.1, 0.02, 0.01),
             [
-                "There is nothing to cure.",
+                "For 8 bits, there is nothing to cure.",
                 (
                     "Static per-tensor ranges of 8 bits will hold: their rounding error is 10 % of"
                     " the power of a median token (dynamic per-token ranges: 1 %)."
@@ -117,7 +120,24 @@ def test_heads_are_counted_and_listed() -> None:
 
 
 def test_noise_grows_with_the_square_of_the_step() -> None:
-    eight, four = (Noise.of(record(0.02, 0.01, 0.0), bits) for bits in (8, 4))
+    eight, four = (Noise.of(record(0.02, 0.01, 0.0), steps) for steps in (255, 15))
     assert four.static == pytest.approx(0.02 * 17**2)
     assert not eight.breaks["static"]
     assert four.breaks == {"static": True, "rest": True, "dynamic": False}
+
+
+def test_what_breaks_depends_on_the_numbers_of_the_scheme() -> None:
+    """FP8 has small steps around zero, and of groups a diagnosis says nothing."""
+    found, table = record(1000.0, 0.05, 0.01), schemes()
+    broken = {
+        name: [kind for kind, breaks in scheme_breaks(found, scheme).items() if breaks]
+        for name, scheme in table.items()
+    }
+    assert broken["w8a8-static-linear"] == ["static"]
+    assert broken["w4a4"] == ["static", "rest", "dynamic"]
+    for name in ("fp8-static", "fp8-dynamic", "mxfp8", "mxfp4", "nvfp4", "w4a16"):
+        assert broken[name] == []
+    float4 = table["nvfp4"].weight.per_tensor()
+    assert float4.steps == 24
+    per_token = replace(table["nvfp4"], activation=float4)
+    assert scheme_breaks(found, per_token)["dynamic"]

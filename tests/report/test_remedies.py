@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from example_records import ENVIRONMENT, TEXT, diagnosis, model_info
+from oasis_attn.quantization.schemes import schemes
 from oasis_attn.records import DoctorRecord, Metric, Try
 from oasis_attn.report.record_findings import findings
 from oasis_attn.report.record_page import record_sections
@@ -31,7 +32,7 @@ def record(tries: Numbers, **changes) -> DoctorRecord:
     fields = {
         "model": model_info("folder/m"),
         "sha256": "0",
-        "scheme": {"name": "w8a8-static-linear", "static": True},
+        "scheme": schemes()["w8a8-static-linear"].to_dict(),
         "tolerance": 0.05,
         "tries": tuple(
             Try(name=name, scheme={}, prefix=(), problem=found if isinstance(found, str) else "")
@@ -135,7 +136,7 @@ def test_what_is_said_if_no_remedy_helps() -> None:
 def test_what_is_said_if_there_is_nothing_to_cure(static) -> None:
     said = doctor_conclusion(noise(static), record({"plain": (-0.001, 0.0)}), ALL)
     assert said[:2] == (
-        "There is nothing to cure.",
+        "For w8a8-static-linear, there is nothing to cure.",
         "w8a8-static-linear alone changes the perplexity by -0.1 %; 5 % is the limit.",
     )
     assert [text.startswith("The diagnosis expects a break") for text in said[2:]] == (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from oasis_attn import view
 from oasis_attn.errors import UserError
 from oasis_attn.measure.inspect_text import Inspection, Massive
 from oasis_attn.records import ModelInfo
-from oasis_attn.report.text_findings import token_names
+from oasis_attn.report.text_findings import massive_table, token_names
 from oasis_attn.report.text_page import maps_bytes, text_page
 from tiny_models import word_tokenizer
 
@@ -99,6 +100,15 @@ def test_a_model_without_sinks_has_none():
     assert heading == "No token is an attention sink."
     layer, head, key = np.unravel_index(found.received_LHS().argmax(), (2, 3, 30))
     assert f"“t{key}” (token {key}) in layer {layer}, head {head}" in second
+
+
+def test_a_median_of_zero_divides_nothing():
+    found = replace(random_inspection(2, 3, 30), medians_L=np.zeros(2, np.float32))
+    texts = [f" t{i}" for i in range(30)]
+    page = text_page(found, texts, total=40)
+    assert re.search(r"The largest is .*: the median is 0\.", page.findings[-1])
+    assert massive_table(found, texts).rows[0][-1] == "-"
+    assert "e+" not in page.html.split("<script")[0]
 
 
 def test_causality_makes_the_first_tokens_of_a_short_text_sinks():

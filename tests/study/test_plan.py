@@ -106,6 +106,11 @@ def test_a_variant_may_have_its_own_learning_rates(tiny):
     vanilla, fast = plan.trials[:2]
     assert fast.training == {**vanilla.training, "learning_rates": {"beta": 0.1}}
     assert dict(fast.training_config(Path("x")).rates)["beta"] == 0.1
+    common = {"learning_rates": {"beta": 0.2, "router": 0.3}}
+    plan = tiny(variants={"vanilla": None, "fast": entry}, compare={}, training=common)
+    vanilla, fast = plan.trials[:2]
+    assert vanilla.training == common
+    assert fast.training == {"learning_rates": {"beta": 0.1, "router": 0.3}}
     with pytest.raises(UserError, match="training of 'fast': 'steps' is not one of learning_rate"):
         tiny(variants={"fast": entry | {"training": {"steps": 3}}}, compare={}).check()
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
+
+from oasis_attn.cli.terminal import check_text, pairs
+
+if TYPE_CHECKING:
+    from oasis_attn.quantization.schemes import Scheme
 
 SchemeOption = Annotated[
     list[str] | None,
@@ -37,3 +42,21 @@ Windows = Annotated[
     ),
 ]
 RotationSeed = Annotated[int, Option(help="Random seed of the rotation.")]
+
+
+def varied_scheme(name: str, changes: list[str] | None) -> Scheme:
+    """The scheme of this name with the changes of `--scheme-option`."""
+    from oasis_attn.quantization.schemes import get_scheme
+
+    return get_scheme(name).with_options(pairs("--scheme-option", changes))
+
+
+def check_inputs(
+    model: str, calibration: str, calibration_split: str, evaluation: str | None, split: str
+) -> None:
+    """Raise `UserError` unless the model and the texts can be found; call it before loading."""
+    from oasis_attn.hub.locate import find_model
+
+    find_model(model)
+    check_text(calibration, calibration_split)
+    check_text(evaluation or calibration, split)

@@ -8,22 +8,11 @@ from typing import Annotated, Any
 
 from typer import Option, confirm
 
-from oasis_attn.cli.calibration import (
-    Calibration,
-    CalibrationSplit,
-    Evaluation,
-    EvaluationSplit,
-    RotationSeed,
-    SchemeOption,
-    Window,
-    Windows,
-)
+from oasis_attn.cli import calibration as options
 from oasis_attn.cli.terminal import (
     AsJson,
     Model,
     TrustRemoteCode,
-    check_text,
-    pairs,
     print_json,
     print_sentences,
     print_table,
@@ -43,7 +32,7 @@ def doctor(
     scheme: Annotated[
         str, Option(help="Scheme to make good enough; weights get one scale per output channel.")
     ] = "w8a8-static-linear",
-    scheme_option: SchemeOption = None,
+    scheme_option: options.SchemeOption = None,
     tolerance: Annotated[
         float, Option(help="Increase of perplexity that is good enough: 0.05 is 5 %.")
     ] = 0.05,
@@ -57,13 +46,13 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    calibration: Calibration = "stdlib",
-    calibration_split: CalibrationSplit = "train",
-    evaluation: Evaluation = None,
-    evaluation_split: EvaluationSplit = "test",
-    window: Window = 256,
-    windows: Windows = 8,
-    seed: RotationSeed = 0,
+    calibration: options.Calibration = "stdlib",
+    calibration_split: options.CalibrationSplit = "train",
+    evaluation: options.Evaluation = None,
+    evaluation_split: options.EvaluationSplit = "test",
+    window: options.Window = 256,
+    windows: options.Windows = 8,
+    seed: options.RotationSeed = 0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,19 +62,16 @@ def doctor(
     Example: [bold]oasis doctor smollm2 --apply quantized[/bold]
     """
     from oasis_attn.files import check_free
-    from oasis_attn.hub.locate import find_model
     from oasis_attn.quantization.options import check_doctor
-    from oasis_attn.quantization.schemes import Scheme, get_scheme
+    from oasis_attn.quantization.schemes import Scheme
 
-    varied = get_scheme(scheme).with_options(pairs("--scheme-option", scheme_option))
+    varied = options.varied_scheme(scheme, scheme_option)
     check_doctor(tolerance=tolerance, window=window, windows=windows, seed=seed)
     if not (out / "record.json").is_file():
         check_free(out)
     if apply is not None:
         check_free(apply, "apply")
-    find_model(model)
-    check_text(calibration, calibration_split)
-    check_text(evaluation or calibration, evaluation_split)
+    options.check_inputs(model, calibration, calibration_split, evaluation, evaluation_split)
 
     from oasis_attn.quantization.remedies import REMEDIES
     from oasis_attn.report import conclusion

@@ -7,21 +7,11 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from oasis_attn.cli.calibration import (
-    Calibration,
-    CalibrationSplit,
-    Evaluation,
-    EvaluationSplit,
-    SchemeOption,
-    Window,
-    Windows,
-)
+from oasis_attn.cli import calibration as options
 from oasis_attn.cli.terminal import (
     AsJson,
     Model,
     TrustRemoteCode,
-    check_text,
-    pairs,
     print_table,
     working,
 )
@@ -46,13 +36,13 @@ def prefix(
             " fp8-static or nvfp4."
         ),
     ] = "w8a8-static-linear",
-    scheme_option: SchemeOption = None,
-    calibration: Calibration = "stdlib",
-    calibration_split: CalibrationSplit = "train",
-    evaluation: Evaluation = None,
-    evaluation_split: EvaluationSplit = "test",
-    window: Window = 512,
-    windows: Windows = 16,
+    scheme_option: options.SchemeOption = None,
+    calibration: options.Calibration = "stdlib",
+    calibration_split: options.CalibrationSplit = "train",
+    evaluation: options.Evaluation = None,
+    evaluation_split: options.EvaluationSplit = "test",
+    window: options.Window = 512,
+    windows: options.Windows = 16,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -61,18 +51,14 @@ def prefix(
     Example: [bold]oasis prefix smollm2 prefixed --tune-steps 32[/bold]
     """
     from oasis_attn.files import check_free
-    from oasis_attn.hub.locate import find_model
     from oasis_attn.quantization.options import check_prefix
-    from oasis_attn.quantization.schemes import get_scheme
 
-    varied = get_scheme(scheme).with_options(pairs("--scheme-option", scheme_option))
+    varied = options.varied_scheme(scheme, scheme_option)
     check_prefix(
         varied, method=method, length=length, tune_steps=tune_steps, window=window, windows=windows
     )
     check_free(out)
-    find_model(model)
-    check_text(calibration, calibration_split)
-    check_text(evaluation or calibration, evaluation_split)
+    options.check_inputs(model, calibration, calibration_split, evaluation, evaluation_split)
 
     from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
     from oasis_attn.report import Table

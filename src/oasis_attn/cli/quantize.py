@@ -8,22 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from oasis_attn.cli.calibration import (
-    Calibration,
-    CalibrationSplit,
-    Evaluation,
-    EvaluationSplit,
-    RotationSeed,
-    SchemeOption,
-    Window,
-    Windows,
-)
+from oasis_attn.cli import calibration as options
 from oasis_attn.cli.terminal import (
     AsJson,
     Model,
     TrustRemoteCode,
-    check_text,
-    pairs,
     print_table,
     working,
 )
@@ -43,7 +32,7 @@ def quantize(
             " fp8-static, fp8-dynamic, mxfp8, mxfp4 or nvfp4."
         ),
     ] = "w8a8-dynamic",
-    scheme_option: SchemeOption = None,
+    scheme_option: options.SchemeOption = None,
     format: Annotated[
         str,
         Option(
@@ -67,12 +56,12 @@ def quantize(
             help="Do not quantize targets that match PATTERN, such as '*.down_proj'; repeatable.",
         ),
     ] = None,
-    calibration: Calibration = "stdlib",
-    calibration_split: CalibrationSplit = "train",
-    evaluation: Evaluation = None,
-    evaluation_split: EvaluationSplit = "test",
-    window: Window = 512,
-    windows: Windows = 16,
+    calibration: options.Calibration = "stdlib",
+    calibration_split: options.CalibrationSplit = "train",
+    evaluation: options.Evaluation = None,
+    evaluation_split: options.EvaluationSplit = "test",
+    window: options.Window = 512,
+    windows: options.Windows = 16,
     sensitivity: Annotated[
         str | None,
         Option(
@@ -81,7 +70,7 @@ def quantize(
             metavar="BY",
         ),
     ] = None,
-    seed: RotationSeed = 0,
+    seed: options.RotationSeed = 0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -93,11 +82,9 @@ def quantize(
     then [bold]vllm serve small --dtype bfloat16[/bold].
     """
     from oasis_attn.files import check_free
-    from oasis_attn.hub.locate import find_model
     from oasis_attn.quantization.options import check_quantization
-    from oasis_attn.quantization.schemes import get_scheme
 
-    varied = get_scheme(scheme).with_options(pairs("--scheme-option", scheme_option))
+    varied = options.varied_scheme(scheme, scheme_option)
     check_quantization(
         varied,
         format=format,
@@ -108,9 +95,7 @@ def quantize(
         seed=seed,
     )
     check_free(out)
-    find_model(model)
-    check_text(calibration, calibration_split)
-    check_text(evaluation or calibration, evaluation_split)
+    options.check_inputs(model, calibration, calibration_split, evaluation, evaluation_split)
 
     from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 

@@ -75,7 +75,7 @@ class Inspection:
         null_norms_LHT: the norm of what head h reads from the null; 0 if the null has no value.
         largest_LT: the entry of each layer's output with the largest absolute value.
         channels_LT: its channel, int64.
-        medians_L: the median absolute value of each layer's output, above 0.
+        medians_L: the median absolute value of each layer's output.
         massive: the massive activations, by layer, position and channel.
         depth: the depth routing; None for a model without routers.
         depth_off: the same, of a second forward pass with the null signal off; None for a model
@@ -260,7 +260,7 @@ class _Recorder:
             point.layer,
             largest=x_TD.gather(1, channels_T[:, None])[:, 0],
             channels=channels_T,
-            medians=sizes_TD.median().clamp_min(torch.finfo(torch.float32).tiny),
+            medians=sizes_TD.median(),
         )
         self.massive += [
             Massive(layer=point.layer, position=t, channel=d, value=float(x_TD[t, d]))

@@ -265,6 +265,12 @@ SINKS = (
         unit="probability",
         protocol=_HEADS,
     ),
+    Definition(
+        name="null.max_mass",
+        definition="`null.mass` of the head with the largest value; 0 without a null",
+        unit="probability",
+        protocol="`experiments/retrofit_families.py`: as `sink.max_mass`",
+    ),
 )
 
 DEPTH = (

@@ -20,6 +20,11 @@ _QUANTIZED = (
     f"{_TASK}; the same model quantized with <scheme>, calibrated on other sequences.  The linear "
     "maps in and out of the decoder are not quantized"
 )
+_LAW = (
+    "`experiments/null_law_decoders.py`: decoders of `where` are trained on the trigger task with "
+    "constant null logits; p is `sink.idle_largest`"
+)
+_FIT = f"{_LAW}; least squares over n thresholds, decoders of 4 layers"
 _SINK = "arXiv 2603.11487 (the measure of its figures)"
 
 LAB = (
@@ -137,5 +142,36 @@ LAB = (
         unit="1",
         better="lower",
         protocol=_QUANTIZED,
+    ),
+    Definition(
+        name="null_law_decoder.threshold@<eps>",
+        definition="c*: the null logit above which p is below eps; interpolated linearly in "
+        "log(p / (1 - p)) between the largest trained null logit with p at least eps and the next",
+        unit="logit",
+        protocol=f"{_LAW}; mean over n seeds",
+    ),
+    Definition(
+        name="null_law_decoder.slope@<eps>",
+        definition="b of `null_law_decoder.threshold@<eps>` = a + b log(length)",
+        unit="logit",
+        protocol=_FIT,
+    ),
+    Definition(
+        name="null_law_decoder.intercept@<eps>",
+        definition="a of `null_law_decoder.threshold@<eps>` = a + b log(length)",
+        unit="logit",
+        protocol=_FIT,
+    ),
+    Definition(
+        name="null_law_decoder.margin@<eps>",
+        definition="largest difference of a threshold and log(length)",
+        unit="logit",
+        protocol=f"{_LAW}; maximum over all lengths, layers and n seeds",
+    ),
+    Definition(
+        name="null_law_decoder.median_margin@<eps>",
+        definition="median difference of a threshold and log(length)",
+        unit="logit",
+        protocol=f"{_LAW}; median over all lengths, layers and n seeds",
     ),
 )

@@ -9,6 +9,7 @@ _MAJORITY = (
     "`evaluate --tasks majority`: windows of the test split of `majority`, each a document; all "
     "earlier tokens are those of the text; sum over all windows, n windows"
 )
+_FAMILIES = "`experiments/retrofit_families.py`: texts of `majority` without EOS; mean over n seeds"
 _TARGETS = "`quantize`: for each quantized target (`where`)"
 _PREFIX = "`prefix`: `where` is `before` (without the prefix) or `after` (with the prefix)"
 _CONVERSION = (
@@ -258,6 +259,35 @@ CONVERSION = (
         better="lower",
         protocol=f"{_CONVERSION}; over all evaluation windows, n windows; without a prefix the "
         "same as `prefix.max_hidden`",
+    ),
+    Definition(
+        name="retrofit.perplexity",
+        definition="exp of the mean loss of all words but the first, which are the same with and "
+        "without a token in front",
+        unit="1",
+        better="lower",
+        protocol=_FAMILIES,
+    ),
+    Definition(
+        name="retrofit.perplexity_ratio",
+        definition="`retrofit.perplexity` / that of the original model on texts as in its training",
+        unit="1",
+        better="lower",
+        protocol=_FAMILIES,
+    ),
+    Definition(
+        name="retrofit.perplexity_ratio@<scheme>",
+        definition="`retrofit.perplexity` quantized by <scheme> / the same without quantization",
+        unit="1",
+        better="lower",
+        protocol=_FAMILIES,
+    ),
+    Definition(
+        name="retrofit.accuracy",
+        definition="answers with the largest logit of the whole vocabulary / number of answers",
+        unit="share",
+        better="higher",
+        protocol=_FAMILIES,
     ),
 )
 

@@ -207,14 +207,6 @@ def check_fits(config: OasisConfig) -> Family:
     return family
 
 
-def why_without_row(text_config: PreTrainedConfig) -> str:
-    """Why it is not certain what the layers of a decoder without a row compute."""
-    if text_config.model_type in FAMILIES:
-        return _PARALLEL
-    unknown = "it is not known which norms and sums its layers have"
-    return _REASONS.get(text_config.model_type, unknown)
-
-
 def family_of(text_config: PreTrainedConfig) -> Family:
     """The row of this config's `model_type`; `UserError` with the reason if there is none."""
     kind = text_config.model_type

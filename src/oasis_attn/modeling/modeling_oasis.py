@@ -40,7 +40,12 @@ from oasis_attn.modeling.hf_compat import can_return_tuple, no_split_modules
 from oasis_attn.modeling.hf_compat import initialization as init
 from oasis_attn.modeling.layer import LayerArgs, RoutedLayer
 from oasis_attn.modeling.official import OfficialCache, OfficialRouter
-from oasis_attn.modeling.packing import input_of, padded_positions, with_packed_masks
+from oasis_attn.modeling.packing import (
+    check_no_padding,
+    input_of,
+    padded_positions,
+    with_packed_masks,
+)
 from oasis_attn.modeling.pretrained import OasisPreTrainedModel, check_cache
 from oasis_attn.modeling.settings import refuse_unknown
 
@@ -128,10 +133,11 @@ class OasisModel(Attached, OasisPreTrainedModel):
         Between two tokens only the distance counts, but a null key has a fixed position.
         """
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            return kwargs
         keyed = cast(RoutedLayer, self.layers[0]).null_key is not None
-        if not keyed or kwargs.get("position_ids") is not None:
+        if mask is None or not keyed or kwargs.get("position_ids") is not None:
+            return kwargs
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            check_no_padding(mask)
             return kwargs
         past = 0 if cache is None else cache.get_seq_length()
         return kwargs | {"position_ids": padded_positions(mask, past, length)}

@@ -26,6 +26,10 @@ _NOT_WITH_A_CACHE = (
     "position_ids: they restart within a row, but a cache holds one sequence per row; for packed"
     " sequences pass use_cache=False and no past_key_values"
 )
+_WITHOUT_POSITIONS = (
+    "attention_mask: a mask [B, 1, T, S] that hides the first key does not tell where a row begins,"
+    " on which the distance to null keys depends; pass position_ids too"
+)
 
 
 def with_packed_masks(
@@ -105,6 +109,27 @@ def padded_positions(attention_mask_BS: Tensor, past: int, length: int) -> Tenso
     padding_B1 = attention_mask_BS.ne(0).cumsum(-1).eq(0).sum(-1, keepdim=True)
     positions_T = torch.arange(length, device=attention_mask_BS.device) + past
     return (positions_T - padding_B1).clamp(min=0)
+
+
+def check_no_padding(masks: Any) -> None:
+    """Raise `UserError` unless one of `masks` shows that no row begins with padding.
+
+    A mask `[B, 1, T, S]` without padding lets every query attend to the first key.  One that does
+    not may have padding, or a sliding window.
+
+    Args:
+        masks: one mask, or masks by type of layer; None is a causal mask.
+    """
+    first = [
+        mask[..., 0] if isinstance(mask, Tensor) else torch.tensor(True)
+        for mask in (masks.values() if isinstance(masks, dict) else [masks])
+    ]
+    least = [torch.finfo(x.dtype).min / 2 if x.is_floating_point() else 0 for x in first]
+    shown = torch.stack([(x > y).all() for x, y in zip(first, least, strict=True)]).any()
+    if is_tracing(shown):  # tracing cannot branch on values
+        assert_async(shown, _WITHOUT_POSITIONS)
+    elif not shown:
+        raise UserError(_WITHOUT_POSITIONS)
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -32,7 +32,7 @@ from oasis_attn.quantization.hf_quantizer import (
     codes_of,
     get_quantization_config,
 )
-from oasis_attn.quantization.linear import QuantizedLinear
+from oasis_attn.quantization.linear import QuantizedLinear, fused_layers
 from oasis_attn.quantization.linearize import linear_names
 from oasis_attn.quantization.options import (
     COMPRESSED_TENSORS,
@@ -100,6 +100,9 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
     - Dynamic ranges of a layer that gets its tokens as `[N, D]`, such as the MLP of OPT: the
       library computes one range for all N tokens.
 
+    To serve NVFP4 with an engine that fuses layers, such as vLLM, quantize with
+    `Scheme.fused_scales`; transformers does not need it.
+
     Args:
         model: a quantized model of a family of transformers.
         folder: a new folder.  The tokenizer is not part of it.
@@ -161,8 +164,9 @@ def _write(
         quantization_status=QuantizationStatus.FROZEN,
     )
     apply_quantization_config(plain, config, show_progress=False)
+    scales = _weight_scales(layers, scheme)
     for name, layer in layers.items():
-        _compress(plain.get_submodule(name), layer, name, dtype)
+        _compress(plain.get_submodule(name), layer, name, dtype, scales[name])
     config.quantization_status = QuantizationStatus.COMPRESSED
     plain.save_pretrained(stage)
     ModelCompressor(quantization_config=config).update_config(str(stage))
@@ -221,17 +225,36 @@ def _in_float(plain: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> lis
     ]
 
 
-def _compress(linear: Any, layer: QuantizedLinear, name: str, dtype: torch.dtype) -> None:
+def _weight_scales(
+    layers: dict[str, QuantizedLinear], scheme: Scheme
+) -> dict[str, dict[str, Tensor]]:
+    """The scales of weights as the library names them, by layer."""
+    if scheme.weight.scale_type != "e4m3":
+        return {name: {"weight_scale": layer.weight_scale} for name, layer in layers.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for names in fused_layers(layers) if scheme.fused_scales else [[name] for name in layers]:
+        scales = [layers[name].weight_scale for name in names]
+        numbers, encode = two_level_scales(torch.cat(scales))
+        parts = numbers.split([len(scale) for scale in scales])
+        for name, part in zip(names, parts, strict=True):
+            found[name] = {"weight_scale": part, "weight_global_scale": encode.clone()}
+    return found
+
+
+def _compress(
+    linear: Any,
+    layer: QuantizedLinear,
+    name: str,
+    dtype: torch.dtype,
+    scales: dict[str, Tensor],
+) -> None:
     """Give `linear` the parameters of `layer`, compress it, and check what it decompresses to."""
     from compressed_tensors.compressors import BaseCompressor, compress_module
 
     spec, weight = layer.scheme.weight, layer.decode(codes_of(layer, name), dtype)
-    parameters = {"weight": weight, "weight_scale": layer.weight_scale}
+    parameters = {"weight": weight} | scales
     if not spec.symmetric:
         parameters["weight_zero_point"] = _zero_point(layer.weight_quant_min, spec)
-    if spec.scale_type == "e4m3":
-        scale, encode = two_level_scales(layer.weight_scale)
-        parameters |= {"weight_scale": scale, "weight_global_scale": encode}
     quantizer = layer.input_quantizer
     if isinstance(quantizer, StaticQuantizer) and quantizer.spec.scale_type == "e4m3":
         parameters["input_global_scale"] = encode_scale(quantizer.scale)

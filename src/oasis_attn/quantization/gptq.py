@@ -10,7 +10,7 @@ Axes: O out, I in; N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import cast
 
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.calibration import one_batch, run_batch
+from oasis_attn.quantization.linear import weight_qparams
 from oasis_attn.quantization.linearize import expert_of
 from oasis_attn.quantization.primitives import QParams, fake_quantize, round_codes, to_blocks
-from oasis_attn.quantization.quantizers import observe_qparams
 from oasis_attn.quantization.spec import QuantSpec
 
 DAMPENING = 0.01
@@ -44,20 +44,21 @@ def gptq(
     spec: QuantSpec,
     *,
     observer: str = "minmax",
+    fused_scales: bool = False,
 ) -> dict[str, Tensor]:
     """Round the weights of linear layers; `model` does not change.
 
     All tokens pass through the model once, in one batch.  Each layer's weight is rounded when its
     input arrives, and the layer then computes with the rounded weight, so that later layers
-    compensate for errors of earlier ones.  `observe_qparams` computes the quantization parameters
-    from the original weight.  The input of an expert is the tokens routed to it.
+    compensate for errors of earlier ones.  `weight_qparams` computes the quantization parameters
+    from the original weights.  The input of an expert is the tokens routed to it.
 
     Args:
         model: a decoder; its linear layers may have input transforms as forward pre-hooks.
         batches: token ids, int64 [B, T], or embeddings [B, T, D], all of one length T.
         names: names of the linear layers.
         spec: the format of the weights.
-        observer: see `observe_qparams`.
+        observer, fused_scales: see `weight_qparams`.
 
     Returns:
         The rounded weights `[O, I]` by layer name, each in the dtype of its layer.  Experts that
@@ -68,9 +69,10 @@ def gptq(
             or inputs that are not finite.
     """
     batch = one_batch(batches)
-    layers = {name: model.get_submodule(name) for name in names}
+    layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in names}
     head = model.get_output_embeddings()
-    rounder = _Rounder(spec, observer)
+    qparams = weight_qparams(layers, spec, observer=observer, fused_scales=fused_scales)
+    rounder = _Rounder(spec, qparams)
     with ExitStack() as stack, suppress(_Done):
         for name, layer in layers.items():
             stack.callback(setattr, layer, "weight", layer.weight)
@@ -90,21 +92,17 @@ class _Done(Exception):
 class _Rounder:
     """Rounds the weight of each registered layer when its first input arrives."""
 
-    def __init__(self, spec: QuantSpec, observer: str) -> None:
-        self.spec, self.observer = spec, observer
+    def __init__(self, spec: QuantSpec, qparams: Mapping[str, QParams]) -> None:
+        self.spec, self.qparams = spec, qparams
         self.weights: dict[str, Tensor] = {}
         self._moments: tuple[Tensor | None, Tensor] = None, torch.empty(0)
 
     def register(self, name: str, layer: nn.Module, *, last: bool) -> RemovableHandle:
-        def hook(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        def hook(layer: nn.Linear, inputs: tuple[Tensor]) -> None:
             if name in self.weights:
                 return
-            weight_OI = cast(Tensor, layer.weight)
-            qparams = observe_qparams(
-                weight_OI, self.spec, observer=self.observer, name=f"{name}.weight"
-            )
-            moments_II = self._second_moments(inputs[0], name)
-            self.weights[name] = round_weight(weight_OI, moments_II, qparams, self.spec)
+            weight_OI, moments_II = layer.weight, self._second_moments(inputs[0], name)
+            self.weights[name] = round_weight(weight_OI, moments_II, self.qparams[name], self.spec)
             layer.weight = nn.Parameter(self.weights[name], requires_grad=False)
             if last:
                 raise _Done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -14,10 +14,57 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.casts import FixedPrecisionModule
 from oasis_attn.quantization.hf_quantizer import CODES
-from oasis_attn.quantization.primitives import fake_quantize, round_codes, to_blocks
+from oasis_attn.quantization.primitives import QParams, fake_quantize, round_codes, to_blocks
 from oasis_attn.quantization.quantizers import DynamicQuantizer, StaticQuantizer, observe_qparams
 from oasis_attn.quantization.schemes import Scheme
-from oasis_attn.quantization.spec import FLOAT_TYPES
+from oasis_attn.quantization.spec import FLOAT_TYPES, QuantSpec
+
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+"""Names of layers of one module that read the same input."""
+
+
+def fused_layers(layers: Mapping[str, nn.Linear]) -> list[list[str]]:
+    """The names of the layers in groups that engines such as vLLM multiply by as one matrix."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition(".")
+        fused = next((names for names in _FUSED if last in names), last)
+        groups.setdefault((parent, fused, layer.in_features), []).append(name)
+    return list(groups.values())
+
+
+def weight_qparams(
+    layers: Mapping[str, nn.Linear],
+    spec: QuantSpec,
+    *,
+    observer: str = "minmax",
+    fused_scales: bool = False,
+) -> dict[str, QParams]:
+    """The quantization parameters of the weights by layer name.
+
+    With `fused_scales`, which is for `e4m3` scales, each group of `fused_layers` is one tensor.
+    """
+    groups = fused_layers(layers) if fused_scales else [[name] for name in layers]
+    found: dict[str, QParams] = {}
+    for names in groups:
+        weights = [layers[name].weight.detach() for name in names]
+        together = weights[0] if len(weights) == 1 else torch.cat(weights)
+        label = ", ".join(f"{name}.weight" for name in names)
+        qparams = observe_qparams(together, spec, observer=observer, name=label)
+        if len(names) == 1:
+            found[names[0]] = qparams
+            continue
+        rows = [len(weight) for weight in weights]
+        parts = zip(*(part.split(rows) for part in qparams), strict=True)
+        found |= {name: QParams(*part) for name, part in zip(names, parts, strict=True)}
+    return found
 
 
 class QuantizedLinear(FixedPrecisionModule, nn.Linear):
@@ -63,18 +110,22 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, scheme: Scheme, *, name: str, gptq_weight: Tensor | None = None
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme,
+        qparams: QParams,
+        *,
+        name: str,
+        gptq_weight: Tensor | None = None,
     ) -> QuantizedLinear:
         """A layer with the quantized weight of `linear`, rounded to nearest.
 
-        With `gptq_weight`, that weight is used; it must be representable with the quantization
-        parameters of the weight of `linear`.
+        `qparams` are those of the weight, see `weight_qparams`.  With `gptq_weight`, that weight is
+        used; it must be representable with `qparams`.
         """
         self, weight = cls(linear, scheme, name=name), linear.weight.detach()
         self.rounding = "nearest" if gptq_weight is None else scheme.rounding
-        name = f"{name}.weight"
-        qparams = observe_qparams(weight, scheme.weight, observer=scheme.observer, name=name)
-        blocks = to_blocks(weight if gptq_weight is None else gptq_weight, scheme.weight, name)
+        blocks = to_blocks(weight if gptq_weight is None else gptq_weight, scheme.weight)
         rounded = fake_quantize(blocks, qparams, scheme.weight.element_type)
         rounded = rounded.reshape(weight.shape).contiguous()
         error, norm = (

@@ -6,6 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def quantize_checkpoint(
         format: `oasis`, which holds every scheme and model, and is loaded with `oasis_attn`; or
             `compressed-tensors`, for engines such as vLLM, see `save_compressed_tensors`.  The
             perplexity and speed `after` are then those of the folder as transformers loads it,
-            without `oasis_attn`.  A prefix becomes part of the tokenizer.
+            without `oasis_attn`.  A prefix becomes part of the tokenizer.  The scheme gets
+            `fused_scales` if its weights have `e4m3` scales.
         simulate: if true, the quantized model computes in floating point, which works for every
             scheme; if false, it uses int8 kernels, which exist for some schemes only.  It has no
             effect on the format `compressed-tensors`, whose folders compute in floating point.
@@ -100,6 +102,8 @@ def quantize_checkpoint(
             one of `save_compressed_tensors`.  Nothing is written then.
     """
     scheme = get_scheme(scheme)
+    if format == COMPRESSED_TENSORS and scheme.weight.scale_type == "e4m3":
+        scheme = replace(scheme, fused_scales=True)
     check_quantization(
         scheme,
         format=format,

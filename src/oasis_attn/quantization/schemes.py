@@ -6,10 +6,10 @@ This module does not import torch, so that a command can check its options at on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from oasis_attn.errors import UserError, check_at_least, check_choice
+from oasis_attn.errors import UserError, check_at_least, check_choice, shown
 from oasis_attn.quantization.spec import FLOAT_TYPES, QuantSpec
 
 OBSERVERS = ("minmax", "running_minmax", "percentile", "mse")
@@ -45,6 +45,8 @@ class Scheme:
             is the most accurate, and the slowest.
         rounding: of weights: `nearest`, or `gptq` (2210.17323), which minimizes the change of each
             layer's output.
+        fused_scales: with `e4m3` scales, the weights that engines multiply by as one matrix (query,
+            key and value; gate and up) share the scale of the whole tensor, as their kernels need.
         clip_ratio: dynamic ranges are this fraction of the range from minimum to maximum; larger
             values are clipped (QuaRot uses 0.9 for 4 bits).
 
@@ -62,14 +64,17 @@ class Scheme:
     smooth_alpha: float | None = None
     rotation: str = "none"
     rounding: str = "nearest"
+    fused_scales: bool = False
     clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise UserError(f"name: {shown(self.name)} is not text")
         check_choice("observer", self.observer, OBSERVERS)
         check_choice("targets", self.targets, TARGETS)
         check_choice("rotation", self.rotation, ROTATIONS)
         check_choice("rounding", self.rounding, ROUNDINGS)
-        for name in ("static", "head"):
+        for name in ("static", "head", "fused_scales"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}: {getattr(self, name)!r} is neither true nor false")
         if not isinstance(self.weight, QuantSpec):
@@ -80,6 +85,11 @@ class Scheme:
         granularity = activation.granularity if activation else None
         if granularity == "channel":
             raise UserError("activation: granularity 'channel' is for weights; use 'token'")
+        if self.fused_scales and self.weight.scale_type != "e4m3":
+            raise UserError(
+                f"fused_scales: True is for weights with scale_type 'e4m3', not"
+                f" {self.weight.scale_type!r}; use False"
+            )
         if self.static and activation is None:
             raise UserError("static: True is for activations, which are not quantized; use False")
         if self.static and activation and not activation.has_static_scale:
@@ -154,11 +164,11 @@ class Scheme:
             else:
                 known = fields[parent]
             check_choice("scheme option", last, known)
+            if last in ("weight", "activation"):
+                spec = _spec(last, value)
+                value = spec and asdict(spec)
             known[last] = value
-        try:
-            return Scheme.from_dict(fields)
-        except (TypeError, AttributeError) as error:
-            raise UserError(f"scheme: {dict(options)} does not fit ({error})") from error
+        return Scheme.from_dict(fields)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -167,16 +177,29 @@ class Scheme:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Scheme:
         """The scheme that `to_dict` described."""
-        specs: dict[str, QuantSpec | None] = {}
-        for name in ("weight", "activation"):
-            given = fields[name]
-            if not isinstance(given, Mapping | None):
-                raise UserError(f"{name}: {given!r} is no format; set its fields ({name}.bits=8)")
-            try:
-                specs[name] = None if given is None else QuantSpec(**given)
-            except UserError as error:
-                raise UserError(f"{name}.{error}") from error
+        specs = {name: _spec(name, fields[name]) for name in ("weight", "activation")}
         return cls(**(fields | specs))
+
+
+def _spec(name: str, given: object) -> QuantSpec | None:
+    """The format of `weight` or `activation` from its fields; None for unquantized activations."""
+    if given is None and name == "activation":
+        return None
+    if not isinstance(given, Mapping):
+        also = " or null" if name == "activation" else ""
+        raise UserError(
+            f"{name}: {shown(given)} is not a mapping with the fields of a format{also}; to change"
+            f" one field, use its name, such as {name}.bits=4"
+        )
+    for field in given:
+        check_choice(name, field, [each.name for each in fields(QuantSpec)])
+    for field in ("bits", "symmetric"):
+        if field not in given:
+            raise UserError(f"{name}: {shown(dict(given))} lacks the field {field!r}")
+    try:
+        return QuantSpec(**given)
+    except UserError as error:
+        raise UserError(f"{name}.{error}") from error
 
 
 def _symmetric(bits: int, granularity: str, group_size: int | None = None) -> QuantSpec:

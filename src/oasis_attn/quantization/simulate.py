@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,12 @@ from oasis_attn.quantization.calibration import check_batches, run_batch
 from oasis_attn.quantization.fitted import fit_inputs
 from oasis_attn.quantization.gptq import gptq
 from oasis_attn.quantization.hf_quantizer import set_quantization_config
-from oasis_attn.quantization.linear import QuantizedLinear, replace_linear, transform_input
+from oasis_attn.quantization.linear import (
+    QuantizedLinear,
+    replace_linear,
+    transform_input,
+    weight_qparams,
+)
 from oasis_attn.quantization.linearize import expert_of, linear_names, linearize
 from oasis_attn.quantization.quantizers import StaticQuantizer, calibrating_together
 from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual
@@ -139,8 +144,9 @@ def _quantized_layers(
     """The quantized layers by name; `model` does not contain them yet."""
     layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in names if ":" not in name}
     weights: dict[str, Tensor] = {}
+    ranges: Any = {"observer": scheme.observer, "fused_scales": scheme.fused_scales}
     if scheme.rounding == "gptq" and batches is not None:
-        weights = gptq(model, batches, layers, scheme.weight, observer=scheme.observer)
+        weights = gptq(model, batches, layers, scheme.weight, **ranges)
         missed = [name for name in layers if name not in weights]
         if missed:
             warnings.warn(
@@ -148,8 +154,11 @@ def _quantized_layers(
                 f" {missed[0]}; the weights of these experts are rounded to nearest",
                 stacklevel=3,
             )
+    qparams = weight_qparams(layers, scheme.weight, **ranges)
     return {
-        name: QuantizedLinear.from_linear(layer, scheme, name=name, gptq_weight=weights.get(name))
+        name: QuantizedLinear.from_linear(
+            layer, scheme, qparams[name], name=name, gptq_weight=weights.get(name)
+        )
         for name, layer in layers.items()
     }
 

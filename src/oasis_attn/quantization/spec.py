@@ -107,6 +107,17 @@ class QuantSpec:
         """
         return self.granularity == "tensor" or self.scale_type == "e4m3"
 
+    @property
+    def steps(self) -> float:
+        """The number of steps that cover a range; of floating-point elements, the smallest steps.
+
+        These are the steps around zero, where the other values are if some are much larger.
+        """
+        kind = FLOAT_TYPES.get(self.element_type)
+        if kind is None:
+            return 2**self.bits - 1
+        return 2 * kind.largest * 2.0 ** (kind.mantissa_bits - kind.min_exponent)
+
     def per_tensor(self) -> QuantSpec:
         """The same elements with a single float32 scale."""
         return replace(self, granularity="tensor", group_size=None, scale_type="float32")

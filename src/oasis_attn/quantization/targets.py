@@ -21,22 +21,26 @@ from oasis_attn.errors import UserError
 from oasis_attn.modeling.attention import AttentionCall, oasis_attention
 from oasis_attn.modeling.configuration_oasis import ATTENTION, OasisConfig
 from oasis_attn.modeling.decoder_map import (
+    DecoderMap,
     SublayerMap,
     decoder_map,
     find_decoder,
+    find_layers,
     is_cross_attention,
     is_part_of,
     is_router,
 )
-from oasis_attn.modeling.families import why_without_row
 from oasis_attn.modeling.hf_compat import (
     attention_implementation,
     sdpa_mask,
     set_attention_implementation,
+    supports_boolean_masks,
+    uses_attention_interface,
 )
 from oasis_attn.ops.null_attention import naive_mix
 from oasis_attn.quantization.linearize import linear_names
 from oasis_attn.quantization.quantizers import StaticQuantizer
+from oasis_attn.quantization.residual_sums import find_sums
 from oasis_attn.quantization.schemes import Scheme
 
 QUANTIZED_ATTENTION = "oasis-quantized"
@@ -85,7 +89,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
-    """The tensors between the linear layers of a decoder, in the order in which they are computed.
+    """The tensors between the linear layers of a decoder, layer by layer.
 
     These are the probabilities and the context of attention, the outputs of all norms, and the
     residual stream wherever a module reads it: the `input` of each layer (of the first one, the
@@ -98,17 +102,16 @@ def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
     logits and null probabilities stay in floating point: they are a few numbers per token, and no
     integer kernel computes them.
 
+    A family without a row in `modeling.families` runs on a few tokens, to see what is added to its
+    residual stream (`find_sums`).  In its layers of linear attention or state space, what these
+    compute between their linear layers stays in floating point.
+
     Raises:
-        UserError: the family has no row in `modeling.families`, so that it is not certain where its
-            norms are and what is added to its residual stream.
+        UserError: the residual stream is not the sum of the outputs of sublayers, or the attention
+            of the family does not use the attention interface of transformers.
     """
-    text = model.config.get_text_config(decoder=True)
     decoder = decoder_map(model)
-    if not decoder.has_row:
-        raise UserError(
-            f"targets: 'full' is not possible with family {text.model_type!r}:"
-            f" {why_without_row(text)}; use 'linear'"
-        )
+    sums = _readers_of_sums(model, decoder)
     routed = getattr(model.config, "residual", "sum") != "sum"
     found: list[str] = []
 
@@ -117,21 +120,47 @@ def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
             return [f"{(sublayer.post_norm or sublayer).name}:output"]
         return []
 
-    for layer in decoder.layers:
+    for layer, reader in zip(decoder.layers, sums, strict=True):
         attention, mlp = layer.attention, layer.mlp
-        assert attention is not None
-        assert mlp is not None
         found.append(f"{layer.name}:input")
-        if attention.pre_norm:
-            found.append(f"{attention.pre_norm.name}:output")
-        found += [f"{attention.name}:probabilities", f"{attention.name}:context"]
-        found += branch_output(attention)
-        found.append(f"{(mlp.pre_norm or mlp).name}:input")
-        if mlp.pre_norm:
+        if attention:
+            if attention.pre_norm:
+                found.append(f"{attention.pre_norm.name}:output")
+            found += [f"{attention.name}:probabilities", f"{attention.name}:context"]
+            found += branch_output(attention)
+        if reader:
+            found.append(f"{reader}:input")
+        if mlp and mlp.pre_norm:
             found.append(f"{mlp.pre_norm.name}:output")
-        found += branch_output(mlp)
+        found += branch_output(mlp) if mlp else []
+        if not decoder.has_row:
+            found += [f"{norm.name}:output" for norm in layer.norms]
     assert decoder.final_norm is not None
-    return *found, f"{decoder.final_norm.name}:input", f"{decoder.final_norm.name}:output"
+    found += [f"{decoder.final_norm.name}:input", f"{decoder.final_norm.name}:output"]
+    return tuple(dict.fromkeys(found))
+
+
+def _readers_of_sums(model: PreTrainedModel, decoder: DecoderMap) -> list[str]:
+    """For each layer, the module that reads the sum after attention; empty if there is no sum."""
+    if decoder.has_row:
+        return [(each.mlp.pre_norm or each.mlp).name for each in decoder.layers if each.mlp]
+    text = model.config.get_text_config(decoder=True)
+    module: Any = decoder.module
+    attention = [layer.attention.module for layer in decoder.layers if layer.attention]
+    usable = uses_attention_interface(module) and supports_boolean_masks(module)
+    if attention and not (usable and all(hasattr(each, "config") for each in attention)):
+        reason = (
+            "its attention does not use the attention interface of transformers with SDPA masks"
+        )
+    elif decoder.final_norm is None:
+        reason = "its final norm was not found"
+    elif (sums := find_sums(model, decoder)) is None:
+        reason = "its layers do not add just the outputs of their sublayers to the residual stream"
+    else:
+        return sums
+    raise UserError(
+        f"targets: 'full' is not possible with family {text.model_type!r}: {reason}; use 'linear'"
+    )
 
 
 def add_quantizer(model: PreTrainedModel, target: str, scheme: Scheme) -> StaticQuantizer:
@@ -145,7 +174,8 @@ def add_quantizer(model: PreTrainedModel, target: str, scheme: Scheme) -> Static
         module.register_forward_hook(_quantize_output)
     elif tensor == "input":
         routed = isinstance(model.config, OasisConfig) and model.config.residual == "depth"
-        in_layer = hasattr(model.get_submodule(name.rpartition(".")[0]), "self_attn")
+        layer = name.rpartition(".")[0]
+        in_layer = layer.rpartition(".")[0] == find_layers(model)[0]
         # Inside a layer, the sum that the MLP's norm reads is also what the MLP's output is added
         # to: both must get the quantized values.
         hook = _overwrite_input if in_layer and not routed else _quantize_input

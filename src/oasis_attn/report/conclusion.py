@@ -11,7 +11,7 @@ is above `BREAKS`.  There are three kinds of noise:
 
 | S breaks | D breaks | R breaks | conclusion |
 | --- | --- | --- | --- |
-| no | | | nothing to cure |
+| no | | | nothing to cure for 8 bits |
 | yes | no | no | a few tokens carry it; static ranges break, dynamic ranges or a prefix do not |
 | yes | no | yes | static ranges break, also with a prefix; dynamic ranges do not |
 | yes | yes | no | a few tokens carry it; static and dynamic ranges break, a prefix does not |
@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from oasis_attn.quantization.schemes import Scheme
 from oasis_attn.records import DiagnosisRecord
 from oasis_attn.report.tables import number, percent, ranges, token_name
 
@@ -35,7 +36,7 @@ BREAKS = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """The noise of 8-bit ranges in a diagnosis, or of ranges with another number of bits.
+    """The noise of 8-bit ranges in a diagnosis, or of ranges with another number of steps.
 
     Attributes:
         static, rest, dynamic: S, R and D.
@@ -46,9 +47,9 @@ class Noise:
     dynamic: float
 
     @classmethod
-    def of(cls, record: DiagnosisRecord, bits: int = 8) -> Noise:
-        """The noise of ranges with `bits` bits; it is inverse to the square of their steps."""
-        factor = (255 / (2**bits - 1)) ** 2
+    def of(cls, record: DiagnosisRecord, steps: float = 255) -> Noise:
+        """The noise of ranges with so many steps; it is inverse to their square."""
+        factor = (255 / steps) ** 2
         kinds = {"static": "static", "rest": "static_rest", "dynamic": "dynamic"}
         return cls(**{k: factor * record[f"range.noise_{name}"] for k, name in kinds.items()})
 
@@ -56,6 +57,17 @@ class Noise:
     def breaks(self) -> dict[str, bool]:
         """Whether each kind is above `BREAKS`, or not a number."""
         return {kind: not value <= BREAKS for kind, value in vars(self).items()}
+
+
+def scheme_breaks(record: DiagnosisRecord, scheme: Scheme) -> dict[str, bool]:
+    """Which kinds of ranges break with the activations of `scheme`, as `Noise.breaks`.
+
+    None of them if activations are not quantized, or in groups, of which a diagnosis says nothing.
+    """
+    activation = scheme.activation
+    if activation is None or activation.granularity == "group":
+        return dict.fromkeys(("static", "rest", "dynamic"), False)
+    return Noise.of(record, activation.steps).breaks
 
 
 def conclusion(record: DiagnosisRecord) -> tuple[str, ...]:
@@ -89,7 +101,10 @@ def _about_ranges(noise: Noise) -> list[str]:
     error = f"their rounding error is {static} of the power of a median token"
     if not noise.breaks["static"]:
         holds = f"Static per-tensor ranges of 8 bits will hold: {error}"
-        return ["There is nothing to cure.", f"{holds} (dynamic per-token ranges: {dynamic})."]
+        return [
+            "For 8 bits, there is nothing to cure.",
+            f"{holds} (dynamic per-token ranges: {dynamic}).",
+        ]
     cures = {
         f"dynamic per-token ranges ({dynamic})": noise.breaks["dynamic"],
         f"a prefix that takes over from the outlier tokens ({rest})": noise.breaks["rest"],

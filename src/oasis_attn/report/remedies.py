@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from typing import TypeGuard
 
+from oasis_attn.quantization.schemes import Scheme
 from oasis_attn.records import DiagnosisRecord, DoctorRecord, Record, Try
-from oasis_attn.report.conclusion import Noise
+from oasis_attn.report.conclusion import scheme_breaks
 from oasis_attn.report.tables import ABSENT, Table, label, number, percent
 
 PLAIN = "plain"
@@ -94,12 +95,14 @@ def doctor_conclusion(
         f"{scheme} alone changes the perplexity by {_change(record, plain)}; {limit} is the limit."
     )
     if is_good(record, plain):
-        expected = diagnosis and record.scheme["static"] and Noise.of(diagnosis).breaks["static"]
+        asked = Scheme.from_dict(record.scheme)
+        expected = diagnosis and asked.static and scheme_breaks(diagnosis, asked)["static"]
         but = [
             "The diagnosis expects a break, but the predictions of this model do not depend on it."
         ]
         better = [named_best] if best.name != PLAIN else []
-        return "There is nothing to cure.", changes, *(but if expected else []), *better
+        cured = f"For {scheme}, there is nothing to cure."
+        return cured, changes, *(but if expected else []), *better
     said = [changes, *_about_sensitivity(record)]
     good = [tried for tried in ranked(record) if is_good(record, tried)]
     if good:

@@ -11,7 +11,7 @@ import numpy as np
 
 from oasis_attn.measure.inspect_text import DepthWeights, Inspection
 from oasis_attn.measure.sink_tokens import THRESHOLD
-from oasis_attn.report.tables import Table, number, ranges
+from oasis_attn.report.tables import ABSENT, Table, number, ranges
 
 _SHOWN = 3  # sinks after the first that are named
 _ROWS = 12  # of the table
@@ -65,7 +65,8 @@ def massive_table(inspection: Inspection, names: Sequence[str]) -> Table | None:
     rows = []
     for (position, channel), values in found.items():
         layer, largest = max(values, key=lambda value: abs(value[1]))
-        ratio = abs(largest) / float(inspection.medians_L[layer])
+        median = float(inspection.medians_L[layer])
+        ratio = number(abs(largest) / median) if median else ABSENT
         layers = [layer for layer, _ in values]
         rows.append((abs(largest), names[prefix + position], channel, layers, largest, ratio))
     rows.sort(key=lambda row: -row[0])
@@ -76,7 +77,7 @@ def massive_table(inspection: Inspection, names: Sequence[str]) -> Table | None:
         title=f"Massive activations{more}",
         columns=("token", "channel", "layers", "largest value", "times the median"),
         rows=tuple(
-            (name, str(channel), ranges(layers), number(largest), number(ratio))
+            (name, str(channel), ranges(layers), number(largest), ratio)
             for _, name, channel, layers, largest, ratio in rows[:_ROWS]
         ),
     )
@@ -131,11 +132,9 @@ def _about_activations(inspection: Inspection, names: Sequence[str]) -> str:
     layer, token = np.unravel_index(largest_LT.argmax(), largest_LT.shape)
     value = float(inspection.largest_LT[layer, token])
     where = f"channel {inspection.channels_LT[layer, token]} of {names[prefix + token]}"
-    ratio = float(largest_LT[layer, token] / inspection.medians_L[layer])
-    largest = (
-        f"The largest is {number(value)}, in {where} after layer {layer}: {number(ratio)} times the"
-        " median."
-    )
+    median = float(inspection.medians_L[layer])
+    size = f"{number(abs(value) / median)} times the median" if median else "the median is 0"
+    largest = f"The largest is {number(value)}, in {where} after layer {layer}: {size}."
     if not inspection.massive:
         return f"No activation is massive. {largest}"
     first = inspection.massive[0].layer

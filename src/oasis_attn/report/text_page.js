@@ -232,9 +232,11 @@ const massive = new Set(data.massive.map(([layer, t]) => `${layer} ${t}`));
 const activationMap = new HeatMap("activations", (layer, t) => {
   const { value, channel } = activation(layer, t);
   const ratio = Math.abs(value) / data.medians[layer];
+  const size = data.medians[layer] ? `${number(Number(ratio.toPrecision(3)))} times the median`
+    : "the median is 0";
   const note = massive.has(`${layer} ${t}`) ? "massive: " : "";
   return `Layer ${layer}, ${readName(t)}: ${number(value)} in channel ${channel}`
-    + ` (${note}${number(Number(ratio.toPrecision(3)))} times the median)`;
+    + ` (${note}${size})`;
 }, (_, t) => selectToken(t));
 
 function drawActivations() {

@@ -45,7 +45,7 @@ from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import perplexity, sensitivity_table
 from oasis_attn.quantization.simulate import check_unquantized, quantize
 from oasis_attn.records import DiagnosisRecord, DoctorRecord, Metric, Try
-from oasis_attn.report.conclusion import Noise
+from oasis_attn.report.conclusion import scheme_breaks
 from oasis_attn.report.remedies import PLAIN, has_tries, increase, is_good
 
 DIAGNOSIS, RECORD = "diagnosis.json", "record.json"
@@ -181,16 +181,17 @@ def _resumed(out: Path, record: DoctorRecord) -> DoctorRecord:
 def _ordered(scheme: Scheme, diagnosis: DiagnosisRecord) -> list[Remedy]:
     """The remedies that apply to the scheme, those first that the diagnosis promises to help."""
     promising: set[str] = set()
-    if scheme.activation is not None:
-        breaks = Noise.of(diagnosis, scheme.activation.bits).breaks
-        if breaks["dynamic"]:
-            promising |= {"smoothquant", "rotation"}
-        if breaks["static"] and not breaks["dynamic"]:
-            promising.add("dynamic")
-        if breaks["static"] and not breaks["rest"]:
-            promising.add("prefix")
+    breaks = scheme_breaks(diagnosis, scheme)
+    if breaks["dynamic"]:
+        promising |= {"smoothquant", "rotation"}
+    if breaks["static"] and not breaks["dynamic"]:
+        promising.add("dynamic")
+    if breaks["static"] and not breaks["rest"]:
+        promising.add("prefix")
     if scheme.weight.bits < 8:
-        promising |= {"rotation", "gptq"}
+        promising.add("gptq")
+        if scheme.weight.element_type == "int":
+            promising.add("rotation")
     found = [remedy for remedy in REMEDIES if remedy.applies_to(scheme)]
     return sorted(found, key=lambda remedy: remedy.name not in promising)
 

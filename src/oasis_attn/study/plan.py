@@ -114,8 +114,8 @@ class Plan:
         name: name of the study.
         about: the question that it answers, in a sentence or two.
         variants: name -> {base, overrides, training}.  `training` changes learning rates, the
-            outlier penalty or the trained parameters for this variant.  A name of `oasis variants`
-            means that variant.
+            outlier penalty or the trained parameters for this variant, see `training_of`.  A name
+            of `oasis variants` means that variant.
         corpora: corpus -> the tasks that models trained on it are evaluated on; or names of
             generated tasks (`oasis_attn.data.trigger`), none of which is text.
         seeds: random seeds; each sets the initial weights and the data order.
@@ -243,13 +243,25 @@ class Plan:
                             size=size,
                             corpus=corpus,
                             seed=seed,
-                            training={**self.training, **given.get("training", {})},
+                            training=self.training_of(name),
                             windows=self.windows,
                             schemes=self.schemes,
                             tasks=tasks,
                             evaluation=self.evaluation,
                             threads=self.threads,
                         )
+
+    def training_of(self, variant: str) -> dict[str, Any]:
+        """The training of a variant: its own fields in place of those of all trials.
+
+        Its own learning rates are added to those of all trials, or replace those of the same group.
+        """
+        own = self.variants[variant].get("training", {})
+        found = {**self.training, **own}
+        common, rates = (each.get("learning_rates") for each in (self.training, own))
+        if isinstance(common, Mapping) and isinstance(rates, Mapping):
+            found["learning_rates"] = {**common, **rates}
+        return found
 
     def trial(self, trial_id: str) -> Trial:
         """The trial with this id; `UserError` with the nearest id if there is none."""

@@ -102,7 +102,7 @@ def check_variant(plan: Plan, name: str) -> dict[str, Any]:
     settings = settings_of(base) | dict(overrides)
     check_settings(settings)
     if plan.on_task:
-        decoder_training(plan.training | given.get("training", {}))
+        decoder_training(plan.training_of(name))
     return settings
 
 
