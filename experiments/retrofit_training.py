@@ -308,6 +308,8 @@ def run(args: argparse.Namespace) -> None:
     records = args.runs / "records"
     records.mkdir(parents=True, exist_ok=True)
     names = args.rows.split(",") if args.rows else list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        sys.exit(f"--rows: {unknown[0]!r} is none of {', '.join(ROWS)}")
     if args.nulls is None:
         names = [name for name in names if ROWS[name].start != "nulls"]
     waiting = [n for n in names if not is_finished(records / f"{n}.json", args.small)]
