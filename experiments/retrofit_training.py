@@ -293,18 +293,26 @@ def measure_row(row: Row, args: argparse.Namespace) -> None:
         sys.exit("\n".join(failed))
 
 
-def is_finished(path: Path) -> bool:
-    """Whether a row has a complete record."""
-    return path.is_file() and json.loads(path.read_text())["settings"]["finished"]
+def is_finished(path: Path, small: bool) -> bool:
+    """Whether a row has a complete record, of tiny sizes if `small`."""
+    if not path.is_file():
+        return False
+    settings = json.loads(path.read_text())["settings"]
+    if settings["small"] != small:
+        sys.exit(f"{path} was measured with{'' if settings['small'] else 'out'} --small")
+    return settings["finished"]
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the rows that have no record, each in a new process."""
-    (args.runs / "records").mkdir(parents=True, exist_ok=True)
+    records = args.runs / "records"
+    records.mkdir(parents=True, exist_ok=True)
     names = args.rows.split(",") if args.rows else list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        sys.exit(f"--rows: {unknown[0]!r} is none of {', '.join(ROWS)}")
     if args.nulls is None:
         names = [name for name in names if ROWS[name].start != "nulls"]
-    waiting = [n for n in names if not is_finished(args.runs / "records" / f"{n}.json")]
+    waiting = [n for n in names if not is_finished(records / f"{n}.json", args.small)]
     for name in waiting:  # wrong options are refused before any work
         if ROWS[name].budget is not None:
             training_config(name, args)

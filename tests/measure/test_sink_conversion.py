@@ -20,8 +20,9 @@ from oasis_attn import OasisForCausalLM, UserError
 from oasis_attn.cli import main
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.data.tokenizer import tokenizer_sha256
+from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.tokenizer_bos import is_without_bos, without_bos
-from oasis_attn.measure.sink_conversion import null_from_sink_checkpoint
+from oasis_attn.measure.sink_conversion import measure_sink, null_from_sink_checkpoint
 from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.records import Record
 from tiny_models import VOCABULARY, tiny_config, word_tokenizer
@@ -242,3 +243,12 @@ def test_the_commands_of_the_page(model, text, tmp_path, monkeypatch):
     )
     after = converted.metric("perplexity.windowed", "after").value
     assert quantized.metric("perplexity.windowed", "before").value == pytest.approx(after)
+
+
+def test_a_model_whose_activations_are_all_0(model, text):
+    silent, tokenizer = load_model(model)
+    silent.get_input_embeddings().weight.data.zero_()
+    windows = read_windows(load_corpus(text, "test"), tokenizer, window=16, windows=2)
+    _, tables = measure_sink(silent, windows)
+    assert [row["value"] for row in tables["largest"]] == [0.0] * 4
+    assert all("token" in row for row in tables["largest"])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
-from oasis_attn.hub.loading import quiet
+from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import (
     QuantSpec,
@@ -29,7 +29,7 @@ from oasis_attn.quantization.int8 import to_int8
 from oasis_attn.quantization.linear import fused_layers
 from oasis_attn.quantization.primitives import fake_quantize, power_of_two
 from oasis_attn.quantization.quantizers import StaticQuantizer, observe_qparams
-from tiny_models import VOCABULARY, tiny_config, tiny_model
+from tiny_models import VOCABULARY, tiny_config, tiny_model, word_tokenizer
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
@@ -324,6 +324,9 @@ def test_what_an_nvfp4_folder_holds(fused, tmp_path):
         assert len(own) == (1 if fused else len(names))
         assert len(of_input) == 1
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    word_tokenizer().save_pretrained(tmp_path / "out")
+    model, _ = load_model(tmp_path / "out")  # it runs, though the commands ask for float32
+    assert model.dtype == torch.bfloat16
 
 
 def oasis():

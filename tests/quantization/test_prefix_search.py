@@ -100,6 +100,19 @@ def test_outlier_tokens_are_found():
 def test_a_model_without_sinks_needs_no_prefix():
     with pytest.raises(UserError, match="halves its range noise"):
         find_prefix(tiny_model("oasis"), text(2, 10), length=1)
+    silent = tiny_model("oasis")
+    silent.get_input_embeddings().weight.data.zero_()  # all tensors are 0, and so is the noise
+    with pytest.raises(UserError, match="halves its range noise"):
+        find_prefix(silent, text(2, 10), length=1)
+
+
+def test_special_tokens_without_an_embedding_are_not_tried():
+    model, ids_BT = model_with_sink(), text(3, 12)
+    expected = find_prefix(model, ids_BT)
+    model.config.eos_token_id = [2, 50256]  # GPT-2's, in a model with fewer tokens
+    assert find_prefix(model, ids_BT) == expected
+    model.config.bos_token_id = 50256
+    assert max(find_prefix(model, ids_BT)) < VOCABULARY
 
 
 @pytest.mark.parametrize("model", [model_with_sink(), tiny_model("oasis", dtype=torch.float64)])

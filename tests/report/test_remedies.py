@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -102,9 +103,10 @@ def test_what_is_said_of_good_tries() -> None:
 
 
 def test_a_group_does_not_cause_more_than_the_loss() -> None:
-    table = {"group": ["all", "none", "a", "b"], "all_but": [11.0, 10.0, 9.9, 11.0]}
-    found = record(MANY, tables={"sensitivity": table})
-    assert not any("of the loss" in text for text in doctor_conclusion(None, found, ALL))
+    for total, best in ((11.0, 9.9), (math.inf, 10.0)):
+        table = {"group": ["all", "none", "a", "b"], "all_but": [total, 10.0, best, 11.0]}
+        found = record(MANY, tables={"sensitivity": table})
+        assert not any("of the loss" in text for text in doctor_conclusion(None, found, ALL))
 
 
 def test_what_is_said_if_nothing_is_good() -> None:
@@ -113,6 +115,21 @@ def test_what_is_said_if_nothing_is_good() -> None:
     assert doctor_conclusion(noise(0.0), found, ("rotation", "gptq"))[1:] == (
         "No try is within the limit.  The best is a rotation with GPTQ (+50 %).",
     )
+
+
+def test_what_is_said_if_no_remedy_helps() -> None:
+    """The conclusion names the try that the commands apply, and why it is the best."""
+    found = record({"plain": (0.09, 1.0), "gptq": (0.1, 1.0), "rotation": (0.2, 1.3)})
+    assert doctor_conclusion(noise(0.0), found, ("rotation", "gptq"))[1:] == (
+        "No try is within the limit, and none is better than w8a8-static-linear alone.",
+    )
+    equal = record({"plain": (0.5, 0.0), "gptq": (0.02, 0.0), "smoothquant": (0.01, 0.0)})
+    assert doctor_conclusion(noise(0.0), equal, ())[-1] == (
+        "The best is SmoothQuant: of those with the least work at run time, it has the smallest"
+        " increase."
+    )
+    fine = record({"plain": (0.03, 0.0), "gptq": (0.01, 0.0)})
+    assert doctor_conclusion(noise(0.0), fine, ())[-1] == "The best is GPTQ (+1 %)."
 
 
 @pytest.mark.parametrize("static", [0.0, 2.0])

@@ -7,14 +7,19 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, print_json, print_table, working
+from oasis_attn.cli.terminal import (
+    AsJson,
+    Model,
+    TrustRemoteCode,
+    print_json,
+    print_table,
+    working,
+)
 
 
 def export(
-    model: Annotated[
-        str, Argument(help="Hub id, local folder, GGUF file, or [bold]smollm2[/bold].")
-    ],
-    out: Annotated[Path, Argument(help="A new .gguf file, or a new folder.")],
+    model: Model,
+    out: Annotated[Path, Argument(metavar="OUT", help="A new .gguf file, or a new folder.")],
     format: Annotated[
         str | None,
         Option(
@@ -53,6 +58,9 @@ def export(
     Example: [bold]oasis export prefixed served --format transformers[/bold]
 
     Example: [bold]oasis export oasis-model folder --with-code[/bold]
+
+    To serve a model: [bold]llama-server -m smollm2.gguf[/bold], or
+    [bold]vllm serve ./served --dtype bfloat16[/bold].
     """
     from oasis_attn.hub.export_options import check_export
     from oasis_attn.hub.locate import find_model

@@ -32,7 +32,8 @@ def prefix(
     scheme: Annotated[
         str,
         Option(
-            help="Static scheme to measure the effect with: w8a8-static-linear or w8a8-static-full."
+            help="Static scheme to measure the effect with: w8a8-static-linear, w8a8-static-full,"
+            " fp8-static or nvfp4."
         ),
     ] = "w8a8-static-linear",
     scheme_option: options.SchemeOption = None,

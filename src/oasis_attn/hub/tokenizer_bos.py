@@ -29,8 +29,8 @@ def without_bos(tokenizer: PreTrainedTokenizerBase, bos: int) -> PreTrainedToken
         UserError: the tokenizer has no `tokenizer.json`, or adds the token by other means than a
             template of its post-processor.
     """
-    changed: Any = copy.deepcopy(tokenizer)
-    backend = getattr(changed, "backend_tokenizer", None)
+    changed = copy.deepcopy(tokenizer)
+    backend: Any = getattr(changed, "backend_tokenizer", None)
     if backend is None:
         raise _error("it has no tokenizer.json")
     from tokenizers import Tokenizer, models
@@ -45,7 +45,8 @@ def without_bos(tokenizer: PreTrainedTokenizerBase, bos: int) -> PreTrainedToken
             for name in ("single", "pair"):
                 step[name] = _without(step[name], step["special_tokens"], bos)
             backend.post_processor = Tokenizer.from_str(json.dumps(rules)).post_processor
-    if changed("a").input_ids[:1] == [bos]:
+    ids: Any = changed("a")["input_ids"]
+    if ids[:1] == [bos]:
         raise _error(f"its post-processor is {[step['type'] for step in steps]}")
     changed.init_kwargs[_MARK] = True
     return changed

@@ -189,7 +189,7 @@ def measure_sink(model: PreTrainedModel, windows: Windows) -> tuple[list[Metric]
     points = find_hook_points(model)
     layers = [point for point in points if point.kind == "layer"]
     sinks, losses = Sinks(points), []
-    largest: list[dict[str, Any]] = [{"value": 0.0} for _ in layers]
+    largest: list[Any] = [None] * len(layers)
 
     def see(point: HookPoint, output: Any) -> None:
         x = output[0] if isinstance(output, tuple) else output
@@ -198,7 +198,8 @@ def measure_sink(model: PreTrainedModel, windows: Windows) -> tuple[list[Metric]
         row, position, channel = map(int, torch.unravel_index(place, x_BTD.shape))
         value = float(x_BTD[row, position, channel])
         assert point.layer is not None
-        if not abs(value) <= abs(largest[point.layer]["value"]):
+        before = largest[point.layer]
+        if before is None or not abs(value) <= abs(before["value"]):
             token = int(ids_BT[row, position])
             found = {"value": value, "channel": channel, "token": token, "position": position}
             largest[point.layer] = found

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.files import staged_folder
+from oasis_attn.hub.locate import BLOCK_FORMATS
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.modeling.configuration_oasis import OasisConfig
@@ -36,7 +37,6 @@ from oasis_attn.quantization.linearize import linear_names
 from oasis_attn.quantization.options import (
     COMPRESSED_TENSORS,
     NVFP4_FORMAT,
-    SMALL_SCALES,
     check_format,
     float_format,
 )
@@ -154,7 +154,7 @@ def _write(
         format=form,
     )
     plain, dtype = _plain_model(model, layers), model.dtype
-    if form in SMALL_SCALES:  # the library restores these weights in bfloat16
+    if form in BLOCK_FORMATS:
         dtype = torch.bfloat16
         plain.to(dtype)  # type: ignore[arg-type]
     config = QuantizationConfig(

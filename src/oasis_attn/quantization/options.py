@@ -25,7 +25,6 @@ _FLOAT_FORMATS = {
     ("e2m1", "e8m0", 32): "mxfp4-pack-quantized",
     ("e2m1", "e4m3", 16): NVFP4_FORMAT,
 }
-SMALL_SCALES = {form for (_, scale, _), form in _FLOAT_FORMATS.items() if scale != "float32"}
 
 
 def check_has_kernels(scheme: Scheme) -> None:

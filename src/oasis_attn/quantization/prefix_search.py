@@ -89,7 +89,7 @@ def find_prefix(
             candidates = list(dict.fromkeys(pool))[:CANDIDATES]
         path, noises = _greedy(model, ids_BT, list(candidates), length, on_round)
     least, before = float(noises.min()), float(noises[0])
-    if least > GAIN * before:
+    if not least <= GAIN * before or before == 0:
         raise UserError(
             f"model: no prefix of up to {length} tokens found by {method!r} halves its range noise"
             f" ({before:.3g} without prefix, {least:.3g} with the best one)"
@@ -287,9 +287,11 @@ def _run(model: PreTrainedModel, ids_BT: Tensor) -> None:
 
 
 def _special(model: PreTrainedModel, name: str) -> tuple[int, ...]:
-    """The ids of a special token; empty if the model has none."""
-    value = getattr(model.config.get_text_config(decoder=True), name, None)
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    """The ids of a special token that have an embedding; empty if the model has none."""
+    text = model.config.get_text_config(decoder=True)
+    value = getattr(text, name, None)
+    ids = () if value is None else value if isinstance(value, list) else (value,)
+    return tuple(token for token in ids if 0 <= token < text.vocab_size)
 
 
 def _check_ids(argument: str, ids_BT: Tensor, model: PreTrainedModel) -> None:

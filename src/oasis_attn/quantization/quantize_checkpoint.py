@@ -211,10 +211,7 @@ def _save_for_engines(
 
 
 def _load_again(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The model as transformers loads it from the written folder.
-
-    It has the dtype of the folder, because block formats cannot be computed in float32.
-    """
+    """The model as transformers loads it from the written folder, in the dtype of the folder."""
     try:
         return load_model(folder, dtype="auto", trust_remote_code=trust_remote_code)[0]
     except UserError as error:

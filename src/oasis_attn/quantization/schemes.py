@@ -145,7 +145,7 @@ class Scheme:
         if not self.static and (activation.symmetric or activation.granularity != "token"):
             return "kernels need asymmetric ranges per token, or static ones"
         if self.clip_ratio != 1:
-            return "kernels do not clip dynamic ranges; use clip_ratio=1"
+            return "kernels do not clip dynamic ranges"
         return ""
 
     def with_options(self, options: Mapping[str, Any]) -> Scheme:

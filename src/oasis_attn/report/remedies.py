@@ -58,9 +58,8 @@ def ranked(record: DoctorRecord) -> list[Try]:
     """The tries that are possible, the best one first."""
 
     def rank(tried: Try) -> tuple[float, ...]:
-        work = record.metric("doctor.run_time_work", tried.name).value
-        good = is_good(record, tried)
-        return (0, work, increase(record, tried)) if good else (1, increase(record, tried), work)
+        work, rise = _work(record, tried), increase(record, tried)
+        return (0, work, rise) if is_good(record, tried) else (1, rise, work)
 
     return sorted((tried for tried in record.tries if not tried.problem), key=rank)
 
@@ -90,6 +89,8 @@ def doctor_conclusion(
     """
     plain = next(tried for tried in record.tries if tried.name == PLAIN)
     scheme, limit = record.scheme["name"], percent(record.tolerance)
+    best, *others = ranked(record)
+    named_best = f"The best is {in_words(best)} ({_change(record, best)})."
     changes = (
         f"{scheme} alone changes the perplexity by {_change(record, plain)}; {limit} is the limit."
     )
@@ -99,18 +100,26 @@ def doctor_conclusion(
         but = [
             "The diagnosis expects a break, but the predictions of this model do not depend on it."
         ]
-        return f"For {scheme}, there is nothing to cure.", changes, *(but if expected else [])
+        better = [named_best] if best.name != PLAIN else []
+        cured = f"For {scheme}, there is nothing to cure."
+        return cured, changes, *(but if expected else []), *better
     said = [changes, *_about_sensitivity(record)]
-    found = [tried for tried in ranked(record) if tried.name != PLAIN]
-    good = [tried for tried in found if is_good(record, tried)]
+    good = [tried for tried in ranked(record) if is_good(record, tried)]
     if good:
         named = [f"{in_words(each)} ({_change(record, each)})" for each in good]
         said.append(f"Within the limit: {', '.join(named)}.")
         if len(good) > 1:
-            said.append(f"The best is {in_words(good[0])}: it has the least work at run time.")
-    elif found:
-        best = f"{in_words(found[0])} ({_change(record, found[0])})"
-        said.append(f"No try is within the limit.  The best is {best}.")
+            first, second = (_work(record, tried) for tried in good[:2])
+            reason = (
+                "it has the least work at run time"
+                if first < second
+                else "of those with the least work at run time, it has the smallest increase"
+            )
+            said.append(f"The best is {in_words(best)}: {reason}.")
+    elif best.name != PLAIN:
+        said.append(f"No try is within the limit.  {named_best}")
+    elif others:
+        said.append(f"No try is within the limit, and none is better than {scheme} alone.")
     problems = [each for each in record.tries if each.problem]
     said += [f"Not possible: {in_words(each)}; {each.problem}." for each in problems]
     tried = {part for each in record.tries for part in each.name.split("+")}
@@ -134,7 +143,7 @@ def _about_sensitivity(record: DoctorRecord) -> list[str]:
     }
     cost = loss.pop("all") - loss["none"]
     least = loss.pop("none")
-    if not (loss and cost > 0):
+    if not (loss and 0 < cost < math.inf):
         return []
     group = min(loss, key=lambda name: loss[name])
     part = (cost - (loss[group] - least)) / cost
@@ -142,6 +151,10 @@ def _about_sensitivity(record: DoctorRecord) -> list[str]:
         return []
     share = percent(part)
     return [f"{group} alone causes {share} of the loss: so much is gone if it is not quantized."]
+
+
+def _work(record: DoctorRecord, tried: Try) -> float:
+    return record.metric("doctor.run_time_work", tried.name).value
 
 
 def _change(record: DoctorRecord, tried: Try) -> str:
