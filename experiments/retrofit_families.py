@@ -153,7 +153,7 @@ def measure_cases(model: PreTrainedModel, ids_NT: Tensor, seen_NT: Tensor) -> li
     models = {
         ORIGINAL: model,
         FROM_WORDS: null_from_sink(model, seen_NT[:, 1:]).model,
-        FROM_BOS: null_from_sink(model, seen_NT[:, :1]).model,
+        FROM_BOS: null_from_sink(model, seen_NT[:, 1:], first_token=int(seen_NT[0, 0])).model,
         PREFIX: with_prefix(model, compute_prefix(model, seen_NT[0, :1].tolist())),
     }
     found: list[dict[str, Any]] = []

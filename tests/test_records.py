@@ -39,6 +39,7 @@ EXAMPLES = [
     ConversionRecord(
         config={"residual": "sum"},
         nulls=2,
+        bos="c",
         layer_0="b",
         tokens=(1,),
         texts=("a",),

@@ -1,11 +1,13 @@
 """The command `oasis convert`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from oasis_attn.cli.convert import _conclusion
 from oasis_attn.records import Record
 from tiny_models import tiny_config
 
@@ -59,6 +61,29 @@ def test_null_from_sink(oasis, vanilla, text, tmp_path):
         assert oasis("quantize", out, "--out", tmp_path / scheme, "--scheme", scheme, *low)[0] == 0
 
 
+def test_null_from_bos(oasis, vanilla, text, tmp_path):
+    out = tmp_path / "out"
+    given = ("--null-from-sink", "--null-from-bos", "--calibration", text, "--window", 16)
+    code, shown = oasis("convert", vanilla, out, *given, "--windows", 3)
+    assert code == 0
+    assert "1 null, from BOS 'w1'" in " ".join(shown.out.split())
+    assert "The texts begin with BOS before, and not after." in " ".join(shown.out.split())
+    record = Record.load(out / "record.json")
+    assert record.bos == "w1"
+    # Without the option, the conclusion names it if a sink remains.
+    plain = replace(record, bos=None)
+    for before, after, found in ((0.7, 0.6, True), (0.7, 0.3, False), (0.2, 0.2, False)):
+        values = {"before": before, "after": after}
+        metrics = tuple(
+            replace(m, value=values[m.where]) if m.name == "sink.max_mass" else m
+            for m in record.metrics
+        )
+        sentences = list(_conclusion(replace(plain, metrics=metrics)))
+        assert [("--null-from-bos" in each) for each in sentences] == [True] * found
+    no_bos = replace(plain, metrics=metrics, data=replace(plain.data, bos=None))
+    assert not list(_conclusion(no_bos))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,6 +96,7 @@ def test_null_from_sink(oasis, vanilla, text, tmp_path):
         (("--to-sinks", "--config", "null_logit=2"), "--to-sinks: cannot be combined with"),
         (("--to-sinks", "--to-vanilla"), "--to-sinks: cannot be combined with --to-vanilla"),
         (("--nulls", 2), "--nulls: it has an effect only with --null-from-sink"),
+        (("--null-from-bos",), "--null-from-bos: it has an effect only with --null-from-sink"),
         (("--null-from-sink", "--nulls", 99), "--nulls: 99 is not"),
         (("--null-from-sink", "--config", "null_logit=2"), "null_logit: the conversion sets it"),
         (("--null-from-sink", "--calibration", "absent"), "corpus (or a text file): 'absent'"),

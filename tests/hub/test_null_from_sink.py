@@ -50,6 +50,21 @@ def test_the_null_of_one_token_is_a_prefix_that_shifts_no_position(family, varia
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "olmo2"])
+def test_a_null_from_bos_is_a_prefix_of_bos_that_shifts_no_position(family):
+    native = native_model(family)
+    with Float64Mode():
+        converted, layer_0, tokens = null_from_sink(native, CALIBRATION, first_token=1)
+        assert (layer_0, tokens) == (None, ())
+        expected = after_prefix(native, [1])
+        torch.testing.assert_close(converted(IDS).logits, expected, rtol=0, atol=1e-9)
+        more = null_from_sink(native, CALIBRATION, first_token=1, nulls=2)
+    assert len(more.tokens) == 1
+    for one, two in zip(converted.model.layers, more.model.model.layers, strict=True):
+        assert torch.equal(one.null_key[:, 0], two.null_key[:, 0])
+
+
+@torch.no_grad()
 def test_the_second_null_is_the_token_that_decreases_activations_most():
     native = native_model("llama")
     tried = []
@@ -148,6 +163,7 @@ def test_the_native_model_stays_as_it_was(ids):
         ("gptj", {}, "'gptj' cannot be converted exactly: its attention and its MLP run"),
         ("llama", {"nulls": 0}, "nulls: 0 is not"),
         ("llama", {"nulls": 17}, "nulls: 17 is not"),
+        ("llama", {"first_token": 97}, r"first_token: token ids 97 .. 97 are not all in 0 .. 96"),
         ("llama", {"null_logit": 1.0}, "null_logit: the conversion sets it"),
         ("llama", {"token_normalizer": "softmax1"}, "token_normalizer: the conversion sets it"),
         ("llama", {"variant": "gated_attention"}, "output_gate: 'head' scales"),

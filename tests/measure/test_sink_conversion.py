@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from oasis_attn import OasisForCausalLM, UserError
 from oasis_attn.cli import main
 from oasis_attn.data import load_corpus, read_windows
+from oasis_attn.data.tokenizer import tokenizer_sha256
 from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.tokenizer_bos import is_without_bos, without_bos
 from oasis_attn.measure.sink_conversion import measure_sink, null_from_sink_checkpoint
 from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.records import Record
@@ -95,6 +103,99 @@ def test_the_record(model, text, tmp_path):
     assert "OasisForCausalLM" in (out / "config.json").read_text()
     with pytest.raises(UserError, match="exists"):
         null_from_sink_checkpoint(model, out, calibration=text)
+
+
+def bos_template(words):
+    """A tokenizer like that of Llama, whose post-processor puts w1 in front of texts."""
+    template = processors.TemplateProcessing("w1 $A", "w1 $A w1 $B w2", [("w1", 1), ("w2", 2)])
+    words.backend_tokenizer.post_processor = template
+    return words
+
+
+@torch.no_grad()
+def test_a_null_from_bos_is_measured_on_texts_without_bos(model, text, tmp_path):
+    tokenizer = bos_template(word_tokenizer())
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    tokenizer.save_pretrained(model)
+    options = {"calibration": text, "window": 16, "windows": 3, "dtype": "float32"}
+    with pytest.warns(UserWarning, match="its chat template writes BOS"):
+        record = null_from_sink_checkpoint(model, tmp_path / "out", null_from_bos=True, **options)
+    assert record == Record.load(tmp_path / "out" / "record.json")
+    assert (record.bos, record.layer_0, record.data.bos) == ("w1", None, 1)
+    assert record.data.tokens_scored == 3 * 14
+    native = AutoModelForCausalLM.from_pretrained(model).eval()
+    converted = OasisForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = read_windows(load_corpus(text, "test"), tokenizer, window=16, windows=3).ids_NT
+    for where, each, begin in (("before", native, 0), ("after", converted, 1)):
+        logits = each(ids[:, begin:]).logits[:, -15:-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten())
+        assert record.metric("loss.windowed", where).value == pytest.approx(float(loss), rel=1e-5)
+    # Every command reads the converted model's texts without BOS.
+    folders = tmp_path / "out", tmp_path / "again"
+    loaded = AutoTokenizer.from_pretrained(folders[0])
+    loaded.save_pretrained(folders[1])
+    for reloaded in map(AutoTokenizer.from_pretrained, folders):
+        assert reloaded("w5 w6").input_ids == [5, 6]
+        assert tokenizer_sha256(reloaded) != tokenizer_sha256(tokenizer)
+        windows = read_windows(load_corpus(text, "test"), reloaded, window=15, windows=3)
+        assert windows.info.bos is None
+    torch.testing.assert_close(windows.ids_NT[0], ids[0, 1:])
+
+
+def byte_level(words):
+    """As that of Llama 3: the template is one of several steps."""
+    words = bos_template(words).backend_tokenizer
+    words.post_processor = processors.Sequence([processors.ByteLevel(), words.post_processor])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")
+
+
+def llama(words):
+    """The class of a family, which can add BOS by itself."""
+    words = LlamaTokenizer(vocab={f"w{i}": i for i in range(9)}, bos_token="w1", eos_token="w2")
+    words.add_bos_token = True
+    return words
+
+
+@pytest.mark.parametrize("form", [bos_template, byte_level, llama])
+def test_a_tokenizer_without_bos(form, tmp_path):
+    tokenizer = form(word_tokenizer())
+    assert tokenizer("w5").input_ids[0] == 1
+    changed = without_bos(tokenizer, 1)
+    changed.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is type(tokenizer)
+    for each in (changed, loaded):
+        assert is_without_bos(each)
+        assert each.bos_token_id == 1
+        assert each("w5").input_ids == tokenizer("w5").input_ids[1:]
+        pair, shorter = tokenizer("w5", "w6").input_ids, each("w5", "w6").input_ids
+        assert shorter == [token for token in pair if token != 1]
+    assert tokenizer("w5").input_ids[0] == 1
+    assert not is_without_bos(tokenizer)
+
+
+def roberta(words):
+    words.backend_tokenizer.post_processor = processors.RobertaProcessing(("w2", 2), ("w1", 1))
+    return words
+
+
+def no_special_tokens(words):
+    return PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (roberta, r"null_from_bos: BOS cannot be taken out .* is \['RobertaProcessing'\]"),
+        (no_special_tokens, "null_from_bos: the tokenizer puts no BOS in front of texts"),
+    ],
+)
+def test_bos_that_cannot_be_left_out(form, message, model, text, tmp_path):
+    form(word_tokenizer()).save_pretrained(model)
+    options = {"calibration": text, "window": 16, "null_from_bos": True}
+    with pytest.raises(UserError, match=message):
+        null_from_sink_checkpoint(model, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from oasis_attn.cli.terminal import (
     check_text,
     pairs,
     print_json,
+    print_sentences,
     print_table,
     working,
 )
@@ -66,6 +68,14 @@ def convert(
             "--null-from-sink",
             help="Move the attention sink of the model into a null, without training. This changes"
             " the outputs; the effect is measured.",
+        ),
+    ] = False,
+    null_from_bos: Annotated[
+        bool,
+        Option(
+            "--null-from-bos",
+            help="With --null-from-sink: make the first null from BOS, for a model that is trained"
+            " with BOS in front of every text. The saved tokenizer no longer adds BOS.",
         ),
     ] = False,
     nulls: Annotated[
@@ -129,6 +139,7 @@ def convert(
     from oasis_attn.modeling.variants import settings_of
 
     options: dict[str, Any] = {
+        "null_from_bos": null_from_bos or None,
         "nulls": nulls,
         "calibration": calibration,
         "calibration_split": calibration_split,
@@ -197,6 +208,7 @@ def convert(
         print_table(Table(title="Converted", columns=("", ""), rows=rows, text_columns=2))
 
 
+_SINK = 0.3  # a head with more attention to the first token has a sink (arXiv 2410.10781)
 _SHOWN = ("perplexity.windowed", "outlier.max_activation", "sink.mass", "sink.max_mass")
 
 
@@ -206,8 +218,9 @@ def _show(record: ConversionRecord) -> None:
     rows = [(name, *(f"{value:.4g}" for value in record.before_after(name))) for name in _SHOWN]
     rows.append(("null.mass", "", f"{record.metric('null.mass', 'after').value:.4g}"))
     count = f"{record.nulls} null{'s' if record.nulls > 1 else ''}"
-    extra = f", from the first token and {', '.join(map(repr, record.texts))}"
-    title = f"{record.model.name} with {count}{extra if record.texts else ''}"
+    first = "the first token" if record.bos is None else f"BOS {record.bos!r}"
+    origins = " and ".join(filter(None, (first, ", ".join(map(repr, record.texts)))))
+    title = f"{record.model.name} with {count}, from {origins}"
     print_table(Table(title=title, columns=("metric", "before", "after"), rows=tuple(rows)))
 
     rows = []
@@ -219,3 +232,20 @@ def _show(record: ConversionRecord) -> None:
     columns = ("", "token", "layer", "channel", "position", "value")
     title = "Largest activation"
     print_table(Table(title=title, columns=columns, rows=tuple(rows), text_columns=2))
+    if sentences := list(_conclusion(record)):
+        print_sentences("Conclusion", sentences)
+
+
+def _conclusion(record: ConversionRecord) -> Iterator[str]:
+    """What the numbers are of, and what to do if the sink remains."""
+    before, after = record.before_after("sink.max_mass")
+    if record.bos is not None:
+        yield (
+            "The texts begin with BOS before, and not after. Perplexity is that of all tokens of"
+            " the text but the first. The saved tokenizer does not add BOS."
+        )
+    elif record.data.bos is not None and before > _SINK and after > before / 2:
+        yield (
+            f"The first token, BOS, remains a sink (sink.max_mass {after:.4g}). If the model is"
+            " trained with BOS in front of every text, convert it with --null-from-bos."
+        )

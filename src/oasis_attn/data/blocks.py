@@ -22,6 +22,7 @@ from oasis_attn.data.cache import cached_file
 from oasis_attn.data.corpora import Corpus
 from oasis_attn.data.tokenizer import tokenizer_sha256
 from oasis_attn.errors import UserError, check_whole
+from oasis_attn.hub.tokenizer_bos import is_without_bos
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,8 @@ class Packing:
 
     Attributes:
         separator: follows each document: EOS; BOS for a tokenizer without EOS; None without both.
-        bos: begins each block: BOS; EOS for a tokenizer without BOS; None without both.
+        bos: begins each block: BOS; EOS for a tokenizer without BOS; None without both, and for a
+            model whose null has the place of BOS.
     """
 
     separator: int | None
@@ -76,7 +78,8 @@ class Packing:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Packing:
         """The special tokens of `tokenizer`."""
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        return cls(separator=bos if eos is None else eos, bos=eos if bos is None else bos)
+        first = None if is_without_bos(tokenizer) else eos if bos is None else bos
+        return cls(separator=bos if eos is None else eos, bos=first)
 
     def text_tokens(self, block_length: int) -> int:
         """How many tokens of a block are not the BOS in front."""

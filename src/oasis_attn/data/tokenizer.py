@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from oasis_attn.data.cache import cached_file
 from oasis_attn.data.corpora import Corpus
 from oasis_attn.errors import UserError, check_whole
+from oasis_attn.hub.tokenizer_bos import is_without_bos
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -154,4 +155,6 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     for passing in ("padding", "truncation"):
         rules.pop(passing)
     rules["ends"] = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if is_without_bos(tokenizer):
+        rules["without_bos"] = True
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,8 @@
 """Cuts text into windows of tokens, by one protocol for everything that is measured.
 
 1. Each document is tokenized as a text of its own and followed by EOS.
-2. The tokens of all documents are cut into disjoint windows, each with BOS in front.
+2. The tokens of all documents are cut into disjoint windows, each with BOS in front, unless a null
+   of the model has the place of BOS.
 3. The windows that are read are spread evenly over the text: of all N windows, window i of n is
    number floor(i N / n).
 

@@ -47,7 +47,8 @@ class SinkConversion(NamedTuple):
 
     Attributes:
         model: the model with its nulls.
-        layer_0: the token whose key and value the first null has in layer 0; None for the mean.
+        layer_0: the token whose key and value the first null has in layer 0; None if it has no
+            other token there than in the other layers.
         tokens: the tokens that the nulls after the first were made from, in order.
     """
 
@@ -69,6 +70,7 @@ def null_from_sink(
     *,
     variant: str = "kv_null",
     nulls: int = 1,
+    first_token: int | None = None,
     on_try: Callable[[], None] = lambda: None,
     **overrides: Any,
 ) -> SinkConversion:
@@ -78,8 +80,10 @@ def null_from_sink(
     have.  `convert` is the exact conversion.
 
     The key and the value of the first null are the means over all tokens of the windows, each of
-    which runs alone, as the first token of a sequence.  They should be text without BOS: a model
-    whose null is made from BOS continues to treat BOS as a sink.
+    which runs alone, as the first token of a sequence.  They should be text without BOS.
+
+    A model that was trained with BOS in front of every text has its sink on BOS.  `first_token`
+    makes the first null from BOS, whose place it takes when BOS is left out of the texts.
 
     In layer 0, keys and values differ most between tokens, and with their mean, a few first tokens
     can keep activations that are more than ten times those of the median one.  Then the key and the
@@ -98,6 +102,8 @@ def null_from_sink(
         ids_NT: windows of text, int64.  Nulls after the first are searched on a part of them.
         variant: a name in `variants()`; its token normalizer is replaced by `key_value_null`.
         nulls: maximum number of nulls of each head.
+        first_token: the first null has the key and the value of this token, as the first token of a
+            sequence, in place of the means.
         on_try: is called before each token is tried, `CANDIDATES` times at most for each null.
         overrides: settings of `OasisConfig` that replace those of the variant.
 
@@ -106,7 +112,10 @@ def null_from_sink(
             function by other means than the null, or an argument is out of range.
     """
     check_null_from_sink(overrides, nulls=nulls)
-    _check_ids(model, ids_NT)
+    _check_ids("ids_NT", model, ids_NT)
+    first_11 = None if first_token is None else torch.tensor([[first_token]])
+    if first_11 is not None:
+        _check_ids("first_token", model, first_11)
     _converted(model, 1, variant, overrides)  # raises for a model or a setting that cannot work
     if family_of(model.config.get_text_config(decoder=True)).sinks:
         raise UserError(
@@ -114,7 +123,11 @@ def null_from_sink(
             " nulls already; use the exact conversion"
         )
     with eval_mode(model), torch.no_grad():
-        layer_0, first = _first_null(model, ids_NT, on_try)
+        layer_0, first = (
+            _first_null(model, ids_NT, on_try)
+            if first_11 is None
+            else (None, _mean_null(model, [first_11]))
+        )
         found = [first]
         tokens: list[int] = []
         while len(found) < nulls:
@@ -128,14 +141,14 @@ def null_from_sink(
     return SinkConversion(converted, layer_0, tuple(tokens))
 
 
-def _check_ids(model: PreTrainedModel, ids_NT: Tensor) -> None:
+def _check_ids(name: str, model: PreTrainedModel, ids_NT: Tensor) -> None:
     shape = tuple(ids_NT.shape)
     if ids_NT.dtype != torch.int64 or ids_NT.ndim != 2 or not ids_NT.numel():
-        raise UserError(f"ids_NT: {ids_NT.dtype} {shape} is not int64 [windows, tokens]")
+        raise UserError(f"{name}: {ids_NT.dtype} {shape} is not int64 [windows, tokens]")
     size = model.config.get_text_config(decoder=True).vocab_size
     low, high = int(ids_NT.min()), int(ids_NT.max())
     if low < 0 or high >= size:
-        raise UserError(f"ids_NT: token ids {low} .. {high} are not all in 0 .. {size - 1}")
+        raise UserError(f"{name}: token ids {low} .. {high} are not all in 0 .. {size - 1}")
 
 
 def _converted(

@@ -5,6 +5,7 @@ Axes: N windows, B windows in a batch, T tokens, D width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,19 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Windows, load_corpus, read_windows
+from oasis_attn.data.blocks import Packing
+from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.hub.null_from_sink import CANDIDATES, null_from_sink
 from oasis_attn.hub.null_options import check_null_from_sink
+from oasis_attn.hub.tokenizer_bos import without_bos
 from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
-from oasis_attn.measure.loss import loss_metrics, window_losses
+from oasis_attn.measure.loss import loss_metrics
 from oasis_attn.measure.sinks import Sinks
 from oasis_attn.modeling.attention import observe_attention
+from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.progress import Progress, Steps, no_progress
 from oasis_attn.records import ConversionRecord, Metric
 
@@ -37,6 +42,7 @@ def null_from_sink_checkpoint(
     variant: str | None = None,
     overrides: dict[str, Any] | None = None,
     nulls: int = 1,
+    null_from_bos: bool = False,
     dtype: str = "auto",
     calibration: str = "stdlib",
     calibration_split: str = "train",
@@ -55,6 +61,10 @@ def null_from_sink_checkpoint(
         variant: see `null_from_sink`; default `kv_null`.
         overrides: settings of `OasisConfig` that replace those of the variant.
         nulls: see `null_from_sink`.
+        null_from_bos: make the first null from BOS, for a model that was trained with BOS in front
+            of every text.  The saved tokenizer does not put BOS in front of texts, and the model is
+            measured without BOS after the conversion; the losses before and after are those of all
+            tokens of the text but the first, which nothing predicts without BOS.
         dtype: dtype in which the model is measured and saved; `auto` is that of the checkpoint.
         calibration, calibration_split: corpus and split that the nulls are computed from.  The BOS
             tokens in front of its windows are left out.
@@ -72,7 +82,8 @@ def null_from_sink_checkpoint(
         tables `before` and `after` are those of `measure_sink`.
 
     Raises:
-        UserError: unusable arguments, or an error of `null_from_sink`.  Nothing is written then.
+        UserError: unusable arguments, an error of `null_from_sink`, or `null_from_bos` with a
+            tokenizer that has no BOS or cannot be saved without it.  Nothing is written then.
     """
     check_null_from_sink(overrides or {}, nulls=nulls, window=window, windows=windows)
     check_free(out)
@@ -84,6 +95,8 @@ def null_from_sink_checkpoint(
     steps.start("loading the model")
     loaded, tokenizer = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
     check_lengths(loaded, [window], "window")
+    bos = _bos(tokenizer) if null_from_bos else None
+    saved_tokenizer = tokenizer if bos is None else without_bos(tokenizer, bos)
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
@@ -94,15 +107,17 @@ def null_from_sink_checkpoint(
         seen.ids_NT[:, begin:],
         variant=variant or "kv_null",
         nulls=nulls,
+        first_token=bos,
         on_try=partial(steps.start, "trying tokens for the null"),
         **overrides or {},
     )
-    measured = {"before": loaded, "after": converted}
+    windows_before, windows_after = _scored_alike(held_out) if null_from_bos else (held_out,) * 2
+    measured = {"before": (loaded, windows_before), "after": (converted, windows_after)}
     metrics: list[Metric] = []
     tables: dict[str, Any] = {}
-    for where, each in measured.items():
+    for where, (each, texts) in measured.items():
         steps.start(f"measuring {where}")
-        found, tables[where] = measure_sink(each, held_out)
+        found, tables[where] = measure_sink(each, texts)
         metrics += [replace(metric, where=where) for metric in found]
         for row in tables[where]["largest"]:
             row["text"] = tokenizer.decode([row["token"]])
@@ -110,10 +125,11 @@ def null_from_sink_checkpoint(
         model=describe_model(loaded),
         config=converted.config.settings,
         nulls=1 + len(tokens),
+        bos=None if bos is None else str(tokenizer.decode([bos])),
         layer_0=None if layer_0 is None else str(tokenizer.decode([layer_0])),
         tokens=tokens,
         texts=tuple(str(tokenizer.decode([token])) for token in tokens),
-        data=held_out.info,
+        data=windows_before.info,
         calibration=seen.info,
         metrics=tuple(metrics),
         tables=tables,
@@ -121,10 +137,38 @@ def null_from_sink_checkpoint(
     steps.start("writing")
     with quiet(), staged_folder(out) as stage:
         converted.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
+        saved_tokenizer.save_pretrained(stage)
         record.save(stage / "record.json")
         write_card(converted, stage)  # again, because the card shows metrics of the record
+    if null_from_bos and _chats_begin_with_bos(tokenizer):
+        warnings.warn(
+            "tokenizer: its chat template writes BOS, which then takes attention from the null;"
+            " remove it from the template",
+            stacklevel=2,
+        )
     return record
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token in front of windows."""
+    bos = Packing.of(tokenizer).bos
+    if bos is None:
+        raise UserError("null_from_bos: the tokenizer puts no BOS in front of texts")
+    return bos
+
+
+def _scored_alike(windows: Windows) -> tuple[Windows, Windows]:
+    """The windows with BOS and without it, with the loss of the same tokens."""
+    count, length = windows.ids_NT.shape
+    info = replace(windows.info, tokens_scored=count * (length - 2))
+    with_bos = replace(windows, scored=(length - 2,) * count, info=info)
+    return with_bos, replace(with_bos, ids_NT=windows.ids_NT[:, 1:])
+
+
+def _chats_begin_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    bos = tokenizer.bos_token
+    return "bos_token" in template or (bos is not None and str(bos) in template)
 
 
 @torch.no_grad()
@@ -132,7 +176,8 @@ def measure_sink(model: PreTrainedModel, windows: Windows) -> tuple[list[Metric]
     """Perplexity, largest activations and sinks of a model, in one pass over all windows.
 
     Returns:
-        The metrics `loss.windowed`, `perplexity.windowed`, `outlier.max_activation` and those of
+        The metrics `loss.windowed` and `perplexity.windowed` (of the tokens that are `scored`),
+        `outlier.max_activation` and those of
         `Sinks`.  The tables of `Sinks`, and `largest`: for each layer the `value`, `channel`,
         `token` and `position` of the output with the largest |x|.
 
@@ -164,8 +209,10 @@ def measure_sink(model: PreTrainedModel, windows: Windows) -> tuple[list[Metric]
         for point in layers:
             hook = partial(_see_output, see, point)
             stack.callback(point.module.register_forward_hook(hook).remove)
-        for ids_BT in windows.ids_NT.to(model.device).split(1):
-            losses.append(window_losses(model, ids_BT))
+        rows = windows.ids_NT.to(model.device).split(1)
+        for ids_BT, scored in zip(rows, windows.scored, strict=True):
+            losses_BT = token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT)
+            losses.append(losses_BT[:, -scored:].mean(-1))
             sinks.check(model)
     largest_activation = max(abs(row["value"]) for row in largest)
     metrics = [

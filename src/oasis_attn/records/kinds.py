@@ -164,16 +164,22 @@ class ConversionRecord(_BeforeAfter):
         model: the model before conversion.
         config: the settings of the converted model.
         nulls: number of nulls of each head.
-        layer_0: the token whose key and value the first null has in layer 0; None for the mean.
+        bos: the text of BOS if the first null was made from it; None if from the mean of words.
+            With it, the texts `after` are without BOS, and the losses before and after are those of
+            all tokens of the text but the first.
+        layer_0: the token whose key and value the first null has in layer 0; None if it has no
+            other token there than in the other layers.
         tokens, texts: the tokens that the nulls after the first were made from, and their texts.
-        data: the windows that were measured on.
+        data: the windows that were measured on; with `bos`, those before conversion.
         calibration: the windows that the nulls were computed from, before BOS was removed.
     """
 
     kind = "conversion"
+    version = 2
 
     config: dict[str, Any]
     nulls: int
+    bos: str | None
     layer_0: str | None
     tokens: tuple[int, ...]
     texts: tuple[str, ...]
