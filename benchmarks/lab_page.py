@@ -80,7 +80,7 @@ DRAWN = ("sink.idle_largest", "task.error", "task.error@w8a8-static-full")
 def page(text: str) -> str:
     """docs/lab.md with every table generated again."""
     generators = (
-        *(source, thresholds, learned_nulls, decoder_thresholds, no_op_or_bias),
+        *(source, thresholds, learned_nulls, decoder_thresholds, no_op_or_bias, null_law_cells),
         *(rows, verdicts, criteria, growth, depth_verdicts),
         format_rows,
         *(key_null_rows, key_null_verdicts, key_null_criteria),
@@ -206,7 +206,7 @@ def null_law_cells() -> str:
             "softmax" if row["null"] is None else row["null"],
             ABSENT if row["null"] is None else f"{row['null_logit']:.2f}",
             str(row["runs"]),
-            *(_range(row[name], mean=True) for name in names),
+            *(_range(row[name], mean=row["runs"] > 1) for name in names),
         )
         for row in record.tables["runs"]
     )

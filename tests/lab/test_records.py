@@ -60,7 +60,7 @@ def test_null_law(monkeypatch):
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("null_law_decoders", "null_law_decoders_report")],
+    [("null_law_decoders", "null_law_decoders_report"), ("null_law_cells", "null_law_cells")],
 )
 def test_null_law_of_decoders_and_language_models(monkeypatch, folder, name):
     law = experiment(name, monkeypatch)

@@ -25,6 +25,10 @@ _LAW = (
     "constant null logits; p is `sink.idle_largest`"
 )
 _FIT = f"{_LAW}; least squares over n thresholds, decoders of 4 layers"
+_CELLS = (
+    "`experiments/null_law_cells.py`: language models on the corpus `majority`, trained and "
+    "measured on windows of one length; mean over n seeds"
+)
 _SINK = "arXiv 2603.11487 (the measure of its figures)"
 
 LAB = (
@@ -173,5 +177,40 @@ LAB = (
         definition="median difference of a threshold and log(length)",
         unit="logit",
         protocol=f"{_LAW}; median over all lengths, layers and n seeds",
+    ),
+    Definition(
+        name="null_law_cell.sink_largest",
+        definition="mean probability of the first token over later queries, of the head in which "
+        "it is largest",
+        unit="probability",
+        better="lower",
+        protocol=_CELLS,
+    ),
+    Definition(
+        name="null_law_cell.null_mass",
+        definition="null probability, mean over layers, heads and queries but the first",
+        unit="probability",
+        protocol=_CELLS,
+    ),
+    Definition(
+        name="null_law_cell.loss_increase",
+        definition="mean loss of tokens that are no answers - that of softmax with the same seed",
+        unit="nats",
+        better="lower",
+        protocol=_CELLS,
+    ),
+    Definition(
+        name="null_law_cell.answer_loss",
+        definition="mean loss of the answers",
+        unit="nats",
+        better="lower",
+        protocol=_CELLS,
+    ),
+    Definition(
+        name="null_law_cell.accuracy",
+        definition="share of answers that have the largest logit",
+        unit="1",
+        better="higher",
+        protocol=_CELLS,
     ),
 )
