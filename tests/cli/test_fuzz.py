@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from importlib import import_module
 
 import pytest
@@ -103,6 +104,8 @@ def place(tmp_path_factory):
         patch.setenv("OASIS_CACHE", str(folder / "cache"))
         patch.setattr(Corpus, "sha256", "0")
         patch.setattr("oasis_attn.hub.locate.ask_hub", lambda *_: True)
+        # The commands are made once, which takes longer than to read a command line.
+        patch.setattr("typer.main.get_command", cache(get_command))
         for module, name in STOPS.items():
             patch.setattr(modules[module], name, stop)
         yield folder

@@ -34,7 +34,12 @@ def test_renormalized_it_is_a_mask_over_the_first_key(variant, settings):
     mask_TS = torch.ones(8, 8, dtype=torch.bool).tril()
     mask_TS[1:, 0] = False
     mask = mask_TS.expand(3, 1, 8, 8)
-    expected = model(inputs_embeds=embed(model, X_BTN), attention_mask=mask, use_cache=False).logits
+    expected = model(
+        inputs_embeds=embed(model, X_BTN),
+        attention_mask=mask,
+        position_ids=torch.arange(8)[None],
+        use_cache=False,
+    ).logits
     plain = predict(model, X_BTN)
     with sink_removed(model, renormalize=True):
         removed = predict(model, X_BTN)

@@ -144,8 +144,3 @@ def test_a_weight_used_without_its_layer_is_not_quantized(ids, tmp_path):
         quantized_model.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
-
-
-def test_full_targets_need_a_known_family():
-    with pytest.raises(UserError, match="'full' is not possible with family 'gpt2'"):
-        quantize(make("gpt2"), "w8a8-static-full", calibration=batches())
