@@ -38,11 +38,11 @@ from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import ABSENT, Table
 from oasis_attn.training.parameters import group_of
 
-WINDOWS = 128, 256, 512
-SEEDS = 2
 OFFSETS = {"log n - 1.5": -1.5, "log n": 0.0, "log n + 2": 2.0}  # of constant logits
 KEY, KEY_OFFSET, KEY_RATE = "key, log n + 0.5", 0.5, 0.1  # learning rate of the null's parameters
-NULLS = (None, "log n + 2", KEY, "0", "log n", "log n - 1.5")  # None: softmax
+FEW_NULLS = None, "log n + 2", KEY  # None: softmax
+NULLS = *FEW_NULLS, "0", "log n", "log n - 1.5"
+WINDOWS = {128: (NULLS, 2), 256: (FEW_NULLS, 1), 512: (FEW_NULLS, 1)}  # nulls and seeds
 RESIDUALS = {"sum": ("vanilla", "softmax1"), "depth": ("attn_residual", "oasis")}
 STEPS, TOKENS = 1500, 2048  # tokens of a step
 WIDTH, HEADS, LAYERS = 64, 4, 4
@@ -81,10 +81,11 @@ class Unit:
 def missing(file: RunFile) -> Iterator[Unit]:
     """What is to be run, the short windows first."""
     done = {(row["group"], row["null"], row["seed"]) for row in file.rows}
-    for window, seed, null, residual in product(WINDOWS, range(SEEDS), NULLS, RESIDUALS):
-        unit = Unit(residual, window, null, seed)
-        if (unit.group, null, seed) not in done:
-            yield unit
+    for window, (nulls, seeds) in WINDOWS.items():
+        for seed, null, residual in product(range(seeds), nulls, RESIDUALS):
+            unit = Unit(residual, window, null, seed)
+            if (unit.group, null, seed) not in done:
+                yield unit
 
 
 @lru_cache(maxsize=1)

@@ -77,6 +77,27 @@ def test_the_margin_of_log_context_removes_every_measured_sink():
     assert 1 < largest < LOG_CONTEXT_MARGIN < largest + 1
 
 
+def test_the_nulls_of_language_models(monkeypatch):
+    law = experiment("null_law_cells", monkeypatch)
+    file = RunFile(RESULTS / "null_law_cells" / "runs.jsonl.gz")
+    assert not list(law.missing(file))
+    rows = {(row["group"], row["null"], row["seed"]): row for row in file.rows}
+    sinks = {key: max(map(max, row["sink"])) for key, row in rows.items()}
+    softmax = {key: sink for key, sink in sinks.items() if key[1] is None}
+    assert sorted(sink > 0.78 for key, sink in softmax.items() if "128" in key[0]) == [0, 1, 1, 1]
+    assert all(sink < 0.08 for key, sink in softmax.items() if "128" not in key[0])
+    assert all(sink < 0.05 for key, sink in sinks.items() if key[1] == "log n + 2")
+    gains = []
+    for key in softmax:
+        with_key = key[0], law.KEY, key[2]
+        assert sinks[with_key] < 0.06
+        assert rows[with_key]["other_loss"] - rows[key]["other_loss"] < 0.0033
+        gains.append(rows[with_key]["accuracy"] - rows[key]["accuracy"])
+    gains.sort()
+    assert -0.0065 < gains[0] < 0 < gains[1]
+    assert gains[-1] == pytest.approx(0.06, abs=0.005)
+
+
 def test_the_thresholds_in_decoders():
     record = BenchmarkRecord.load(RESULTS / "null_law_decoders" / "record.json")
     found = {"sum": [], "depth": []}

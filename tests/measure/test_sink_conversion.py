@@ -12,6 +12,7 @@ from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CodeLlamaTokenizer,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
 )
@@ -172,6 +173,13 @@ def test_a_tokenizer_without_bos(form, tmp_path):
         assert shorter == [token for token in pair if token != 1]
     assert tokenizer("w5").input_ids[0] == 1
     assert not is_without_bos(tokenizer)
+
+
+def test_a_tokenizer_that_adds_bos_when_it_is_loaded():
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\u2581a": 5}
+    tokenizer = CodeLlamaTokenizer(vocab=vocabulary, merges=[("\u2581", "a")])
+    with pytest.raises(UserError, match="CodeLlamaTokenizer adds it again when it is loaded"):
+        without_bos(tokenizer, tokenizer.bos_token_id)
 
 
 def roberta(words):

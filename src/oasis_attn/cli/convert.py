@@ -208,7 +208,6 @@ def convert(
         print_table(Table(title="Converted", columns=("", ""), rows=rows, text_columns=2))
 
 
-_SINK = 0.3  # a head with more attention to the first token has a sink (arXiv 2410.10781)
 _SHOWN = ("perplexity.windowed", "outlier.max_activation", "sink.mass", "sink.max_mass")
 
 
@@ -238,13 +237,15 @@ def _show(record: ConversionRecord) -> None:
 
 def _conclusion(record: ConversionRecord) -> Iterator[str]:
     """What the numbers are of, and what to do if the sink remains."""
+    from oasis_attn.measure.sink_tokens import THRESHOLD
+
     before, after = record.before_after("sink.max_mass")
     if record.bos is not None:
         yield (
             "The texts begin with BOS before, and not after. Perplexity is that of all tokens of"
             " the text but the first. The saved tokenizer does not add BOS."
         )
-    elif record.data.bos is not None and before > _SINK and after > before / 2:
+    elif record.data.bos is not None and before > THRESHOLD and after > before / 2:
         yield (
             f"The first token, BOS, remains a sink (sink.max_mass {after:.4g}). If the model is"
             " trained with BOS in front of every text, convert it with --null-from-bos."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from oasis_attn.errors import UserError
@@ -26,8 +27,8 @@ def without_bos(tokenizer: PreTrainedTokenizerBase, bos: int) -> PreTrainedToken
     this library have no BOS in front with it.  A chat template is left as it is.
 
     Raises:
-        UserError: the tokenizer has no `tokenizer.json`, or adds the token by other means than a
-            template of its post-processor.
+        UserError: the tokenizer has no `tokenizer.json`, adds the token by other means than a
+            template of its post-processor, or adds it again when it is loaded.
     """
     changed = copy.deepcopy(tokenizer)
     backend: Any = getattr(changed, "backend_tokenizer", None)
@@ -49,6 +50,11 @@ def without_bos(tokenizer: PreTrainedTokenizerBase, bos: int) -> PreTrainedToken
     if ids[:1] == [bos]:
         raise _error(f"its post-processor is {[step['type'] for step in steps]}")
     changed.init_kwargs[_MARK] = True
+    with TemporaryDirectory() as folder:
+        changed.save_pretrained(folder)
+        loaded = type(changed).from_pretrained(folder)
+    if loaded("a").input_ids[:1] == [bos]:
+        raise _error(f"{type(changed).__name__} adds it again when it is loaded")
     return changed
 
 
