@@ -22,7 +22,7 @@ from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training.null_to_logit import NullToLogit, finish, routed_layers
 from oasis_attn.training.prepare import prepare
-from oasis_attn.training.trainer import OasisTrainer, divergence
+from oasis_attn.training.trainer import OasisTrainer
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 FORMS = {
@@ -260,14 +260,6 @@ def test_distillation(onward, models):
         assert column(parts, name) == pytest.approx(column(whole, name), abs=2e-4)
     assert column(whole, "loss")[-1] < column(whole, "loss")[0]
     assert whole.training["distill_from"] == str(native)
-
-
-def test_divergence():
-    torch.manual_seed(0)
-    aim, logits = (torch.randn(2, 5, 7, dtype=torch.float64) for _ in "ab")
-    p, log_q = aim.softmax(-1), logits.log_softmax(-1)
-    expected = (p * (p.log() - log_q)).sum(-1).mean()
-    assert divergence(aim, logits).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_bad_input(onward, tmp_path, corpus, monkeypatch):

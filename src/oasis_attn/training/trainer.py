@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import DistributedType, PartialState
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from oasis_attn.files import writing
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.hf_compat import SAFE_WEIGHTS_NAME, parse_flag_from_env
+from oasis_attn.ops.divergence import divergence
 from oasis_attn.training.checkpoints import publish
 from oasis_attn.training.null_to_logit import NullToLogit
 from oasis_attn.training.outliers import OutlierPenalty
@@ -143,7 +143,7 @@ class OasisTrainer(Trainer):
             outputs = model(input_ids=ids_BT, use_cache=False)
         else:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             aim_BTV = self._teacher(input_ids=ids_BT, use_cache=False).logits
         distance = divergence(aim_BTV, outputs.logits)
         # This divergence is a mean over one forward pass; the loss is scaled already.
@@ -218,10 +218,3 @@ class OasisTrainer(Trainer):
         if self.args.should_save:
             self._tokenizer.save_pretrained(staged)
             publish(staged, staging.parent, self._run)
-
-
-def divergence(aim_BTV: Tensor, logits_BTV: Tensor) -> Tensor:
-    """KL(softmax(aim) || softmax(logits)) in nats per token, in float32 or better."""
-    precise = torch.promote_types(logits_BTV.dtype, torch.float32)
-    aim, found = (x.flatten(0, 1).to(precise).log_softmax(-1) for x in (aim_BTV, logits_BTV))
-    return F.kl_div(found, aim, log_target=True, reduction="batchmean")
