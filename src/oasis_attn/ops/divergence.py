@@ -53,5 +53,6 @@ def divergence(aim_BTV: Tensor, logits_BTV: Tensor) -> Tensor:
     Returns:
         The mean over all tokens, a scalar in float32 or the higher precision of `logits_BTV`.
     """
-    divergence: Tensor = _Divergence.apply(aim_BTV.flatten(0, -2), logits_BTV.flatten(0, -2))
-    return divergence
+    flat = aim_BTV.flatten(0, -2), logits_BTV.flatten(0, -2)
+    result: Tensor = _Divergence.apply(*flat)  # type: ignore[no-untyped-call]
+    return result
