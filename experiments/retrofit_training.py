@@ -6,7 +6,7 @@ python experiments/retrofit_training.py table --runs RUNS
 `run` trains every row of `ROWS` that trains, measures every row, and writes RUNS/records/ROW.json
 as soon as a row is finished.  A row that has a record is skipped, and a training that was
 interrupted is resumed.  The rows run side by side, as new processes, `--jobs` at a time; none needs
-another.  `table` writes docs/results/retrofit from the records.
+another.  `table` writes docs/results/retrofit from the records; rows without one stay as they are.
 
 CONVERTED is made by `oasis convert smollm2 CONVERTED --null-from-sink`; `corpus` makes FOLDER, the
 training text: GSM8K train and film reviews.  Each budget has two rows that train the unconverted
@@ -355,24 +355,34 @@ MEASURED = (
 
 
 def publish(folder: Path) -> None:
-    """Write the record of all rows, and its table, to docs/results/retrofit."""
+    """Write the record and the table of all rows: those of `folder`, and those published before."""
+    path = RESULTS / "training.json"
+    published = BenchmarkRecord.load(path) if path.is_file() else None
     records = {
         name: BenchmarkRecord.load(path)
-        for name in sorted(ROWS, key=_order)
+        for name in ROWS
         if (path := folder / f"{name}.json").is_file()
     }
     if not records:
         sys.exit(f"{folder} has no record")
+    settings = {name: record.settings["training"] for name, record in records.items()}
+    tables = {name: record.tables for name, record in records.items()}
+    metrics = [
+        replace(metric, where=f"{name} / {metric.where}".removesuffix(" / "))
+        for name, record in records.items()
+        for metric in record.metrics
+    ]
+    if published is not None:
+        settings, tables = published.settings | settings, published.tables | tables
+        metrics += [m for m in published.metrics if m.where.partition(" / ")[0] not in records]
+    names = sorted(settings, key=_order)
+    metrics.sort(key=lambda metric: names.index(metric.where.partition(" / ")[0]))
     merged = replace(
         next(iter(records.values())),
         name="retrofit_training",
-        settings={name: record.settings["training"] for name, record in records.items()},
-        metrics=tuple(
-            replace(metric, where=f"{name} / {metric.where}".removesuffix(" / "))
-            for name, record in records.items()
-            for metric in record.metrics
-        ),
-        tables={name: record.tables for name, record in records.items()},
+        settings={name: settings[name] for name in names},
+        metrics=tuple(metrics),
+        tables={name: tables[name] for name in names},
     )
     merged.save(RESULTS / "training.json")
     write_text(RESULTS / "training.md", table(merged))
