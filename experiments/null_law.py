@@ -108,7 +108,7 @@ LENGTHS = {
 }
 LONG = (  # the batch of the check at length 256
     search(512, 4.5, 6.5, batch_size=8, seeds=3, resolution=0.5),
-    search(1024, 5, 7, batch_size=8, seeds=3, resolution=0.5),
+    search(1024, 4, 6, batch_size=8, seeds=3, resolution=0.5),
 )
 SHAPES = (
     search(16, 2, 3.5, heads=2),
