@@ -37,7 +37,7 @@ PAGE = DOCS / "lab.md"
 STUDIES = ("necessity", "necessity-depth", "necessity-key-null", "necessity-win", "majority")
 LAB = RESULTS / "lab"
 UNPUBLISHED = "This study is not published yet.\n"
-BATCH = ", batch 32"  # of the models whose thresholds are shown
+BATCHES = "batch 32", "batch 8"  # of the models whose thresholds are shown: to length 256, beyond
 LONG = "length 64, 1x1, batch 32, "  # of the models with other nulls that are shown
 DECODERS = {"sum": "Residual sum", "depth": "Attention Residuals"}
 DIGITS = 3
@@ -114,8 +114,9 @@ def thresholds() -> str:
     record = BenchmarkRecord.load(LAB / "null_law" / "record.json")
     rows = []
     for row in sorted(record.tables["thresholds"], key=lambda row: row["length"]):
-        if row["group"].endswith(BATCH):
-            cells = [row["group"].removesuffix(BATCH), f"{math.log(row['length']):.2f}"]
+        name, _, batch = row["group"].rpartition(", ")
+        if batch == BATCHES[row["length"] > 256]:
+            cells = [name, f"{math.log(row['length']):.2f}"]
             for level in row["thresholds"]:
                 metric = record.metric(f"null_law.threshold@{level}", row["group"])
                 cells.append(f"{metric.value:.2f} (n {metric.n})")

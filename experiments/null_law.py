@@ -99,17 +99,15 @@ def search(length: int, low: float, high: float, **options: Any) -> Group:
 
 
 SLOW: dict[str, Any] = {"learning_rate": 1e-4, "max_steps": 50_000}
-LENGTHS = {
+LENGTHS = {  # with fewer sequences from 512 on; the check at length 256 compares the batches
     16: search(16, 2, 3.5),
     64: search(64, 3, 4.5),
     32: search(32, 2.5, 4),
     128: search(128, 3.5, 5, seeds=3),
     256: search(256, 4, 5.5, seeds=3, resolution=0.5),
+    512: search(512, 4.5, 6.5, batch_size=8, seeds=3, resolution=0.5),
+    1024: search(1024, 4, 6, batch_size=8, seeds=3, resolution=0.5),
 }
-LONG = (  # the batch of the check at length 256
-    search(512, 4.5, 6.5, batch_size=8, seeds=3, resolution=0.5),
-    search(1024, 4, 6, batch_size=8, seeds=3, resolution=0.5),
-)
 SHAPES = (
     search(16, 2, 3.5, heads=2),
     search(16, 2, 4, layers=2, seeds=3),
@@ -148,7 +146,8 @@ GROUPS = (  # in the order of their importance
     *CHECKS,
     *(arm for arm in ARMS if arm.length == 64),
     *SHAPES[4:],
-    *LONG,
+    LENGTHS[512],
+    LENGTHS[1024],
 )
 
 
@@ -396,7 +395,7 @@ in which it is largest. c* is the null logit above which the sink is below a pro
 metrics null_law` defines it exactly. Training ends when the largest error in a batch is below
 {tolerance:g}: `solved` counts the runs that reached it, and the others ended after {most:,} steps.
 The learning rate is 1e-3, or 1e-4 with at most {slow:,} steps where the group says so. The lines
-are fitted to 1x1, batch 32.
+are fitted to 1x1 with batch 32, from length 512 on with batch 8.
 
 {left_out}
 
