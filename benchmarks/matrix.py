@@ -69,17 +69,21 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 COLUMNS = ("plain", "SmoothQuant", "prefix", "prefix, tuned")
 FULL = "fp8-static, between linear layers too"
+WITH_GPTQ = {f"{name}, GPTQ": name for name in ("mxfp4", "nvfp4")}
 FORMATS = (
     *("w8a8-static-full", FULL, "w8a8-static-linear", "fp8-static", "w8a8-dynamic", "fp8-dynamic"),
     *("mxfp8", "w4a4", "mxfp4", "nvfp4"),
 )
-ROTATED = "{}, Hadamard"
-FORMAT_COLUMNS = ("plain", "prefix", "null", "Hadamard")
+GROUPS = ("mxfp8", "mxfp4", "nvfp4", *WITH_GPTQ)
+ROTATIONS = {"Hadamard": "hadamard", "Hadamard per group": "groups"}
+FORMAT_COLUMNS = ("plain", "prefix", "null", *ROTATIONS)
 UNROTATED = ROWS | {name: (name, {}) for name in FORMATS if name != FULL}
 UNROTATED[FULL] = "fp8-static", {"targets": "full"}
+UNROTATED |= {row: (name, {"rounding": "gptq"}) for row, name in WITH_GPTQ.items()}
 SCHEMES = UNROTATED | {
-    ROTATED.format(row): (UNROTATED[row][0], UNROTATED[row][1] | {"rotation": "hadamard"})
-    for row in FORMATS
+    f"{row}, {column}": (UNROTATED[row][0], UNROTATED[row][1] | {"rotation": rotation})
+    for column, rotation in ROTATIONS.items()
+    for row in (FORMATS if rotation == "hadamard" else GROUPS)
 }
 _CALIBRATION = "--calibration wikitext-2 --calibration-split validation"
 COMMANDS = {
@@ -93,8 +97,13 @@ CELLS = dict.fromkeys(
         *((row, "plain") for row in FORMATS),
         *(
             cell
+            for row in GROUPS
+            for cell in ((row, "plain"), (f"{row}, Hadamard per group", "plain"))
+        ),
+        *(
+            cell
             for row in reversed(FORMATS)
-            for cell in ((row, "prefix"), (ROTATED.format(row), "plain"))
+            for cell in ((row, "prefix"), (f"{row}, Hadamard", "plain"))
         ),
         *((row, "null") for row in (FLOAT, *reversed(FORMATS))),
     ]
@@ -221,9 +230,9 @@ def table(record: BenchmarkRecord) -> Table:
 def formats_table(record: BenchmarkRecord) -> Table:
     """As `table`, of the formats of hardware."""
     rows = []
-    for row in (FLOAT, *FORMATS):
-        *cells, _ = (cell(record, row, column) for column in FORMAT_COLUMNS)
-        rows.append((row, *cells, cell(record, ROTATED.format(row), "plain")))
+    for row in (FLOAT, *FORMATS, *WITH_GPTQ):
+        rotated = (cell(record, f"{row}, {column}", "plain") for column in ROTATIONS)
+        rows.append((row, *(cell(record, row, name) for name in FORMAT_COLUMNS[:3]), *rotated))
     return Table(
         title="Perplexity of SmolLM2-135M in the formats of hardware, and over that in fp32",
         columns=("scheme", *FORMAT_COLUMNS),

@@ -38,7 +38,7 @@ SCHEMES = {
     "mxfp8, rotated": TABLE["mxfp8"].with_options(
         {"weight.group_size": 16, "activation.group_size": 16, "rotation": "hadamard"}
     ),
-    "nvfp4, gptq": replace(TABLE["nvfp4"], rounding="gptq"),
+    "nvfp4, groups rotated, gptq": replace(TABLE["nvfp4"], rounding="gptq", rotation="groups"),
 }
 
 

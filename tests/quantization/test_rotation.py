@@ -6,6 +6,7 @@ import copy
 import importlib
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -61,6 +62,18 @@ def test_a_family_is_unchanged_or_refused(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotated_inputs_leave_every_family_unchanged(family):
     check_same(native_model(family), rotate_inputs)
+
+
+def test_rotated_groups_keep_outliers_to_themselves():
+    for model in (native_model("llama"), native_model("mixtral")):
+        check_same(model, partial(rotate_inputs, group_size=8))
+    spike = torch.zeros(3, 32, dtype=torch.float64)
+    spike[:, 13] = 5
+    expected = torch.zeros_like(spike)
+    expected[:, 8:16] = 5 * 8**-0.5
+    torch.testing.assert_close(Rotation(8)(spike).abs(), expected)
+    with pytest.raises(UserError, match="group_size: 12 does not divide the 32 inputs of model"):
+        rotate_inputs(native_model("llama"), seed=1, group_size=12)
 
 
 @pytest.mark.parametrize("way", [rotate_residual, rotate_inputs])

@@ -77,6 +77,10 @@ def test_table_is_not_shared():
             {"smooth_alpha": 0.5, "rotation": "hadamard"},
             "smooth_alpha: 0.5 does not go with rotation 'hadamard'",
         ),
+        (
+            {"weight": schemes()["mxfp4"].weight, "rotation": "groups"},
+            "rotation: 'groups' needs weights and activations with one group_size; they have 32",
+        ),
     ],
 )
 def test_inconsistent_values_are_refused(change, message):

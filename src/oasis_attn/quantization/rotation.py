@@ -7,7 +7,8 @@ are multiplied by the rotation or its inverse.  Only the inputs of the writers (
 `down_proj`) are rotated at inference time.
 
 `rotate_inputs` rotates the input of every linear layer at inference time.  It is slower, works for
-any family, and is more accurate at 4 bits, because channels with a small gain stay small.
+any family, and is more accurate at 4 bits, because channels with a small gain stay small.  With a
+group size, each group of channels is rotated by itself, so that an outlier stays in its group.
 
 Axes: D width, R routers.
 """
@@ -81,24 +82,42 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
 
 
 @torch.no_grad()
-def rotate_inputs(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
+def rotate_inputs(
+    model: PreTrainedModel, *, seed: int, group_size: int | None = None
+) -> dict[str, nn.Module]:
     """Rotate the inputs of `linear_layers(model)` in place.
 
     Parameters are replaced, not overwritten.
 
+    Args:
+        model: a decoder of transformers or of this library.
+        seed: random seed of the rotations' signs.
+        group_size: neighboring channels that are rotated together, as formats with a scale per
+            group need it (2509.23202); default: all channels of an input.
+
     Returns:
         The rotations by linear layer; they must run on its input, and its weight contains the
         inverse.
+
+    Raises:
+        UserError: the group size does not divide the inputs of a layer; the model is unchanged.
     """
-    return _rotate_inputs(linear_layers(model), torch.Generator().manual_seed(seed))
+    linears = linear_layers(model)
+    for name, linear in linears.items():
+        if linear.in_features % (group_size or 1):
+            raise UserError(
+                f"group_size: {group_size} does not divide the {linear.in_features} inputs of"
+                f" {name}"
+            )
+    return _rotate_inputs(linears, torch.Generator().manual_seed(seed), group_size)
 
 
 def _rotate_inputs(
-    linears: dict[str, nn.Linear], generator: torch.Generator
+    linears: dict[str, nn.Linear], generator: torch.Generator, group_size: int | None = None
 ) -> dict[str, nn.Module]:
     rotations: dict[str, nn.Module] = {}
     for name, linear in linears.items():
-        rotation = _rotation(linear.weight, generator)
+        rotation = _rotation(linear.weight, generator, group_size)
         _rotate_weight(linear, rotation)
         rotations[name] = rotation.to(linear.weight.dtype)
     return rotations
@@ -148,9 +167,11 @@ def _refusal(model: PreTrainedModel, reason: str) -> UserError:
     )
 
 
-def _rotation(weight: Tensor, generator: torch.Generator) -> Rotation:
+def _rotation(
+    weight: Tensor, generator: torch.Generator, group_size: int | None = None
+) -> Rotation:
     """A random rotation of the rows of `weight`, float64, on the same device."""
-    return Rotation(weight.shape[1], generator=generator).to(weight.device)
+    return Rotation(group_size or weight.shape[1], generator=generator).to(weight.device)
 
 
 def _rotate_weight(

@@ -14,7 +14,7 @@ from oasis_attn.quantization.spec import FLOAT_TYPES, QuantSpec
 
 OBSERVERS = ("minmax", "running_minmax", "percentile", "mse")
 TARGETS = ("linear", "full")
-ROTATIONS = ("none", "hadamard", "inputs", "fitted")
+ROTATIONS = ("none", "hadamard", "inputs", "groups", "fitted")
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -40,9 +40,10 @@ class Scheme:
         rotation: `hadamard` rotates the residual stream and the MLP's inner activations before
             quantization, to spread outliers over all channels (QuaRot, 2404.00456).  `inputs`
             rotates the input of every linear layer at run time: it is slower, works for any family,
-            and is more accurate at 4 bits.  `fitted` multiplies the same inputs by the matrices
-            with the smallest error, computed from calibration data (after WUSH, 2512.00956): it
-            is the most accurate, and the slowest.
+            and is more accurate at 4 bits.  `groups` does so within each group of channels that
+            share a scale (2509.23202).  `fitted` multiplies the same inputs by the matrices with
+            the smallest error, computed from calibration data (after WUSH, 2512.00956): it is the
+            most accurate, and the slowest.
         rounding: of weights: `nearest`, or `gptq` (2210.17323), which minimizes the change of each
             layer's output.
         fused_scales: with `e4m3` scales, the weights that engines multiply by as one matrix (query,
@@ -109,6 +110,12 @@ class Scheme:
             raise UserError(
                 "targets: 'full' quantizes attention probabilities, whose rows are not divisible"
                 " into groups; activation.granularity must be 'tensor'"
+            )
+        sizes = self.weight.group_size, activation and activation.group_size
+        if self.rotation == "groups" and (None in sizes or sizes[0] != sizes[1]):
+            raise UserError(
+                "rotation: 'groups' needs weights and activations with one group_size; they have"
+                f" {sizes[0]} and {sizes[1]}"
             )
         alpha = self.smooth_alpha
         if alpha is not None:

@@ -127,8 +127,9 @@ def transformed_copy(
     transforms: dict[str, nn.Module] = {}
     if scheme.rotation == "hadamard":
         transforms = rotate_residual(result, seed=seed)
-    elif scheme.rotation == "inputs":
-        transforms = rotate_inputs(result, seed=seed)
+    elif scheme.rotation in ("inputs", "groups"):
+        size = scheme.weight.group_size if scheme.rotation == "groups" else None
+        transforms = rotate_inputs(result, seed=seed, group_size=size)
     elif scheme.rotation == "fitted" and batches is not None:
         transforms = fit_inputs(result, batches, seed=seed)
     elif scheme.smooth_alpha is not None and batches is not None:

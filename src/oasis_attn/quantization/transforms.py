@@ -17,7 +17,8 @@ class Rotation(nn.Module):
     with random signs whose sizes are as similar as n allows.  Two small matrix products then do the
     same as a fast Walsh-Hadamard transform, in few passes over x.  If n is not a product of two
     Hadamard orders, A is a random orthogonal matrix whose size is the odd part of n, and channels
-    are spread only approximately evenly over that part.
+    are spread only approximately evenly over that part.  An x of k n channels is transformed in k
+    groups of neighboring channels, each by the same matrices.
 
     Args:
         width: n.
@@ -42,8 +43,8 @@ class Rotation(nn.Module):
             self.register_buffer(name, factor if name == "left" else factor.T.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        blocks = x.unflatten(-1, (len(self.left), len(self.right)))
-        return (self.left @ (blocks @ self.right)).flatten(-2)
+        blocks = x.unflatten(-1, (-1, len(self.left), len(self.right)))
+        return (self.left @ (blocks @ self.right)).flatten(-3)
 
     def extra_repr(self) -> str:
         return f"{len(self.left)} x {len(self.right)}"
