@@ -71,11 +71,11 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
     assert cost["w8a8-static-linear"] > 0.5
     assert cost[matrix.FULL] < 0.15
     assert cost["w8a8-static-full"] > 1000
-    for cell in (("mxfp4", "prefix"), (matrix.ROTATED.format("mxfp4"), "plain")):
+    for cell in (("mxfp4", "prefix"), ("mxfp4, Hadamard", "plain")):
         assert 0.9 < found[cell] / found["mxfp4", "plain"] < 1
     for column in ("prefix", "null"):
         assert 0.95 < found["nvfp4", column] / found["nvfp4", "plain"] < 1
-    assert found[matrix.ROTATED.format("nvfp4"), "plain"] > 2 * found["nvfp4", "plain"]
+    assert found["nvfp4, Hadamard", "plain"] > 2 * found["nvfp4", "plain"]
     assert max(cost["nvfp4"], cost["mxfp4"]) < cost["w4a4"] / 10
     assert cost["mxfp8"] > cost["fp8-static"]
     assert cost["mxfp4"] > cost["nvfp4"]
