@@ -49,6 +49,11 @@ def test_dynamic_ranges_make_the_dynamic_scheme() -> None:
     assert shortest_name(changed) == ("nvfp4", {"static": False})
 
 
+@pytest.mark.parametrize(("name", "rotation"), [("w4a4", "hadamard"), ("mxfp4", "groups")])
+def test_a_rotation_stays_within_groups(name, rotation) -> None:
+    assert BY_NAME["rotation"].apply_to(get_scheme(name)).rotation == rotation
+
+
 def test_a_prefix_cuts_static_ranges_unless_another_observer_is_chosen() -> None:
     prefix = BY_NAME["prefix"]
     assert prefix.apply_to(STATIC).observer == "percentile"

@@ -124,7 +124,7 @@ class OasisHfQuantizer(PrefixHfQuantizer):
         }
         linearize(model, found.values())
         scheme = Scheme.from_dict(config.scheme)
-        group_size = scheme.weight.group_size if scheme.rotation == "groups" else None
+        group_size = scheme.group_size if scheme.rotation == "groups" else None
         makers: dict[str, Callable[[int], torch.nn.Module]] = {
             "Rotation": lambda width: Rotation(group_size or width),
             "Scale": lambda width: Scale(torch.ones(width)),

@@ -57,6 +57,10 @@ def _dynamic(scheme: Scheme) -> Options:
     return {"static": False, "activation.granularity": "token"}
 
 
+def _rotation(scheme: Scheme) -> Options:
+    return {"rotation": "groups" if scheme.group_size else "hadamard"}
+
+
 def _prefix(scheme: Scheme) -> Options:
     if scheme.activation is None:
         return None
@@ -66,7 +70,7 @@ def _prefix(scheme: Scheme) -> Options:
 
 REMEDIES = (
     Remedy(name="dynamic", options=_dynamic, effort=1),
-    Remedy(name="rotation", options=lambda _: {"rotation": "hadamard"}, effort=2),
+    Remedy(name="rotation", options=_rotation, effort=2),
     Remedy(name="smoothquant", options=lambda _: {"smooth_alpha": 0.8}, effort=2.5),
     Remedy(name="prefix", options=_prefix, prefix=True, effort=6),
     Remedy(name="gptq", options=lambda _: {"rounding": "gptq"}, effort=5),

@@ -111,11 +111,10 @@ class Scheme:
                 "targets: 'full' quantizes attention probabilities, whose rows are not divisible"
                 " into groups; activation.granularity must be 'tensor'"
             )
-        sizes = self.weight.group_size, activation and activation.group_size
-        if self.rotation == "groups" and (None in sizes or sizes[0] != sizes[1]):
+        if self.rotation == "groups" and self.group_size is None:
             raise UserError(
                 "rotation: 'groups' needs weights and activations with one group_size; they have"
-                f" {sizes[0]} and {sizes[1]}"
+                f" {self.weight.group_size} and {activation and activation.group_size}"
             )
         alpha = self.smooth_alpha
         if alpha is not None:
@@ -136,6 +135,12 @@ class Scheme:
         """Whether `quantize` needs calibration data."""
         calibrated = self.rotation == "fitted" or self.rounding == "gptq"
         return self.static or self.smooth_alpha is not None or calibrated
+
+    @property
+    def group_size(self) -> int | None:
+        """The group size of weights and activations; None if they do not have the same."""
+        size = self.weight.group_size
+        return size if self.activation and self.activation.group_size == size else None
 
     @property
     def simulated_only(self) -> str:

@@ -190,7 +190,7 @@ def _ordered(scheme: Scheme, diagnosis: DiagnosisRecord) -> list[Remedy]:
         promising.add("prefix")
     if scheme.weight.bits < 8:
         promising.add("gptq")
-        if scheme.weight.element_type == "int":
+        if scheme.weight.scale_type != "e4m3":  # NVFP4 loses more with a rotation
             promising.add("rotation")
     found = [remedy for remedy in REMEDIES if remedy.applies_to(scheme)]
     return sorted(found, key=lambda remedy: remedy.name not in promising)
