@@ -91,10 +91,10 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
     """The tensors between the linear layers of a decoder, layer by layer.
 
-    These are the probabilities and the context of attention, the outputs of all norms, and the
-    residual stream wherever a module reads it: the `input` of each layer (of the first one, the
-    embedding), the sum after its attention, and the input of the final norm.  The next sum is
-    computed from the quantized stream.
+    These are the probabilities and the context of attention, the outputs of all norms except those
+    inside attention and MLP (such as norms of queries and keys), and the residual stream wherever a
+    module reads it: the `input` of each layer (of the first one, the embedding), the sum after its
+    attention, and the input of the final norm.  The next sum is computed from the quantized stream.
 
     With depth routing, the stream is the mix that a sublayer reads (in the authors' form, the
     state), and the outputs of attention and MLP, which are the sources of the mix, are quantized
@@ -156,6 +156,8 @@ def _readers_of_sums(model: PreTrainedModel, decoder: DecoderMap) -> list[str]:
         reason = "its final norm was not found"
     elif (sums := find_sums(model, decoder)) is None:
         reason = "its layers do not add just the outputs of their sublayers to the residual stream"
+        if model.dtype.itemsize < 4:
+            reason += f", as far as {model.dtype} shows it (load the model in float32)"
     else:
         return sums
     raise UserError(
