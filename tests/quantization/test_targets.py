@@ -298,6 +298,7 @@ def _with_copy(model):
         ("gpt2", _with_copy, "its layers do not add just"),
         ("lfm2", lambda model: model.bfloat16(), "its layers .* as far as torch.bfloat16 shows it"),
         ("falcon", None, "its attention does not use the attention interface"),
+        ("nanochat", None, "its final norm reads the embedding too"),
     ],
 )
 def test_other_forms_are_refused(family, change, reason):
