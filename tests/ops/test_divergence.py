@@ -43,6 +43,16 @@ def test_half_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(grad, wanted, rtol=1e-2, atol=1e-6)
 
 
+def test_a_scaled_loss_keeps_its_gradient_in_float16():
+    torch.manual_seed(0)
+    aim = torch.randn(1, 4096, 50)
+    logits = (aim + 1e-3 * torch.randn_like(aim)).half().requires_grad_()
+    (grad,) = torch.autograd.grad(2.0**16 * divergence(aim, logits), logits)
+    precise = logits.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(2.0**16 * divergence(aim.double(), precise), precise)
+    assert (grad - wanted).norm() < 0.01 * wanted.norm()
+
+
 def test_no_gradient_is_kept_without_need():
     aim = torch.randn(2, 3, 4)
     assert divergence(aim, aim).item() == pytest.approx(0, abs=1e-6)

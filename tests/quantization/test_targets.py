@@ -296,7 +296,9 @@ def _with_copy(model):
         ("bart", None, "its layers do not add just the outputs of their sublayers to the residual"),
         ("doge", _with_gate, "its layers do not add just"),
         ("gpt2", _with_copy, "its layers do not add just"),
+        ("lfm2", lambda model: model.bfloat16(), "its layers .* as far as torch.bfloat16 shows it"),
         ("falcon", None, "its attention does not use the attention interface"),
+        ("nanochat", None, "its final norm reads the embedding too"),
     ],
 )
 def test_other_forms_are_refused(family, change, reason):

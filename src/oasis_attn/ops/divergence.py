@@ -29,7 +29,7 @@ class _Divergence(torch.autograd.Function):
             wanted = aim.exp()
             total += torch.dot(wanted.flatten(), aim.sub_(found).flatten())
             if grad_NV is not None:
-                grad_NV[rows] = found.exp_().sub_(wanted).div_(count)
+                grad_NV[rows] = found.exp_().sub_(wanted)
         ctx.save_for_backward(grad_NV)
         return total / count
 
@@ -37,7 +37,8 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (grad_NV,) = ctx.saved_tensors
-        return None, grad_NV * grad.to(grad_NV.dtype)
+        # Not divided before the gradient of a scaled loss arrives: float16 would lose it.
+        return None, grad_NV * (grad / len(grad_NV)).to(grad_NV.dtype)
 
 
 def divergence(aim_BTV: Tensor, logits_BTV: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from oasis_attn.quantization.residual_sums import find_sums
 from oasis_attn.quantization.schemes import Scheme
 
 QUANTIZED_ATTENTION = "oasis-quantized"
+_FINAL_NORM_READS_EMBEDDING = ("nanochat",)
 # Parts of this library that stay in floating point: they are small, and sensitive to errors.
 _OURS_IN_FLOAT = re.compile(r"\.output_gate$|\.attn_res_")
 
@@ -91,10 +92,10 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
     """The tensors between the linear layers of a decoder, layer by layer.
 
-    These are the probabilities and the context of attention, the outputs of all norms, and the
-    residual stream wherever a module reads it: the `input` of each layer (of the first one, the
-    embedding), the sum after its attention, and the input of the final norm.  The next sum is
-    computed from the quantized stream.
+    These are the probabilities and the context of attention, the outputs of all norms except those
+    inside attention and MLP (such as norms of queries and keys), and the residual stream wherever a
+    module reads it: the `input` of each layer (of the first one, the embedding), the sum after its
+    attention, and the input of the final norm.  The next sum is computed from the quantized stream.
 
     With depth routing, the stream is the mix that a sublayer reads (in the authors' form, the
     state), and the outputs of attention and MLP, which are the sources of the mix, are quantized
@@ -107,8 +108,9 @@ def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
     compute between their linear layers stays in floating point.
 
     Raises:
-        UserError: the residual stream is not the sum of the outputs of sublayers, or the attention
-            of the family does not use the attention interface of transformers.
+        UserError: the residual stream is not the sum of the outputs of sublayers, the attention of
+            the family does not use the attention interface of transformers, or its final norm also
+            reads the embedding.
     """
     decoder = decoder_map(model)
     sums = _readers_of_sums(model, decoder)
@@ -142,9 +144,10 @@ def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _readers_of_sums(model: PreTrainedModel, decoder: DecoderMap) -> list[str]:
     """For each layer, the module that reads the sum after attention; empty if there is no sum."""
-    if decoder.has_row:
-        return [(each.mlp.pre_norm or each.mlp).name for each in decoder.layers if each.mlp]
     text = model.config.get_text_config(decoder=True)
+    reads_embedding = text.model_type in _FINAL_NORM_READS_EMBEDDING
+    if decoder.has_row and not reads_embedding:
+        return [(each.mlp.pre_norm or each.mlp).name for each in decoder.layers if each.mlp]
     module: Any = decoder.module
     attention = [layer.attention.module for layer in decoder.layers if layer.attention]
     usable = uses_attention_interface(module) and supports_boolean_masks(module)
@@ -152,10 +155,14 @@ def _readers_of_sums(model: PreTrainedModel, decoder: DecoderMap) -> list[str]:
         reason = (
             "its attention does not use the attention interface of transformers with SDPA masks"
         )
+    elif reads_embedding:
+        reason = "its final norm reads the embedding too, and both would share one range"
     elif decoder.final_norm is None:
         reason = "its final norm was not found"
     elif (sums := find_sums(model, decoder)) is None:
         reason = "its layers do not add just the outputs of their sublayers to the residual stream"
+        if model.dtype.itemsize < 4:
+            reason += f", as far as {model.dtype} shows it (load the model in float32)"
     else:
         return sums
     raise UserError(

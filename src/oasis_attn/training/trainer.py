@@ -68,7 +68,7 @@ class OasisTrainer(Trainer):
         self._distill_weight = distill_weight
         if self._teacher is not None:
             self._teacher.to(self.args.device)  # type: ignore[arg-type]
-            self.loss_is_scaled_for_ga = True  # see `_loss`
+        self.loss_is_scaled_for_ga = True  # see `_loss`
         self._weight = penalty
         self._penalty = OutlierPenalty(model, penalized) if penalty else None
         self._penalties: list[Tensor] = []  # one per forward pass since the last log
@@ -133,21 +133,21 @@ class OasisTrainer(Trainer):
         return loss + self._share() * penalty
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Tensor:
-        """The loss of a forward pass, without the penalty."""
-        if self._teacher is None:
-            plain: Any = super().compute_loss(model, inputs, **kwargs)
-            return plain
-        ids_BT, weight = inputs["input_ids"], self._distill_weight
+        """What a forward pass adds to the loss of the step, without the penalty."""
+        ids_BT, steps = inputs["input_ids"], self.current_gradient_accumulation_steps
+        weight = 0.0 if self._teacher is None else self._distill_weight
         loss: Any = 0.0
         if weight == 1:
             outputs = model(input_ids=ids_BT, use_cache=False)
         else:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            if not self.model_accepts_loss_kwargs:  # Gemma 3n: a mean over the forward pass
+                loss = loss / steps
+        if self._teacher is None:
+            return loss
         with torch.no_grad(), self.accelerator.autocast():
             aim_BTV = self._teacher(input_ids=ids_BT, use_cache=False).logits
-        distance = divergence(aim_BTV, outputs.logits)
-        # This divergence is a mean over one forward pass; the loss is scaled already.
-        return (1 - weight) * loss + weight / self.current_gradient_accumulation_steps * distance
+        return (1 - weight) * loss + weight / steps * divergence(aim_BTV, outputs.logits)
 
     def _share(self) -> float:
         """Weight of one forward pass's penalty in the step; the Trainer scales the loss itself."""
