@@ -79,6 +79,13 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
     assert max(cost["nvfp4"], cost["mxfp4"]) < cost["w4a4"] / 10
     assert cost["mxfp8"] > cost["fp8-static"]
     assert cost["mxfp4"] > cost["nvfp4"]
+    grouped = {row: found[f"{row}, Hadamard per group", "plain"] for row in matrix.GROUPS}
+    for better in (grouped["mxfp4"], found["mxfp4, GPTQ", "plain"]):
+        assert better < 0.6 * found["mxfp4", "plain"]
+    assert 1 < grouped["mxfp4, GPTQ"] / found["nvfp4, GPTQ", "plain"] < 1.05
+    for row in ("nvfp4", "nvfp4, GPTQ"):
+        assert grouped[row] > found[row, "plain"]
+    assert grouped["mxfp8"] < 1.05 * found[matrix.FLOAT, "plain"]
 
 
 def test_arith() -> None:
