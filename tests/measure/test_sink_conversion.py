@@ -131,6 +131,8 @@ def test_a_null_from_bos_is_measured_on_texts_without_bos(model, text, tmp_path)
         logits = each(ids[:, begin:]).logits[:, -15:-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 2:].flatten())
         assert record.metric("loss.windowed", where).value == pytest.approx(float(loss), rel=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A null has the place of BOS (`w1`)" in card
     # Every command reads the converted model's texts without BOS.
     folders = tmp_path / "out", tmp_path / "again"
     loaded = AutoTokenizer.from_pretrained(folders[0])

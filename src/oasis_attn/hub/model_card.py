@@ -18,7 +18,7 @@ from oasis_attn.modeling.settings import SETTINGS
 from oasis_attn.modeling.variants import variants
 from oasis_attn.modeling.weight_names import is_ours
 from oasis_attn.ops.normalizers import NEED_ENTMAX, with_length
-from oasis_attn.records import Record
+from oasis_attn.records import ConversionRecord, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -62,6 +62,9 @@ listed have their default values.
 
 {settings}"""
 _NATIVE = "A `{family}` decoder with {parameters:,} parameters."
+_WITHOUT_BOS = """\
+A null has the place of BOS (`{bos}`): texts of this model have no BOS in front.  Its tokenizer adds
+none."""
 _QUANTIZED = """\
 Quantized with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {targets}
 layers and tensors."""
@@ -156,6 +159,8 @@ def model_card(
                 settings=_table(("setting", "value"), rows),
             )
         ]
+    if isinstance(record, ConversionRecord) and record.bos is not None and not origin:
+        facts.append(_WITHOUT_BOS.format(bos=record.bos))
     if scheme := getattr(stored, "scheme", None):
         title = f"{title}, {scheme['name']}"
         facts.append(
