@@ -124,13 +124,17 @@ def thresholds() -> str:
     levels = (f"c* for a sink below {level}" for level in record.tables["fits"])
     columns = "models", "log(length)", *levels, "converged runs"
     lines = []
+    longest = max(record.tables["thresholds"], key=lambda row: row["length"])
     for level, fit in record.tables["fits"].items():
+        extended = fit["intercept"] + fit["slope"] * math.log(longest["length"])
+        measured = record.metric(f"null_law.threshold@{level}", longest["group"]).value
         slope, low, high = (_short(x) for x in (fit["slope"], *fit["slope_interval"]))
         lines.append(
             f"- Sink below {level}: c* = {_short(fit['intercept'])} + {slope} log(length), 95 % "
             f"interval of the slope {low} to {high}, from {fit['n']} thresholds of models of 1 "
-            "layer of 1 head. The largest c* - log(length) of all models is "
-            f"{_short(record[f'null_law.margin@{level}'])}."
+            "layer of 1 head with at most 256 tokens. The largest c* - log(length) of all models "
+            f"is {_short(record[f'null_law.margin@{level}'])}. At length {longest['length']}, the "
+            f"line is at {extended:.2f}, and c* is {measured:.2f}."
         )
     return markdown(Table(columns=columns, rows=tuple(rows))) + "\n" + "\n".join(lines) + "\n"
 

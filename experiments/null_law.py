@@ -108,6 +108,7 @@ LENGTHS = {  # with fewer sequences from 512 on; the check at length 256 compare
     512: search(512, 4.5, 6.5, batch_size=8, seeds=3, resolution=0.5),
     1024: search(1024, 4, 6, batch_size=8, seeds=3, resolution=0.5),
 }
+LONGEST_FITTED = 256  # the lines are extended to the other lengths, which test them
 SHAPES = (
     search(16, 2, 3.5, heads=2),
     search(16, 2, 4, layers=2, seeds=3),
@@ -245,7 +246,9 @@ def make_record(file: RunFile, dynamics_rows: list[dict[str, float]]) -> Benchma
                 )
             )
     fits: dict[str, LineFit] = {}
-    of_length = [group for group in searched if group in LENGTHS.values()]
+    of_length = [
+        group for group in searched if group in LENGTHS.values() and group.length <= LONGEST_FITTED
+    ]
     for level in LEVELS:
         points = [
             (math.log(group.length), c)
@@ -395,7 +398,7 @@ in which it is largest. c* is the null logit above which the sink is below a pro
 metrics null_law` defines it exactly. Training ends when the largest error in a batch is below
 {tolerance:g}: `solved` counts the runs that reached it, and the others ended after {most:,} steps.
 The learning rate is 1e-3, or 1e-4 with at most {slow:,} steps where the group says so. The lines
-are fitted to 1x1 with batch 32, from length 512 on with batch 8.
+are fitted to 1x1, batch 32, at most {fitted} tokens.
 
 {left_out}
 
@@ -409,6 +412,7 @@ def tables(record: BenchmarkRecord) -> str:
         tolerance=record.settings["tolerance"],
         most=Group.max_steps,
         slow=SLOW["max_steps"],
+        fitted=LONGEST_FITTED,
         left_out=f"Not run: {'; '.join(left_out)}." if left_out else "All groups were run.",
     )
     made = threshold_table(record), fit_table(record), arm_table(record), dynamics_table(record)

@@ -128,7 +128,11 @@ def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
     perplexity, trained, other, start = (
         retrofit_training.PERPLEXITY, "short-null", "short-original", "original",
     )  # fmt: skip
+    assert value("long-null", perplexity, "wikitext-2") < value(start, perplexity, "wikitext-2")
+    assert round(record.tables["long-null"]["seconds"]["training"] / 60) == 76
+    assert max(record.tables["long-null"]["outlier.inf_norm_layer, wikitext-2"][:29]) < 750
     for text in retrofit_training.TEXTS:
+        assert value("long-null", retrofit_training.LAYER_SINK, text) < 0.01
         assert value(trained, retrofit_training.LAYER_SINK, text) < 0.01
         assert value(other, retrofit_training.LAYER_SINK, text) > 0.6
         plain = value(trained, perplexity, text)

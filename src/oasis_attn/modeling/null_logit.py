@@ -19,7 +19,8 @@ n keys with logit 0 have a log-sum-exp of log n, so that a null logit above log 
 half of the attention of a head that ignores all keys.  docs/results/lab/null_law contains the
 smallest constant null logit that leaves less than 0.02 of the attention on the first token, in
 attention-only models on the trigger task (arXiv 2603.11487): its excess over log n grows with heads
-and layers, up to 1.3 in the groups of runs that converged and 1.8 in all.  In decoders
+and layers, up to 1.3 in the groups of runs that converged and 1.8 in all, and it is negative with
+512 and 1024 tokens.  In decoders
 (docs/results/lab/null_law_decoders) it does not grow with the length: it is 3 to 5 with a residual
 sum and 6 to 7.4 with Attention Residuals, which log n plus the margin exceeds from 256 tokens on.
 """

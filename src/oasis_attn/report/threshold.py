@@ -59,7 +59,11 @@ def threshold_figure(
         right.set_xticks(lengths, labels=[str(int(length)) for length in lengths])
         right.xaxis.set_minor_locator(NullLocator())
         right.set_ylim(0, math.ceil(right.get_ylim()[1]) + 1)
-        _set_title(right, "Threshold of the null logit", "per seed, and least squares")
+        _set_title(
+            right,
+            "Threshold of the null logit",
+            "per seed, and lines fitted to the shorter lengths",
+        )
         right.set(xlabel="length", ylabel="null logit")
         right.legend(loc="lower right")
     return figure
