@@ -133,6 +133,8 @@ def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
     assert max(record.tables["long-null"]["outlier.inf_norm_layer, wikitext-2"][:29]) < 750
     for text in retrofit_training.TEXTS:
         assert value("long-null", retrofit_training.LAYER_SINK, text) < 0.01
+        full = value("long-null", perplexity, f"{text}, w8a8-static-full")
+        assert full < 1.5 * value("long-null", perplexity, text)
         assert value(trained, retrofit_training.LAYER_SINK, text) < 0.01
         assert value(other, retrofit_training.LAYER_SINK, text) > 0.6
         plain = value(trained, perplexity, text)
