@@ -158,6 +158,10 @@ def test_a_file_is_whole_or_absent(tmp_path, tokenizer, monkeypatch):
             LlamaConfig(**SIZES, rope_parameters=YARN | {"attention_factor": 1.5}),
             "attention_factor",
         ),
+        (
+            Qwen3Config(**SIZES, rope_parameters=YARN | {"beta_fast": 16.0}),
+            r"beta_fast 16\.0 is not 32, which llama\.cpp uses for qwen3",
+        ),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_by_its_config(config, message):

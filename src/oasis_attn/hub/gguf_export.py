@@ -40,8 +40,8 @@ _FILE_TYPES = {
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
-_YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
-_IGNORED_YARN = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", *_YARN)
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp reads no others in these architectures
+_KNOWN_YARN = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +90,17 @@ def _check_rope(rope: Mapping[str, Any], architecture: str) -> None:
     others = {
         name: value
         for name, value in rope.items()
-        if name not in (*_IGNORED_YARN, "partial_rotary_factor") and value is not None
+        if name not in (*_KNOWN_YARN, "partial_rotary_factor") and value is not None
     }
-    if kind == "yarn" and others:
-        name, value = next(iter(others.items()))
-        raise _error(f"rope_parameters: {name} {value!r} has no key in GGUF")
+    if kind == "yarn":
+        for name, value in others.items():
+            if name not in _YARN:
+                raise _error(f"rope_parameters: {name} {value!r} has no key in GGUF")
+            if value != _YARN[name]:
+                raise _error(
+                    f"rope_parameters: {name} {value!r} is not {_YARN[name]:g}, which llama.cpp"
+                    f" uses for {architecture} whatever the file says"
+                )
 
 
 def _error(reason: str) -> UserError:
@@ -256,5 +262,5 @@ def _write_fields(writer: GGUFWriter, model: PreTrainedModel, weights: str) -> N
         writer.add_rope_scaling_factor(rope["factor"])
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(original)
-        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or _YARN["beta_fast"])
-        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or _YARN["beta_slow"])
+        writer.add_rope_scaling_yarn_beta_fast(_YARN["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(_YARN["beta_slow"])
