@@ -77,7 +77,20 @@ def check_gguf(config: PreTrainedConfig) -> None:
         raise _error(f"hidden_act: {fields['hidden_act']!r} is not 'silu'")
     if kind == "qwen3" and fields.get("attention_bias"):
         raise _error("attention_bias: qwen3 has none in GGUF")
+    width, heads, head_dim = fields["hidden_size"], fields["num_attention_heads"], _head_dim(config)
+    if kind == "qwen2" and heads * head_dim != width:
+        raise _error(
+            f"head_dim: {head_dim} x {heads} heads is not hidden_size, {width}, which"
+            " llama.cpp takes for granted in qwen2"
+        )
     _check_rope(config.rope_parameters, ARCHITECTURES[kind])
+
+
+def _head_dim(config: Any) -> int:
+    found: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return found
 
 
 def _check_rope(rope: Mapping[str, Any], architecture: str) -> None:
@@ -236,7 +249,7 @@ def _write_fields(writer: GGUFWriter, model: PreTrainedModel, weights: str) -> N
     """Add the hyperparameters."""
     config: Any = model.config
     rope = config.rope_parameters
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(config)
     writer.add_type(gguf.GGUFType.MODEL)
     if (name := Path(config.name_or_path).name) != "mistral":  # transformers takes it for a family
         writer.add_name(name)
