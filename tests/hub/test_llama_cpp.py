@@ -1,8 +1,13 @@
 """llama.cpp computes what is exported; skipped without the package xllamacpp."""
 
+from functools import partial
+from statistics import median
+
 import pytest
 import torch
 from experiments.engine_worker import llama_cpp
+from experiments.engines import INT8, rounded_input
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -12,6 +17,7 @@ from transformers import (
 )
 
 from oasis_attn.hub.gguf_export import write_gguf
+from oasis_attn.hub.gguf_file import read_gguf
 from tokenizer_factories import TEXT, byte_level
 
 pytest.importorskip("xllamacpp")
@@ -21,11 +27,30 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
     "head_dim": 64, "initializer_range": 0.2,
 }  # fmt: skip
+IDS = torch.randint(3, 330, (1, 48), generator=torch.Generator().manual_seed(0))
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 16, "factor": 4.0}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }  # fmt: skip
+
+
+def build(kind, **changes):
+    if rope := changes.get("rope_parameters"):
+        changes = changes | {"rope_parameters": {"rope_theta": 10000.0, **rope}}
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(kind(**SIZES | changes), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def differences(found, wanted):
+    """The largest difference of a log-probability at each place."""
+    return [
+        max(abs(value - float(line[int(token)])) for token, value in place.items())
+        for line, place in zip(wanted, found["logprobs"][0], strict=False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -40,20 +65,26 @@ LLAMA3 = {
 )
 @torch.no_grad()
 def test_llama_cpp_computes_the_same(tmp_path, kind, changes):
-    if rope := changes.get("rope_parameters"):
-        changes = changes | {"rope_parameters": {"rope_theta": 10000.0, **rope}}
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(kind(**SIZES | changes), dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
-    tokenizer = byte_level()
+    model, tokenizer = build(kind, **changes), byte_level()
     write_gguf(model, tokenizer, tmp_path / "m.gguf", weights="f32")
-    ids = torch.randint(3, 330, (1, 48), generator=torch.Generator().manual_seed(0))
     texts = [*TEXT, " a\n\n b", "na\u00efve \U0001f600", tokenizer.bos_token + "x"]
-    job = {"model": str(tmp_path / "m.gguf"), "windows": ids.tolist(), "texts": texts}
+    job = {"model": str(tmp_path / "m.gguf"), "windows": IDS.tolist(), "texts": texts}
     found = llama_cpp(job)
     assert found["tokens"] == [tokenizer(text).input_ids for text in texts]
-    wanted = model(ids).logits[0].log_softmax(-1)
-    for line, place in zip(wanted, found["logprobs"][0], strict=False):
-        for token, value in place.items():
-            assert abs(value - line[int(token)]) < 1e-4
+    assert max(differences(found, model(IDS).logits[0].log_softmax(-1))) < 1e-4
+
+
+@pytest.mark.parametrize("weights", ["q8_0", "q4_0"])
+@torch.no_grad()
+def test_llama_cpp_rounds_the_inputs_of_quantized_weights(tmp_path, weights):
+    model = build(LlamaConfig)
+    write_gguf(model, byte_level(), tmp_path / "m.gguf", weights=weights)
+    read, _ = read_gguf(tmp_path / "m.gguf")
+    unrounded = read(IDS).logits[0].log_softmax(-1)
+    for layer in read.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(partial(rounded_input, kind=INT8))
+    found = llama_cpp({"model": str(tmp_path / "m.gguf"), "windows": IDS.tolist(), "texts": []})
+    rounded = read(IDS).logits[0].log_softmax(-1)
+    assert median(differences(found, rounded)) < 1e-5  # a few values lie half way between codes
+    assert median(differences(found, unrounded)) > 1e-3
