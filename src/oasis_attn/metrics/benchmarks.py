@@ -211,18 +211,11 @@ BENCHMARKS = (
         protocol=_ENGINE,
     ),
     Definition(
-        name="engine.rounded_logprob_difference",
-        definition="`engine.logprob_difference` if this library rounds the inputs of layers too",
-        unit="nats",
-        better="lower",
-        protocol=f"{_ENGINE}; llama.cpp",
-    ),
-    Definition(
         name="engine.rounding_noise",
-        definition="`engine.logprob_difference` between two forms that only round differently",
+        definition="the same between two forms in this library that only round differently",
         unit="nats",
-        protocol=f"{_ENGINE}; with quantized activations, the form that transformers loads and that"
-        " of this library; otherwise float32 and bfloat16",
+        protocol=f"{_ENGINE}; llama.cpp: inputs of layers as they are, and rounded; vLLM: this"
+        " library and transformers, or in bfloat16: transformers in float32 and in bfloat16",
     ),
     Definition(
         name="engine.different_texts",
