@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from experiments import retrofit_families, retrofit_training
+from experiments import engines, retrofit_families, retrofit_training
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import arith
@@ -106,6 +106,25 @@ def test_served_prefix() -> None:
         values = [record.metric("perplexity.windowed", f"{scheme} / {row}").value for row in rows]
         assert values == sorted(values)
         assert len(record.settings["left_out"][scheme]) <= 3
+
+
+def test_what_the_page_says_of_engines() -> None:
+    page = (DOCS / "serving.md").read_text()
+    for engine in engines.ROWS:
+        record = Record.load(DOCS / "results" / "engines" / f"{engine}.json")
+        tables = engines.tables(record, engine)
+        assert (DOCS / "results" / "engines" / f"{engine}.md").read_text() == tables
+        assert tables.strip() in page
+        assert record.settings["engine"].replace(" ", "==") in page
+        values = {(metric.name, metric.where): metric.value for metric in record.metrics}
+        for (name, where), value in values.items():
+            if name == "engine.different_texts":
+                assert value == 0
+            if name == "engine.rounding_noise":  # as close as two forms here
+                assert values["engine.logprob_difference", where] < 1.5 * value
+        exact = ["f32"] if engine == "llama.cpp" else [row.name for row in engines.ROWS[engine][:3]]
+        limit = 4e-4 if engine == "llama.cpp" else 7e-5
+        assert all(values["engine.max_logprob_difference", where] < limit for where in exact)
 
 
 def test_retrofit() -> None:

@@ -153,10 +153,18 @@ def test_a_file_is_whole_or_absent(tmp_path, tokenizer, monkeypatch):
         (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act: 'gelu' is not 'silu'"),
         (Qwen3Config(**SIZES, attention_bias=True), "attention_bias: qwen3 has none"),
         (LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", **SCALED}), "'dynamic' is"),
+        (
+            Qwen2Config(**SIZES | {"head_dim": 24}),
+            r"head_dim: 24 x 4 heads is not hidden_size, 64, which llama\.cpp",
+        ),
         (Qwen2Config(**SIZES, rope_parameters=LLAMA3), "rope_type 'llama3' is not one of"),
         (
             LlamaConfig(**SIZES, rope_parameters=YARN | {"attention_factor": 1.5}),
             "attention_factor",
+        ),
+        (
+            Qwen3Config(**SIZES, rope_parameters=YARN | {"beta_fast": 16.0}),
+            r"beta_fast 16\.0 is not 32, which llama\.cpp uses for qwen3",
         ),
     ],
 )

@@ -40,8 +40,8 @@ _FILE_TYPES = {
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
-_YARN = {"beta_fast": 32.0, "beta_slow": 1.0}
-_IGNORED_YARN = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", *_YARN)
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp reads no others in these architectures
+_KNOWN_YARN = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,20 @@ def check_gguf(config: PreTrainedConfig) -> None:
         raise _error(f"hidden_act: {fields['hidden_act']!r} is not 'silu'")
     if kind == "qwen3" and fields.get("attention_bias"):
         raise _error("attention_bias: qwen3 has none in GGUF")
+    width, heads, head_dim = fields["hidden_size"], fields["num_attention_heads"], _head_dim(config)
+    if kind == "qwen2" and heads * head_dim != width:
+        raise _error(
+            f"head_dim: {head_dim} x {heads} heads is not hidden_size, {width}, which"
+            " llama.cpp takes for granted in qwen2"
+        )
     _check_rope(config.rope_parameters, ARCHITECTURES[kind])
+
+
+def _head_dim(config: Any) -> int:
+    found: int = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return found
 
 
 def _check_rope(rope: Mapping[str, Any], architecture: str) -> None:
@@ -90,11 +103,17 @@ def _check_rope(rope: Mapping[str, Any], architecture: str) -> None:
     others = {
         name: value
         for name, value in rope.items()
-        if name not in (*_IGNORED_YARN, "partial_rotary_factor") and value is not None
+        if name not in (*_KNOWN_YARN, "partial_rotary_factor") and value is not None
     }
-    if kind == "yarn" and others:
-        name, value = next(iter(others.items()))
-        raise _error(f"rope_parameters: {name} {value!r} has no key in GGUF")
+    if kind == "yarn":
+        for name, value in others.items():
+            if name not in _YARN:
+                raise _error(f"rope_parameters: {name} {value!r} has no key in GGUF")
+            if value != _YARN[name]:
+                raise _error(
+                    f"rope_parameters: {name} {value!r} is not {_YARN[name]:g}, which llama.cpp"
+                    f" uses for {architecture} whatever the file says"
+                )
 
 
 def _error(reason: str) -> UserError:
@@ -230,7 +249,7 @@ def _write_fields(writer: GGUFWriter, model: PreTrainedModel, weights: str) -> N
     """Add the hyperparameters."""
     config: Any = model.config
     rope = config.rope_parameters
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _head_dim(config)
     writer.add_type(gguf.GGUFType.MODEL)
     if (name := Path(config.name_or_path).name) != "mistral":  # transformers takes it for a family
         writer.add_name(name)
@@ -256,5 +275,5 @@ def _write_fields(writer: GGUFWriter, model: PreTrainedModel, weights: str) -> N
         writer.add_rope_scaling_factor(rope["factor"])
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(original)
-        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or _YARN["beta_fast"])
-        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or _YARN["beta_slow"])
+        writer.add_rope_scaling_yarn_beta_fast(_YARN["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(_YARN["beta_slow"])

@@ -9,6 +9,9 @@ _HEALING = (
     "`benchmarks/healing.py`: WikiText-2 test, 16 windows of 512, cut as the record's `data` says; "
     "`where` is the recipe"
 )
+_ENGINE = (
+    "`experiments/engines.py`: SmolLM2, WikiText-2 test, 2 windows of 256; `where` is the model"
+)
 
 BENCHMARKS = (
     Definition(
@@ -171,5 +174,54 @@ BENCHMARKS = (
         unit="1",
         better="lower",
         protocol=_HEALING,
+    ),
+    Definition(
+        name="engine.perplexity",
+        definition="exp of the mean loss of a token, by the log-probabilities of an engine",
+        unit="1",
+        better="lower",
+        protocol=_ENGINE,
+    ),
+    Definition(
+        name="engine.reference_perplexity",
+        definition="the same by this library in float32",
+        unit="1",
+        better="lower",
+        protocol=_ENGINE,
+    ),
+    Definition(
+        name="engine.logprob_difference",
+        definition="mean |log p of a token in the engine - log p in this library in float32|",
+        unit="nats",
+        better="lower",
+        protocol=_ENGINE,
+    ),
+    Definition(
+        name="engine.max_logprob_difference",
+        definition="the largest such difference, also of the 10 tokens most probable in the engine",
+        unit="nats",
+        better="lower",
+        protocol=_ENGINE,
+    ),
+    Definition(
+        name="engine.top1_agreement",
+        definition="share of places with the same most probable next token",
+        unit="share",
+        better="higher",
+        protocol=_ENGINE,
+    ),
+    Definition(
+        name="engine.rounding_noise",
+        definition="the same between two forms in this library that only round differently",
+        unit="nats",
+        protocol=f"{_ENGINE}; llama.cpp: inputs of layers as they are, and rounded; vLLM: this"
+        " library and transformers, or in bfloat16: transformers in float32 and in bfloat16",
+    ),
+    Definition(
+        name="engine.different_texts",
+        definition="number of n texts that the engine cuts into other tokens than transformers",
+        unit="texts",
+        better="lower",
+        protocol=_ENGINE,
     ),
 )
