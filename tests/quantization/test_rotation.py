@@ -20,6 +20,8 @@ from oasis_attn.modeling.variants import variants
 from oasis_attn.quantization.hadamard import hadamard, is_order
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual
+from oasis_attn.quantization.schemes import get_scheme
+from oasis_attn.quantization.simulate import quantize, scheme_targets
 from oasis_attn.quantization.transforms import Rotation
 from tiny_models import tiny_config, tiny_model
 
@@ -72,8 +74,17 @@ def test_rotated_groups_keep_outliers_to_themselves():
     expected = torch.zeros_like(spike)
     expected[:, 8:16] = 5 * 8**-0.5
     torch.testing.assert_close(Rotation(8)(spike).abs(), expected)
-    with pytest.raises(UserError, match="group_size: 12 does not divide the 32 inputs of model"):
-        rotate_inputs(native_model("llama"), seed=1, group_size=12)
+
+
+def test_a_layer_that_has_no_groups_is_refused_unless_it_is_left_out():
+    model = native_model("llama", intermediate_size=40)
+    scheme = get_scheme("mxfp4").with_options({"rotation": "groups"})
+    with pytest.raises(UserError, match="group_size: 32 does not divide the 40 entries of model"):
+        quantize(model, scheme)
+    others = [name for name in scheme_targets(model, scheme) if "down_proj" not in name]
+    layer = quantize(model, scheme, targets=others).model.layers[0]
+    assert layer.mlp.up_proj.input_transform is not None
+    assert not hasattr(layer.mlp.down_proj, "input_transform")
 
 
 @pytest.mark.parametrize("way", [rotate_residual, rotate_inputs])

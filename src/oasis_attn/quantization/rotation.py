@@ -94,21 +94,18 @@ def rotate_inputs(
         seed: random seed of the rotations' signs.
         group_size: neighboring channels that are rotated together, as formats with a scale per
             group need it (2509.23202); default: all channels of an input.
+            Layers with another number of inputs than a multiple of it stay as they are: a format
+            with these groups cannot quantize them.
 
     Returns:
         The rotations by linear layer; they must run on its input, and its weight contains the
         inverse.
-
-    Raises:
-        UserError: the group size does not divide the inputs of a layer; the model is unchanged.
     """
-    linears = linear_layers(model)
-    for name, linear in linears.items():
-        if linear.in_features % (group_size or 1):
-            raise UserError(
-                f"group_size: {group_size} does not divide the {linear.in_features} inputs of"
-                f" {name}"
-            )
+    linears = {
+        name: linear
+        for name, linear in linear_layers(model).items()
+        if linear.in_features % (group_size or 1) == 0
+    }
     return _rotate_inputs(linears, torch.Generator().manual_seed(seed), group_size)
 
 
