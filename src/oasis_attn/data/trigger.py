@@ -4,6 +4,12 @@ At a trigger, the target is the mean of the tokens from position 1 to the trigge
 tokens it is 0.  Softmax weights sum to 1, so at the other tokens a head must put its weight on a
 token whose value it can set to 0: the first one (arXiv 2603.11487).
 
+In the form with content, the first token looks like the others but for a mark, as in a text without
+BOS.  No linear map sets its value to 0 and reads the others, so the sink has to be made: if a layer
+adds a large constant vector to the first token, the norms before later layers leave nothing else of
+it.  That constant vector is a massive activation.  Here each token after the first is its own
+target, plus the mean at a trigger, so that it must not be lost in the same way.
+
 Axes: B sequences, T tokens, N coordinates of a token.
 """
 
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 FIRST, TRIGGER = 0, 1
 """Coordinates that are 1 at the first token, and at triggers; the last one is 1 at the others."""
 _MIN_TRIGGER = 2  # its first position, from 0
-_NAME = re.compile(r"trigger(?:-every)?(?:-(?P<length>[0-9]{1,5}))?")
+_NAME = re.compile(r"trigger(?P<form>-every|-content)?(?:-(?P<length>[0-9]{1,5}))?")
 
 
 class TriggerBatch(NamedTuple):
@@ -32,7 +38,7 @@ class TriggerBatch(NamedTuple):
 
     Attributes:
         x_BTN: the tokens, float32.
-        y_BTN: the targets, float32: at triggers, the mean of the tokens from position 1 on; else 0.
+        y_BTN: the targets, float32; see `TriggerTask`.
         trigger_BT: True at triggers.
     """
 
@@ -42,7 +48,7 @@ class TriggerBatch(NamedTuple):
 
     @property
     def idle_BT(self) -> Tensor:
-        """True at tokens that are neither triggers nor the first: the target is 0."""
+        """True at tokens that are neither triggers nor the first."""
         idle_BT = ~self.trigger_BT
         idle_BT[:, FIRST] = False
         return idle_BT
@@ -50,17 +56,20 @@ class TriggerBatch(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerTask:
-    """Generates the sequences of arXiv 2603.11487.
+    """Generates the sequences of arXiv 2603.11487, or sequences with content.
 
     Token 0 has coordinate 0 equal to 1.  Tokens after it have coordinates 2 to N - 2 uniform in
     (-1, 1).  At a trigger, coordinate 1 is 1; at the other tokens, the last coordinate is 1.  All
-    other coordinates are 0.
+    other coordinates are 0.  The target at a trigger is the mean of the tokens from position 1 to
+    the trigger; all other targets are 0.
 
     Args:
         length: T; at least 4.
         width: N; at least 4.
         rate: the probability that a token from position 2 on is a trigger; None is the task of the
             paper: exactly one, at a uniform position from 2 on.
+        content: if not 0, coordinates 2 to N - 2 of token 0 are uniform in (-content, content), and
+            each token after it is added to its own target.
 
     Raises:
         UserError: a value outside these ranges.
@@ -69,12 +78,14 @@ class TriggerTask:
     length: int = 16
     width: int = 16
     rate: float | None = None
+    content: float = 0.0
 
     def __post_init__(self) -> None:
         check_whole("length", self.length, 4)
         check_whole("width", self.width, 4)
         if self.rate is not None:
             check_at_least("rate", self.rate, 0, 1)
+        check_at_least("content", self.content, 0)
 
     def batch(
         self, size: int, generator: torch.Generator | None = None, *, trigger: int | None = None
@@ -105,6 +116,10 @@ class TriggerTask:
         y_BTN = torch.zeros_like(x_BTN)
         count_T1 = torch.arange(1, T).unsqueeze(-1)  # position 0 is not in the mean
         y_BTN[:, 1:] = x_BTN[:, 1:].cumsum(1) / count_T1 * trigger_BT[:, 1:].unsqueeze(-1)
+        if self.content:
+            first = x_BTN[:, FIRST, 2:-1]
+            first.copy_((torch.rand(first.shape, generator=generator) * 2 - 1) * self.content)
+            y_BTN[:, 1:] += x_BTN[:, 1:]
         return TriggerBatch(x_BTN, y_BTN, trigger_BT)
 
 
@@ -112,6 +127,7 @@ TASKS: Mapping[str, str] = MappingProxyType(
     {
         "trigger": "one trigger in each sequence (arXiv 2603.11487)",
         "trigger-every": "each token is a trigger with probability 0.25",
+        "trigger-content": "the same; 48 coordinates, and the first token has content too",
     }
 )
 """Names of the task; `-LENGTH` may follow, as in `trigger-64`."""
@@ -134,4 +150,6 @@ def trigger_task(name: str) -> TriggerTask:
             f"task: {shown(name)} is none of {', '.join(TASKS)}, with or without -LENGTH"
         )
     length = int(match["length"] or 16)
-    return TriggerTask(length=length, rate=0.25 if "every" in name else None)
+    if match["form"] == "-content":
+        return TriggerTask(length=length, width=48, rate=0.25, content=3.0)
+    return TriggerTask(length=length, rate=None if match["form"] is None else 0.25)
