@@ -98,8 +98,8 @@ def save_with_palette(figure: Path, path: Path) -> None:
 
 def page(text: str) -> str:
     """docs/study.md with every table generated again."""
-    generators = verdicts, initial_differences, almost_equal, silent, criteria, scaling
-    return fill(PAGE, text, "publish.py", generators)
+    tables = verdicts, initial_differences, almost_equal, silent, criteria, scaling
+    return fill(PAGE, text, "publish.py", {table.__name__: table for table in tables})
 
 
 def verdicts() -> str:

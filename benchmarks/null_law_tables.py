@@ -1,0 +1,145 @@
+"""The tables of docs/lab.md about the law of the null, from the records of experiments/."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+from oasis_attn.records import BenchmarkRecord
+from oasis_attn.report.markdown import markdown
+from oasis_attn.report.tables import ABSENT, Table, number
+from pages import RESULTS, short, value_range
+
+LAB = RESULTS / "lab"
+BATCHES = "batch 32", "batch 8"  # of the models whose thresholds are shown: to length 256, beyond
+LONG = "length 64, 1x1, batch 32, "  # of the models with other nulls that are shown
+DECODERS = {"sum": "Residual sum", "depth": "Attention Residuals"}
+
+
+def source() -> str:
+    """Sinks of the models of arXiv 2603.11487 and of other normalizers, trained here."""
+    record = BenchmarkRecord.load(LAB / "source" / "record.json")
+    names = ("sink_idle", "row_sum_idle", "largest_error", "steps")
+    wheres = dict.fromkeys(metric.where for metric in record.metrics)
+    rows = []
+    for where in wheres:
+        found = [record.metric(f"attention_only.{name}", where) for name in names]
+        rows.append((where, str(found[0].n), *(number(each.value) for each in found)))
+    columns = "model", "seeds", "idle sink, largest head", "idle row sum", "largest error", "steps"
+    return markdown(Table(columns=columns, rows=tuple(rows)))
+
+
+def thresholds() -> str:
+    """The smallest null logit without a sink by length, layers and heads, and the fitted line."""
+    record = BenchmarkRecord.load(LAB / "null_law" / "record.json")
+    rows = []
+    for row in sorted(record.tables["thresholds"], key=lambda row: row["length"]):
+        name, _, batch = row["group"].rpartition(", ")
+        if batch == BATCHES[row["length"] > 256]:
+            cells = [name, f"{math.log(row['length']):.2f}"]
+            for level in row["thresholds"]:
+                metric = record.metric(f"null_law.threshold@{level}", row["group"])
+                cells.append(f"{metric.value:.2f} (n {metric.n})")
+            rows.append((*cells, f"{row['solved']} of {row['runs']}"))
+    levels = (f"c* for a sink below {level}" for level in record.tables["fits"])
+    columns = "models", "log(length)", *levels, "converged runs"
+    lines = []
+    longest = max(record.tables["thresholds"], key=lambda row: row["length"])
+    for level, fit in record.tables["fits"].items():
+        extended = fit["intercept"] + fit["slope"] * math.log(longest["length"])
+        measured = record.metric(f"null_law.threshold@{level}", longest["group"]).value
+        slope, low, high = (short(x) for x in (fit["slope"], *fit["slope_interval"]))
+        lines.append(
+            f"- Sink below {level}: c* = {short(fit['intercept'])} + {slope} log(length), 95 % "
+            f"interval of the slope {low} to {high}, from {fit['n']} thresholds of models of 1 "
+            "layer of 1 head with at most 256 tokens. The largest c* - log(length) of all models "
+            f"is {short(record[f'null_law.margin@{level}'])}. At length {longest['length']}, the "
+            f"line is at {extended:.2f}, and c* is {measured:.2f}."
+        )
+    return markdown(Table(columns=columns, rows=tuple(rows))) + "\n" + "\n".join(lines) + "\n"
+
+
+def learned_nulls() -> str:
+    """Nulls that are learned, have a value, or depend on the query or its position."""
+    record = BenchmarkRecord.load(LAB / "null_law" / "record.json")
+    columns = ("sink", "null", "last_null_logit", "trigger_error")
+    rows = tuple(
+        (name, short(row["null_logit"]), *(value_range(row[each]) for each in columns))
+        for row in record.tables["arms"]
+        if (name := row["group"].removeprefix(LONG)) != row["group"]
+    )
+    head = "null", "null logit at the start", "idle sink", "idle null", "null logit at the end"
+    return markdown(Table(columns=(*head, "error at triggers"), rows=rows))
+
+
+def decoder_thresholds() -> str:
+    """The smallest null logit without a sink in whole decoders, and the fitted lines."""
+    record = BenchmarkRecord.load(LAB / "null_law_decoders" / "record.json")
+    found = {
+        (row["length"], row["layers"], row["residual"], level): values
+        for row in record.tables["thresholds"]
+        for level, values in row["thresholds"].items()
+    }
+    cases = sorted({key[2:] for key in found}, key=lambda key: (key[0] != "sum", -float(key[1])))
+    rows = []
+    for length, layers in sorted({key[:2] for key in found}):
+        values = (found.get((length, layers, *case), []) for case in cases)
+        cells = (f"{fmean(each):.2f} (n {len(each)})" if each else ABSENT for each in values)
+        rows.append((str(length), f"{math.log(length):.2f}", str(layers), *cells))
+    columns = (f"{residual}, sink below {level}" for residual, level in cases)
+    lines = []
+    for case, fit in record.tables["fits"].items():
+        residual, level = case.split("@")
+        slope, low, high = (short(x) for x in (fit["slope"], *fit["slope_interval"]))
+        lines.append(
+            f"- {DECODERS[residual]}, sink below {level}: the slope of c* against log(length) is"
+            f" {slope} (95 % interval {low} to {high}), from {fit['n']} thresholds of decoders of 4"
+            " layers."
+        )
+    head = "length", "log(length)", "layers"
+    table = markdown(Table(columns=(*head, *columns), rows=tuple(rows)))
+    return f"{table}\n" + "\n".join(lines) + "\n"
+
+
+def no_op_or_bias() -> str:
+    """What the first token does in decoders of 4 layers with several nulls and readouts."""
+    record = BenchmarkRecord.load(LAB / "null_law_decoders" / "record.json")
+    names = "sink", "value", "null_value", "error", "removed", "valueless"
+    rows = tuple(
+        (
+            group.replace(", length 32, 4 layers", ""),
+            ABSENT if row["null_logit"] is None else number(row["null_logit"]),
+            *(short(row[name][1]) for name in names),
+        )
+        for row in record.tables["arms"]
+        if "4 layers" in (group := row["group"]) and "key_value_null" not in group
+    )
+    columns = (
+        *("decoders", "null logit", "idle sink", "value of the first token", "value of the null"),
+        *("relative error", "added without the first token", "added without its value"),
+    )
+    return markdown(Table(columns=columns, rows=rows))
+
+
+def null_law_cells() -> str:
+    """Language models by window and null."""
+    record = BenchmarkRecord.load(LAB / "null_law_cells" / "record.json")
+    names = "sink_largest", "null_mass", "loss_increase", "accuracy"
+    rows = tuple(
+        (
+            row["group"],
+            "softmax" if row["null"] is None else row["null"],
+            ABSENT if row["null"] is None else f"{row['null_logit']:.2f}",
+            str(row["runs"]),
+            *(value_range(row[name], mean=row["runs"] > 1) for name in names),
+        )
+        for row in record.tables["runs"]
+    )
+    columns = (
+        *("models", "null", "null logit at the start", "seeds", "sink, largest head"),
+        *("mean null", "loss over softmax, nats", "right answers"),
+    )
+    return markdown(Table(columns=columns, rows=rows))
+
+
+TABLES = (source, thresholds, learned_nulls, decoder_thresholds, no_op_or_bias, null_law_cells)
