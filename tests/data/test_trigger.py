@@ -12,11 +12,11 @@ from oasis_attn.errors import UserError
     [
         TriggerTask(),
         TriggerTask(length=33, width=8, rate=0.25),
-        TriggerTask(length=9, width=12, rate=0.25, content=3),
+        TriggerTask(length=9, width=12, rate=0.25, content=True),
     ],
 )
 def test_tokens_and_targets(task):
-    x_BTN, y_BTN, trigger_BT = batch = task.batch(64, torch.Generator().manual_seed(1))
+    x_BTN, y_BTN, trigger_BT, start = batch = task.batch(64, torch.Generator().manual_seed(1))
     assert x_BTN.shape == y_BTN.shape == (64, task.length, task.width)
     for x_TN, y_TN, trigger_T in zip(x_BTN, y_BTN, trigger_BT, strict=True):
         assert not trigger_T[:2].any()
@@ -28,9 +28,12 @@ def test_tokens_and_targets(task):
             assert x_TN[t, 1] == trigger_T[t]
             assert x_TN[t, -1] != trigger_T[t]
             target_N = x_TN[1 : t + 1].mean(0) if trigger_T[t] else torch.zeros(task.width)
-            torch.testing.assert_close(y_TN[t], target_N + x_TN[t] * bool(task.content))
-    first = x_BTN[:, 0, 2:-1].abs()
-    assert 0.9 * task.content <= first.max() <= task.content
+            torch.testing.assert_close(y_TN[t], target_N + x_TN[t] * task.content)
+    assert 0.9 * task.content <= x_BTN[:, 0, 2:-1].abs().max() <= task.content
+    assert start == task.content
+    assert batch.targets.shape == (64, task.length - start, task.width)
+    torch.testing.assert_close(batch.differences(x_BTN), (x_BTN - y_BTN)[:, start:])
+    assert [len(each) for each in batch.first(3)[:3]] == [3, 3, 3]
     noise = x_BTN[:, 1:, 2:-1]
     assert noise.min() < -0.9
     assert noise.max() > 0.9
@@ -58,7 +61,7 @@ def test_names():
     assert trigger_task("trigger") == TriggerTask()
     assert trigger_task("trigger-64") == TriggerTask(length=64)
     assert trigger_task("trigger-every-32") == TriggerTask(length=32, rate=0.25)
-    content = TriggerTask(length=32, width=48, rate=0.25, content=3)
+    content = TriggerTask(length=32, width=48, rate=0.25, content=True)
     assert trigger_task("trigger-content-32") == content
 
 
@@ -68,7 +71,7 @@ def test_names():
         (lambda: TriggerTask(length=3), "length"),
         (lambda: TriggerTask(width=3), "width"),
         (lambda: TriggerTask(rate=1.5), "rate"),
-        (lambda: TriggerTask(content=-1), "content"),
+        (lambda: TriggerTask(content=3), "content"),
         (lambda: TriggerTask().batch(1, trigger=16), "trigger"),
         (lambda: trigger_task("triger"), "task"),
         (lambda: trigger_task("trigger-3"), "length"),

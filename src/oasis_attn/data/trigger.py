@@ -7,8 +7,8 @@ token whose value it can set to 0: the first one (arXiv 2603.11487).
 In the form with content, the first token looks like the others but for a mark, as in a text without
 BOS.  No linear map sets its value to 0 and reads the others, so the sink has to be made: if a layer
 adds a large constant vector to the first token, the norms before later layers leave nothing else of
-it.  That constant vector is a massive activation.  Here each token after the first is its own
-target, plus the mean at a trigger, so that it must not be lost in the same way.
+it.  That constant vector is a massive activation.  Here the target of each other token is the token
+itself, plus the mean at a trigger, so that it must not be lost in the same way.
 
 Axes: B sequences, T tokens, N coordinates of a token.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from oasis_attn.errors import UserError, check_at_least, check_whole, shown
+from oasis_attn.errors import UserError, check_at_least, check_flag, check_whole, shown
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +40,27 @@ class TriggerBatch(NamedTuple):
         x_BTN: the tokens, float32.
         y_BTN: the targets, float32; see `TriggerTask`.
         trigger_BT: True at triggers.
+        start: the position of the first token that has a target.
     """
 
     x_BTN: Tensor
     y_BTN: Tensor
     trigger_BT: Tensor
+    start: int = 0
+
+    @property
+    def targets(self) -> Tensor:
+        """The targets of the tokens that have one, `[B, T - start, N]`."""
+        return self.y_BTN[:, self.start :]
+
+    def differences(self, output_BTN: Tensor) -> Tensor:
+        """Outputs of a model minus `targets`."""
+        return output_BTN[:, self.start :] - self.targets
+
+    def first(self, count: int) -> TriggerBatch:
+        """The first `count` sequences."""
+        x_BTN, y_BTN, trigger_BT, start = self
+        return TriggerBatch(x_BTN[:count], y_BTN[:count], trigger_BT[:count], start)
 
     @property
     def idle_BT(self) -> Tensor:
@@ -68,8 +84,8 @@ class TriggerTask:
         width: N; at least 4.
         rate: the probability that a token from position 2 on is a trigger; None is the task of the
             paper: exactly one, at a uniform position from 2 on.
-        content: if not 0, coordinates 2 to N - 2 of token 0 are uniform in (-content, content), and
-            each token after it is added to its own target.
+        content: if True, token 0 has coordinates 2 to N - 2 as the others, it has no target, and
+            each other token is added to its own target.
 
     Raises:
         UserError: a value outside these ranges.
@@ -78,14 +94,14 @@ class TriggerTask:
     length: int = 16
     width: int = 16
     rate: float | None = None
-    content: float = 0.0
+    content: bool = False
 
     def __post_init__(self) -> None:
         check_whole("length", self.length, 4)
         check_whole("width", self.width, 4)
         if self.rate is not None:
             check_at_least("rate", self.rate, 0, 1)
-        check_at_least("content", self.content, 0)
+        check_flag("content", self.content)
 
     def batch(
         self, size: int, generator: torch.Generator | None = None, *, trigger: int | None = None
@@ -118,16 +134,16 @@ class TriggerTask:
         y_BTN[:, 1:] = x_BTN[:, 1:].cumsum(1) / count_T1 * trigger_BT[:, 1:].unsqueeze(-1)
         if self.content:
             first = x_BTN[:, FIRST, 2:-1]
-            first.copy_((torch.rand(first.shape, generator=generator) * 2 - 1) * self.content)
+            first.copy_(torch.rand(first.shape, generator=generator) * 2 - 1)
             y_BTN[:, 1:] += x_BTN[:, 1:]
-        return TriggerBatch(x_BTN, y_BTN, trigger_BT)
+        return TriggerBatch(x_BTN, y_BTN, trigger_BT, start=int(self.content))
 
 
 TASKS: Mapping[str, str] = MappingProxyType(
     {
         "trigger": "one trigger in each sequence (arXiv 2603.11487)",
         "trigger-every": "each token is a trigger with probability 0.25",
-        "trigger-content": "the same; 48 coordinates, and the first token has content too",
+        "trigger-content": "as trigger-every, with content in the first token; 48 coordinates",
     }
 )
 """Names of the task; `-LENGTH` may follow, as in `trigger-64`."""
@@ -151,5 +167,5 @@ def trigger_task(name: str) -> TriggerTask:
         )
     length = int(match["length"] or 16)
     if match["form"] == "-content":
-        return TriggerTask(length=length, width=48, rate=0.25, content=3.0)
+        return TriggerTask(length=length, width=48, rate=0.25, content=True)
     return TriggerTask(length=length, rate=None if match["form"] is None else 0.25)

@@ -98,8 +98,11 @@ def train(
         device: where the models are trained; the data are drawn on the CPU.
 
     Raises:
-        UserError: the width of the task is not that of the models.
+        UserError: the width of the task is not that of the models, or the task has content, for
+            which decoders are made.
     """
+    if task.content:
+        raise UserError("content: models of attention alone have no norm; it must be False")
     if task.width != config.width:
         raise UserError(f"width: the task has {task.width} and the models have {config.width}")
     rule = rule or TrainingRule(learning_rate=1e-3 if config.layers == 1 else 1e-4)

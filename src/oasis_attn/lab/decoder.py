@@ -113,7 +113,7 @@ def train_decoder(
     *,
     seed: int,
 ) -> TrainedDecoder:
-    """Train a new decoder to minimize the mean square error over all tokens and coordinates.
+    """Train a new decoder to minimize the mean square error over all targets.
 
     Args:
         size: one of `LAB_SIZES`.
@@ -153,7 +153,7 @@ def continue_training(
     for step in range(1, training.steps + 1):
         batch = task.batch(training.batch_size, data)
         digest.update(batch.x_BTN.numpy().tobytes())
-        loss = (predict(model, batch.x_BTN) - batch.y_BTN).square().mean()
+        loss = batch.differences(predict(model, batch.x_BTN)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _MAX_NORM)

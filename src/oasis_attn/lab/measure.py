@@ -188,18 +188,21 @@ def _fixed_random_state() -> Iterator[None]:
 @torch.no_grad()
 def _error(model: OasisForCausalLM, batch: TriggerBatch) -> float:
     with eval_mode(model), _fixed_random_state():
-        return float((predict(model, batch.x_BTN) - batch.y_BTN).double().square().mean())
+        return float(batch.differences(predict(model, batch.x_BTN)).double().square().mean())
 
 
 def _errors(output_BTN: Tensor, batch: TriggerBatch) -> list[Metric]:
-    difference_BTN = (output_BTN - batch.y_BTN).double()
-    squares_BT = difference_BTN.square().mean(-1)
+    differences = batch.differences(output_BTN).double()
+    squares_BT = differences.square().mean(-1)
+    trigger_BT, idle_BT = (
+        mask_BT[:, batch.start :] for mask_BT in (batch.trigger_BT, batch.idle_BT)
+    )
     error = mean_metric("task.error", squares_BT.mean(-1))
     values = {
-        "task.relative_error": error.value / float(batch.y_BTN.double().square().mean()),
-        "task.error_trigger": float(squares_BT[batch.trigger_BT].mean()),
-        "task.error_idle": float(squares_BT[batch.idle_BT].mean()),
-        "task.largest_error": float(difference_BTN.abs().max()),
+        "task.relative_error": error.value / float(batch.targets.double().square().mean()),
+        "task.error_trigger": float(squares_BT[trigger_BT].mean()),
+        "task.error_idle": float(squares_BT[idle_BT].mean()),
+        "task.largest_error": float(differences.abs().max()),
     }
     return [error, *(Metric(name=name, value=v, n=error.n) for name, v in values.items())]
 
@@ -227,14 +230,15 @@ def _signal(
         with null_signal_off(model):
             without_BTN, without = run()
     moved = [(a - b).abs().sum(-1).mean() / 2 for a, b in zip(shares, without, strict=True)]
-    errors = [(each - batch.y_BTN).double().square().mean() for each in (output_BTN, without_BTN)]
-    change = (output_BTN - without_BTN).double().square().mean()
+    with_it, without_it = batch.differences(output_BTN), batch.differences(without_BTN)
+    errors = [each.double().square().mean() for each in (with_it, without_it)]
+    change = (with_it - without_it).double().square().mean()
     beta_R = _betas(model)
     values = {
         "signal.beta": beta_R.mean(),
         "signal.beta_largest": beta_R.max(),
         "signal.weights_change": torch.stack(moved).mean(),
-        "signal.output_change": change / batch.y_BTN.double().square().mean(),
+        "signal.output_change": change / batch.targets.double().square().mean(),
         "signal.error_change": errors[1] - errors[0],
     }
     n = len(batch.x_BTN)

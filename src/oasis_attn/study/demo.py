@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import HeldOut, held_out_windows, load_corpus
 from oasis_attn.data.tokens import prompt_ids
-from oasis_attn.data.trigger import TriggerBatch
 from oasis_attn.errors import check_seed, check_whole
 from oasis_attn.files import staged_folder, write_text
 from oasis_attn.hub.loading import load_model
@@ -162,7 +161,7 @@ def run_lab_trial(trial: Trial, command: str) -> TrialRecord:
     record = measure_trial(trial, trained, command)
     idle_LH = torch.tensor(record.tables["sink.idle"])
     layer, head = divmod(int(idle_LH.argmax()), idle_LH.shape[1])
-    first = TriggerBatch(*(x[:1] for x in measured_batch(trial)))
+    first = measured_batch(trial).first(1)
     map_TS = attention_maps(trained.model, first)[layer, 0, head]
     triggers = first.trigger_BT[0].nonzero().flatten().tolist()
     tables = {
