@@ -42,6 +42,16 @@ _UNQUANTIZED = (
         within_form=True,
     ),
     StudyMetric(
+        name="outlier.max_inf_norm_layer",
+        label="largest layer output",
+        scale="ratio",
+        better="lower",
+        within_form=True,
+    ),
+    StudyMetric(
+        name="outlier.massive", label="massive activations", scale="points", better="lower"
+    ),
+    StudyMetric(
         name="outlier.avg_kurtosis",
         label="avg kurtosis",
         scale="ratio",
