@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Collection, Hashable, Mapping
 from itertools import islice
+from os import PathLike
 from typing import Any
 
 MOST = 2**31 - 1
@@ -111,6 +112,15 @@ def check_flag(argument: str, value: object) -> None:
     """Raise `UserError` unless `value` is True or False."""
     if not isinstance(value, bool):
         raise UserError(f"{argument}: {shown(value)} is neither true nor false")
+
+
+def check_loaded(model: object) -> None:
+    """Raise `UserError` if `model` is the name of a model."""
+    if isinstance(model, str | PathLike):
+        raise UserError(
+            f"model: {shown(str(model))} is a name; give a model, such as the one that `load_model`"
+            " of oasis_attn.hub.loading returns with its tokenizer"
+        )
 
 
 def check_unicode(argument: str, text: str) -> None:

@@ -47,7 +47,7 @@ class _Help:
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         pieces = super().collect_usage_pieces(ctx)  # type: ignore[misc]
-        return [piece.strip("{}") for piece in pieces]
+        return [piece.replace("{", "").replace("}", "") for piece in pieces]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from typer import rich_utils
@@ -64,8 +64,8 @@ class Group(_Help, TyperGroup):
 class Command(_Help, TyperCommand):
     """A command that runs the user's extension files first; `--help` does not run them.
 
-    Errors of the library name parameters; the errors of a command name its options instead:
-    `--save-every` for `save_every`.
+    Errors of the library name parameters; the errors of a command name what its help shows instead:
+    `--save-every` for `save_every`, and FOLDER for an argument `out` with this name.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -100,11 +100,18 @@ class Command(_Help, TyperCommand):
             for parameter in self.params
             if parameter.name and parameter.opts[-1].startswith("--")
         }
+        arguments = {
+            parameter.name: parameter.metavar
+            for parameter in self.params
+            if parameter.name and parameter.metavar and parameter.name not in options
+        }
         start = re.match(r"\w*", message)
         assert start is not None
         name, rest = start[0], message[start.end() :]
         if name in options and rest.startswith((":", "[", " (")):  # `learning_rates['router']: ...`
             name = options[name]
+        elif name in arguments and arguments[name].lower() != name and rest.startswith(":"):
+            name = arguments[name]
         compound = [each for each in options if "_" in each]
         if compound:
             pattern = re.compile(rf"\b({'|'.join(compound)})\b")

@@ -183,7 +183,7 @@ def convert(
         with working(f"converting {model}", as_json=as_json) as report:
             record = null_from_sink_checkpoint(model, out, progress=report, **common, **options)
         if as_json:
-            print(record.to_json())
+            print_json({"conclusion": list(_conclusion(record)), "record": record.to_dict()})
         else:
             _show(record)
         return
@@ -204,7 +204,10 @@ def convert(
     if as_json:
         print_json(facts)
     else:
-        rows = tuple((name, str(value)) for name, value in facts.items())
+        rows = tuple(
+            (name, f"{value:,}" if name == "parameters" else str(value))
+            for name, value in facts.items()
+        )
         print_table(Table(title="Converted", columns=("", ""), rows=rows, text_columns=2))
 
 
@@ -213,9 +216,10 @@ _SHOWN = ("perplexity.windowed", "outlier.max_activation", "sink.mass", "sink.ma
 
 def _show(record: ConversionRecord) -> None:
     from oasis_attn.report import Table
+    from oasis_attn.report.tables import number
 
-    rows = [(name, *(f"{value:.4g}" for value in record.before_after(name))) for name in _SHOWN]
-    rows.append(("null.mass", "", f"{record.metric('null.mass', 'after').value:.4g}"))
+    rows = [(name, *map(number, record.before_after(name))) for name in _SHOWN]
+    rows.append(("null.mass", "", number(record.metric("null.mass", "after").value)))
     count = f"{record.nulls} null{'s' if record.nulls > 1 else ''}"
     first = "the first token" if record.bos is None else f"BOS {record.bos!r}"
     origins = " and ".join(filter(None, (first, ", ".join(map(repr, record.texts)))))
@@ -227,7 +231,7 @@ def _show(record: ConversionRecord) -> None:
         largest = record.tables[where]["largest"]
         layer, row = max(enumerate(largest), key=lambda item: abs(item[1]["value"]))
         place = (layer, row["channel"], row["position"])
-        rows.append((where, repr(row["text"]), *map(str, place), f"{row['value']:.4g}"))
+        rows.append((where, repr(row["text"]), *map(str, place), number(row["value"])))
     columns = ("", "token", "layer", "channel", "position", "value")
     title = "Largest activation"
     print_table(Table(title=title, columns=columns, rows=tuple(rows), text_columns=2))

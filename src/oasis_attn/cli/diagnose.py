@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from typer import Option
@@ -131,3 +132,4 @@ def diagnose(
         for table in (summary_table, layer_table, activation_table, sink_table, head_table):
             print_table(table(record))
         print_sentences("Conclusion", conclusion(record))
+        print(f"\nTo measure what 8 bits cost, and what helps:\noasis doctor {quote(model)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -84,5 +84,11 @@ def export(
     if as_json:
         print_json(facts)
     else:
-        rows = tuple((name, str(value)) for name, value in facts.items())
+        rows = tuple((name, _text(value)) for name, value in facts.items())
         print_table(Table(title="Exported", columns=("", ""), rows=rows, text_columns=2))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):  # counts of tensors by type
+        return ", ".join(f"{count} {name}" for name, count in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -62,6 +62,7 @@ def prefix(
 
     from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
     from oasis_attn.report import Table
+    from oasis_attn.report.tables import number
 
     with working(model, as_json=as_json) as report:
         record = prefix_checkpoint(
@@ -84,6 +85,6 @@ def prefix(
         print(record.to_json())
         return
     names = dict.fromkeys(metric.name for metric in record.metrics)
-    rows = tuple((name, *(f"{value:.4g}" for value in record.before_after(name))) for name in names)
+    rows = tuple((name, *map(number, record.before_after(name))) for name in names)
     title = f"Prefix {record.text!r}, tokens {list(record.tokens)}"
     print_table(Table(title=title, columns=("metric", "before", "after"), rows=rows))

@@ -142,10 +142,11 @@ def _float_weights(sizes: dict[str, int]) -> Table:
 
 def _show(record: QuantizationRecord) -> None:
     from oasis_attn.report import Table
+    from oasis_attn.report.tables import number
 
     rows = [
-        (name, *(f"{value:.6g}" for value in record.before_after(name)))
-        for name in ("perplexity.windowed", "size.bytes")
+        ("perplexity.windowed", *map(number, record.before_after("perplexity.windowed"))),
+        ("size.bytes", *(f"{value:,.0f}" for value in record.before_after("size.bytes"))),
     ]
     rows.append(("speed.over_unquantized", "1", f"{record['speed.over_unquantized']:.3f}"))
     rows.append(("size.quantized_share", "0", f"{record['size.quantized_share']:.4f}"))

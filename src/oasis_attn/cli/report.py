@@ -14,7 +14,7 @@ def report(
     record: Annotated[
         list[Path],
         Argument(
-            metavar="RECORD...",
+            metavar="RECORD",
             help="Records (.json, or .jsonl with one per line), folders with a record.json, or"
             " folders of studies.",
         ),

@@ -68,13 +68,15 @@ def print_json(value: Any) -> None:
 def print_table(table: Table) -> None:
     """Print `table` on standard output, text to the left and numbers to the right.
 
-    If the table is wider than the terminal, its columns are split into several tables, each with
-    the key columns.
+    A table without rows is not printed.  If the table is wider than the terminal, its columns are
+    split into several tables, each with the key columns.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
 
+    if not table.rows:
+        return
     console = Console(markup=False)
     for index, columns in enumerate(_split(table, console.width)):
         grid = Grid(

@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Context, Option
 
 from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table
+from oasis_attn.errors import UserError
 
 
 def train(
+    ctx: Context,
     out: Annotated[Path, Option(help="A new folder for the model and its record.")],
     from_model: Annotated[
         str | None,
@@ -164,12 +166,20 @@ def train(
     Several processes: [bold]accelerate launch -m oasis_attn train ...[/bold]
     """
     given = dict(locals())
-    del given["as_json"], given["log_sinks_every"]
+    del given["ctx"], given["as_json"], given["log_sinks_every"]
+    for option in ("variant", "size"):
+        # `TrainingConfig` accepts a value that equals the default.
+        source = ctx.get_parameter_source(option)
+        if from_model is not None and source is not None and source.name != "DEFAULT":
+            raise UserError(
+                f"{option}: {given[option]!r} has no effect with --from, because the model has its"
+                " own; `oasis convert` changes the variant of a model"
+            )
 
     given["settings"] = pairs("--config", settings)
     given["learning_rates"] = pairs("--rate", learning_rates)
 
-    from oasis_attn.errors import UserError, check_whole
+    from oasis_attn.errors import check_whole
     from oasis_attn.files import check_free
     from oasis_attn.hub.locate import find_model
     from oasis_attn.modeling.settings import check_names

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -112,7 +113,7 @@ def load_model(
         )
     model.eval()
     if model.dtype != torch.float64:  # the experts of transformers do not support float64
-        with checkpoint.foreign("a forward pass on 3 tokens"):
+        with checkpoint.foreign("a forward pass on 3 tokens"), quiet():
             _check_runs(model)
     return model, tokenizer
 
@@ -145,12 +146,19 @@ def _converted(gguf: Path) -> Path:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context in which transformers shows no progress bars."""
-    before = logging.is_progress_bar_enabled()
+    """Context in which transformers and compressed-tensors show no progress bars."""
+    before, start_bar = logging.is_progress_bar_enabled(), tqdm.__init__
+
+    def start_hidden(bar: Any, *args: Any, **options: Any) -> None:
+        start_bar(bar, *args, **options | {"disable": True})
+
     logging.disable_progress_bar()
+    # compressed-tensors asks for its bars explicitly, whatever the environment says.
+    tqdm.__init__ = start_hidden
     try:
         yield
     finally:
+        tqdm.__init__ = start_bar
         if before:
             logging.enable_progress_bar()
 

@@ -128,8 +128,8 @@ def _find_on_hub(name: str) -> str:
             return snapshot_download(name, local_files_only=True)
         except OSError:
             raise UserError(
-                f"model: {name!r} is not a local folder, and the Hub cannot be reached ({error})"
-                f"{_suggestion(Path(name))}"
+                f"model: {name!r} is not a local folder, and the Hub cannot be reached ({error});"
+                f" give a folder, a .gguf file or {SMOLLM2!r}{_suggestion(Path(name))}"
             ) from error
     raise UserError(
         f"model: {name!r} is neither a local folder nor a model on the Hub that you can read"

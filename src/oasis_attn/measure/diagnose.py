@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Corpus, Windows, as_windows
-from oasis_attn.errors import check_whole
+from oasis_attn.errors import check_loaded, check_whole
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
 from oasis_attn.measure.head_outputs import HeadOutputs
@@ -76,6 +76,7 @@ def diagnose(
             `joint` for a family without a row in `modeling.families`; `causal` for a model without
             depth routing, or a source that the model does not have.
     """
+    check_loaded(model)
     check_whole("batch_size", batch_size, 1)
     points, dropped = find_hook_points(model), causal_sources(model, causal)
     joint_measures = Joint(model) if joint else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import UserError, check_choice, check_seed
+from oasis_attn.errors import UserError, check_choice, check_loaded, check_seed
 from oasis_attn.hub.prefix_storage import PrefixHfQuantizer
 from oasis_attn.quantization.calibration import check_batches, run_batch
 from oasis_attn.quantization.fitted import fit_inputs
@@ -82,6 +82,7 @@ def quantize(
         UserError: an unknown scheme or target, missing, unusable or unnecessary calibration data, a
             target that no calibration token reached, or weights or activations that are not finite.
     """
+    check_loaded(model)
     scheme = get_scheme(scheme)
     check_seed("seed", seed)
     if scheme.needs_calibration and calibration is None:

@@ -110,6 +110,8 @@ class Record:
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise UserError(f"record: {str(path)!r} does not exist") from error
         except (OSError, ValueError) as error:
             raise UserError(f"record: {str(path)!r} is not a readable record ({error})") from error
         return cls.from_json(text, path)

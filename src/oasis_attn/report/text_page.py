@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oasis_attn.data.tokens import prompt_ids, token_texts
-from oasis_attn.errors import UserError, check_unicode, check_whole, one_line
+from oasis_attn.errors import UserError, check_loaded, check_unicode, check_whole, one_line
 from oasis_attn.files import write_text
 from oasis_attn.measure.inspect_text import Inspection, inspect_text
 from oasis_attn.measure.sink_tokens import THRESHOLD
@@ -89,6 +89,7 @@ def view(
         UserError: as `inspect_text`; text without a tokenizer, or a chat without a template; maps
             that could take more than 64 MB.
     """
+    check_loaded(model)
     check_whole("tokens", tokens, 2)
     ids = _token_ids(tokenizer, text)
     config = model.config.get_text_config(decoder=True)

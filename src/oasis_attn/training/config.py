@@ -232,7 +232,8 @@ class TrainingConfig:
             if option.name in names and value != default:
                 raise UserError(
                     f"{option.name}: {value!r} has no effect with from_model="
-                    f"{str(self.from_model)!r}, because the model has its own"
+                    f"{str(self.from_model)!r}, because the model has its own; `oasis convert`"
+                    " changes the variant of a model"
                 )
 
 
