@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm import tqdm
 from transformers import (
     BertConfig,
     LlamaConfig,
@@ -19,7 +18,7 @@ from transformers.utils import logging
 from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.errors import UserError
 from oasis_attn.hub import loading
-from oasis_attn.hub.loading import load_model, quiet
+from oasis_attn.hub.loading import load_model
 
 TEXT = LlamaConfig(
     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
@@ -204,11 +203,3 @@ def test_smollm2_is_converted_once(monkeypatch):
     assert model.config.name_or_path == "smollm2"
     assert model.dtype == torch.float32
     assert (model.config.num_hidden_layers, tokenizer.bos_token_id) == (30, 1)
-
-
-def test_no_progress_bar_is_shown_while_a_model_loads(capsys):
-    with quiet():
-        assert list(tqdm(range(2), disable=False)) == [0, 1]
-    assert capsys.readouterr().err == ""
-    assert list(tqdm(range(2), disable=False)) == [0, 1]
-    assert "2/2" in capsys.readouterr().err

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -113,7 +112,7 @@ def load_model(
         )
     model.eval()
     if model.dtype != torch.float64:  # the experts of transformers do not support float64
-        with checkpoint.foreign("a forward pass on 3 tokens"), quiet():
+        with checkpoint.foreign("a forward pass on 3 tokens"):
             _check_runs(model)
     return model, tokenizer
 
@@ -146,19 +145,12 @@ def _converted(gguf: Path) -> Path:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context in which transformers and compressed-tensors show no progress bars."""
-    before, start_bar = logging.is_progress_bar_enabled(), tqdm.__init__
-
-    def start_hidden(bar: Any, *args: Any, **options: Any) -> None:
-        start_bar(bar, *args, **options | {"disable": True})
-
+    """Context in which transformers shows no progress bars."""
+    before = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    # compressed-tensors asks for its bars explicitly, whatever the environment says.
-    tqdm.__init__ = start_hidden
     try:
         yield
     finally:
-        tqdm.__init__ = start_bar
         if before:
             logging.enable_progress_bar()
 
