@@ -52,7 +52,7 @@ BREAKS = (
         (
             (0.1, 0.02, 0.01),
             [
-                "For 8 bits, there is nothing to cure.",
+                "No outlier breaks ranges of 8 bits.",
                 (
                     "Static per-tensor ranges of 8 bits will hold: their rounding error is 10 % of"
                     " the power of a median token (dynamic per-token ranges: 1 %)."

@@ -11,7 +11,7 @@ is above `BREAKS`.  There are three kinds of noise:
 
 | S breaks | D breaks | R breaks | conclusion |
 | --- | --- | --- | --- |
-| no | | | nothing to cure for 8 bits |
+| no | | | no outlier breaks 8 bits |
 | yes | no | no | a few tokens carry it; static ranges break, dynamic ranges or a prefix do not |
 | yes | no | yes | static ranges break, also with a prefix; dynamic ranges do not |
 | yes | yes | no | a few tokens carry it; static and dynamic ranges break, a prefix does not |
@@ -102,7 +102,7 @@ def _about_ranges(noise: Noise) -> list[str]:
     if not noise.breaks["static"]:
         holds = f"Static per-tensor ranges of 8 bits will hold: {error}"
         return [
-            "For 8 bits, there is nothing to cure.",
+            "No outlier breaks ranges of 8 bits.",
             f"{holds} (dynamic per-token ranges: {dynamic}).",
         ]
     cures = {
