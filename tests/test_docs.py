@@ -5,6 +5,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from experiments import engines, retrofit_families, retrofit_training
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -150,7 +151,21 @@ def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
     assert value("long-null", perplexity, "wikitext-2") < value(start, perplexity, "wikitext-2")
     assert round(record.tables["long-null"]["seconds"]["training"] / 60) == 76
     assert max(record.tables["long-null"]["outlier.inf_norm_layer, wikitext-2"][:29]) < 750
+    control = "long-original-same-loss"
     for text in retrofit_training.TEXTS:
+        ratio = value(control, perplexity, text) / value("long-null", perplexity, text)
+        assert ratio == pytest.approx(1, abs=0.011)
+        assert 0.4 < value(control, retrofit_training.LAYER_SINK, text) < 0.45
+        assert value(control, "outlier.max_inf_norm_layer", text) > 10_000
+        for scheme in list(retrofit_training.SCHEMES)[:2]:
+            eight = value(control, perplexity, f"{text}, {scheme}")
+            assert eight > 1.35 * value(control, perplexity, text)
+        full = value(control, perplexity, f"{text}, w8a8-static-full")
+        assert full > 1000 * value(control, perplexity, text)
+        eight = f"{text}, w8a8-static-linear, per channel, percentile"
+        assert value("null", perplexity, eight) < 1.07 * value("null", perplexity, text)
+        full = value("null", perplexity, f"{text}, w8a8-static-full")
+        assert full > 5 * value("null", perplexity, text)
         assert value("long-null", retrofit_training.LAYER_SINK, text) < 0.01
         full = value("long-null", perplexity, f"{text}, w8a8-static-full")
         assert full < 1.5 * value("long-null", perplexity, text)

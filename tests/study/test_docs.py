@@ -56,6 +56,42 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
         )
 
 
+def test_what_the_page_says_of_massive_activations() -> None:
+    results = lab_page.published("necessity-content")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def values(name: str, variant: str) -> list[float]:
+        found = [*results.values(known[name], variant).values()]
+        assert len(found) == 6
+        return found
+
+    largest, massive = "outlier.max_inf_norm_layer", "outlier.massive"
+    full, linear = (f"task.error_ratio@w8a8-static-{part}" for part in ("full", "linear"))
+    assert 120 < min(values(largest, "vanilla")) < max(values(largest, "vanilla")) < 270
+    assert max(values(massive, "vanilla")) > 0
+    assert min(values(full, "vanilla")) > 15_000
+    assert min(values(linear, "vanilla")) > 40
+    spreads = {}
+    for variant in results.plan.variants:
+        ratios = values(full, variant)
+        assert min(ratios) > 20
+        spreads[variant] = max(ratios) / min(ratios)
+        if variant != "vanilla":
+            assert max(values(massive, variant)) == 0
+            assert max(values(largest, variant)) < 20
+    assert max(spreads, key=spreads.get) == "softmax1_c8"
+    sink = "sink.idle_largest"
+    for variant in ("vanilla", "attn_residual", "gated_attention", "oasis"):
+        assert min(values(sink, variant)) > 0.99
+    assert 0.05 < min(values(sink, "softmax1"))
+    for variant in ("softmax1_c8", "unit_key"):
+        assert max(values(sink, variant)) < 0.001
+    for name, factor in ((full, 5), (linear, 1.4)):
+        for other in ("vanilla", "gated_attention"):
+            assert factor * max(values(name, "unit_key")) < min(values(name, other))
+
+
 def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
     results = lab_page.published("necessity")
     assert results is not None
