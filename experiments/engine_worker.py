@@ -71,7 +71,9 @@ def llama_cpp(job: Job) -> Result:
         return found
 
     def next_token(ids: list[int], token: int) -> dict[str, float]:
-        return most_probable(ids, token, TOP) or most_probable(ids, letter, 1_000_000)
+        found = most_probable(ids, token, TOP) or most_probable(ids, letter, 1_000_000)
+        first = sorted(found, key=found.__getitem__, reverse=True)[:TOP]
+        return {id: found[id] for id in {str(token), *first}}
 
     return {
         "version": f"xllamacpp {version('xllamacpp')}",

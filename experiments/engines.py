@@ -251,7 +251,8 @@ def compare(
     wanted = logprobs(reference, ids_NT)
     places = [place for window in found for place in window]
     text = ids_NT[:, 1:].flatten().tolist()
-    engine = torch.tensor([place[str(id)] for place, id in zip(places, text, strict=True)]).double()
+    of_text = [place[str(id)] for place, id in zip(places, text, strict=True)]
+    engine = torch.tensor(of_text, dtype=torch.float64)
     exact = wanted[range(len(text)), text]
     differences = [
         abs(value - float(line[int(id)]))

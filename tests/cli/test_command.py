@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
-from typer import Typer
+from typer import Abort, Typer
 from typer.main import get_command
 
 from oasis_attn import __version__, cli
@@ -156,6 +156,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
     [
         (UserError("x: 1\nis not 2"), 2, "oasis: x: 1 is not 2\n"),
         (KeyboardInterrupt(), 130, "oasis: interrupted\n"),
+        (Abort(), 130, "oasis: interrupted\n"),
         (PermissionError(13, "", "x"), 2, "oasis: Permission denied: 'x'\n"),
     ],
 )

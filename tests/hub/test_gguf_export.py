@@ -93,7 +93,8 @@ def check_same(path, model):
         (LlamaConfig, {"head_dim": 24, "attention_bias": True, "mlp_bias": True}),
         (LlamaConfig, {"rope_parameters": {"rope_type": "linear", **SCALED}}),
         (LlamaConfig, {"rope_parameters": LLAMA3}),
-        (MistralConfig, {"sliding_window": None, "rope_parameters": YARN}),
+        # As in the configs of Qwen 2.5, with the old name of `rope_type`.
+        (MistralConfig, {"sliding_window": None, "rope_parameters": YARN | {"type": "yarn"}}),
         (Qwen2Config, {}),
         (Qwen3Config, {"tie_word_embeddings": True, "head_dim": 24}),
     ],
@@ -136,7 +137,7 @@ def test_a_file_is_whole_or_absent(tmp_path, tokenizer, monkeypatch):
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     model = build()
-    for weights, value in {"f16": 1e5, "q8_0": 1e7, "q4_0": 1e7}.items():
+    for weights, value in {"f16": 1e5, "bf16": 3.4e38, "q8_0": 1e7, "q4_0": 1e7}.items():
         model.lm_head.weight.data[0, 0] = value
         with pytest.raises(UserError, match=r"output\.weight has numbers that are too large for"):
             write_gguf(model, tokenizer, tmp_path / "m.gguf", weights=weights)
@@ -162,6 +163,7 @@ def test_a_file_is_whole_or_absent(tmp_path, tokenizer, monkeypatch):
             LlamaConfig(**SIZES, rope_parameters=YARN | {"attention_factor": 1.5}),
             "attention_factor",
         ),
+        (LlamaConfig(**SIZES, rope_parameters=YARN | {"factor": None}), "factor None is not a num"),
         (
             Qwen3Config(**SIZES, rope_parameters=YARN | {"beta_fast": 16.0}),
             r"beta_fast 16\.0 is not 32, which llama\.cpp uses for qwen3",

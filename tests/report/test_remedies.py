@@ -102,9 +102,9 @@ def test_what_is_said_of_good_tries() -> None:
     )
 
 
-def test_a_group_does_not_cause_more_than_the_loss() -> None:
-    for total, best in ((11.0, 9.9), (math.inf, 10.0)):
-        table = {"group": ["all", "none", "a", "b"], "all_but": [total, 10.0, best, 11.0]}
+def test_a_group_causes_from_nothing_to_all_of_the_loss() -> None:
+    for total, best in ((11.0, 9.9), (11.0, 12.0), (math.inf, 10.0)):
+        table = {"group": ["all", "none", "a", "b"], "all_but": [total, 10.0, best, 13.0]}
         found = record(MANY, tables={"sensitivity": table})
         assert not any("of the loss" in text for text in doctor_conclusion(None, found, ALL))
 
@@ -122,6 +122,11 @@ def test_what_is_said_if_no_remedy_helps() -> None:
     found = record({"plain": (0.09, 1.0), "gptq": (0.1, 1.0), "rotation": (0.2, 1.3)})
     assert doctor_conclusion(noise(0.0), found, ("rotation", "gptq"))[1:] == (
         "No try is within the limit, and none is better than w8a8-static-linear alone.",
+    )
+    impossible = record({"plain": (0.09, 1.0), "smoothquant": "it fails"})
+    assert doctor_conclusion(noise(0.0), impossible, ())[1:] == (
+        "No try is within the limit, and none is better than w8a8-static-linear alone.",
+        "Not possible: SmoothQuant; it fails.",
     )
     equal = record({"plain": (0.5, 0.0), "gptq": (0.02, 0.0), "smoothquant": (0.01, 0.0)})
     assert doctor_conclusion(noise(0.0), equal, ())[-1] == (

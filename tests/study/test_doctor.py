@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from example_records import diagnosis
 from oasis_attn.cli import main
 from oasis_attn.errors import UserError
 from oasis_attn.quantization.remedies import REMEDIES
-from oasis_attn.records import DoctorRecord, Record
+from oasis_attn.quantization.schemes import schemes
+from oasis_attn.records import DoctorRecord, Metric, Record
 from oasis_attn.report import conclusion
 from oasis_attn.report.remedies import doctor_conclusion, doctor_table, increase, ranked
 from oasis_attn.study import doctor as module
@@ -138,6 +140,11 @@ def test_a_second_run_measures_only_what_is_missing(monkeypatch) -> None:
     doctor("model", "out", **TEXT, progress=lambda step, *_: done.append(step))
     assert done == ["loading the model"]
     assert Record.load("out/record.json") == first.record
+
+    Path("model").rename("moved")  # the commands read the model where it is now
+    moved = doctor("moved", "out", **TEXT).record
+    assert steps(moved, Path("q"), TEXT)[0].model == "moved"
+    Path("moved").rename("model")
 
     Path("out/diagnosis.json").unlink()  # then only the model is diagnosed again
     again = doctor("model", "out", **TEXT)
@@ -313,3 +320,20 @@ def test_the_command(monkeypatch, capsys) -> None:
     assert list(found) == ["diagnosis", "conclusion", "commands", "record"]
     assert found["commands"] == [command.replace("--out q", "--out doctor/quantized")]
     assert found["record"] == json.loads(Path("doctor/record.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("static", "dynamic", "rest", "expected"),
+    [
+        (0.0, 0.0, 0.0, "dynamic rotation smoothquant prefix gptq"),
+        (2.0, 0.0, 0.0, "dynamic prefix rotation smoothquant gptq"),
+        (2.0, 0.0, 2.0, "dynamic rotation smoothquant prefix gptq"),
+        (2.0, 2.0, 0.0, "prefix dynamic rotation smoothquant gptq"),
+        (2.0, 2.0, 2.0, "rotation smoothquant dynamic prefix gptq"),
+    ],
+)
+def test_what_the_diagnosis_promises_is_tried_first(static, dynamic, rest, expected) -> None:
+    noise = {"static": static, "dynamic": dynamic, "static_rest": rest}
+    found = diagnosis(metrics=[Metric(name=f"range.noise_{k}", value=v) for k, v in noise.items()])
+    ordered = module._ordered(schemes()["w8a8-static-linear"], found)
+    assert [remedy.name for remedy in ordered] == expected.split()

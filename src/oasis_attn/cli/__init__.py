@@ -110,6 +110,8 @@ def main() -> int:
         if message:
             print(f"oasis: {_one_line(message)}", file=sys.stderr)
         return 2
+    except typer.Abort:  # at a question
+        code = INTERRUPTED
     except BrokenPipeError:
         _discard_output()
         return 1

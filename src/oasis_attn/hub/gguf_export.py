@@ -41,7 +41,7 @@ _FILE_TYPES = {
 }
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp reads no others in these architectures
-_KNOWN_YARN = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
+_KNOWN_YARN = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +100,9 @@ def _check_rope(rope: Mapping[str, Any], architecture: str) -> None:
         raise _error(f"rope_parameters: rope_type {kind!r} is not one of {', '.join(allowed)}")
     if (rotated := rope.get("partial_rotary_factor") or 1) != 1:
         raise _error(f"rope_parameters: partial_rotary_factor {rotated!r} is not 1")
+    factor = rope.get("factor")
+    if kind in ("linear", "yarn") and not (isinstance(factor, int | float) and factor >= 1):
+        raise _error(f"rope_parameters: factor {factor!r} is not a number of at least 1")
     others = {
         name: value
         for name, value in rope.items()
@@ -240,8 +243,8 @@ def _is_finite(data: np.ndarray, kind: GGMLQuantizationType) -> bool:
     if kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0):
         _, size = gguf.GGML_QUANT_SIZES[kind]
         data = np.ascontiguousarray(data.reshape(-1, size)[:, :2]).view(np.float16)
-    elif kind == GGMLQuantizationType.BF16:
-        return True  # it has the range of float32
+    elif kind == GGMLQuantizationType.BF16:  # all exponent bits are set in infinity and NaN
+        return bool((data.view(np.uint16) & 0x7F80 != 0x7F80).all())
     return bool(np.isfinite(data).all())
 
 

@@ -111,6 +111,18 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
         UserError: the library is not installed; the format cannot hold the scheme or the model;
             weights were changed after quantizing; the folder exists.  Nothing is written then.
     """
+    layers, scheme = _checked(model)
+    with staged_folder(folder) as stage:
+        _write(model, layers, scheme, stage)
+
+
+def write_compressed_tensors(model: PreTrainedModel, folder: Path) -> None:
+    """As `save_compressed_tensors`, into a folder that exists."""
+    _write(model, *_checked(model), folder)
+
+
+def _checked(model: PreTrainedModel) -> tuple[dict[str, QuantizedLinear], Scheme]:
+    """The quantized layers of `model` and its scheme; `UserError` if it cannot be written."""
     layers = {name: cast(QuantizedLinear, each) for name, each in quantized_modules(model).items()}
     if not layers:
         raise UserError("model: nothing in it is quantized; call quantize first")
@@ -125,9 +137,7 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
         )
     check_model(model, layers)
     check_unchanged(model, layers, fields.targets)
-    with staged_folder(folder) as stage:
-        _write(model, layers, scheme, stage)
-        write_card(model, stage, format=COMPRESSED_TENSORS)
+    return layers, scheme
 
 
 def _write(
@@ -170,6 +180,7 @@ def _write(
     config.quantization_status = QuantizationStatus.COMPRESSED
     plain.save_pretrained(stage)
     ModelCompressor(quantization_config=config).update_config(str(stage))
+    write_card(model, stage, format=COMPRESSED_TENSORS)
 
 
 def _arguments(spec: QuantSpec, *, dynamic: bool = False) -> Any:

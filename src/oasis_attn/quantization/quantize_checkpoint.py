@@ -27,7 +27,7 @@ from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.compressed_tensors_format import (
     check_model,
-    save_compressed_tensors,
+    write_compressed_tensors,
 )
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8
@@ -197,10 +197,10 @@ def _save_for_engines(
     """Write model and tokenizer for engines, with the prefix of the model in the tokenizer."""
     prefix = prefix_of(quantized)
     if prefix is None:
-        save_compressed_tensors(quantized, folder)
+        write_compressed_tensors(quantized, folder)
         tokenizer.save_pretrained(folder)
         return
-    save_compressed_tensors(without_prefix(quantized), folder)
+    write_compressed_tensors(without_prefix(quantized), folder)
     chats = save_tokenizer_with_prefix(tokenizer, prefix.tokens, folder)
     if getattr(tokenizer, "chat_template", None) and not chats:
         warnings.warn(

@@ -89,7 +89,7 @@ def doctor_conclusion(
     """
     plain = next(tried for tried in record.tries if tried.name == PLAIN)
     scheme, limit = record.scheme["name"], percent(record.tolerance)
-    best, *others = ranked(record)
+    best = ranked(record)[0]
     named_best = f"The best is {in_words(best)} ({_change(record, best)})."
     changes = (
         f"{scheme} alone changes the perplexity by {_change(record, plain)}; {limit} is the limit."
@@ -118,7 +118,7 @@ def doctor_conclusion(
             said.append(f"The best is {in_words(best)}: {reason}.")
     elif best.name != PLAIN:
         said.append(f"No try is within the limit.  {named_best}")
-    elif others:
+    elif len(record.tries) > 1:
         said.append(f"No try is within the limit, and none is better than {scheme} alone.")
     problems = [each for each in record.tries if each.problem]
     said += [f"Not possible: {in_words(each)}; {each.problem}." for each in problems]
@@ -147,7 +147,9 @@ def _about_sensitivity(record: DoctorRecord) -> list[str]:
         return []
     group = min(loss, key=lambda name: loss[name])
     part = (cost - (loss[group] - least)) / cost
-    if part > 1:  # without this group, the loss is smaller than that of the unquantized model
+    # Above 1, the loss without this group is smaller than that of the unquantized model; below 0,
+    # larger than with it.
+    if not 0 < part <= 1:
         return []
     share = percent(part)
     return [f"{group} alone causes {share} of the loss: so much is gone if it is not quantized."]

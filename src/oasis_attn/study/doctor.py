@@ -168,21 +168,24 @@ def check_results(out: Path) -> None:
 
 
 def _resumed(out: Path, record: DoctorRecord) -> DoctorRecord:
-    """The record in `out` with the tolerance of `record`; `record` if there is none."""
+    """The record in `out` with model and tolerance of `record`; `record` if there is none.
+
+    The model is the same, but its folder may have another name now.
+    """
     if not (out / RECORD).is_file():
         return record
     stored = DoctorRecord.load(out / RECORD)
     for name, what in _SAME.items():
         if getattr(stored, name) != getattr(record, name):
             raise UserError(f"out: {str(out)!r} has results for another {what}; give a new folder")
-    return replace(stored, tolerance=record.tolerance)
+    return replace(stored, model=record.model, tolerance=record.tolerance)
 
 
 def _ordered(scheme: Scheme, diagnosis: DiagnosisRecord) -> list[Remedy]:
     """The remedies that apply to the scheme, those first that the diagnosis promises to help."""
     promising: set[str] = set()
     breaks = scheme_breaks(diagnosis, scheme)
-    if breaks["dynamic"]:
+    if breaks["dynamic"] and breaks["rest"]:  # channels carry the outliers, not a few tokens
         promising |= {"smoothquant", "rotation"}
     if breaks["static"] and not breaks["dynamic"]:
         promising.add("dynamic")
