@@ -13,6 +13,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 import null_law_tables
+from oasis_attn.records import BenchmarkRecord
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.seed_values import seed_values_figure
 from oasis_attn.report.tables import ABSENT, Table
@@ -30,7 +31,7 @@ from oasis_attn.study.results import Results
 from oasis_attn.study.study_metrics import StudyMetric, study_metrics
 from oasis_attn.study.tables import percent, verdict_table
 from oasis_attn.study.verdict import judge
-from pages import DOCS, fill, short, value_range
+from pages import DOCS, RESULTS, fill, short, value_range
 from pages import published as published_studies
 
 PAGE = DOCS / "lab.md"
@@ -97,6 +98,7 @@ def page(text: str) -> str:
         "depth_verdicts": partial(verdicts, "necessity-depth"),
         "content_rows": partial(rows, "necessity-content", CONTENT_COLUMNS),
         "content_verdicts": partial(verdicts, "necessity-content"),
+        "embedding_weights": embedding_weights,
         "format_rows": partial(rows, "formats", FORMAT_COLUMNS),
         "key_null_rows": partial(rows, "necessity-key-null"),
         "key_null_verdicts": partial(verdicts, "necessity-key-null"),
@@ -141,6 +143,19 @@ def rows(name: str, wanted: Mapping[str, tuple[str, bool]] = COLUMNS) -> str:
         lines.append(f"These variants have no trials yet: {', '.join(missing)}.")
     text = " ".join(lines)
     return f"{text}\n\n{markdown(Table(columns=columns, rows=tuple(measured)))}"
+
+
+def embedding_weights() -> str:
+    """The depth weight of the embedding, at the first token and at the others, by router."""
+    record = BenchmarkRecord.load(RESULTS / "lab" / "embedding_weights" / "record.json")
+    runs = [run["weights"] for run in record.tables["runs"]]
+    readers = [f"layer {i // 2}, {('attention', 'MLP')[i % 2]}" for i in range(1, len(runs[0]))]
+    rows = tuple(
+        (reader, *(value_range(values, mean=True) for values in zip(*weights, strict=True)))
+        for reader, weights in zip([*readers, "output"], zip(*runs, strict=True), strict=True)
+    )
+    columns = "read by", "embedding, first token", "embedding, other tokens"
+    return markdown(Table(columns=columns, rows=rows))
 
 
 def figure(results: Results) -> Figure:
