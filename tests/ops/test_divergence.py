@@ -58,4 +58,10 @@ def test_no_gradient_is_kept_without_need():
     assert divergence(aim, aim).item() == pytest.approx(0, abs=1e-6)
     assert not divergence(aim, aim).requires_grad
     logits = aim.clone().requires_grad_()
-    assert torch.autograd.grad(divergence(logits.detach(), logits), logits)[0].abs().max() < 1e-7
+    assert torch.autograd.grad(divergence(logits, logits), logits)[0].abs().max() < 1e-7
+    assert not divergence(logits, aim).requires_grad
+
+
+def test_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"aim_BTV: shape \(3, 2, 4\) is not that of the logits"):
+        divergence(torch.randn(3, 2, 4), torch.randn(2, 3, 4))

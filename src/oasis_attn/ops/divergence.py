@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from oasis_attn.errors import UserError
+
 CHUNK = 32  # tokens at a time: their distributions should fit in the cache
 
 
@@ -53,7 +55,15 @@ def divergence(aim_BTV: Tensor, logits_BTV: Tensor) -> Tensor:
 
     Returns:
         The mean over all tokens, a scalar in float32 or the higher precision of `logits_BTV`.
+
+    Raises:
+        UserError: the shapes differ.
     """
-    flat = aim_BTV.flatten(0, -2), logits_BTV.flatten(0, -2)
+    if aim_BTV.shape != logits_BTV.shape:
+        raise UserError(
+            f"aim_BTV: shape {tuple(aim_BTV.shape)} is not that of the logits,"
+            f" {tuple(logits_BTV.shape)}"
+        )
+    flat = aim_BTV.detach().flatten(0, -2), logits_BTV.flatten(0, -2)
     result: Tensor = _Divergence.apply(*flat)  # type: ignore[no-untyped-call]
     return result

@@ -124,9 +124,8 @@ class OasisHfQuantizer(PrefixHfQuantizer):
         }
         linearize(model, found.values())
         scheme = Scheme.from_dict(config.scheme)
-        group_size = scheme.group_size if scheme.rotation == "groups" else None
         makers: dict[str, Callable[[int], torch.nn.Module]] = {
-            "Rotation": lambda width: Rotation(group_size or width),
+            "Rotation": lambda width: Rotation(scheme.rotated_together or width),
             "Scale": lambda width: Scale(torch.ones(width)),
             "Dense": lambda width: Dense(torch.empty(width, width)),
         }

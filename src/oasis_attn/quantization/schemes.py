@@ -143,6 +143,11 @@ class Scheme:
         return size if self.activation and self.activation.group_size == size else None
 
     @property
+    def rotated_together(self) -> int | None:
+        """The number of channels that rotated inputs mix; None for all of a layer."""
+        return self.group_size if self.rotation == "groups" else None
+
+    @property
     def simulated_only(self) -> str:
         """Why no int8 kernel computes this scheme; empty if there are kernels."""
         weight, activation = self.weight, self.activation

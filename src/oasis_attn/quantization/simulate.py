@@ -129,8 +129,7 @@ def transformed_copy(
     if scheme.rotation == "hadamard":
         transforms = rotate_residual(result, seed=seed)
     elif scheme.rotation in ("inputs", "groups"):
-        size = scheme.group_size if scheme.rotation == "groups" else None
-        transforms = rotate_inputs(result, seed=seed, group_size=size)
+        transforms = rotate_inputs(result, seed=seed, group_size=scheme.rotated_together)
     elif scheme.rotation == "fitted" and batches is not None:
         transforms = fit_inputs(result, batches, seed=seed)
     elif scheme.smooth_alpha is not None and batches is not None:
