@@ -29,7 +29,8 @@ class Meter(TrainerCallback):
         self.seconds = 0.0
         self._started = 0.0
         console = Console(stderr=True, markup=False)
-        self._print = console.print if show and not console.is_terminal else None
+        self._say = console.print if show else None
+        self._print = None if console.is_terminal else self._say
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -57,6 +58,11 @@ class Meter(TrainerCallback):
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line, after the training has ended."""
+        if self._say:
+            self._say(f"{self.label}: {text}")
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = time.perf_counter()

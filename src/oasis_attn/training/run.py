@@ -125,6 +125,7 @@ def train(
             with writing(out):
                 save_model(model, prepared.tokenizer, out)
             history = trainer.state.log_history
+            meter.say(f"measuring the loss on {config.eval_windows} windows")
             record = training_record(config, prepared, model, history, meter.tokens_per_second)
             record.save(out / "record.json")
             if isinstance(model, OasisPreTrainedModel):
