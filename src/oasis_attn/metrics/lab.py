@@ -8,7 +8,7 @@ _TASK = (
     "`study` of a task: the same generated sequences for all trials, different from those of "
     "training; n sequences"
 )
-_ERRORS = f"{_TASK}; mean over tokens and coordinates, the first token included"
+_ERRORS = f"{_TASK}; mean over the tokens that have a target, and over coordinates"
 _IDLE = (
     "idle queries are all but the first token and the triggers.  At length T, uniform attention of "
     "all heads gives mean 1 / (t + 1) over their positions t, about 0.1 for T = 32"
