@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from experiments.embedding_weights import embedding_weights
 
 from oasis_attn.errors import UserError
 from oasis_attn.records import TrialRecord
@@ -173,3 +174,11 @@ for index in range({len(wrong)}):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == len(wrong)
     assert [path.name for path in (tmp_path / "started").iterdir()] == ["plan.yaml"]
+
+
+def test_embedding_weights_are_of_each_router_with_several_sources(tiny) -> None:
+    changes = {"variants": ["attn_residual", "vanilla"], "corpora": ["trigger-content-8"]}
+    trial, _ = tiny(**changes, compare={"attn_residual": ["vanilla"]}).trials
+    means = embedding_weights(trial)
+    assert len(means) == 2  # the MLP and the output; attention has one source
+    assert all(0 < weight < 1 for pair in means for weight in pair)

@@ -12,6 +12,7 @@ import lab_page
 import publish
 from oasis_attn.records import Record
 from oasis_attn.study.criteria import NOT_MET, check_criteria, fails_none
+from oasis_attn.study.lookup import shipped_plans
 from oasis_attn.study.results import Results
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.study_report import tables_text
@@ -55,6 +56,11 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
         assert max(fmean(ratios(each, variant)) for each in eight) < (
             fmean(ratios("mxfp8", variant))
         )
+
+
+def test_the_guide_lists_every_plan() -> None:
+    text = (publish.DOCS / "study.md").read_text()
+    assert all(f"| `{name}` |" in text for name in shipped_plans())
 
 
 def test_what_the_page_says_of_massive_activations() -> None:
