@@ -210,7 +210,7 @@ def training_config(name: str, args: argparse.Namespace) -> TrainingConfig:
         options |= {"null_to_logit": 6} if "null_to_logit" in options else {}
     return TrainingConfig(
         out=out, from_model=start_of(row, args), corpus=args.corpus,
-        resume=(out / "run.json").exists(), **options,
+        resume=(out / "run.json").exists(), seed=args.seed, **options,
     )  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def measure_row(row: Row, args: argparse.Namespace) -> None:
             "evaluation": f"test splits, {count} x {length} tokens spread over the text, documents"
             " joined by EOS; calibration: WikiText-2 validation, 16 windows",
         },
-        seed=0,
+        seed=args.seed,
         tables={"seconds": {"training": trained}},
     )
     if row.budget is not None:
@@ -429,6 +429,7 @@ def main() -> None:
     common.add_argument("--corpus", required=True, help="folder of the training text")
     common.add_argument("--runs", type=Path, required=True, help="folder of models and records")
     common.add_argument("--device", default="cpu")
+    common.add_argument("--seed", type=int, default=0, help="of the order of the training text")
     common.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
     every = commands.add_parser("run", parents=[common], help="train and measure all rows")
     every.add_argument("--rows", help="names, separated by commas; default: all")
@@ -451,6 +452,8 @@ def main() -> None:
             str(args.runs),
             "--device",
             args.device,
+            "--seed",
+            str(args.seed),
             *(["--small"] if args.small else []),
         ]
         args.passed_on += ["--nulls", args.nulls] if args.nulls else []
