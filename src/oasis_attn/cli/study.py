@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option, Typer
@@ -119,6 +120,8 @@ def run(
     _print_status(status, loaded.name, as_json)
     if status.left:
         raise Exit(1)
+    if not as_json:
+        print(f"\nVerdicts, tables and figures:\noasis study report {quote(str(out))}")
 
 
 @study.command(cls=Command)
