@@ -99,7 +99,7 @@ class Command(_Help, TyperCommand):
             has_option = any(parameter.name == "device" for parameter in self.params)
             remedy = "run it with --device cpu" if has_option else "use a smaller model"
             raise UserError(
-                f"device: the memory of the GPU is full; {remedy} ({one_line(error)})"
+                f"the memory of the GPU is full; {remedy} ({one_line(error)})"
             ) from error
 
     def _with_options(self, message: str) -> str:
