@@ -244,7 +244,7 @@ def load_windows(text):
 
 
 def with_sink():
-    """An OPT model with a massive activation at the first position, which one prefix token takes."""
+    """An OPT model with a massive activation at the first position: one prefix token takes it."""
     config = {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2, "num_hidden_layers": 2}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config("opt", **config)).eval()
@@ -350,9 +350,7 @@ def test_gguf_files_from_the_device_are_those_of_the_cpu(weights, tmp_path):
         write_gguf(model, tokenizer, tmp_path / f"{name}.gguf", weights=weights)
     files = [(tmp_path / f"{name}.gguf").read_bytes() for name in ("cpu", "device")]
     assert files[0] == files[1]
-    close(
-        logits(read_gguf(tmp_path / "cpu.gguf")[0]), logits(read_gguf(tmp_path / "device.gguf")[0])
-    )
+    assert logits(read_gguf(tmp_path / "device.gguf")[0]).isfinite().all()
 
 
 def test_codes_from_the_device_in_a_gguf_file(folder, tmp_path):

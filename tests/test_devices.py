@@ -55,7 +55,7 @@ def test_a_device_that_does_not_exist_is_refused_before_anything_is_read(
     with pytest.raises(UserError, match=f"^device: .*{message}"):
         check_device(device)
     monkeypatch.setattr(loading, "_resolve", pytest.fail)
-    with pytest.raises(UserError, match="^device: "):
+    with pytest.raises(UserError, match=r"^device: "):
         loading.load_model(tmp_path, device=device)
 
 
@@ -63,7 +63,7 @@ def test_training_uses_all_gpus_or_none(gpus, tmp_path):
     gpus(2)
     for device in ("auto", "cpu", "cuda"):
         TrainingConfig(out=tmp_path, device=device)
-    with pytest.raises(UserError, match="^device: 'cuda:1' is one of several GPUs"):
+    with pytest.raises(UserError, match=r"^device: 'cuda:1' is one of several GPUs"):
         TrainingConfig(out=tmp_path, device="cuda:1")
 
 
