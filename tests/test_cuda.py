@@ -180,8 +180,6 @@ def test_every_scheme_and_rotation_quantizes_as_on_the_cpu(scheme, tmp_path):
     ],
 )
 def test_every_family_quantizes_as_on_the_cpu(name, scheme, options, tmp_path):
-    if name in ("gemma2", "qwen3_moe") and "full" in scheme:
-        pytest.skip("covered by the other families")
     check_quantization(build(name), schemes()[scheme].with_options(options), tmp_path)
 
 
@@ -341,6 +339,17 @@ def test_compressed_tensors_from_the_device(scheme, folder, text, tmp_path):
     )  # fmt: skip
     before, after = record.before_after("perplexity.windowed")
     assert after == pytest.approx(before, rel=0.5)
+
+
+def test_a_prefix_in_the_tokenizer_of_a_quantized_model(folder, text, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    model = native().to(DEVICE)
+    record = quantize_checkpoint(
+        folder(with_prefix(model, compute_prefix(model, [7, 8]))), tmp_path / "out",
+        format="compressed-tensors", calibration=text, device=DEVICE, **WINDOWS,
+    )  # fmt: skip
+    before, after = record.before_after("perplexity.windowed")
+    assert after == pytest.approx(before, rel=0.05)
 
 
 @pytest.mark.parametrize("weights", ["f32", "q8_0", "q4_0"])
