@@ -23,7 +23,8 @@ LAYERS = [  # as in CONTRIBUTING.md
     {"hub"},
     {"modeling"},
     {"ops"},
-    {"records", "metrics", "registry", "extension_files", "progress", "lazy", "files", "errors"},
+    {"records", "metrics", "registry", "extension_files"}
+    | {"progress", "lazy", "files", "devices", "errors"},
 ]
 
 

@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+import torch
 from typer import Abort, Typer
 from typer.main import get_command
 
@@ -15,6 +16,7 @@ from oasis_attn import __version__, cli
 from oasis_attn.cli import app, main
 from oasis_attn.cli.terminal import print_table
 from oasis_attn.errors import UserError
+from oasis_attn.hub import loading
 from oasis_attn.metrics import GLOSSARY
 from oasis_attn.modeling.variants import variants
 from oasis_attn.report import Table
@@ -82,6 +84,8 @@ def test_version(oasis) -> None:
             "--split: 'test' has no effect",
         ),
         (["diagnose", "smollm2", "--text-file", "absent.txt"], "--text-file: file 'absent.txt'"),
+        (["demo", "--device", "gpu"], "--device: 'gpu' is not one of auto, cpu, cuda, cuda:N"),
+        (["view", "smollm2", "--text", "a b", "--device", "cuda:-1"], "--device: 'cuda:-1' is not"),
         (["demo", "--windows", "0"], "windows: 0"),
         (["doctor", "smollm2", "--tolerance", "-1"], "tolerance: -1"),
         (["doctor", "smollm2", "--scheme", "w8a9"], "scheme: 'w8a9' is not one of"),
@@ -163,6 +167,18 @@ def test_a_bug_keeps_its_traceback(monkeypatch) -> None:
 def test_an_error_in_a_command(oasis, monkeypatch, error, code, line) -> None:
     monkeypatch.setattr(cli, "app", _app(error))
     assert oasis("verb") == (code, ("", line))
+
+
+def test_a_full_gpu_is_one_line_that_names_a_remedy(oasis, monkeypatch, model) -> None:
+    reason = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+    def load_model(*_args: object, **_options: object) -> None:
+        raise torch.OutOfMemoryError(reason)
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    line = f"oasis: the memory of the GPU is full; run it with --device cpu ({reason})"
+    code, (out, err) = oasis("diagnose", model, "--text", "w3 w4 w5")
+    assert (code, out, err.splitlines()[-1]) == (2, "", line)
 
 
 def test_a_full_disk_is_reported_in_one_line() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from oasis_attn.errors import UserError, nearest, shown
+from oasis_attn.devices import is_out_of_memory
+from oasis_attn.errors import UserError, nearest, one_line, shown
 from oasis_attn.extension_files import load_extensions
 
 _QUOTED = re.compile(r"('[^']*'|\"[^\"]*\")")
@@ -92,6 +93,14 @@ class Command(_Help, TyperCommand):
             return super().invoke(ctx)
         except UserError as error:
             raise UserError(self._with_options(str(error))) from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            has_option = any(parameter.name == "device" for parameter in self.params)
+            remedy = "run it with --device cpu" if has_option else "use a smaller model"
+            raise UserError(
+                f"the memory of the GPU is full; {remedy} ({one_line(error)})"
+            ) from error
 
     def _with_options(self, message: str) -> str:
         """Replace the parameter at the start, and others that contain an underscore."""

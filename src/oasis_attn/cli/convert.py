@@ -10,6 +10,7 @@ from typer import Argument, Option
 
 from oasis_attn.cli.terminal import (
     AsJson,
+    Device,
     Model,
     TrustRemoteCode,
     check_text,
@@ -122,6 +123,7 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -133,6 +135,7 @@ def convert(
 
     Example: [bold]oasis convert smollm2 retrofitted --null-from-sink --nulls 2[/bold]
     """
+    from oasis_attn.devices import check_device
     from oasis_attn.files import check_free
     from oasis_attn.hub.locate import DTYPES, find_model
     from oasis_attn.modeling.settings import check_names
@@ -165,6 +168,7 @@ def convert(
         settings_of(variant)
     check_names(changed)
     check_choice("dtype", dtype, DTYPES)
+    check_device(device)
     check_free(out)
     find_model(model)
 
@@ -172,6 +176,7 @@ def convert(
         "variant": variant,
         "overrides": changed,
         "dtype": dtype,
+        "device": device,
         "trust_remote_code": trust_remote_code,
     }
     if null_from_sink:

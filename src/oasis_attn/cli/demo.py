@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, print_json, print_table
+from oasis_attn.cli.terminal import AsJson, Device, print_json, print_table
 
 
 def demo(
@@ -23,6 +23,7 @@ def demo(
         int, Option(help="Maximum number of text windows for each measurement.")
     ] = 8,
     seed: Annotated[int, Option(help="Random seed of initial weights and data order.")] = 0,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Show why one token breaks 8-bit quantization, why it exists, and what prevents it.
@@ -31,6 +32,7 @@ def demo(
 
     Example: [bold]oasis demo --out demo[/bold]
     """
+    from oasis_attn.devices import check_device
     from oasis_attn.errors import check_seed, check_whole
     from oasis_attn.files import check_free
     from oasis_attn.hub.locate import find_model
@@ -38,6 +40,7 @@ def demo(
     check_whole("steps", steps, 1)
     check_whole("windows", windows, 1)
     check_seed("seed", seed)
+    check_device(device)
     check_free(out)
     model = pretrained if pretrained != "smollm2" or _has_smollm2() else None
     if model is None:
@@ -52,7 +55,7 @@ def demo(
     from oasis_attn.study.demo import run_demo
     from oasis_attn.study.demo_page import demo_numbers, lab_table
 
-    result = run_demo(out, pretrained=model, steps=steps, windows=windows, seed=seed)
+    result = run_demo(out, pretrained=model, steps=steps, windows=windows, seed=seed, device=device)
     if as_json:
         print_json(demo_numbers(result))
     else:

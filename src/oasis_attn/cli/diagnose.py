@@ -10,6 +10,7 @@ from typer import Option
 
 from oasis_attn.cli.terminal import (
     AsJson,
+    Device,
     Model,
     TrustRemoteCode,
     print_sentences,
@@ -68,6 +69,7 @@ def diagnose(
             help="Also measure the loss without each depth source; one more pass per source.",
         ),
     ] = False,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -76,6 +78,7 @@ def diagnose(
     Example: [bold]oasis diagnose smollm2 --text-file book.txt --figures figures[/bold]
     """
     from oasis_attn.data import load_corpus
+    from oasis_attn.devices import check_device
     from oasis_attn.errors import UserError, check_whole, shown
     from oasis_attn.files import check_writable
     from oasis_attn.hub.locate import find_model
@@ -83,6 +86,7 @@ def diagnose(
     if window is not None:
         check_whole("window", window, 2)
     check_whole("windows", windows, 1)
+    check_device(device)
 
     if out is not None:
         check_writable(out)
@@ -112,7 +116,7 @@ def diagnose(
     from oasis_attn.report.figures import diagnosis_figures, save_figures
 
     with working(f"diagnosing {model}", as_json=as_json):
-        loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
         record = measure(
             loaded,
             source,

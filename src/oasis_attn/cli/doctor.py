@@ -11,6 +11,7 @@ from typer import Option, confirm
 from oasis_attn.cli import calibration as options
 from oasis_attn.cli.terminal import (
     AsJson,
+    Device,
     Model,
     TrustRemoteCode,
     print_json,
@@ -53,6 +54,7 @@ def doctor(
     window: options.Window = 256,
     windows: options.Windows = 8,
     seed: options.RotationSeed = 0,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -61,12 +63,14 @@ def doctor(
     It ends with the commands that apply the best one.
     Example: [bold]oasis doctor smollm2 --apply quantized[/bold]
     """
+    from oasis_attn.devices import check_device
     from oasis_attn.files import check_free
     from oasis_attn.quantization.options import check_doctor
     from oasis_attn.quantization.schemes import Scheme
 
     varied = options.varied_scheme(scheme, scheme_option)
     check_doctor(tolerance=tolerance, window=window, windows=windows, seed=seed)
+    check_device(device)
     if not (out / "record.json").is_file():
         check_free(out)
     if apply is not None:
@@ -86,6 +90,7 @@ def doctor(
         "evaluation_split": evaluation_split,
         "window": window,
         "windows": windows,
+        "device": device,
         "trust_remote_code": trust_remote_code,
     }
     if apply is not None:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, Model, TrustRemoteCode, check_text, print_table, working
+from oasis_attn.cli.terminal import (
+    AsJson,
+    Device,
+    Model,
+    TrustRemoteCode,
+    check_text,
+    print_table,
+    working,
+)
 from oasis_attn.errors import UserError, shown
 
 if TYPE_CHECKING:
@@ -72,6 +80,7 @@ def evaluate(
     out: Annotated[
         Path | None, Option(help="Write the record to this JSON file.", show_default=False)
     ] = None,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -81,6 +90,7 @@ def evaluate(
     """
     given = {name: value for name, value in locals().items() if name not in _NOT_FIELDS}
 
+    from oasis_attn.devices import check_device
     from oasis_attn.evaluation import EvaluationConfig
     from oasis_attn.files import check_writable
     from oasis_attn.hub.locate import find_model
@@ -103,6 +113,7 @@ def evaluate(
             "kv_cache": {"bits": kv_bits, "first": KV_FIRST, "recent": KV_RECENT}
         }
     EvaluationConfig(**given).check_logs()
+    check_device(device)
     find_model(model)
     if "perplexity" in given["tasks"]:
         check_text(corpus, split)
@@ -113,7 +124,7 @@ def evaluate(
     if kv_bits is not None:
         given["cache"] = partial(QuantizedCache, bits=kv_bits)
     with working(f"evaluating {model}", as_json=as_json):
-        record = run(model, trust_remote_code=trust_remote_code, **given)
+        record = run(model, device=device, trust_remote_code=trust_remote_code, **given)
     if out is not None:
         record.save(out)
     if as_json:
@@ -122,7 +133,7 @@ def evaluate(
         print_table(_table(record))
 
 
-_NOT_FIELDS = ("model", "kv_bits", "out", "trust_remote_code", "as_json")
+_NOT_FIELDS = ("model", "kv_bits", "out", "device", "trust_remote_code", "as_json")
 
 
 def _whole_numbers(option: str, text: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from oasis_attn.cli.terminal import (
     AsJson,
+    Device,
     Model,
     TrustRemoteCode,
     print_json,
@@ -44,6 +45,7 @@ def export(
             " trust_remote_code=True.",
         ),
     ] = False,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -62,10 +64,12 @@ def export(
     To serve a model: [bold]llama-server -m smollm2.gguf[/bold], or
     [bold]vllm serve ./served --dtype bfloat16[/bold].
     """
+    from oasis_attn.devices import check_device
     from oasis_attn.hub.export_options import check_export
     from oasis_attn.hub.locate import find_model
 
     check_export(out, format, weights, with_code)
+    check_device(device)
     find_model(model)
 
     from oasis_attn.quantization.export_checkpoint import export_checkpoint
@@ -78,6 +82,7 @@ def export(
             format=format,
             weights=weights,
             with_code=with_code,
+            device=device,
             trust_remote_code=trust_remote_code,
             progress=report,
         )

@@ -10,6 +10,7 @@ from typer import Argument, Option
 from oasis_attn.cli import calibration as options
 from oasis_attn.cli.terminal import (
     AsJson,
+    Device,
     Model,
     TrustRemoteCode,
     print_table,
@@ -43,6 +44,7 @@ def prefix(
     evaluation_split: options.EvaluationSplit = "test",
     window: options.Window = 512,
     windows: options.Windows = 16,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,6 +52,7 @@ def prefix(
 
     Example: [bold]oasis prefix smollm2 prefixed --tune-steps 32[/bold]
     """
+    from oasis_attn.devices import check_device
     from oasis_attn.files import check_free
     from oasis_attn.quantization.options import check_prefix
 
@@ -57,6 +60,7 @@ def prefix(
     check_prefix(
         varied, method=method, length=length, tune_steps=tune_steps, window=window, windows=windows
     )
+    check_device(device)
     check_free(out)
     options.check_inputs(model, calibration, calibration_split, evaluation, evaluation_split)
 
@@ -78,6 +82,7 @@ def prefix(
             evaluation_split=evaluation_split,
             window=window,
             windows=windows,
+            device=device,
             trust_remote_code=trust_remote_code,
             progress=report,
         )

@@ -11,6 +11,7 @@ from typer import Option
 from oasis_attn.cli import calibration as options
 from oasis_attn.cli.terminal import (
     AsJson,
+    Device,
     Model,
     TrustRemoteCode,
     print_table,
@@ -71,6 +72,7 @@ def quantize(
         ),
     ] = None,
     seed: options.RotationSeed = 0,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -81,6 +83,7 @@ def quantize(
     To serve a model: [bold]oasis quantize smollm2 --format compressed-tensors --out small[/bold],
     then [bold]vllm serve small --dtype bfloat16[/bold].
     """
+    from oasis_attn.devices import check_device
     from oasis_attn.files import check_free
     from oasis_attn.quantization.options import check_quantization
 
@@ -94,6 +97,7 @@ def quantize(
         sensitivity=sensitivity,
         seed=seed,
     )
+    check_device(device)
     check_free(out)
     options.check_inputs(model, calibration, calibration_split, evaluation, evaluation_split)
 
@@ -115,6 +119,7 @@ def quantize(
             windows=windows,
             sensitivity=sensitivity,
             seed=seed,
+            device=device,
             trust_remote_code=trust_remote_code,
             progress=report,
         )

@@ -32,6 +32,14 @@ TrustRemoteCode = Annotated[
     ),
 ]
 
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="Where the model runs: auto (the GPU if there is one), cpu, cuda or cuda:N.",
+    ),
+]
+
 _GAP = 3  # spaces between two columns
 _MIN_TEXT_WIDTH = 20  # text columns are wrapped to no less than this
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, Model, TrustRemoteCode, print_json, working
+from oasis_attn.cli.terminal import AsJson, Device, Model, TrustRemoteCode, print_json, working
 from oasis_attn.cli.text import given_text
 from oasis_attn.errors import UserError, check_whole, parse_json, reason, shown
 
@@ -31,6 +31,7 @@ def view(
         int, Option(help="Maximum number of tokens on the page: the first ones of the text.")
     ] = 256,
     out: Annotated[Path, Option(help="Write the page to this HTML file.")] = Path("view.html"),
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -38,10 +39,12 @@ def view(
 
     Example: [bold]oasis view smollm2 --text "The quick brown fox jumps over the lazy dog."[/bold]
     """
+    from oasis_attn.devices import check_device
     from oasis_attn.files import check_writable
     from oasis_attn.hub.locate import find_model
 
     check_whole("tokens", tokens, 2)
+    check_device(device)
     given = _given(text, text_file, chat)
     check_writable(out)
     find_model(model)
@@ -50,7 +53,7 @@ def view(
     from oasis_attn.report.text_page import view as make_page
 
     with working(f"running {model}", as_json=as_json):
-        loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+        loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
         page = make_page(loaded, tokenizer, given, tokens=tokens)
         page.save(out)
     if as_json:

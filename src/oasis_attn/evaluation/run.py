@@ -26,7 +26,7 @@ from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.evaluation.scoring import Z95, ratio_of_sums, score_answer, wilson_interval
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_lengths, describe_model, fingerprint
-from oasis_attn.records import EvaluationRecord, Metric
+from oasis_attn.records import EvaluationRecord, Metric, current_environment
 
 
 @dataclass
@@ -52,6 +52,7 @@ def evaluate(
     model: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    device: str = "auto",
     trust_remote_code: bool = False,
     **options: Any,
 ) -> EvaluationRecord:
@@ -63,6 +64,7 @@ def evaluate(
             the tokenizer.
         tokenizer: the tokenizer of a model in memory.  It needs no padding token, and its padding
             side does not matter.
+        device: see `load_model`; a model in memory stays where it is.
         trust_remote_code: see `load_model`.
         options: the fields of `EvaluationConfig`: `tasks`, `corpus`, `limit`, `samples`, ...
 
@@ -90,7 +92,9 @@ def evaluate(
     if isinstance(model, str | Path):
         if tokenizer is not None:
             raise UserError("tokenizer: allowed with a model in memory only; a name loads its own")
-        model, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
+    elif device != "auto":
+        raise UserError(f"device: {device!r} is for a name; a model in memory stays where it is")
     if tokenizer is None:
         raise UserError("tokenizer: None; a model in memory needs its tokenizer given")
     run = _Run(
@@ -107,6 +111,7 @@ def evaluate(
     for measure in [_TASKS[task](run) for task in config.tasks]:
         measure()
     return EvaluationRecord(
+        environment=current_environment(model.device),
         model=describe_model(model),
         sha256=run.identity["model"],
         model_notes=dict(config.model_notes),

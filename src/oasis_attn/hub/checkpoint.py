@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -66,7 +67,7 @@ class Checkpoint:
         """
         try:
             yield
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):  # memory depends on the machine
             raise
         except Exception as error:  # the library may raise any type on a broken file
             reason = one_line(error)

@@ -73,7 +73,8 @@ def convert(
             prefix.
     """
     if variant == "official":
-        loaded: OasisForCausalLM = _official(model_or_path, "auto", overrides, trust_remote_code)[0]
+        loading = {"trust_remote_code": trust_remote_code}
+        loaded: OasisForCausalLM = _official(model_or_path, "auto", overrides, loading)[0]
         return loaded
     native = model_or_path
     if not isinstance(native, PreTrainedModel):
@@ -132,6 +133,7 @@ def convert_checkpoint(
     dtype: str = "auto",
     back: bool = False,
     sinks: bool = False,
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Convert the model `source` and save it, with its tokenizer, in the new folder `out`.
@@ -144,6 +146,7 @@ def convert_checkpoint(
         dtype: dtype of the saved weights; `auto` is that of the checkpoint.
         back: convert an OASIS checkpoint to the family's own form, with `to_vanilla`.
         sinks: convert an OASIS checkpoint to a family with sinks, with `to_sinks`.
+        device: passed to `load_model`.
         trust_remote_code: passed to `load_model`.
 
     Raises:
@@ -154,13 +157,14 @@ def convert_checkpoint(
     for name, given in (("to_vanilla", back), ("to_sinks", sinks)):
         if given and (variant or overrides):
             raise UserError(f"{name}: cannot be combined with a variant or settings")
+    loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     if sinks:
-        return _sinks_checkpoint(source, out, dtype, trust_remote_code)
+        return _sinks_checkpoint(source, out, dtype, loading)
     model: PreTrainedModel
     if variant == "official":
-        model, tokenizer = _official(source, dtype, overrides or {}, trust_remote_code)
+        model, tokenizer = _official(source, dtype, overrides or {}, loading)
     else:
-        model, tokenizer = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        model, tokenizer = load_model(source, dtype=dtype, **loading)
         if not back:
             model = convert(model, variant or "oasis", **overrides or {})
         elif isinstance(model, OasisForCausalLM):
@@ -177,12 +181,10 @@ def convert_checkpoint(
 
 
 def _sinks_checkpoint(
-    source: str | Path, out: str | Path, dtype: str, trust_remote_code: bool
+    source: str | Path, out: str | Path, dtype: str, loading: dict[str, Any]
 ) -> PreTrainedModel:
     model: Any
-    model, tokenizer = load_model(
-        source, dtype=dtype, trust_remote_code=trust_remote_code, check=check_sinks
-    )
+    model, tokenizer = load_model(source, dtype=dtype, check=check_sinks, **loading)
     target = to_sinks(model)
     with quiet(), staged_folder(out) as stage:
         target.save_pretrained(stage)
@@ -192,7 +194,7 @@ def _sinks_checkpoint(
 
 
 def _official(
-    source: Any, dtype: str, overrides: dict[str, Any], trust_remote_code: bool
+    source: Any, dtype: str, overrides: dict[str, Any], loading: dict[str, Any]
 ) -> tuple[Any, Any]:
     """Load a checkpoint of the authors' code, with `attn_res_sa` and `attn_res_mlp` modules."""
     check_settings(overrides)
@@ -201,12 +203,7 @@ def _official(
             raise UserError(f"{name}: required, because the authors' checkpoints do not record it")
     if isinstance(source, PreTrainedModel):
         raise UserError("model: the variant 'official' needs the name or folder of a checkpoint")
-    return load_model(
-        source,
-        dtype=dtype,
-        overrides=settings_of("official") | overrides,
-        trust_remote_code=trust_remote_code,
-    )
+    return load_model(source, dtype=dtype, overrides=settings_of("official") | overrides, **loading)
 
 
 def _initial_settings(

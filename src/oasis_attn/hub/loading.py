@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -23,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from oasis_attn.devices import find_device
 from oasis_attn.errors import UserError, check_choice
 from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.hub.checkpoint import Checkpoint, parameter_limit
@@ -40,11 +42,12 @@ def load_model(
     name_or_path: str | Path,
     *,
     dtype: str = "float32",
+    device: str = "cpu",
     overrides: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     check: Callable[[PreTrainedConfig], None] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model, in eval mode on the CPU, and its tokenizer.  A stored prefix is attached.
+    """Load a model in eval mode, and its tokenizer.  A stored prefix is attached.
 
     Args:
         name_or_path: a local folder in Hugging Face format, a `.gguf` file, a Hub id, or `smollm2`:
@@ -52,6 +55,8 @@ def load_model(
             float32 once and cached under `$OASIS_CACHE` (default `~/.cache/oasis-attn`).
         dtype: dtype of the weights: float32, bfloat16, float16, float64, or `auto` for that of the
             checkpoint.  Checkpoints in `BLOCK_FORMATS` always have their own dtype.
+        device: where the model is put: `cpu`, `cuda`, `cuda:N`, or `auto` for the GPU if there is
+            one.
         overrides: settings of `OasisConfig`, for a checkpoint with OASIS weights whose config does
             not record them.
         trust_remote_code: run Python code from the checkpoint if it needs it.  If False, such a
@@ -59,12 +64,13 @@ def load_model(
         check: called with the configuration before the weights are read; it may raise.
 
     Raises:
-        UserError: the model does not exist; files are invalid or would not be read; weights are
-            missing, pickled, incomplete, not finite, or do not match the config; the tokenizer has
-            more tokens than the model has embeddings; the model is not a causal decoder; it needs
-            code that is not trusted.
+        UserError: the model or the device does not exist; files are invalid or would not be read;
+            weights are missing, pickled, incomplete, not finite, or do not match the config; the
+            tokenizer has more tokens than the model has embeddings; the model is not a causal
+            decoder; it needs code that is not trusted.
     """
     check_choice("dtype", dtype, DTYPES)
+    place = find_device(device)
     name = str(name_or_path)
     checkpoint = Checkpoint(name, _resolve(name), trust_remote_code)
     source = checkpoint.source
@@ -110,7 +116,7 @@ def load_model(
             f"model: {name!r} has a subfolder 'prefix', but its weights contain no prefix; remove"
             " the subfolder, or save the model with its prefix again"
         )
-    model.eval()
+    nn.Module.to(model.eval(), place)  # that of transformers refuses some quantized models
     if model.dtype != torch.float64:  # the experts of transformers do not support float64
         with checkpoint.foreign("a forward pass on 3 tokens"):
             _check_runs(model)

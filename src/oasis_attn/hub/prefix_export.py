@@ -157,6 +157,8 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
     try:
         adapted: Any = PeftModel.from_pretrained(without_prefix(model), folder).eval()
         found = adapted(input_ids=ids_1T).logits
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # peft may raise any type for a family that it does not know
         raise UserError(
             f"prefix: peft cannot apply it to family {family!r}: {one_line(error)}"

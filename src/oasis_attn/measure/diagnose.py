@@ -25,7 +25,7 @@ from oasis_attn.measure.sink_tokens import SinkTokens
 from oasis_attn.measure.sinks import Sinks
 from oasis_attn.measure.stream import stream
 from oasis_attn.modeling.attention import AttentionCall
-from oasis_attn.records import DiagnosisRecord
+from oasis_attn.records import DiagnosisRecord, current_environment
 
 
 def diagnose(
@@ -136,6 +136,7 @@ def diagnose(
     joint_tables = joint_measures.tables() if joint_measures else {}
 
     return DiagnosisRecord(
+        environment=current_environment(model.device),
         model=describe_model(model),
         data=read.info,
         seed=seed,

@@ -32,7 +32,7 @@ from oasis_attn.measure.sinks import Sinks
 from oasis_attn.modeling.attention import observe_attention
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.progress import Progress, Steps, no_progress
-from oasis_attn.records import ConversionRecord, Metric
+from oasis_attn.records import ConversionRecord, Metric, current_environment
 
 
 def null_from_sink_checkpoint(
@@ -50,6 +50,7 @@ def null_from_sink_checkpoint(
     evaluation_split: str = "test",
     window: int = 512,
     windows: int = 16,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> ConversionRecord:
@@ -73,6 +74,7 @@ def null_from_sink_checkpoint(
         window: tokens per window.
         windows: maximum number of windows for calibration, and for the measurements; they are
             spread over the split.
+        device: see `load_model`.
         trust_remote_code: see `load_model`.
         progress: see `Progress`.
 
@@ -93,7 +95,9 @@ def null_from_sink_checkpoint(
     ]
     steps = Steps(progress, 5 + CANDIDATES * nulls)
     steps.start("loading the model")
-    loaded, tokenizer = load_model(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load_model(
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
     check_lengths(loaded, [window], "window")
     bos = _bos(tokenizer) if null_from_bos else None
     saved_tokenizer = tokenizer if bos is None else without_bos(tokenizer, bos)
@@ -122,6 +126,7 @@ def null_from_sink_checkpoint(
         for row in tables[where]["largest"]:
             row["text"] = tokenizer.decode([row["token"]])
     record = ConversionRecord(
+        environment=current_environment(loaded.device),
         model=describe_model(loaded),
         config=converted.config.settings,
         nulls=1 + len(tokens),

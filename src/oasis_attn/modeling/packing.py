@@ -120,9 +120,11 @@ def check_no_padding(masks: Any) -> None:
     Args:
         masks: one mask, or masks by type of layer; None is a causal mask.
     """
+    given = list(masks.values() if isinstance(masks, dict) else [masks])
+    device = next((mask.device for mask in given if isinstance(mask, Tensor)), None)
     first = [
-        mask[..., 0] if isinstance(mask, Tensor) else torch.tensor(True)
-        for mask in (masks.values() if isinstance(masks, dict) else [masks])
+        mask[..., 0] if isinstance(mask, Tensor) else torch.tensor(True, device=device)
+        for mask in given
     ]
     least = [torch.finfo(x.dtype).min / 2 if x.is_floating_point() else 0 for x in first]
     shown = torch.stack([(x > y).all() for x, y in zip(first, least, strict=True)]).any()

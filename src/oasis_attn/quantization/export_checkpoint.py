@@ -44,6 +44,7 @@ def export_checkpoint(
     format: str | None = None,
     weights: str | None = None,
     with_code: bool = False,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def export_checkpoint(
             `transformers`: a dtype, or `auto` for that of the checkpoint, the default.  A quantized
             model keeps its codes, which determine the type.
         with_code: for an OASIS model: write its code too, see `hub.model_code`.
+        device: see `load_model`.
         trust_remote_code: see `load_model`.
         progress: see `Progress`.
 
@@ -71,6 +73,7 @@ def export_checkpoint(
     loaded, tokenizer = load_model(
         model,
         dtype="auto" if format == "gguf" else weights or "auto",
+        device=device,
         trust_remote_code=trust_remote_code,
         check=partial(_check_config, format=format, weights=weights, with_code=with_code),
     )

@@ -25,7 +25,7 @@ from oasis_attn.quantization.prefix_search import (
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import perplexity
 from oasis_attn.quantization.simulate import check_unquantized, quantize
-from oasis_attn.records import Metric, PrefixRecord
+from oasis_attn.records import Metric, PrefixRecord, current_environment
 
 _SEARCH_WINDOWS, _SEARCH_TOKENS = 4, 48
 _MEASUREMENTS = 4  # steps of `_measure`
@@ -45,6 +45,7 @@ def prefix_checkpoint(
     evaluation_split: str = "test",
     window: int = 512,
     windows: int = 16,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> PrefixRecord:
@@ -65,6 +66,7 @@ def prefix_checkpoint(
         window: tokens per window.
         windows: maximum number of windows for calibration, and for the measurements; they are
             spread over the split.
+        device: see `load_model`.
         trust_remote_code: see `load_model`.
         progress: see `Progress`.
 
@@ -89,7 +91,7 @@ def prefix_checkpoint(
 
     steps = Steps(progress, 1 + length + tune_steps + 2 * _MEASUREMENTS + 1)
     steps.start("loading the model")
-    loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
     check_unquantized(loaded)
     check_can_have_prefix(loaded)
     check_lengths(loaded, [window + length], "window with the prefix")
@@ -112,6 +114,7 @@ def prefix_checkpoint(
         metrics += _measure(measured, seen.ids_NT, held_out.ids_NT, scheme, where, steps)
 
     record = PrefixRecord(
+        environment=current_environment(loaded.device),
         model=describe_model(loaded),
         tokens=tuple(tokens),
         text=str(tokenizer.decode(list(tokens))),

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import load_corpus, read_windows
+from oasis_attn.devices import find_device, wait_for
 from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model
@@ -59,6 +60,7 @@ def quantize_checkpoint(
     windows: int = 16,
     sensitivity: str | None = None,
     seed: int = 0,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizationRecord:
@@ -88,6 +90,7 @@ def quantize_checkpoint(
             only that group, for each `kind`, `layer` or `target`.  Each measurement is one pass
             over the windows.
         seed: random seed of the rotation.
+        device: see `load_model`.
         trust_remote_code: see `load_model`.
         progress: see `Progress`.
 
@@ -116,14 +119,14 @@ def quantize_checkpoint(
     check_free(out)
     in_int8 = format == OASIS and not simulate
     if in_int8:
-        check_kernels(scheme, torch.device("cpu"))
+        check_kernels(scheme, find_device(device))
     corpora = [
         load_corpus(calibration, calibration_split),
         load_corpus(evaluation or calibration, evaluation_split),
     ]
 
     progress("loading the model")
-    loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
     check_lengths(loaded, [window], "window")
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
@@ -159,7 +162,7 @@ def quantize_checkpoint(
         measured, fields = quantized, {}
         if format == COMPRESSED_TENSORS:
             _save_for_engines(quantized, tokenizer, stage)
-            measured = _load_again(stage, trust_remote_code)
+            measured = _load_again(stage, str(loaded.device), trust_remote_code)
             fields = {"arithmetic": format}
         else:
             quantized.save_pretrained(stage)
@@ -210,10 +213,12 @@ def _save_for_engines(
         )
 
 
-def _load_again(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+def _load_again(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model as transformers loads it from the written folder, in the dtype of the folder."""
     try:
-        return load_model(folder, dtype="auto", trust_remote_code=trust_remote_code)[0]
+        return load_model(folder, dtype="auto", device=device, trust_remote_code=trust_remote_code)[
+            0
+        ]
     except UserError as error:
         raise UserError(
             "format: 'compressed-tensors' cannot hold this model: transformers does not load it"
@@ -240,11 +245,13 @@ def _compare(
     models = {"before": (before, ()), "after": (after, tokens)}
     losses: dict[str, list[Tensor]] = {where: [] for where in models}
     seconds: dict[str, list[float]] = {where: [] for where in models}
-    for ids_BT in ids_NT.split(1):
+    for ids_BT in ids_NT.to(before.device).split(1):
         for where, (model, first) in models.items():
             read = torch.cat([ids_BT.new_tensor([first]).expand(len(ids_BT), -1), ids_BT], 1)
+            wait_for(before.device)
             start = time.perf_counter()
             logits_BTV = model(input_ids=read, use_cache=False).logits[:, len(first) :]
+            wait_for(before.device)
             seconds[where].append(time.perf_counter() - start)
             losses[where].append(token_losses(logits_BTV, ids_BT).mean())
     count = len(ids_NT)

@@ -10,7 +10,7 @@ from oasis_attn.hub.model_info import describe_model
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.quantization.coverage import float_weights, rounded_to_nearest
 from oasis_attn.quantization.hf_quantizer import get_quantization_config
-from oasis_attn.records import QuantizationRecord, TextInfo
+from oasis_attn.records import QuantizationRecord, TextInfo, current_environment
 
 
 def quantization_record(
@@ -32,6 +32,7 @@ def quantization_record(
     """
     stored, prefix = get_quantization_config(after), prefix_of(after)
     return QuantizationRecord(
+        environment=current_environment(after.device),
         model=describe_model(before),
         scheme=stored.scheme,
         targets=tuple(stored.targets),

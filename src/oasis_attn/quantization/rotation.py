@@ -10,7 +10,7 @@ are multiplied by the rotation or its inverse.  Only the inputs of the writers (
 any family, and is more accurate at 4 bits, because channels with a small gain stay small.  With a
 group size, each group of channels is rotated by itself, so that an outlier stays in its group.
 
-Axes: D width, R routers.
+Axes: D width, R routers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
     embedding, final, head = _ends(model, decoder)
     norms = [(sublayer.norm, sublayer.readers) for sublayer in sublayers]
     norms.append((final, {"head": head}))
-    gains = _checked_gains(model, decoder, sublayers, norms, embedding.embedding_dim)
+    gains = _checked_gains(model, decoder, sublayers, norms, embedding.weight)
 
     generator = torch.Generator().manual_seed(seed)
     stream = _rotation(embedding.weight, generator)
@@ -135,7 +135,7 @@ def _checked_gains(
     decoder: DecoderMap,
     sublayers: list[Sublayer],
     norms: list[tuple[nn.Module | None, dict[str, nn.Linear]]],
-    width: int,
+    embedding_VD: Tensor,
 ) -> list[tuple[Tensor, float]]:
     """The gain and the neutral weight of each norm; `UserError` if the model cannot be rotated."""
     for layer in decoder.layers:
@@ -149,7 +149,7 @@ def _checked_gains(
     gains = []
     for norm, _ in norms:
         assert norm is not None
-        gain = gain_of(norm, width)
+        gain = gain_of(norm, embedding_VD.shape[1], embedding_VD.device)
         if gain is None:
             raise _refusal(model, f"its {type(norm).__name__} is not an RMSNorm")
         gains.append(gain)

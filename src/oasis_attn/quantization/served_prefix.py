@@ -83,7 +83,7 @@ def served_prefix(
     """
     prefix: Any = prefix_of(quantized)
     served = without_prefix(quantized)
-    windows = ids_NT[:_WINDOWS].split(1)
+    windows = ids_NT[:_WINDOWS].to(quantized.device).split(1)
     exact = [_log_probabilities(unquantized, ids_1T) for ids_1T in windows]
 
     def divergence(model: PreTrainedModel, tokens: Sequence[int] = ()) -> float:

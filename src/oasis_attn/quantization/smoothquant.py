@@ -140,7 +140,7 @@ def _smooth_readers(sublayer: Sublayer, largest: dict[str, Tensor], alpha: float
     weight = getattr(norm, "weight", None)
     if norm is None or weight is None or not targets:
         return False
-    gain = gain_of(norm, len(weight))
+    gain = gain_of(norm, len(weight), weight.device)
     if gain is None:
         return False
     gain_D, neutral = gain

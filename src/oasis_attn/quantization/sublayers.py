@@ -128,16 +128,17 @@ def _up_rows(mlp: MlpMap, writer: nn.Linear) -> Source | None:
     return None
 
 
-def gain_of(norm: nn.Module, width: int) -> tuple[Tensor, float] | None:
-    """The gain of an RMSNorm, `[width]`, and the weight for which it is 1; None for other norms.
+def gain_of(norm: nn.Module, width: int, device: torch.device) -> tuple[Tensor, float] | None:
+    """The gain of an RMSNorm, `[width]` on its `device`, and the weight for which it is 1.
 
-    Some families multiply by the weight, others by 1 + weight; a test input shows which.
+    None for other norms.  Some families multiply by the weight, others by 1 + weight; a test input
+    shows which.
     """
     if getattr(norm, "bias", None) is not None:
         return None
     weight = getattr(norm, "weight", None)
     if weight is None:
-        weight = torch.ones(width)
+        weight = torch.ones(width, device=device)
     probe = torch.linspace(0.5, 1.5, width, dtype=weight.dtype, device=weight.device)
     unit = probe / probe.square().mean().sqrt()
     with torch.no_grad():

@@ -45,7 +45,8 @@ class Record:
         seed: random seed of the run; None if nothing was random.
         metrics: the numbers.
         tables: named arrays as nested lists (per layer and head, per step), for figures.
-        environment: versions, hardware, threads and git commit; by default, those of this process.
+        environment: versions, hardware, threads and git commit; by default, those of this process,
+            on the CPU (see `current_environment`).
         created: UTC time, ISO 8601; by default, now.
     """
 

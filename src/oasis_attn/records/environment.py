@@ -10,9 +10,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from oasis_attn.extension_files import extension_hashes
 from oasis_attn.records.schema import OPTIONAL
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("oasis-attn", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy")
 
@@ -23,7 +27,8 @@ class Environment:
 
     Attributes:
         versions: version of Python and of each installed package that results depend on.
-        device: name of the GPU, or of the processor with its widest vector instructions.
+        device: what the model ran on: name of the GPU, or of the processor with its widest vector
+            instructions.
         cores: logical processors of the machine.
         threads: threads that PyTorch uses within one operation.
         platform: the operating system.
@@ -42,9 +47,18 @@ class Environment:
     extensions: dict[str, str] = field(default_factory=dict, metadata=OPTIONAL)
 
 
-def current_environment() -> Environment:
-    """The environment of this process; all but the extensions is determined once."""
-    return replace(_environment(), extensions=extension_hashes())
+def current_environment(device: torch.device | None = None) -> Environment:
+    """The environment of this process, with the device that a model ran on.
+
+    Args:
+        device: that of the model; None is the CPU.
+    """
+    here = _environment()
+    if device is not None and device.type == "cuda":
+        import torch
+
+        here = replace(here, device=torch.cuda.get_device_name(device))
+    return replace(here, extensions=extension_hashes())
 
 
 @cache
@@ -57,7 +71,7 @@ def _environment() -> Environment:
             versions[package] = metadata.version(package)
     return Environment(
         versions=versions,
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        device=processor(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         platform=platform.system(),

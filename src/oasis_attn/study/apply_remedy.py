@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from oasis_attn.devices import find_device
 from oasis_attn.errors import UserError, shown
 from oasis_attn.files import check_free
 from oasis_attn.progress import Progress, no_progress
@@ -71,7 +72,8 @@ def steps(record: DoctorRecord, out: Path, arguments: Mapping[str, Any]) -> tupl
         record: the tries.
         out: a new folder for the quantized model.  If it has a prefix, there are two commands, and
             the model with the prefix, not yet quantized, is written beside it.
-        arguments: the arguments of `doctor` that name texts and windows, and `trust_remote_code`.
+        arguments: the arguments of `doctor` that name texts and windows, `device` and
+            `trust_remote_code`.
     """
     best = ranked(record)[0]
     scheme, model, found = Scheme.from_dict(best.scheme), record.model.name, []
@@ -81,7 +83,7 @@ def steps(record: DoctorRecord, out: Path, arguments: Mapping[str, Any]) -> tupl
         folder = prefixed_folder(out)
         found.append(Step(command="prefix", model=model, out=folder, options=options))
         model = str(folder)
-    simulate = {"simulate": not _has_kernels(scheme)}
+    simulate = {"simulate": not _has_kernels(scheme, find_device(arguments.get("device", "auto")))}
     seed = {"seed": record.seed} if record.seed else {}
     quantizing = options | simulate | seed
     found.append(Step(command="quantize", model=model, out=out, scheme=scheme, options=quantizing))
@@ -101,9 +103,9 @@ def check_targets(out: Path, records: Path) -> None:
             raise UserError(f"apply: {shown(str(folder))} is the folder of the records (--out)")
 
 
-def _has_kernels(scheme: Scheme) -> bool:
+def _has_kernels(scheme: Scheme, device: torch.device) -> bool:
     try:
-        check_kernels(scheme, torch.device("cpu"))
+        check_kernels(scheme, device)
     except UserError:
         return False
     return True

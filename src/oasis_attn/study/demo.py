@@ -112,6 +112,7 @@ def run_demo(
     windows: int = 8,
     steps: int = 500,
     seed: int = 0,
+    device: str = "auto",
 ) -> Demo:
     """Run the demo and write `out`: index.html, overview.png and records.jsonl.
 
@@ -124,6 +125,7 @@ def run_demo(
             measure on; as many others are calibrated on.
         steps: training steps of each decoder.
         seed: random seed of the decoders.
+        device: where the pretrained model runs, see `load_model`; the decoders run on the CPU.
 
     Raises:
         UserError: `out` exists, a value is invalid, or no prefix helps the pretrained model.
@@ -136,7 +138,7 @@ def run_demo(
     check_seed("seed", seed)
     stages = _Stages(total=len(VARIANTS) + (5 if pretrained else 0))
     with staged_folder(out) as stage, _one_thread():
-        found = _pretrained(pretrained, window, windows, stages) if pretrained else None
+        found = _pretrained(pretrained, device, window, windows, stages) if pretrained else None
         lab = []
         for trial in lab_trials(steps, seed):
             with stages.working(f"{trial.variant}: training {steps} steps"):
@@ -171,9 +173,9 @@ def run_lab_trial(trial: Trial, command: str) -> TrialRecord:
     return replace(record, tables=record.tables | tables)
 
 
-def _pretrained(name: str, window: int, windows: int, stages: _Stages) -> Pretrained:
+def _pretrained(name: str, device: str, window: int, windows: int, stages: _Stages) -> Pretrained:
     with stages.working(f"{name}: loading (a GGUF file is converted the first time)"):
-        model, tokenizer = load_model(name)
+        model, tokenizer = load_model(name, device=device)
         text = held_out_windows(load_corpus(*_CORPUS), tokenizer, window=window, windows=windows)
     with stages.working(f"{name}: searching for a prefix of one token"):
         search_BT = text.calibration.ids_NT[:_SEARCH_WINDOWS, :_SEARCH_TOKENS].contiguous()
@@ -221,7 +223,7 @@ def _continuation(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """The most likely next tokens after the prompt, on one line."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = prompt_ids(PROMPT, tokenizer)
-    ids_1T = torch.tensor([ids if ids[:1] == begin else begin + ids])
+    ids_1T = torch.tensor([ids if ids[:1] == begin else begin + ids], device=model.device)
     output_1T = model.generate(
         input_ids=ids_1T,
         attention_mask=torch.ones_like(ids_1T),

@@ -44,7 +44,7 @@ from oasis_attn.quantization.remedies import REMEDIES, Remedy, combine, per_chan
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import perplexity, sensitivity_table
 from oasis_attn.quantization.simulate import check_unquantized, quantize
-from oasis_attn.records import DiagnosisRecord, DoctorRecord, Metric, Try
+from oasis_attn.records import DiagnosisRecord, DoctorRecord, Metric, Try, current_environment
 from oasis_attn.report.conclusion import scheme_breaks
 from oasis_attn.report.remedies import PLAIN, has_tries, increase, is_good
 
@@ -85,6 +85,7 @@ def doctor(
     window: int = 256,
     windows: int = 8,
     seed: int = 0,
+    device: str = "auto",
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> Consultation:
@@ -109,6 +110,7 @@ def doctor(
         windows: maximum number of windows for calibration, and for perplexity; they are spread over
             the split.
         seed: random seed of the rotation.
+        device: see `load_model`.
         trust_remote_code: see `load_model`.
         progress: see `Progress`; a step names the time left.
 
@@ -128,13 +130,14 @@ def doctor(
         load_corpus(evaluation or calibration, evaluation_split),
     ]
     progress("loading the model")
-    loaded, tokenizer = load_model(model, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
     check_unquantized(loaded)
     check_lengths(loaded, [window], "window")
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
     record = DoctorRecord(
+        environment=current_environment(loaded.device),
         model=describe_model(loaded),
         sha256=fingerprint(loaded),
         scheme=scheme.to_dict(),

@@ -24,7 +24,7 @@ from oasis_attn.hub.model_info import describe_model
 from oasis_attn.measure import diagnose
 from oasis_attn.measure.loss import measure_loss
 from oasis_attn.quantization import quantize, quantized_modules, schemes
-from oasis_attn.records import Metric, TrainingRecord, TrialRecord
+from oasis_attn.records import Metric, TrainingRecord, TrialRecord, current_environment
 from oasis_attn.study.decoder_trial import run_decoder_trial
 from oasis_attn.study.plan import Trial
 from oasis_attn.study.study_metrics import TIMES
@@ -183,6 +183,7 @@ def _tasks(
 def _record(state: TrialState, command: str) -> TrialRecord:
     trial, trained = state.trial, state.trained
     return TrialRecord(
+        environment=current_environment(state.model.device),
         model=replace(describe_model(state.model), name=trial.id, variant=trial.variant),
         trial=trial.to_dict(),
         command=command,

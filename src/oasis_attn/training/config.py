@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+from oasis_attn.devices import check_device
 from oasis_attn.errors import (
     UserError,
     check_at_least,
@@ -28,7 +29,7 @@ SERVICES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
 }
 """Where `report_to` can log -> the packages of which one must be installed."""
-_NO_EFFECT_ON_RESULT = ("out", "report_to", "resume", "trust_remote_code")
+_NO_EFFECT_ON_RESULT = ("out", "device", "report_to", "resume", "trust_remote_code")
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
 _LARGEST = 1e6
 """Largest learning rate or weight: above it, a step is not finite in float32."""
@@ -42,6 +43,7 @@ class TrainingConfig:
         out: folder for the model, its tokenizer, `record.json` and `checkpoints/`.
         from_model: an existing model to train, for `load_model`: an OASIS or a native model, with
             its own tokenizer.  Its variant, size, settings and vocabulary are used.
+        device: `cpu`, `cuda`, or `auto` for the GPUs if there are any.
         trust_remote_code: run Python code from the checkpoint of `from_model`; see `load_model`.
         variant: a name in `variants()`.
         size: a name in `SIZES`, or a Hugging Face configuration file.
@@ -91,6 +93,7 @@ class TrainingConfig:
 
     out: str | Path
     from_model: str | Path | None = None
+    device: str = "auto"
     trust_remote_code: bool = False
     variant: str = "oasis"
     size: str = "nano"
@@ -144,6 +147,12 @@ class TrainingConfig:
         for name, least in lowest.items():
             check_whole(name, getattr(self, name), least)
         check_seed("seed", self.seed)
+        check_device(self.device)
+        if ":" in self.device:
+            raise UserError(
+                f"device: {self.device!r} is one of several GPUs; training uses all that are"
+                " visible, so set CUDA_VISIBLE_DEVICES; allowed here: auto, cpu, cuda"
+            )
         for name in ("bf16", "activation_checkpointing", "resume", "trust_remote_code"):
             check_flag(name, getattr(self, name))
         for name in ("warmup", "distill_weight"):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Windows, collate
 from oasis_attn.hub.model_info import describe_model
-from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord
+from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord, current_environment
 from oasis_attn.training.checkpoints import STAGING
 from oasis_attn.training.config import TrainingConfig
 from oasis_attn.training.prepare import Prepared
@@ -53,8 +53,9 @@ def training_record(
     model: PreTrainedModel,
     history: list[dict[str, Any]],
     tokens_per_second: float,
+    device: torch.device,
 ) -> TrainingRecord:
-    """The record of a finished run; `history` is the log of the Trainer."""
+    """The record of a finished run; `history` and `device` are those of the Trainer."""
     table = [
         {name: row[key] for key, name in _COLUMNS.items() if key in row}
         for row in history
@@ -67,6 +68,7 @@ def training_record(
     perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
     identity = prepared.identity
     return TrainingRecord(
+        environment=current_environment(device),
         model=replace(
             describe_model(model),
             name=str(config.out),

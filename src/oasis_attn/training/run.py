@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging
 
 from oasis_attn.data import collate
+from oasis_attn.devices import find_device
 from oasis_attn.errors import UserError, parse_json, reason, shown
 from oasis_attn.files import check_free, lock, write_text, writing
 from oasis_attn.hub.model_card import write_card
@@ -126,7 +127,10 @@ def train(
                 save_model(model, prepared.tokenizer, out)
             history = trainer.state.log_history
             meter.say(f"measuring the loss on {config.eval_windows} windows")
-            record = training_record(config, prepared, model, history, meter.tokens_per_second)
+            record = training_record(
+                *(config, prepared, model, history, meter.tokens_per_second),
+                device=trainer.args.device,
+            )
             record.save(out / "record.json")
             if isinstance(model, OasisPreTrainedModel):
                 write_card(model, out)  # again, now with the measurements
@@ -157,7 +161,7 @@ def _removed_if_refused(out: Path, meter: Meter) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         if not meter.tokens:
             shutil.rmtree(out, ignore_errors=True)
         raise
@@ -179,7 +183,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _arguments(config: TrainingConfig, out: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out / "checkpoints" / STAGING),
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=find_device(config.device).type == "cpu",
         max_steps=config.steps,
         seed=config.seed,
         data_seed=config.seed,
@@ -187,7 +191,7 @@ def _arguments(config: TrainingConfig, out: Path) -> TrainingArguments:
         gradient_accumulation_steps=config.gradient_accumulation,
         dataloader_drop_last=True,
         ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=find_device(config.device).type == "cuda",
         remove_unused_columns=False,
         learning_rate=config.rates["backbone"],
         lr_scheduler_type="cosine",
