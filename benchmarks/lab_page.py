@@ -84,6 +84,17 @@ LANGUAGE_COLUMNS = {
     "perplexity.windowed@w8a8-static-full": ("perplexity, w8a8-static-full", True),
     "perplexity.windowed@w4a4": ("perplexity, w4a4", True),
 }
+MODEL_COLUMNS = {
+    "sink.mass": "mean sink",
+    "sink.max_mass": "largest sink",
+    "outlier.max_inf_norm_layer": "largest value in a layer's output",
+    "outlier.max_kurtosis": "largest kurtosis",
+    "perplexity.windowed": "perplexity",
+    **{
+        f"perplexity.windowed@{scheme}": f"perplexity, {scheme}"
+        for scheme in ("w8a8-dynamic", "w8a8-static-linear", "w8a8-static-full", "w4a4")
+    },
+}
 DRAWN = ("sink.idle_largest", "task.error", "task.error@w8a8-static-full")
 
 
@@ -109,6 +120,7 @@ def page(text: str) -> str:
         "language_rows": partial(rows, "majority", LANGUAGE_COLUMNS),
         "language_verdicts": partial(verdicts, "majority"),
         "language_criteria": partial(criteria, "majority"),
+        "language_models": language_models,
     }
     return fill(PAGE, text, "lab_page.py", tables)
 
@@ -155,6 +167,22 @@ def embedding_weights() -> str:
         for reader, weights in zip([*readers, "output"], zip(*runs, strict=True), strict=True)
     )
     columns = "read by", "embedding, first token", "embedding, other tokens"
+    return markdown(Table(columns=columns, rows=rows))
+
+
+def language_models() -> str:
+    """Sinks, activations and quantization of language models of real text, by size."""
+    record = BenchmarkRecord.load(RESULTS / "lab" / "language_models" / "record.json")
+    found = {(metric.name, metric.where): metric.value for metric in record.metrics}
+    rows = tuple(
+        (
+            name,
+            short(run["steps"] * run["batch_size"] * 256 / 1e6),
+            *(short(found[metric, name]) for metric in MODEL_COLUMNS),
+        )
+        for name, run in record.settings.items()
+    )
+    columns = "model", "million tokens", *MODEL_COLUMNS.values()
     return markdown(Table(columns=columns, rows=rows))
 
 
