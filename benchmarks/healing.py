@@ -21,6 +21,8 @@ from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.files import write_text
 from oasis_attn.hub.loading import load_model
 from oasis_attn.records import BenchmarkRecord, Metric
+from oasis_attn.report.markdown import markdown
+from oasis_attn.report.tables import Table, number
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "healing"
 BUDGET = "--corpus imdb --steps 240 --batch-size 2 --block-length 256 --eval-windows 16"
@@ -107,11 +109,10 @@ def main() -> None:
 def table(record: BenchmarkRecord) -> str:
     """The record as Markdown: one row per model, one column per metric."""
     names = list(dict.fromkeys(metric.name for metric in record.metrics))
-    lines = ["| SmolLM2-135M | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
-    for where in ROWS:
-        values = (f"{record.metric(name, where).value:.4g}" for name in names)
-        lines.append(f"| {where} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
+    rows = tuple(
+        (where, *(number(record.metric(name, where).value) for name in names)) for where in ROWS
+    )
+    return markdown(Table(columns=("SmolLM2-135M", *names), rows=rows))
 
 
 if __name__ == "__main__":
