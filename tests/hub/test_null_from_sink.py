@@ -114,6 +114,7 @@ def test_the_first_null_is_the_mean_and_in_layer_0_a_token_if_first_tokens_are_m
     massive, monkeypatch
 ):
     monkeypatch.setattr("oasis_attn.hub.null_from_sink._MASSIVE", massive)
+    monkeypatch.setattr("oasis_attn.hub.null_from_sink._fitted", lambda _model, null, _ids: null)
     native = native_model("llama")
     ids = torch.tensor([[5, 5, 5, 9, 9], [11, 11, 7, 7, 8]])
     with Float64Mode():
@@ -142,6 +143,54 @@ def test_the_first_null_is_the_mean_and_in_layer_0_a_token_if_first_tokens_are_m
             (layer.null_key, layer.null_value), options[layer_0], strict=True
         ):
             torch.testing.assert_close(found[:, 0], expected[index], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_are_those_that_keep_the_output_of_attention(family, monkeypatch):
+    """The derivative of the squared difference is 0 in every layer of the model as a whole."""
+    monkeypatch.setattr("oasis_attn.hub.null_from_sink._QUERIES", 4)
+    monkeypatch.setattr("oasis_attn.hub.null_from_sink._MASSIVE", 1000)
+    native = native_model(family)
+    with Float64Mode():
+        mean = _mean_null(native, CALIBRATION.reshape(-1, 1, 1))
+        converted = null_from_sink(native, CALIBRATION).model
+        expected, found = (outputs_of_heads(model, CALIBRATION) for model in (native, converted))
+        nulls = converted(CALIBRATION, output_null_probability=True).null_probability
+    unchanged = converted.model.layers[0].null_value[:, 0]
+    torch.testing.assert_close(unchanged, mean.values[0], rtol=0, atol=1e-10)
+    for index, layer in list(enumerate(converted.model.layers))[1:]:
+        weight = layer.self_attn.o_proj.weight
+        values = layer.null_value[:, 0].clone()
+        error_BTI = (found[index] - expected[index])[:, :, 1:].transpose(1, 2).flatten(2)
+        n_BHT = nulls[index][:, :, 1:]
+
+        def squares(change_Hd, error_BTI=error_BTI, n_BHT=n_BHT, weight=weight):
+            added_BTI = torch.einsum("bht,hd->bthd", n_BHT, change_Hd).flatten(2)
+            return ((error_BTI + added_BTI) @ weight.T).square().sum()
+
+        zero = torch.zeros_like(values)
+        slope_Hd = torch.func.grad(squares)(zero) / 2
+        curvature = torch.func.hessian(squares)(zero).flatten(2).flatten(0, 1).diagonal() / 2
+        moved_Hd = values - mean.values[index]
+        slope_Hd += 0.01 * curvature.mean() * moved_Hd
+        assert slope_Hd.abs().max() < 1e-8
+        assert moved_Hd.abs().max() > 1e-3
+
+
+def outputs_of_heads(model, ids_BT):
+    """The input of each layer's output projection, `[B, H, T, d]`."""
+    seen = []
+    hooks = [
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _module, args: seen.append(args[0].unflatten(-1, (4, -1)).transpose(1, 2))
+        )
+        for layer in model.model.layers
+    ]
+    model(ids_BT)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 @torch.no_grad()

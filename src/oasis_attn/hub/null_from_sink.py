@@ -5,7 +5,8 @@ key and value are almost the same in every sequence, and its activations are mas
 2024, arXiv 2402.17762).  `null_from_sink` gives every head one more key and value, which are those
 of the first token on average.  Every query sees them as if they were at position 0 of its sequence,
 as those of a prefix token that shifts no position.  The heads then attend to this null, and the
-first token remains an ordinary token.
+first token remains an ordinary token.  The values are then fitted by least squares, so that the
+outputs of attention are as close as possible to those of the original model.
 
 Some models have secondary sinks: tokens with massive activations later in the sequence.  More nulls
 can replace them.  Each is made from one token, which is found by trying those with the largest
@@ -40,6 +41,9 @@ _SEARCH_WINDOWS, _SEARCH_TOKENS = 8, 128  # of the windows that they are tried o
 _MASSIVE = 10  # times the activations of the median token
 _OCCURRENCES = 16  # of a token, which its null is the mean of
 _TOKENS = 1024  # per forward pass, unless a window has more
+_FITTED_TOKENS = 4096  # that values are fitted on, unless a window has more
+_RIDGE = 0.01  # of the fit of values, as a fraction of the diagonal's mean
+_QUERIES = 128  # whose attention matrix is computed at a time
 
 
 class SinkConversion(NamedTuple):
@@ -80,7 +84,8 @@ def null_from_sink(
     have.  `convert` is the exact conversion.
 
     The key and the value of the first null are the means over all tokens of the windows, each of
-    which runs alone, as the first token of a sequence.  They should be text without BOS.
+    which runs alone, as the first token of a sequence.  They should be text without BOS.  The
+    values of all layers but layer 0 are then fitted to the outputs of attention, see `_fitted`.
 
     A model that was trained with BOS in front of every text has its sink on BOS.  `first_token`
     makes the first null from BOS, whose place it takes when BOS is left out of the texts.
@@ -103,7 +108,7 @@ def null_from_sink(
         variant: a name in `variants()`; its token normalizer is replaced by `key_value_null`.
         nulls: maximum number of nulls of each head.
         first_token: the first null has the key and the value of this token, as the first token of a
-            sequence, in place of the means.
+            sequence, in place of the means; the value is not fitted.
         on_try: is called before each token is tried, `CANDIDATES` times at most for each null.
         overrides: settings of `OasisConfig` that replace those of the variant.
 
@@ -128,6 +133,8 @@ def null_from_sink(
             if first_11 is None
             else (None, _mean_null(model, [first_11]))
         )
+        if first_11 is None and ids_NT.shape[1] > 1:
+            first = _fitted(model, first, ids_NT)
         found = [first]
         tokens: list[int] = []
         while len(found) < nulls:
@@ -228,6 +235,83 @@ def _mean_null(model: PreTrainedModel, batches: Iterable[Tensor]) -> _Null:
             " positions below 0, which nulls after the first need; use 1"
         )
     return null
+
+
+def _fitted(model: PreTrainedModel, null: _Null, ids_NT: Tensor) -> _Null:
+    """`null` with the values that keep the outputs of attention closest to those of `model`.
+
+    With the null probability n_h of head h, its columns W_h of the output projection, and e_h, the
+    output of h in `model` less what the keys add to it in the converted model, the values of a
+    layer are the v that minimize
+
+        sum over queries of |sum over h of W_h (n_h v_h - e_h)|^2 + r sum over h of |v_h - mean_h|^2
+
+    where r is the fraction `_RIDGE` of the diagonal's mean of the normal equations.  Queries of
+    first tokens do not count.  Layer 0 keeps its values, which make the first token an ordinary
+    one.  The other layers are fitted in order: the inputs of a layer are those after the fit of the
+    layers before it.  All windows pass through the converted model once, in one batch, and each
+    attention module is computed again with its new values.
+    """
+    ids_NT = ids_NT[:: -(-ids_NT.numel() // _FITTED_TOKENS)]
+    outputs: dict[int, list[Tensor]] = {}
+    with observe_attention(
+        model, lambda call: outputs.setdefault(call.layer, []).append(_output_of_keys(call))
+    ):
+        for ids_BT in ids_NT.split(max(1, _TOKENS // ids_NT.shape[1])):
+            _run(model, ids_BT)
+
+    converted = _with_nulls(model, [null])
+    values = list(null.values)
+    latest: list[AttentionCall] = []
+
+    def fit(attention: Any, args: Any, kwargs: Any, _output: Any) -> Any:
+        call = latest[-1]
+        latest.clear()
+        layer = converted.model.layers[call.layer]
+        output_BHTd = torch.cat(outputs.pop(call.layer)) - _output_of_keys(call)
+        values[call.layer] = _least_squares(
+            call.null_BHT[:, :, 1:].double(),
+            output_BHTd[:, :, 1:].double(),
+            values[call.layer],
+            layer.output_projection.weight.double(),
+        )
+        layer.null_value.copy_(values[call.layer].unsqueeze(1))
+        return attention.forward(*args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(observe_attention(converted, latest.append))
+        for layer in converted.model.layers[1:]:
+            hook = layer.self_attn.register_forward_hook(fit, with_kwargs=True)
+            stack.callback(hook.remove)
+        _run(converted, ids_NT)
+    return _Null(null.keys, values)
+
+
+def _least_squares(null_BHT: Tensor, e_BHTd: Tensor, mean_Hd: Tensor, weight_DI: Tensor) -> Tensor:
+    """The values of `_fitted`, `[H, d]`."""
+    H, d = mean_Hd.shape
+    rest_BHTd = e_BHTd - null_BHT.unsqueeze(-1) * mean_Hd.unsqueeze(1)
+    gram_HdHd = (weight_DI.mT @ weight_DI).view(H, d, H, d)
+    moments_HH = torch.einsum("bht,bgt->hg", null_BHT, null_BHT)
+    matrix_II = (gram_HdHd * moments_HH[:, None, :, None]).reshape(H * d, H * d)
+    products_HHd = torch.einsum("bht,bgtd->hgd", null_BHT, rest_BHTd)
+    right_I = torch.einsum("hdge,hge->hd", gram_HdHd, products_HHd).flatten()
+    ridge = _RIDGE * matrix_II.diagonal().mean() + torch.finfo(matrix_II.dtype).tiny
+    matrix_II.diagonal().add_(ridge)
+    change_I: Tensor = torch.linalg.solve(matrix_II, right_I)
+    return mean_Hd + change_I.view(H, d)
+
+
+def _output_of_keys(call: AttentionCall) -> Tensor:
+    """What the keys add to the output of attention, `[B, H, T, d]`."""
+    T = call.query_BHTd.shape[2]
+    groups = call.query_BHTd.shape[1] // call.value_BGSd.shape[1]
+    value_BHSd = call.value_BGSd.repeat_interleave(groups, 1)
+    parts = []
+    for start in range(0, T, _QUERIES):
+        rows_BHTS = call.rows(start, min(start + _QUERIES, T))
+        parts.append(rows_BHTS @ value_BHSd[:, :, : rows_BHTS.shape[3]].to(rows_BHTS.dtype))
+    return torch.cat(parts, 2)
 
 
 def _best_null(
