@@ -103,19 +103,19 @@ LENGTHS = {  # with fewer sequences from 512 on; the check at length 256 compare
     16: search(16, 2, 3.5),
     64: search(64, 3, 4.5),
     32: search(32, 2.5, 4),
-    128: search(128, 3.5, 5, seeds=3),
-    256: search(256, 4, 5.5, seeds=3, resolution=0.5),
-    512: search(512, 4.5, 6.5, batch_size=8, seeds=3, resolution=0.5),
-    1024: search(1024, 4, 6, batch_size=8, seeds=3, resolution=0.5),
+    128: search(128, 3.5, 5),
+    256: search(256, 4, 5.5, resolution=0.5),
+    512: search(512, 4.5, 6.5, batch_size=8, resolution=0.5),
+    1024: search(1024, 4, 6, batch_size=8, resolution=0.5),
 }
 LONGEST_FITTED = 256  # the lines are extended to the other lengths, which test them
 SHAPES = (
     search(16, 2, 3.5, heads=2),
-    search(16, 2, 4, layers=2, seeds=3),
-    search(16, 2.5, 4, heads=4, seeds=3),
-    search(16, 2.5, 4, layers=4, seeds=3, resolution=0.5),
-    search(16, 2.5, 4, heads=8, seeds=3, resolution=0.5),
-    search(16, 2.5, 4, layers=8, seeds=2, resolution=0.5),
+    search(16, 2, 4, layers=2),
+    search(16, 2.5, 4, heads=4),
+    search(16, 2.5, 4, layers=4, resolution=0.5),
+    search(16, 2.5, 4, heads=8, resolution=0.5),
+    search(16, 2.5, 4, layers=8, resolution=0.5),
 )
 CHECKS = (  # of the batch size and the learning rate; the paper: 128, and 1e-4 for several layers
     search(16, 2, 3.5, batch_size=128, seeds=2),
