@@ -128,6 +128,7 @@ def null_from_sink(
             f"model: family {model.config.model_type!r} has learned sinks of its own, which are"
             " nulls already; use the exact conversion"
         )
+    ids_NT = ids_NT.cpu()  # as are the results of `token_peaks`
     with eval_mode(model), torch.no_grad():
         layer_0, first = (
             _first_null(model, ids_NT, on_try)
