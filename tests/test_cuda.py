@@ -20,6 +20,7 @@ from oasis_attn.hub.gguf_export import write_gguf
 from oasis_attn.hub.gguf_file import read_gguf
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import fingerprint
+from oasis_attn.hub.null_from_sink import null_from_sink
 from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.measure import diagnose
 from oasis_attn.quantization import QuantizedCache, quantize, save_compressed_tensors, schemes
@@ -235,6 +236,14 @@ def test_a_null_from_a_sink_is_that_of_the_cpu(folder, text, tmp_path, oasis):
     converted, _ = load_model(tmp_path / "device", device=DEVICE)
     expected = perplexity(converted.to("cpu"), load_windows(text))
     assert record.metric("perplexity.windowed", "after").value == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_windows_of_nulls_may_be_on_the_device():
+    model = native(initializer_range=0.2).to(DEVICE)
+    ids = torch.randint(3, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(1))
+    here, there = (null_from_sink(model, each, nulls=2) for each in (ids, ids.to(DEVICE)))
+    assert here.tokens == there.tokens
+    close(logits(there.model), logits(here.model))
 
 
 def load_windows(text):

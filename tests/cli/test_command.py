@@ -169,14 +169,19 @@ def test_an_error_in_a_command(oasis, monkeypatch, error, code, line) -> None:
     assert oasis("verb") == (code, ("", line))
 
 
-def test_a_full_gpu_is_one_line_that_names_a_remedy(oasis, monkeypatch, model) -> None:
-    reason = "CUDA out of memory. Tried to allocate 2.00 GiB."
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+)
+def test_a_full_gpu_is_one_line_that_names_a_remedy(oasis, monkeypatch, model, error) -> None:
+    def check_runs(_model: object) -> None:
+        raise error
 
-    def load_model(*_args: object, **_options: object) -> None:
-        raise torch.OutOfMemoryError(reason)
-
-    monkeypatch.setattr(loading, "load_model", load_model)
-    line = f"oasis: the memory of the GPU is full; run it with --device cpu ({reason})"
+    monkeypatch.setattr(loading, "_check_runs", check_runs)
+    line = f"oasis: the memory of the GPU is full; run it with --device cpu ({error})"
     code, (out, err) = oasis("diagnose", model, "--text", "w3 w4 w5")
     assert (code, out, err.splitlines()[-1]) == (2, "", line)
 

@@ -41,7 +41,8 @@ def test_description_and_mode():
     assert facts.config == model.config.settings
     assert facts.dtype == "float32"
     assert describe_model(LlamaForCausalLM(tiny_config())).config is None
-    model.train()
+    frozen = model.train().model.layers[1].eval()
     with eval_mode(model):
-        assert not model.training
+        assert not any(module.training for module in model.modules())
     assert model.training
+    assert {module for module in model.modules() if not module.training} == {*frozen.modules()}

@@ -8,6 +8,7 @@ from float64_mode import IDS, Float64Mode, native_model
 from oasis_attn import UserError
 from oasis_attn.hub.null_from_sink import (
     CANDIDATES,
+    _least_squares,
     _mean_null,
     _Null,
     _with_nulls,
@@ -153,7 +154,7 @@ def test_values_are_those_that_keep_the_output_of_attention(family, monkeypatch)
     monkeypatch.setattr("oasis_attn.hub.null_from_sink._MASSIVE", 1000)
     native = native_model(family)
     with Float64Mode():
-        mean = _mean_null(native, CALIBRATION.reshape(-1, 1, 1))
+        mean = _mean_null(native, [CALIBRATION.reshape(-1, 1)])
         converted = null_from_sink(native, CALIBRATION).model
         expected, found = (outputs_of_heads(model, CALIBRATION) for model in (native, converted))
         nulls = converted(CALIBRATION, output_null_probability=True).null_probability
@@ -173,9 +174,25 @@ def test_values_are_those_that_keep_the_output_of_attention(family, monkeypatch)
         slope_Hd = torch.func.grad(squares)(zero) / 2
         curvature = torch.func.hessian(squares)(zero).flatten(2).flatten(0, 1).diagonal() / 2
         moved_Hd = values - mean.values[index]
-        slope_Hd += 0.01 * curvature.mean() * moved_Hd
+        noise = squares(-moved_Hd) / (n_BHT[:, 0].numel() * len(weight))
+        prior = (0.1 * mean.values[index]).square().mean()
+        slope_Hd += (0.01 * curvature.mean() + noise / prior) * moved_Hd
         assert slope_Hd.abs().max() < 1e-8
         assert moved_Hd.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("null", [1.0, 1e-3, 1e-8, 1e-25, 0.0])
+@pytest.mark.parametrize("queries", [1, 50])
+@pytest.mark.parametrize("size", [1.0, 0.0])  # of the means
+def test_values_stay_near_the_means_with_few_queries_or_small_null_probabilities(
+    null, queries, size
+):
+    torch.manual_seed(0)
+    n_BHT, e_BHTd = torch.rand(1, 2, queries) * null, torch.randn(1, 2, queries, 3)
+    mean_Hd = size * torch.randn(2, 3)
+    arguments = (n_BHT, e_BHTd, mean_Hd, torch.randn(5, 6))
+    change_Hd = _least_squares(*(x.double() for x in arguments)) - mean_Hd
+    assert change_Hd.square().mean() <= mean_Hd.square().mean()  # false if it is not finite
 
 
 def outputs_of_heads(model, ids_BT):

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -25,6 +24,7 @@ from torch.nn.modules.module import (
 )
 from transformers import PreTrainedConfig
 
+from oasis_attn.devices import is_out_of_memory
 from oasis_attn.errors import UserError, one_line, parse_json
 from oasis_attn.modeling.hf_compat import IMPLEMENTATION_KEYS, AutoHfQuantizer, find_file
 
@@ -67,9 +67,11 @@ class Checkpoint:
         """
         try:
             yield
-        except (UserError, torch.OutOfMemoryError):  # memory depends on the machine
+        except UserError:
             raise
         except Exception as error:  # the library may raise any type on a broken file
+            if is_out_of_memory(error):  # which depends on the machine
+                raise
             reason = one_line(error)
             if not self.trust_remote_code and "trust_remote_code" in reason:
                 raise self.error(

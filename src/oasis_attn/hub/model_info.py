@@ -87,10 +87,12 @@ def check_savable(model: PreTrainedModel) -> None:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Context in which `model` is in eval mode."""
-    training = model.training
+    """Context in which `model` is in eval mode; afterwards, each of its modules is as before."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        model.train(modes[0][1])
+        for module, training in modes:  # a frozen part of a model that is trained may be in eval
+            module.training = training

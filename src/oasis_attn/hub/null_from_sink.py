@@ -43,6 +43,7 @@ _OCCURRENCES = 16  # of a token, which its null is the mean of
 _TOKENS = 1024  # per forward pass, unless a window has more
 _FITTED_TOKENS = 4096  # that values are fitted on, unless a window has more
 _RIDGE = 0.01  # of the fit of values, as a fraction of the diagonal's mean
+_CHANGE = 0.1  # of values by the fit, that is expected before it, as a fraction of their size
 _QUERIES = 128  # whose attention matrix is computed at a time
 
 
@@ -127,6 +128,7 @@ def null_from_sink(
             f"model: family {model.config.model_type!r} has learned sinks of its own, which are"
             " nulls already; use the exact conversion"
         )
+    ids_NT = ids_NT.cpu()  # as are the results of `token_peaks`
     with eval_mode(model), torch.no_grad():
         layer_0, first = (
             _first_null(model, ids_NT, on_try)
@@ -246,11 +248,15 @@ def _fitted(model: PreTrainedModel, null: _Null, ids_NT: Tensor) -> _Null:
 
         sum over queries of |sum over h of W_h (n_h v_h - e_h)|^2 + r sum over h of |v_h - mean_h|^2
 
-    where r is the fraction `_RIDGE` of the diagonal's mean of the normal equations.  Queries of
-    first tokens do not count.  Layer 0 keeps its values, which make the first token an ordinary
-    one.  The other layers are fitted in order: the inputs of a layer are those after the fit of the
-    layers before it.  All windows pass through the converted model once, in one batch, and each
-    attention module is computed again with its new values.
+    where r is the fraction `_RIDGE` of the diagonal's mean of the normal equations, plus s^2 / c^2:
+    s is the root mean square of W_h (n_h mean_h - e_h), summed over h, and c is the fraction
+    `_CHANGE` of that of the means.  This is the ratio of noise to prior variance of a Bayesian
+    regression.  It keeps values near the means if the queries are few or the null probabilities
+    small.  Queries of first tokens do not count, nor does what a family has between its heads and
+    the projection (a gate in afmoe and laguna, a norm in bitnet).  Layer 0 keeps its values, which
+    make the first token an ordinary one.  The other layers are fitted in order: the inputs of a
+    layer are those after the fit of the layers before it.  All windows pass through the converted
+    model once, in one batch, and each attention module is computed again with its new values.
     """
     ids_NT = ids_NT[:: -(-ids_NT.numel() // _FITTED_TOKENS)]
     outputs: dict[int, list[Tensor]] = {}
@@ -296,9 +302,11 @@ def _least_squares(null_BHT: Tensor, e_BHTd: Tensor, mean_Hd: Tensor, weight_DI:
     matrix_II = (gram_HdHd * moments_HH[:, None, :, None]).reshape(H * d, H * d)
     products_HHd = torch.einsum("bht,bgtd->hgd", null_BHT, rest_BHTd)
     right_I = torch.einsum("hdge,hge->hd", gram_HdHd, products_HHd).flatten()
-    ridge = _RIDGE * matrix_II.diagonal().mean() + torch.finfo(matrix_II.dtype).tiny
-    matrix_II.diagonal().add_(ridge)
-    change_I: Tensor = torch.linalg.solve(matrix_II, right_I)
+    matrix_II.diagonal().add_(_RIDGE * matrix_II.diagonal().mean())
+    noise = (rest_BHTd.transpose(1, 2).flatten(2) @ weight_DI.mT).square().mean()
+    prior = _CHANGE**2 * mean_Hd.square().mean()  # may be 0: the equations are multiplied by it
+    matrix_II.mul_(prior).diagonal().add_(noise + torch.finfo(matrix_II.dtype).tiny)
+    change_I: Tensor = torch.linalg.solve(matrix_II, prior * right_I)
     return mean_Hd + change_I.view(H, d)
 
 

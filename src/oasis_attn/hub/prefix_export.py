@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from oasis_attn.devices import is_out_of_memory
 from oasis_attn.errors import UserError, one_line, shown
 from oasis_attn.files import write_text
 from oasis_attn.hub.model_card import PREFIX_IN_TOKENIZER
@@ -157,9 +158,9 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
     try:
         adapted: Any = PeftModel.from_pretrained(without_prefix(model), folder).eval()
         found = adapted(input_ids=ids_1T).logits
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # peft may raise any type for a family that it does not know
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"prefix: peft cannot apply it to family {family!r}: {one_line(error)}"
         ) from error

@@ -10,12 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from oasis_attn.data import collate
-from oasis_attn.devices import find_device
+from oasis_attn.devices import find_device, is_out_of_memory
 from oasis_attn.errors import UserError, parse_json, reason, shown
 from oasis_attn.files import check_free, lock, write_text, writing
 from oasis_attn.hub.model_card import write_card
@@ -161,8 +160,9 @@ def _removed_if_refused(out: Path, meter: Meter) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        if not meter.tokens:
+    except (UserError, RuntimeError) as error:
+        refused = isinstance(error, UserError) or is_out_of_memory(error)
+        if refused and not meter.tokens:
             shutil.rmtree(out, ignore_errors=True)
         raise
 
