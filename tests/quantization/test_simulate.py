@@ -266,6 +266,7 @@ def test_embeddings_calibrate_as_their_tokens_do(kind, options):
         ({"scheme": STATIC}, "calibration: None given, but 'w8a8-static-linear' needs"),
         ({"scheme": DYNAMIC, "calibration": [tokens()]}, "calibration: given, but 'w8a8-dynamic'"),
         ({"scheme": STATIC, "calibration": []}, "calibration: it has no batches"),
+        ({"scheme": STATIC, "calibration": ["text"]}, "calibration: a batch is of type str"),
         ({"scheme": STATIC, "calibration": [torch.ones(4)]}, r"a batch is torch.float32 \(4,\)"),
         (
             {"scheme": STATIC, "calibration": [torch.ones(1, 2, 3)]},

@@ -19,7 +19,8 @@ SchemeOption = Annotated[
         " repeatable.",
     ),
 ]
-Calibration = Annotated[
+Calibration = Annotated[str, Option(help="Corpus for calibration: a name, or a local text file.")]
+PrefixCalibration = Annotated[
     str,
     Option(
         help="Corpus for calibration, and for the search of a prefix: a name, or a local text file."

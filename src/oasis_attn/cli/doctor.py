@@ -47,7 +47,7 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    calibration: options.Calibration = "stdlib",
+    calibration: options.PrefixCalibration = "stdlib",
     calibration_split: options.CalibrationSplit = "train",
     evaluation: options.Evaluation = None,
     evaluation_split: options.EvaluationSplit = "test",

@@ -38,7 +38,7 @@ def prefix(
         ),
     ] = "w8a8-static-linear",
     scheme_option: options.SchemeOption = None,
-    calibration: options.Calibration = "stdlib",
+    calibration: options.PrefixCalibration = "stdlib",
     calibration_split: options.CalibrationSplit = "train",
     evaluation: options.Evaluation = None,
     evaluation_split: options.EvaluationSplit = "test",

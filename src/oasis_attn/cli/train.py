@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Context, Option
 
-from oasis_attn.cli.terminal import AsJson, Device, TrustRemoteCode, check_text, pairs, print_table
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table
 from oasis_attn.errors import UserError
 
 
@@ -154,7 +154,14 @@ def train(
     resume: Annotated[
         bool, Option("--resume", help="Resume from the last checkpoint in --out.")
     ] = False,
-    device: Device = "auto",
+    device: Annotated[
+        str,
+        Option(
+            metavar="DEVICE",
+            help="Where to train: auto (all visible GPUs, or the CPU if there is none), cpu or"
+            " cuda.",
+        ),
+    ] = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:

@@ -287,7 +287,10 @@ def _null_changes_function(layer: RoutedLayer) -> str | None:
     logit, key, value = layer.null_logit, layer.null_key, layer.null_value
     if logit is not None:
         if logit.max() > NULL_OFF:
-            return f"null_logit: layer {layer.index} has the learned value {logit.max():.3g}"
+            return (
+                f"null_logit: layer {layer.index} has the learned value {logit.max():.3g}, and the"
+                f" null is off only at {NULL_OFF:g} or below"
+            )
         if key is not None and key.abs().max() > _LARGEST_KEY_AT_NULL_OFF:
             return f"null_key: layer {layer.index} has the learned value {key.abs().max():.3g}"
         return None

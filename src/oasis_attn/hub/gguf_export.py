@@ -63,8 +63,8 @@ def check_gguf(config: PreTrainedConfig) -> None:
     """Raise `UserError` with the reason if no GGUF file can hold a model with this config."""
     if isinstance(config, OasisConfig):
         raise _error(
-            "no GGUF architecture computes what an OASIS model does; `oasis convert --to-vanilla`"
-            " makes a model of its family"
+            "no GGUF architecture computes what an OASIS model does; export the original model, or"
+            " the result of `oasis convert --to-vanilla` if the null is off"
         )
     kind, fields = config.model_type, config.to_dict()
     if kind not in ARCHITECTURES:

@@ -43,6 +43,11 @@ def run_batch(model: Any, batch: Tensor) -> None:
 
 def _check_batch(model: PreTrainedModel, batch: Tensor) -> None:
     embedding: Any = model.get_input_embeddings()
+    if not isinstance(batch, Tensor):
+        raise UserError(
+            f"calibration: a batch is of type {type(batch).__name__}, not a tensor of token ids,"
+            " int64 [batch, tokens]"
+        )
     width, shape = embedding.weight.shape[1], tuple(batch.shape)
     if batch.is_floating_point() and batch.ndim == 3 and shape[2] == width and batch.numel():
         return

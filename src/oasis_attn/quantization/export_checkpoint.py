@@ -100,7 +100,8 @@ def _check_config(
     elif isinstance(config, OasisConfig):
         raise UserError(
             "model: an OASIS model needs this library; --with-code writes its code with it, and"
-            " `oasis convert --to-vanilla` or `--to-sinks` makes a model of transformers"
+            " `oasis convert` makes a model of transformers: with --to-sinks if it has a plain null"
+            " and no depth routing, with --to-vanilla if the null is off"
         )
     stored = getattr(config.get_text_config(decoder=True), "quantization_config", None)
     if stored is None:

@@ -59,7 +59,7 @@ def check_same_run(path: Path, found: dict[str, Any], expected: dict[str, Any]) 
         if name not in found or found[name] != value:
             raise UserError(
                 f"resume: {str(path)!r} has {name} {shown(found.get(name))}, but this run has"
-                f" {shown(value)}"
+                f" {shown(value)}; repeat the options of the first run, or give a new folder"
             )
 
 
