@@ -177,7 +177,7 @@ def language_models() -> str:
     rows = tuple(
         (
             name,
-            short(run["steps"] * run["batch_size"] * 256 / 1e6),
+            short(run["steps"] * run["batch_size"] * run["block_length"] / 1e6),
             *(short(found[metric, name]) for metric in MODEL_COLUMNS),
         )
         for name, run in record.settings.items()

@@ -25,7 +25,7 @@ from oasis_attn.records import BenchmarkRecord, Metric
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "lab" / "language_models"
 TEXTS = {"train": ("imdb", "stdlib", "gsm8k"), "validation": ("imdb", "stdlib")}
-VOCABULARY, BLOCK, WINDOWS = 8192, 256, 32
+VOCABULARY, WINDOWS = 8192, 32
 SCHEMES = ("w8a8-static-full", "w8a8-static-linear", "w8a8-dynamic", "w4a4")
 
 
@@ -38,6 +38,7 @@ class Run:
     steps: int
     learning_rate: float
     batch_size: int = 64
+    block_length: int = 256
     seed: int = 0
 
 
@@ -85,7 +86,7 @@ def train_model(run: Run, corpus: Path, folder: Path) -> Any:
     record = train(
         TrainingConfig(
             out=folder / "trained", from_model=start, corpus=str(corpus), steps=run.steps,
-            seed=run.seed, block_length=BLOCK, batch_size=run.batch_size,
+            seed=run.seed, block_length=run.block_length, batch_size=run.batch_size,
             learning_rate=run.learning_rate, bf16=True, log_every=50, save_every=run.steps,
             eval_windows=WINDOWS,
         )
@@ -102,11 +103,11 @@ def measure_run(name: str, corpus: Path, runs: Path) -> None:
     from oasis_attn.measure.loss import measure_loss
     from oasis_attn.quantization import schemes
 
-    folder = runs / name.replace(", ", "-")
-    trained = train_model(RUNS[name], corpus, folder)
+    run, folder = RUNS[name], runs / name.replace(", ", "-")
+    trained = train_model(run, corpus, folder)
     model, tokenizer = load_model(folder / "trained", device="auto")
     text = held_out_windows(
-        load_corpus(corpus, "validation"), tokenizer, window=BLOCK, windows=WINDOWS
+        load_corpus(corpus, "validation"), tokenizer, window=run.block_length, windows=WINDOWS
     )
     found = diagnose(model, text.measured)
     metrics = [trained.metric("training.loss"), *(m for m in found.metrics if not m.where)]
@@ -121,7 +122,7 @@ def measure_run(name: str, corpus: Path, runs: Path) -> None:
     }
     BenchmarkRecord(
         name="language_models",
-        settings={name: asdict(RUNS[name])},
+        settings={name: asdict(run)},
         metrics=tuple(replace(metric, where=name) for metric in metrics),
         tables={name: tables},
         environment=found.environment,

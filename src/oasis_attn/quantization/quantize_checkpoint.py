@@ -216,14 +216,15 @@ def _save_for_engines(
 def _load_again(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model as transformers loads it from the written folder, in the dtype of the folder."""
     try:
-        return load_model(folder, dtype="auto", device=device, trust_remote_code=trust_remote_code)[
-            0
-        ]
+        model, _ = load_model(
+            folder, dtype="auto", device=device, trust_remote_code=trust_remote_code
+        )
     except UserError as error:
         raise UserError(
             "format: 'compressed-tensors' cannot hold this model: transformers does not load it"
             f" again ({error.__cause__ or error})"
         ) from error
+    return model
 
 
 def _not_ignored(targets: Sequence[str], ignore: Sequence[str]) -> list[str]:
