@@ -99,7 +99,15 @@ def test_another_process_computes_the_same_without_this_library(oasis, model, tm
     [
         ({}, "Q4_0"),
         ({"weight.bits": 3, "weight.group_size": 16 * 2}, "Q4_0"),
-        ({"weight.granularity": "channel", "weight.group_size": None, "head": True}, "Q4_0"),
+        (
+            {
+                "weight.granularity": "channel",
+                "weight.group_size": None,
+                "head": True,
+                "rotation": "folded",
+            },
+            "Q4_0",
+        ),
         ({"weight.bits": 8, "weight.group_size": 64}, "Q8_0"),
     ],
 )

@@ -45,6 +45,7 @@ SCHEMES = {
         STATIC, weight=DYNAMIC.weight, activation=QuantSpec(bits=8, symmetric=True)
     ),
     "smoothed": replace(STATIC, smooth_alpha=0.5),
+    "rotated": replace(STATIC, rotation="folded"),
     "w4a16": W4A16,
     "w4a16, gptq": replace(W4A16, rounding="gptq"),
     "w3a16": replace(W4A16, weight=replace(DYNAMIC.weight, bits=3)),
@@ -154,9 +155,13 @@ def test_what_the_folder_holds(tmp_path):
 
 
 def test_a_process_without_this_package(ids, tmp_path):
-    ours = quantized(make(), SCHEMES["w4a16, gptq"])
+    """A rotated model with a tied head needs nothing of ours either."""
+    ours = quantized(make(), replace(W4A16, rounding="gptq", rotation="folded"))
     with quiet():
         save_compressed_tensors(ours, tmp_path / "out")
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(stored[name].eq(1).all() for name in stored if name.endswith("norm.weight"))
     torch.save(ids, tmp_path / "ids.pt")
     code = """
 import sys, torch
@@ -349,7 +354,7 @@ REFUSED = {
     "full": (lambda: quantized(make(), TABLE["w8a8-static-full"]), "it quantizes linear layers"),
     "hadamard": (
         lambda: quantized(make(), replace(DYNAMIC, rotation="hadamard")),
-        "transformers does not apply rotation 'hadamard'",
+        "transformers does not apply rotation 'hadamard' .* use rotation='folded'",
     ),
     "inputs": (
         lambda: quantized(make(), replace(DYNAMIC, rotation="inputs")),

@@ -19,7 +19,7 @@ from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.variants import variants
 from oasis_attn.quantization.hadamard import hadamard, is_order
 from oasis_attn.quantization.linear import transform_input
-from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual
+from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual, rotate_weights
 from oasis_attn.quantization.schemes import get_scheme
 from oasis_attn.quantization.simulate import quantize, scheme_targets
 from oasis_attn.quantization.transforms import Rotation
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:null_attention falls back")
 
 def rotated(model, seed=1, way=rotate_residual):
     rotated_model = copy.deepcopy(model)
-    for name, transform in way(rotated_model, seed=seed).items():
+    for name, transform in (way(rotated_model, seed=seed) or {}).items():
         transform_input(rotated_model.get_submodule(name), transform)
     return rotated_model
 
@@ -54,11 +54,35 @@ def test_a_family_is_unchanged_or_refused(family):
     model = native_model(family)
     if family in ROTATES:
         check_same(model)
+        check_folded(model, latent=family in ("minicpm3", "youtu"))
         return
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=f"family '{family}' cannot be rotated: "):
-        rotate_residual(model, seed=1)
+    for way in (rotate_residual, rotate_weights):
+        with pytest.raises(UserError, match=f"family '{family}' cannot be rotated: "):
+            way(model, seed=1)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def check_folded(model, *, latent=False):
+    """The modules and logits are the same; each value head is rotated, unless values are latent."""
+    folded = check_same(model, rotate_weights)
+    assert [*map(str, folded.modules())] == [*map(str, model.modules())]
+    if not latent:
+        before, after = values(model), values(folded)
+        torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1), rtol=0, atol=1e-10)
+        assert ((after - before).abs().amax((0, 1)) > 1e-3).all()
+
+
+def values(model):
+    """The value heads [B, T, H, d] of the first layer."""
+    found = []
+    attention = model.base_model.layers[0].self_attn
+    linear = getattr(attention, "v_proj", None) or attention.qkv_proj
+    handle = linear.register_forward_hook(lambda _module, _args, output: found.append(output))
+    float64_logits(model)
+    handle.remove()
+    heads = found[0].unflatten(-1, (-1, attention.head_dim))
+    return heads[:, :, -2:]  # of a fused projection, the last ones
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,13 +123,24 @@ def test_which_inputs_are_rotated_at_inference_time(way):
 
 @pytest.mark.parametrize("variant", [name for name in variants() if "shuffled" not in name])
 def test_a_variant_is_unchanged(variant):
-    check_same(perturbed(tiny_model(variant, dtype=torch.float64)))
+    model = perturbed(tiny_model(variant, dtype=torch.float64))
+    check_same(model)
+    check_same(model, rotate_weights)
+
+
+@pytest.mark.parametrize(("gate", "kept"), [("elementwise", True), ("head", False)])
+def test_values_with_a_gate_for_each_entry_are_not_rotated(gate, kept):
+    model = perturbed(tiny_model("vanilla", dtype=torch.float64, output_gate=gate))
+    before, after = values(model), values(check_same(model, rotate_weights))
+    assert torch.allclose(after, before, rtol=0, atol=1e-10) == kept
 
 
 def test_blocks_of_sources_biases_and_odd_widths():
     odd = {"hidden_size": 44, "intermediate_size": 52, "head_dim": 10}
     text = tiny_config("qwen2", initializer_range=0.2, **odd)
-    check_same(perturbed(tiny_model("oasis", dtype=torch.float64, text=text, depth_block_size=3)))
+    model = perturbed(tiny_model("oasis", dtype=torch.float64, text=text, depth_block_size=3))
+    check_same(model)
+    check_same(model, rotate_weights)
 
 
 def test_a_tied_head_is_untied_and_stays_so():

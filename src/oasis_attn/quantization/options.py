@@ -49,8 +49,11 @@ def check_format(format: str, scheme: Scheme) -> None:
     types = {spec.element_type for spec in (scheme.weight, scheme.activation) if spec}
     if scheme.targets == "full":
         reason = "it quantizes linear layers only; use targets='linear'"
-    elif scheme.rotation != "none":
-        reason = f"transformers does not apply rotation {scheme.rotation!r} to inputs on loading"
+    elif scheme.rotation not in ("none", "folded"):
+        reason = (
+            f"transformers does not apply rotation {scheme.rotation!r} to inputs on loading; use"
+            " rotation='folded', which needs nothing at run time"
+        )
     elif scheme.clip_ratio != 1:
         reason = "it does not clip dynamic ranges; use clip_ratio=1"
     elif scheme.activation is None and not scheme.weight.symmetric:

@@ -6,6 +6,9 @@ the weights of the embedding, of the layers that read or write the residual stre
 are multiplied by the rotation or its inverse.  Only the inputs of the writers (`o_proj`,
 `down_proj`) are rotated at inference time.
 
+`rotate_weights` does nothing at inference time: it rotates the residual stream and the value heads
+(R1 and R2 of SpinQuant, 2405.16406), so that the inputs of `down_proj` keep their outliers.
+
 `rotate_inputs` rotates the input of every linear layer at inference time.  It is slower, works for
 any family, and is more accurate at 4 bits, because channels with a small gain stay small.  With a
 group size, each group of channels is rotated by itself, so that an outlier stays in its group.
@@ -24,7 +27,7 @@ from oasis_attn.modeling.decoder_map import DecoderMap, decoder_map
 from oasis_attn.modeling.depth_cache import DepthRouter
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.official import KeyProjection, OfficialRouter
-from oasis_attn.quantization.sublayers import Sublayer, gain_of, like, sublayers_of
+from oasis_attn.quantization.sublayers import Source, Sublayer, gain_of, like, sublayers_of
 from oasis_attn.quantization.targets import linear_layers
 from oasis_attn.quantization.transforms import Rotation
 
@@ -51,6 +54,53 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
             between sublayers and residual stream, norms other than RMSNorm, experts, or unknown
             parameters.
     """
+    generator = torch.Generator().manual_seed(seed)
+    sublayers = _rotate_stream(model, generator)
+    writers = {name: linear for sublayer in sublayers for name, linear in sublayer.writer.items()}
+    return _rotate_inputs(writers, generator)
+
+
+@torch.no_grad()
+def rotate_weights(model: PreTrainedModel, *, seed: int) -> None:
+    """Rotate the residual stream and the value heads of `model` in place, by its weights alone.
+
+    The values of a layer are not rotated if each entry of them gets its own gate, or if they are
+    not the output of a `v_proj` or `qkv_proj`, as in latent attention.  Everything else is as in
+    `rotate_residual`, which has the same residual stream for the same seed.
+
+    Args:
+        model: as in `rotate_residual`.
+        seed: random seed of the rotations' signs.
+
+    Raises:
+        UserError: as `rotate_residual`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for sublayer in _rotate_stream(model, generator):
+        source = sublayer.source
+        if source is not None and not source.gated:
+            [writer] = sublayer.writer.values()
+            _rotate_values(source, writer, generator)
+
+
+def _rotate_values(source: Source, writer: nn.Linear, generator: torch.Generator) -> None:
+    """Rotate each value head by the same matrix, and the input of `writer` back."""
+    rotation = _rotation(source.linear.weight, generator, source.width)
+    rows = slice(source.start, source.start + source.groups * source.width)
+    for name in ("weight", "bias"):
+        parameter = getattr(source.linear, name)
+        if parameter is not None:
+            rotated = parameter.to(torch.float64, copy=True)
+            rotated[rows] = rotation(rotated[rows].movedim(0, -1)).movedim(-1, 0)
+            setattr(source.linear, name, like(parameter, rotated))
+    if source.null is not None:
+        value_HMW: Tensor = source.null.null_value  # type: ignore[assignment]
+        source.null.null_value = like(value_HMW, rotation(value_HMW.double()))
+    _rotate_weight(writer, rotation)
+
+
+def _rotate_stream(model: PreTrainedModel, generator: torch.Generator) -> list[Sublayer]:
+    """Rotate the residual stream of `model`; return its sublayers."""
     text = model.config.get_text_config(decoder=True)
     family_of(text)  # raises if it has no row
     decoder = decoder_map(model)
@@ -60,7 +110,6 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
     norms.append((final, {"head": head}))
     gains = _checked_gains(model, decoder, sublayers, norms, embedding.weight)
 
-    generator = torch.Generator().manual_seed(seed)
     stream = _rotation(embedding.weight, generator)
     _rotate_weight(embedding, stream)
     for (norm, readers), (gain_D, neutral) in zip(norms, gains, strict=True):
@@ -77,8 +126,7 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
     for module in model.modules():
         _rotate_router(module, stream)
     _untie(model)
-    writers = {name: linear for sublayer in sublayers for name, linear in sublayer.writer.items()}
-    return _rotate_inputs(writers, generator)
+    return sublayers
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from oasis_attn.quantization.spec import FLOAT_TYPES, QuantSpec
 
 OBSERVERS = ("minmax", "running_minmax", "percentile", "mse")
 TARGETS = ("linear", "full")
-ROTATIONS = ("none", "hadamard", "inputs", "groups", "fitted")
+ROTATIONS = ("none", "folded", "hadamard", "inputs", "groups", "fitted")
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -38,7 +38,9 @@ class Scheme:
             activations to weights before quantization: 0 moves nothing, 1 everything; None
             disables it.
         rotation: `hadamard` rotates the residual stream and the MLP's inner activations before
-            quantization, to spread outliers over all channels (QuaRot, 2404.00456).  `inputs`
+            quantization, to spread outliers over all channels (QuaRot, 2404.00456).  `folded`
+            rotates only what weights alone can rotate, the residual stream and the value heads (R1
+            and R2 of SpinQuant, 2405.16406): it needs nothing at run time.  `inputs`
             rotates the input of every linear layer at run time: it is slower, works for any family,
             and is more accurate at 4 bits.  `groups` does so within each group of channels that
             share a scale (2509.23202).  `fitted` multiplies the same inputs by the matrices with

@@ -27,7 +27,7 @@ from oasis_attn.quantization.linear import (
 )
 from oasis_attn.quantization.linearize import expert_of, linear_names, linearize
 from oasis_attn.quantization.quantizers import StaticQuantizer, calibrating_together
-from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual
+from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual, rotate_weights
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.smoothquant import smooth
 from oasis_attn.quantization.targets import add_quantizer, linear_targets, tensor_targets
@@ -128,6 +128,8 @@ def transformed_copy(
     transforms: dict[str, nn.Module] = {}
     if scheme.rotation == "hadamard":
         transforms = rotate_residual(result, seed=seed)
+    elif scheme.rotation == "folded":
+        rotate_weights(result, seed=seed)
     elif scheme.rotation in ("inputs", "groups"):
         transforms = rotate_inputs(result, seed=seed, group_size=scheme.rotated_together)
     elif scheme.rotation == "fitted" and batches is not None:

@@ -114,7 +114,7 @@ def _smooth_writer(
     writer: dict[str, nn.Linear], source: Source, largest: dict[str, Tensor], alpha: float
 ) -> None:
     [(name, linear)] = writer.items()
-    rows, start, groups, repeats, width, null = source
+    rows, start, groups, repeats, width, _, null = source
     heads = (groups, repeats, width)
     inputs_GW, columns_GW = (
         of_D.view(heads).amax(1) for of_D in (largest[name], _columns([linear]))

@@ -27,7 +27,8 @@ class Source(NamedTuple):
 
     The rows are [groups, width], and the writer's input is [groups, repeats, width]: one value head
     is used by all query heads of its group.  `null` is the layer whose `null_value` is another part
-    of the input; None if there is no such value.
+    of the input; None if there is no such value.  `gated` says whether a gate multiplies each entry
+    of the input by its own factor; otherwise, the input of a rotated value head is rotated too.
     """
 
     linear: nn.Linear
@@ -35,6 +36,7 @@ class Source(NamedTuple):
     groups: int
     repeats: int
     width: int
+    gated: bool
     null: nn.Module | None = None
 
 
@@ -81,14 +83,18 @@ def _sublayer(layer: LayerMap, found: AttentionMap | MlpMap, heads: int) -> Subl
     parameters = [f"{found.name}.{name}" for name, _ in found.module.named_parameters()]
     unknown = [name for name in parameters if not is_part_of(name, known)]
     source = None
+    gate = getattr(layer.module, "output_gate", None)
     for linear in writer.values():
         if isinstance(found, AttentionMap):
-            source = _value_rows(_plain(found.value), linear, heads)
+            own = {part.name for part in (found.query, found.key, found.value) if part}
+            gated = {part.name for part in found.inputs} != own or (
+                gate is not None and gate.out_features > heads
+            )
+            source = _value_rows(_plain(found.value), linear, heads, gated)
             if source and getattr(layer.module, "null_value", None) is not None:
                 source = source._replace(null=layer.module)
         else:
             source = _up_rows(found, linear)
-    gate = getattr(layer.module, "output_gate", None)
     if isinstance(found, AttentionMap) and gate is not None:
         readers[f"{layer.name}.output_gate"] = gate
     return Sublayer(
@@ -105,7 +111,9 @@ def _plain(*parts: Part | None) -> dict[str, nn.Linear]:
     return {part.name: part.module for part in parts if part and type(part.module) is nn.Linear}
 
 
-def _value_rows(values: dict[str, nn.Linear], writer: nn.Linear, heads: int) -> Source | None:
+def _value_rows(
+    values: dict[str, nn.Linear], writer: nn.Linear, heads: int, gated: bool
+) -> Source | None:
     """The value heads: all of `v_proj`, or the last rows of a fused `qkv_proj`."""
     if writer.in_features % heads:
         return None
@@ -113,10 +121,10 @@ def _value_rows(values: dict[str, nn.Linear], writer: nn.Linear, heads: int) -> 
     for name, linear in values.items():
         if name.endswith(".v_proj"):
             groups = linear.out_features // width
-            return Source(linear, 0, groups, heads // groups, width)
+            return Source(linear, 0, groups, heads // groups, width, gated)
         if name.endswith(".qkv_proj"):
             groups = (linear.out_features // width - heads) // 2
-            return Source(linear, (heads + groups) * width, groups, heads // groups, width)
+            return Source(linear, (heads + groups) * width, groups, heads // groups, width, gated)
     return None
 
 
@@ -124,7 +132,7 @@ def _up_rows(mlp: MlpMap, writer: nn.Linear) -> Source | None:
     """The rows that are multiplied by a gate: all of `up`, or the second half if they are fused."""
     width = writer.in_features
     for linear in _plain(mlp.up if mlp.gate else None).values():
-        return Source(linear, width if mlp.gate == mlp.up else 0, 1, 1, width)
+        return Source(linear, width if mlp.gate == mlp.up else 0, 1, 1, width, gated=True)
     return None
 
 
