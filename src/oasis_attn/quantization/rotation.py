@@ -207,8 +207,8 @@ def _checked_gains(
 def _refusal(model: PreTrainedModel, reason: str) -> UserError:
     kind = model.config.get_text_config().model_type
     return UserError(
-        f"rotation: family {kind!r} cannot be rotated: {reason}; use 'inputs', which works for any"
-        " family"
+        f"rotation: family {kind!r} cannot be rotated: {reason}; use 'inputs', which rotates at run"
+        " time and works for any family"
     )
 
 
