@@ -70,7 +70,7 @@ def test_version(oasis) -> None:
         (["train", "--out", "x", "--learning-rate", "a"], "--learning-rate: 'a' is not a number"),
         (["train", "--out", "x", "--variant", "oasys"], "did you mean 'oasis'"),
         (["train", "--out", "x", "--size", "nani"], "did you mean 'nano'"),
-        (["train", "--out", "x", "--from", "m", "--variant", "oasis"], "--variant: 'oasis' has no"),
+        (["train", "--out", "x", "--from", "smollm2", "--size", "nano"], "--size: 'nano' has no"),
         (["train", "--out", "x", "--steps", "0"], "steps: 0"),
         (["train", "--out", "x", "--config", "null_logit"], "--config: 'null_logit'"),
         (["train", "--out", "x", "--corpus", "sdtlib"], "did you mean 'stdlib'"),
