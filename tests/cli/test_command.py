@@ -128,6 +128,8 @@ def test_version(oasis) -> None:
         (["quantize", "smollm2", "--out", "/proc/x"], "out: '/proc/x'"),
         (["quantize", "smollm2", "--out", "x", "--seed", "-1"], "seed: -1"),
         (["quantize", "smollm2", "--out", "a" * 5000], "File name too long"),
+        (["quantize", "smollm2", "--out", "x", "--calibration", "imbd"], "--calibration (or a"),
+        (["doctor", "smollm2", "--evaluation-split", "dev"], "--evaluation-split (of"),
         (["convert", "smollm2", "/proc/x"], "FOLDER: '/proc/x'"),
         (["prefix", "smollm2", "/proc/x"], "FOLDER: '/proc/x'"),
         (["demo", "--out", "/proc/x"], "out: '/proc/x'"),

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from oasis_attn.cli.calibration import check_inputs
 from oasis_attn.cli.terminal import (
     AsJson,
     Device,
     Model,
     TrustRemoteCode,
-    check_text,
     pairs,
     print_json,
     print_sentences,
@@ -170,7 +170,16 @@ def convert(
     check_choice("dtype", dtype, DTYPES)
     check_device(device)
     check_free(out)
-    find_model(model)
+    if null_from_sink:
+        check_inputs(
+            model,
+            calibration or "stdlib",
+            calibration_split or "train",
+            evaluation,
+            evaluation_split or "test",
+        )
+    else:
+        find_model(model)
 
     common: dict[str, Any] = {
         "variant": variant,
@@ -180,9 +189,6 @@ def convert(
         "trust_remote_code": trust_remote_code,
     }
     if null_from_sink:
-        check_text(calibration or "stdlib", calibration_split or "train")
-        check_text(evaluation or calibration or "stdlib", evaluation_split or "test")
-
         from oasis_attn.measure.sink_conversion import null_from_sink_checkpoint
 
         with working(f"converting {model}", as_json=as_json) as report:

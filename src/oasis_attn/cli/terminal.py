@@ -60,13 +60,6 @@ def pairs(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
     return dict(pair(option, text) for text in texts or ())
 
 
-def check_text(corpus: str, split: str) -> None:
-    """Raise `UserError` unless text of this split can be read; call it before a model is loaded."""
-    from oasis_attn.data import load_corpus
-
-    next(load_corpus(corpus, split).texts())
-
-
 def print_json(value: Any) -> None:
     """Print `value` as standard JSON; numbers that are not finite become strings for float()."""
     standard = json.loads(json.dumps(value), parse_constant=str)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_table
 from oasis_attn.errors import UserError
 
 
@@ -188,6 +188,7 @@ def train(
     given["settings"] = pairs("--config", settings)
     given["learning_rates"] = pairs("--rate", learning_rates)
 
+    from oasis_attn.data import load_corpus
     from oasis_attn.errors import check_whole
     from oasis_attn.files import check_free
     from oasis_attn.hub.locate import find_model
@@ -201,8 +202,8 @@ def train(
     if not resume:
         check_free(out, hint=", or continue its run with --resume")
     check_names(given["settings"])
-    for split in ("train", eval_split):
-        check_text(corpus, split)
+    load_corpus(corpus).check()
+    load_corpus(corpus, eval_split, arguments=("corpus", "eval_split")).check()
     for name in (from_model, distill_from):
         if name is not None:
             find_model(name)

@@ -84,7 +84,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         UserError: they cannot be loaded, or do not fit together.
     """
     corpus = load_corpus(config.corpus)
-    held_out = load_corpus(config.corpus, config.eval_split)
+    held_out = load_corpus(config.corpus, config.eval_split, arguments=("corpus", "eval_split"))
     task = corpus.task
     if task is not None and config.block_length != task.window:
         raise UserError(
