@@ -41,7 +41,10 @@ def test_null_from_sink(oasis, vanilla, text, tmp_path):
     given = ("--null-from-sink", "--calibration", text, "--window", 16, "--windows", 3)
     code, shown = oasis("convert", vanilla, out, *given, "--nulls", 2, "--config", "residual=depth")
     assert code == 0
-    lines = shown.out.splitlines()
+    *lines, last = shown.out.splitlines()
+    assert last.startswith(
+        f"Saved: {out}. To measure what 8 bits cost, and what helps: oasis doctor"
+    )
     assert max(map(len, lines)) <= 80
     record = Record.load(out / "record.json")
     before, after = record.before_after("perplexity.windowed")

@@ -16,6 +16,7 @@ from oasis_attn.cli.terminal import (
     TrustRemoteCode,
     pairs,
     print_json,
+    print_saved,
     print_sentences,
     print_table,
     working,
@@ -197,6 +198,8 @@ def convert(
             print_json({"conclusion": list(_conclusion(record)), "record": record.to_dict()})
         else:
             _show(record)
+            purpose = "measure what 8 bits cost, and what helps"
+            print_saved(out, purpose=purpose, command=("oasis", "doctor", out))
         return
 
     from oasis_attn.hub.convert import convert_checkpoint
@@ -215,11 +218,17 @@ def convert(
     if as_json:
         print_json(facts)
     else:
+        del facts["folder"]
         rows = tuple(
             (name, f"{value:,}" if name == "parameters" else str(value))
             for name, value in facts.items()
         )
         print_table(Table(title="Converted", columns=("", ""), rows=rows, text_columns=2))
+        if to_vanilla or to_sinks:
+            print_saved(out, purpose="measure it", command=("oasis", "diagnose", out))
+        else:
+            command = "oasis", "train", "--from", out, "--out", f"{out}-trained"
+            print_saved(out, purpose="train it", command=command)
 
 
 _SHOWN = ("perplexity.windowed", "outlier.max_activation", "sink.mass", "sink.max_mass")

@@ -15,6 +15,7 @@ from oasis_attn.cli.terminal import (
     Model,
     TrustRemoteCode,
     print_json,
+    print_saved,
     print_sentences,
     print_table,
     working,
@@ -121,10 +122,11 @@ def doctor(
         print_sentences("Diagnosis", said["diagnosis"])
         print_table(doctor_table(record))
         print_sentences("Conclusion", said["conclusion"])
+        print_saved(out, purpose="make a page of it", command=("oasis", "report", out))
         print("\nTo apply the best:", *said["commands"], sep="\n")
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     if apply is not None or (terminal and confirm("\nRun these commands now?")):
         for step in found:
             with working(f"oasis {step.command}", as_json=as_json) as report:
                 step.run(progress=report)
-            print(f"{step.out} is complete", file=sys.stderr)
+            print(f"Saved: {step.out}.", file=sys.stderr)

@@ -13,6 +13,7 @@ from oasis_attn.cli.terminal import (
     Device,
     Model,
     TrustRemoteCode,
+    print_saved,
     print_table,
     working,
 )
@@ -131,6 +132,8 @@ def evaluate(
         print(record.to_json())
     else:
         print_table(_table(record))
+        command = ("oasis", "report", out) if out is not None else ()
+        print_saved(out, samples, purpose="make a page of it", command=command)
 
 
 _NOT_FIELDS = ("model", "kv_bits", "out", "device", "trust_remote_code", "as_json")

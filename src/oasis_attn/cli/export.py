@@ -13,6 +13,7 @@ from oasis_attn.cli.terminal import (
     Model,
     TrustRemoteCode,
     print_json,
+    print_saved,
     print_table,
     working,
 )
@@ -89,8 +90,17 @@ def export(
     if as_json:
         print_json(facts)
     else:
-        rows = tuple((name, _text(value)) for name, value in facts.items())
+        rows = tuple(
+            (name, _text(value)) for name, value in facts.items() if name not in ("file", "folder")
+        )
         print_table(Table(title="Exported", columns=("", ""), rows=rows, text_columns=2))
+        if "file" in facts:
+            print_saved(out, purpose="serve it", command=("llama-server", "-m", out))
+        elif with_code or "adapter" in facts["prefix"]:  # no engine applies them
+            print_saved(out)
+        else:
+            command = "vllm", "serve", out.absolute(), "--dtype", "bfloat16"
+            print_saved(out, purpose="serve it", command=command)
 
 
 def _text(value: Any) -> str:

@@ -14,6 +14,7 @@ from oasis_attn.cli.terminal import (
     Device,
     Model,
     TrustRemoteCode,
+    print_saved,
     print_table,
     working,
 )
@@ -127,6 +128,7 @@ def quantize(
         print(record.to_json())
     else:
         _show(record)
+        print_saved(out, purpose="evaluate it", command=("oasis", "evaluate", out))
 
 
 def _float_weights(sizes: dict[str, int]) -> Table:

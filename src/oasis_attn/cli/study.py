@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option, Typer
 
 from oasis_attn.cli.command import Command, Group
-from oasis_attn.cli.terminal import AsJson, pairs, print_json, print_table
+from oasis_attn.cli.terminal import AsJson, pairs, print_json, print_saved, print_table
 
 if TYPE_CHECKING:
     from oasis_attn.study.storage import Status
@@ -121,7 +120,8 @@ def run(
     if status.left:
         raise Exit(1)
     if not as_json:
-        print(f"\nVerdicts, tables and figures:\noasis study report {quote(str(out))}")
+        command = "oasis", "study", "report", out
+        print_saved(out, purpose="see verdicts, tables and figures", command=command)
 
 
 @study.command(cls=Command)
@@ -238,12 +238,14 @@ def trial(
     record, compared = worker.run_alone(where, trial_id, out=out, check=check)
     if as_json:
         print(record.to_json())
-    elif compared is not None:
-        print(compared.text)
     else:
         from oasis_attn.report import summary_table
 
-        print_table(summary_table(record))
+        if compared is None:
+            print_table(summary_table(record))
+        else:
+            print(compared.text)
+        print_saved(out)
     if compared is not None and not compared.reproduced:
         raise Exit(1)
 

@@ -1,10 +1,12 @@
-"""Functions that the commands share: printing tables and JSON, parsing NAME=VALUE, progress."""
+"""Functions that the commands share: printing results, parsing NAME=VALUE, progress."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -106,6 +108,16 @@ def print_sentences(title: str, sentences: Iterable[str]) -> None:
     console.print(title, style="italic")
     for sentence in sentences:
         console.print(sentence)
+
+
+def print_saved(*saved: Path | None, purpose: str = "", command: Sequence[object] = ()) -> None:
+    """Print in one line where the results are, and the next useful command with its purpose."""
+    paths = ", ".join(str(path) for path in saved if path is not None)
+    parts = [f"Saved: {paths}."] if paths else []
+    if command:
+        parts.append(f"To {purpose}: {shlex.join(map(str, command))}")
+    if parts:
+        print(f"\n{' '.join(parts)}")
 
 
 def _split(table: Table, console_width: int) -> list[list[int]]:

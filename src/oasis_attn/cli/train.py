@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_table
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_saved, print_table
 from oasis_attn.errors import UserError
 
 
@@ -219,3 +219,4 @@ def train(
         print(record.to_json())
     else:
         print_table(summary_table(record))
+        print_saved(out, purpose="measure it", command=("oasis", "diagnose", out))
