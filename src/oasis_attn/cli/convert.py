@@ -48,8 +48,8 @@ def convert(
     dtype: Annotated[
         str,
         Option(
-            help="Data type of the saved weights: auto (as the model), float32, bfloat16,"
-            " float16, ..."
+            help="Data type of the saved weights: auto (that of the model), float32,"
+            " bfloat16, float16, ..."
         ),
     ] = "auto",
     to_vanilla: Annotated[
@@ -128,9 +128,9 @@ def convert(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a pretrained model.
+    """Convert a pretrained model to a variant of OASIS, or back.
 
-    Its outputs are unchanged until it is trained, unless --null-from-sink is given.
+    The outputs are unchanged until the model is trained, unless --null-from-sink is given.
 
     Example: [bold]oasis convert smollm2 converted --config depth_block_size=4[/bold]
 

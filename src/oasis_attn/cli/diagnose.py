@@ -60,13 +60,17 @@ def diagnose(
     ] = None,
     joint: Annotated[
         bool,
-        Option("--joint", help="Also measure the joint distribution over depth and positions."),
+        Option(
+            "--joint",
+            help="Also measure the joint distribution of attention over depth and positions.",
+        ),
     ] = False,
     causal: Annotated[
         bool,
         Option(
             "--causal",
-            help="Also measure the loss without each depth source; one more pass per source.",
+            help="Of a model with depth routing, also measure the loss without each depth source;"
+            " one more pass per source.",
         ),
     ] = False,
     device: Device = "auto",

@@ -32,19 +32,20 @@ def doctor(
         ),
     ] = Path("doctor"),
     scheme: Annotated[
-        str, Option(help="Scheme to make good enough; weights get one scale per output channel.")
+        str,
+        Option(help="Quantization scheme to use; weights get one scale per output channel."),
     ] = "w8a8-static-linear",
     scheme_option: options.SchemeOption = None,
     tolerance: Annotated[
-        float, Option(help="Increase of perplexity that is good enough: 0.05 is 5 %.")
+        float, Option(help="Largest acceptable increase of perplexity: 0.05 is 5 %.")
     ] = 0.05,
     try_all: Annotated[
-        bool, Option("--all", help="Try everything, also when something is good enough.")
+        bool, Option("--all", help="Try all remedies, even if one is good enough.")
     ] = False,
     apply: Annotated[
         Path | None,
         Option(
-            help="Apply the best try, and write the quantized model to this new folder.",
+            help="Apply the best remedy, and write the quantized model to this new folder.",
             show_default=False,
         ),
     ] = None,
@@ -59,9 +60,10 @@ def doctor(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Diagnose a model, try what makes a quantization scheme good enough, and rank the tries.
+    """Find out why quantization makes a model worse, try remedies, and rank them.
 
-    It ends with the commands that apply the best one.
+    It ends with the commands that apply the best remedy.
+
     Example: [bold]oasis doctor smollm2 --apply quantized[/bold]
     """
     from oasis_attn.devices import check_device

@@ -34,7 +34,7 @@ def export(
         str | None,
         Option(
             help="Type of the weights. gguf: q8_0 (default), q4_0, f16, bf16 or f32; transformers:"
-            " auto (default: as the model), float32, bfloat16 or float16.",
+            " auto (default: that of the model), float32, bfloat16 or float16.",
             show_default=False,
         ),
     ] = None,
@@ -54,7 +54,8 @@ def export(
 
     A prefix becomes part of the tokenizer, or a PEFT adapter if it was tuned.
 
-    An OASIS model needs [bold]--with-code[/bold], or is converted by [bold]oasis convert[/bold].
+    An OASIS model needs [bold]--with-code[/bold], or must first be converted to a family of
+    transformers with [bold]oasis convert[/bold].
 
     Example: [bold]oasis export smollm2 smollm2.gguf --weights q4_0[/bold]
 

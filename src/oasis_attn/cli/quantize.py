@@ -38,8 +38,8 @@ def quantize(
     format: Annotated[
         str,
         Option(
-            help="oasis holds every scheme and model. compressed-tensors is loaded without this"
-            " package, by transformers, vLLM and SGLang; writing it needs"
+            help="oasis supports every scheme and model. compressed-tensors can be loaded without"
+            " this package, by transformers, vLLM and SGLang; writing it needs"
             r" pip install 'oasis-attn\[export]'."
         ),
     ] = "oasis",

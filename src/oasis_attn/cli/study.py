@@ -126,7 +126,7 @@ def run(
 
 @study.command(cls=Command)
 def status(out: Out, as_json: AsJson = False) -> None:
-    """Show the progress of a study, and the reasons of failures.
+    """Show the progress of a study, and the reasons for failures.
 
     Example: [bold]oasis study status studies/smoke[/bold]
     """
@@ -144,7 +144,7 @@ def status(out: Out, as_json: AsJson = False) -> None:
 def table(out: Out, as_json: AsJson = False) -> None:
     """Print verdicts, comparisons and means of the finished trials.
 
-    A table that is wider than the terminal is printed in parts.  `oasis study report` writes the
+    A table that is wider than the terminal is printed in parts. `oasis study report` writes the
     same tables in Markdown and HTML.
 
     Example: [bold]oasis study table studies/smoke[/bold]

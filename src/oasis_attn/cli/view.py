@@ -31,8 +31,8 @@ def view(
         bool,
         Option(
             "--chat",
-            help="Apply the chat template of the model: the text is a message of the user, or a"
-            " .json file has a list of messages with role and content.",
+            help="Apply the chat template of the model: the text is a message of the user, or"
+            " --text-file is a .json file with a list of messages with role and content.",
         ),
     ] = False,
     tokens: Annotated[
