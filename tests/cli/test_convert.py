@@ -103,10 +103,7 @@ def test_null_from_bos(oasis, vanilla, text, tmp_path):
         (("--null-from-bos",), "--null-from-bos: it has an effect only with --null-from-sink"),
         (("--null-from-sink", "--nulls", 99), "--nulls: 99 is not"),
         (("--null-from-sink", "--config", "null_logit=2"), "null_logit: the conversion sets it"),
-        (
-            ("--null-from-sink", "--calibration", "absent"),
-            "--calibration (or a text file)",
-        ),
+        (("--null-from-sink", "--calibration", "absent"), "--calibration (or a text file)"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(oasis, vanilla, tmp_path, arguments, message):
