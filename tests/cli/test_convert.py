@@ -41,7 +41,10 @@ def test_null_from_sink(oasis, vanilla, text, tmp_path):
     given = ("--null-from-sink", "--calibration", text, "--window", 16, "--windows", 3)
     code, shown = oasis("convert", vanilla, out, *given, "--nulls", 2, "--config", "residual=depth")
     assert code == 0
-    lines = shown.out.splitlines()
+    *lines, last = shown.out.splitlines()
+    assert last.startswith(
+        f"Saved: {out}. To measure what 8 bits cost, and what helps: oasis doctor"
+    )
     assert max(map(len, lines)) <= 80
     record = Record.load(out / "record.json")
     before, after = record.before_after("perplexity.windowed")
@@ -100,7 +103,7 @@ def test_null_from_bos(oasis, vanilla, text, tmp_path):
         (("--null-from-bos",), "--null-from-bos: it has an effect only with --null-from-sink"),
         (("--null-from-sink", "--nulls", 99), "--nulls: 99 is not"),
         (("--null-from-sink", "--config", "null_logit=2"), "null_logit: the conversion sets it"),
-        (("--null-from-sink", "--calibration", "absent"), "corpus (or a text file): 'absent'"),
+        (("--null-from-sink", "--calibration", "absent"), "--calibration (or a text file)"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(oasis, vanilla, tmp_path, arguments, message):

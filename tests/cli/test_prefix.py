@@ -43,6 +43,9 @@ def test_the_folder_holds_the_model_with_its_prefix(oasis, places, text):
     code, shown = oasis("prefix", model, out.parent / "2", *shape, "--method", "frequency")
     assert code == 0
     assert "tokens [1]" in shown.out
+    assert shown.out.endswith(
+        " --scheme w8a8-static-linear --scheme-option weight.granularity=channel\n"
+    )
     assert "perplexity.quantized" in shown.out
 
 

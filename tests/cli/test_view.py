@@ -12,7 +12,7 @@ def test_a_page_is_written_and_its_findings_are_printed(oasis, model, tmp_path) 
     code, (printed, _) = oasis("view", model, "--text", "w5 w6 w7 w5 w6", "--out", out)
     assert code == 0
     assert f"<h1>{printed.splitlines()[0]}</h1>" in out.read_text().replace("&nbsp;", " ")
-    assert printed.splitlines()[-1] == f"The page: {out}"
+    assert printed.splitlines()[-1] == f"Saved: {out}."
     code, (printed, _) = oasis("view", model, "--text", "w5 w6 w7", "--out", out, "--json")
     assert code == 0
     found = json.loads(printed)

@@ -161,6 +161,7 @@ def test_another_model_or_other_notes_take_nothing_from_the_log(build, tokenizer
         ({"limit": 0}, "limit: 0"),
         ({"batch_size": 0}, "batch_size: 0"),
         ({"resume": True}, "resume: it needs samples"),
+        ({"batchsize": 2}, "options: 'batchsize' is not one of .*; did you mean 'batch_size'"),
         ({"tokenizer": None}, "tokenizer: None"),
     ],
 )

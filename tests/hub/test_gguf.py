@@ -107,6 +107,8 @@ def test_yarn(tmp_path):
         "rope.scaling.factor": 4.0,
         "rope.scaling.original_context_length": 128,
         "rope.scaling.finetuned": True,
+        "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0,
     }
     assert_same(write(tmp_path / "m.gguf", model, keys=keys), model)
 
@@ -149,6 +151,7 @@ def test_biases(tmp_path):
         ({"attention.sliding_window": 64}, r"llama\.attention\.sliding_window = 64 is not supp"),
         ({"rope.scaling.type": "longrope"}, r"rope\.scaling\.type = longrope is not supported"),
         ({"rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 0.1}, "log_multiplier"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.yarn_beta_fast": 8.0}, "beta_fast = 8.0 is"),
         ({"rope.dimension_count": 8, "attention.key_length": 16}, "dimension_count = 8 is not"),
         ({"logit_scale": 2.0}, r"llama\.logit_scale = 2\.0 is not supported"),
         ({"attention.causal": False}, r"llama\.attention\.causal = False is not supported"),

@@ -48,7 +48,7 @@ def test_source(monkeypatch):
 
 
 def test_null_law(monkeypatch):
-    law = experiment("null_law", monkeypatch)
+    law = experiment("null_law_report", monkeypatch)
     folder = RESULTS / "null_law"
     file, record = RunFile(folder / "runs.jsonl"), BenchmarkRecord.load(folder / "record.json")
     again = law.make_record(file, record.tables["dynamics"])

@@ -68,6 +68,7 @@ def test_converted_starts_where_the_native_model_does(onward):
     assert converted.model.config["null_logit"] < -1000
     assert native.model.config is None
     assert native.training["from_model"].endswith("native")
+    assert native.training["variant"] is native.training["size"] is None
     assert native.weights_sha256 != converted.weights_sha256
 
 
@@ -321,7 +322,7 @@ def test_a_callback_that_refuses_the_model_leaves_no_folder(onward, models):
 
 def test_bad_input(onward):
     for change, message in [
-        ({"variant": "vanilla"}, "variant: 'vanilla' has no effect with from_model"),
+        ({"variant": "oasis"}, "variant: 'oasis' has no effect with from_model"),
         ({"settings": {"null_logit": -1.0}}, "settings: .* has no effect with from_model"),
         (
             {"settings": {"null_logit": 1, "residual": "sum"}, "anneal_null": 5},

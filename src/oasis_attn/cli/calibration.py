@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import check_text, pairs
+from oasis_attn.cli.terminal import pairs
 
 if TYPE_CHECKING:
     from oasis_attn.quantization.schemes import Scheme
@@ -56,8 +56,9 @@ def check_inputs(
     model: str, calibration: str, calibration_split: str, evaluation: str | None, split: str
 ) -> None:
     """Raise `UserError` unless the model and the texts can be found; call it before loading."""
+    from oasis_attn.data import calibration_corpora
     from oasis_attn.hub.locate import find_model
 
     find_model(model)
-    check_text(calibration, calibration_split)
-    check_text(evaluation or calibration, split)
+    for corpus in calibration_corpora(calibration, calibration_split, evaluation, split):
+        corpus.check()

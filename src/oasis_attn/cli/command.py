@@ -37,13 +37,15 @@ _SYNONYMS = {  # natural names -> the option that may be meant, for error messag
 
 
 class _Help:
-    """Help in the conventional form: flags have no type, and required arguments no braces."""
+    """Help in the conventional form: flags have no type, and arguments no braces or lists."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for parameter in found:
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = ""
+            elif parameter.display_type(ctx) == "<list[Path]>":  # of a repeatable argument
+                parameter.display_type = lambda _ctx: "<path>"
         return found
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:

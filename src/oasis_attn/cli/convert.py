@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from oasis_attn.cli.calibration import check_inputs
 from oasis_attn.cli.terminal import (
     AsJson,
     Device,
     Model,
     TrustRemoteCode,
-    check_text,
     pairs,
     print_json,
+    print_saved,
     print_sentences,
     print_table,
     working,
@@ -47,8 +48,8 @@ def convert(
     dtype: Annotated[
         str,
         Option(
-            help="Data type of the saved weights: auto (as the model), float32, bfloat16,"
-            " float16, ..."
+            help="Data type of the saved weights: auto (that of the model), float32,"
+            " bfloat16, float16, ..."
         ),
     ] = "auto",
     to_vanilla: Annotated[
@@ -127,9 +128,9 @@ def convert(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a pretrained model.
+    """Convert a pretrained model to a variant of OASIS, or back.
 
-    Its outputs are unchanged until it is trained, unless --null-from-sink is given.
+    The outputs are unchanged until the model is trained, unless --null-from-sink is given.
 
     Example: [bold]oasis convert smollm2 converted --config depth_block_size=4[/bold]
 
@@ -170,7 +171,16 @@ def convert(
     check_choice("dtype", dtype, DTYPES)
     check_device(device)
     check_free(out)
-    find_model(model)
+    if null_from_sink:
+        check_inputs(
+            model,
+            calibration or "stdlib",
+            calibration_split or "train",
+            evaluation,
+            evaluation_split or "test",
+        )
+    else:
+        find_model(model)
 
     common: dict[str, Any] = {
         "variant": variant,
@@ -180,9 +190,6 @@ def convert(
         "trust_remote_code": trust_remote_code,
     }
     if null_from_sink:
-        check_text(calibration or "stdlib", calibration_split or "train")
-        check_text(evaluation or calibration or "stdlib", evaluation_split or "test")
-
         from oasis_attn.measure.sink_conversion import null_from_sink_checkpoint
 
         with working(f"converting {model}", as_json=as_json) as report:
@@ -191,6 +198,8 @@ def convert(
             print_json({"conclusion": list(_conclusion(record)), "record": record.to_dict()})
         else:
             _show(record)
+            purpose = "measure what 8 bits cost, and what helps"
+            print_saved(out, purpose=purpose, command=("oasis", "doctor", out))
         return
 
     from oasis_attn.hub.convert import convert_checkpoint
@@ -209,11 +218,17 @@ def convert(
     if as_json:
         print_json(facts)
     else:
+        del facts["folder"]
         rows = tuple(
             (name, f"{value:,}" if name == "parameters" else str(value))
             for name, value in facts.items()
         )
         print_table(Table(title="Converted", columns=("", ""), rows=rows, text_columns=2))
+        if to_vanilla or to_sinks:
+            print_saved(out, purpose="measure it", command=("oasis", "diagnose", out))
+        else:
+            command = "oasis", "train", "--from", out, "--out", f"{out}-trained"
+            print_saved(out, purpose="train it", command=command)
 
 
 _SHOWN = ("perplexity.windowed", "outlier.max_activation", "sink.mass", "sink.max_mass")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, Device, print_json, print_table
+from oasis_attn.cli.terminal import AsJson, Device, print_json, print_saved, print_table
 
 
 def demo(
@@ -60,7 +60,7 @@ def demo(
         print_json(demo_numbers(result))
     else:
         print_table(lab_table(result.lab))
-        print(f"The report with all figures: {out / 'index.html'}")
+        print_saved(out / "index.html")
 
 
 def _has_smollm2() -> bool:

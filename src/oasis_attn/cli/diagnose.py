@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 from typer import Option
@@ -13,6 +12,7 @@ from oasis_attn.cli.terminal import (
     Device,
     Model,
     TrustRemoteCode,
+    print_saved,
     print_sentences,
     print_table,
     working,
@@ -60,13 +60,17 @@ def diagnose(
     ] = None,
     joint: Annotated[
         bool,
-        Option("--joint", help="Also measure the joint distribution over depth and positions."),
+        Option(
+            "--joint",
+            help="Also measure the joint distribution of attention over depth and positions.",
+        ),
     ] = False,
     causal: Annotated[
         bool,
         Option(
             "--causal",
-            help="Also measure the loss without each depth source; one more pass per source.",
+            help="Of a model with depth routing, also measure the loss without each depth source;"
+            " one more pass per source.",
         ),
     ] = False,
     device: Device = "auto",
@@ -136,4 +140,6 @@ def diagnose(
         for table in (summary_table, layer_table, activation_table, sink_table, head_table):
             print_table(table(record))
         print_sentences("Conclusion", conclusion(record))
-        print(f"\nTo measure what 8 bits cost, and what helps:\noasis doctor {quote(model)}")
+        command = "oasis", "doctor", model
+        purpose = "measure what 8 bits cost, and what helps"
+        print_saved(out, figures, purpose=purpose, command=command)

@@ -15,6 +15,7 @@ from oasis_attn.cli.terminal import (
     Model,
     TrustRemoteCode,
     print_json,
+    print_saved,
     print_sentences,
     print_table,
     working,
@@ -31,19 +32,20 @@ def doctor(
         ),
     ] = Path("doctor"),
     scheme: Annotated[
-        str, Option(help="Scheme to make good enough; weights get one scale per output channel.")
+        str,
+        Option(help="Quantization scheme to use; weights get one scale per output channel."),
     ] = "w8a8-static-linear",
     scheme_option: options.SchemeOption = None,
     tolerance: Annotated[
-        float, Option(help="Increase of perplexity that is good enough: 0.05 is 5 %.")
+        float, Option(help="Largest acceptable increase of perplexity: 0.05 is 5 %.")
     ] = 0.05,
     try_all: Annotated[
-        bool, Option("--all", help="Try everything, also when something is good enough.")
+        bool, Option("--all", help="Try all remedies, even if one is good enough.")
     ] = False,
     apply: Annotated[
         Path | None,
         Option(
-            help="Apply the best try, and write the quantized model to this new folder.",
+            help="Apply the best remedy, and write the quantized model to this new folder.",
             show_default=False,
         ),
     ] = None,
@@ -58,9 +60,10 @@ def doctor(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Diagnose a model, try what makes a quantization scheme good enough, and rank the tries.
+    """Find out why quantization makes a model worse, try remedies, and rank them.
 
-    It ends with the commands that apply the best one.
+    It ends with the commands that apply the best remedy.
+
     Example: [bold]oasis doctor smollm2 --apply quantized[/bold]
     """
     from oasis_attn.devices import check_device
@@ -121,10 +124,11 @@ def doctor(
         print_sentences("Diagnosis", said["diagnosis"])
         print_table(doctor_table(record))
         print_sentences("Conclusion", said["conclusion"])
+        print_saved(out, purpose="make a page of it", command=("oasis", "report", out))
         print("\nTo apply the best:", *said["commands"], sep="\n")
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     if apply is not None or (terminal and confirm("\nRun these commands now?")):
         for step in found:
             with working(f"oasis {step.command}", as_json=as_json) as report:
                 step.run(progress=report)
-            print(f"{step.out} is complete", file=sys.stderr)
+            print(f"Saved: {step.out}.", file=sys.stderr)

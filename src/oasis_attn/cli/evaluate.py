@@ -13,7 +13,7 @@ from oasis_attn.cli.terminal import (
     Device,
     Model,
     TrustRemoteCode,
-    check_text,
+    print_saved,
     print_table,
     working,
 )
@@ -90,6 +90,7 @@ def evaluate(
     """
     given = {name: value for name, value in locals().items() if name not in _NOT_FIELDS}
 
+    from oasis_attn.data import load_corpus
     from oasis_attn.devices import check_device
     from oasis_attn.evaluation import EvaluationConfig
     from oasis_attn.files import check_writable
@@ -116,7 +117,7 @@ def evaluate(
     check_device(device)
     find_model(model)
     if "perplexity" in given["tasks"]:
-        check_text(corpus, split)
+        load_corpus(corpus, split).check()
 
     from oasis_attn.evaluation import evaluate as run
     from oasis_attn.quantization import QuantizedCache
@@ -131,6 +132,8 @@ def evaluate(
         print(record.to_json())
     else:
         print_table(_table(record))
+        command = ("oasis", "report", out) if out is not None else ()
+        print_saved(out, samples, purpose="make a page of it", command=command)
 
 
 _NOT_FIELDS = ("model", "kv_bits", "out", "device", "trust_remote_code", "as_json")

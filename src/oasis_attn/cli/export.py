@@ -13,6 +13,7 @@ from oasis_attn.cli.terminal import (
     Model,
     TrustRemoteCode,
     print_json,
+    print_saved,
     print_table,
     working,
 )
@@ -33,7 +34,7 @@ def export(
         str | None,
         Option(
             help="Type of the weights. gguf: q8_0 (default), q4_0, f16, bf16 or f32; transformers:"
-            " auto (default: as the model), float32, bfloat16 or float16.",
+            " auto (default: that of the model), float32, bfloat16 or float16.",
             show_default=False,
         ),
     ] = None,
@@ -53,7 +54,8 @@ def export(
 
     A prefix becomes part of the tokenizer, or a PEFT adapter if it was tuned.
 
-    An OASIS model needs [bold]--with-code[/bold], or is converted by [bold]oasis convert[/bold].
+    An OASIS model needs [bold]--with-code[/bold], or must first be converted to a family of
+    transformers with [bold]oasis convert[/bold].
 
     Example: [bold]oasis export smollm2 smollm2.gguf --weights q4_0[/bold]
 
@@ -89,8 +91,17 @@ def export(
     if as_json:
         print_json(facts)
     else:
-        rows = tuple((name, _text(value)) for name, value in facts.items())
+        rows = tuple(
+            (name, _text(value)) for name, value in facts.items() if name not in ("file", "folder")
+        )
         print_table(Table(title="Exported", columns=("", ""), rows=rows, text_columns=2))
+        if "file" in facts:
+            print_saved(out, purpose="serve it", command=("llama-server", "-m", out))
+        elif with_code or "adapter" in facts["prefix"]:  # no engine applies them
+            print_saved(out)
+        else:
+            command = "vllm", "serve", out.absolute(), "--dtype", "bfloat16"
+            print_saved(out, purpose="serve it", command=command)
 
 
 def _text(value: Any) -> str:

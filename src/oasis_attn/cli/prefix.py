@@ -13,6 +13,7 @@ from oasis_attn.cli.terminal import (
     Device,
     Model,
     TrustRemoteCode,
+    print_saved,
     print_table,
     working,
 )
@@ -93,3 +94,8 @@ def prefix(
     rows = tuple((name, *map(number, record.before_after(name))) for name in names)
     title = f"Prefix {record.text!r}, tokens {list(record.tokens)}"
     print_table(Table(title=title, columns=("metric", "before", "after"), rows=rows))
+    command = ["oasis", "quantize", str(out), "--out", f"{out}-quantized", "--scheme", scheme]
+    for change in scheme_option or ():
+        command += ["--scheme-option", change]
+    command += ["--simulate"] if varied.simulated_only else []
+    print_saved(out, purpose="quantize it", command=command)

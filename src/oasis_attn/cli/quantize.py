@@ -14,6 +14,7 @@ from oasis_attn.cli.terminal import (
     Device,
     Model,
     TrustRemoteCode,
+    print_saved,
     print_table,
     working,
 )
@@ -37,8 +38,8 @@ def quantize(
     format: Annotated[
         str,
         Option(
-            help="oasis holds every scheme and model. compressed-tensors is loaded without this"
-            " package, by transformers, vLLM and SGLang; writing it needs"
+            help="oasis supports every scheme and model. compressed-tensors can be loaded without"
+            " this package, by transformers, vLLM and SGLang; writing it needs"
             r" pip install 'oasis-attn\[export]'."
         ),
     ] = "oasis",
@@ -127,6 +128,7 @@ def quantize(
         print(record.to_json())
     else:
         _show(record)
+        print_saved(out, purpose="evaluate it", command=("oasis", "evaluate", out))
 
 
 def _float_weights(sizes: dict[str, int]) -> Table:

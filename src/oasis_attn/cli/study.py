@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option, Typer
 
 from oasis_attn.cli.command import Command, Group
-from oasis_attn.cli.terminal import AsJson, pairs, print_json, print_table
+from oasis_attn.cli.terminal import AsJson, pairs, print_json, print_saved, print_table
 
 if TYPE_CHECKING:
     from oasis_attn.study.storage import Status
@@ -121,12 +120,13 @@ def run(
     if status.left:
         raise Exit(1)
     if not as_json:
-        print(f"\nVerdicts, tables and figures:\noasis study report {quote(str(out))}")
+        command = "oasis", "study", "report", out
+        print_saved(out, purpose="see verdicts, tables and figures", command=command)
 
 
 @study.command(cls=Command)
 def status(out: Out, as_json: AsJson = False) -> None:
-    """Show the progress of a study, and the reasons of failures.
+    """Show the progress of a study, and the reasons for failures.
 
     Example: [bold]oasis study status studies/smoke[/bold]
     """
@@ -144,7 +144,7 @@ def status(out: Out, as_json: AsJson = False) -> None:
 def table(out: Out, as_json: AsJson = False) -> None:
     """Print verdicts, comparisons and means of the finished trials.
 
-    A table that is wider than the terminal is printed in parts.  `oasis study report` writes the
+    A table that is wider than the terminal is printed in parts. `oasis study report` writes the
     same tables in Markdown and HTML.
 
     Example: [bold]oasis study table studies/smoke[/bold]
@@ -238,12 +238,14 @@ def trial(
     record, compared = worker.run_alone(where, trial_id, out=out, check=check)
     if as_json:
         print(record.to_json())
-    elif compared is not None:
-        print(compared.text)
     else:
         from oasis_attn.report import summary_table
 
-        print_table(summary_table(record))
+        if compared is None:
+            print_table(summary_table(record))
+        else:
+            print(compared.text)
+        print_saved(out)
     if compared is not None and not compared.reproduced:
         raise Exit(1)
 

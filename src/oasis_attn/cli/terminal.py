@@ -1,10 +1,12 @@
-"""Functions that the commands share: printing tables and JSON, parsing NAME=VALUE, progress."""
+"""Functions that the commands share: printing results, parsing NAME=VALUE, progress."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -60,13 +62,6 @@ def pairs(option: str, texts: Sequence[str] | None) -> dict[str, Any]:
     return dict(pair(option, text) for text in texts or ())
 
 
-def check_text(corpus: str, split: str) -> None:
-    """Raise `UserError` unless text of this split can be read; call it before a model is loaded."""
-    from oasis_attn.data import load_corpus
-
-    next(load_corpus(corpus, split).texts())
-
-
 def print_json(value: Any) -> None:
     """Print `value` as standard JSON; numbers that are not finite become strings for float()."""
     standard = json.loads(json.dumps(value), parse_constant=str)
@@ -113,6 +108,16 @@ def print_sentences(title: str, sentences: Iterable[str]) -> None:
     console.print(title, style="italic")
     for sentence in sentences:
         console.print(sentence)
+
+
+def print_saved(*saved: Path | None, purpose: str = "", command: Sequence[object] = ()) -> None:
+    """Print in one line where the results are, and the next useful command with its purpose."""
+    paths = ", ".join(str(path) for path in saved if path is not None)
+    parts = [f"Saved: {paths}."] if paths else []
+    if command:
+        parts.append(f"To {purpose}: {shlex.join(map(str, command))}")
+    if parts:
+        print(f"\n{' '.join(parts)}")
 
 
 def _split(table: Table, console_width: int) -> list[list[int]]:

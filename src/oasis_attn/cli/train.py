@@ -6,14 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from typer import Context, Option
+from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, check_text, pairs, print_table
+from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_saved, print_table
 from oasis_attn.errors import UserError
 
 
 def train(
-    ctx: Context,
     out: Annotated[Path, Option(help="A new folder for the model and its record.")],
     from_model: Annotated[
         str | None,
@@ -24,10 +23,21 @@ def train(
             show_default=False,
         ),
     ] = None,
-    variant: Annotated[str, Option(help="A variant of `oasis variants`.")] = "oasis",
+    variant: Annotated[
+        str | None,
+        Option(
+            help="A variant of `oasis variants`, not with --from. Default: oasis.",
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[
-        str, Option(help="pico, nano, micro, mini, small, medium, or a Hugging Face config file.")
-    ] = "nano",
+        str | None,
+        Option(
+            help="pico, nano, micro, mini, small, medium, or a Hugging Face config file; not with"
+            " --from. Default: nano.",
+            show_default=False,
+        ),
+    ] = None,
     corpus: Annotated[
         str, Option(help="Name of a corpus, or a local text file or folder.")
     ] = "stdlib",
@@ -174,19 +184,11 @@ def train(
     Several processes: [bold]accelerate launch -m oasis_attn train ...[/bold]
     """
     given = dict(locals())
-    del given["ctx"], given["as_json"], given["log_sinks_every"]
-    for option in ("variant", "size"):
-        # `TrainingConfig` accepts a value that equals the default.
-        source = ctx.get_parameter_source(option)
-        if from_model is not None and source is not None and source.name != "DEFAULT":
-            raise UserError(
-                f"{option}: {given[option]!r} has no effect with --from, because the model has its"
-                " own; `oasis convert` changes the variant of a model"
-            )
-
+    del given["as_json"], given["log_sinks_every"]
     given["settings"] = pairs("--config", settings)
     given["learning_rates"] = pairs("--rate", learning_rates)
 
+    from oasis_attn.data import load_corpus
     from oasis_attn.errors import check_whole
     from oasis_attn.files import check_free
     from oasis_attn.hub.locate import find_model
@@ -200,8 +202,8 @@ def train(
     if not resume:
         check_free(out, hint=", or continue its run with --resume")
     check_names(given["settings"])
-    for split in ("train", eval_split):
-        check_text(corpus, split)
+    load_corpus(corpus).check()
+    load_corpus(corpus, eval_split, arguments=("corpus", "eval_split")).check()
     for name in (from_model, distill_from):
         if name is not None:
             find_model(name)
@@ -217,3 +219,4 @@ def train(
         print(record.to_json())
     else:
         print_table(summary_table(record))
+        print_saved(out, purpose="measure it", command=("oasis", "diagnose", out))

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from oasis_attn.cli.terminal import AsJson, Device, Model, TrustRemoteCode, print_json, working
+from oasis_attn.cli.terminal import (
+    AsJson,
+    Device,
+    Model,
+    TrustRemoteCode,
+    print_json,
+    print_saved,
+    working,
+)
 from oasis_attn.cli.text import given_text
 from oasis_attn.errors import UserError, check_whole, parse_json, reason, shown
 
@@ -23,8 +31,8 @@ def view(
         bool,
         Option(
             "--chat",
-            help="Apply the chat template of the model: the text is a message of the user, or a"
-            " .json file has a list of messages with role and content.",
+            help="Apply the chat template of the model: the text is a message of the user, or"
+            " --text-file is a .json file with a list of messages with role and content.",
         ),
     ] = False,
     tokens: Annotated[
@@ -61,7 +69,8 @@ def view(
             {"page": str(out), "tokens": len(page.inspection.ids), "findings": page.findings}
         )
     else:
-        print(*page.findings, f"The page: {out}", sep="\n")
+        print(*page.findings, sep="\n")
+        print_saved(out)
 
 
 def _given(text: str | None, text_file: Path | None, chat: bool) -> str | list[dict[str, str]]:

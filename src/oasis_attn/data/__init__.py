@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from oasis_attn.data.corpora import CORPORA, Corpus, load_corpus, whole_file
+from oasis_attn.data.corpora import CORPORA, Corpus, calibration_corpora, load_corpus, whole_file
 from oasis_attn.lazy import import_on_first_use
 
 if TYPE_CHECKING:  # for type checkers: the names that `__getattr__` imports
@@ -42,6 +42,7 @@ __all__ = [
     "TokenBlocks",
     "Windows",
     "as_windows",
+    "calibration_corpora",
     "collate",
     "corpus_tokenizer",
     "fixed_vocab_size",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from oasis_attn.errors import UserError, check_choice, shown
 
 Reader = Callable[[], Iterator[str]]
 
+_ARGUMENTS = ("corpus", "split")
 _WHOLE = "whole"
 _SHARES = {"train": range(90), "validation": range(90, 95), "test": range(95, 100)}
 
@@ -35,12 +37,14 @@ class Corpus:
         split: the name of the split, such as `train`.
         reader: reads the documents from the start at each call.
         task: the task whose sequences are the documents, or the first of them; None for text.
+        argument: the argument that gave it, for error messages.
     """
 
     name: str
     split: str
     reader: Reader = field(repr=False, compare=False)
     task: MajorityTask | None = None
+    argument: str = field(default="corpus", repr=False, compare=False)
 
     @property
     def has_text(self) -> bool:
@@ -54,19 +58,23 @@ class Corpus:
             UserError: there is none, or the text cannot be read.
         """
         empty = True
-        for text in self.reader():
-            if text.strip():
-                empty = False
-                yield text
+        with _named(self.argument):
+            for text in self.reader():
+                if text.strip():
+                    empty = False
+                    yield text
         if empty:
             raise UserError(f"{self.label} has no text")
+
+    def check(self) -> None:
+        """Raise `UserError` unless there is text that can be read."""
+        next(self.texts())
 
     @property
     def label(self) -> str:
         """The argument, name and split, for error messages."""
-        if self.split == _WHOLE:
-            return f"text_file: {self.name!r}"
-        return f"corpus: {self.name!r} split {self.split!r}"
+        split = "" if self.split == _WHOLE else f" split {self.split!r}"
+        return f"{self.argument}: {self.name!r}{split}"
 
     @cached_property
     def sha256(self) -> str:
@@ -186,7 +194,9 @@ CORPORA: dict[str, Source] = {
 }  # fmt: skip
 
 
-def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
+def load_corpus(
+    name_or_path: str | Path, split: str = "train", *, arguments: tuple[str, str] = _ARGUMENTS
+) -> Corpus:
     """A split of a corpus.  It is read when its texts are used.
 
     Args:
@@ -196,29 +206,61 @@ def load_corpus(name_or_path: str | Path, split: str = "train") -> Corpus:
             `$OASIS_DATA/<name>/` replace those of `CORPORA`.  `majority-128` has windows of 128
             tokens, and `majority-128+stdlib` also the documents of another corpus, after its own.
         split: `train`, `validation`, `test`, or a split in the folder.
+        arguments: the names of these two for error messages.
 
     Raises:
         UserError: an unknown name (the message suggests the nearest one), a missing file, or an
             unknown split.  Text that cannot be read raises it when the texts are used.
     """
     name = str(name_or_path)
-    splits = _splits(name)
-    if not splits:
-        raise UserError(f"corpus: folder {name!r} holds no <split>.txt, .jsonl or .jsonl.gz")
-    check_choice(f"split of corpus {name!r}", split, splits)
+    argument, split_argument = arguments
+    with _named(argument):
+        splits = _splits(name)
+        if not splits:
+            raise UserError(f"corpus: folder {name!r} holds no <split>.txt, .jsonl or .jsonl.gz")
+    check_choice(f"{split_argument} (of {name!r})", split, splits)
     task, _ = _task_and_text(name)
-    return Corpus(name=name, split=split, reader=splits[split], task=task)
+    return Corpus(name=name, split=split, reader=splits[split], task=task, argument=argument)
+
+
+def calibration_corpora(
+    calibration: str, calibration_split: str, evaluation: str | None, evaluation_split: str
+) -> tuple[Corpus, Corpus]:
+    """The text to calibrate on, and the text to measure on: by default, of the same corpus.
+
+    Raises:
+        UserError: see `load_corpus`; the message names one of these arguments.
+    """
+    source = "calibration" if evaluation is None else "evaluation"
+    return (
+        load_corpus(calibration, calibration_split, arguments=("calibration", "calibration_split")),
+        load_corpus(
+            calibration if evaluation is None else evaluation,
+            evaluation_split,
+            arguments=(source, "evaluation_split"),
+        ),
+    )
 
 
 def whole_file(path: str | Path) -> Corpus:
-    """All of a text file, as split `whole`: one document, or one a line for .jsonl and .jsonl.gz.
+    """All of a text file, without splits: one document, or one a line for .jsonl and .jsonl.gz.
 
     Raises:
         UserError: a missing file, or one of another type.
     """
-    file = _text_file(str(path), "text_file")
-    reader = partial(readers.file_documents, file, readers.whole, "text_file")
-    return Corpus(name=str(path), split=_WHOLE, reader=reader)
+    with _named("text_file"):
+        file = _text_file(str(path))
+    reader = partial(readers.file_documents, file, readers.whole)
+    return Corpus(name=str(path), split=_WHOLE, reader=reader, argument="text_file")
+
+
+@contextmanager
+def _named(argument: str) -> Iterator[None]:
+    """Context in which error messages about the `corpus` name `argument` instead."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{argument}{str(error).removeprefix('corpus')}") from error
 
 
 def _task_and_text(name: str) -> tuple[MajorityTask | None, str]:
@@ -244,7 +286,7 @@ def _splits(name: str) -> Mapping[str, Reader]:
         if name and os.path.isdir(folder):
             return _folder_splits(folder)
         if os.path.isfile(name) or name.endswith(readers.SUFFIXES):
-            path = _text_file(name, "corpus")
+            path = _text_file(name)
             return {split: partial(_file_share, path, share) for split, share in _SHARES.items()}
         if is_task(name):
             raise UserError(f"corpus: {name!r} is a task of vectors, which only studies train on")
@@ -290,12 +332,12 @@ def _file_share(path: Path, share: range) -> Iterator[str]:
         )
 
 
-def _text_file(name: str, argument: str) -> Path:
+def _text_file(name: str) -> Path:
     if not name.endswith(readers.SUFFIXES):
         suffixes = ", ".join(readers.SUFFIXES)
-        raise UserError(f"{argument}: file {shown(name)} is not one of {suffixes}")
+        raise UserError(f"corpus: file {shown(name)} is not one of {suffixes}")
     if not os.path.isfile(name):
-        raise UserError(f"{argument}: file {shown(name)} does not exist")
+        raise UserError(f"corpus: file {shown(name)} does not exist")
     return Path(name)
 
 

@@ -69,27 +69,24 @@ def document(row: Mapping[str, Any]) -> str:
     return text
 
 
-def file_documents(path: Path, cut=passages, argument: str = "corpus") -> Iterator[str]:
-    """The documents of a .txt file (divided by `cut`) or a .jsonl or .jsonl.gz file (by line).
-
-    Error messages start with `argument`.
-    """
+def file_documents(path: Path, cut=passages) -> Iterator[str]:
+    """The documents of a .txt file (divided by `cut`) or a .jsonl or .jsonl.gz file (by line)."""
     if path.name.endswith(".txt"):
-        yield from cut(_lines(path, argument))
+        yield from cut(_lines(path))
         return
-    for number, line in enumerate(_lines(path, argument), 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
             yield document(parse_json(line))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{argument}: {str(path)!r} line {number} is not a JSON object with a string"
+                f"corpus: {str(path)!r} line {number} is not a JSON object with a string"
                 " `text` in Unicode, or `question` and `answer`"
             ) from error
 
 
-def _lines(path: Path, argument: str) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, with LF, CR LF and CR all read as a newline.
 
     A byte order mark at the start and a DOS end-of-file character (Ctrl-Z) at the end are left out.
@@ -99,7 +96,7 @@ def _lines(path: Path, argument: str) -> Iterator[str]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for raw in file:
                 if number == 0:
-                    _check_encoding(path, raw, argument)
+                    _check_encoding(path, raw)
                     raw = raw.removeprefix(codecs.BOM_UTF8)
                 if not raw.endswith(b"\n"):
                     raw = raw.rstrip(b"\x1a")
@@ -107,21 +104,21 @@ def _lines(path: Path, argument: str) -> Iterator[str]:
                     number += 1
                     if b"\0" in line:
                         raise UserError(
-                            f"{argument}: {str(path)!r} line {number} has a NUL byte, so it is"
+                            f"corpus: {str(path)!r} line {number} has a NUL byte, so it is"
                             " binary or UTF-16; text must be UTF-8"
                         )
                     text = line.rstrip(b"\r\n")
                     yield text.decode("utf-8") + ("\n" if text != line else "")
     except UnicodeDecodeError as error:
-        raise UserError(f"{argument}: {str(path)!r} line {number} is not valid UTF-8") from error
+        raise UserError(f"corpus: {str(path)!r} line {number} is not valid UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{argument}: {str(path)!r} cannot be read ({reason(error)})") from error
+        raise UserError(f"corpus: {str(path)!r} cannot be read ({reason(error)})") from error
 
 
-def _check_encoding(path: Path, start: bytes, argument: str) -> None:
+def _check_encoding(path: Path, start: bytes) -> None:
     for mark, (kind, remedy) in _MARKS.items():
         if start.startswith(mark):
-            raise UserError(f"{argument}: {str(path)!r} is {kind}, not UTF-8; {remedy}")
+            raise UserError(f"corpus: {str(path)!r} is {kind}, not UTF-8; {remedy}")
 
 
 def stdlib() -> Iterator[str]:

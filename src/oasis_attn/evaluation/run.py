@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oasis_attn.data import load_corpus, tokenizer_sha256
 from oasis_attn.data.problems import Problem, read_problems
 from oasis_attn.data.windows import read_windows
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, check_choice
 from oasis_attn.evaluation.config import EvaluationConfig
 from oasis_attn.evaluation.generate import ANSWER_FIELDS, check_prompts, generate
 from oasis_attn.evaluation.harness import HarnessGsm8k, check_harness
@@ -81,10 +81,13 @@ def evaluate(
         `intervals` has the 95 % interval of each: Wilson's for shares, and a normal one otherwise.
 
     Raises:
-        UserError: before the first task runs, for a bad option, a log that exists already or cannot
-            be written, missing data or a missing lm-eval, or a window or prompt that is too long
-            for the model.
+        UserError: before the first task runs, for an unknown or bad option, a log that exists
+            already or cannot be written, missing data or a missing lm-eval, or a window or prompt
+            that is too long for the model.
     """
+    allowed = (*(each.name for each in fields(EvaluationConfig)), "device", "trust_remote_code")
+    for name in options:
+        check_choice("options", name, allowed)
     config = EvaluationConfig(**options)
     if "gsm8k" in config.tasks:
         check_harness()

@@ -53,7 +53,14 @@ _SOFTCAPS = {"attn_logit_softcapping", "final_logit_softcapping"}
 _ROPE_BASE = 10_000.0  # default if the file has no rope.freq_base
 _NOT_SCALING = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 _NUMBERS = ("head_count", "_length", "dimension_count", "freq_base", ".factor")
-_FACTORS_OF_1 = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
+_ONLY = {  # rope.scaling keys -> the value with which they change nothing
+    "attn_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_ext_factor": 1.0,
+    # llama.cpp computes these in the architectures that transformers reads, whatever a file says.
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+}
 _ROPE_FACTORS = "rope_freqs.weight"
 _LLAMA3 = {  # the values that Llama 3.1, 3.2 and 3.3 share
     "low_freq_factor": 1.0,
@@ -291,15 +298,13 @@ def _scaled_rope(file: _File, scaling: dict[str, Any], config: Any) -> dict[str,
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
-            "beta_fast": scaling.pop("yarn_beta_fast", 32.0),
-            "beta_slow": scaling.pop("yarn_beta_slow", 1.0),
         }
     elif kind != "none":
         raise file.unread_key("rope.scaling.type")
     elif factor != 1.0:
         raise file.unread_key("rope.scaling.factor")
     for key, value in scaling.items():
-        if key not in _FACTORS_OF_1 or value != 1.0:
+        if value != _ONLY.get(key):
             raise file.unread_key(f"rope.scaling.{key}")
     return parameters
 

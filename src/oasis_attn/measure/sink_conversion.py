@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.data import Windows, load_corpus, read_windows
+from oasis_attn.data import Windows, calibration_corpora, read_windows
 from oasis_attn.data.blocks import Packing
 from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
@@ -89,10 +89,7 @@ def null_from_sink_checkpoint(
     """
     check_null_from_sink(overrides or {}, nulls=nulls, window=window, windows=windows)
     check_free(out)
-    corpora = [
-        load_corpus(calibration, calibration_split),
-        load_corpus(evaluation or calibration, evaluation_split),
-    ]
+    corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
     steps = Steps(progress, 5 + CANDIDATES * nulls)
     steps.start("loading the model")
     loaded, tokenizer = load_model(

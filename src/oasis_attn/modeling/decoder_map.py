@@ -155,6 +155,7 @@ class DecoderMap:
         layers: its layers in order.
         embedding: the token embedding.
         final_norm: the norm after the last layer.
+        final_norm_reads_embedding: whether `FAMILIES` says that it also normalizes the embedding.
         head: the output layer; None in a model without one.
         unknown: names of the parameters of the model that belong to none of these.
     """
@@ -165,6 +166,7 @@ class DecoderMap:
     layers: tuple[LayerMap, ...]
     embedding: Part | None
     final_norm: Part | None
+    final_norm_reads_embedding: bool
     head: Part | None
     unknown: tuple[str, ...]
 
@@ -202,6 +204,7 @@ def decoder_map(model: PreTrainedModel) -> DecoderMap:
         ),
         embedding=embedding,
         final_norm=final_norm,
+        final_norm_reads_embedding=row is not None and row.final_norm_reads_embedding,
         head=head,
         unknown=tuple(name for name, p in model.named_parameters() if id(p) not in known),
     )

@@ -20,7 +20,7 @@ from oasis_attn.ops.normalizers import LEARNED_NULL_LOGIT
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Names of attributes of the family's decoder layer.
+    """Names of attributes of the family's decoder layer, and what is special about the family.
 
     Attributes:
         pre_attention, post_attention: the norms before and after attention; None if there is none.
@@ -29,6 +29,8 @@ class Family:
         multiplier: the number that multiplies the outputs of attention and MLP.
         attention_dropout, mlp_dropout: the dropout of these outputs.
         sinks: whether the family's attention has learned sinks, which are null logits.
+        final_norm_reads_embedding: whether the norm after the last layer also normalizes the
+            embedding.
     """
 
     pre_attention: str | None = "input_layernorm"
@@ -40,6 +42,7 @@ class Family:
     attention_dropout: str | None = None
     mlp_dropout: str | None = None
     sinks: bool = False
+    final_norm_reads_embedding: bool = False
 
     @property
     def norms(self) -> tuple[str | None, str | None, str | None, str | None]:
@@ -116,7 +119,7 @@ FAMILIES = {
     "ministral3": _PRE_NORM,
     "mistral": _PRE_NORM,
     "mixtral": _PRE_NORM,
-    "nanochat": _PRE_NORM,
+    "nanochat": Family(final_norm_reads_embedding=True),
     "nemotron": _PRE_NORM,
     "olmo": _PRE_NORM,
     "olmo2": _POST_NORM,

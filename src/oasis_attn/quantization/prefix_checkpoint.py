@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oasis_attn.data import load_corpus, read_windows
+from oasis_attn.data import calibration_corpora, read_windows
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
@@ -84,10 +84,7 @@ def prefix_checkpoint(
         scheme, method=method, length=length, tune_steps=tune_steps, window=window, windows=windows
     )
     check_free(out)
-    corpora = [
-        load_corpus(calibration, calibration_split),
-        load_corpus(evaluation or calibration, evaluation_split),
-    ]
+    corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
 
     steps = Steps(progress, 1 + length + tune_steps + 2 * _MEASUREMENTS + 1)
     steps.start("loading the model")

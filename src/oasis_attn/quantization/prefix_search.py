@@ -59,7 +59,8 @@ def find_prefix(
         on_round: is called before `greedy` tries the candidates for the next token.
 
     Raises:
-        UserError: unusable arguments, or no prefix halves the noise.
+        UserError: unusable arguments, or no prefix halves the noise; if no token has massive
+            activations, the message says that none is needed.
     """
     check_choice("method", method, PREFIX_METHODS)
     check_whole("length", length, 1)
@@ -90,9 +91,15 @@ def find_prefix(
         path, noises = _greedy(model, ids_BT, list(candidates), length, on_round)
     least, before = float(noises.min()), float(noises[0])
     if not least <= GAIN * before or before == 0:
-        raise UserError(
-            f"model: no prefix of up to {length} tokens found by {method!r} halves its range noise"
+        found_none = (
+            f"no prefix of up to {length} tokens found by {method!r} halves its range noise"
             f" ({before:.3g} without prefix, {least:.3g} with the best one)"
+        )
+        if outliers_BT.any():
+            raise UserError(f"model: {found_none}")
+        raise UserError(
+            "model: it needs no prefix, because no token of the searched text has massive"
+            f" activations (above {OUTLIER:g} times those of the median token); {found_none}"
         )
     return path[int((noises <= least / GAIN).nonzero()[0])]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.data import load_corpus, read_windows
+from oasis_attn.data import calibration_corpora, read_windows
 from oasis_attn.devices import find_device, wait_for
 from oasis_attn.errors import UserError
 from oasis_attn.files import check_free, staged_folder
@@ -120,10 +120,7 @@ def quantize_checkpoint(
     in_int8 = format == OASIS and not simulate
     if in_int8:
         check_kernels(scheme, find_device(device))
-    corpora = [
-        load_corpus(calibration, calibration_split),
-        load_corpus(evaluation or calibration, evaluation_split),
-    ]
+    corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
 
     progress("loading the model")
     loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)

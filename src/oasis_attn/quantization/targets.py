@@ -44,7 +44,6 @@ from oasis_attn.quantization.residual_sums import find_sums
 from oasis_attn.quantization.schemes import Scheme
 
 QUANTIZED_ATTENTION = "oasis-quantized"
-_FINAL_NORM_READS_EMBEDDING = ("nanochat",)
 # Parts of this library that stay in floating point: they are small, and sensitive to errors.
 _OURS_IN_FLOAT = re.compile(r"\.output_gate$|\.attn_res_")
 
@@ -144,8 +143,7 @@ def tensor_targets(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _readers_of_sums(model: PreTrainedModel, decoder: DecoderMap) -> list[str]:
     """For each layer, the module that reads the sum after attention; empty if there is no sum."""
-    text = model.config.get_text_config(decoder=True)
-    reads_embedding = text.model_type in _FINAL_NORM_READS_EMBEDDING
+    reads_embedding = decoder.final_norm_reads_embedding
     if decoder.has_row and not reads_embedding:
         return [(each.mlp.pre_norm or each.mlp).name for each in decoder.layers if each.mlp]
     module: Any = decoder.module
@@ -165,8 +163,9 @@ def _readers_of_sums(model: PreTrainedModel, decoder: DecoderMap) -> list[str]:
             reason += f", as far as {model.dtype} shows it (load the model in float32)"
     else:
         return sums
+    family = model.config.get_text_config(decoder=True).model_type
     raise UserError(
-        f"targets: 'full' is not possible with family {text.model_type!r}: {reason}; use 'linear'"
+        f"targets: 'full' is not possible with family {family!r}: {reason}; use 'linear'"
     )
 
 

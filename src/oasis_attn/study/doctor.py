@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.data import Windows, load_corpus, read_windows
+from oasis_attn.data import Windows, calibration_corpora, read_windows
 from oasis_attn.errors import UserError, one_line
 from oasis_attn.files import check_free, lock
 from oasis_attn.hub.loading import load_model
@@ -125,10 +125,7 @@ def doctor(
     check_doctor(tolerance=tolerance, window=window, windows=windows, seed=seed)
     out = Path(out)
     check_results(out)
-    corpora = [
-        load_corpus(calibration, calibration_split),
-        load_corpus(evaluation or calibration, evaluation_split),
-    ]
+    corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
     progress("loading the model")
     loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
     check_unquantized(loaded)

@@ -67,7 +67,7 @@ def _check_text(plan: Plan) -> None:
     for corpus in plan.corpora:  # first: a misspelt task has fields that language models have not
         try:
             for split in ("train", plan.eval_split):
-                load_corpus(corpus, split)
+                load_corpus(corpus, split, arguments=("corpora", "eval_split"))
         except UserError as error:
             near = nearest(corpus, TASKS)
             hint = f"; did you mean the task {near[0]}-LENGTH?" if near else ""

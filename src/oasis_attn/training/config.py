@@ -31,6 +31,7 @@ SERVICES = {
 """Where `report_to` can log -> the packages of which one must be installed."""
 _NO_EFFECT_ON_RESULT = ("out", "device", "report_to", "resume", "trust_remote_code")
 _FROM_SCRATCH, _FROM_MODEL = 2e-3, 1e-4  # learning rates
+_VARIANT, _SIZE = "oasis", "nano"  # of a model from scratch
 _LARGEST = 1e6
 """Largest learning rate or weight: above it, a step is not finite in float32."""
 
@@ -45,8 +46,9 @@ class TrainingConfig:
             its own tokenizer.  Its variant, size, settings and vocabulary are used.
         device: `cpu`, `cuda`, or `auto` for the GPUs if there are any.
         trust_remote_code: run Python code from the checkpoint of `from_model`; see `load_model`.
-        variant: a name in `variants()`.
-        size: a name in `SIZES`, or a Hugging Face configuration file.
+        variant: a name in `variants()`.  Default oasis, and none with `from_model`.
+        size: a name in `SIZES`, or a Hugging Face configuration file.  Default nano, and none with
+            `from_model`.
         corpus: a name in `CORPORA`, or a text file or folder.
         settings: settings of `OasisConfig` that replace those of the variant.  With `from_model`,
             only `null_logit` can be given, together with `anneal_null`.
@@ -95,8 +97,8 @@ class TrainingConfig:
     from_model: str | Path | None = None
     device: str = "auto"
     trust_remote_code: bool = False
-    variant: str = "oasis"
-    size: str = "nano"
+    variant: str | None = None
+    size: str | Path | None = None
     corpus: str = "stdlib"
     settings: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 1000
@@ -199,14 +201,21 @@ class TrainingConfig:
         self._check_model()
 
     def _check_model(self) -> None:
-        settings = settings_of(self.variant) | dict(self.settings)
+        variant, size = self.new_model
+        settings = settings_of(variant) | dict(self.settings)
         check_settings(settings)
-        check_size(self.size, self.vocab_size)
+        check_size(size, self.vocab_size)
         # These imports take seconds; all other checks come first.
         from oasis_attn.modeling.configuration_oasis import OasisConfig
         from oasis_attn.modeling.families import check_fits
 
-        check_fits(OasisConfig(text_config=text_config(self.size, self.vocab_size), **settings))
+        check_fits(OasisConfig(text_config=text_config(size, self.vocab_size), **settings))
+
+    @property
+    def new_model(self) -> tuple[str, str | Path]:
+        """The variant and the size of a model from scratch."""
+        variant = _VARIANT if self.variant is None else self.variant
+        return variant, _SIZE if self.size is None else self.size
 
     @property
     def rates(self) -> dict[str, float]:
@@ -221,10 +230,12 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that affect the result, as values that JSON supports."""
+        variant, size = (None, None) if self.from_model is not None else self.new_model
         plain = asdict(self) | {
             "from_model": None if self.from_model is None else str(self.from_model),
             "distill_from": None if self.distill_from is None else str(self.distill_from),
-            "size": str(self.size),
+            "variant": variant,
+            "size": None if size is None else str(size),
             "corpus": str(self.corpus),
             "learning_rate": self._rate,
             "trainable": list(self.trainable or ()),

@@ -84,7 +84,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         UserError: they cannot be loaded, or do not fit together.
     """
     corpus = load_corpus(config.corpus)
-    held_out = load_corpus(config.corpus, config.eval_split)
+    held_out = load_corpus(config.corpus, config.eval_split, arguments=("corpus", "eval_split"))
     task = corpus.task
     if task is not None and config.block_length != task.window:
         raise UserError(
@@ -139,7 +139,7 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
             f" {len(blocks)} of {config.block_length} tokens"
         )
     return Prepared(
-        label=Path(config.from_model).name if config.from_model else config.variant,
+        label=Path(config.from_model).name if config.from_model else config.new_model[0],
         trained_parameters=sum(p.numel() for _, p in trained(model)),
         model=model,
         adapter=adapter,
@@ -176,13 +176,14 @@ def _start(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if config.from_model is not None:
         return load_model(config.from_model, trust_remote_code=config.trust_remote_code)
-    backbone = text_config(config.size, config.vocab_size or fixed_vocab_size(corpus))
+    variant, size = config.new_model
+    backbone = text_config(size, config.vocab_size or fixed_vocab_size(corpus))
     tokenizer = corpus_tokenizer(corpus, backbone.vocab_size)
     backbone.bos_token_id, backbone.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     # The tokenizer pads with BOS.  If the config had this pad token, the embedding row of BOS would
     # neither be initialized nor trained.
     backbone.pad_token_id = None
-    settings = settings_of(config.variant) | dict(config.settings)
+    settings = settings_of(variant) | dict(config.settings)
     if "token_normalizer" in settings:
         settings["token_normalizer"] = with_length(
             settings["token_normalizer"], config.block_length

@@ -72,7 +72,7 @@ def training_record(
         model=replace(
             describe_model(model),
             name=str(config.out),
-            variant=config.variant if config.from_model is None else None,
+            variant=config.to_dict()["variant"],
         ),
         trained_parameters=prepared.trained_parameters,
         weights_sha256=identity["weights_sha256"],
