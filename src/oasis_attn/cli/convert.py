@@ -88,6 +88,14 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    prune_neurons: Annotated[
+        int | None,
+        Option(
+            help="With --null-from-sink: maximum number of MLP neurons to switch off. They write"
+            " massive activations that the model with nulls no longer needs. Default: 0.",
+            show_default=False,
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         Option(
@@ -145,6 +153,7 @@ def convert(
     options: dict[str, Any] = {
         "null_from_bos": null_from_bos or None,
         "nulls": nulls,
+        "prune_neurons": prune_neurons,
         "calibration": calibration,
         "calibration_split": calibration_split,
         "evaluation": evaluation,
@@ -163,7 +172,11 @@ def convert(
     if null_from_sink:
         from oasis_attn.hub.null_options import check_null_from_sink
 
-        limits = {name: options[name] for name in ("nulls", "window", "windows") if name in options}
+        limits = {
+            name: options[name]
+            for name in ("nulls", "prune_neurons", "window", "windows")
+            if name in options
+        }
         check_null_from_sink(changed, **limits)
     if variant is not None:
         settings_of(variant)
@@ -244,6 +257,9 @@ def _show(record: ConversionRecord) -> None:
     first = "the first token" if record.bos is None else f"BOS {record.bos!r}"
     origins = " and ".join(filter(None, (first, ", ".join(map(repr, record.texts)))))
     title = f"{record.model.name} with {count}, from {origins}"
+    if record.neurons:
+        places = ", ".join(f"{unit} of layer {layer}" for layer, unit in record.neurons)
+        title += f", without the MLP neurons {places}"
     print_table(Table(title=title, columns=("metric", "before", "after"), rows=tuple(rows)))
 
     rows = []

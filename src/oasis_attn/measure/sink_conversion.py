@@ -42,6 +42,7 @@ def null_from_sink_checkpoint(
     variant: str | None = None,
     overrides: dict[str, Any] | None = None,
     nulls: int = 1,
+    prune_neurons: int = 0,
     null_from_bos: bool = False,
     dtype: str = "auto",
     calibration: str = "stdlib",
@@ -61,7 +62,7 @@ def null_from_sink_checkpoint(
         out: a new folder; `from_pretrained` loads the converted model from it.
         variant: see `null_from_sink`; default `kv_null`.
         overrides: settings of `OasisConfig` that replace those of the variant.
-        nulls: see `null_from_sink`.
+        nulls, prune_neurons: see `null_from_sink`.
         null_from_bos: make the first null from BOS, for a model that was trained with BOS in front
             of every text.  The saved tokenizer does not put BOS in front of texts, and the model is
             measured without BOS after the conversion; the losses before and after are those of all
@@ -87,10 +88,12 @@ def null_from_sink_checkpoint(
         UserError: unusable arguments, an error of `null_from_sink`, or `null_from_bos` with a
             tokenizer that has no BOS or cannot be saved without it.  Nothing is written then.
     """
-    check_null_from_sink(overrides or {}, nulls=nulls, window=window, windows=windows)
+    check_null_from_sink(
+        overrides or {}, nulls=nulls, prune_neurons=prune_neurons, window=window, windows=windows
+    )
     check_free(out)
     corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
-    steps = Steps(progress, 5 + CANDIDATES * nulls)
+    steps = Steps(progress, 5 + CANDIDATES * (nulls + prune_neurons))
     steps.start("loading the model")
     loaded, tokenizer = load_model(
         model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -103,13 +106,14 @@ def null_from_sink_checkpoint(
     )
     begin = 0 if seen.info.bos is None else 1
     steps.start("computing the null")
-    converted, layer_0, tokens = null_from_sink(
+    converted, layer_0, tokens, neurons = null_from_sink(
         loaded,
         seen.ids_NT[:, begin:],
         variant=variant or "kv_null",
         nulls=nulls,
+        prune_neurons=prune_neurons,
         first_token=bos,
-        on_try=partial(steps.start, "trying tokens for the null"),
+        on_try=partial(steps.start, "trying tokens and neurons"),
         **overrides or {},
     )
     windows_before, windows_after = _scored_alike(held_out) if null_from_bos else (held_out,) * 2
@@ -131,6 +135,7 @@ def null_from_sink_checkpoint(
         layer_0=None if layer_0 is None else str(tokenizer.decode([layer_0])),
         tokens=tokens,
         texts=tuple(str(tokenizer.decode([token])) for token in tokens),
+        neurons=tuple((each.layer, each.unit) for each in neurons),
         data=windows_before.info,
         calibration=seen.info,
         metrics=tuple(metrics),

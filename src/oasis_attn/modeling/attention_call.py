@@ -57,6 +57,18 @@ class AttentionCall:
         smallest = torch.finfo(self.null_BHT.dtype).tiny
         return self.null_BHT.clamp(min=smallest).log() + self._lse_BHT
 
+    def logits(self, key_BHSd: Tensor, queries: slice = slice(None)) -> Tensor:
+        """The logits of any keys, `[B, H, S, d]` or `[H, S, d]`, for the given queries.
+
+        Without mask and position bias.
+        """
+        precise = self._lse_BHT.dtype
+        query_BHTd = self.query_BHTd[:, :, queries].to(precise)
+        logits_BHTS = (query_BHTd @ key_BHSd.to(precise).mT).mul_(self._scale)
+        if self._softcap is not None:
+            logits_BHTS = self._softcap * torch.tanh(logits_BHTS / self._softcap)
+        return logits_BHTS
+
     def column(self, position: int) -> Tensor:
         """Probability of key `position` for every query, `[B, H, T]`, float32; 0 where masked."""
         if self.weights_BHTS is not None:
@@ -77,12 +89,8 @@ class AttentionCall:
         """Probabilities of the given queries and keys, recomputed from the log-sum-exps."""
         T, S = self.query_BHTd.shape[2], self.key_BGSd.shape[2]
         groups = self.query_BHTd.shape[1] // self.key_BGSd.shape[1]
-        precise = self._lse_BHT.dtype
-        key_BHSd = self.key_BGSd[:, :, keys].to(precise).repeat_interleave(groups, 1)
-        query_BHTd = self.query_BHTd[:, :, queries].to(precise)
-        scores_BHTS = (query_BHTd @ key_BHSd.transpose(-1, -2)).mul_(self._scale)
-        if self._softcap is not None:
-            scores_BHTS = self._softcap * torch.tanh(scores_BHTS / self._softcap)
+        key_BGSd = self.key_BGSd[:, :, keys].to(self._lse_BHT.dtype)
+        scores_BHTS = self.logits(key_BGSd.repeat_interleave(groups, 1), queries)
         if self._mask is None:
             positions = torch.arange(S, device=scores_BHTS.device)
             future = positions[keys] > positions[S - T :][queries].unsqueeze(-1)

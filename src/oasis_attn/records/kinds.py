@@ -170,12 +170,13 @@ class ConversionRecord(_BeforeAfter):
         layer_0: the token whose key and value the first null has in layer 0; None if it has no
             other token there than in the other layers.
         tokens, texts: the tokens that the nulls after the first were made from, and their texts.
+        neurons: the layer and the unit of each MLP neuron that was pruned.
         data: the windows that were measured on; with `bos`, those before conversion.
         calibration: the windows that the nulls were computed from, before BOS was removed.
     """
 
     kind = "conversion"
-    version = 2
+    version = 3
 
     config: dict[str, Any]
     nulls: int
@@ -183,6 +184,7 @@ class ConversionRecord(_BeforeAfter):
     layer_0: str | None
     tokens: tuple[int, ...]
     texts: tuple[str, ...]
+    neurons: tuple[tuple[int, int], ...]
     data: TextInfo
     calibration: TextInfo
 

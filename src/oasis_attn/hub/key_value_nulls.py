@@ -1,0 +1,199 @@
+"""Nulls with keys and values: their means over text, and values that keep the outputs of attention.
+
+Axes: L layers, H query heads, G key heads, M nulls, S keys, d head width, D width of the output
+projection, I = H * d; N windows, B sequences in a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from oasis_attn.errors import UserError
+from oasis_attn.hub.convert import convert
+from oasis_attn.hub.token_peaks import batches, run_text
+from oasis_attn.modeling.attention import AttentionCall, observe_attention
+from oasis_attn.modeling.decoder_map import decoder_map
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
+
+_FITTED_TOKENS = 4096  # that values are fitted on, unless a window has more
+_RIDGE = 0.01  # of the fit of values, as a fraction of the diagonal's mean
+_CHANGE = 0.1  # of values by the fit, that is expected before it, as a fraction of their size
+_SWEEPS = 3  # over several nulls, each of which is fitted with the values of the others
+_QUERIES = 128  # whose attention matrix is computed at a time
+
+
+class Null(NamedTuple):
+    """The key and the value of one null: for each layer, `[H, d]`."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def with_disabled_nulls(
+    model: PreTrainedModel, nulls: int, variant: str, overrides: dict[str, Any]
+) -> OasisForCausalLM:
+    """`model` with so many nulls, which are switched off; it shares its weights with `model`."""
+    normalizer = {"name": "key_value_null", "nulls": nulls} if nulls > 1 else "key_value_null"
+    return convert(model, variant, token_normalizer=normalizer, **overrides)
+
+
+def set_nulls(converted: OasisForCausalLM, nulls: list[Null]) -> None:
+    """Give `converted` these nulls, in place."""
+    converted.config.null_logit = 0.0  # no longer that of a null that is switched off
+    for index, layer in enumerate(converted.model.layers):
+        layer.null_logit.zero_()
+        layer.null_key.copy_(torch.stack([null.keys[index] for null in nulls], 1))
+        layer.null_value.copy_(torch.stack([null.values[index] for null in nulls], 1))
+
+
+def with_nulls(model: PreTrainedModel, nulls: list[Null]) -> OasisForCausalLM:
+    """`model` with these nulls and the plain sum of residuals."""
+    converted = with_disabled_nulls(model, len(nulls), "kv_null", {})
+    set_nulls(converted, nulls)
+    return converted
+
+
+def mean_null(model: PreTrainedModel, sequences: Iterable[Tensor]) -> Null:
+    """The mean key and value of the last tokens of sequences, which are at position 0.
+
+    Args:
+        model: the model, with the nulls found so far.
+        sequences: token ids, each [B, T].
+    """
+    keys: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
+
+    def add(call: AttentionCall) -> None:
+        groups = call.query_BHTd.shape[1] // call.key_BGSd.shape[1]
+        for sums, x_BGSd in ((keys, call.key_BGSd), (values, call.value_BGSd)):
+            x_Gd = x_BGSd[:, :, -1].double().sum(0)
+            sums[call.layer] = sums.get(call.layer, 0) + x_Gd.repeat_interleave(groups, 0)
+
+    count = 0
+    with observe_attention(model, add):
+        for ids_BT in sequences:
+            positions_1T = torch.arange(1 - ids_BT.shape[1], 1, device=model.device)[None]
+            run_text(model, ids_BT, position_ids=positions_1T)
+            count += len(ids_BT)
+    layers = range(len(decoder_map(model).layers))
+    null = Null(*([sums[layer] / count for layer in layers] for sums in (keys, values)))
+    if not all(x.isfinite().all() for x in (*null.keys, *null.values)):
+        raise UserError(
+            "nulls: keys and values of a null are not finite; family"
+            f" {model.config.get_text_config(decoder=True).model_type!r} may not be defined for"
+            " positions below 0, which nulls after the first need; use 1"
+        )
+    return null
+
+
+def fitted_values(model: PreTrainedModel, nulls: list[Null], ids_NT: Tensor) -> list[Null]:
+    """`nulls` with the values that keep the outputs of attention closest to those of `model`.
+
+    With the probability n_h of a null in head h, the head's columns W_h of the output projection,
+    and e_h, the output of h in `model` less what the keys and the other nulls add to it in the
+    converted model, the values of a layer are the v that minimize
+
+        sum over queries of |sum over h of W_h (n_h v_h - e_h)|^2 + r sum over h of |v_h - mean_h|^2
+
+    where r is the fraction `_RIDGE` of the diagonal's mean of the normal equations, plus s^2 / c^2:
+    s is the root mean square of W_h (n_h mean_h - e_h), summed over h, and c is the fraction
+    `_CHANGE` of that of the means.  This is the ratio of noise to prior variance of a Bayesian
+    regression.  It keeps values near the means if the queries are few or the null probabilities
+    small.  Several nulls are fitted in turn, `_SWEEPS` times.
+
+    Queries of first tokens do not count, nor does what a family has between its heads and the
+    projection (a gate in afmoe and laguna, a norm in bitnet).  Layer 0 keeps its values, which
+    make the first token an ordinary one.  The other layers are fitted in order: the inputs of a
+    layer are those after the fit of the layers before it.  All windows pass through the converted
+    model once, in one batch, and each attention module is computed again with its new values.
+
+    Args:
+        model: the model before conversion.
+        nulls: the values are the means above.
+        ids_NT: windows of text, of two tokens at least.
+    """
+    ids_NT = ids_NT[:: -(-ids_NT.numel() // _FITTED_TOKENS)]
+    outputs: dict[int, list[Tensor]] = {}
+    with observe_attention(
+        model, lambda call: outputs.setdefault(call.layer, []).append(_output_of_keys(call))
+    ):
+        for ids_BT in batches(ids_NT):
+            run_text(model, ids_BT)
+
+    converted = with_nulls(model, nulls)
+    fitted = [Null(null.keys, list(null.values)) for null in nulls]
+    latest: list[AttentionCall] = []
+
+    def fit(attention: Any, args: Any, kwargs: Any, _output: Any) -> Any:
+        call = latest[-1]
+        latest.clear()
+        layer = converted.model.layers[call.layer]
+        rest_BHTd = torch.cat(outputs.pop(call.layer)) - _output_of_keys(call)
+        rest_BHTd = rest_BHTd[:, :, 1:].double()
+        null_MBHT = _null_probabilities(call, layer.null_key)[:, :, :, 1:].double()
+        weight_DI = layer.output_projection.weight.double()
+        values = [null.values[call.layer] for null in nulls]
+        for null_BHT, value_Hd in zip(null_MBHT, values, strict=True):
+            rest_BHTd -= null_BHT.unsqueeze(-1) * value_Hd.unsqueeze(1)
+        for _ in range(_SWEEPS if len(nulls) > 1 else 1):
+            for index, null_BHT in enumerate(null_MBHT):
+                n_BHT1 = null_BHT.unsqueeze(-1)
+                rest_BHTd += n_BHT1 * values[index].unsqueeze(1)
+                mean_Hd = nulls[index].values[call.layer]
+                values[index] = _least_squares(null_BHT, rest_BHTd, mean_Hd, weight_DI)
+                rest_BHTd -= n_BHT1 * values[index].unsqueeze(1)
+        layer.null_value.copy_(torch.stack(values, 1))
+        for null, value_Hd in zip(fitted, values, strict=True):
+            null.values[call.layer] = value_Hd
+        return attention.forward(*args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(observe_attention(converted, latest.append))
+        for layer in converted.model.layers[1:]:
+            hook = layer.self_attn.register_forward_hook(fit, with_kwargs=True)
+            stack.callback(hook.remove)
+        run_text(converted, ids_NT)
+    return fitted
+
+
+def _null_probabilities(call: AttentionCall, key_HMd: Tensor) -> Tensor:
+    """The probability of each null, `[M, B, H, T]`."""
+    if key_HMd.shape[1] == 1:
+        return call.null_BHT.unsqueeze(0)
+    logits_BHTM = call.logits(key_HMd)
+    return (logits_BHTM.softmax(-1) * call.null_BHT.unsqueeze(-1)).movedim(-1, 0)
+
+
+def _least_squares(null_BHT: Tensor, e_BHTd: Tensor, mean_Hd: Tensor, weight_DI: Tensor) -> Tensor:
+    """The values of `fitted_values`, `[H, d]`."""
+    H, d = mean_Hd.shape
+    rest_BHTd = e_BHTd - null_BHT.unsqueeze(-1) * mean_Hd.unsqueeze(1)
+    gram_HdHd = (weight_DI.mT @ weight_DI).view(H, d, H, d)
+    moments_HH = torch.einsum("bht,bgt->hg", null_BHT, null_BHT)
+    matrix_II = (gram_HdHd * moments_HH[:, None, :, None]).reshape(H * d, H * d)
+    products_HHd = torch.einsum("bht,bgtd->hgd", null_BHT, rest_BHTd)
+    right_I = torch.einsum("hdge,hge->hd", gram_HdHd, products_HHd).flatten()
+    matrix_II.diagonal().add_(_RIDGE * matrix_II.diagonal().mean())
+    noise = (rest_BHTd.transpose(1, 2).flatten(2) @ weight_DI.mT).square().mean()
+    prior = _CHANGE**2 * mean_Hd.square().mean()  # may be 0: the equations are multiplied by it
+    matrix_II.mul_(prior).diagonal().add_(noise + torch.finfo(matrix_II.dtype).tiny)
+    change_I: Tensor = torch.linalg.solve(matrix_II, prior * right_I)
+    return mean_Hd + change_I.view(H, d)
+
+
+def _output_of_keys(call: AttentionCall) -> Tensor:
+    """What the keys add to the output of attention, `[B, H, T, d]`."""
+    T = call.query_BHTd.shape[2]
+    groups = call.query_BHTd.shape[1] // call.value_BGSd.shape[1]
+    value_BHSd = call.value_BGSd.repeat_interleave(groups, 1)
+    parts = []
+    for start in range(0, T, _QUERIES):
+        rows_BHTS = call.rows(start, min(start + _QUERIES, T))
+        parts.append(rows_BHTS @ value_BHSd[:, :, : rows_BHTS.shape[3]].to(rows_BHTS.dtype))
+    return torch.cat(parts, 2)

@@ -1,0 +1,151 @@
+"""Prune the MLP neurons that write massive activations, once nulls do their work.
+
+In a pretrained model, a few neurons of an early MLP write the massive activations of sink tokens
+(Sun et al. 2024, arXiv 2402.17762; Yu et al. 2024, arXiv 2411.07191, call their weights super
+weights).  Without them, the model has no sink and breaks.  A model with nulls from
+`null_from_sink` has its sinks in the nulls, and may not need these neurons any more.
+
+Axes: L layers; N windows, T tokens; D width, I neurons of an MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from oasis_attn.hub.token_peaks import activation_size, batches, token_peaks
+from oasis_attn.modeling.decoder_map import decoder_map
+from oasis_attn.ops.token_losses import token_losses
+
+CANDIDATES = 4
+"""Neurons that are tried for each one that is pruned."""
+_LOSS = 0.001  # nats that pruning may add to the mean loss
+_TOKENS = 4096  # of the text that neurons are tried on, unless a window has more
+
+
+class Neuron(NamedTuple):
+    """A neuron of the MLP of a layer: one input of its output projection."""
+
+    layer: int
+    unit: int
+
+
+class _Effect(NamedTuple):
+    """What pruning must not increase, and what it must decrease."""
+
+    loss: float
+    first_size: float  # `activation_size` of tokens that run alone
+    size: float  # `activation_size` of the windows
+
+
+@torch.no_grad()
+def prune_massive_neurons(
+    model: PreTrainedModel,
+    ids_NT: Tensor,
+    neurons: int,
+    *,
+    on_try: Callable[[], None] = lambda: None,
+) -> tuple[Neuron, ...]:
+    """Switch off MLP neurons that write massive activations and are not needed, in place.
+
+    One after the other, those with the largest output (relative to the largest activation of the
+    median token of the layer) are tried.  The one that decreases `activation_size` most is pruned,
+    if the mean next-token loss is at most .001 nats larger than before any was pruned, and first
+    tokens do not become larger.  If there is none, the search ends.
+
+    The weights of the output projection that belong to a pruned neuron are 0 after it.  The weight
+    is replaced, not overwritten, so that a model that shares it does not change.  Experts and
+    fused or quantized projections have no such neurons.
+
+    Args:
+        model: a decoder with a head.
+        ids_NT: windows of text, int64; the search uses at most 4,096 tokens, or one window.
+        neurons: maximum number of neurons.
+        on_try: is called before each neuron is tried.
+
+    Returns:
+        The neurons, in order.
+    """
+    if not neurons:
+        return ()
+    ids_NT = ids_NT[:: -(-ids_NT.numel() // _TOKENS)]
+    projections = {
+        layer: mlp.output.module
+        for layer, each in enumerate(decoder_map(model).layers)
+        if (mlp := each.mlp) and mlp.output and type(mlp.output.module) is nn.Linear
+    }
+    pruned: list[Neuron] = []
+    latest = _effect(model, ids_NT)
+    most = latest.loss + _LOSS
+    while len(pruned) < neurons:
+        best = None
+        for neuron in _largest(model, projections, ids_NT):
+            on_try()
+            with _without(projections[neuron.layer], neuron.unit):
+                effect = _effect(model, ids_NT)
+            fewer = effect.first_size <= latest.first_size and effect.size < latest.size
+            if effect.loss <= most and fewer and (best is None or effect.size < best[0].size):
+                best = effect, neuron
+        if best is None:
+            break
+        latest, neuron = best
+        projection = projections[neuron.layer]
+        projection.weight = _pruned(projection, neuron.unit)
+        pruned.append(neuron)
+    return tuple(pruned)
+
+
+def _largest(
+    model: PreTrainedModel, projections: dict[int, nn.Linear], ids_NT: Tensor
+) -> list[Neuron]:
+    """The neurons with the largest outputs, those first."""
+    inputs: dict[int, Tensor] = {}
+
+    def see(layer: int, args: Any) -> None:
+        x_I = args[0].detach().abs().flatten(0, -2).amax(0)
+        inputs[layer] = torch.maximum(inputs.get(layer, x_I), x_I)
+
+    with ExitStack() as stack:
+        for layer, projection in projections.items():
+            hook = projection.register_forward_pre_hook(lambda _m, args, i=layer: see(i, args))
+            stack.callback(hook.remove)
+        median_L = token_peaks(model, ids_NT).flatten(1).median(-1).values
+    sizes: dict[Neuron, float] = {}
+    for layer, x_I in inputs.items():
+        largest_I = projections[layer].weight.abs().amax(0)
+        sizes_I = (x_I * largest_I).float().cpu() / median_L[layer]
+        top = sizes_I.topk(min(CANDIDATES, len(sizes_I)))
+        for size, unit in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            sizes[Neuron(layer, unit)] = size
+    return sorted(sizes, key=sizes.__getitem__, reverse=True)[:CANDIDATES]
+
+
+@contextmanager
+def _without(projection: nn.Linear, unit: int) -> Iterator[None]:
+    weight = projection.weight
+    projection.weight = _pruned(projection, unit)
+    try:
+        yield
+    finally:
+        projection.weight = weight
+
+
+def _pruned(projection: nn.Linear, unit: int) -> nn.Parameter:
+    weight_DI = projection.weight.detach().clone()
+    weight_DI[:, unit] = 0
+    return nn.Parameter(weight_DI, projection.weight.requires_grad)
+
+
+def _effect(model: PreTrainedModel, ids_NT: Tensor) -> _Effect:
+    losses = [
+        token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).flatten()
+        for ids_BT in batches(ids_NT.to(model.device))
+    ]
+    first_N1 = ids_NT.unique().unsqueeze(1)
+    sizes = (activation_size(token_peaks(model, x_NT)) for x_NT in (first_N1, ids_NT))
+    return _Effect(float(torch.cat(losses).mean()), *sizes)

@@ -1,0 +1,80 @@
+"""Neurons that write massive activations are pruned where the loss permits it."""
+
+import pytest
+import torch
+
+from float64_mode import IDS, Float64Mode, native_model
+from oasis_attn import UserError
+from oasis_attn.hub.massive_neurons import CANDIDATES, prune_massive_neurons
+from oasis_attn.hub.null_from_sink import null_from_sink
+from oasis_attn.hub.token_peaks import activation_size, token_peaks
+
+LAYER, UNIT = 1, 3
+
+
+@pytest.fixture
+def planted():
+    """A model in which one neuron writes by far the largest activations."""
+    model = native_model("llama")
+    with torch.no_grad():
+        model.model.layers[LAYER].mlp.down_proj.weight[2, UNIT] = 5000
+    return model
+
+
+@torch.no_grad()
+def test_the_neuron_with_the_massive_output_is_pruned(planted, monkeypatch):
+    monkeypatch.setattr("oasis_attn.hub.massive_neurons._LOSS", 100)
+    projection, tried = planted.model.layers[LAYER].mlp.down_proj, []
+    shared_DI = projection.weight
+    before_DI = shared_DI.clone()
+    with Float64Mode():
+        silenced = projection.register_forward_pre_hook(lambda _module, args: without(args[0]))
+        expected, size = planted(IDS).logits, activation_size(token_peaks(planted, IDS))
+        silenced.remove()
+        assert activation_size(token_peaks(planted, IDS)) > 2 * size
+        found = prune_massive_neurons(planted, IDS, 1, on_try=lambda: tried.append(1))
+        torch.testing.assert_close(planted(IDS).logits, expected, rtol=0, atol=1e-10)
+    assert found == ((LAYER, UNIT),)
+    assert len(tried) == CANDIDATES
+    assert torch.equal(shared_DI, before_DI)  # a model that shares it does not change
+    assert projection.weight.requires_grad
+
+
+def without(x_BTI):
+    x_BTI = x_BTI.clone()
+    x_BTI[..., UNIT] = 0
+    return x_BTI
+
+
+@torch.no_grad()
+def test_no_neuron_is_pruned_that_the_model_needs(planted, monkeypatch):
+    monkeypatch.setattr("oasis_attn.hub.massive_neurons._LOSS", -100)
+    with Float64Mode():
+        before = planted(IDS).logits
+        assert prune_massive_neurons(planted, IDS, 1) == ()
+        assert torch.equal(planted(IDS).logits, before)
+
+
+@torch.no_grad()
+def test_pruning_follows_the_nulls(planted, monkeypatch):
+    monkeypatch.setattr("oasis_attn.hub.massive_neurons._LOSS", 100)
+    with Float64Mode():
+        found = null_from_sink(planted, IDS, prune_neurons=2)
+    assert found.neurons[0] == (LAYER, UNIT)
+    weights = [
+        model.model.layers[LAYER].mlp.down_proj.weight[:, UNIT] for model in (found.model, planted)
+    ]
+    assert weights[0].eq(0).all()
+    assert weights[1].ne(0).any()
+
+
+@torch.no_grad()
+def test_experts_have_no_neurons_to_prune():
+    model = native_model("mixtral")
+    with Float64Mode():
+        assert prune_massive_neurons(model, IDS, 1) == ()
+
+
+def test_refusals():
+    with pytest.raises(UserError, match=r"prune_neurons: 65 is not"):
+        null_from_sink(native_model("llama"), IDS, prune_neurons=65)
