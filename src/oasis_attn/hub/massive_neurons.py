@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from oasis_attn.hub.token_peaks import activation_size, batches, token_peaks
+from oasis_attn.hub.token_peaks import activation_size, batches, observe_peaks, token_peaks
 from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.ops.token_losses import token_losses
 
@@ -142,10 +142,11 @@ def _pruned(projection: nn.Linear, unit: int) -> nn.Parameter:
 
 
 def _effect(model: PreTrainedModel, ids_NT: Tensor) -> _Effect:
-    losses = [
-        token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).flatten()
-        for ids_BT in batches(ids_NT.to(model.device))
-    ]
-    first_N1 = ids_NT.unique().unsqueeze(1)
-    sizes = (activation_size(token_peaks(model, x_NT)) for x_NT in (first_N1, ids_NT))
-    return _Effect(float(torch.cat(losses).mean()), *sizes)
+    with observe_peaks(model) as peaks:
+        losses = [
+            token_losses(model(input_ids=ids_BT, use_cache=False).logits, ids_BT).flatten()
+            for ids_BT in batches(ids_NT.to(model.device))
+        ]
+    size = activation_size(torch.stack([torch.cat(series) for series in peaks]))
+    first_size = activation_size(token_peaks(model, ids_NT.unique().unsqueeze(1)))
+    return _Effect(float(torch.cat(losses).mean()), first_size, size)

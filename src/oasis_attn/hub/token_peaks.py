@@ -5,7 +5,8 @@ Axes: L layers; N windows, T tokens; D width.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ def activation_size(peaks_LNT: Tensor) -> float:
 @torch.no_grad()
 def token_peaks(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
     """max |h| of each token over the channels of each layer's output, `[L, N, T]`, float32."""
+    with observe_peaks(model) as peaks:
+        for ids_BT in batches(ids_NT):
+            run_text(model, ids_BT)
+    return torch.stack([torch.cat(series) for series in peaks])
+
+
+@contextmanager
+def observe_peaks(model: PreTrainedModel) -> Iterator[list[list[Tensor]]]:
+    """Collect max |h| of each token while `model` runs: for each layer, `[B, T]` of each pass."""
     peaks: list[list[Tensor]] = []
     with ExitStack() as stack:
         for layer in decoder_map(model).layers:
@@ -42,9 +52,7 @@ def token_peaks(model: PreTrainedModel, ids_NT: Tensor) -> Tensor:
                 series.append(x_BTD.abs().amax(-1).float().cpu())
 
             stack.callback(layer.module.register_forward_hook(see).remove)
-        for ids_BT in batches(ids_NT):
-            run_text(model, ids_BT)
-    return torch.stack([torch.cat(series) for series in peaks])
+        yield peaks
 
 
 def run_text(model: PreTrainedModel, ids_BT: Tensor, **arguments: Any) -> None:
