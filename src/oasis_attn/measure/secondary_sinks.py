@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.records import Metric
@@ -104,6 +105,8 @@ class SecondarySinks:
         and over the heads of the layers in whose output it is a sink; NaN if none of these layers
         has an attention map.
         """
+        prefix = prefix_of(model)
+        begin = 0 if prefix is None else len(prefix)  # keys before those of the window
         for window in sorted({sink.window for sink in self.found}):
             sinks = [sink for sink in self.found if sink.window == window]
             received: dict[int, list[Tensor]] = {sink.position: [] for sink in sinks}
@@ -111,7 +114,7 @@ class SecondarySinks:
             def on_attention(call: AttentionCall, sinks=sinks, received=received) -> None:
                 for sink in sinks:
                     if call.layer in sink.states:
-                        p_HT = call.column(sink.position)[0]
+                        p_HT = call.column(begin + sink.position)[0]
                         received[sink.position].append(p_HT[:, sink.position :].double().mean())
 
             with torch.random.fork_rng(), observe_attention(model, on_attention):
