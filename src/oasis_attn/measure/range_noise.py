@@ -102,6 +102,7 @@ class RangeNoise:
 
 def _over_median(peak_BT: Tensor) -> Tensor:
     """The max|x| of each token over that of the median token; 0 where that is 0."""
+    peak_BT = peak_BT.to(torch.promote_types(peak_BT.dtype, torch.float32))  # float16 may overflow
     median_B1 = peak_BT.median(-1, keepdim=True).values
     return (peak_BT / median_B1).masked_fill(median_B1 == 0, 0)
 

@@ -148,7 +148,8 @@ def range_noise(
 
 
 def _noise(x_CND: Tensor) -> Tensor:
-    signal_C = x_CND.square().mean(-1).median(-1).values
+    precise = torch.promote_types(x_CND.dtype, torch.float32)  # squares of float16 numbers vanish
+    signal_C = x_CND.to(precise).square().mean(-1).median(-1).values
     return rounding_noise(x_CND.amin((1, 2)), x_CND.amax((1, 2)), signal_C)
 
 
