@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.data import Windows, collate
 from oasis_attn.hub.model_info import describe_model
+from oasis_attn.measure.loss import measure_loss
 from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord, current_environment
 from oasis_attn.training.checkpoints import STAGING
 from oasis_attn.training.config import TrainingConfig
@@ -62,10 +60,6 @@ def training_record(
         if "loss" in row
     ]
     blocks, windows = prepared.blocks, prepared.windows
-    losses = _window_losses(model, windows)
-    count, loss = len(losses), statistics.fmean(losses)
-    error = statistics.stdev(losses) / math.sqrt(count) if count > 1 else None
-    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
     identity = prepared.identity
     return TrainingRecord(
         environment=current_environment(device),
@@ -88,21 +82,9 @@ def training_record(
         ),
         seed=config.seed,
         metrics=(
-            Metric(name="loss.windowed", value=loss, n=count, standard_error=error),
-            Metric(name="perplexity.windowed", value=perplexity, n=count),
+            *measure_loss(model, windows),
             Metric(name="training.loss", value=table[-1]["loss"]),
             Metric(name="training.tokens_per_second", value=tokens_per_second),
         ),
         tables={"loss": table},
     )
-
-
-def _window_losses(model: PreTrainedModel, windows: Windows) -> list[float]:
-    """Mean next-token loss of each window, in float32, one window at a time."""
-    model.eval()
-    losses = []
-    with torch.inference_mode():
-        for ids_T in windows.ids_NT:
-            batch = {name: x.to(model.device) for name, x in collate([ids_T]).items()}
-            losses.append(model(**batch).loss.item())
-    return losses
