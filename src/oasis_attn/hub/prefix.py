@@ -152,14 +152,15 @@ def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> Prefix:
             f"tokens: {list(tokens)} is not a list of one or more ids in 0 .. {size - 1}"
         )
     decoder: Any = find_decoder(model).module
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     cache = DynamicCache(config=decoder.config.get_text_config(decoder=True))
     ids_1P = torch.tensor([list(tokens)], device=model.device)
     model.eval()
     try:
         decoder(input_ids=ids_1P, past_key_values=cache, use_cache=True)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     pairs = [(getattr(at, "keys", None), getattr(at, "values", None)) for at in cache.layers]
     shapes = {None if x is None else tuple(x.shape) for x in chain.from_iterable(pairs)}
     shape = (shapes.pop() if len(shapes) == 1 else None) or ()

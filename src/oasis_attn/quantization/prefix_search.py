@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
+from oasis_attn.hub.model_info import eval_mode
 from oasis_attn.hub.prefix import Prefix, prefix_of, prefix_replaced, with_prefix
 from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.ops.rounding_noise import OUTLIER, rounding_noise
@@ -279,12 +280,8 @@ def _observed(
 
 
 def _run(model: PreTrainedModel, ids_BT: Tensor) -> None:
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         model.base_model(input_ids=ids_BT.to(model.device), use_cache=False)
-    finally:
-        model.train(training)
 
 
 def _special(model: PreTrainedModel, name: str) -> tuple[int, ...]:
