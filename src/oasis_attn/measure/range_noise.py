@@ -64,7 +64,8 @@ class RangeNoise:
             for kind, noise_B in zip(KINDS, noises, strict=True):
                 # Rounding leaves a token of zeros as it is.
                 self._noise[kind][name].append(noise_B.masked_fill(signal_B == 0, 0).cpu())
-        self._counts.append(outlier_BT.sum(1).cpu())
+        broken_B = ratio_LBT.isnan().any(0).any(-1)
+        self._counts.append(outlier_BT.sum(1).double().masked_fill(broken_B, torch.nan).cpu())
         for window, position in outlier_BT.nonzero().tolist():
             key = position, int(ids_BT[window, position])
             self._found.setdefault(key, []).append(ratio_LBT[:, window, position].float().cpu())

@@ -64,6 +64,7 @@ class SecondarySinks:
         self._norms: list[Tensor] = []
         self._alike: list[Tensor] = []
         self.windows: list[dict[str, int]] = []
+        self._broken: list[bool] = []  # for each window, whether a norm is NaN or infinite
         self._copies: list[int] = []
         self.found: list[Sink] = []
         self._scores: list[float] = []
@@ -83,6 +84,7 @@ class SecondarySinks:
             self._norms, self._alike = [], []
 
     def _classify(self, norms_2L: Tensor, alike_2LT: Tensor, ids_T: Tensor) -> None:
+        self._broken.append(not norms_2L.isfinite().all())
         first = int(norms_2L.mean(-1).argmax())
         start, end = large_states(norms_2L[first])
         window = len(self.windows)
@@ -132,9 +134,11 @@ class SecondarySinks:
         counts_N = torch.zeros(len(self.windows))
         for sink in self.found:
             counts_N[sink.window] += 1
+        counts = {"secondary_tokens": counts_N, "first_copies": torch.tensor(self._copies)}
+        broken_N = torch.tensor(self._broken)
         metrics = [
-            mean_metric(f"sink.secondary_tokens@{self._rule}", counts_N),
-            mean_metric(f"sink.first_copies@{self._rule}", torch.tensor(self._copies)),
+            mean_metric(f"sink.{name}@{self._rule}", x_N.double().masked_fill(broken_N, math.nan))
+            for name, x_N in counts.items()
         ]
         if self._scores:
             name = f"sink.secondary_score@{self._rule}"

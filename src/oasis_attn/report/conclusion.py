@@ -129,7 +129,7 @@ def _about_heads(record: DiagnosisRecord) -> list[str]:
         return []  # there is no softmax attention
     # Layers with fewer heads than others have NaN in the place of the missing ones.
     heads = sum(not math.isnan(float(x)) for row in record.tables["sink.mass"] for x in row)
-    idle = int(record["sink.idle_heads"])
+    idle = number(record["sink.idle_heads"])
     to = "the first position or the null" if "null.mass" in record.tables else "the first position"
     said = [f"Idle heads: {idle} of {heads}; more than half of their attention goes to {to}."]
     if "sink.silent_heads" in record.tables:
