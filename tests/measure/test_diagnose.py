@@ -134,6 +134,11 @@ def test_short_windows_have_no_rate_of_length_64():
     assert "sink.rate@0.3" not in names
 
 
+def test_a_compiled_model_is_refused():
+    with pytest.raises(UserError, match=r"result of torch\.compile; give the model"):
+        diagnose(torch.compile(native("llama")), tokens(1, 20))
+
+
 def test_what_is_not_finite_is_reported():
     model = native("llama")
     with torch.no_grad():
