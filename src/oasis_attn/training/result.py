@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from oasis_attn.data import Windows
 from oasis_attn.hub.model_info import describe_model
-from oasis_attn.measure.loss import measure_loss
+from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord, current_environment
 from oasis_attn.training.checkpoints import STAGING
 from oasis_attn.training.config import TrainingConfig
@@ -60,6 +63,10 @@ def training_record(
         if "loss" in row
     ]
     blocks, windows = prepared.blocks, prepared.windows
+    losses = _window_losses(model, windows)
+    count, loss = len(losses), statistics.fmean(losses)
+    error = statistics.stdev(losses) / math.sqrt(count) if count > 1 else None
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
     identity = prepared.identity
     return TrainingRecord(
         environment=current_environment(device),
@@ -82,9 +89,24 @@ def training_record(
         ),
         seed=config.seed,
         metrics=(
-            *measure_loss(model, windows),
+            Metric(name="loss.windowed", value=loss, n=count, standard_error=error),
+            Metric(name="perplexity.windowed", value=perplexity, n=count),
             Metric(name="training.loss", value=table[-1]["loss"]),
             Metric(name="training.tokens_per_second", value=tokens_per_second),
         ),
         tables={"loss": table},
     )
+
+
+def _window_losses(model: PreTrainedModel, windows: Windows) -> list[float]:
+    """Mean next-token loss of each window, in nats, one window at a time.
+
+    Not the loss that the model returns, to which families with experts can add one of their own.
+    """
+    model.eval()
+    losses = []
+    with torch.inference_mode():
+        for ids_T in windows.ids_NT.to(model.device):
+            logits_1TV = model(input_ids=ids_T[None], use_cache=False).logits
+            losses.append(token_losses(logits_1TV, ids_T[None]).mean().item())
+    return losses
