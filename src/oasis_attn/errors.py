@@ -115,12 +115,14 @@ def check_flag(argument: str, value: object) -> None:
 
 
 def check_loaded(model: object) -> None:
-    """Raise `UserError` if `model` is the name of a model."""
+    """Raise `UserError` if `model` is the name of a model, or what `torch.compile` returns."""
     if isinstance(model, str | PathLike):
         raise UserError(
             f"model: {shown(str(model))} is a name; give a model, such as the one that `load_model`"
             " of oasis_attn.hub.loading returns with its tokenizer"
         )
+    if type(model).__name__ == "OptimizedModule":
+        raise UserError("model: it is a result of torch.compile; give the model that was compiled")
 
 
 def check_unicode(argument: str, text: str) -> None:

@@ -235,7 +235,7 @@ def test_by_default_a_short_text_is_one_window(tmp_path):
     """BOS, the text and EOS; a text that is longer has windows of 512 tokens."""
     path = tmp_path / "text.txt"
     path.write_text("abc")
-    for text in ("abc", whole_file(path)):
+    for text in ("abc", ["abc", " "], whole_file(path)):
         found = read_windows(text, reader())
         assert found.ids_NT.tolist() == [[0, 1, 2, 3, 10]]
         assert cut(text, window=None, tokenizer=reader()).ids_NT.tolist() == found.ids_NT.tolist()

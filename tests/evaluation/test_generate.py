@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from oasis_attn.data.tokens import prompt_ids
 from oasis_attn.errors import UserError
 from oasis_attn.evaluation.generate import generate
 from oasis_attn.evaluation.samples import SampleLog
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
 from oasis_attn.quantization.kv_cache import QuantizedCache
+from tiny_models import tiny_config
 
 PROMPTS = ["Question: 1", "Question: 1 2 3 apples and many more\nAnswer:", "x", "Answer: 2"]
 
@@ -56,6 +58,16 @@ def test_a_cache_that_counts_tokens_meets_no_padding(build, tokenizer):
     together = run(model, tokenizer, prompts, cache=cache)
     assert len(seen) == 2
     assert together == [run(model, tokenizer, [prompt], cache=cache)[0] for prompt in prompts]
+
+
+def test_padding_does_not_move_a_prefix_out_of_a_window(tokenizer):
+    torch.manual_seed(0)
+    config = tiny_config("mistral", vocab_size=len(tokenizer), sliding_window=16, pad_token_id=None)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    prefixed = with_prefix(model, compute_prefix(model, [3, 5]))
+    assert run(prefixed, tokenizer, stops=[]) == [
+        run(prefixed, tokenizer, [prompt], stops=[])[0] for prompt in PROMPTS
+    ]
 
 
 def test_native_models_and_tokenizers_without_pad_token(tokenizer):

@@ -98,7 +98,10 @@ def test_generate_with_prompt_lookup(llama):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [native, lambda: native("gemma2"), lambda: tiny_model().double()])
+@pytest.mark.parametrize(
+    "make",
+    [native, lambda: native("gemma2", sliding_window=32), lambda: tiny_model().double()],
+)
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 2}, {"num_beams": 2}])
 def test_generation_continues_from_a_returned_cache(make, padding, how):
@@ -175,6 +178,21 @@ def test_left_padding_changes_nothing(make):
         for each, mask_BS in ((outputs, None), (again, wider))
     ]
     torch.testing.assert_close(*pair, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_left_padding_that_moves_the_prefix_out_of_a_window_is_refused():
+    model = native("mistral", sliding_window=9)
+    prefixed = with_prefix(model, compute_prefix(model, TOKENS))
+    ids_BT, room = text(2, 10), 9 - len(TOKENS)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, :2] = 0
+    want = prefixed(ids_BT[1:, 2:room]).logits
+    got = prefixed(ids_BT[:, :room], attention_mask=mask_BT[:, :room]).logits[1:, 2:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    prefixed(ids_BT, attention_mask=torch.ones_like(ids_BT))
+    with pytest.raises(UserError, match="padding on the left moves the prefix out of the sliding"):
+        prefixed(ids_BT, attention_mask=mask_BT)
 
 
 @torch.no_grad()

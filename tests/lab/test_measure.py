@@ -16,7 +16,7 @@ from oasis_attn.lab import (
     quantized_errors,
     train_decoder,
 )
-from oasis_attn.lab.measure import null_signal_off
+from oasis_attn.modeling.depth_cache import null_signal_off
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.quantization import quantize

@@ -7,6 +7,7 @@ from torch import nn
 from oasis_attn.measure import diagnose
 from oasis_attn.measure.hooks import HookPoint
 from oasis_attn.measure.range_noise import RangeNoise
+from oasis_attn.quantization.prefix_search import _noise
 
 from .models import CONFIGS, native, tokens
 
@@ -72,6 +73,21 @@ def test_a_tensor_of_zeros_has_no_noise() -> None:
     measured.update(points("a")[0], x_BTD)
     measured.classify(ids_BT)
     assert [metric.value for metric in measured.metrics()] == [0, 0, 0, 0]
+
+
+def test_the_range_of_float16_is_wide_enough() -> None:
+    torch.manual_seed(0)
+    x_BTD = (1e-3 * torch.randn(1, 9, 32)).half()
+    x_BTD[0, 3, 5:7] = torch.tensor([-40000, 40000])
+    found = []
+    for values in (x_BTD, x_BTD.double()):
+        measured = RangeNoise(points("a"))
+        measured.update(points("a")[0], values)
+        measured.classify(torch.zeros(1, 9, dtype=torch.int64))
+        (outlier,) = measured.tables()["range.outlier_tokens"]
+        noises = [metric.value for metric in measured.metrics()]
+        found.append([*noises, outlier["ratio"], float(_noise(values))])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))

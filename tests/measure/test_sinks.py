@@ -199,6 +199,15 @@ def test_the_score_is_the_attention_that_a_secondary_sink_receives():
         }
     ]  # fmt: skip
 
+    prefixed, scored = with_prefix(model, compute_prefix(model, [7, 11])), SecondarySinks(12)
+    scored.found = sinks.found
+    with torch.no_grad():
+        scored.score(prefixed, ids_NT)
+        whole_NS = torch.cat([torch.tensor([[7, 11]] * 2), ids_NT], 1)
+        maps = model(input_ids=whole_NS, output_attentions=True).attentions
+    expected = torch.stack([maps[layer][1, :, 6:, 6].mean() for layer in states]).mean().item()
+    assert scored.tables()["sink.secondary_tokens"][0]["score"] == pytest.approx(expected, rel=1e-5)
+
 
 def test_rows_that_attend_to_nothing_have_no_renormalized_mass():
     sinks = Sinks([HookPoint(name="o", kind="attention", layer=0, module=nn.Linear(8, 8))])

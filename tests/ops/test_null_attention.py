@@ -101,6 +101,18 @@ def test_a_mask_of_a_wider_dtype_blinds_too(backend):
     assert out.isfinite().all()
 
 
+def test_a_float32_mask_of_float64_tensors_is_read_as_float32():
+    *inputs, c = tensors(33, 33)
+    mask = torch.randn(2, 1, 33, 33).masked_fill(~masks(33, 33)["boolean"], -math.inf)
+    given = [null_attention(*inputs, attn_mask=x, null_logit=c) for x in (mask, mask.double())]
+    loss = [out.sum() + null.sum() for out, null in given]
+    pairs = (
+        zip(*given, strict=True),
+        zip(*(torch.autograd.grad(x, inputs) for x in loss), strict=True),
+    )
+    assert all(torch.equal(*pair) for each in pairs for pair in each)
+
+
 def test_autocast_leaves_the_map_in_float32():
     query, key, value, _ = tensors(9, 9, dtype=torch.float32)
     plain = null_attention(query, key, value, backend="naive")

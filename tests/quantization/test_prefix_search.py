@@ -55,6 +55,15 @@ def text(*shape):
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
 
 
+def test_every_module_keeps_its_mode():
+    model = model_with_sink().train()
+    model.get_decoder().layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    outlier_tokens(model, text(1, 5))
+    compute_prefix(model, (3, 4))
+    assert [module.training for module in model.modules()] == modes
+
+
 @pytest.mark.parametrize("method", PREFIX_METHODS)
 def test_one_token_absorbs_the_sink(method):
     model, ids_BT = model_with_sink(), text(3, 12)

@@ -110,6 +110,16 @@ def test_several_tokens_are_counted_and_the_worst_is_named() -> None:
     assert first.startswith("A few tokens carry the outliers, 3 in a window.  The worst: 'a' at")
 
 
+def test_the_largest_activations_may_be_those_of_another_token() -> None:
+    found = record(2.0, 0.01, 0.01)
+    for row in found.tables["outlier.largest"][1:]:
+        row["token"] = 8
+    assert conclusion(found)[0] == (
+        "One token carries the outliers: 'a' at position 0 reaches up to 1,234 times the median"
+        " token, in layers 1-2, 5."
+    )
+
+
 def test_heads_are_counted_and_listed() -> None:
     found = record(0.0, 0.0, 0.0)
     assert conclusion(found)[-2:] == (

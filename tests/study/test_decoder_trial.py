@@ -182,3 +182,5 @@ def test_embedding_weights_are_of_each_router_with_several_sources(tiny) -> None
     means = embedding_weights(trial)
     assert len(means) == 2  # the MLP and the output; attention has one source
     assert all(0 < weight < 1 for pair in means for weight in pair)
+    read = decoder_trial._info(trial.corpus, decoder_trial.measured_batch(trial))
+    assert (read.window, read.tokens_scored) == (8, 7 * trial.windows)  # the first has no target

@@ -43,6 +43,8 @@ def seen(change: float, low: float, high: float, n: int = 9) -> Comparison:
         (seen(-0.02, -0.03, -0.01), 0.01, 0.01, "passed"),  # smaller than claimed, but there
         (seen(-0.20, -0.3, -0.1, n=2), 0.01, 0.05, "passed"),
         (seen(-0.20, -0.3, -0.1), 0.01, 0.50, "inconclusive"),  # within the noise
+        (seen(-0.49, -0.6, -0.3), 0.01, 1.00, "inconclusive"),  # less than a factor of 2
+        (seen(-0.51, -0.6, -0.3), 0.01, 1.00, "passed"),
         (seen(-0.20, -0.3, -0.1), 0.01, math.nan, "inconclusive"),  # no noise floor known
         (seen(-0.20, -0.3, -0.1), 0.06, 0.05, "inconclusive"),
         (seen(-0.20, -0.3, -0.1), math.nan, 0.05, "inconclusive"),

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, DiffLlamaConfig
 
 from oasis_attn import SinkCallback, convert
-from oasis_attn.data import load_corpus, train_tokenizer
+from oasis_attn.data import load_corpus, read_windows, train_tokenizer
 from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.prefix import attach_prefix, compute_prefix, prefix_of, with_prefix
+from oasis_attn.measure.loss import measure_loss
 from oasis_attn.modeling.null_logit import LOG_CONTEXT_MARGIN
 from oasis_attn.quantization import quantize
 from oasis_attn.records import TrainingRecord
@@ -306,6 +307,22 @@ def test_a_family_without_positions(onward, models):
     load_model(models / "native")[1].save_pretrained(models / "bloom")
     assert quiet(onward("trained", "bloom", steps=2))["loss.windowed"] > 0
     assert train(onward(source="bloom", steps=2), progress=False, callbacks=[SinkCallback])
+
+
+def test_the_final_loss_is_that_of_tokens_only(onward, models):
+    """transformers adds the load-balancing loss of the experts to the loss of the model."""
+    text = tiny_config("mixtral", vocab_size=270, output_router_logits=True)
+    AutoModelForCausalLM.from_config(text).save_pretrained(models / "balanced")
+    load_model(models / "native")[1].save_pretrained(models / "balanced")
+    config = onward(source="balanced", steps=1)
+    record, (model, tokenizer) = quiet(config), load_model(config.out)
+    windows = read_windows(
+        load_corpus(config.corpus, config.eval_split),
+        tokenizer,
+        window=config.block_length,
+        windows=config.eval_windows,
+    )
+    assert record["loss.windowed"] == pytest.approx(measure_loss(model, windows)[1].value)
 
 
 def test_a_callback_that_refuses_the_model_leaves_no_folder(onward, models):

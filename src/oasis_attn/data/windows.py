@@ -99,7 +99,8 @@ def read_windows(
             outside the vocabulary.
     """
     if not isinstance(texts, Corpus):
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        given = [texts] if isinstance(texts, str) else texts
+        texts = [text for text in given if text.strip()]
     if window is None:
         documents = texts.texts() if isinstance(texts, Corpus) else texts
         window = max(2, count_tokens(documents, tokenizer, WINDOW))
@@ -210,8 +211,7 @@ def _all_tokens(
 ) -> tuple[np.ndarray, Mapping[str, str | None]]:
     """All disjoint windows of a text, [N, T], and where the text is from."""
     if not isinstance(texts, Corpus):
-        found = (text for text in texts if text.strip())
-        return pack_texts(found, tokenizer, window, vocab_size=vocab_size), source or {}
+        return pack_texts(texts, tokenizer, window, vocab_size=vocab_size), source or {}
     if source:
         raise UserError("data: only for texts and rows of tokens; a corpus has its own")
     source = {"corpus": texts.name, "split": texts.split, "sha256": texts.sha256}

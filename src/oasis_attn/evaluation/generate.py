@@ -28,6 +28,8 @@ from transformers import (
 from oasis_attn.data.tokens import prompt_ids
 from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.hub.model_info import check_lengths, eval_mode
+from oasis_attn.hub.prefix import prefix_of
+from oasis_attn.modeling.packing import smallest_window
 
 ANSWER_FIELDS = {"prompt": str, "response": str}
 """The fields of a logged sample."""
@@ -74,9 +76,10 @@ def generate(
     Args:
         log: samples that are in it are not generated again.
         finish: (index of the prompt, continuation) -> further fields of the logged sample.
-        cache: makes the cache of a batch; by default, that of transformers.  With another cache,
-            the batch size is 1, because the cache may treat tokens by their position, which padding
-            would change.
+        batch_size: prompts in a batch.  It is 1 where padding would change the results: with a
+            cache, which may treat tokens by their position, and with a prefix that leaves the
+            sliding windows of layers.
+        cache: makes the cache of a batch; by default, that of transformers.
         stops: a continuation ends before the first of these strings, or at an end-of-text token.
 
     Raises:
@@ -84,7 +87,9 @@ def generate(
     """
     rows = check_prompts(model, tokenizer, prompts, max_new_tokens)
     ends = _end_tokens(model, tokenizer)
-    batch_size = batch_size if cache is None else 1
+    longest = max(map(len, rows), default=0) + max_new_tokens
+    if cache is not None or _padding_moves_prefix(model, longest):
+        batch_size = 1
     keys = list(product(range(len(prompts)), range(repeats)))
     with eval_mode(model), torch.no_grad(), _no_defaults(model):
         for start in range(0, len(keys), batch_size):
@@ -108,6 +113,13 @@ def generate(
                 for (index, repeat), text in zip(batch, texts, strict=True)
             )
     return [[log[index, r]["response"] for r in range(repeats)] for index in range(len(prompts))]
+
+
+def _padding_moves_prefix(model: PreTrainedModel, longest: int) -> bool:
+    """Whether padding in rows of up to `longest` tokens moves a prefix out of a sliding window."""
+    prefix = prefix_of(model)
+    window = None if prefix is None else smallest_window(model.config)
+    return prefix is not None and window is not None and len(prefix) + longest > window
 
 
 def _continue(

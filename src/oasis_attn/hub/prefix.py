@@ -21,7 +21,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from itertools import chain
 from pathlib import Path
 from types import MethodType
@@ -38,9 +37,9 @@ from transformers.utils import ModelOutput
 from oasis_attn.errors import UserError, one_line
 from oasis_attn.files import write_bytes, write_text
 from oasis_attn.hub.prefix_storage import forget_prefix, prefix_hf_quantizer
+from oasis_attn.modeling import packing
 from oasis_attn.modeling.decoder_map import find_decoder
 from oasis_attn.modeling.hf_compat import find_file
-from oasis_attn.modeling.packing import input_of, is_one_sequence, padded_positions
 from oasis_attn.modeling.pretrained import SAVE_HOOKS
 
 FOLDER = "prefix"
@@ -153,14 +152,15 @@ def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> Prefix:
             f"tokens: {list(tokens)} is not a list of one or more ids in 0 .. {size - 1}"
         )
     decoder: Any = find_decoder(model).module
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     cache = DynamicCache(config=decoder.config.get_text_config(decoder=True))
     ids_1P = torch.tensor([list(tokens)], device=model.device)
     model.eval()
     try:
         decoder(input_ids=ids_1P, past_key_values=cache, use_cache=True)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     pairs = [(getattr(at, "keys", None), getattr(at, "values", None)) for at in cache.layers]
     shapes = {None if x is None else tuple(x.shape) for x in chain.from_iterable(pairs)}
     shape = (shapes.pop() if len(shapes) == 1 else None) or ()
@@ -212,7 +212,7 @@ def attach_prefix(model: PreTrainedModel, prefix: Prefix) -> PreTrainedModel:
     logits that the model computes if the prefix tokens precede the input.  Left padding and labels
     work as without a prefix.  For the caller, `get_seq_length` of a cache does not count the
     prefix, so that generation can continue from a returned cache.  In layers with a sliding window,
-    the prefix leaves the window as tokens do (padding counts).  `save_pretrained` saves the prefix.
+    the prefix leaves the window as tokens do.  `save_pretrained` saves the prefix.
 
     Raises:
         UserError: the prefix belongs to another model, or the model already has a prefix or was
@@ -278,6 +278,7 @@ class _Store(nn.Module):
     def __init__(self, prefix: Prefix, model: PreTrainedModel) -> None:
         super().__init__()
         self.tokens, self.tuned = prefix.tokens, prefix.tuned
+        self.window = packing.smallest_window(model.config)
         for name, x in (("keys", prefix.keys_LGPd), ("values", prefix.values_LGPd)):
             self.register_buffer(name, x.to(model.device, model.dtype), persistent=False)
 
@@ -325,7 +326,7 @@ def _prepend_prefix(
         )
     if module.training and getattr(module, "is_activation_checkpointing", False):
         raise UserError("activation_checkpointing: it does not work with a prefix; disable it")
-    batch, fresh = input_of(args, kwargs).shape[:2]
+    batch, fresh = packing.input_of(args, kwargs).shape[:2]
     cache: Any = kwargs.get("past_key_values")
     if cache is None:
         cache = DynamicCache(config=module.config.get_text_config(decoder=True))
@@ -354,8 +355,14 @@ def _prepend_prefix(
                 " masks cannot be extended by a prefix"
             )
         kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, length), mask], 1)
-        if positions is None and not mask[:, 0].all() and _takes_positions(type(module)):
-            positions = padded_positions(mask, past, fresh)  # the prefix precedes the first token
+        if not mask[:, 0].all():  # the padding is between the prefix and the first token
+            if store.window is not None and length + own > store.window:
+                raise UserError(
+                    "attention_mask: padding on the left moves the prefix out of the sliding window"
+                    f" of {store.window} tokens; pass rows of one length, or one row at a time"
+                )
+            if positions is None and packing.takes_positions(type(module)):
+                positions = packing.padded_positions(mask, past, fresh)
     if positions is not None:
         counted = torch.arange(past, own, device=positions.device)
         if mask is None and not bool((positions == counted).all()):
@@ -363,17 +370,11 @@ def _prepend_prefix(
                 f"position_ids: without a mask they must be {past} .. {own - 1} (without prefix);"
                 " packed sequences cannot have a prefix"
             )
-        if mask is not None and fresh > 1 and not is_one_sequence(positions, mask):
+        if mask is not None and fresh > 1 and not packing.is_one_sequence(positions, mask):
             raise UserError("position_ids: they restart, but packed sequences cannot have a prefix")
         kwargs["position_ids"] = positions + length
     cache.in_decoder = True
     return args, kwargs
-
-
-def _takes_positions(kind: type[nn.Module]) -> bool:
-    """Whether a decoder has `position_ids`; those that have none count the tokens of the mask."""
-    own = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]
-    return any("position_ids" in signature(forward).parameters for forward in own)
 
 
 def _restore_cache(

@@ -24,7 +24,7 @@ from oasis_attn.measure.hooks import HookPoint, find_hook_points
 from oasis_attn.measure.outliers import Outliers
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
-from oasis_attn.modeling.depth_cache import RouterCall, observe_depth
+from oasis_attn.modeling.depth_cache import RouterCall, null_signal_off, observe_depth
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.quantization import quantize, quantized_modules, schemes
 from oasis_attn.records import Metric
@@ -164,17 +164,6 @@ def quantized_errors(
         metrics += [Metric(name=f"{key}@{name}", value=v, n=n) for key, v in found.items()]
         targets[name] = len(quantized_modules(quantized))
     return metrics, targets
-
-
-@contextmanager
-def null_signal_off(model: OasisForCausalLM) -> Iterator[None]:
-    """Context in which the model computes with psi = 0 for every source."""
-    config: Any = model.config
-    signal, config.null_signal = config.null_signal, "off"
-    try:
-        yield
-    finally:
-        config.null_signal = signal
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def diagnose(
     Returns:
         Metrics: `perplexity.windowed`, the exponential of `loss.windowed` (nats per token, disjoint
         windows), `outlier.*`, `range.*`, `sink.*`, `null.mass` if attention has a null option,
-        `depth.*` if the model has depth routing, and `joint.*`.
+        `depth.*` if the model has depth routing, and `joint.*`.  Numbers and counts of windows in
+        which values are NaN are NaN; `outlier.non_finite` counts these values.
         Tables per layer, head and token: see `Outliers.tables`, `RangeNoise.tables`,
         `Sinks.tables`, `HeadOutputs.tables`, `SinkTokens.tables`, `SecondarySinks.tables`,
         `Depth.tables` and `Joint.tables`.  With a tokenizer, rows about a token have its `text`.

@@ -10,6 +10,7 @@ D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -62,7 +63,9 @@ class HeadOutputs:
         if not self._projections:
             return []
         windows = len(torch.cat(next(iter(self._squares.values()))))
-        return [Metric(name="sink.silent_heads", value=float(len(self._silent())), n=windows)]
+        broken = any(bool(output_H.isnan().any()) for output_H in self._outputs().values())
+        value = math.nan if broken else float(len(self._silent()))
+        return [Metric(name="sink.silent_heads", value=value, n=windows)]
 
     def tables(self) -> dict[str, Any]:
         """`sink.silent_heads`, the layer and the index of each; and `head.output` [L][H], the norm

@@ -10,8 +10,8 @@ routers, N sources of a router.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from oasis_attn.measure.outliers import massive
 from oasis_attn.measure.sinks import check_calls, value_images
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.modeling.configuration_oasis import OasisConfig
-from oasis_attn.modeling.depth_cache import RouterCall, observe_depth
+from oasis_attn.modeling.depth_cache import RouterCall, null_signal_off, observe_depth
 from oasis_attn.records import ModelInfo
 
 _POSITIONS = 32  # value_images computes [positions, H, D] at once
@@ -132,7 +132,7 @@ def inspect_text(model: PreTrainedModel, ids: Sequence[int]) -> Inspection:
     with eval_mode(model), torch.no_grad():
         depth, depth_off = recorder.run(), None
         if isinstance(config, OasisConfig) and config.null_signal != "off":
-            with _null_signal_off(config):
+            with null_signal_off(model):
                 depth_off = recorder.run_depth()
     return Inspection(
         model=describe_model(model),
@@ -281,17 +281,6 @@ def _checked(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
             )
     check_lengths(model, [len(ids)], "text")
     return torch.tensor([[int(token) for token in ids]], device=model.device)
-
-
-@contextmanager
-def _null_signal_off(config: OasisConfig) -> Iterator[None]:
-    """Context in which psi is 0 for all sources."""
-    before = config.null_signal
-    config.null_signal = "off"
-    try:
-        yield
-    finally:
-        config.null_signal = before
 
 
 def _array(x: Tensor) -> np.ndarray:

@@ -64,7 +64,8 @@ class RangeNoise:
             for kind, noise_B in zip(KINDS, noises, strict=True):
                 # Rounding leaves a token of zeros as it is.
                 self._noise[kind][name].append(noise_B.masked_fill(signal_B == 0, 0).cpu())
-        self._counts.append(outlier_BT.sum(1).cpu())
+        broken_B = ratio_LBT.isnan().any(0).any(-1)
+        self._counts.append(outlier_BT.sum(1).double().masked_fill(broken_B, torch.nan).cpu())
         for window, position in outlier_BT.nonzero().tolist():
             key = position, int(ids_BT[window, position])
             self._found.setdefault(key, []).append(ratio_LBT[:, window, position].float().cpu())
@@ -102,6 +103,7 @@ class RangeNoise:
 
 def _over_median(peak_BT: Tensor) -> Tensor:
     """The max|x| of each token over that of the median token; 0 where that is 0."""
+    peak_BT = peak_BT.to(torch.promote_types(peak_BT.dtype, torch.float32))  # float16 may overflow
     median_B1 = peak_BT.median(-1, keepdim=True).values
     return (peak_BT / median_B1).masked_fill(median_B1 == 0, 0)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.attention import AttentionCall, observe_attention
 from oasis_attn.records import Metric
@@ -63,6 +64,7 @@ class SecondarySinks:
         self._norms: list[Tensor] = []
         self._alike: list[Tensor] = []
         self.windows: list[dict[str, int]] = []
+        self._broken: list[bool] = []  # for each window, whether a norm is NaN or infinite
         self._copies: list[int] = []
         self.found: list[Sink] = []
         self._scores: list[float] = []
@@ -82,6 +84,7 @@ class SecondarySinks:
             self._norms, self._alike = [], []
 
     def _classify(self, norms_2L: Tensor, alike_2LT: Tensor, ids_T: Tensor) -> None:
+        self._broken.append(not norms_2L.isfinite().all())
         first = int(norms_2L.mean(-1).argmax())
         start, end = large_states(norms_2L[first])
         window = len(self.windows)
@@ -104,6 +107,8 @@ class SecondarySinks:
         and over the heads of the layers in whose output it is a sink; NaN if none of these layers
         has an attention map.
         """
+        prefix = prefix_of(model)
+        begin = 0 if prefix is None else len(prefix)  # keys before those of the window
         for window in sorted({sink.window for sink in self.found}):
             sinks = [sink for sink in self.found if sink.window == window]
             received: dict[int, list[Tensor]] = {sink.position: [] for sink in sinks}
@@ -111,7 +116,7 @@ class SecondarySinks:
             def on_attention(call: AttentionCall, sinks=sinks, received=received) -> None:
                 for sink in sinks:
                     if call.layer in sink.states:
-                        p_HT = call.column(sink.position)[0]
+                        p_HT = call.column(begin + sink.position)[0]
                         received[sink.position].append(p_HT[:, sink.position :].double().mean())
 
             with torch.random.fork_rng(), observe_attention(model, on_attention):
@@ -129,9 +134,11 @@ class SecondarySinks:
         counts_N = torch.zeros(len(self.windows))
         for sink in self.found:
             counts_N[sink.window] += 1
+        counts = {"secondary_tokens": counts_N, "first_copies": torch.tensor(self._copies)}
+        broken_N = torch.tensor(self._broken)
         metrics = [
-            mean_metric(f"sink.secondary_tokens@{self._rule}", counts_N),
-            mean_metric(f"sink.first_copies@{self._rule}", torch.tensor(self._copies)),
+            mean_metric(f"sink.{name}@{self._rule}", x_N.double().masked_fill(broken_N, math.nan))
+            for name, x_N in counts.items()
         ]
         if self._scores:
             name = f"sink.secondary_score@{self._rule}"

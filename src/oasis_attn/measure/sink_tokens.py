@@ -65,7 +65,8 @@ class SinkTokens:
             received_BLHS[:, index, : received_BHS.shape[1]] = received_BHS
         self._batch.clear()
         sinks_BS = (received_BLHS > THRESHOLD).any(2).any(1)
-        self._counts.append(sinks_BS.sum(1))
+        broken_B = received_BLHS.isnan().flatten(1).any(1)
+        self._counts.append(sinks_BS.sum(1).double().masked_fill(broken_B, torch.nan))
         for window, key in sinks_BS.nonzero().tolist():
             name = key - len(self._prefix), int(keys_BS[window, key])
             self._found.setdefault(name, []).append(received_BLHS[window, :, :, key])

@@ -154,10 +154,11 @@ class Sinks:
         metrics = [mean_metric(name, values.mean(1)) for name, values in means.items()]
         mass_N = self._joined("mass")
         largest = float(mass_N.mean(0).max())
+        idle = math.nan if math.isnan(largest) else float(len(self._idle()))
         return [
             *metrics,
             Metric(name="sink.max_mass", value=largest, n=len(mass_N)),
-            Metric(name="sink.idle_heads", value=float(len(self._idle())), n=len(mass_N)),
+            Metric(name="sink.idle_heads", value=idle, n=len(mass_N)),
         ]
 
     def tables(self) -> dict[str, Any]:

@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration_oasis import OasisConfig
@@ -278,3 +279,14 @@ def drop_source(model: nn.Module, source: int | None) -> Iterator[None]:
     finally:
         for router in routers:
             router.dropped = None
+
+
+@contextmanager
+def null_signal_off(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which the OASIS model computes with psi = 0 for every source."""
+    config: Any = model.config
+    signal, config.null_signal = config.null_signal, "off"
+    try:
+        yield
+    finally:
+        config.null_signal = signal

@@ -11,12 +11,13 @@ Axes: B batch, T tokens, S tokens that the mask covers, including those in a cac
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.hf_compat import create_masks_for_generate, is_tracing
@@ -109,6 +110,21 @@ def padded_positions(attention_mask_BS: Tensor, past: int, length: int) -> Tenso
     padding_B1 = attention_mask_BS.ne(0).cumsum(-1).eq(0).sum(-1, keepdim=True)
     positions_T = torch.arange(length, device=attention_mask_BS.device) + past
     return (positions_T - padding_B1).clamp(min=0)
+
+
+def takes_positions(decoder: type[nn.Module]) -> bool:
+    """Whether a decoder has `position_ids`; those that have none count the tokens of the mask."""
+    own = [vars(base)["forward"] for base in decoder.__mro__ if "forward" in vars(base)]
+    return any("position_ids" in signature(forward).parameters for forward in own)
+
+
+def smallest_window(config: PreTrainedConfig) -> int | None:
+    """The fewest tokens that a layer with a sliding window or chunks attends to; None without."""
+    layers: list[Any] = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    windows: list[int] = [
+        layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)
+    ]
+    return min(windows, default=None)
 
 
 def check_no_padding(masks: Any) -> None:

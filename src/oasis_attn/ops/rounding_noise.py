@@ -22,5 +22,6 @@ def rounding_noise(low: Tensor, high: Tensor, signal: Tensor) -> Tensor:
             its width.
         signal: s, the mean square of the values of interest.
     """
-    step = (high.clamp(min=0) - low.clamp(max=0)).double() / STEPS
-    return step.square() / (12 * signal.clamp(min=torch.finfo(signal.dtype).tiny).double())
+    # In float64 from here on: in float16 the width may overflow, and s be too small for its range.
+    step = (high.double().clamp(min=0) - low.double().clamp(max=0)) / STEPS
+    return step.square() / (12 * signal.double().clamp(min=torch.finfo(torch.float32).tiny))

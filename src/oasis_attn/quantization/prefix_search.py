@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_whole
+from oasis_attn.hub.model_info import eval_mode
 from oasis_attn.hub.prefix import Prefix, prefix_of, prefix_replaced, with_prefix
 from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.ops.rounding_noise import OUTLIER, rounding_noise
@@ -155,7 +156,8 @@ def range_noise(
 
 
 def _noise(x_CND: Tensor) -> Tensor:
-    signal_C = x_CND.square().mean(-1).median(-1).values
+    precise = torch.promote_types(x_CND.dtype, torch.float32)  # squares of float16 numbers vanish
+    signal_C = x_CND.to(precise).square().mean(-1).median(-1).values
     return rounding_noise(x_CND.amin((1, 2)), x_CND.amax((1, 2)), signal_C)
 
 
@@ -285,12 +287,8 @@ def _observed(
 
 
 def _run(model: PreTrainedModel, ids_BT: Tensor) -> None:
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         model.base_model(input_ids=ids_BT.to(model.device), use_cache=False)
-    finally:
-        model.train(training)
 
 
 def _special(model: PreTrainedModel, name: str) -> tuple[int, ...]:

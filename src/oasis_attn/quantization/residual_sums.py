@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from oasis_attn.hub.model_info import eval_mode
 from oasis_attn.modeling.decoder_map import DecoderMap, LayerMap
 from oasis_attn.quantization.calibration import run_batch
 
@@ -33,13 +34,9 @@ def find_sums(model: PreTrainedModel, decoder: DecoderMap) -> list[str] | None:
 
     None if a layer computes something else than the forms above.
     """
-    training = [module for module in model.modules() if module.training]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(_TOKENS)[None] % vocabulary
-    with ExitStack() as stack:
-        for module in training:
-            stack.callback(setattr, module, "training", True)
-        model.eval()
+    with eval_mode(model), ExitStack() as stack:
         passes = [_Pass(layer, stack) for layer in decoder.layers]
         run_batch(model.base_model, ids)
     found = [each.reader_of_sum() for each in passes]

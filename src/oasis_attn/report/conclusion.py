@@ -83,13 +83,19 @@ def conclusion(record: DiagnosisRecord) -> tuple[str, ...]:
 def _carriers(record: DiagnosisRecord) -> str:
     """Which tokens have the large values."""
     rows, count = record.tables["range.outlier_tokens"], record["range.outlier_tokens"]
-    first = rows[0]
-    same = [x for x in record.tables["outlier.largest"] if x["position"] == first["position"]]
-    largest = max(same, key=lambda row: abs(row["largest"]))
+    first, reached = rows[0], "reaches"
+    # The largest activation of every layer may be one of another token, in fewer windows.
+    same = [
+        row
+        for row in record.tables["outlier.largest"]
+        if (row["position"], row["token"]) == (first["position"], first["token"])
+    ]
+    if same:
+        largest = max(same, key=lambda row: abs(row["largest"]))
+        reached = f"reaches {number(largest['largest'])} in channel {largest['channel']}, and"
     found = (
-        f"{token_name(first)} at position {first['position']} reaches {number(largest['largest'])}"
-        f" in channel {largest['channel']}, and up to {first['ratio']:,.0f} times the median token,"
-        f" in layers {ranges(first['layers'])}"
+        f"{token_name(first)} at position {first['position']} {reached} up to"
+        f" {first['ratio']:,.0f} times the median token, in layers {ranges(first['layers'])}"
     )
     if len(rows) == 1:
         return f"One token carries the outliers: {found}."
@@ -123,7 +129,7 @@ def _about_heads(record: DiagnosisRecord) -> list[str]:
         return []  # there is no softmax attention
     # Layers with fewer heads than others have NaN in the place of the missing ones.
     heads = sum(not math.isnan(float(x)) for row in record.tables["sink.mass"] for x in row)
-    idle = int(record["sink.idle_heads"])
+    idle = number(record["sink.idle_heads"])
     to = "the first position or the null" if "null.mass" in record.tables else "the first position"
     said = [f"Idle heads: {idle} of {heads}; more than half of their attention goes to {to}."]
     if "sink.silent_heads" in record.tables:

@@ -80,13 +80,14 @@ def _about_tables(record: Record) -> list[str]:
         rows = record.tables.get("outlier.largest") or []
         sinks = record.tables.get("sink.tokens") or []
         massive = record.tables.get("outlier.massive")
+        broken = any(math.isnan(metric.value) for metric in record.each("sink.mass"))
         if sinks:
             first = sinks[0]
             said.append(
                 f"The strongest attention sink is {token_name(first)} at position "
                 f"{first['position']}, in the layers {ranges(first['layers'])}."
             )
-        elif "sink.tokens" in record.tables:
+        elif "sink.tokens" in record.tables and not broken:
             said.append("No token is an attention sink.")
         if rows:
             row = max(rows, key=lambda each: abs(each["largest"]))

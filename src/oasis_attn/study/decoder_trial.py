@@ -77,6 +77,6 @@ def _info(task: str, batch: TriggerBatch) -> TextInfo:
         choice="generated",
         separator=None,
         bos=None,
-        tokens_scored=windows * length,
+        tokens_scored=batch.targets[..., 0].numel(),
         tokens_sha256=hashlib.sha256(batch.x_BTN.numpy().tobytes()).hexdigest(),
     )

@@ -10,7 +10,7 @@ from oasis_attn.metrics import definitions
 from oasis_attn.report.changes import BETTER, WORSE, Change, change_figure
 from oasis_attn.report.document import Picture
 from oasis_attn.study.results import MetricComparison, Results
-from oasis_attn.study.statistics import holm
+from oasis_attn.study.statistics import exceeds, holm
 from oasis_attn.study.study_metrics import StudyMetric
 from oasis_attn.study.verdict import SIGNIFICANCE
 
@@ -144,7 +144,8 @@ def change(each: MetricComparison, label: str) -> Change:
 def outcome(each: MetricComparison) -> str:
     """`BETTER` or `WORSE` if the change is significant and above the noise floor; else empty."""
     comparison = each.comparison
-    if not (each.p_holm < SIGNIFICANCE and abs(comparison.change) > each.noise_floor):
+    above = exceeds(comparison, each.noise_floor, each.metric.scale)
+    if not (each.p_holm < SIGNIFICANCE and above):
         return ""
     lower = comparison.difference < 0
     return BETTER if lower == (each.metric.better == "lower") else WORSE

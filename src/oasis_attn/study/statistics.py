@@ -124,6 +124,17 @@ def bound(margin: float, scale: str) -> float:
     return math.log1p(margin) if scale == "ratio" else margin
 
 
+def exceeds(comparison: Comparison, noise_floor: float, scale: str) -> bool:
+    """Whether a change is larger than a noise floor of `noise_floor`; False if one is NaN.
+
+    On the scale `ratio` both are factors: a floor of 1 is a factor of 2, which a fall by more than
+    half exceeds, as a rise to more than the double does.
+    """
+    if scale == "ratio":
+        return abs(comparison.difference) > bound(noise_floor, scale)
+    return abs(comparison.change) > noise_floor
+
+
 def log_slope(x_S: Sequence[float], y_S: Sequence[float]) -> float:
     """Slope of the least-squares line through (log x, log y): y grows as x to this power.
 

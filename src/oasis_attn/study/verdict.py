@@ -14,6 +14,7 @@ from oasis_attn.study.statistics import (
     MIN_PAIRS_EQUIVALENCE,
     Comparison,
     bound,
+    exceeds,
     holm,
 )
 from oasis_attn.study.study_metrics import StudyMetric, study_metrics
@@ -37,7 +38,8 @@ SIGNIFICANCE = 0.05
 _DIFFERENCE = (
     "A test is passed if the change has the claimed direction, its p-value (paired t-test with "
     f"Holm's correction for all p-values of this table) is below {SIGNIFICANCE}, and the change is "
-    "larger than the noise floor. A test is failed if the change is significant in the opposite "
+    "larger than the noise floor; for metrics that vary in proportion, both are factors. A test is "
+    "failed if the change is significant in the opposite "
     f"direction. It is also failed if the change is not significant and its {LEVEL:.0%} interval, "
     f"from at least {MIN_PAIRS} pairs, contains only changes smaller than the claimed one. "
     "Otherwise the test is inconclusive."
@@ -177,7 +179,7 @@ def decide(
     claimed = test.sign * comparison.difference > 0
     if significant and not claimed:
         return FAILED
-    if significant and (test.kind == "slope" or abs(comparison.change) > noise_floor):
+    if significant and (test.kind == "slope" or exceeds(comparison, noise_floor, scale)):
         return PASSED
     if not significant and test.size is not None and comparison.n >= MIN_PAIRS:
         ends = (comparison.low, comparison.high)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.data import Windows, collate
+from oasis_attn.data import Windows
 from oasis_attn.hub.model_info import describe_model
+from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord, current_environment
 from oasis_attn.training.checkpoints import STAGING
 from oasis_attn.training.config import TrainingConfig
@@ -98,11 +99,14 @@ def training_record(
 
 
 def _window_losses(model: PreTrainedModel, windows: Windows) -> list[float]:
-    """Mean next-token loss of each window, in float32, one window at a time."""
+    """Mean next-token loss of each window, in nats, one window at a time.
+
+    Not the loss that the model returns, to which families with experts can add one of their own.
+    """
     model.eval()
     losses = []
     with torch.inference_mode():
-        for ids_T in windows.ids_NT:
-            batch = {name: x.to(model.device) for name, x in collate([ids_T]).items()}
-            losses.append(model(**batch).loss.item())
+        for ids_T in windows.ids_NT.to(model.device):
+            logits_1TV = model(input_ids=ids_T[None], use_cache=False).logits
+            losses.append(token_losses(logits_1TV, ids_T[None]).mean().item())
     return losses

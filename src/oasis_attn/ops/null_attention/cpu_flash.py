@@ -252,9 +252,12 @@ def pad_head_width(x: Tensor, width: int) -> Tensor:
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """`mask` in the form that the kernel accepts: additive, in float32 or the dtype of `query`."""
-    if mask is None or mask.dtype in (query.dtype, torch.float32):
+    """`mask` as the kernel reads it: additive, in the dtype of `query`, or float32 for bfloat16.
+
+    The kernel does not check the dtype: it would read a float32 mask of float64 queries as float64.
+    """
+    if mask is None or mask.dtype == query.dtype:
         return mask
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
-    return mask.to(torch.float32)
+    return mask.to(torch.promote_types(query.dtype, torch.float32))
