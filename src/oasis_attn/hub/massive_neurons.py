@@ -10,8 +10,8 @@ Axes: L layers; N windows, T tokens; D width, I neurons of an MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,8 @@ from oasis_attn.hub.token_peaks import activation_size, batches, observe_peaks, 
 from oasis_attn.modeling.decoder_map import decoder_map
 from oasis_attn.ops.token_losses import token_losses
 
-CANDIDATES = 4
-"""Neurons that are tried for each one that is pruned."""
-_LOSS = 0.001  # nats that pruning may add to the mean loss
+_MASSIVE = 5  # times the largest activation of the median token
+_LOSS = 0.005  # nats that pruning may add to the mean loss
 _TOKENS = 4096  # of the text that neurons are tried on, unless a window has more
 
 
@@ -53,10 +52,11 @@ def prune_massive_neurons(
 ) -> tuple[Neuron, ...]:
     """Switch off MLP neurons that write massive activations and are not needed, in place.
 
-    One after the other, those with the largest output (relative to the largest activation of the
-    median token of the layer) are tried.  The one that decreases `activation_size` most is pruned,
-    if the mean next-token loss is at most .001 nats larger than before any was pruned, and first
-    tokens do not become larger.  If there is none, the search ends.
+    A neuron is massive if its largest output is above five times the largest activation of the
+    median token of its layer.  Massive neurons are tried one after the other, the largest first.
+    One is pruned if `activation_size` decreases, also that of first tokens, and the mean next-token
+    loss is at most .005 nats larger than before any was pruned; otherwise it is not tried again.
+    At most `2 * neurons` are tried.
 
     The weights of the output projection that belong to a pruned neuron are 0 after it.  The weight
     is replaced, not overwritten, so that a model that shares it does not change.  Experts and
@@ -80,30 +80,35 @@ def prune_massive_neurons(
         if (mlp := each.mlp) and mlp.output and type(mlp.output.module) is nn.Linear
     }
     pruned: list[Neuron] = []
+    needed: list[Neuron] = []
     latest = _effect(model, ids_NT)
     most = latest.loss + _LOSS
-    while len(pruned) < neurons:
-        best = None
-        for neuron in _largest(model, projections, ids_NT):
-            on_try()
-            with _without(projections[neuron.layer], neuron.unit):
-                effect = _effect(model, ids_NT)
-            fewer = effect.first_size <= latest.first_size and effect.size < latest.size
-            if effect.loss <= most and fewer and (best is None or effect.size < best[0].size):
-                best = effect, neuron
-        if best is None:
+    while len(pruned) < neurons and len(pruned) + len(needed) < 2 * neurons:
+        neuron = _largest(model, projections, ids_NT, {*pruned, *needed})
+        if neuron is None:
             break
-        latest, neuron = best
+        on_try()
         projection = projections[neuron.layer]
+        weight = projection.weight
         projection.weight = _pruned(projection, neuron.unit)
-        pruned.append(neuron)
+        effect = _effect(model, ids_NT)
+        smaller = effect.size < latest.size and effect.first_size <= latest.first_size
+        if smaller and effect.loss <= most:
+            pruned.append(neuron)
+            latest = effect
+        else:
+            projection.weight = weight
+            needed.append(neuron)
     return tuple(pruned)
 
 
 def _largest(
-    model: PreTrainedModel, projections: dict[int, nn.Linear], ids_NT: Tensor
-) -> list[Neuron]:
-    """The neurons with the largest outputs, those first."""
+    model: PreTrainedModel,
+    projections: dict[int, nn.Linear],
+    ids_NT: Tensor,
+    tried: set[Neuron],
+) -> Neuron | None:
+    """The massive neuron with the largest output that was not tried; None if there is no other."""
     inputs: dict[int, Tensor] = {}
 
     def see(layer: int, args: Any) -> None:
@@ -115,24 +120,14 @@ def _largest(
             hook = projection.register_forward_pre_hook(lambda _m, args, i=layer: see(i, args))
             stack.callback(hook.remove)
         median_L = token_peaks(model, ids_NT).flatten(1).median(-1).values
-    sizes: dict[Neuron, float] = {}
+    largest: tuple[float, Neuron] | None = None
     for layer, x_I in inputs.items():
-        largest_I = projections[layer].weight.abs().amax(0)
-        sizes_I = (x_I * largest_I).float().cpu() / median_L[layer]
-        top = sizes_I.topk(min(CANDIDATES, len(sizes_I)))
-        for size, unit in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            sizes[Neuron(layer, unit)] = size
-    return sorted(sizes, key=sizes.__getitem__, reverse=True)[:CANDIDATES]
-
-
-@contextmanager
-def _without(projection: nn.Linear, unit: int) -> Iterator[None]:
-    weight = projection.weight
-    projection.weight = _pruned(projection, unit)
-    try:
-        yield
-    finally:
-        projection.weight = weight
+        sizes_I = (x_I * projections[layer].weight.abs().amax(0)).float().cpu() / median_L[layer]
+        sizes_I[[each.unit for each in tried if each.layer == layer]] = 0
+        size, unit = (x.item() for x in sizes_I.max(0))
+        if size > _MASSIVE and (largest is None or size > largest[0]):
+            largest = size, Neuron(layer, int(unit))
+    return largest and largest[1]
 
 
 def _pruned(projection: nn.Linear, unit: int) -> nn.Parameter:

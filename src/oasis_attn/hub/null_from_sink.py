@@ -42,7 +42,7 @@ from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 
 CANDIDATES = 4
-"""Tokens or neurons that are tried for each null or pruned neuron."""
+"""Tokens that are tried for each null."""
 _SEARCH_WINDOWS, _SEARCH_TOKENS = 8, 128  # of the windows that they are tried on
 _MASSIVE = 10  # times the activations of the median token
 _OCCURRENCES = 16  # of a token, which its null is the mean of
@@ -108,8 +108,8 @@ def null_from_sink(
         prune_neurons: maximum number of neurons for `prune_massive_neurons`, after the nulls.
         first_token: the first null has the key and the value of this token, as the first token of a
             sequence, in place of the means; the value is not fitted.
-        on_try: is called before each token or neuron is tried, `CANDIDATES` times at most for each
-            null and for each neuron.
+        on_try: is called before each token is tried, `CANDIDATES` times at most for each null, and
+            before each neuron.
         overrides: settings of `OasisConfig` that replace those of the variant.
 
     Raises:

@@ -93,7 +93,7 @@ def null_from_sink_checkpoint(
     )
     check_free(out)
     corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
-    steps = Steps(progress, 5 + CANDIDATES * (nulls + prune_neurons))
+    steps = Steps(progress, 5 + CANDIDATES * nulls + 2 * prune_neurons)
     steps.start("loading the model")
     loaded, tokenizer = load_model(
         model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
