@@ -26,6 +26,8 @@ from oasis_attn.errors import UserError, check_choice
 if TYPE_CHECKING:
     from oasis_attn.records import ConversionRecord
 
+_WITH_NULL = "Options with --null-from-sink"
+
 
 def convert(
     model: Model,
@@ -76,60 +78,74 @@ def convert(
         bool,
         Option(
             "--null-from-bos",
-            help="With --null-from-sink: make the first null from BOS, for a model that is trained"
+            rich_help_panel=_WITH_NULL,
+            help="Make the first null from BOS, for a model that is trained"
             " with BOS in front of every text. The saved tokenizer no longer adds BOS.",
         ),
     ] = False,
     nulls: Annotated[
         int | None,
         Option(
-            help="With --null-from-sink: maximum number of nulls of each head; those after the"
+            help="Maximum number of nulls of each head; those after the"
             " first replace secondary sinks. Default: 1.",
             show_default=False,
+            rich_help_panel=_WITH_NULL,
         ),
     ] = None,
     prune_neurons: Annotated[
         int | None,
         Option(
-            help="With --null-from-sink: maximum number of MLP neurons to switch off. They write"
+            help="Maximum number of MLP neurons to switch off. They write"
             " massive activations that the model with nulls no longer needs. Default: 0.",
             show_default=False,
+            rich_help_panel=_WITH_NULL,
         ),
     ] = None,
     calibration: Annotated[
         str | None,
         Option(
-            help="With --null-from-sink: corpus to compute the nulls from, a name or a local text"
-            " file. Default: stdlib.",
+            help="Corpus to compute the nulls from, a name or a local text file. Default: stdlib.",
             show_default=False,
+            rich_help_panel=_WITH_NULL,
         ),
     ] = None,
     calibration_split: Annotated[
         str | None,
-        Option(help="Split of the calibration corpus. Default: train.", show_default=False),
+        Option(
+            help="Split of the calibration corpus. Default: train.",
+            show_default=False,
+            rich_help_panel=_WITH_NULL,
+        ),
     ] = None,
     evaluation: Annotated[
         str | None,
         Option(
-            help="With --null-from-sink: corpus for the measurements. Default: the calibration"
-            " corpus.",
+            help="Corpus for the measurements. Default: the calibration corpus.",
             show_default=False,
+            rich_help_panel=_WITH_NULL,
         ),
     ] = None,
     evaluation_split: Annotated[
         str | None,
-        Option(help="Split of the evaluation corpus. Default: test.", show_default=False),
+        Option(
+            help="Split of the evaluation corpus. Default: test.",
+            show_default=False,
+            rich_help_panel=_WITH_NULL,
+        ),
     ] = None,
     window: Annotated[
         int | None,
-        Option(help="With --null-from-sink: tokens per window. Default: 512.", show_default=False),
+        Option(
+            help="Tokens per window. Default: 512.", show_default=False, rich_help_panel=_WITH_NULL
+        ),
     ] = None,
     windows: Annotated[
         int | None,
         Option(
-            help="With --null-from-sink: maximum number of windows for calibration, and for the"
+            help="Maximum number of windows for calibration, and for the"
             " measurements. They are spread over the split. Default: 16.",
             show_default=False,
+            rich_help_panel=_WITH_NULL,
         ),
     ] = None,
     device: Device = "auto",
@@ -142,7 +158,7 @@ def convert(
 
     Example: [bold]oasis convert smollm2 converted --config depth_block_size=4[/bold]
 
-    Example: [bold]oasis convert smollm2 retrofitted --null-from-sink --nulls 2[/bold]
+    Example: [bold]oasis convert smollm2 retrofitted --null-from-sink --calibration pydoc[/bold]
     """
     from oasis_attn.devices import check_device
     from oasis_attn.files import check_free
