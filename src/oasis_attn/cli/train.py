@@ -11,6 +11,10 @@ from typer import Option
 from oasis_attn.cli.terminal import AsJson, TrustRemoteCode, pairs, print_saved, print_table
 from oasis_attn.errors import UserError
 
+_OPTIMIZATION = "Optimization"
+_NULL = "Null, distillation and outliers"
+_LOG = "Checkpoints, measurements and logs"
+
 
 def train(
     out: Annotated[Path, Option(help="A new folder for the model and its record.")],
@@ -52,14 +56,21 @@ def train(
     ] = None,
     steps: Annotated[int, Option(help="Number of optimizer steps.")] = 1000,
     seed: Annotated[int, Option(help="Random seed of initial weights and data order.")] = 0,
-    block_length: Annotated[int, Option(help="Tokens per sequence.")] = 256,
-    batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 16,
-    gradient_accumulation: Annotated[int, Option(help="Forward passes per step.")] = 1,
+    block_length: Annotated[
+        int, Option(help="Tokens per sequence.", rich_help_panel=_OPTIMIZATION)
+    ] = 256,
+    batch_size: Annotated[
+        int, Option(help="Sequences per forward pass.", rich_help_panel=_OPTIMIZATION)
+    ] = 16,
+    gradient_accumulation: Annotated[
+        int, Option(help="Forward passes per step.", rich_help_panel=_OPTIMIZATION)
+    ] = 1,
     learning_rate: Annotated[
         float | None,
         Option(
             help="Peak learning rate (cosine decay to 0). Default: 2e-3, or 1e-4 with --from.",
             show_default=False,
+            rich_help_panel=_OPTIMIZATION,
         ),
     ] = None,
     learning_rates: Annotated[
@@ -69,6 +80,7 @@ def train(
             metavar="GROUP=RATE",
             help="Peak learning rate of one parameter group: backbone, router, beta, null or lora;"
             " repeatable.",
+            rich_help_panel=_OPTIMIZATION,
         ),
     ] = None,
     trainable: Annotated[
@@ -77,10 +89,15 @@ def train(
             metavar="PATTERN",
             help="Train only parameters that match PATTERN, such as 'model.layers.2?.*', or only"
             " one group; repeatable.",
+            rich_help_panel=_OPTIMIZATION,
         ),
     ] = None,
     lora_rank: Annotated[
-        int, Option(help="With --from: if above 0, train the backbone with LoRA of this rank.")
+        int,
+        Option(
+            help="With --from: if above 0, train the backbone with LoRA of this rank.",
+            rich_help_panel=_OPTIMIZATION,
+        ),
     ] = 0,
     anneal_null: Annotated[
         int,
@@ -88,6 +105,7 @@ def train(
             metavar="N",
             help="Raise the null logit during the first N steps to its setting (--config"
             " null_logit=NUMBER or log_context; with --from, the default is 0).",
+            rich_help_panel=_NULL,
         ),
     ] = 0,
     null_to_logit: Annotated[
@@ -96,6 +114,7 @@ def train(
             metavar="N",
             help="Turn the nulls of a model from `convert --null-from-sink`, which have keys and"
             " values, into a logit per head during the first N steps.",
+            rich_help_panel=_NULL,
         ),
     ] = 0,
     distill_from: Annotated[
@@ -104,30 +123,54 @@ def train(
             metavar="MODEL",
             help="Train on the divergence from the next-token distributions of this model.",
             show_default=False,
+            rich_help_panel=_NULL,
         ),
     ] = None,
     distill_weight: Annotated[
         float,
-        Option(help="With --distill-from: weight W of the divergence, and 1 - W of the loss."),
+        Option(
+            help="With --distill-from: weight W of the divergence, and 1 - W of the loss.",
+            rich_help_panel=_NULL,
+        ),
     ] = 1.0,
     outlier_penalty: Annotated[
         float,
-        Option(help="Weight of a penalty on the log of the largest activation of each token."),
+        Option(
+            help="Weight of a penalty on the log of the largest activation of each token.",
+            rich_help_panel=_NULL,
+        ),
     ] = 0.0,
     outlier_tensors: Annotated[
         str,
-        Option(help="What the penalty reads: linear_inputs, or layer_outputs (residual stream)."),
+        Option(
+            help="What the penalty reads: linear_inputs, or layer_outputs (residual stream).",
+            rich_help_panel=_NULL,
+        ),
     ] = "linear_inputs",
     activation_checkpointing: Annotated[
         bool,
-        Option("--activation-checkpointing", help="Recompute layers in the backward pass."),
+        Option(
+            "--activation-checkpointing",
+            help="Recompute layers in the backward pass.",
+            rich_help_panel=_OPTIMIZATION,
+        ),
     ] = False,
-    warmup: Annotated[float, Option(help="Fraction of the steps with a linear warm-up.")] = 0.05,
+    warmup: Annotated[
+        float,
+        Option(help="Fraction of the steps with a linear warm-up.", rich_help_panel=_OPTIMIZATION),
+    ] = 0.05,
     weight_decay: Annotated[
-        float, Option(help="Weight decay of AdamW, on weight matrices only.")
+        float,
+        Option(
+            help="Weight decay of AdamW, on weight matrices only.", rich_help_panel=_OPTIMIZATION
+        ),
     ] = 0.1,
-    clip: Annotated[float, Option(help="Maximum gradient norm.")] = 1.0,
-    bf16: Annotated[bool, Option("--bf16", help="Use bfloat16 autocast.")] = False,
+    clip: Annotated[
+        float, Option(help="Maximum gradient norm.", rich_help_panel=_OPTIMIZATION)
+    ] = 1.0,
+    bf16: Annotated[
+        bool, Option("--bf16", help="Use bfloat16 autocast.", rich_help_panel=_OPTIMIZATION)
+    ] = False,
     vocab_size: Annotated[
         int | None,
         Option(
@@ -135,14 +178,23 @@ def train(
         ),
     ] = None,
     save_every: Annotated[
-        int, Option(help="Steps between two checkpoints; a multiple of --log-every.")
+        int,
+        Option(
+            help="Steps between two checkpoints; a multiple of --log-every.", rich_help_panel=_LOG
+        ),
     ] = 500,
-    log_every: Annotated[int, Option(help="Steps per row of the loss table.")] = 10,
+    log_every: Annotated[
+        int, Option(help="Steps per row of the loss table.", rich_help_panel=_LOG)
+    ] = 10,
     eval_split: Annotated[
-        str, Option(help="Split of the corpus for the final loss.")
+        str, Option(help="Split of the corpus for the final loss.", rich_help_panel=_LOG)
     ] = "validation",
     eval_windows: Annotated[
-        int, Option(help="Maximum number of windows for the final loss, spread over the split.")
+        int,
+        Option(
+            help="Maximum number of windows for the final loss, spread over the split.",
+            rich_help_panel=_LOG,
+        ),
     ] = 64,
     report_to: Annotated[
         str | None,
@@ -150,6 +202,7 @@ def train(
             help="Also log to wandb, trackio or tensorboard (files in the folder of --out), with"
             " attention sinks and outliers.",
             show_default=False,
+            rich_help_panel=_LOG,
         ),
     ] = None,
     log_sinks_every: Annotated[
@@ -159,6 +212,7 @@ def train(
             help="With --report-to: steps between measurements of sinks and outliers. Default: 100,"
             " which costs less than 5 % of the time.",
             show_default=False,
+            rich_help_panel=_LOG,
         ),
     ] = None,
     resume: Annotated[
