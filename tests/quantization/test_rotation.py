@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from float64_mode import IDS, float64_logits, native_model, perturbed
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.extensions import BRANCH_NORMS
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.variants import variants
 from oasis_attn.quantization.hadamard import hadamard, is_order
@@ -126,6 +127,17 @@ def test_a_variant_is_unchanged(variant):
     model = perturbed(tiny_model(variant, dtype=torch.float64))
     check_same(model)
     check_same(model, rotate_weights)
+
+
+def test_a_registered_branch_norm_is_refused_unless_inputs_are_rotated(monkeypatch):
+    monkeypatch.setitem(BRANCH_NORMS._entries, "squash", lambda x_BTD, _kind: x_BTD.tanh())
+    model = tiny_model("oasis", dtype=torch.float64, branch_norm="squash")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for way in (rotate_residual, rotate_weights):
+        with pytest.raises(UserError, match=r"rotation: .* branch_norm 'squash', .* use 'inputs'"):
+            way(model, seed=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    check_same(model, rotate_inputs)
 
 
 @pytest.mark.parametrize(("gate", "kept"), [("elementwise", True), ("head", False)])

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.decoder_map import DecoderMap, decoder_map
 from oasis_attn.modeling.depth_cache import DepthRouter
+from oasis_attn.modeling.extensions import BRANCH_NORMS
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.official import KeyProjection, OfficialRouter
 from oasis_attn.quantization.sublayers import Source, Sublayer, gain_of, like, sublayers_of
@@ -51,8 +52,8 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
 
     Raises:
         UserError: the rotation would change what a model of this family computes: it has norms
-            between sublayers and residual stream, norms other than RMSNorm, experts, or unknown
-            parameters.
+            between sublayers and residual stream, norms other than RMSNorm, experts, unknown
+            parameters, or a registered branch norm.
     """
     generator = torch.Generator().manual_seed(seed)
     sublayers = _rotate_stream(model, generator)
@@ -101,6 +102,7 @@ def _rotate_values(source: Source, writer: nn.Linear, generator: torch.Generator
 
 def _rotate_stream(model: PreTrainedModel, generator: torch.Generator) -> list[Sublayer]:
     """Rotate the residual stream of `model`; return its sublayers."""
+    _check_branch_norm(model)
     text = model.config.get_text_config(decoder=True)
     family_of(text)  # raises if it has no row
     decoder = decoder_map(model)
@@ -202,6 +204,16 @@ def _checked_gains(
             raise _refusal(model, f"its {type(norm).__name__} is not an RMSNorm")
         gains.append(gain)
     return gains
+
+
+def _check_branch_norm(model: PreTrainedModel) -> None:
+    """Raise `UserError` unless the branch norm of `model` commutes with every rotation."""
+    name = getattr(model.config, "branch_norm", "none")
+    if name != "none" and name not in BRANCH_NORMS.own:
+        raise UserError(
+            f"rotation: the residual stream cannot be rotated with branch_norm {name!r}, a"
+            " registered function that may not commute with a rotation; use 'inputs'"
+        )
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> UserError:
