@@ -22,7 +22,7 @@ from oasis_attn.quantization.hadamard import hadamard, is_order
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual, rotate_weights
 from oasis_attn.quantization.schemes import get_scheme
-from oasis_attn.quantization.simulate import quantize, scheme_targets
+from oasis_attn.quantization.simulate import quantize, scheme_targets, transformed_copy
 from oasis_attn.quantization.transforms import Rotation
 from tiny_models import tiny_config, tiny_model
 
@@ -110,6 +110,26 @@ def test_a_layer_that_has_no_groups_is_refused_unless_it_is_left_out():
     layer = quantize(model, scheme, targets=others).model.layers[0]
     assert layer.mlp.up_proj.input_transform is not None
     assert not hasattr(layer.mlp.down_proj, "input_transform")
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "inputs", "groups", "fitted"])
+def test_layers_that_are_not_quantized_are_not_transformed(rotation):
+    """Those that are keep the signs that they have if everything is quantized."""
+    model = native_model("llama")
+    groups = {"weight.group_size": 8, "activation.group_size": 8}
+    scheme = get_scheme("mxfp4").with_options({"rotation": rotation, **groups})
+    names = scheme_targets(model, scheme)
+    left_out = ("0.self_attn.q_proj", "0.self_attn.o_proj", "1.mlp.down_proj")
+    kept = [name for name in names if not name.endswith(left_out)]
+    every, some = (transformed_copy(model, scheme, [IDS], each, 1) for each in (names, kept))
+    torch.testing.assert_close(float64_logits(some), float64_logits(model), rtol=0, atol=1e-10)
+    found = {name for name in names if hasattr(some.get_submodule(name), "input_transform")}
+    assert found == {x for x in kept if hasattr(every.get_submodule(x), "input_transform")}
+    if rotation == "fitted":  # the inputs of other layers differ in the last digits
+        found = {"model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"}
+    for name in found:
+        before, after = (each.get_submodule(name).state_dict() for each in (every, some))
+        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("way", [rotate_residual, rotate_inputs])

@@ -18,6 +18,8 @@ Axes: D width, R routers, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -36,7 +38,9 @@ _ROWS = 8192  # rows rotated at once: a float64 copy of a whole embedding would 
 
 
 @torch.no_grad()
-def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
+def rotate_residual(
+    model: PreTrainedModel, *, seed: int, layers: Collection[str] | None = None
+) -> dict[str, nn.Module]:
     """Rotate the residual stream of `model`, and the inputs of its writers, in place.
 
     Parameters are replaced, not overwritten, so that models which share them do not change.  A tied
@@ -45,7 +49,8 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
 
     Args:
         model: a decoder with a head, of this library or of a family in `modeling.families`.
-        seed: random seed of the rotations' signs.
+        seed: random seed of the rotations' signs, which do not depend on `layers`.
+        layers: the names of the writers whose inputs are rotated; default: all.
 
     Returns:
         The rotations by writer; they must run on its input, and its weight contains the inverse.
@@ -58,7 +63,7 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
     generator = torch.Generator().manual_seed(seed)
     sublayers = _rotate_stream(model, generator)
     writers = {name: linear for sublayer in sublayers for name, linear in sublayer.writer.items()}
-    return _rotate_inputs(writers, generator)
+    return _rotate_inputs(writers, generator, layers)
 
 
 @torch.no_grad()
@@ -133,7 +138,11 @@ def _rotate_stream(model: PreTrainedModel, generator: torch.Generator) -> list[S
 
 @torch.no_grad()
 def rotate_inputs(
-    model: PreTrainedModel, *, seed: int, group_size: int | None = None
+    model: PreTrainedModel,
+    *,
+    seed: int,
+    group_size: int | None = None,
+    layers: Collection[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Rotate the inputs of `linear_layers(model)` in place.
 
@@ -141,11 +150,12 @@ def rotate_inputs(
 
     Args:
         model: a decoder of transformers or of this library.
-        seed: random seed of the rotations' signs.
+        seed: random seed of the rotations' signs, which do not depend on `layers`.
         group_size: neighboring channels that are rotated together, as formats with a scale per
             group need it (2509.23202); default: all channels of an input.
             Layers with another number of inputs than a multiple of it stay as they are: a format
             with these groups cannot quantize them.
+        layers: the names of those whose inputs are rotated; default: all.
 
     Returns:
         The rotations by linear layer; they must run on its input, and its weight contains the
@@ -156,17 +166,21 @@ def rotate_inputs(
         for name, linear in linear_layers(model).items()
         if linear.in_features % (group_size or 1) == 0
     }
-    return _rotate_inputs(linears, torch.Generator().manual_seed(seed), group_size)
+    return _rotate_inputs(linears, torch.Generator().manual_seed(seed), layers, group_size)
 
 
 def _rotate_inputs(
-    linears: dict[str, nn.Linear], generator: torch.Generator, group_size: int | None = None
+    linears: dict[str, nn.Linear],
+    generator: torch.Generator,
+    layers: Collection[str] | None,
+    group_size: int | None = None,
 ) -> dict[str, nn.Module]:
     rotations: dict[str, nn.Module] = {}
     for name, linear in linears.items():
         rotation = _rotation(linear.weight, generator, group_size)
-        _rotate_weight(linear, rotation)
-        rotations[name] = rotation.to(linear.weight.dtype)
+        if layers is None or name in layers:
+            _rotate_weight(linear, rotation)
+            rotations[name] = rotation.to(linear.weight.dtype)
     return rotations
 
 

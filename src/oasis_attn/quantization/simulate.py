@@ -119,8 +119,8 @@ def transformed_copy(
 ) -> PreTrainedModel:
     """Return an unquantized copy of `model` in eval mode, rotated or smoothed as `scheme` says.
 
-    All linear layers in `names` are `nn.Linear` modules in the copy.  It shares all tensors that do
-    not change with `model`.
+    All linear layers in `names` are `nn.Linear` modules in the copy; no other layer gets work at
+    inference time.  The copy shares all tensors that do not change with `model`.
 
     Raises:
         UserError: a rotation of the residual stream would change what the model computes.
@@ -129,16 +129,18 @@ def transformed_copy(
     result = copy.deepcopy(model, shared).eval()
     linearize(result, names)
     transforms: dict[str, nn.Module] = {}
+    layers = set(names)
     if scheme.rotation == "hadamard":
-        transforms = rotate_residual(result, seed=seed)
+        transforms = rotate_residual(result, seed=seed, layers=layers)
     elif scheme.rotation == "folded":
         rotate_weights(result, seed=seed)
     elif scheme.rotation in ("inputs", "groups"):
-        transforms = rotate_inputs(result, seed=seed, group_size=scheme.rotated_together)
+        size = scheme.rotated_together
+        transforms = rotate_inputs(result, seed=seed, group_size=size, layers=layers)
     elif scheme.rotation == "fitted" and batches is not None:
-        transforms = fit_inputs(result, batches, seed=seed)
+        transforms = fit_inputs(result, batches, seed=seed, layers=layers)
     elif scheme.smooth_alpha is not None and batches is not None:
-        transforms = smooth(result, batches, alpha=scheme.smooth_alpha)
+        transforms = smooth(result, batches, alpha=scheme.smooth_alpha, layers=layers)
     for name, transform in transforms.items():
         transform_input(result.get_submodule(name), transform)
     return result
