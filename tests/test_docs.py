@@ -73,10 +73,17 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
     assert cost["w8a8-static-linear"] > 0.5
     assert cost[matrix.FULL] < 0.15
     assert cost["w8a8-static-full"] > 1000
-    for cell in (("mxfp4", "prefix"), ("mxfp4, Hadamard", "plain")):
+    for cell in (("mxfp4", "prefix"), ("mxfp4", "null"), ("mxfp4, Hadamard", "plain")):
         assert 0.9 < found[cell] / found["mxfp4", "plain"] < 1
     for column in ("prefix", "null"):
         assert 0.95 < found["nvfp4", column] / found["nvfp4", "plain"] < 1
+        for row in (matrix.FULL, "fp8-static", "fp8-dynamic", "mxfp8"):
+            assert 0.999 < found[row, column] / found[row, "plain"] < 1.02
+        assert found["w8a8-static-linear", column] < 1.25 * found[matrix.FLOAT, "plain"]
+        least = {"prefix": 4, "null": 9}[column]
+        assert found["w8a8-static-full", column] > least * found[matrix.FLOAT, "plain"]
+        assert found["w8a8-dynamic", column] < 1.02 * found[matrix.FLOAT, "plain"]
+        assert 1 < found["w4a4", column] / found["w4a4", "plain"] < 1.1
     assert found["nvfp4, Hadamard", "plain"] > 2 * found["nvfp4", "plain"]
     assert max(cost["nvfp4"], cost["mxfp4"]) < cost["w4a4"] / 10
     assert cost["mxfp8"] > cost["fp8-static"]

@@ -89,7 +89,7 @@ def test_the_commands_before_serving(small, monkeypatch, tmp_path):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     # Not OPT: of its flat tokens, the library computes one dynamic range for a whole batch.
     AutoModelForCausalLM.from_config(tiny_config(intermediate_size=64)).save_pretrained("model")
-    assert len(SERVED) == 2
+    assert len(SERVED) == 3
     for line in SERVED:
         monkeypatch.setattr(sys, "argv", small(line))
         assert main() == 0

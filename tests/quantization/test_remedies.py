@@ -25,8 +25,15 @@ def test_only_weights_with_one_scale_change() -> None:
     [
         (STATIC, set()),
         (get_scheme("w4a4"), {"dynamic"}),
-        (get_scheme("w4a16"), {"dynamic", "prefix"}),
-        (STATIC.with_options({"rotation": "hadamard", "rounding": "gptq"}), {"rotation", "gptq"}),
+        (get_scheme("w4a16"), {"dynamic", "prefix", "folded"}),
+        (get_scheme("w4a8"), {"dynamic", "folded"}),
+        (get_scheme("fp8-static"), set()),
+        (get_scheme("nvfp4"), {"folded"}),
+        (
+            STATIC.with_options({"rotation": "hadamard", "rounding": "gptq"}),
+            {"folded", "rotation", "gptq"},
+        ),
+        (STATIC.with_options({"rotation": "folded"}), {"folded"}),
     ],
 )
 def test_a_remedy_that_changes_nothing_does_not_apply(scheme, missing) -> None:
@@ -73,6 +80,9 @@ def test_a_combination_leaves_out_what_earlier_parts_exclude() -> None:
     )
     assert not combined("rotation", "gptq").prefix
     assert combined("rotation", "smoothquant") is None
+    assert combined("folded", "rotation") is None
+    assert combined("folded", "rotation", "gptq").name == "folded+gptq"
+    assert combined("dynamic", "folded", "rotation").name == "dynamic+rotation"
     assert combined() is None
 
 

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from float64_mode import IDS, float64_logits, native_model, perturbed
 from oasis_attn.errors import UserError
+from oasis_attn.modeling.extensions import BRANCH_NORMS
 from oasis_attn.modeling.families import FAMILIES
 from oasis_attn.modeling.variants import variants
 from oasis_attn.quantization.hadamard import hadamard, is_order
 from oasis_attn.quantization.linear import transform_input
 from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual, rotate_weights
 from oasis_attn.quantization.schemes import get_scheme
-from oasis_attn.quantization.simulate import quantize, scheme_targets
+from oasis_attn.quantization.simulate import quantize, scheme_targets, transformed_copy
 from oasis_attn.quantization.transforms import Rotation
 from tiny_models import tiny_config, tiny_model
 
@@ -111,6 +112,26 @@ def test_a_layer_that_has_no_groups_is_refused_unless_it_is_left_out():
     assert not hasattr(layer.mlp.down_proj, "input_transform")
 
 
+@pytest.mark.parametrize("rotation", ["hadamard", "inputs", "groups", "fitted"])
+def test_layers_that_are_not_quantized_are_not_transformed(rotation):
+    """Those that are keep the signs that they have if everything is quantized."""
+    model = native_model("llama")
+    groups = {"weight.group_size": 8, "activation.group_size": 8}
+    scheme = get_scheme("mxfp4").with_options({"rotation": rotation, **groups})
+    names = scheme_targets(model, scheme)
+    left_out = ("0.self_attn.q_proj", "0.self_attn.o_proj", "1.mlp.down_proj")
+    kept = [name for name in names if not name.endswith(left_out)]
+    every, some = (transformed_copy(model, scheme, [IDS], each, 1) for each in (names, kept))
+    torch.testing.assert_close(float64_logits(some), float64_logits(model), rtol=0, atol=1e-10)
+    found = {name for name in names if hasattr(some.get_submodule(name), "input_transform")}
+    assert found == {x for x in kept if hasattr(every.get_submodule(x), "input_transform")}
+    if rotation == "fitted":  # the inputs of other layers differ in the last digits
+        found = {"model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"}
+    for name in found:
+        before, after = (each.get_submodule(name).state_dict() for each in (every, some))
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 @pytest.mark.parametrize("way", [rotate_residual, rotate_inputs])
 def test_which_inputs_are_rotated_at_inference_time(way):
     model = tiny_model("oasis", output_gate="elementwise")
@@ -126,6 +147,17 @@ def test_a_variant_is_unchanged(variant):
     model = perturbed(tiny_model(variant, dtype=torch.float64))
     check_same(model)
     check_same(model, rotate_weights)
+
+
+def test_a_registered_branch_norm_is_refused_unless_inputs_are_rotated(monkeypatch):
+    monkeypatch.setitem(BRANCH_NORMS._entries, "squash", lambda x_BTD, _kind: x_BTD.tanh())
+    model = tiny_model("oasis", dtype=torch.float64, branch_norm="squash")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for way in (rotate_residual, rotate_weights):
+        with pytest.raises(UserError, match=r"rotation: .* branch_norm 'squash', .* use 'inputs'"):
+            way(model, seed=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    check_same(model, rotate_inputs)
 
 
 @pytest.mark.parametrize(("gate", "kept"), [("elementwise", True), ("head", False)])

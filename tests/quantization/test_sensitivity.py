@@ -84,7 +84,9 @@ def test_only_one_group_equals_quantizing_that_group_alone(model, rotation):
         expected = [
             perplexity(quantize(model, scheme, targets=targets), ids) for targets in (others, alone)
         ]
-        assert list(scores[kind]) == expected
+        # The inputs of layers that are not targets are not rotated, which changes last digits.
+        rounding = 0 if rotation == "none" else 1e-4
+        assert list(scores[kind]) == pytest.approx(expected, rel=rounding, abs=0)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

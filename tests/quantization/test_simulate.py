@@ -12,13 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.configuration_oasis import OasisConfig
-from oasis_attn.modeling.extensions import BRANCH_NORMS
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.quantization import QuantSpec, linear_targets, quantize, quantized_modules, schemes
 from oasis_attn.quantization.linear import QuantizedLinear
 from oasis_attn.quantization.quantizers import fake_quantize_dynamic
-from tiny_models import tiny_model
 
 VOCABULARY = 61
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -294,15 +292,6 @@ def test_refuses_bad_input(arguments, message):
 def test_refuses_a_quantized_model():
     with pytest.raises(UserError, match="model: it is already quantized"):
         quantize(quantize(make_model(), DYNAMIC), DYNAMIC)
-
-
-def test_refuses_to_rotate_what_a_registered_branch_norm_reads(monkeypatch):
-    monkeypatch.setitem(BRANCH_NORMS._entries, "squash", lambda x_BTD, _kind: x_BTD.tanh())
-    model = tiny_model("oasis", branch_norm="squash")
-    scheme = schemes()["w4a4"]
-    with pytest.raises(UserError, match=r"rotation: .* branch_norm 'squash', .* use 'inputs'"):
-        quantize(model, scheme.with_options({"rotation": "hadamard"}))
-    assert quantize(model, scheme.with_options({"rotation": "inputs"}))
 
 
 def test_refuses_weights_and_activations_that_are_not_finite():

@@ -87,7 +87,9 @@ def test_a_null_with_a_value_is_unchanged(family, form):
     ],
 )
 def test_which_divisions_are_not_folded(family, online):
-    _, found = smoothed(native_model(family))
+    model = native_model(family)
+    _, found = smoothed(model)
+    assert not smooth(model, [IDS], alpha=0.5, layers=set())
     found = {name.removeprefix(LAYER) for name in found if name.startswith(LAYER)}
     assert found == online
 

@@ -125,7 +125,7 @@ def test_the_first_good_remedy_ends_the_visit() -> None:
     said = doctor_conclusion(result.diagnosis, record, NAMES)
     assert said[1].startswith("mlp.down_proj alone causes ")
     assert said[2].startswith("Within the limit: dynamic ranges (")
-    assert said[-1].startswith("Not tried: a rotation, SmoothQuant, a prefix, GPTQ.")
+    assert said[-1].startswith("Not tried: a folded rotation, a rotation at run time, SmoothQuant,")
     assert [row[0] for row in doctor_table(record).rows] == ["full precision", "dynamic", "plain"]
     (step,) = steps(record, Path("q"), TEXT)
     assert "--scheme w8a8-dynamic --calibration" in step.line
@@ -161,9 +161,10 @@ def test_a_second_run_measures_only_what_is_missing(monkeypatch) -> None:
     assert names(DoctorRecord.load("out/record.json")) == ["plain", "dynamic"]
     result = doctor("model", "out", **TEXT, try_all=True, tolerance=0.5,
                     progress=lambda step, *_: done.append(step.partition(";")[0]))  # fmt: skip
-    singles = ["dynamic", "prefix", "rotation", "smoothquant", "gptq"]
-    assert names(result.record)[:6] == ["plain", *singles]
-    assert done[2:6] == [f"trying {name}" for name in singles[1:]]
+    singles = ["dynamic", "prefix", "folded", "rotation", "smoothquant", "gptq"]
+    assert names(result.record)[:7] == ["plain", *singles]
+    assert result.record.metric("doctor.run_time_work", "folded").value == 0
+    assert done[2:7] == [f"trying {name}" for name in singles[1:]]
     assert result.record.tries[:2] == first.record.tries
     assert result.record.tolerance == 0.5
     assert result.record.tries[2].problem.startswith("model: no prefix")
@@ -325,11 +326,11 @@ def test_the_command(monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("static", "dynamic", "rest", "expected"),
     [
-        (0.0, 0.0, 0.0, "dynamic rotation smoothquant prefix gptq"),
-        (2.0, 0.0, 0.0, "dynamic prefix rotation smoothquant gptq"),
-        (2.0, 0.0, 2.0, "dynamic rotation smoothquant prefix gptq"),
-        (2.0, 2.0, 0.0, "prefix dynamic rotation smoothquant gptq"),
-        (2.0, 2.0, 2.0, "rotation smoothquant dynamic prefix gptq"),
+        (0.0, 0.0, 0.0, "dynamic folded rotation smoothquant prefix gptq"),
+        (2.0, 0.0, 0.0, "dynamic prefix folded rotation smoothquant gptq"),
+        (2.0, 0.0, 2.0, "dynamic folded rotation smoothquant prefix gptq"),
+        (2.0, 2.0, 0.0, "prefix dynamic folded rotation smoothquant gptq"),
+        (2.0, 2.0, 2.0, "folded rotation smoothquant dynamic prefix gptq"),
     ],
 )
 def test_what_the_diagnosis_promises_is_tried_first(static, dynamic, rest, expected) -> None:

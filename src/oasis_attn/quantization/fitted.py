@@ -14,7 +14,7 @@ Axes: N tokens, O out, I in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -33,7 +33,11 @@ DAMPENING = 0.01
 
 @torch.no_grad()
 def fit_inputs(
-    model: PreTrainedModel, batches: Sequence[Tensor], *, seed: int
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    *,
+    seed: int,
+    layers: Collection[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Fit the transforms of the inputs of `linear_layers(model)`, whose weights are adapted.
 
@@ -43,7 +47,8 @@ def fit_inputs(
     Args:
         model: a decoder of transformers or of this library.
         batches: token ids, int64 [B, T], or embeddings [B, T, D], all of one length T.
-        seed: random seed of the signs of the Hadamard matrices.
+        seed: random seed of the signs of the Hadamard matrices, which do not depend on `layers`.
+        layers: the names of the layers whose inputs are transformed; default: all.
 
     Returns:
         The transforms by linear layer; they must run on its input.
@@ -52,10 +57,12 @@ def fit_inputs(
         UserError: batches of different lengths, or inputs that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = linear_layers(model)
+    linears = linear_layers(model)
     rotations = {
-        name: Rotation(layer.in_features, generator=generator) for name, layer in layers.items()
+        name: Rotation(layer.in_features, generator=generator) for name, layer in linears.items()
     }
+    if layers is not None:
+        linears = {name: layer for name, layer in linears.items() if name in layers}
     fitted: dict[str, nn.Module] = {}
     latest: tuple[Tensor | None, Tensor] = None, torch.empty(0)
 
@@ -78,10 +85,10 @@ def fit_inputs(
         stack.callback(layer.register_forward_pre_hook(hook).remove)
 
     with ExitStack() as stack:
-        for name, layer in layers.items():
+        for name, layer in linears.items():
             register(name, layer)
         run_batch(model.base_model, one_batch(batches))
-    for name, layer in layers.items():
+    for name, layer in linears.items():
         if name not in fitted:  # experts that no token reached
             eye_II = torch.eye(layer.in_features, device=layer.weight.device, dtype=torch.float64)
             fit(name, layer, eye_II)

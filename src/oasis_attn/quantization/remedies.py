@@ -57,6 +57,17 @@ def _dynamic(scheme: Scheme) -> Options:
     return {"static": False, "activation.granularity": "token"}
 
 
+def _folded(scheme: Scheme) -> Options:
+    """It helps activations only: with 8 bits and dynamic ranges, they need no help.
+
+    With few bits for the weights alone, it does harm, as with scales per group.
+    """
+    activation = scheme.activation
+    if activation is None or scheme.group_size or scheme.rotation != "none":
+        return None
+    return {"rotation": "folded"} if scheme.static or activation.bits < 8 else None
+
+
 def _rotation(scheme: Scheme) -> Options:
     return {"rotation": "groups" if scheme.group_size else "hadamard"}
 
@@ -70,6 +81,7 @@ def _prefix(scheme: Scheme) -> Options:
 
 REMEDIES = (
     Remedy(name="dynamic", options=_dynamic, effort=1),
+    Remedy(name="folded", options=_folded, effort=2),  # before what costs time in each run
     Remedy(name="rotation", options=_rotation, effort=2),
     Remedy(name="smoothquant", options=lambda _: {"smooth_alpha": 0.8}, effort=2.5),
     Remedy(name="prefix", options=_prefix, prefix=True, effort=6),
@@ -91,7 +103,8 @@ def per_channel(scheme: Scheme) -> Scheme:
 def combine(remedies: Sequence[Remedy], scheme: Scheme) -> Remedy | None:
     """All of `remedies` as one, the first ones first; without those that earlier ones exclude.
 
-    None if fewer than two are left.
+    Of two that change the same option, such as two rotations, the first one is kept.  None if fewer
+    than two are left.
     """
     parts: list[Remedy] = []
     changed = scheme
@@ -100,7 +113,9 @@ def combine(remedies: Sequence[Remedy], scheme: Scheme) -> Remedy | None:
             found = remedy.apply_to(changed)
         except UserError:
             continue
-        if found is not None:
+        if found is None:
+            continue
+        if options_from(scheme, changed).keys().isdisjoint(options_from(changed, found)):
             parts.append(remedy)
             changed = found
     if len(parts) < 2:

@@ -18,6 +18,8 @@ Axes: D width, R routers, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,6 +27,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.modeling.decoder_map import DecoderMap, decoder_map
 from oasis_attn.modeling.depth_cache import DepthRouter
+from oasis_attn.modeling.extensions import BRANCH_NORMS
 from oasis_attn.modeling.families import family_of
 from oasis_attn.modeling.official import KeyProjection, OfficialRouter
 from oasis_attn.quantization.sublayers import Source, Sublayer, gain_of, like, sublayers_of
@@ -35,7 +38,9 @@ _ROWS = 8192  # rows rotated at once: a float64 copy of a whole embedding would 
 
 
 @torch.no_grad()
-def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module]:
+def rotate_residual(
+    model: PreTrainedModel, *, seed: int, layers: Collection[str] | None = None
+) -> dict[str, nn.Module]:
     """Rotate the residual stream of `model`, and the inputs of its writers, in place.
 
     Parameters are replaced, not overwritten, so that models which share them do not change.  A tied
@@ -44,20 +49,21 @@ def rotate_residual(model: PreTrainedModel, *, seed: int) -> dict[str, nn.Module
 
     Args:
         model: a decoder with a head, of this library or of a family in `modeling.families`.
-        seed: random seed of the rotations' signs.
+        seed: random seed of the rotations' signs, which do not depend on `layers`.
+        layers: the names of the writers whose inputs are rotated; default: all.
 
     Returns:
         The rotations by writer; they must run on its input, and its weight contains the inverse.
 
     Raises:
         UserError: the rotation would change what a model of this family computes: it has norms
-            between sublayers and residual stream, norms other than RMSNorm, experts, or unknown
-            parameters.
+            between sublayers and residual stream, norms other than RMSNorm, experts, unknown
+            parameters, or a registered branch norm.
     """
     generator = torch.Generator().manual_seed(seed)
     sublayers = _rotate_stream(model, generator)
     writers = {name: linear for sublayer in sublayers for name, linear in sublayer.writer.items()}
-    return _rotate_inputs(writers, generator)
+    return _rotate_inputs(writers, generator, layers)
 
 
 @torch.no_grad()
@@ -101,6 +107,7 @@ def _rotate_values(source: Source, writer: nn.Linear, generator: torch.Generator
 
 def _rotate_stream(model: PreTrainedModel, generator: torch.Generator) -> list[Sublayer]:
     """Rotate the residual stream of `model`; return its sublayers."""
+    _check_branch_norm(model)
     text = model.config.get_text_config(decoder=True)
     family_of(text)  # raises if it has no row
     decoder = decoder_map(model)
@@ -131,7 +138,11 @@ def _rotate_stream(model: PreTrainedModel, generator: torch.Generator) -> list[S
 
 @torch.no_grad()
 def rotate_inputs(
-    model: PreTrainedModel, *, seed: int, group_size: int | None = None
+    model: PreTrainedModel,
+    *,
+    seed: int,
+    group_size: int | None = None,
+    layers: Collection[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Rotate the inputs of `linear_layers(model)` in place.
 
@@ -139,11 +150,12 @@ def rotate_inputs(
 
     Args:
         model: a decoder of transformers or of this library.
-        seed: random seed of the rotations' signs.
+        seed: random seed of the rotations' signs, which do not depend on `layers`.
         group_size: neighboring channels that are rotated together, as formats with a scale per
             group need it (2509.23202); default: all channels of an input.
             Layers with another number of inputs than a multiple of it stay as they are: a format
             with these groups cannot quantize them.
+        layers: the names of those whose inputs are rotated; default: all.
 
     Returns:
         The rotations by linear layer; they must run on its input, and its weight contains the
@@ -154,17 +166,21 @@ def rotate_inputs(
         for name, linear in linear_layers(model).items()
         if linear.in_features % (group_size or 1) == 0
     }
-    return _rotate_inputs(linears, torch.Generator().manual_seed(seed), group_size)
+    return _rotate_inputs(linears, torch.Generator().manual_seed(seed), layers, group_size)
 
 
 def _rotate_inputs(
-    linears: dict[str, nn.Linear], generator: torch.Generator, group_size: int | None = None
+    linears: dict[str, nn.Linear],
+    generator: torch.Generator,
+    layers: Collection[str] | None,
+    group_size: int | None = None,
 ) -> dict[str, nn.Module]:
     rotations: dict[str, nn.Module] = {}
     for name, linear in linears.items():
         rotation = _rotation(linear.weight, generator, group_size)
-        _rotate_weight(linear, rotation)
-        rotations[name] = rotation.to(linear.weight.dtype)
+        if layers is None or name in layers:
+            _rotate_weight(linear, rotation)
+            rotations[name] = rotation.to(linear.weight.dtype)
     return rotations
 
 
@@ -202,6 +218,16 @@ def _checked_gains(
             raise _refusal(model, f"its {type(norm).__name__} is not an RMSNorm")
         gains.append(gain)
     return gains
+
+
+def _check_branch_norm(model: PreTrainedModel) -> None:
+    """Raise `UserError` unless the branch norm of `model` commutes with every rotation."""
+    name = getattr(model.config, "branch_norm", "none")
+    if name != "none" and name not in BRANCH_NORMS.own:
+        raise UserError(
+            f"rotation: the residual stream cannot be rotated with branch_norm {name!r}, a"
+            " registered function that may not commute with a rotation; use 'inputs'"
+        )
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> UserError:

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError, check_choice, check_loaded, check_seed
 from oasis_attn.hub.prefix_storage import PrefixHfQuantizer
-from oasis_attn.modeling.extensions import BRANCH_NORMS
 from oasis_attn.quantization.calibration import check_batches, run_batch
 from oasis_attn.quantization.fitted import fit_inputs
 from oasis_attn.quantization.gptq import gptq
@@ -32,9 +31,6 @@ from oasis_attn.quantization.rotation import rotate_inputs, rotate_residual, rot
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.smoothquant import smooth
 from oasis_attn.quantization.targets import add_quantizer, linear_targets, tensor_targets
-
-_ROTATES_INPUTS = ("none", "inputs", "groups", "fitted")
-"""Rotations that leave the residual stream as it is."""
 
 
 def scheme_targets(model: PreTrainedModel, scheme: Scheme) -> tuple[str, ...]:
@@ -123,41 +119,31 @@ def transformed_copy(
 ) -> PreTrainedModel:
     """Return an unquantized copy of `model` in eval mode, rotated or smoothed as `scheme` says.
 
-    All linear layers in `names` are `nn.Linear` modules in the copy.  It shares all tensors that do
-    not change with `model`.
+    All linear layers in `names` are `nn.Linear` modules in the copy; no other layer gets work at
+    inference time.  The copy shares all tensors that do not change with `model`.
 
     Raises:
         UserError: a rotation of the residual stream would change what the model computes.
     """
-    if scheme.rotation not in _ROTATES_INPUTS:
-        _check_branch_norm(model)
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     result = copy.deepcopy(model, shared).eval()
     linearize(result, names)
     transforms: dict[str, nn.Module] = {}
+    layers = set(names)
     if scheme.rotation == "hadamard":
-        transforms = rotate_residual(result, seed=seed)
+        transforms = rotate_residual(result, seed=seed, layers=layers)
     elif scheme.rotation == "folded":
         rotate_weights(result, seed=seed)
     elif scheme.rotation in ("inputs", "groups"):
-        transforms = rotate_inputs(result, seed=seed, group_size=scheme.rotated_together)
+        size = scheme.rotated_together
+        transforms = rotate_inputs(result, seed=seed, group_size=size, layers=layers)
     elif scheme.rotation == "fitted" and batches is not None:
-        transforms = fit_inputs(result, batches, seed=seed)
+        transforms = fit_inputs(result, batches, seed=seed, layers=layers)
     elif scheme.smooth_alpha is not None and batches is not None:
-        transforms = smooth(result, batches, alpha=scheme.smooth_alpha)
+        transforms = smooth(result, batches, alpha=scheme.smooth_alpha, layers=layers)
     for name, transform in transforms.items():
         transform_input(result.get_submodule(name), transform)
     return result
-
-
-def _check_branch_norm(model: PreTrainedModel) -> None:
-    """Raise `UserError` unless the branch norm of `model` commutes with every rotation."""
-    name = getattr(model.config, "branch_norm", "none")
-    if name != "none" and name not in BRANCH_NORMS.own:
-        raise UserError(
-            f"rotation: the residual stream cannot be rotated with branch_norm {name!r}, a"
-            " registered function that may not commute with a rotation; use 'inputs'"
-        )
 
 
 def _quantized_layers(

@@ -10,7 +10,7 @@ Axes: D input channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 
 import torch
@@ -29,7 +29,11 @@ _MIN_SCALE = 1e-5  # as in the authors' code
 
 @torch.no_grad()
 def smooth(
-    model: PreTrainedModel, batches: Iterable[Tensor], *, alpha: float
+    model: PreTrainedModel,
+    batches: Iterable[Tensor],
+    *,
+    alpha: float,
+    layers: Collection[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Smooth the inputs of `linear_layers(model)` in place; the model computes the same function.
 
@@ -43,6 +47,7 @@ def smooth(
         batches: token ids, int64 [B, T], or embeddings [B, T, D].
         alpha: migration strength; 0 leaves the activations unchanged, 1 makes all channels equally
             large.
+        layers: the names of the layers whose input may be divided at inference time; default: all.
 
     Returns:
         The divisions that could not be folded, by linear layer; they must run on its input.
@@ -65,7 +70,7 @@ def smooth(
 
     transforms: dict[str, nn.Module] = {}
     for name, linear in linears.items():
-        if name not in folded:
+        if name not in folded and (layers is None or name in layers):
             scale_D = _scale(largest[name], _columns([linear]), alpha)
             if not scale_D.eq(1).all():
                 _multiply(linear, scale_D)

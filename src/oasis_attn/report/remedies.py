@@ -23,7 +23,8 @@ _WORDS = {
     "dynamic": "dynamic ranges",
     "smoothquant": "SmoothQuant",
     "prefix": "a prefix",
-    "rotation": "a rotation",
+    "folded": "a folded rotation",
+    "rotation": "a rotation at run time",
     "gptq": "GPTQ",
 }
 
@@ -129,7 +130,7 @@ def doctor_conclusion(
 
 
 def in_words(tried: Try) -> str:
-    """The remedies of a try, such as `a rotation with GPTQ`."""
+    """The remedies of a try, such as `SmoothQuant with GPTQ`."""
     return " with ".join(_WORDS.get(part, part) for part in tried.name.split("+"))
 
 

@@ -186,7 +186,7 @@ def _ordered(scheme: Scheme, diagnosis: DiagnosisRecord) -> list[Remedy]:
     promising: set[str] = set()
     breaks = scheme_breaks(diagnosis, scheme)
     if breaks["dynamic"] and breaks["rest"]:  # channels carry the outliers, not a few tokens
-        promising |= {"smoothquant", "rotation"}
+        promising |= {"smoothquant", "folded", "rotation"}
     if breaks["static"] and not breaks["dynamic"]:
         promising.add("dynamic")
     if breaks["static"] and not breaks["rest"]:
@@ -194,7 +194,7 @@ def _ordered(scheme: Scheme, diagnosis: DiagnosisRecord) -> list[Remedy]:
     if scheme.weight.bits < 8:
         promising.add("gptq")
         if scheme.weight.scale_type != "e4m3":  # NVFP4 loses more with a rotation
-            promising.add("rotation")
+            promising |= {"folded", "rotation"}
     found = [remedy for remedy in REMEDIES if remedy.applies_to(scheme)]
     return sorted(found, key=lambda remedy: remedy.name not in promising)
 
