@@ -94,6 +94,15 @@ def test_the_output_of_a_neuron_is_what_it_adds_to_the_residual_stream(family):
 
 
 @torch.no_grad()
+def test_nothing_is_pruned_without_a_loss(planted):
+    tried = []
+    with Float64Mode():
+        one_token = IDS.reshape(-1, 1)
+        assert prune_massive_neurons(planted, one_token, 1, on_try=lambda: tried.append(1)) == ()
+    assert not tried
+
+
+@torch.no_grad()
 def test_experts_have_no_neurons_to_prune():
     model = native_model("mixtral")
     with Float64Mode():

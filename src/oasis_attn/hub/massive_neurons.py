@@ -10,6 +10,7 @@ Axes: L layers; N windows, B windows of a pass, T tokens; D width, I neurons of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -66,7 +67,8 @@ def prune_massive_neurons(
     and the multiplier that some families have after their MLPs are included.  Massive neurons are
     tried one after the other, the largest first.  One is pruned if `activation_size` decreases,
     also that of first tokens, and the mean next-token loss is at most .005 nats larger than before
-    any was pruned; otherwise it is not tried again.  At most `2 * neurons` are tried.
+    any was pruned; otherwise it is not tried again.  At most `2 * neurons` are tried; none
+    without a finite loss, which windows of one token do not have.
 
     The weights of the output projection that belong to a pruned neuron are 0 after it.  The weight
     is replaced, not overwritten, so that a model that shares it does not change.  Experts and
@@ -88,6 +90,8 @@ def prune_massive_neurons(
     pruned: list[Neuron] = []
     needed: list[Neuron] = []
     latest = _effect(model, ids_NT)
+    if not math.isfinite(latest.loss):
+        return ()
     most = latest.loss + _LOSS
     massive = _massive(model, mlps, ids_NT)
     while massive and len(pruned) < neurons and len(pruned) + len(needed) < 2 * neurons:
