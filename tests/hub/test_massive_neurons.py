@@ -109,6 +109,18 @@ def test_experts_have_no_neurons_to_prune():
         assert prune_massive_neurons(model, IDS, 1) == ()
 
 
+class Quantized(torch.Tensor):
+    """Stands for the tensors with which torchao replaces weights of a plain `nn.Linear`."""
+
+
+def test_a_weight_that_is_quantized_in_place(planted):
+    projection = planted.model.layers[LAYER].mlp.down_proj
+    projection.weight = torch.nn.Parameter(projection.weight.detach().as_subclass(Quantized))
+    assert list(_mlps(planted)) == [0, 2, 3]
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight is a Quantized"):
+        null_from_sink(planted, IDS)
+
+
 def test_refusals():
     with pytest.raises(UserError, match=r"prune_neurons: 65 is not"):
         null_from_sink(native_model("llama"), IDS, prune_neurons=65)

@@ -123,7 +123,10 @@ def _mlps(model: PreTrainedModel) -> dict[int, _Mlp]:
             float(getattr(layer.module, multiplier)) if multiplier else 1.0,
         )
         for index, layer in enumerate(decoder_map(model).layers)
-        if (mlp := layer.mlp) and mlp.output and type(mlp.output.module) is nn.Linear
+        if (mlp := layer.mlp)
+        and mlp.output
+        and type(mlp.output.module) is nn.Linear
+        and type(mlp.output.module.weight) is nn.Parameter  # torchao replaces only the weight
     }
 
 
