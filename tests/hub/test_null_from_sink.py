@@ -299,6 +299,10 @@ def test_wrong_tokens_and_models_are_refused(ids):
             null_from_sink(native, wrong)
     with pytest.raises(UserError, match="it is an OASIS model already"):
         null_from_sink(tiny_model(), ids)
+    with torch.no_grad():
+        native.model.embed_tokens.weight[ids[0, 0]] = torch.nan
+    with pytest.raises(UserError, match=r"model: its keys and values are not finite in torch.floa"):
+        null_from_sink(native, ids, nulls=2)
 
 
 def test_more_nulls_need_positions_below_0(ids):

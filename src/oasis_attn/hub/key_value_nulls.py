@@ -75,19 +75,22 @@ def mean_null(model: PreTrainedModel, sequences: Iterable[Tensor]) -> Null:
             x_Gd = x_BGSd[:, :, -1].double().sum(0)
             sums[call.layer] = sums.get(call.layer, 0) + x_Gd.repeat_interleave(groups, 0)
 
-    count = 0
+    count = longest = 0
     with observe_attention(model, add):
         for ids_BT in sequences:
+            longest = max(longest, ids_BT.shape[1])
             positions_1T = torch.arange(1 - ids_BT.shape[1], 1, device=model.device)[None]
             run_text(model, ids_BT, position_ids=positions_1T)
             count += len(ids_BT)
     layers = range(len(decoder_map(model).layers))
     null = Null(*([sums[layer] / count for layer in layers] for sums in (keys, values)))
     if not all(x.isfinite().all() for x in (*null.keys, *null.values)):
+        family = model.config.get_text_config(decoder=True).model_type
         raise UserError(
-            "nulls: keys and values of a null are not finite; family"
-            f" {model.config.get_text_config(decoder=True).model_type!r} may not be defined for"
-            " positions below 0, which nulls after the first need; use 1"
+            f"nulls: keys and values of a null are not finite; family {family!r} may not be defined"
+            " for positions below 0, which nulls after the first need; use 1"
+            if longest > 1
+            else f"model: its keys and values are not finite in {model.dtype}"
         )
     return null
 
