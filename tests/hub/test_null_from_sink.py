@@ -299,10 +299,13 @@ def test_wrong_tokens_and_models_are_refused(ids):
             null_from_sink(native, wrong)
     with pytest.raises(UserError, match="it is an OASIS model already"):
         null_from_sink(tiny_model(), ids)
-    with torch.no_grad():
-        native.model.embed_tokens.weight[ids[0, 0]] = torch.nan
-    with pytest.raises(UserError, match=r"model: its keys and values are not finite in torch.floa"):
-        null_from_sink(native, ids, nulls=2)
+    native.model.embed_tokens.weight.data[ids[0, 0]] = torch.nan
+    for arguments, message in (
+        ({"nulls": 2}, "keys and values"),
+        ({"nulls": 2, "first_token": int(ids[0, 1])}, "activations"),
+    ):
+        with pytest.raises(UserError, match=f"model: its {message} are not finite in torch.float"):
+            null_from_sink(native, ids, **arguments)
 
 
 def test_more_nulls_need_positions_below_0(ids):

@@ -84,14 +84,14 @@ def mean_null(model: PreTrainedModel, sequences: Iterable[Tensor]) -> Null:
             count += len(ids_BT)
     layers = range(len(decoder_map(model).layers))
     null = Null(*([sums[layer] / count for layer in layers] for sums in (keys, values)))
-    if not all(x.isfinite().all() for x in (*null.keys, *null.values)):
-        family = model.config.get_text_config(decoder=True).model_type
+    found = [*null.keys, *null.values]
+    if longest > 1 and not _are_finite(found):
         raise UserError(
-            f"nulls: keys and values of a null are not finite; family {family!r} may not be defined"
-            " for positions below 0, which nulls after the first need; use 1"
-            if longest > 1
-            else f"model: its keys and values are not finite in {model.dtype}"
+            "nulls: keys and values of a null are not finite; family"
+            f" {model.config.get_text_config(decoder=True).model_type!r} may not be defined for"
+            " positions below 0, which nulls after the first need; use 1"
         )
+    check_finite(model, "keys and values", found)
     return null
 
 
@@ -162,7 +162,18 @@ def fitted_values(model: PreTrainedModel, nulls: list[Null], ids_NT: Tensor) -> 
             hook = layer.self_attn.register_forward_hook(fit, with_kwargs=True)
             stack.callback(hook.remove)
         run_text(converted, ids_NT)
+    check_finite(model, "attention outputs", [x for null in fitted for x in null.values])
     return fitted
+
+
+def check_finite(model: PreTrainedModel, what: str, found: Iterable[Tensor]) -> None:
+    """Raise `UserError` if `found`, which is computed from `what` of `model`, is not finite."""
+    if not _are_finite(found):
+        raise UserError(f"model: its {what} are not finite in {model.dtype}")
+
+
+def _are_finite(found: Iterable[Tensor]) -> bool:
+    return all(bool(x.isfinite().all()) for x in found)
 
 
 def _null_probabilities(call: AttentionCall, key_HMd: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from oasis_attn.errors import UserError
 from oasis_attn.hub.key_value_nulls import (
     Null,
+    check_finite,
     fitted_values,
     mean_null,
     set_nulls,
@@ -202,6 +203,7 @@ def _best_null(
     """The null that decreases `activation_size` most, and its token; None if none does."""
     current = with_nulls(model, found)
     peaks_LNT = token_peaks(current, ids_NT)
+    check_finite(model, "activations", [peaks_LNT])
     least, best = activation_size(peaks_LNT), None
     for token, sequences in _candidates(peaks_LNT, ids_NT):
         on_try()
