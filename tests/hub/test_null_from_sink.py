@@ -233,11 +233,11 @@ def test_values_stay_near_the_means_with_few_queries_or_small_null_probabilities
     null, queries, size
 ):
     torch.manual_seed(0)
-    n_BHT, e_BHTd = torch.rand(1, 2, queries) * null, torch.randn(1, 2, queries, 3)
-    mean_Hd = size * torch.randn(2, 3)
-    arguments = (n_BHT, e_BHTd, mean_Hd, torch.randn(5, 6))
-    change_Hd = _least_squares(*(x.double() for x in arguments)) - mean_Hd
-    assert change_Hd.square().mean() <= mean_Hd.square().mean()  # false if it is not finite
+    n_MBHT, e_BHTd = torch.rand(1, 1, 2, queries) * null, torch.randn(1, 2, queries, 3)
+    mean_MHd = size * torch.randn(1, 2, 3)
+    arguments = (n_MBHT, e_BHTd, mean_MHd, torch.randn(5, 6))
+    change_MHd = _least_squares(*(x.double() for x in arguments)) - mean_MHd
+    assert change_MHd.square().mean() <= mean_MHd.square().mean()  # false if it is not finite
 
 
 def outputs_of_heads(model, ids_BT):
