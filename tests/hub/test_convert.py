@@ -257,6 +257,8 @@ def test_bad_input_writes_nothing(checkpoint, tmp_path):
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(UserError, match="LlamaModel is not LlamaForCausalLM"):
         convert(LlamaModel(tiny_config()))
+    with pytest.raises(UserError, match="a Sequential is neither a model of transformers nor"):
+        convert(torch.nn.Sequential())  # as a PeftModel is not one either
 
 
 @pytest.mark.skipif(

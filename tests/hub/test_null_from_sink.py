@@ -233,11 +233,11 @@ def test_values_stay_near_the_means_with_few_queries_or_small_null_probabilities
     null, queries, size
 ):
     torch.manual_seed(0)
-    n_BHT, e_BHTd = torch.rand(1, 2, queries) * null, torch.randn(1, 2, queries, 3)
-    mean_Hd = size * torch.randn(2, 3)
-    arguments = (n_BHT, e_BHTd, mean_Hd, torch.randn(5, 6))
-    change_Hd = _least_squares(*(x.double() for x in arguments)) - mean_Hd
-    assert change_Hd.square().mean() <= mean_Hd.square().mean()  # false if it is not finite
+    n_MBHT, e_BHTd = torch.rand(1, 1, 2, queries) * null, torch.randn(1, 2, queries, 3)
+    mean_MHd = size * torch.randn(1, 2, 3)
+    arguments = (n_MBHT, e_BHTd, mean_MHd, torch.randn(5, 6))
+    change_MHd = _least_squares(*(x.double() for x in arguments)) - mean_MHd
+    assert change_MHd.square().mean() <= mean_MHd.square().mean()  # false if it is not finite
 
 
 def outputs_of_heads(model, ids_BT):
@@ -299,6 +299,13 @@ def test_wrong_tokens_and_models_are_refused(ids):
             null_from_sink(native, wrong)
     with pytest.raises(UserError, match="it is an OASIS model already"):
         null_from_sink(tiny_model(), ids)
+    native.model.embed_tokens.weight.data[ids[0, 0]] = torch.nan
+    for arguments, message in (
+        ({"nulls": 2}, "keys and values"),
+        ({"nulls": 2, "first_token": int(ids[0, 1])}, "activations"),
+    ):
+        with pytest.raises(UserError, match=f"model: its {message} are not finite in torch.float"):
+            null_from_sink(native, ids, **arguments)
 
 
 def test_more_nulls_need_positions_below_0(ids):

@@ -77,6 +77,11 @@ def convert(
         loaded: OasisForCausalLM = _official(model_or_path, "auto", overrides, loading)[0]
         return loaded
     native = model_or_path
+    if not isinstance(native, PreTrainedModel | str | Path):
+        raise UserError(
+            f"model: a {type(native).__name__} is neither a model of transformers nor a name or"
+            " path; merge adapters into the model first (merge_and_unload)"
+        )
     if not isinstance(native, PreTrainedModel):
         native, _ = load_model(native, dtype="auto", trust_remote_code=trust_remote_code)
     if isinstance(native.config, OasisConfig):

@@ -75,20 +75,23 @@ def mean_null(model: PreTrainedModel, sequences: Iterable[Tensor]) -> Null:
             x_Gd = x_BGSd[:, :, -1].double().sum(0)
             sums[call.layer] = sums.get(call.layer, 0) + x_Gd.repeat_interleave(groups, 0)
 
-    count = 0
+    count = longest = 0
     with observe_attention(model, add):
         for ids_BT in sequences:
+            longest = max(longest, ids_BT.shape[1])
             positions_1T = torch.arange(1 - ids_BT.shape[1], 1, device=model.device)[None]
             run_text(model, ids_BT, position_ids=positions_1T)
             count += len(ids_BT)
     layers = range(len(decoder_map(model).layers))
     null = Null(*([sums[layer] / count for layer in layers] for sums in (keys, values)))
-    if not all(x.isfinite().all() for x in (*null.keys, *null.values)):
+    found = [*null.keys, *null.values]
+    if longest > 1 and not _are_finite(found):
         raise UserError(
             "nulls: keys and values of a null are not finite; family"
             f" {model.config.get_text_config(decoder=True).model_type!r} may not be defined for"
             " positions below 0, which nulls after the first need; use 1"
         )
+    check_finite(model, "keys and values", found)
     return null
 
 
@@ -134,22 +137,16 @@ def fitted_values(model: PreTrainedModel, nulls: list[Null], ids_NT: Tensor) -> 
         call = latest[-1]
         latest.clear()
         layer = converted.model.layers[call.layer]
-        rest_BHTd = torch.cat(outputs.pop(call.layer)) - _output_of_keys(call)
-        rest_BHTd = rest_BHTd[:, :, 1:].double()
-        null_MBHT = _null_probabilities(call, layer.null_key)[:, :, :, 1:].double()
-        weight_DI = layer.output_projection.weight.double()
-        values = [null.values[call.layer] for null in nulls]
-        for null_BHT, value_Hd in zip(null_MBHT, values, strict=True):
-            rest_BHTd -= null_BHT.unsqueeze(-1) * value_Hd.unsqueeze(1)
-        for _ in range(_SWEEPS if len(nulls) > 1 else 1):
-            for index, null_BHT in enumerate(null_MBHT):
-                n_BHT1 = null_BHT.unsqueeze(-1)
-                rest_BHTd += n_BHT1 * values[index].unsqueeze(1)
-                mean_Hd = nulls[index].values[call.layer]
-                values[index] = _least_squares(null_BHT, rest_BHTd, mean_Hd, weight_DI)
-                rest_BHTd -= n_BHT1 * values[index].unsqueeze(1)
-        layer.null_value.copy_(torch.stack(values, 1))
-        for null, value_Hd in zip(fitted, values, strict=True):
+        e_BHTd = torch.cat(outputs.pop(call.layer)) - _output_of_keys(call)
+        null_MBHT = _null_probabilities(call, layer.null_key)
+        values_MHd = _least_squares(
+            null_MBHT[..., 1:].double(),
+            e_BHTd[:, :, 1:].double(),
+            torch.stack([null.values[call.layer] for null in nulls]),
+            layer.output_projection.weight.double(),
+        )
+        layer.null_value.copy_(values_MHd.transpose(0, 1))
+        for null, value_Hd in zip(fitted, values_MHd, strict=True):
             null.values[call.layer] = value_Hd
         return attention.forward(*args, **kwargs)
 
@@ -159,7 +156,18 @@ def fitted_values(model: PreTrainedModel, nulls: list[Null], ids_NT: Tensor) -> 
             hook = layer.self_attn.register_forward_hook(fit, with_kwargs=True)
             stack.callback(hook.remove)
         run_text(converted, ids_NT)
+    check_finite(model, "attention outputs", [x for null in fitted for x in null.values])
     return fitted
+
+
+def check_finite(model: PreTrainedModel, what: str, found: Iterable[Tensor]) -> None:
+    """Raise `UserError` if `found`, which is computed from `what` of `model`, is not finite."""
+    if not _are_finite(found):
+        raise UserError(f"model: its {what} are not finite in {model.dtype}")
+
+
+def _are_finite(found: Iterable[Tensor]) -> bool:
+    return all(bool(x.isfinite().all()) for x in found)
 
 
 def _null_probabilities(call: AttentionCall, key_HMd: Tensor) -> Tensor:
@@ -170,21 +178,34 @@ def _null_probabilities(call: AttentionCall, key_HMd: Tensor) -> Tensor:
     return (logits_BHTM.softmax(-1) * call.null_BHT.unsqueeze(-1)).movedim(-1, 0)
 
 
-def _least_squares(null_BHT: Tensor, e_BHTd: Tensor, mean_Hd: Tensor, weight_DI: Tensor) -> Tensor:
-    """The values of `fitted_values`, `[H, d]`."""
-    H, d = mean_Hd.shape
-    rest_BHTd = e_BHTd - null_BHT.unsqueeze(-1) * mean_Hd.unsqueeze(1)
+def _least_squares(
+    null_MBHT: Tensor, e_BHTd: Tensor, mean_MHd: Tensor, weight_DI: Tensor
+) -> Tensor:
+    """The values of `fitted_values`, `[M, H, d]`; here, e is less what the keys add, and no null.
+
+    Queries enter only into the normal equations of all nulls, which are computed once.
+    """
+    M, H, d = mean_MHd.shape
     gram_HdHd = (weight_DI.mT @ weight_DI).view(H, d, H, d)
-    moments_HH = torch.einsum("bht,bgt->hg", null_BHT, null_BHT)
-    matrix_II = (gram_HdHd * moments_HH[:, None, :, None]).reshape(H * d, H * d)
-    products_HHd = torch.einsum("bht,bgtd->hgd", null_BHT, rest_BHTd)
-    right_I = torch.einsum("hdge,hge->hd", gram_HdHd, products_HHd).flatten()
-    matrix_II.diagonal().add_(_RIDGE * matrix_II.diagonal().mean())
-    noise = (rest_BHTd.transpose(1, 2).flatten(2) @ weight_DI.mT).square().mean()
-    prior = _CHANGE**2 * mean_Hd.square().mean()  # may be 0: the equations are multiplied by it
-    matrix_II.mul_(prior).diagonal().add_(noise + torch.finfo(matrix_II.dtype).tiny)
-    change_I: Tensor = torch.linalg.solve(matrix_II, prior * right_I)
-    return mean_Hd + change_I.view(H, d)
+    moments_MMHH = torch.einsum("mbht,nbgt->mnhg", null_MBHT, null_MBHT)
+    products_MHHd = torch.einsum("mbht,bgtd->mhgd", null_MBHT, e_BHTd)
+    right_MHd = torch.einsum("hdge,mhge->mhd", gram_HdHd, products_MHHd)
+    errors_BTD = e_BHTd.transpose(1, 2).flatten(2) @ weight_DI.mT
+    squares, count = errors_BTD.square().sum(), errors_BTD.numel()
+    values_MHd = mean_MHd.clone()
+    for sweep in range(_SWEEPS * M if M > 1 else 1):
+        m = sweep % M
+        values_MHd[m] = mean_MHd[m]
+        seen_MHHd = torch.einsum("hdge,mge->mhgd", gram_HdHd, values_MHd)
+        slope_MHd = right_MHd - torch.einsum("mnhg,nhgd->mhd", moments_MMHH, seen_MHHd)
+        noise = (squares - (values_MHd * (right_MHd + slope_MHd)).sum()).clamp(min=0) / count
+        prior = _CHANGE**2 * mean_MHd[m].square().mean()  # may be 0: the equations are times it
+        matrix_II = (gram_HdHd * moments_MMHH[m, m][:, None, :, None]).reshape(H * d, H * d)
+        matrix_II.diagonal().add_(_RIDGE * matrix_II.diagonal().mean())
+        matrix_II.mul_(prior).diagonal().add_(noise + torch.finfo(matrix_II.dtype).tiny)
+        change_I = torch.linalg.solve(matrix_II, prior * slope_MHd[m].flatten())
+        values_MHd[m] += change_I.view(H, d)
+    return values_MHd
 
 
 def _output_of_keys(call: AttentionCall) -> Tensor:

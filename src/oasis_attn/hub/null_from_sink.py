@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
 from oasis_attn.hub.key_value_nulls import (
     Null,
+    check_finite,
     fitted_values,
     mean_null,
     set_nulls,
@@ -113,8 +114,9 @@ def null_from_sink(
         overrides: settings of `OasisConfig` that replace those of the variant.
 
     Raises:
-        UserError: the family is not supported or has sinks of its own, a setting would change the
-            function by other means than the null, or an argument is out of range.
+        UserError: the family is not supported or has sinks of its own, the weights are quantized, a
+            setting would change the function by other means than the null, or an argument is out of
+            range.
     """
     check_null_from_sink(overrides, nulls=nulls, prune_neurons=prune_neurons)
     _check_ids("ids_NT", model, ids_NT)
@@ -129,6 +131,12 @@ def null_from_sink(
             f"model: family {model.config.model_type!r} has learned sinks of its own, which are"
             " nulls already; use the exact conversion"
         )
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter:  # `quantize_` of torchao leaves no other trace
+            raise UserError(
+                f"model: the weight {name} is a {type(parameter).__name__}; convert the original"
+                " model, then quantize the result"
+            )
     ids_NT = ids_NT.cpu()  # as are the results of `token_peaks`
     with eval_mode(model), torch.no_grad():
         layer_0, first = (
@@ -195,6 +203,7 @@ def _best_null(
     """The null that decreases `activation_size` most, and its token; None if none does."""
     current = with_nulls(model, found)
     peaks_LNT = token_peaks(current, ids_NT)
+    check_finite(model, "activations", [peaks_LNT])
     least, best = activation_size(peaks_LNT), None
     for token, sequences in _candidates(peaks_LNT, ids_NT):
         on_try()
