@@ -56,9 +56,11 @@ def test_null_from_sink(oasis, vanilla, text, tmp_path):
     ]
     assert [row[-1].lstrip("-") for row in rows] == values
     assert record.config["residual"] == "depth"
-    code, shown = oasis("convert", vanilla, tmp_path / "again", *given, "--json")
+    more = ("--prune-neurons", 2, "--json")
+    code, shown = oasis("convert", vanilla, tmp_path / "again", *given, *more)
     found = json.loads(shown.out)
-    assert (code, found["record"]["nulls"], found["conclusion"]) == (0, 1, [])
+    assert (code, found["record"]["nulls"], found["record"]["neurons"]) == (0, 1, [])
+    assert found["conclusion"][0].startswith("No neuron was pruned")
     # A null is no obstacle to quantization.
     low = ("--calibration", text, "--window", 16, "--windows", 3, "--simulate")
     for scheme in ("w8a8-static-full", "w4a4"):

@@ -223,10 +223,11 @@ def convert(
 
         with working(f"converting {model}", as_json=as_json) as report:
             record = null_from_sink_checkpoint(model, out, progress=report, **common, **options)
+        conclusion = list(_conclusion(record, prune_neurons or 0))
         if as_json:
-            print_json({"conclusion": list(_conclusion(record)), "record": record.to_dict()})
+            print_json({"conclusion": conclusion, "record": record.to_dict()})
         else:
-            _show(record)
+            _show(record, conclusion)
             purpose = "measure what 8 bits cost, and what helps"
             print_saved(out, purpose=purpose, command=("oasis", "doctor", out))
         return
@@ -263,7 +264,7 @@ def convert(
 _SHOWN = ("perplexity.windowed", "outlier.max_activation", "sink.mass", "sink.max_mass")
 
 
-def _show(record: ConversionRecord) -> None:
+def _show(record: ConversionRecord, conclusion: list[str]) -> None:
     from oasis_attn.report import Table
     from oasis_attn.report.tables import number
 
@@ -287,11 +288,11 @@ def _show(record: ConversionRecord) -> None:
     columns = ("", "token", "layer", "channel", "position", "value")
     title = "Largest activation"
     print_table(Table(title=title, columns=columns, rows=tuple(rows), text_columns=2))
-    if sentences := list(_conclusion(record)):
-        print_sentences("Conclusion", sentences)
+    if conclusion:
+        print_sentences("Conclusion", conclusion)
 
 
-def _conclusion(record: ConversionRecord) -> Iterator[str]:
+def _conclusion(record: ConversionRecord, prune_neurons: int) -> Iterator[str]:
     """What the numbers are of, and what to do if the sink remains."""
     from oasis_attn.measure.sink_tokens import THRESHOLD
 
@@ -306,3 +307,5 @@ def _conclusion(record: ConversionRecord) -> Iterator[str]:
             f"The first token, BOS, remains a sink (sink.max_mass {after:.4g}). If the model is"
             " trained with BOS in front of every text, convert it with --null-from-bos."
         )
+    if prune_neurons and not record.neurons:
+        yield "No neuron was pruned: none is massive, or the model needs those that are."
