@@ -84,10 +84,10 @@ def test_null_from_bos(oasis, vanilla, text, tmp_path):
             replace(m, value=values[m.where]) if m.name == "sink.max_mass" else m
             for m in record.metrics
         )
-        sentences = list(_conclusion(replace(plain, metrics=metrics)))
+        sentences = list(_conclusion(replace(plain, metrics=metrics), 0))
         assert [("--null-from-bos" in each) for each in sentences] == [True] * found
     no_bos = replace(plain, metrics=metrics, data=replace(plain.data, bos=None))
-    assert not list(_conclusion(no_bos))
+    assert not list(_conclusion(no_bos, 0))
 
 
 @pytest.mark.parametrize(
