@@ -155,6 +155,44 @@ def test_retrofit() -> None:
     assert table.strip() in (DOCS / "retrofit.md").read_text()
 
 
+def test_what_the_page_says_of_nulls_without_training() -> None:
+    record = Record.load(DOCS / "results" / "retrofit" / "record.json")
+    original, one, six, pruned = retrofit.MODELS
+    eight, _, full, *_ = retrofit.SCHEMES
+    rotated = [scheme for scheme in retrofit.SCHEMES if "Hadamard" in scheme]
+
+    def value(name: str, where: str, metric: str = retrofit.PERPLEXITY) -> float:
+        return record.metric(metric, f"{name} / {where}").value
+
+    def largest(name: str, text: str, layers: str = "layers 3 to 9") -> float:
+        rows = record.tables[f"{name} / {text}"][retrofit.LAYERS[layers]]
+        return max(abs(row["value"]) for row in rows)
+
+    assert [layer for layer, _ in record.settings["nulls"][pruned]["neurons"]] == [2, 2]
+    activations = [
+        value(name, retrofit.FIRST, "outlier.max_activation") for name in retrofit.MODELS
+    ]
+    assert max(activations[1:]) < 1000 < activations[0]
+    for text in retrofit.TEXTS:
+        plain = {name: value(name, text) for name in retrofit.MODELS}
+        assert plain[original] > plain[one] > plain[six] > plain[pruned]
+        for scheme in retrofit.SCHEMES:
+            assert value(one, f"{text} / {scheme}") < value(original, f"{text} / {scheme}")
+        for name, limit in ((one, 1.06), (six, 1.04), (pruned, 1.04)):
+            assert value(name, f"{text} / {eight}") < limit * plain[name]
+        assert largest(six, text) < 0.81 * largest(one, text)
+        assert largest(pruned, text) < largest(six, text) / 3
+        assert value(pruned, f"{text} / {full}") < 2 * plain[pruned]
+        assert value(six, f"{text} / {full}") > 5 * plain[six]
+        last = [largest(name, text, "layer 29") for name in (one, six, pruned)]
+        later = record.tables[f"{retrofit.LATER} / {text}"][29]
+        assert max(last) < later or text == "wikitext-2"
+        for scheme in ("w4a4", "w4a4, GPTQ"):
+            assert value(pruned, f"{text} / {scheme}") > 40 * plain[pruned]
+        for scheme in rotated:
+            assert value(pruned, f"{text} / {scheme}") < 4 * plain[pruned]
+
+
 def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
     folder = DOCS / "results" / "retrofit"
     record = Record.load(folder / "training.json")
