@@ -1,6 +1,6 @@
 """The sink of SmolLM2 becomes a null: without training, and after training on two budgets.
 
-python experiments/retrofit_training.py run --null CONVERTED --corpus FOLDER --runs RUNS
+python experiments/retrofit_training.py run --null ONE --nulls SIX --corpus FOLDER --runs RUNS
 python experiments/retrofit_training.py table --runs RUNS
 
 `run` trains every row of `ROWS` that trains, measures every row, and writes RUNS/records/ROW.json
@@ -8,10 +8,11 @@ as soon as a row is finished.  A row that has a record is skipped, and a trainin
 interrupted is resumed.  The rows run side by side, as new processes, `--jobs` at a time; none needs
 another.  `table` writes docs/results/retrofit from the records; rows without one stay as they are.
 
-CONVERTED is made by `oasis convert smollm2 CONVERTED --null-from-sink`; `corpus` makes FOLDER, the
-training text: GSM8K train and film reviews.  Each budget has two rows that train the unconverted
-model on the same tokens with the same optimizer: on the next-token loss, as its owner would, and on
-the loss of the converted model, so that only the null differs.
+ONE is made by `oasis convert smollm2 ONE --null-from-sink --calibration wikitext-2
+--calibration-split validation`, and SIX with `--nulls 6 --prune-neurons 6` too.  `corpus` makes
+FOLDER, the training text: GSM8K train and film reviews.  Each budget has two rows that train the
+unconverted model on the same tokens with the same optimizer: on the next-token loss, as its owner
+would, and on the loss of the converted model, so that only the null differs.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ ROWS = (
     | {
         "original": Row(label="original", start="original"),
         "null": Row(label="one null with key and value", start="null"),
-        "nulls": Row(label="several nulls with keys and values", start="nulls"),
+        "nulls": Row(label="six nulls with keys and values, pruned", start="nulls"),
     }
 )
 """In the order in which they start: the longest first."""

@@ -10,7 +10,8 @@ outputs of attention are as close as possible to those of the original model.
 
 Some models have secondary sinks: tokens with massive activations later in the sequence.  More nulls
 can replace them.  Each is made from one token, which is found by trying those with the largest
-activations.
+activations.  In the end, the MLP neurons that write massive activations can be pruned, see
+`massive_neurons`.
 
 Axes: L layers, H query heads, G key heads, S keys, d head width; N windows, B sequences in a batch,
 T tokens.
@@ -84,7 +85,8 @@ def null_from_sink(
 
     The key and the value of the first null are the means over all tokens of the windows, each of
     which runs alone, as the first token of a sequence.  They should be text without BOS.  The
-    values of all layers but layer 0 are then fitted to the outputs of attention, see `_fitted`.
+    values of all layers but layer 0 are then fitted to the outputs of attention, and again, with
+    those of the other nulls, after the last null is found; see `fitted_values`.
 
     A model that was trained with BOS in front of every text has its sink on BOS.  `first_token`
     makes the first null from BOS, whose place it takes when BOS is left out of the texts.
@@ -123,9 +125,8 @@ def null_from_sink(
     first_11 = None if first_token is None else torch.tensor([[first_token]])
     if first_11 is not None:
         _check_ids("first_token", model, first_11)
-    with_disabled_nulls(
-        model, 1, variant, overrides
-    )  # raises if the model or a setting cannot work
+    # Raises if the model or a setting cannot work.
+    with_disabled_nulls(model, 1, variant, overrides)
     if family_of(model.config.get_text_config(decoder=True)).sinks:
         raise UserError(
             f"model: family {model.config.model_type!r} has learned sinks of its own, which are"
