@@ -165,7 +165,9 @@ def model_card(
         title = f"{title}, {scheme['name']}"
         facts.append(
             _QUANTIZED.format(
-                scheme=scheme["name"], arithmetic=stored.arithmetic, targets=len(stored.targets)
+                scheme=stored.described_scheme,
+                arithmetic=stored.arithmetic,
+                targets=len(stored.targets),
             )
         )
     if prefix := getattr(stored, "prefix", None):
