@@ -63,7 +63,7 @@ listed have their default values.
 {settings}"""
 _NATIVE = "A `{family}` decoder with {parameters:,} parameters."
 _WITHOUT_BOS = """\
-A null has the place of BOS (`{bos}`): texts of this model have no BOS in front.  Its tokenizer adds
+A null has the place of BOS (`{bos}`): texts of this model have no BOS in front. Its tokenizer adds
 none."""
 _QUANTIZED = """\
 Quantized with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {targets}
