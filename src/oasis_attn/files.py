@@ -182,11 +182,17 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         try:
             yield temporary
-            os.chmod(temporary, 0o755)
+            make_readable(temporary)
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def make_readable(folder: Path) -> None:
+    """Let all users read `folder`: temporary folders, and files of safetensors, are private."""
+    for path in (folder, *folder.rglob("*")):
+        os.chmod(path, 0o755 if path.is_dir() else 0o644)
 
 
 def check_free(path: str | Path, argument: str = "out", *, hint: str = "") -> None:

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.remedies import REMEDIES, Remedy, combine, per_channel, shortest_name
+from oasis_attn.quantization.remedies import (
+    REMEDIES,
+    Remedy,
+    combine,
+    described,
+    per_channel,
+    shortest_name,
+)
 from oasis_attn.quantization.schemes import Scheme, get_scheme, schemes
 
 BY_NAME = {remedy.name: remedy for remedy in REMEDIES}
@@ -101,3 +108,12 @@ def test_the_shortest_name_gives_the_scheme_again(name, options) -> None:
     found, changed = shortest_name(scheme)
     assert len(changed) <= len(options)
     assert get_scheme(found).with_options(changed) == scheme
+
+
+def test_a_scheme_is_described_by_what_differs_from_its_name() -> None:
+    scheme = schemes()["w8a8-static-linear"]
+    assert described(scheme) == "w8a8-static-linear"
+    changed = scheme.with_options({"rotation": "folded", "weight.granularity": "channel"})
+    assert described(changed) == "w8a8-static-linear, rotation=folded, weight.granularity=channel"
+    bare = schemes()["w4a4"].with_options({"activation": None, "head": True})
+    assert described(bare) == "w4a4, head=true, activation=null"

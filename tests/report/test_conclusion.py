@@ -107,7 +107,7 @@ def test_what_is_said_follows_the_rules(noises, expected) -> None:
 
 def test_several_tokens_are_counted_and_the_worst_is_named() -> None:
     first = conclusion(record(2.0, 0.01, 0.01, tokens=3))[0]
-    assert first.startswith("A few tokens carry the outliers, 3 in a window.  The worst: 'a' at")
+    assert first.startswith("A few tokens carry the outliers, 3 in a window. The worst: 'a' at")
 
 
 def test_the_largest_activations_may_be_those_of_another_token() -> None:

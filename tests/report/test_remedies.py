@@ -98,7 +98,7 @@ def test_what_is_said_of_good_tries() -> None:
         "Within the limit: a prefix (+4.2 %), dynamic ranges (+2 %).",
         "The best is a prefix: it has the least work at run time.",
         "Not possible: SmoothQuant; it fails.",
-        "Not tried: GPTQ.  With --all, they are tried too.",
+        "Not tried: GPTQ. With --all, they are tried too.",
     )
 
 
@@ -113,7 +113,7 @@ def test_what_is_said_if_nothing_is_good() -> None:
     tries: Numbers = {"plain": (9.0, 0.0), "rotation": (2.0, 1.0), "gptq": (4.0, 0.0)}
     found = record(tries | {"rotation+gptq": (0.5, 1.0)})
     assert doctor_conclusion(noise(0.0), found, ("rotation", "gptq"))[1:] == (
-        "No try is within the limit.  The best is a rotation at run time with GPTQ (+50 %).",
+        "No try is within the limit. The best is a rotation at run time with GPTQ (+50 %).",
     )
 
 

@@ -27,8 +27,8 @@ def doctor(
     out: Annotated[
         Path,
         Option(
-            help="Folder for the records. Results in it are not measured again, so that an"
-            " interrupted run continues."
+            help="Folder for the records of one model and scheme. Results in it are not measured"
+            " again, so that an interrupted run continues."
         ),
     ] = Path("doctor"),
     scheme: Annotated[

@@ -148,6 +148,8 @@ def _float_weights(sizes: dict[str, int]) -> Table:
 
 
 def _show(record: QuantizationRecord) -> None:
+    from oasis_attn.quantization.remedies import described
+    from oasis_attn.quantization.schemes import Scheme
     from oasis_attn.report import Table
     from oasis_attn.report.tables import number
 
@@ -160,7 +162,7 @@ def _show(record: QuantizationRecord) -> None:
     missed = record.rounded_to_nearest
     if missed:
         rows.append(("layers without tokens for GPTQ", "", str(len(missed))))
-    title = f"{record.model.name}: {record.scheme['name']}"
+    title = f"{record.model.name}: {described(Scheme.from_dict(record.scheme))}"
     print_table(Table(title=title, columns=("metric", "before", "after"), rows=tuple(rows)))
 
     if record.float_weights:

@@ -136,7 +136,8 @@ def train(
     outlier_penalty: Annotated[
         float,
         Option(
-            help="Weight of a penalty on the log of the largest activation of each token.",
+            help="Weight of a penalty on tokens with large activations: the log of the largest mean"
+            " square of a token, relative to the mean of all tokens.",
             rich_help_panel=_NULL,
         ),
     ] = 0.0,

@@ -63,7 +63,7 @@ listed have their default values.
 {settings}"""
 _NATIVE = "A `{family}` decoder with {parameters:,} parameters."
 _WITHOUT_BOS = """\
-A null has the place of BOS (`{bos}`): texts of this model have no BOS in front.  Its tokenizer adds
+A null has the place of BOS (`{bos}`): texts of this model have no BOS in front. Its tokenizer adds
 none."""
 _QUANTIZED = """\
 Quantized with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {targets}
@@ -165,7 +165,9 @@ def model_card(
         title = f"{title}, {scheme['name']}"
         facts.append(
             _QUANTIZED.format(
-                scheme=scheme["name"], arithmetic=stored.arithmetic, targets=len(stored.targets)
+                scheme=stored.described_scheme,
+                arithmetic=stored.arithmetic,
+                targets=len(stored.targets),
             )
         )
     if prefix := getattr(stored, "prefix", None):

@@ -58,6 +58,14 @@ class OasisQuantizationConfig(PrefixConfig):
         self.scheme, self.targets, self.transforms = dict(scheme), list(targets), dict(transforms)
         self.arithmetic = arithmetic
 
+    @property
+    def described_scheme(self) -> str:
+        """The name of the scheme and its changed options."""
+        from oasis_attn.quantization.remedies import described
+        from oasis_attn.quantization.schemes import Scheme
+
+        return described(Scheme.from_dict(self.scheme))
+
     def check(self) -> None:
         """Raise an error if a field has the wrong form."""
         from oasis_attn.quantization.schemes import Scheme

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -136,6 +137,22 @@ def shortest_name(scheme: Scheme) -> tuple[str, dict[str, Any]]:
         if (named.activation is None) == (scheme.activation is None)
     ]
     return min(found, key=lambda each: (len(each[1]), each[0] != scheme.name))
+
+
+def described(scheme: Scheme) -> str:
+    """The name of `scheme` and its changed options, such as `w4a4, rotation=hadamard`."""
+    named = schemes().get(scheme.name, scheme)
+    old = _flat(named)
+    changed = {name: value for name, value in _flat(scheme).items() if old.get(name) != value}
+    if named.activation is not None and scheme.activation is None:
+        changed["activation"] = None
+    options = (f"{name}={option_text(value)}" for name, value in changed.items())
+    return ", ".join((scheme.name, *options))
+
+
+def option_text(value: object) -> str:
+    """The value of an option as on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def options_from(before: Scheme, after: Scheme) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _carriers(record: DiagnosisRecord) -> str:
     )
     if len(rows) == 1:
         return f"One token carries the outliers: {found}."
-    return f"A few tokens carry the outliers, {number(count)} in a window.  The worst: {found}."
+    return f"A few tokens carry the outliers, {number(count)} in a window. The worst: {found}."
 
 
 def _about_ranges(noise: Noise) -> list[str]:

@@ -118,14 +118,14 @@ def doctor_conclusion(
             )
             said.append(f"The best is {in_words(best)}: {reason}.")
     elif best.name != PLAIN:
-        said.append(f"No try is within the limit.  {named_best}")
+        said.append(f"No try is within the limit. {named_best}")
     elif len(record.tries) > 1:
         said.append(f"No try is within the limit, and none is better than {scheme} alone.")
     problems = [each for each in record.tries if each.problem]
     said += [f"Not possible: {in_words(each)}; {each.problem}." for each in problems]
     tried = {part for each in record.tries for part in each.name.split("+")}
     if left := [_WORDS[name] for name in remedies if name not in tried]:
-        said.append(f"Not tried: {', '.join(left)}.  With --all, they are tried too.")
+        said.append(f"Not tried: {', '.join(left)}. With --all, they are tried too.")
     return tuple(said)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.int8 import check_kernels
 from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
-from oasis_attn.quantization.remedies import shortest_name
+from oasis_attn.quantization.remedies import option_text, shortest_name
 from oasis_attn.quantization.schemes import Scheme
 from oasis_attn.records import DoctorRecord, Record
 from oasis_attn.report.remedies import ranked
@@ -51,8 +50,7 @@ class Step:
             name, options = shortest_name(self.scheme)
             words += ["--scheme", name]
             for option, value in options.items():
-                text = value if isinstance(value, str) else json.dumps(value)
-                words += ["--scheme-option", f"{option}={text}"]
+                words += ["--scheme-option", f"{option}={option_text(value)}"]
         for option, value in self.options.items():
             flag = f"--{option.replace('_', '-')}"
             words += [flag] if value is True else [flag, str(value)] if value is not False else []

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Windows
+from oasis_attn.files import make_readable
 from oasis_attn.hub.model_info import describe_model
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.records import BlocksInfo, Metric, TrainingData, TrainingRecord, current_environment
@@ -43,6 +44,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     shutil.rmtree(staged, ignore_errors=True)
     model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
+    make_readable(staged)
     for path in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, out / path.name)
     staged.rmdir()
