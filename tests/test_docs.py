@@ -224,6 +224,8 @@ def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
         assert value("null", perplexity, eight) < 1.07 * value("null", perplexity, text)
         full = value("null", perplexity, f"{text}, w8a8-static-full")
         assert full > 5 * value("null", perplexity, text)
+        assert value("nulls", perplexity, text) < value(start, perplexity, text)
+        assert value("nulls", perplexity, eight) < 1.04 * value("nulls", perplexity, text)
         assert value("long-null", retrofit_training.LAYER_SINK, text) < 0.01
         full = value("long-null", perplexity, f"{text}, w8a8-static-full")
         assert full < 1.5 * value("long-null", perplexity, text)
@@ -237,6 +239,9 @@ def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
         full = f"{text}, w8a8-static-full"
         assert value(trained, perplexity, full) < 2 * plain
         assert value(other, perplexity, full) > 1000 * value(other, perplexity, text)
+    for scheme in ("w8a8-static-linear", "w8a8-static-full"):
+        cells = (value(name, perplexity, f"wikitext-2, {scheme}") for name in ("nulls", trained))
+        assert next(cells) < 1.05 * next(cells)
     assert round(record.tables[trained]["seconds"]["training"] / 60) == 52
     norms = record.tables[trained]["outlier.inf_norm_layer, wikitext-2"]
     assert max(norms[3:10]) < 250

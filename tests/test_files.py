@@ -80,13 +80,17 @@ def test_a_write_that_is_refused_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_every_user_can_read_a_folder(tmp_path):
-    with staged_folder(tmp_path / "model") as stage:
-        (stage / "inner").mkdir(0o700)
-        save_file({"a": torch.zeros(1)}, stage / "inner" / "weights")  # readable by its owner only
+def test_a_folder_has_the_permissions_of_new_files(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        with staged_folder(tmp_path / "model") as stage:
+            (stage / "inner").mkdir(0o700)
+            save_file({"a": torch.zeros(1)}, stage / "inner" / "weights")  # for its owner only
+    finally:
+        os.umask(mask)
     folder, weights = tmp_path / "model", tmp_path / "model" / "inner" / "weights"
     modes = [path.stat().st_mode & 0o777 for path in (folder, weights.parent, weights)]
-    assert modes == [0o755, 0o755, 0o644]
+    assert modes == [0o750, 0o750, 0o640]
 
 
 @pytest.mark.parametrize("save", [save_file, torch.save])

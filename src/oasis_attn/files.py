@@ -190,9 +190,11 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
 
 
 def make_readable(folder: Path) -> None:
-    """Let all users read `folder`: temporary folders, and files of safetensors, are private."""
+    """Give `folder` the permissions of new files: temporary ones, and safetensors', are private."""
+    mask = os.umask(0)
+    os.umask(mask)
     for path in (folder, *folder.rglob("*")):
-        os.chmod(path, 0o755 if path.is_dir() else 0o644)
+        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def check_free(path: str | Path, argument: str = "out", *, hint: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -272,7 +273,9 @@ def _show(record: ConversionRecord, conclusion: list[str]) -> None:
     rows.append(("null.mass", "", number(record.metric("null.mass", "after").value)))
     count = f"{record.nulls} null{'s' if record.nulls > 1 else ''}"
     first = "the first token" if record.bos is None else f"BOS {record.bos!r}"
-    origins = " and ".join(filter(None, (first, ", ".join(map(repr, record.texts)))))
+    times = Counter(map(repr, record.texts))
+    later = ", ".join(f"{text} ({n} times)" if n > 1 else text for text, n in times.items())
+    origins = " and ".join(filter(None, (first, later)))
     title = f"{record.model.name} with {count}, from {origins}"
     if record.neurons:
         places = ", ".join(f"{unit} of layer {layer}" for layer, unit in record.neurons)
