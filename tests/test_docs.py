@@ -85,6 +85,13 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
         assert found["w8a8-dynamic", column] < 1.02 * found[matrix.FLOAT, "plain"]
         assert 1 < found["w4a4", column] / found["w4a4", "plain"] < 1.1
     assert found["nvfp4, Hadamard", "plain"] > 2 * found["nvfp4", "plain"]
+    rotated = {row: found[f"{row}, Hadamard", "plain"] / found[row, "plain"] for row in (
+        "fp8-static", "fp8-dynamic", matrix.FULL, "mxfp8", "w8a8-static-linear", "w8a8-static-full"
+    )}  # fmt: skip
+    assert all(1 < rotated[row] < 1.06 for row in ("fp8-static", "fp8-dynamic", matrix.FULL))
+    assert 0.9 < rotated["mxfp8"] < 1
+    assert rotated["w8a8-static-linear"] < 0.61
+    assert rotated["w8a8-static-full"] < 0.1 < 100 < found["w8a8-static-full, Hadamard", "plain"]
     assert max(cost["nvfp4"], cost["mxfp4"]) < cost["w4a4"] / 10
     assert cost["mxfp8"] > cost["fp8-static"]
     assert cost["mxfp4"] > cost["nvfp4"]
