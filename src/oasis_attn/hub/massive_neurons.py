@@ -75,7 +75,7 @@ def prune_massive_neurons(
     fused or quantized projections have no such neurons.
 
     Args:
-        model: a decoder with a head.
+        model: a decoder with a head, in eval mode.
         ids_NT: windows of text, int64; the search uses at most 4,096 tokens, or one window.
         neurons: maximum number of neurons.
         on_try: is called before each neuron is tried.
