@@ -103,9 +103,8 @@ def test_the_key_of_a_null_has_the_rotation_of_its_place_undone():
         query = torch.randn(1, 1, 2, 8, dtype=torch.float64)
         rotary = native.model.rotary_emb
         near, far = (rotated(rotary, query, torch.tensor([[r]])) for r in (6, 3 + 6))
-        groups = null.keys[2][::2]
         torch.testing.assert_close(
-            (near[0, 0] * groups).sum(-1), (far[0, 0] * stored).sum(-1), rtol=0, atol=1e-10
+            (near[0, 0] * null.keys[2]).sum(-1), (far[0, 0] * stored).sum(-1), rtol=0, atol=1e-10
         )
 
 
@@ -151,13 +150,17 @@ def test_the_first_null_is_the_mean_and_in_layer_0_a_token_if_first_tokens_are_m
         for found, expected in zip(
             (layer.null_key, layer.null_value), options[layer_0], strict=True
         ):
-            torch.testing.assert_close(found[:, 0], expected[index], rtol=0, atol=1e-10)
+            of_key_heads = expected[index].repeat_interleave(2, 0)
+            torch.testing.assert_close(found[:, 0], of_key_heads, rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "count"), [*((each, 1) for each in FAMILIES), ("gemma2", 2)])
 def test_values_are_those_that_keep_the_output_of_attention(family, count, monkeypatch):
-    """The derivative of the squared difference is 0 in every layer of the model as a whole."""
+    """The derivative of the squared difference is 0 in every layer of the model as a whole.
+
+    Query heads that share a key head share the value.
+    """
     monkeypatch.setattr("oasis_attn.hub.key_value_nulls._QUERIES", 4)
     monkeypatch.setattr("oasis_attn.hub.key_value_nulls._SWEEPS", 50)
     native = native_model(family)
@@ -167,30 +170,34 @@ def test_values_are_those_that_keep_the_output_of_attention(family, count, monke
         converted = with_nulls(native, fitted_values(native, means, CALIBRATION))
         expected, found = (outputs_of_heads(model, CALIBRATION) for model in (native, converted))
         nulls = null_probabilities(converted, CALIBRATION)
+    groups = 4 // len(means[0].values[0])
     first = converted.model.layers[0]
     for index, mean in enumerate(means):
-        unchanged_Hd = first.null_value[:, index]
-        torch.testing.assert_close(unchanged_Hd, mean.values[0], rtol=0, atol=1e-10)
+        unchanged_Gd = first.null_value[::groups, index]
+        torch.testing.assert_close(unchanged_Gd, mean.values[0], rtol=0, atol=1e-10)
     for layer, index in itertools.product(range(1, len(found)), range(count)):
         weight = converted.model.layers[layer].self_attn.o_proj.weight
-        values_Hd = converted.model.layers[layer].null_value[:, index].clone()
+        values_Hd = converted.model.layers[layer].null_value[:, index]
+        values_Gd = values_Hd[::groups].clone()
+        assert torch.equal(values_Hd, values_Gd.repeat_interleave(groups, 0))
         error_BTI = (found[layer] - expected[layer])[:, :, 1:].transpose(1, 2).flatten(2)
         n_BHT = nulls[layer][:, :, 1:, index]
 
-        def squares(change_Hd, error_BTI=error_BTI, n_BHT=n_BHT, weight=weight):
+        def squares(change_Gd, error_BTI=error_BTI, n_BHT=n_BHT, weight=weight):
+            change_Hd = change_Gd.repeat_interleave(groups, 0)
             added_BTI = torch.einsum("bht,hd->bthd", n_BHT, change_Hd).flatten(2)
             return ((error_BTI + added_BTI) @ weight.T).square().sum()
 
-        zero = torch.zeros_like(values_Hd)
-        slope_Hd = torch.func.grad(squares)(zero) / 2
+        zero = torch.zeros_like(values_Gd)
+        slope_Gd = torch.func.grad(squares)(zero) / 2
         curvature = torch.func.hessian(squares)(zero).flatten(2).flatten(0, 1).diagonal() / 2
-        mean_Hd = means[index].values[layer]
-        moved_Hd = values_Hd - mean_Hd
-        noise = squares(-moved_Hd) / (n_BHT[:, 0].numel() * len(weight))
-        prior = (0.1 * mean_Hd).square().mean()
-        slope_Hd += (0.01 * curvature.mean() + noise / prior) * moved_Hd
-        assert slope_Hd.abs().max() < 1e-8
-        assert moved_Hd.abs().max() > 1e-3
+        mean_Gd = means[index].values[layer]
+        moved_Gd = values_Gd - mean_Gd
+        noise = squares(-moved_Gd) / (n_BHT[:, 0].numel() * len(weight))
+        prior = (0.1 * mean_Gd).square().mean()
+        slope_Gd += (0.01 * curvature.mean() + noise / prior) * moved_Gd
+        assert slope_Gd.abs().max() < 1e-8
+        assert moved_Gd.abs().max() > 1e-3
 
 
 def null_probabilities(model, ids_BT):
@@ -222,22 +229,23 @@ def test_values_are_fitted_again_after_the_last_null():
     keys_HMd, before_HMd = kept.null_key, one.model.layers[2].null_value
     assert keys_HMd.shape[1] == 2
     assert token in CALIBRATION
-    torch.testing.assert_close(keys_HMd[:, 0], means[0].keys[2], rtol=0, atol=1e-10)
+    torch.testing.assert_close(keys_HMd[::2, 0], means[0].keys[2], rtol=0, atol=1e-10)
     assert (kept.null_value[:, 0] - before_HMd[:, 0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("null", [1.0, 1e-3, 1e-8, 1e-25, 0.0])
 @pytest.mark.parametrize("queries", [1, 50])
 @pytest.mark.parametrize("size", [1.0, 0.0])  # of the means
+@pytest.mark.parametrize("key_heads", [1, 2])
 def test_values_stay_near_the_means_with_few_queries_or_small_null_probabilities(
-    null, queries, size
+    null, queries, size, key_heads
 ):
     torch.manual_seed(0)
     n_MBHT, e_BHTd = torch.rand(1, 1, 2, queries) * null, torch.randn(1, 2, queries, 3)
-    mean_MHd = size * torch.randn(1, 2, 3)
-    arguments = (n_MBHT, e_BHTd, mean_MHd, torch.randn(5, 6))
-    change_MHd = _least_squares(*(x.double() for x in arguments)) - mean_MHd
-    assert change_MHd.square().mean() <= mean_MHd.square().mean()  # false if it is not finite
+    mean_MGd = size * torch.randn(1, key_heads, 3)
+    arguments = (n_MBHT, e_BHTd, mean_MGd, torch.randn(5, 6))
+    change_MGd = _least_squares(*(x.double() for x in arguments)) - mean_MGd
+    assert change_MGd.square().mean() <= mean_MGd.square().mean()  # false if it is not finite
 
 
 def outputs_of_heads(model, ids_BT):

@@ -1,7 +1,7 @@
 """Nulls with keys and values: their means over text, and values that keep the outputs of attention.
 
 Axes: L layers, H query heads, G key heads, M nulls, S keys, d head width, D width of the output
-projection, I = H * d; N windows, B sequences in a batch, T tokens.
+projection, I = H * d, J = G * d; N windows, B sequences in a batch, T tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _QUERIES = 128  # whose attention matrix is computed at a time
 
 
 class Null(NamedTuple):
-    """The key and the value of one null: for each layer, `[H, d]`."""
+    """The key and the value of one null: for each layer, `[G, d]`.
+
+    Query heads that share a key head share them too, so that the null equals a stored prefix.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -48,8 +51,11 @@ def set_nulls(converted: OasisForCausalLM, nulls: list[Null]) -> None:
     converted.config.null_logit = 0.0  # no longer that of a null that is switched off
     for index, layer in enumerate(converted.model.layers):
         layer.null_logit.zero_()
-        layer.null_key.copy_(torch.stack([null.keys[index] for null in nulls], 1))
-        layer.null_value.copy_(torch.stack([null.values[index] for null in nulls], 1))
+        for parameter, found in (
+            (layer.null_key, [null.keys[index] for null in nulls]),
+            (layer.null_value, [null.values[index] for null in nulls]),
+        ):
+            parameter.copy_(_per_query_head(torch.stack(found, 1), parameter.shape[0], 0))
 
 
 def with_nulls(model: PreTrainedModel, nulls: list[Null]) -> OasisForCausalLM:
@@ -70,10 +76,8 @@ def mean_null(model: PreTrainedModel, sequences: Iterable[Tensor]) -> Null:
     values: dict[int, Tensor] = {}
 
     def add(call: AttentionCall) -> None:
-        groups = call.query_BHTd.shape[1] // call.key_BGSd.shape[1]
         for sums, x_BGSd in ((keys, call.key_BGSd), (values, call.value_BGSd)):
-            x_Gd = x_BGSd[:, :, -1].double().sum(0)
-            sums[call.layer] = sums.get(call.layer, 0) + x_Gd.repeat_interleave(groups, 0)
+            sums[call.layer] = sums.get(call.layer, 0) + x_BGSd[:, :, -1].double().sum(0)
 
     count = longest = 0
     with observe_attention(model, add):
@@ -98,17 +102,17 @@ def mean_null(model: PreTrainedModel, sequences: Iterable[Tensor]) -> Null:
 def fitted_values(model: PreTrainedModel, nulls: list[Null], ids_NT: Tensor) -> list[Null]:
     """`nulls` with the values that keep the outputs of attention closest to those of `model`.
 
-    With the probability n_h of a null in head h, the head's columns W_h of the output projection,
-    and e_h, the output of h in `model` less what the keys and the other nulls add to it in the
-    converted model, the values of a layer are the v that minimize
+    With the probability n_h of a null in query head h, the head's columns W_h of the output
+    projection, and e_h, the output of h in `model` less what the keys and the other nulls add to it
+    in the converted model, the values of a layer are the v that minimize
 
-        sum over queries of |sum over h of W_h (n_h v_h - e_h)|^2 + r sum over h of |v_h - mean_h|^2
+        sum over queries of |sum over h of W_h (n_h v_g - e_h)|^2 + r sum over g of |v_g - mean_g|^2
 
-    where r is the fraction `_RIDGE` of the diagonal's mean of the normal equations, plus s^2 / c^2:
-    s is the root mean square of W_h (n_h mean_h - e_h), summed over h, and c is the fraction
-    `_CHANGE` of that of the means.  This is the ratio of noise to prior variance of a Bayesian
-    regression.  It keeps values near the means if the queries are few or the null probabilities
-    small.  Several nulls are fitted in turn, `_SWEEPS` times.
+    where g is the key head of h; r is the fraction `_RIDGE` of the diagonal's mean of the normal
+    equations, plus s^2 / c^2: s is the root mean square of W_h (n_h mean_g - e_h), summed over h,
+    and c is the fraction `_CHANGE` of that of the means.  This is the ratio of noise to prior
+    variance of a Bayesian regression.  It keeps values near the means if the queries are few or the
+    null probabilities small.  Several nulls are fitted in turn, `_SWEEPS` times.
 
     Queries of first tokens do not count, nor does what a family has between its heads and the
     projection (a gate in afmoe and laguna, a norm in bitnet).  Layer 0 keeps its values, which
@@ -139,15 +143,15 @@ def fitted_values(model: PreTrainedModel, nulls: list[Null], ids_NT: Tensor) -> 
         layer = converted.model.layers[call.layer]
         e_BHTd = torch.cat(outputs.pop(call.layer)) - _output_of_keys(call)
         null_MBHT = _null_probabilities(call, layer.null_key)
-        values_MHd = _least_squares(
+        values_MGd = _least_squares(
             null_MBHT[..., 1:].double(),
             e_BHTd[:, :, 1:].double(),
             torch.stack([null.values[call.layer] for null in nulls]),
             layer.output_projection.weight.double(),
         )
-        layer.null_value.copy_(values_MHd.transpose(0, 1))
-        for null, value_Hd in zip(fitted, values_MHd, strict=True):
-            null.values[call.layer] = value_Hd
+        layer.null_value.copy_(_per_query_head(values_MGd, len(layer.null_value)).transpose(0, 1))
+        for null, value_Gd in zip(fitted, values_MGd, strict=True):
+            null.values[call.layer] = value_Gd
         return attention.forward(*args, **kwargs)
 
     with ExitStack() as stack:
@@ -179,33 +183,41 @@ def _null_probabilities(call: AttentionCall, key_HMd: Tensor) -> Tensor:
 
 
 def _least_squares(
-    null_MBHT: Tensor, e_BHTd: Tensor, mean_MHd: Tensor, weight_DI: Tensor
+    null_MBHT: Tensor, e_BHTd: Tensor, mean_MGd: Tensor, weight_DI: Tensor
 ) -> Tensor:
-    """The values of `fitted_values`, `[M, H, d]`; here, e is less what the keys add, and no null.
+    """The values of `fitted_values`, `[M, G, d]`; here, e is less what the keys add, and no null.
 
     Queries enter only into the normal equations of all nulls, which are computed once.
     """
-    M, H, d = mean_MHd.shape
+    (M, G, d), H = mean_MGd.shape, null_MBHT.shape[2]
     gram_HdHd = (weight_DI.mT @ weight_DI).view(H, d, H, d)
     moments_MMHH = torch.einsum("mbht,nbgt->mnhg", null_MBHT, null_MBHT)
     products_MHHd = torch.einsum("mbht,bgtd->mhgd", null_MBHT, e_BHTd)
     right_MHd = torch.einsum("hdge,mhge->mhd", gram_HdHd, products_MHHd)
     errors_BTD = e_BHTd.transpose(1, 2).flatten(2) @ weight_DI.mT
     squares, count = errors_BTD.square().sum(), errors_BTD.numel()
-    values_MHd = mean_MHd.clone()
+    values_MGd = mean_MGd.clone()
     for sweep in range(_SWEEPS * M if M > 1 else 1):
         m = sweep % M
-        values_MHd[m] = mean_MHd[m]
+        values_MGd[m] = mean_MGd[m]
+        values_MHd = _per_query_head(values_MGd, H)
         seen_MHHd = torch.einsum("hdge,mge->mhgd", gram_HdHd, values_MHd)
         slope_MHd = right_MHd - torch.einsum("mnhg,nhgd->mhd", moments_MMHH, seen_MHHd)
         noise = (squares - (values_MHd * (right_MHd + slope_MHd)).sum()).clamp(min=0) / count
-        prior = _CHANGE**2 * mean_MHd[m].square().mean()  # may be 0: the equations are times it
-        matrix_II = (gram_HdHd * moments_MMHH[m, m][:, None, :, None]).reshape(H * d, H * d)
-        matrix_II.diagonal().add_(_RIDGE * matrix_II.diagonal().mean())
-        matrix_II.mul_(prior).diagonal().add_(noise + torch.finfo(matrix_II.dtype).tiny)
-        change_I = torch.linalg.solve(matrix_II, prior * slope_MHd[m].flatten())
-        values_MHd[m] += change_I.view(H, d)
-    return values_MHd
+        prior = _CHANGE**2 * mean_MGd[m].square().mean()  # may be 0: the equations are times it
+        # The query heads of a key head have one value, so that their equations are added.
+        matrix_HdHd = gram_HdHd * moments_MMHH[m, m][:, None, :, None]
+        matrix_JJ = matrix_HdHd.view(G, H // G, d, G, H // G, d).sum((1, 4)).view(G * d, G * d)
+        slope_J = slope_MHd[m].view(G, H // G, d).sum(1).flatten()
+        matrix_JJ.diagonal().add_(_RIDGE * matrix_JJ.diagonal().mean())
+        matrix_JJ.mul_(prior).diagonal().add_(noise + torch.finfo(matrix_JJ.dtype).tiny)
+        values_MGd[m] += torch.linalg.solve(matrix_JJ, prior * slope_J).view(G, d)
+    return values_MGd
+
+
+def _per_query_head(x: Tensor, heads: int, dim: int = -2) -> Tensor:
+    """`x`, whose dimension `dim` is key heads, repeated for this number of query heads."""
+    return x.repeat_interleave(heads // x.shape[dim], dim)
 
 
 def _output_of_keys(call: AttentionCall) -> Tensor:
