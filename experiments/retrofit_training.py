@@ -10,9 +10,9 @@ another.  `table` writes docs/results/retrofit from the records; rows without on
 
 ONE is made by `oasis convert smollm2 ONE --null-from-sink --calibration wikitext-2
 --calibration-split validation`, and SIX with `--nulls 6 --prune-neurons 6` too.  `corpus` makes
-FOLDER, the training text: GSM8K train and film reviews.  Each budget has two rows that train the
-unconverted model on the same tokens with the same optimizer: on the next-token loss, as its owner
-would, and on the loss of the converted model, so that only the null differs.
+FOLDER, the training text: GSM8K train and film reviews.  Each budget has four rows with the same
+tokens and the same optimizer: the converted and the unconverted model, on the divergence from the
+original model with the outlier penalty, and on the next-token loss.
 """
 
 from __future__ import annotations
@@ -78,14 +78,16 @@ class Row:
         label: what the table calls it.
         start: the model it starts from, `original`, `null` or `nulls` (several nulls per head).
         budget: the training; None without training.
-        penalty: with a penalty, the loss is the divergence from the original model, plus the
-            penalty; without one, the next-token loss.
+        penalty: the outlier penalty; None without one.
+        distill: whether the loss is the divergence from the original model, and not the next-token
+            loss.
     """
 
     label: str
     start: str
     budget: dict[str, Any] | None = None
     penalty: Penalty | None = None
+    distill: bool = True
 
     def options(self) -> dict[str, Any]:
         """The options of the training, without models and folders."""
@@ -94,7 +96,7 @@ class Row:
         if self.penalty is not None and self.penalty.weight:
             options["outlier_penalty"] = self.penalty.weight
             options["outlier_tensors"] = self.penalty.tensors
-        if self.penalty is not None:
+        if self.distill:
             options["distill_from"] = "original"
         if self.start != "original":
             options["null_to_logit"] = round(ROAD_SHARE * options["steps"])
@@ -105,15 +107,20 @@ def _rows(budget: dict[str, Any], name: str, others: dict[str, Penalty]) -> dict
     """The rows of a budget: the recipe, equal training of the original, and other penalties."""
     trained = {
         f"{name}-null": Row(
-            label=f"plain null, {name}", start="null", budget=budget, penalty=CHOSEN
+            label=f"plain null, {name}", start="nulls", budget=budget, penalty=CHOSEN
+        ),
+        f"{name}-null-next-token": Row(
+            label=f"plain null, {name}, next-token loss",
+            start="nulls", budget=budget, penalty=CHOSEN, distill=False,
         ),
         f"{name}-original": Row(
-            label=f"original, {name}, next-token loss", start="original", budget=budget
+            label=f"original, {name}, next-token loss",
+            start="original", budget=budget, distill=False,
         ),
         f"{name}-original-same-loss": Row(
             label=f"original, {name}, same loss", start="original", budget=budget, penalty=CHOSEN
         ),
-    }
+    }  # fmt: skip
     for key, penalty in others.items():
         label = f"plain null, {name}, penalty {penalty.weight:g} on {penalty.tensors}"
         trained[f"{name}-null-{key}"] = Row(
