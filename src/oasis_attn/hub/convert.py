@@ -119,7 +119,9 @@ def to_vanilla(model: OasisForCausalLM) -> PreTrainedModel:
     _check_plain(model)
     reason = _config_changes_function(model.config) or _parameter_changes_function(model)
     if reason:
-        raise UserError(f"to_vanilla: {reason}; the family's own model cannot compute this")
+        stored = model.config.normalizer.name == "key_value_null"
+        hint = ", but `oasis export` writes such nulls as its prefix" if stored else ""
+        raise UserError(f"to_vanilla: {reason}; the family's own model cannot compute this{hint}")
     return without_additions(model)
 
 

@@ -101,8 +101,8 @@ def _check_layer(layer: RoutedLayer) -> None:
     if logit.any():
         largest = logit.flatten()[logit.abs().argmax()]
         raise _refusal(
-            f"null_logit: layer {layer.index} has {largest:.3g}, and that of a prefix is 0; if the"
-            " null is off, use `oasis convert --to-vanilla`"
+            f"null_logit: layer {layer.index} has {largest:.3g}, and that of a prefix is 0 (if the"
+            " null is off, `oasis convert --to-vanilla` removes it)"
         )
     if key.shape[2] != value.shape[2]:
         raise _refusal(
