@@ -122,7 +122,7 @@ def test_other_dtypes(dtype):
         ("llama", {}, {"branch_norm": "rms"}, "branch_norm: 'rms'"),
         ("llama", {"attention_output_bias": True}, {}, "attention_output_bias: True adds a bias"),
         ("gpt_oss", {}, {}, "family 'gpt_oss' has sinks"),
-        ("mistral", {}, {}, r"sliding_window: 6 is less than max_position_embeddings \(64\)"),
+        ("mistral", {}, {}, r"attention_chunk_size: 6 is less than max_position_embeddings \(64\)"),
         (
             "llama",
             {"max_position_embeddings": 3},

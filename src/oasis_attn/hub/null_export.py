@@ -8,7 +8,7 @@ are shifted.
 
 R is found from the model's own queries and keys of single tokens at the positions 0 and M, so that
 nothing has to be known of the family's rotary embedding: which channels of a layer are rotated, in
-which pairs and by which angles, or that none is.
+which pairs and by which angles, or that none is.  In 16-bit models, R has their rounding.
 
 Axes: L layers, H query heads, G key heads, M nulls, d head width; B tokens, P positions, N vectors.
 """
@@ -62,8 +62,8 @@ def check_nulls(config: OasisConfig) -> None:
         raise _refusal(f"nulls: {nulls} are not fewer than the {longest} positions")
     if window is not None and (longest is None or window < longest):
         raise _refusal(
-            f"sliding_window: {window} is less than max_position_embeddings ({longest}), so that a"
-            " prefix would leave the window, which does not hide a null"
+            f"sliding_window or attention_chunk_size: {window} is less than max_position_embeddings"
+            f" ({longest}), so that a prefix would leave the window, but a null does not"
         )
 
 
@@ -81,15 +81,15 @@ def nulls_as_prefix(model: OasisForCausalLM) -> tuple[PreTrainedModel, Adapter]:
         _check_layer(layer)
     native = without_additions(model)
     maps, heads = _rotations(native, model.model.layers[0].null_key.shape[1])
-    if len(set(heads)) > 1:
-        raise _refusal(f"model: {_family(native)} has not the same number of key heads everywhere")
     keys, values = [], []
-    for layer, map_dd in zip(model.model.layers, maps, strict=True):
+    for layer, map_dd, groups in zip(model.model.layers, maps, heads, strict=True):
         key_GMd, value_GMd = (
-            _by_key_head(layer, name, heads[0]) for name in ("null_key", "null_value")
+            _by_key_head(layer, name, groups) for name in ("null_key", "null_value")
         )
         keys.append((key_GMd.double() @ map_dd).to(key_GMd))
         values.append(value_GMd)
+    if len({key_GMd.shape for key_GMd in keys}) > 1:
+        raise _refusal(f"model: the layers of {_family(native)} differ in their key heads")
     metadata = {"nulls": str(keys[0].shape[1])}
     adapter = Adapter(torch.stack(keys), torch.stack(values), metadata)
     _check_logits(model, native, adapter)
@@ -163,8 +163,8 @@ def _vectors(native: PreTrainedModel, positions: list[int]) -> tuple[list[Tensor
 
     def add(call: AttentionCall) -> None:
         both = torch.cat([call.query_BHTd, call.key_BGSd], 1)
-        rounded = both.double().unflatten(0, (len(positions), -1)).flatten(1, 3)
-        found[call.layer], heads[call.layer] = rounded, call.key_BGSd.shape[1]
+        found[call.layer] = both.double().unflatten(0, (len(positions), -1)).flatten(1, 3)
+        heads[call.layer] = call.key_BGSd.shape[1]
 
     size = native.config.get_text_config(decoder=True).vocab_size
     ids_B = torch.linspace(0, size - 1, _TOKENS).long().repeat(len(positions))

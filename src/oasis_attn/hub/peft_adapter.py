@@ -45,6 +45,8 @@ model = AutoModelForCausalLM.from_pretrained(f"{{path}}/base_model")
 model = PeftModel.from_pretrained(model, path)
 tokenizer = AutoTokenizer.from_pretrained(path)
 ```
+
+With padding on the left, pass `position_ids` to a forward pass; `generate` needs nothing.
 """
 
 

@@ -63,6 +63,9 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Write a model as a GGUF file, or as a folder for transformers.
 
+    A folder has a prefix in its tokenizer or, if the prefix was tuned, as a PEFT adapter, which is
+    also the form of nulls with keys and values.
+
     Args:
         model: see `load_model`.
         out: a new file or folder; it is written completely or not at all.
