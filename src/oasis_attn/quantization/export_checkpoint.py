@@ -13,7 +13,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import staged_folder
 from oasis_attn.hub.export_options import check_export
 from oasis_attn.hub.gguf_export import BLOCK, Codes, check_gguf, write_gguf
-from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.hub.model_code import AUTO_MAP, check_code
 from oasis_attn.hub.null_export import NORMALIZER, check_nulls, nulls_as_prefix
 from oasis_attn.hub.peft_adapter import export_adapter
@@ -96,10 +96,11 @@ def export_checkpoint(
     progress("writing")
     if with_code:
         loaded.config.auto_map = dict(AUTO_MAP)
-    if isinstance(loaded, OasisForCausalLM) and not with_code:
-        return {"folder": str(out)} | _write_nulls(loaded, tokenizer, Path(out))
     if format == "transformers":
-        return {"folder": str(out)} | _write_folder(loaded, tokenizer, Path(out))
+        stored = isinstance(loaded, OasisForCausalLM) and not with_code
+        write: Any = _write_nulls if stored else _write_folder
+        with quiet():
+            return {"folder": str(out)} | write(loaded, tokenizer, Path(out))
     codes = _codes(loaded)
     kind = next(iter(codes.values())).type if codes else weights or "q8_0"
     counts = write_gguf(loaded, tokenizer, Path(out), weights=kind, codes=codes)
