@@ -16,6 +16,7 @@ import matrix
 import retrofit
 import served_prefix
 from oasis_attn.cli import main
+from oasis_attn.hub.convert import convert
 from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import quantize
 from oasis_attn.quantization.remedies import REMEDIES
@@ -351,12 +352,15 @@ def test_serving(tmp_path, monkeypatch):
     quantized = quantize(model, "w4a16")
     places = {"tiny": model, "prefixed": prefixed, "tuned": tuned, "w4a16": quantized}
     places["oasis-model"] = tiny_model(text=tiny_config(**sizes, initializer_range=0.2))
+    places["retrofitted"] = convert(model, "kv_null")
+    for layer in places["retrofitted"].model.layers:
+        layer.null_logit.data.zero_()
     for name, each in places.items():
         each.save_pretrained(name)
         tokenizer.save_pretrained(name)
     text = (DOCS / "serving.md").read_text().replace("smollm2", "./tiny")
     commands = re.findall(r"^oasis export .*", text, re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         monkeypatch.setattr("sys.argv", shlex.split(command))
         assert main() == 0

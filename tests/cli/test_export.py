@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from oasis_attn.hub.convert import convert
 from oasis_attn.hub.gguf_file import read_gguf
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.prefix import Prefix, compute_prefix, with_prefix
@@ -32,9 +33,10 @@ for name, options in {"file": {"gguf_file": "m.gguf"}, "tokens": {}}.items():
     folder = where if name == "file" else f"{where}/{name}"
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     found[name] = logits(model, AutoTokenizer.from_pretrained(folder, **options))
-base = AutoModelForCausalLM.from_pretrained(f"{where}/tuned/base_model")
-tokenizer = AutoTokenizer.from_pretrained(f"{where}/tuned")
-found["tuned"] = logits(PeftModel.from_pretrained(base, f"{where}/tuned"), tokenizer)
+for name in ("tuned", "nulls"):
+    base = AutoModelForCausalLM.from_pretrained(f"{where}/{name}/base_model")
+    tokenizer = AutoTokenizer.from_pretrained(f"{where}/{name}")
+    found[name] = logits(PeftModel.from_pretrained(base, f"{where}/{name}"), tokenizer)
 assert "oasis_attn" not in sys.modules
 torch.save(found, f"{where}/logits.pt")
 """
@@ -68,10 +70,23 @@ def tuned_prefix(model):
     return Prefix(tokens=prefix.tokens, keys_LGPd=keys, values_LGPd=prefix.values_LGPd)
 
 
+@torch.no_grad()
+def with_two_nulls(model):
+    normalizer = {"name": "key_value_null", "nulls": 2}
+    converted = convert(model, "kv_null", token_normalizer=normalizer)
+    for layer in converted.model.layers:
+        layer.null_logit.zero_()
+        for null in (layer.null_key, layer.null_value):
+            null.copy_(torch.randn_like(null[::2]).repeat_interleave(2, 0))
+    return converted
+
+
 def test_another_process_computes_the_same_without_this_library(oasis, model, tmp_path):
     prefixed = with_prefix(model, compute_prefix(model, [5, 6]))
-    tuned = with_prefix(model, tuned_prefix(model))
-    for name, each in {"plain": model, "prefixed": prefixed, "tuned model": tuned}.items():
+    tuned, retrofitted = with_prefix(model, tuned_prefix(model)), with_two_nulls(model)
+    for name, each in {
+        "plain": model, "prefixed": prefixed, "tuned model": tuned, "retrofitted": retrofitted,
+    }.items():  # fmt: skip
         save(each, tmp_path / name)
     assert oasis("export", tmp_path / "plain", tmp_path / "m.gguf", "--weights", "f32")[0] == 0
     code, shown = oasis("export", tmp_path / "prefixed", tmp_path / "tokens", "--json")
@@ -79,19 +94,26 @@ def test_another_process_computes_the_same_without_this_library(oasis, model, tm
     assert (code, facts["prefix"], facts["tokens"]) == (0, "in the tokenizer", [5, 6])
     code, shown = oasis("export", tmp_path / "tuned model", tmp_path / "tuned", "--json")
     assert (code, json.loads(shown.out)["prefix"]) == (0, "a PEFT adapter")
+    code, shown = oasis("export", tmp_path / "retrofitted", tmp_path / "nulls", "--json")
+    facts = json.loads(shown.out)
+    assert (code, facts["nulls"], facts["count"]) == (0, "a PEFT adapter", 2)
     for name, line in {
         "tokens": "tokenizer puts the tokens [5, 6] of the prefix before every text",
         "tuned": 'model = AutoModelForCausalLM.from_pretrained(f"{path}/base_model")',
+        "nulls": "the first token of a text has position 2",
     }.items():
         assert line in (tmp_path / name / "README.md").read_text()
     run = [sys.executable, "-c", READER, str(tmp_path), TEXT]
     subprocess.run(run, check=True, capture_output=True, text=True, timeout=300)
     found = torch.load(tmp_path / "logits.pt")
     want = {"file": logits_of(model), "tokens": logits_of(prefixed), "tuned": logits_of(tuned)}
+    want["nulls"] = logits_of(retrofitted)
     for name, logits in want.items():
         got = found[name][:, -logits.shape[1] :]
         torch.testing.assert_close(got, logits, rtol=0, atol=2e-5, msg=name)
-    assert not torch.allclose(want["file"], want["tuned"], atol=1e-2)
+    assert not any(torch.allclose(want["file"], want[x], atol=1e-2) for x in ("tuned", "nulls"))
+    code, shown = oasis("diagnose", tmp_path / "nulls")
+    assert (code, "is a PEFT adapter, which this library does not apply" in shown.err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +171,13 @@ def test_a_folder_without_prefix(oasis, model, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT) == byte_level()(TEXT)
 
 
+@torch.no_grad()
+def of_one_query_head(model):
+    converted = with_two_nulls(model)
+    converted.model.layers[1].null_value[3] += 1.0
+    return converted
+
+
 def test_what_a_format_cannot_hold_is_one_line_and_writes_nothing(oasis, model, tmp_path):
     for name, each in {
         "prefixed": with_prefix(model, compute_prefix(model, [5, 6])),
@@ -157,6 +186,8 @@ def test_what_a_format_cannot_hold_is_one_line_and_writes_nothing(oasis, model, 
         "groups": quantize(model, get_scheme("w4a16").with_options({"weight.group_size": 16})),
         "floats": quantize(model, get_scheme("fp8-dynamic").with_options({"activation": None})),
         "oasis": tiny_model(),
+        "kv_null": convert(model, "kv_null"),
+        "null of a query head": of_one_query_head(model),
     }.items():
         save(each, tmp_path / name)
     (tmp_path / "old.gguf").write_bytes(b"")
@@ -176,6 +207,8 @@ def test_what_a_format_cannot_hold_is_one_line_and_writes_nothing(oasis, model, 
         ("floats", "m.gguf"): "its codes are floating-point numbers",
         ("oasis", "m.gguf"): "no GGUF architecture computes what an OASIS model does",
         ("oasis", "out"): "an OASIS model needs this library; --with-code writes its code",
+        ("kv_null", "out"): "and that of a prefix is 0",
+        ("null of a query head", "out"): "null_value: layer 1 has different nulls in query heads",
         ("oasis", "m.gguf", "--with-code"): "a GGUF file holds no code",
         ("int8", "out", "--with-code"): "which needs no code",
         ("prefixed", "m.gguf", "--weights", "q8"): "did you mean 'q8_0'",

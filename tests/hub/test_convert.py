@@ -188,6 +188,7 @@ def test_back_from_what_trained_around_the_method(ids):
         ("oasis", {"null_logit": NULL_OFF}, "queries: 9 of 9 depth routers have a learned"),
         ("attn_residual", {}, "queries: 9 of 9"),
         ("learned_sink", {}, "null_logit: layer 0 has the learned"),
+        ("kv_null", {}, "null_logit: layer 0 has the learned .*, but `oasis export` writes such"),
         ("softpick", {}, "token_normalizer: 'softpick'"),
         ("gated_attention", {}, "output_gate: 'head'"),
         ("official", {"null_logit": NULL_OFF}, "residual: 'official'"),

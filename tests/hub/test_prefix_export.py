@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 
 from hub.prefix_models import TOKENS, native, text
 from oasis_attn.errors import UserError
+from oasis_attn.hub.peft_adapter import check_adapter
 from oasis_attn.hub.prefix import (
     compute_prefix,
     load_prefix,
@@ -19,12 +20,7 @@ from oasis_attn.hub.prefix import (
     with_prefix,
     without_prefix,
 )
-from oasis_attn.hub.prefix_export import (
-    check_adapter,
-    is_computed,
-    save_adapter,
-    save_tokenizer_with_prefix,
-)
+from oasis_attn.hub.prefix_export import is_computed, save_tokenizer_with_prefix
 from tiny_models import word_tokenizer
 from tokenizer_factories import TEXT, byte_level, spaced
 
@@ -129,14 +125,14 @@ def test_what_the_class_of_the_tokenizer_sets_is_kept(tmp_path):
 def test_an_adapter_that_peft_cannot_apply_is_refused(tmp_path):
     model = native("gpt2", dtype=torch.float32, num_key_value_heads=4)
     prefixed = with_prefix(model, compute_prefix(model, TOKENS))
-    save_adapter(prefix_of(prefixed), tmp_path, "somewhere")
-    check_adapter(prefixed, tmp_path)
+    prefix_of(prefixed).adapter.save(tmp_path, "somewhere")
+    check_adapter(prefixed, without_prefix(prefixed), tmp_path)
     other = with_prefix(model, compute_prefix(model, TOKENS[::-1]))
     with pytest.raises(UserError, match="peft does not compute the same"):
-        check_adapter(other, tmp_path)
+        check_adapter(other, without_prefix(other), tmp_path)
     prefixed.config.num_key_value_heads = 2  # peft derives sizes from it
     with pytest.raises(UserError, match="peft cannot apply it to family 'gpt2'"):
-        check_adapter(prefixed, tmp_path)
+        check_adapter(prefixed, without_prefix(prefixed), tmp_path)
 
 
 def test_chats_have_the_prefix_once(tmp_path):
@@ -182,7 +178,7 @@ def test_peft_applies_a_tuned_prefix(tmp_path, family):
     prefix = compute_prefix(model, TOKENS)
     prefix.keys_LGPd.add_(torch.randn_like(prefix.keys_LGPd))
     prefixed, ids_BT = with_prefix(model, prefix), text(2, 9)
-    save_adapter(prefix_of(prefixed), tmp_path, "somewhere")
+    prefix_of(prefixed).adapter.save(tmp_path, "somewhere")
     adapted = PeftModel.from_pretrained(without_prefix(prefixed), tmp_path).eval()
     want = prefixed(ids_BT).logits
     torch.testing.assert_close(adapted(input_ids=ids_BT).logits, want, atol=1e-5, rtol=1e-5)

@@ -104,7 +104,7 @@ def test_broken_files_are_refused(tmp_path):
     )
     (tmp_path / "config.json").write_text("{}")
     assert load_prefix(tmp_path) is None
-    prefix_of(prefixed).save(tmp_path / "prefix")
+    prefix_of(prefixed).adapter.save(tmp_path / "prefix")
     stored = load_prefix(tmp_path)
     assert torch.equal(stored.keys_LGPd, prefix_of(prefixed).keys_LGPd)
     assert torch.equal(stored.values_LGPd, prefix_of(prefixed).values_LGPd)
@@ -116,9 +116,9 @@ def test_broken_files_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(UserError, match="not a prefix of oasis-attn"):
         load_prefix(tmp_path)
-    prefix_of(prefixed).save(tmp_path / "prefix")
+    prefix_of(prefixed).adapter.save(tmp_path / "prefix")
     stored.keys_LGPd[0, 0, 0, 0] = torch.nan
-    stored.save(tmp_path / "prefix")
+    stored.adapter.save(tmp_path / "prefix")
     with pytest.raises(UserError, match="holds NaN or infinity"):
         load_prefix(tmp_path)
     config.unlink()

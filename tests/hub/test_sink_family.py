@@ -155,7 +155,7 @@ LONG = {
     ("variant", "settings", "family", "changes", "reason"),
     [
         ("oasis", {}, "llama", {}, "residual: 'depth' is depth routing.*import oasis_attn"),
-        ("kv_null", {}, "llama", {}, "'key_value_null' has null values.*--null-to-logit first"),
+        ("kv_null", {}, "llama", {}, "'key_value_null' has null values.*`oasis export`.*first"),
         ("vanilla", {}, "llama", {}, "token_normalizer: 'softmax' has no null; use to_vanilla"),
         (
             "vanilla",

@@ -54,12 +54,15 @@ def export(
 
     A prefix becomes part of the tokenizer, or a PEFT adapter if it was tuned.
 
-    An OASIS model needs [bold]--with-code[/bold], or must first be converted to a family of
-    transformers with [bold]oasis convert[/bold].
+    Nulls of [bold]oasis convert --null-from-sink[/bold] become a PEFT adapter. Other OASIS models
+    need [bold]--with-code[/bold], or must first be converted to a family of transformers with
+    [bold]oasis convert[/bold].
 
     Example: [bold]oasis export smollm2 smollm2.gguf --weights q4_0[/bold]
 
     Example: [bold]oasis export prefixed served --format transformers[/bold]
+
+    Example: [bold]oasis export retrofitted served --format transformers[/bold]
 
     Example: [bold]oasis export oasis-model folder --with-code[/bold]
 
@@ -74,7 +77,7 @@ def export(
     check_device(device)
     find_model(model)
 
-    from oasis_attn.quantization.export_checkpoint import export_checkpoint
+    from oasis_attn.quantization.export_checkpoint import PEFT_ADAPTER, export_checkpoint
     from oasis_attn.report import Table
 
     with working(f"exporting {model}", as_json=as_json) as report:
@@ -97,7 +100,7 @@ def export(
         print_table(Table(title="Exported", columns=("", ""), rows=rows, text_columns=2))
         if "file" in facts:
             print_saved(out, purpose="serve it", command=("llama-server", "-m", out))
-        elif with_code or "adapter" in facts["prefix"]:  # no engine applies them
+        elif with_code or PEFT_ADAPTER in facts.values():  # no engine applies them
             print_saved(out)
         else:
             command = "vllm", "serve", out.absolute(), "--dtype", "bfloat16"

@@ -119,7 +119,14 @@ def to_vanilla(model: OasisForCausalLM) -> PreTrainedModel:
     _check_plain(model)
     reason = _config_changes_function(model.config) or _parameter_changes_function(model)
     if reason:
-        raise UserError(f"to_vanilla: {reason}; the family's own model cannot compute this")
+        stored = model.config.normalizer.name == "key_value_null"
+        hint = ", but `oasis export` writes such nulls as its prefix" if stored else ""
+        raise UserError(f"to_vanilla: {reason}; the family's own model cannot compute this{hint}")
+    return without_additions(model)
+
+
+def without_additions(model: OasisForCausalLM) -> PreTrainedModel:
+    """The family's own model with the weights of `model`, which it shares."""
     text = model.config.text_config
     config = type(text).from_dict(text.to_dict())  # resets both implementations to the defaults:
     set_experts_implementation(config, experts_implementation(text))  # keep this one

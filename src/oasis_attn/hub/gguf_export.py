@@ -64,8 +64,9 @@ def check_gguf(config: PreTrainedConfig) -> None:
     if isinstance(config, OasisConfig):
         raise _error(
             "no GGUF architecture computes what an OASIS model does; export the original model, or"
-            " the result of `oasis convert --to-vanilla` if the null is off; for transformers, give"
-            " a folder and --with-code (with_code=True)"
+            " the result of `oasis convert --to-vanilla` if the null is off; a folder holds nulls"
+            " with keys and values for peft, and other OASIS models with --with-code"
+            " (with_code=True)"
         )
     kind, fields = config.model_type, config.to_dict()
     if kind not in ARCHITECTURES:

@@ -73,6 +73,11 @@ def _smollm2() -> Path:
 
 def _check_folder(path: Path, name: str) -> None:
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UserError(
+                f"model: folder {name!r} is a PEFT adapter, which this library does not apply; give"
+                " the model from which it was made"
+            )
         raise UserError(f"model: folder {name!r} contains no config.json{_inside(path)}")
     if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
         raise UserError(

@@ -28,14 +28,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from oasis_attn.errors import UserError, one_line
-from oasis_attn.files import write_bytes, write_text
+from oasis_attn.hub.peft_adapter import CONFIG, TENSOR, WEIGHTS, Adapter
 from oasis_attn.hub.prefix_storage import forget_prefix, prefix_hf_quantizer
 from oasis_attn.modeling import packing
 from oasis_attn.modeling.decoder_map import find_decoder
@@ -44,7 +43,6 @@ from oasis_attn.modeling.pretrained import SAVE_HOOKS
 
 FOLDER = "prefix"
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
-_CONFIG, _WEIGHTS, _TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,36 +68,22 @@ class Prefix:
         shape = list(self.keys_LGPd.shape)
         return {"tokens": list(self.tokens), "shape": shape, "tuned": self.tuned}
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a PEFT adapter to `folder`: its config and a tensor `[P, L * 2 * G * d]`."""
-        L, G, P, d = self.keys_LGPd.shape
-        packed_LKGPd = torch.stack([self.keys_LGPd, self.values_LGPd], 1)
-        flat = packed_LKGPd.permute(3, 0, 1, 2, 4).reshape(P, -1).detach().cpu().contiguous()
-        config = {
-            "peft_type": "PREFIX_TUNING",
-            "task_type": "CAUSAL_LM",
-            "inference_mode": True,
-            "num_virtual_tokens": P,
-            "prefix_projection": False,
-            "num_layers": L,
-            "num_attention_heads": G,
-            "token_dim": G * d,
-            "num_transformer_submodules": 1,
-        }
-        about = {"tokens": json.dumps(self.tokens), "tuned": json.dumps(self.tuned)}
-        write_bytes(Path(folder) / _WEIGHTS, save({_TENSOR: flat}, {"format": "pt"} | about))
-        write_text(Path(folder) / _CONFIG, json.dumps(config, indent=1) + "\n")
+    @property
+    def adapter(self) -> Adapter:
+        """The prefix in the form that peft reads."""
+        metadata = {"tokens": json.dumps(self.tokens), "tuned": json.dumps(self.tuned)}
+        return Adapter(self.keys_LGPd, self.values_LGPd, metadata)
 
     @classmethod
     def load(cls, config: str, weights: str) -> Prefix:
-        """Read the two files of `save`; `UserError` if they are broken or inconsistent."""
+        """Read the two files of `adapter`; `UserError` if they are broken or inconsistent."""
         try:
             about = json.loads(Path(config).read_text(encoding="utf-8"))
             heads, layers = about["num_attention_heads"], about["num_layers"]
             with safe_open(weights, "pt") as file:
                 stored = file.metadata()
                 tokens, tuned = tuple(json.loads(stored["tokens"])), json.loads(stored["tuned"])
-                flat = file.get_tensor(_TENSOR)
+                flat = file.get_tensor(TENSOR)
             packed_PLKGd = flat.view(len(tokens), layers, 2, heads, about["token_dim"] // heads)
         except (OSError, RuntimeError, SafetensorError, *_BROKEN) as error:
             raise UserError(
@@ -115,12 +99,12 @@ def load_prefix(source: str | os.PathLike[str]) -> Prefix | None:
     """Load the adapter in the subfolder `prefix` of `source` (folder or Hub id), or None."""
     config, weights = (
         find_file(source, name, subfolder=FOLDER, absent_ok=True, offline_ok=True)
-        for name in (_CONFIG, _WEIGHTS)
+        for name in (CONFIG, WEIGHTS)
     )
     if config is None and weights is None:
         return None
     if config is None or weights is None:
-        raise UserError(f"prefix: {str(source)!r} holds only one of {_CONFIG} and {_WEIGHTS}")
+        raise UserError(f"prefix: {str(source)!r} holds only one of {CONFIG} and {WEIGHTS}")
     return Prefix.load(config, weights)
 
 
@@ -131,9 +115,9 @@ def copy_prefix(model: PreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """
     prefix = prefix_of(model)
     if prefix is not None:
-        prefix.save(Path(folder) / FOLDER)
+        prefix.adapter.save(Path(folder) / FOLDER)
         return
-    for name in (_CONFIG, _WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         Path(folder, FOLDER, name).unlink(missing_ok=True)
 
 

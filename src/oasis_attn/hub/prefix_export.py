@@ -1,39 +1,33 @@
-"""Take a prefix out of a model, in a form that other programs read.
+"""Take a prefix out of a model, as a part of the tokenizer that other programs read.
 
 An untuned prefix is what the model computes from the prefix tokens, so it is enough that every text
 begins with them: they become part of the tokenizer, and every program that uses the tokenizer has
-the prefix.  A tuned prefix is no longer that of any tokens.  It becomes a PEFT adapter for prefix
-tuning (2101.00190), which transformers applies with peft.
+the prefix.  A tuned prefix is no longer that of any tokens, and becomes a PEFT adapter, see
+`peft_adapter`.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.devices import is_out_of_memory
-from oasis_attn.errors import UserError, one_line, shown
+from oasis_attn.errors import UserError, shown
 from oasis_attn.files import write_text
 from oasis_attn.hub.model_card import PREFIX_IN_TOKENIZER
+from oasis_attn.hub.peft_adapter import is_close
 from oasis_attn.hub.prefix import Prefix, compute_prefix, prefix_of, without_prefix
-
-BASE_MODEL = "base_model"
-"""The subfolder with the model to which an adapter belongs."""
 
 _PIECE = "<prefix>"  # a name in the template of the post-processor, not the text of a token
 _CARD = """\
 ---
-library_name: {library}
+library_name: transformers
 pipeline_tag: text-generation
 tags: [oasis-attn, {family}]
 ---
@@ -42,18 +36,6 @@ tags: [oasis-attn, {family}]
 
 {text}
 """
-_ADAPTER = """\
-The keys and values of the prefix were tuned and are a PEFT adapter for the model in `base_model`:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(f"{{path}}/base_model")
-model = PeftModel.from_pretrained(model, path)
-tokenizer = AutoTokenizer.from_pretrained(path)
-```"""
-_CHECKED = 9  # tokens
 _CHAT = [{"role": "user", "content": "Hello."}]
 _PROBES = ("", "a", "One text, and then another: 12 + 3 = 15.\n\n  End.")
 
@@ -73,7 +55,7 @@ def is_computed(model: PreTrainedModel) -> bool:
         (prefix.keys_LGPd, computed.keys_LGPd),
         (prefix.values_LGPd, computed.values_LGPd),
     )
-    return all(_is_close(stored, again) for stored, again in pairs)
+    return all(is_close(stored, again) for stored, again in pairs)
 
 
 def check_prefix_in_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -135,56 +117,10 @@ def save_tokenizer_with_prefix(
     return chats
 
 
-def save_adapter(prefix: Prefix, folder: Path, base_model: str) -> None:
-    """Write `prefix` to `folder` as a PEFT adapter for the model in the folder `base_model`."""
-    prefix.save(folder)
-    file = folder / "adapter_config.json"
-    about = json.loads(file.read_text(encoding="utf-8"))
-    write_text(file, json.dumps(about | {"base_model_name_or_path": base_model}, indent=1) + "\n")
-
-
-@torch.no_grad()
-def check_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Raise `UserError` unless peft computes with the adapter in `folder` what `model` computes.
-
-    Nothing is checked if peft is not installed.
-    """
-    if find_spec("peft") is None:
-        return
-    from peft import PeftModel
-
-    family = model.config.get_text_config(decoder=True).model_type
-    ids_1T = torch.arange(_CHECKED, device=model.device)[None]
-    try:
-        adapted: Any = PeftModel.from_pretrained(without_prefix(model), folder).eval()
-        found = adapted(input_ids=ids_1T).logits
-    except Exception as error:  # peft may raise any type for a family that it does not know
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"prefix: peft cannot apply it to family {family!r}: {one_line(error)}"
-        ) from error
-    expected = model(input_ids=ids_1T).logits
-    if not _is_close(found, expected):
-        raise UserError(f"prefix: peft does not compute the same with it in family {family!r}")
-
-
-def write_prefix_card(prefix: Prefix, folder: Path, family: str, *, adapter: bool) -> None:
-    """Write the README.md of an exported model of `family`."""
-    text = (_ADAPTER if adapter else PREFIX_IN_TOKENIZER).format(tokens=list(prefix.tokens))
-    library, count = "peft" if adapter else "transformers", len(prefix)
-    card = _CARD.format(library=library, family=family, count=count, text=text)
-    write_text(folder / "README.md", card)
-
-
-def _is_close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ only by the rounding in all layers.
-
-    That of `found` may have been in 16 bits, even if it was cast to float32 afterwards.
-    """
-    held = [d for d in (torch.bfloat16, torch.float16) if torch.equal(found.to(d).to(found), found)]
-    allowed = math.sqrt(max(torch.finfo(dtype).eps for dtype in (expected.dtype, *held)))
-    return bool((found - expected).norm() <= allowed * expected.norm())
+def write_prefix_card(prefix: Prefix, folder: Path, family: str) -> None:
+    """Write the README.md of a model of `family` with the prefix in its tokenizer."""
+    text = PREFIX_IN_TOKENIZER.format(tokens=list(prefix.tokens))
+    write_text(folder / "README.md", _CARD.format(family=family, count=len(prefix), text=text))
 
 
 def _error(reason: str) -> UserError:

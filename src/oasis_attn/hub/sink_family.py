@@ -83,9 +83,10 @@ def check_sinks(config: PreTrainedConfig) -> None:
         )
     name = config.normalizer.name
     if name in LEARNED_NULL_VALUE:
+        exported = "`oasis export` writes them for peft, or " if name in LEARNED_NULL_KEY else ""
         raise _refusal(
-            f"token_normalizer: {name!r} has null values, and a sink has none; train the model with"
-            " --null-to-logit first, or convert the original model and add a prefix to it"
+            f"token_normalizer: {name!r} has null values, and a sink has none; {exported}train the"
+            " model with --null-to-logit first"
         )
     if name == "softmax":
         raise _refusal("token_normalizer: 'softmax' has no null; use to_vanilla")

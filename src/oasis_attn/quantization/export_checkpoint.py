@@ -13,19 +13,19 @@ from oasis_attn.errors import UserError
 from oasis_attn.files import staged_folder
 from oasis_attn.hub.export_options import check_export
 from oasis_attn.hub.gguf_export import BLOCK, Codes, check_gguf, write_gguf
-from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.hub.model_code import AUTO_MAP, check_code
+from oasis_attn.hub.null_export import NORMALIZER, check_nulls, nulls_as_prefix
+from oasis_attn.hub.peft_adapter import export_adapter
 from oasis_attn.hub.prefix import prefix_of, without_prefix
 from oasis_attn.hub.prefix_export import (
-    BASE_MODEL,
-    check_adapter,
     is_computed,
-    save_adapter,
     save_tokenizer_with_prefix,
     write_prefix_card,
 )
 from oasis_attn.hub.prefix_storage import METHOD as PREFIX_METHOD
 from oasis_attn.modeling.configuration_oasis import OasisConfig
+from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.hf_quantizer import (
     METHOD,
@@ -35,6 +35,19 @@ from oasis_attn.quantization.hf_quantizer import (
 from oasis_attn.quantization.linear import QuantizedLinear
 from oasis_attn.quantization.primitives import to_blocks
 from oasis_attn.quantization.schemes import Scheme
+
+PEFT_ADAPTER = "a PEFT adapter"
+"""What becomes of a tuned prefix, and of nulls."""
+_TUNED_PREFIX = """\
+The keys and values of the prefix were tuned. They are a PEFT adapter for the model in
+`base_model`:"""
+_NULLS = """\
+A model with {nulls} of [oasis-attn](https://arxiv.org/abs/2605.17887): further keys and values of
+every attention head. They belong to no tokens and were not tuned as a prefix: they are the nulls of
+a converted model. Here they are a prefix of length {count}, a PEFT adapter for the model in
+`base_model`, which is incomplete without it. With the adapter, it computes what the OASIS model
+computes, but positions are shifted: the first token of a text has position {count}, and the longest
+text is shorter by {count}."""
 
 
 def export_checkpoint(
@@ -49,6 +62,9 @@ def export_checkpoint(
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write a model as a GGUF file, or as a folder for transformers.
+
+    A folder has a prefix in its tokenizer or, if the prefix was tuned, as a PEFT adapter, which is
+    also the form of nulls with keys and values.
 
     Args:
         model: see `load_model`.
@@ -81,7 +97,10 @@ def export_checkpoint(
     if with_code:
         loaded.config.auto_map = dict(AUTO_MAP)
     if format == "transformers":
-        return {"folder": str(out)} | _write_folder(loaded, tokenizer, Path(out))
+        stored = isinstance(loaded, OasisForCausalLM) and not with_code
+        write: Any = _write_nulls if stored else _write_folder
+        with quiet():
+            return {"folder": str(out)} | write(loaded, tokenizer, Path(out))
     codes = _codes(loaded)
     kind = next(iter(codes.values())).type if codes else weights or "q8_0"
     counts = write_gguf(loaded, tokenizer, Path(out), weights=kind, codes=codes)
@@ -98,11 +117,13 @@ def _check_config(
     elif with_code:
         check_code(config)
     elif isinstance(config, OasisConfig):
-        raise UserError(
-            "model: an OASIS model needs this library; --with-code writes its code with it, and"
-            " `oasis convert` makes a model of transformers: with --to-sinks if it has a plain null"
-            " and no depth routing, with --to-vanilla if the null is off"
-        )
+        if config.normalizer.name != NORMALIZER:
+            raise UserError(
+                "model: an OASIS model needs this library; --with-code writes its code with it, and"
+                " `oasis convert` makes a model of transformers: with --to-sinks if it has a plain"
+                " null and no depth routing, with --to-vanilla if the null is off"
+            )
+        check_nulls(config)
     stored = getattr(config.get_text_config(decoder=True), "quantization_config", None)
     if stored is None:
         return
@@ -178,15 +199,35 @@ def _write_folder(
         with staged_folder(out) as stage:
             plain.save_pretrained(stage)
             chats = save_tokenizer_with_prefix(tokenizer, prefix.tokens, stage)
-            write_prefix_card(prefix, stage, family, adapter=False)
+            write_prefix_card(prefix, stage, family)
         had_template = bool(getattr(tokenizer, "chat_template", None))
         chat = "with the prefix" if chats else "left out" if had_template else "none"
         return {"prefix": "in the tokenizer", "tokens": tokens, "chat template": chat}
-    with staged_folder(out) as stage:
-        plain.save_pretrained(stage / BASE_MODEL)
-        tokenizer.save_pretrained(stage / BASE_MODEL)
-        tokenizer.save_pretrained(stage)
-        save_adapter(prefix, stage, str(out.absolute() / BASE_MODEL))
-        check_adapter(model, stage)
-        write_prefix_card(prefix, stage, family, adapter=True)
-    return {"prefix": "a PEFT adapter", "tokens": tokens}
+    export_adapter(
+        model,
+        plain,
+        tokenizer,
+        prefix.adapter,
+        out,
+        title=f"{family} with a prefix of {len(prefix)} tokens",
+        text=_TUNED_PREFIX,
+    )
+    return {"prefix": PEFT_ADAPTER, "tokens": tokens}
+
+
+def _write_nulls(
+    model: OasisForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path
+) -> dict[str, Any]:
+    native, adapter = nulls_as_prefix(model)
+    count, family = adapter.keys_LGPd.shape[2], native.config.model_type
+    nulls = "1 null" if count == 1 else f"{count} nulls"
+    export_adapter(
+        model,
+        native,
+        tokenizer,
+        adapter,
+        out,
+        title=f"{family} with {nulls}",
+        text=_NULLS.format(nulls=nulls, count=count),
+    )
+    return {"nulls": PEFT_ADAPTER, "count": count, "position of the first token": count}
