@@ -57,6 +57,10 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "w8a8-static-linear": ("w8a8-static-linear", {}),
     "w8a8-static-full": ("w8a8-static-full", {}),
+    "w8a8-static-full, weights per channel, percentile, Hadamard": (
+        "w8a8-static-full",
+        {"weight.granularity": "channel", "observer": "percentile", "rotation": "hadamard"},
+    ),
     "w8a8-dynamic": ("w8a8-dynamic", {}),
     "w4a4": ("w4a4", {}),
     "w4a4, Hadamard": ("w4a4", {"rotation": "hadamard"}),
