@@ -107,7 +107,7 @@ def _rows(budget: dict[str, Any], name: str, others: dict[str, Penalty]) -> dict
     """The rows of a budget: the recipe, equal training of the original, and other penalties."""
     trained = {
         f"{name}-null": Row(
-            label=f"plain null, {name}", start="nulls", budget=budget, penalty=CHOSEN
+            label=f"plain null, {name}", start="null", budget=budget, penalty=CHOSEN
         ),
         f"{name}-null-next-token": Row(
             label=f"plain null, {name}, next-token loss",
