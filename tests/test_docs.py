@@ -258,6 +258,21 @@ def test_what_the_page_says_of_the_training_to_a_plain_null() -> None:
     assert max(norms[3:10]) < 250
     assert 1000 < max(norms) == norms[29] < 1100
     assert value(other, perplexity, "gsm8k") < value(trained, perplexity, "gsm8k")
+    learned, likelihood = "short-null-next-token", retrofit_training.LIKELIHOOD
+    assert value(learned, perplexity, "gsm8k") < 1.02 * value(other, perplexity, "gsm8k")
+    both = [record.metric(likelihood, name).value for name in (learned, other)]
+    assert both[0] > 1.02 * both[1]  # they are negative
+    unseen = value(start, perplexity, "wikitext-2")
+    assert value(other, perplexity, "wikitext-2") == pytest.approx(0.93 * unseen, rel=5e-3)
+    assert value(learned, perplexity, "wikitext-2") == pytest.approx(unseen, rel=6e-3)
+    for text in retrofit_training.TEXTS:
+        assert value(learned, retrofit_training.LAYER_SINK, text) < 0.02
+        linear = f"{text}, w8a8-static-linear"
+        assert value(learned, perplexity, linear) < 0.8 * value(other, perplexity, linear)
+        eight = f"{text}, w8a8-static-linear, per channel, percentile"
+        for scheme, limit in ((eight, 1.04), (f"{text}, w8a8-static-full", 1.4)):
+            plain = value(learned, perplexity, text)
+            assert value(learned, perplexity, scheme) < limit * plain
 
 
 def test_what_the_page_says_of_models_that_are_trained_with_bos() -> None:
