@@ -89,7 +89,7 @@ def test_version(oasis) -> None:
         (["demo", "--windows", "0"], "windows: 0"),
         (["doctor", "smollm2", "--tolerance", "-1"], "tolerance: -1"),
         (["doctor", "smollm2", "--scheme", "w8a9"], "scheme: 'w8a9' is not one of"),
-        (["doctor", "smollm2", "--scheme-option", "bits=4"], "scheme option: 'bits' is not one"),
+        (["doctor", "smollm2", "--scheme-option", "bits=4"], "oasis: --scheme-option: 'bits' is"),
         (["doctor", "smollm2", "--out", "/proc/x"], "out: '/proc/x'"),
         (["doctor", "smollm2", "--apply", "/proc/x"], "--apply: '/proc/x'"),
         (["metrics", "sink.rat@0.3"], "did you mean 'sink.rate@<eps>'"),

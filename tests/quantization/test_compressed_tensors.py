@@ -357,7 +357,7 @@ REFUSED = {
     "full": (lambda: quantized(make(), TABLE["w8a8-static-full"]), "it quantizes linear layers"),
     "hadamard": (
         lambda: quantized(make(), replace(DYNAMIC, rotation="hadamard")),
-        "transformers does not apply rotation 'hadamard' .* use rotation='folded'",
+        "transformers does not apply rotation 'hadamard' .* use the scheme option rotation=folded",
     ),
     "inputs": (
         lambda: quantized(make(), replace(DYNAMIC, rotation="inputs")),
@@ -383,7 +383,7 @@ REFUSED = {
     ),
     "nvfp4 without a fixed range": (
         lambda: quantized(make(), replace(TABLE["nvfp4"], static=False)),
-        "its NVFP4 has a fixed range of the tensor; use static=True",
+        "its NVFP4 has a fixed range of the tensor; use the scheme option static=true",
     ),
     "scales at run time": (
         lambda: quantized(make("bloom"), replace(STATIC, smooth_alpha=0.5)),
