@@ -115,6 +115,8 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
     code, shown = oasis(*words, "--ignore", "*.0.*")
     assert code == 0
+    for bar in ("Applying", "Compressing", "Dispatching", "Decompressing"):
+        assert bar not in shown.err
     assert "speed.over_unquantized" in shown.out
     record = QuantizationRecord.load(out / "record.json")
     assert record.arithmetic == "compressed-tensors"
