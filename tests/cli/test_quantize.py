@@ -118,6 +118,7 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
     for bar in ("Applying", "Compressing", "Dispatching", "Decompressing"):
         assert bar not in shown.err
     assert "speed.over_unquantized" in shown.out
+    assert shown.out.endswith(f"To serve it: vllm serve {out} --dtype bfloat16\n")
     record = QuantizationRecord.load(out / "record.json")
     assert record.arithmetic == "compressed-tensors"
     assert record.scheme["fused_scales"] is (scheme == "nvfp4")
