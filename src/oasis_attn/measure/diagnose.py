@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oasis_attn.data import Corpus, Windows, as_windows
 from oasis_attn.errors import check_loaded, check_whole
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
+from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
 from oasis_attn.measure.head_outputs import HeadOutputs
 from oasis_attn.measure.hooks import HookPoint, find_hook_points
@@ -96,7 +97,7 @@ def diagnose(
     # The state after the last layer is taken after the final norm, if there is one.
     last_state = [point for point in points if point.kind in ("layer", "final_norm")][-1]
     outliers, ranges, depth = Outliers(points), RangeNoise(points), Depth()
-    sinks, secondary = Sinks(points), SecondarySinks(layers)
+    sinks, secondary = Sinks(points, prefixed=prefix_of(model) is not None), SecondarySinks(layers)
     sink_tokens, heads = SinkTokens(model), HeadOutputs(points)
 
     def on_attention(call: AttentionCall) -> None:
