@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from oasis_attn.devices import find_device
-from oasis_attn.errors import UserError, check_choice
+from oasis_attn.errors import UserError, check_choice, check_flag, check_path
 from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.hub.checkpoint import Checkpoint, parameter_limit
 from oasis_attn.hub.gguf_file import check_loading_info, read_gguf
@@ -70,7 +70,9 @@ def load_model(
             tokenizer has more tokens than the model has embeddings; the model is not a causal
             decoder; it needs code that is not trusted.
     """
+    check_path("model", name_or_path)
     check_choice("dtype", dtype, DTYPES)
+    check_flag("trust_remote_code", trust_remote_code)
     place = find_device(device)
     name = str(name_or_path)
     checkpoint = Checkpoint(name, _resolve(name), trust_remote_code)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Corpus, Windows, as_windows
-from oasis_attn.errors import check_loaded, check_whole
+from oasis_attn.errors import check_flag, check_loaded, check_seed, check_tokenizer, check_whole
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
@@ -80,6 +80,11 @@ def diagnose(
     """
     check_loaded(model)
     check_whole("batch_size", batch_size, 1)
+    check_flag("joint", joint)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    if seed is not None:
+        check_seed("seed", seed)
     points, dropped = find_hook_points(model), causal_sources(model, causal)
     joint_measures = Joint(model) if joint else None
     embedding: Any = model.get_input_embeddings()

@@ -85,6 +85,8 @@ class Scheme:
         if self.weight.granularity == "token":
             raise UserError("weight: granularity 'token' is for activations; use 'channel'")
         activation = self.activation
+        if not isinstance(activation, QuantSpec | None):
+            raise UserError(f"activation: {shown(activation)} is neither a format nor None")
         granularity = activation.granularity if activation else None
         if granularity == "channel":
             raise UserError("activation: granularity 'channel' is for weights; use 'token'")

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from oasis_attn.errors import UserError, check_choice, check_loaded, check_seed, shown
+from oasis_attn.errors import (
+    UserError,
+    check_choice,
+    check_iterable,
+    check_loaded,
+    check_seed,
+    shown,
+)
 from oasis_attn.hub.prefix_storage import METHOD as PREFIX_METHOD
 from oasis_attn.hub.prefix_storage import PrefixHfQuantizer
 from oasis_attn.quantization.calibration import check_batches, run_batch
@@ -200,11 +207,12 @@ def _checked_targets(
     if targets is None:
         names = scheme_targets(model, scheme)
     else:
+        check_iterable("targets", targets, "a list of names")
         tensors = tensor_targets(model) if scheme.targets == "full" else ()
         known = dict.fromkeys([*linear_names(model), *tensors])
-        chosen = set(targets)
         for name in targets:
             check_choice("targets", name, known)
+        chosen = set(targets)
         names = tuple(name for name in known if name in chosen)
     if not names:
         raise UserError(f"targets: they name no linear layer of {type(model).__name__}")
