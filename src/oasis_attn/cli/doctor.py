@@ -36,7 +36,7 @@ def doctor(
     ] = None,
     scheme: Annotated[
         str,
-        Option(help="Quantization scheme to use; weights get one scale per output channel."),
+        Option(help="A scheme of `oasis quantize`; weights get one scale per output channel."),
     ] = "w8a8-static-linear",
     scheme_option: options.SchemeOption = None,
     tolerance: Annotated[
