@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
+import re
 from collections.abc import Collection, Hashable, Mapping
 from itertools import islice
 from os import PathLike
@@ -26,8 +28,8 @@ class UserError(ValueError):
 
 
 def shown(value: object) -> str:
-    """`repr(value)`, shortened in the middle if it is long."""
-    text = repr(value)
+    """`repr(value)` in one line, shortened in the middle if it is long."""
+    text = re.sub(r"\n\s*", " ", repr(value))
     half = _LETTERS // 2
     return text if len(text) <= _LETTERS else f"{text[:half]} ... {text[-half:]}"
 
@@ -114,8 +116,39 @@ def check_flag(argument: str, value: object) -> None:
         raise UserError(f"{argument}: {shown(value)} is neither true nor false")
 
 
+def check_type(argument: str, value: object, kind: Any, what: str) -> None:
+    """Raise `UserError` unless `value` is an instance of `kind`, which the message calls `what`."""
+    if not isinstance(value, kind):
+        raise UserError(f"{argument}: {shown(value)} is not {what}")
+
+
+def check_iterable(argument: str, value: object, what: str) -> None:
+    """Raise `UserError` unless `value` can be iterated over; the message calls it `what`."""
+    try:
+        iter(value)  # type: ignore[call-overload]
+    except TypeError as error:  # also of a tensor without axes
+        raise UserError(f"{argument}: {shown(value)} is not {what}") from error
+
+
+def check_path(argument: str, value: object) -> None:
+    """Raise `UserError` unless `value` can be the name of a file or folder."""
+    check_type(argument, value, str | PathLike, "a name or a path")
+    try:
+        possible = b"\0" not in os.fsencode(value)  # type: ignore[arg-type]
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UserError(f"{argument}: {shown(value)} has a character that no file name can have")
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise `UserError` unless `tokenizer` is one of transformers."""
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise UserError(f"tokenizer: {shown(tokenizer)} is not a tokenizer of transformers")
+
+
 def check_loaded(model: object) -> None:
-    """Raise `UserError` if `model` is the name of a model, or what `torch.compile` returns."""
+    """Raise `UserError` unless `model` is a model of transformers, and not a name or compiled."""
     if isinstance(model, str | PathLike):
         raise UserError(
             f"model: {shown(str(model))} is a name; give a model, such as the one that `load_model`"
@@ -123,6 +156,8 @@ def check_loaded(model: object) -> None:
         )
     if type(model).__name__ == "OptimizedModule":
         raise UserError("model: it is a result of torch.compile; give the model that was compiled")
+    if not (hasattr(model, "config") and hasattr(model, "named_modules")):
+        raise UserError(f"model: {shown(model)} is not a model of transformers")
 
 
 def check_unicode(argument: str, text: str) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from oasis_attn.errors import UserError, shown
+from oasis_attn.errors import UserError, check_path, shown
 
 _REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -203,6 +203,7 @@ def check_free(path: str | Path, argument: str = "out", *, hint: str = "") -> No
     Args:
         hint: what else can be done if it exists.
     """
+    check_path(argument, path)
     path = Path(path)
     with writing(path, argument):
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -218,6 +219,7 @@ def check_free(path: str | Path, argument: str = "out", *, hint: str = "") -> No
 
 def check_writable(path: str | Path, argument: str = "out") -> None:
     """Raise `UserError` if the file `path` cannot be written."""
+    check_path(argument, path)
     path = Path(path)
     with writing(path, argument):
         if path.is_dir():

@@ -36,6 +36,15 @@ def test_there_and_back(oasis, vanilla, tmp_path):
     assert torch.equal(*logits)
 
 
+def test_a_model_with_sinks_is_served_next(oasis, vanilla, tmp_path):
+    oasis("convert", vanilla, tmp_path / "ours", "--variant", "learned_sink")
+    out = tmp_path / "sinks"
+    code, shown = oasis("convert", tmp_path / "ours", out, "--to-sinks")
+    assert code == 0
+    last = f"Saved: {out}. To serve it: vllm serve {out} --dtype bfloat16"
+    assert shown.out.splitlines()[-1] == last
+
+
 def test_null_from_sink(oasis, vanilla, text, tmp_path):
     out = tmp_path / "out"
     given = ("--null-from-sink", "--calibration", text, "--window", 16, "--windows", 3)

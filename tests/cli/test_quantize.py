@@ -115,7 +115,10 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
         assert not [path for path in tmp_path.iterdir() if "out" in path.name]
     code, shown = oasis(*words, "--ignore", "*.0.*")
     assert code == 0
+    for bar in ("Applying", "Compressing", "Dispatching", "Decompressing"):
+        assert bar not in shown.err
     assert "speed.over_unquantized" in shown.out
+    assert shown.out.endswith(f"To serve it: vllm serve {out} --dtype bfloat16\n")
     record = QuantizationRecord.load(out / "record.json")
     assert record.arithmetic == "compressed-tensors"
     assert record.scheme["fused_scales"] is (scheme == "nvfp4")
@@ -139,8 +142,11 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
         (("--scheme", "w8a8"), "did you mean 'w8a8-static-full' or "),
         (("--scheme", "w4a4"), "'w4a4' can only be simulated"),
         (("--scheme", "fp8-static"), "can only be simulated: kernels multiply integers only"),
-        (("--simulate", "--scheme-option", "weight.bit=3"), "did you mean 'bits'"),
-        (("--simulate", "--scheme-option", "weight.bits=9"), "bits: 9 is not"),
+        (("--simulate", "--scheme-option", "weight.bit=3"), "did you mean 'weight.bits'"),
+        (
+            ("--simulate", "--scheme-option", "weight.bits=9"),
+            "--scheme-option weight.bits: 9 is not",
+        ),
         (("--simulate", "--scheme-option", "weight=0"), "weight: 0 is not a mapping with the"),
         (
             ("--simulate", "--scheme-option", "rotation"),
@@ -154,7 +160,7 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
         ),
         (("--simulate", "--window", "65"), "window: 65 tokens are more than the model's 64"),
         (("--simulate", "--windows", "0"), "windows: 0"),
-        (("--simulate", "--scheme-option", "smooth_alpha=2"), "smooth_alpha: 2"),
+        (("--simulate", "--scheme-option", "smooth_alpha=2"), "--scheme-option smooth_alpha: 2"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

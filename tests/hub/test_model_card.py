@@ -11,7 +11,7 @@ from example_records import diagnosis
 from oasis_attn import OasisForCausalLM, variants
 from oasis_attn.hub.model_card import variant_of, write_card
 from oasis_attn.hub.prefix import compute_prefix, with_prefix
-from oasis_attn.quantization import quantize
+from oasis_attn.quantization import quantize, schemes
 from oasis_attn.records import Metric
 from tiny_models import tiny_config, tiny_model
 
@@ -107,3 +107,9 @@ def test_a_familys_own_model_says_what_it_needs(tmp_path):
     assert f"A `llama` decoder with {native.num_parameters():,} parameters." in card
     assert "28\nlayers and tensors" in card
     assert "prefix (tokens: 2)" in card
+    assert "output head" not in card
+    rotated = schemes()["w8a8-dynamic"].with_options({"rotation": "folded"})
+    quantize(native, rotated).save_pretrained(tmp_path / "rotated")
+    entries = native.get_output_embeddings().weight.numel()
+    card = (tmp_path / "rotated" / "README.md").read_text()
+    assert f"output head of its own, which is {entries:,} of the parameters" in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from oasis_attn.cli import main
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.data.tokenizer import tokenizer_sha256
 from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.tokenizer_bos import is_without_bos, without_bos
 from oasis_attn.measure.sink_conversion import measure_sink, null_from_sink_checkpoint
 from oasis_attn.modeling.decoder_map import decoder_map
@@ -101,6 +103,11 @@ def test_the_record(model, text, tmp_path):
             assert row["text"] == f"w{row['token']}"
     card = (out / "README.md").read_text()
     assert "`perplexity.windowed` after" in card
+    assert "MLP neurons" not in card
+    replace(record, neurons=((1, 7), (0, 3))).save(out / "record.json")
+    write_card(converted, out)
+    card = (out / "README.md").read_text()
+    assert "activations are switched off: 7 of layer 1, 3 of layer 0." in card
     assert "OasisForCausalLM" in (out / "config.json").read_text()
     with pytest.raises(UserError, match="exists"):
         null_from_sink_checkpoint(model, out, calibration=text)

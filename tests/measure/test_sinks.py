@@ -86,6 +86,8 @@ def test_a_sink_in_a_prefix_has_a_negative_position():
     received_LH = torch.cat(maps)[:, :, 1:, 0].mean(-1)
     model = native("llama")
     record = diagnose(with_prefix(model, compute_prefix(model, [7])), ids)
+    # The queries of the text, with the first one, are later than the first position.
+    assert record["sink.mass"] == pytest.approx(received_LH.mean().item(), rel=1e-5)
     (row,) = (row for row in record.tables["sink.tokens"] if row["token"] == 7)
     assert row["position"] == -1
     assert row["heads"] == int((received_LH > 0.3).sum()) > 0

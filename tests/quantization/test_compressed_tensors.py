@@ -13,30 +13,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model, quiet
-from oasis_attn.hub.prefix import compute_prefix, with_prefix
 from oasis_attn.quantization import (
     QuantSpec,
     linear_targets,
-    options,
-    quantize,
     quantized_modules,
     save_compressed_tensors,
-    schemes,
 )
 from oasis_attn.quantization.int8 import to_int8
 from oasis_attn.quantization.linear import fused_layers
 from oasis_attn.quantization.primitives import fake_quantize, power_of_two
 from oasis_attn.quantization.quantizers import StaticQuantizer, observe_qparams
-from tiny_models import VOCABULARY, tiny_config, tiny_model, word_tokenizer
+from quantization.exported_models import DYNAMIC, GROUPS, STATIC, TABLE, W4A16, make, quantized
+from tiny_models import word_tokenizer
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 
-TABLE = schemes()
-STATIC, DYNAMIC = TABLE["w8a8-static-linear"], TABLE["w8a8-dynamic"]
-GROUPS = QuantSpec(bits=4, symmetric=True, granularity="group", group_size=16)
-W4A16 = replace(TABLE["w4a16"], weight=GROUPS)
 SCHEMES = {
     "dynamic": DYNAMIC,
     "head": replace(DYNAMIC, head=True),
@@ -55,21 +47,6 @@ SCHEMES = {
     "w4a4": TABLE["w4a4"],
 }
 HALF_WAY = 2**-13  # rounding of x / scale + zero point in float32, for codes of up to 8 bits
-
-
-def make(kind="llama", dtype=torch.float32, **sizes):
-    torch.manual_seed(0)
-    config = tiny_config(kind, tie_word_embeddings=True, **sizes)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def quantized(model, scheme, **keywords):
-    batches = [
-        torch.randint(3, VOCABULARY, (2, 12), generator=torch.manual_seed(i)) for i in range(3)
-    ]
-    return quantize(
-        model, scheme, calibration=batches if scheme.needs_calibration else None, **keywords
-    )
 
 
 def export(model, folder):
@@ -335,94 +312,3 @@ def test_what_an_nvfp4_folder_holds(fused, tmp_path):
     word_tokenizer().save_pretrained(tmp_path / "out")
     model, _ = load_model(tmp_path / "out")  # it runs, though the commands ask for float32
     assert model.dtype == torch.bfloat16
-
-
-def oasis():
-    return quantized(tiny_model(), DYNAMIC)
-
-
-def prefixed():
-    model = make()
-    return quantized(with_prefix(model, compute_prefix(model, [5])), DYNAMIC)
-
-
-def changed():
-    model = quantized(make(), DYNAMIC)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(1.01)
-    return model
-
-
-REFUSED = {
-    "full": (lambda: quantized(make(), TABLE["w8a8-static-full"]), "it quantizes linear layers"),
-    "hadamard": (
-        lambda: quantized(make(), replace(DYNAMIC, rotation="hadamard")),
-        "transformers does not apply rotation 'hadamard' .* use rotation='folded'",
-    ),
-    "inputs": (
-        lambda: quantized(make(), replace(DYNAMIC, rotation="inputs")),
-        "transformers does not apply rotation 'inputs'",
-    ),
-    "clipped": (
-        lambda: quantized(make(), replace(DYNAMIC, clip_ratio=0.9)),
-        "it does not clip dynamic ranges",
-    ),
-    "zero points": (
-        lambda: quantized(make(), replace(W4A16, weight=replace(GROUPS, symmetric=False))),
-        "packed weights with zero points",
-    ),
-    "element types": (
-        lambda: quantized(make(), replace(TABLE["fp8-dynamic"], weight=DYNAMIC.weight)),
-        "of floating-point elements, it has FP8, MXFP4, MXFP8 and NVFP4, the same for weights",
-    ),
-    "group size": (
-        lambda: quantized(
-            make(), TABLE["mxfp4"].with_options({"weight.group_size": 16, "activation": None})
-        ),
-        "it has FP8, MXFP4, MXFP8 and NVFP4",
-    ),
-    "nvfp4 without a fixed range": (
-        lambda: quantized(make(), replace(TABLE["nvfp4"], static=False)),
-        "its NVFP4 has a fixed range of the tensor; use static=True",
-    ),
-    "scales at run time": (
-        lambda: quantized(make("bloom"), replace(STATIC, smooth_alpha=0.5)),
-        "is scaled at run time",
-    ),
-    "oasis": (oasis, "which an OASIS model needs"),
-    "prefix": (prefixed, "the model has a prefix"),
-    "experts": (
-        lambda: quantized(make("mixtral"), DYNAMIC),
-        "experts.0.gate_up_proj is an expert, and transformers cannot",
-    ),
-    "Conv1D": (lambda: quantized(make("gpt2"), DYNAMIC), "c_attn is of class Conv1D"),
-    "changed": (changed, "weight: it was changed after quantizing"),
-    "unquantized": (make, "model: nothing in it is quantized"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refuses(name, tmp_path):
-    model, message = REFUSED[name]
-    with pytest.raises(UserError, match=message):
-        save_compressed_tensors(model(), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_library_is_missing(monkeypatch):
-    monkeypatch.setattr(options, "find_spec", lambda _name: None)
-    with pytest.raises(UserError, match=r"pip install 'oasis-attn\[export\]'"):
-        options.check_format("compressed-tensors", DYNAMIC)
-    options.check_format("oasis", DYNAMIC)
-
-
-def test_an_export_that_stops_leaves_nothing(monkeypatch, tmp_path):
-    from compressed_tensors.compressors import ModelCompressor
-
-    def stop(*_arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ModelCompressor, "update_config", stop)
-    with pytest.raises(KeyboardInterrupt), quiet():
-        save_compressed_tensors(quantized(make(), W4A16), tmp_path / "out")
-    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from oasis_attn.hub.loading import quiet
 from oasis_attn.hub.prefix import compute_prefix, prefix_of, with_prefix
 from oasis_attn.quantization import QuantSpec, Scheme, quantize, quantized_modules, schemes
 from oasis_attn.quantization.hf_quantizer import OasisQuantizationConfig
+from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
@@ -147,6 +148,9 @@ def test_a_loaded_model_is_not_quantized_again(tmp_path):
     foreign.hf_quantizer = SimpleNamespace()
     with pytest.raises(ValueError, match="model: it is already quantized"):
         quantize(foreign, "w4a4")
+    (tmp_path / "model.safetensors").unlink()  # the configuration says it
+    with pytest.raises(ValueError, match=f"model: '{tmp_path}' is already quantized, by oasis;"):
+        quantize_checkpoint(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -52,7 +52,7 @@ def test_table_is_not_shared():
             "weight: granularity 'token' is for activations",
         ),
         ({"targets": "all"}, "targets: 'all' is not one of linear, full"),
-        ({"targets": "full", "static": False}, "targets: 'full' needs static=True"),
+        ({"targets": "full", "static": False}, "targets: 'full' needs static ranges"),
         ({"head": "no"}, "head: 'no' is neither true nor false"),
         ({"rotation": "hadamar"}, "did you mean 'hadamard'"),
         ({"rounding": "up"}, "rounding: 'up' is not one of nearest, gptq"),
@@ -117,9 +117,13 @@ def test_options_of_weight_and_activation():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight.bit": 3}, "scheme option: 'bit' .*did you mean 'bits'"),
-        ({"weigth.bits": 3}, "scheme option: 'weigth.bits' is not one of name, weight"),
-        ({"static.head": True}, "scheme option: 'static.head' is not one of"),
+        (
+            {"weight.bit": 3},
+            "options: 'weight.bit' is not one of weight.bits, .*mean 'weight.bits'",
+        ),
+        ({"weigth.bits": 3}, "options: 'weigth.bits' is not one of name, weight"),
+        ({"bits": 3}, "options: 'bits' is not one of name, .*did you mean 'weight.bits'"),
+        ({"static.head": True}, "options: 'static.head' is not one of"),
         ({"activation.bits": 3}, "activation.bits: scheme 'w4a16' does not quantize activations"),
         ({"weight": 3}, "^weight: 3 is not a mapping with the fields of a format; to change one"),
         ({"weight": 0, "weight.bits": 8}, "^weight: 0 is not a mapping"),

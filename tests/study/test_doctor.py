@@ -172,15 +172,33 @@ def test_a_second_run_measures_only_what_is_missing(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("healthy")
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [({"window": 16}, "evaluation text"), ({"scheme": "w4a4"}, "scheme"), ({"seed": 1}, "seed")],
-)
-def test_results_of_another_run_are_refused(changes, what) -> None:
+def test_results_of_another_run_are_refused() -> None:
     doctor("model", "out", **TEXT)
     before = Path("out/record.json").read_bytes()
-    with pytest.raises(UserError, match=f"out: 'out' has results for another {what}; give a new"):
-        doctor("model", "out", **TEXT | changes)
+    text = f"{WINDOWS} windows of {WINDOW} tokens of text"
+    done: list[str] = []
+    for changes, what in (
+        ({"window": 16}, f"calibration text, {text} train"),
+        ({"windows": WINDOWS - 1}, f"calibration text, {text} train"),
+        ({"evaluation_split": "train"}, f"evaluation text, {text} test"),
+        ({"scheme": "w4a4"}, "scheme, 'w8a8-static-linear, weight.granularity=channel'"),
+        ({"seed": 1}, "seed, 0"),
+    ):
+        message = f"out: 'out' has results for another {what}; give a new folder"
+        with pytest.raises(UserError, match=message):
+            doctor("model", "out", **TEXT | changes, progress=lambda step, *_: done.append(step))
+    assert done == []  # it is said before the model is loaded
+    message = "out: 'out' has results for another model, 'model'; give a new folder"
+    larger = tiny_config("llama", num_hidden_layers=3)
+    for model in (tiny(), AutoModelForCausalLM.from_config(larger)):
+        model.lm_head.weight.data.mul_(2)
+        model.save_pretrained("other")
+        word_tokenizer().save_pretrained("other")
+        with pytest.raises(UserError, match=message):
+            doctor("other", "out", **TEXT)
+    Path("other/model.safetensors").unlink()  # the configuration tells another size apart
+    with pytest.raises(UserError, match=message):
+        doctor("other", "out", **TEXT)
     assert Path("out/record.json").read_bytes() == before
 
 
@@ -319,8 +337,8 @@ def test_the_command(monkeypatch, capsys) -> None:
     assert main() == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["diagnosis", "conclusion", "commands", "record"]
-    assert found["commands"] == [command.replace("--out q", "--out doctor/quantized")]
-    assert found["record"] == json.loads(Path("doctor/record.json").read_text())
+    assert found["commands"] == [command.replace("--out q", "--out doctor-model/quantized")]
+    assert found["record"] == json.loads(Path("doctor-model/record.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typer import Option
 from oasis_attn.cli.terminal import pairs
 
 if TYPE_CHECKING:
+    from oasis_attn.data import Corpus
     from oasis_attn.quantization.schemes import Scheme
 
 SchemeOption = Annotated[
@@ -54,11 +55,17 @@ def varied_scheme(name: str, changes: list[str] | None) -> Scheme:
 
 def check_inputs(
     model: str, calibration: str, calibration_split: str, evaluation: str | None, split: str
-) -> None:
-    """Raise `UserError` unless the model and the texts can be found; call it before loading."""
+) -> tuple[Corpus, Corpus]:
+    """The texts; call it before loading.
+
+    Raises:
+        UserError: the model or a text cannot be found.
+    """
     from oasis_attn.data import calibration_corpora
     from oasis_attn.hub.locate import find_model
 
     find_model(model)
-    for corpus in calibration_corpora(calibration, calibration_split, evaluation, split):
+    corpora = calibration_corpora(calibration, calibration_split, evaluation, split)
+    for corpus in corpora:
         corpus.check()
+    return corpora

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Any
 
 import typer
@@ -116,10 +117,14 @@ class Command(_Help, TyperCommand):
             for parameter in self.params
             if parameter.name and parameter.metavar and parameter.name not in options
         }
-        start = re.match(r"\w*", message)
+        parts_of = self._parts()
+        start = re.match(r"[\w.]*", message)
         assert start is not None
         name, rest = start[0], message[start.end() :]
-        if name in options and rest.startswith((":", "[", " (")):  # `learning_rates['router']: ...`
+        part_of = parts_of.get(name.partition(".")[0])
+        if part_of is not None and name not in options and rest.startswith(":"):
+            name = part_of if name == "options" else f"{part_of} {name}"
+        elif name in options and rest.startswith((":", "[", " (")):  # `rate['router']: ...`
             name = options[name]
         elif name in arguments and arguments[name].lower() != name and rest.startswith(":"):
             name = arguments[name]
@@ -131,6 +136,24 @@ class Command(_Help, TyperCommand):
             parts[::2] = [pattern.sub(lambda m: options[m[1]], part) for part in parts[::2]]
             rest = "".join(parts)
         return name + rest
+
+    def _parts(self) -> dict[str, str]:
+        """The names in the values of options of the form NAME=VALUE, and their options.
+
+        `options` is the argument of `Scheme.with_options`.
+        """
+        from oasis_attn.modeling.settings import SETTINGS
+        from oasis_attn.quantization.schemes import Scheme
+
+        known = {
+            "scheme_option": ("options", *(field.name for field in fields(Scheme))),
+            "settings": SETTINGS,
+        }
+        return {
+            name: parameter.opts[-1]
+            for parameter in self.params
+            for name in known.get(parameter.name or "", ())
+        }
 
 
 def _bad_parameter(error: typer.BadParameter, ctx: Any) -> str:

@@ -19,6 +19,7 @@ from oasis_attn.cli.terminal import (
     print_json,
     print_saved,
     print_sentences,
+    print_servable,
     print_table,
     working,
 )
@@ -255,7 +256,9 @@ def convert(
             for name, value in facts.items()
         )
         print_table(Table(title="Converted", columns=("", ""), rows=rows, text_columns=2))
-        if to_vanilla or to_sinks:
+        if to_sinks:
+            print_servable(out)
+        elif to_vanilla:
             print_saved(out, purpose="measure it", command=("oasis", "diagnose", out))
         else:
             command = "oasis", "train", "--from", out, "--out", f"{out}-trained"

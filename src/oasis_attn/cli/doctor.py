@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,15 +26,17 @@ from oasis_attn.cli.terminal import (
 def doctor(
     model: Model,
     out: Annotated[
-        Path,
+        Path | None,
         Option(
             help="Folder for the records of one model and scheme. Results in it are not measured"
-            " again, so that an interrupted run continues."
+            " again, so that an interrupted run continues. Default: doctor-NAME, with the last part"
+            " of the model's name.",
+            show_default=False,
         ),
-    ] = Path("doctor"),
+    ] = None,
     scheme: Annotated[
         str,
-        Option(help="Quantization scheme to use; weights get one scale per output channel."),
+        Option(help="A scheme of `oasis quantize`; weights get one scale per output channel."),
     ] = "w8a8-static-linear",
     scheme_option: options.SchemeOption = None,
     tolerance: Annotated[
@@ -69,18 +72,28 @@ def doctor(
     from oasis_attn.devices import check_device
     from oasis_attn.files import check_free
     from oasis_attn.quantization.options import check_doctor
+    from oasis_attn.quantization.remedies import REMEDIES, per_channel
     from oasis_attn.quantization.schemes import Scheme
+    from oasis_attn.study.doctor_folder import stored_results
 
     varied = options.varied_scheme(scheme, scheme_option)
     check_doctor(tolerance=tolerance, window=window, windows=windows, seed=seed)
     check_device(device)
-    if not (out / "record.json").is_file():
-        check_free(out)
+    out = out or Path(f"doctor-{_last_part(model)}")
     if apply is not None:
         check_free(apply, "apply")
-    options.check_inputs(model, calibration, calibration_split, evaluation, evaluation_split)
+    corpora = options.check_inputs(
+        model, calibration, calibration_split, evaluation, evaluation_split
+    )
+    stored_results(
+        out,
+        scheme=per_channel(varied),
+        seed=seed,
+        corpora=corpora,
+        window=window,
+        windows=windows,
+    )
 
-    from oasis_attn.quantization.remedies import REMEDIES
     from oasis_attn.report import conclusion
     from oasis_attn.report.remedies import doctor_conclusion, doctor_table
     from oasis_attn.study.apply_remedy import check_targets, steps
@@ -132,3 +145,9 @@ def doctor(
             with working(f"oasis {step.command}", as_json=as_json) as report:
                 step.run(progress=report)
             print(f"Saved: {step.out}.", file=sys.stderr)
+
+
+def _last_part(model: str) -> str:
+    """The last part of a model's name: a folder, a file without its suffix, or a Hub id."""
+    path = Path(os.path.abspath(model))  # so that `.` and `..` have a name
+    return path.stem if path.suffix == ".gguf" else path.name

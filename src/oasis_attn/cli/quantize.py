@@ -15,6 +15,7 @@ from oasis_attn.cli.terminal import (
     Model,
     TrustRemoteCode,
     print_saved,
+    print_servable,
     print_table,
     working,
 )
@@ -128,7 +129,10 @@ def quantize(
         print(record.to_json())
     else:
         _show(record)
-        print_saved(out, purpose="evaluate it", command=("oasis", "evaluate", out))
+        if format == "compressed-tensors":
+            print_servable(out)
+        else:
+            print_saved(out, purpose="evaluate it", command=("oasis", "evaluate", out))
 
 
 def _float_weights(sizes: dict[str, int]) -> Table:

@@ -120,6 +120,12 @@ def print_saved(*saved: Path | None, purpose: str = "", command: Sequence[object
         print(f"\n{' '.join(parts)}")
 
 
+def print_servable(folder: Path) -> None:
+    """Print where a model is that engines load without this library, and how to serve it."""
+    command = "vllm", "serve", folder.absolute(), "--dtype", "bfloat16"
+    print_saved(folder, purpose="serve it", command=command)
+
+
 def _split(table: Table, console_width: int) -> list[list[int]]:
     """The columns of each table to print: the key columns, then as many others as fit."""
     widths = [

@@ -298,7 +298,10 @@ def _splits(name: str) -> Mapping[str, Reader]:
     if local:
         hint = f"{str(kept)!r} holds {', '.join(sorted(local))}"
     else:
-        hint = f"without the Hub, put its splits into $OASIS_DATA/{name}/<split>.txt or .jsonl"
+        hint = (
+            f"without the Hub, put its splits into $OASIS_DATA/{name}/<split>.txt or .jsonl, or use"
+            " stdlib or pydoc, which need no network"
+        )
     return {split: partial(_read, reader, hint) for split, reader in source.splits.items()} | local
 
 

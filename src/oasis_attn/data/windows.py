@@ -31,7 +31,15 @@ from torch import Tensor
 
 from oasis_attn.data.blocks import Packing, count_tokens, pack_texts, token_blocks
 from oasis_attn.data.corpora import Corpus
-from oasis_attn.errors import UserError, check_choice, check_whole, shown
+from oasis_attn.errors import (
+    UserError,
+    check_choice,
+    check_iterable,
+    check_type,
+    check_unicode,
+    check_whole,
+    shown,
+)
 from oasis_attn.records import TextInfo
 
 if TYPE_CHECKING:
@@ -99,7 +107,10 @@ def read_windows(
             outside the vocabulary.
     """
     if not isinstance(texts, Corpus):
-        given = [texts] if isinstance(texts, str) else texts
+        given = [texts] if isinstance(texts, str) else list(texts)
+        for text in given:
+            check_type("texts", text, str, "text")
+            check_unicode("texts", text)
         texts = [text for text in given if text.strip()]
     if window is None:
         documents = texts.texts() if isinstance(texts, Corpus) else texts
@@ -159,11 +170,14 @@ def as_windows(
             token ids that are no integers in [0, vocab_size); windows that overlap.
     """
     found = texts_or_tokens
+    if source is not None:
+        check_type("data", source, Mapping, "a mapping with `corpus`, `split` and `sha256`")
     if not isinstance(found, Windows):
         check_whole("windows", windows, 1)
         if window is not None:
             check_whole("window", window, 2)
         items: Any = [found] if isinstance(found, str | Corpus) else found
+        check_iterable("texts_or_tokens", items, "text or rows of tokens")
         first, items = _peek(items)
         if isinstance(first, str | Corpus):
             if tokenizer is None:
@@ -301,8 +315,10 @@ def _from_rows(
     if ids_NT.dtype.is_floating_point or ids_NT.dtype in (torch.bool, torch.complex64):
         raise UserError(f"tokens: dtype {ids_NT.dtype} is not an integer type")
     count, length = ids_NT.shape
-    if length < 2 or window not in (None, length):
-        raise UserError(f"tokens: rows of {length} tokens; allowed are {window or 'at least 2'}")
+    if length < 2:
+        raise UserError(f"tokens: rows of {length} tokens; a row needs at least 2")
+    if window not in (None, length):
+        raise UserError(f"window: {window} is not the length of the given rows, {length} tokens")
     first = int(ids_NT[0, 0])
     return _windows(
         ids_NT.long().cpu(),

@@ -13,7 +13,9 @@ from oasis_attn.errors import (
     check_at_least,
     check_choice,
     check_flag,
+    check_path,
     check_seed,
+    check_type,
     check_whole,
     shown,
 )
@@ -109,6 +111,13 @@ class EvaluationConfig:
                 check_whole(name, value, least)
         check_seed("seed", self.seed)
         check_flag("resume", self.resume)
+        if self.cache is not None and not callable(self.cache):
+            raise UserError(
+                f"cache: {shown(self.cache)} is not a function that makes a cache from a config"
+            )
+        if self.samples is not None:
+            check_path("samples", self.samples)
+        check_type("model_notes", self.model_notes, Mapping, "a mapping")
         if self.stride is not None and self.stride > self.window:
             raise UserError(f"stride: {self.stride} is more than the window of {self.window}")
         for k in self.k:

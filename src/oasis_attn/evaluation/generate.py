@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from oasis_attn.data.tokens import prompt_ids
+from oasis_attn.evaluation.likelihood import new_cache
 from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.hub.model_info import check_lengths, eval_mode
 from oasis_attn.hub.prefix import prefix_of
@@ -140,7 +141,7 @@ def _continue(
     output_BT = model.generate(
         input_ids=ids_BT.to(model.device),
         attention_mask=mask_BT.to(model.device),
-        past_key_values=None if cache is None else cache(model.config),
+        past_key_values=None if cache is None else new_cache(model, cache),
         generation_config=GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,

@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTok
 
 from oasis_attn.data.tokens import continuation_ids
 from oasis_attn.data.windows import Windows
+from oasis_attn.errors import check_type
 from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.hub.model_info import check_lengths, eval_mode
 from oasis_attn.ops.token_losses import token_losses
@@ -102,13 +103,20 @@ def _continuation_losses(
     ]
 
 
+def new_cache(model: PreTrainedModel, cache: MakeCache) -> Cache:
+    """What `cache` makes for `model`; `UserError` if it is no cache."""
+    made = cache(model.config)
+    check_type("cache", made, Cache, "a cache of transformers, which the function must return")
+    return made
+
+
 def window_logits(
     model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None, cache: MakeCache | None
 ) -> Tensor:
     """Logits [B, T, V], computed in one pass, or in pieces with a cache."""
     if cache is None:
         return model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-    filled, pieces = cache(model.config), []
+    filled, pieces = new_cache(model, cache), []
     for start in range(0, ids_BT.shape[1], _PIECE):
         part = slice(start, start + _PIECE)
         mask = None if mask_BT is None else mask_BT[:, : part.stop]

@@ -15,7 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from oasis_attn.data import load_corpus, tokenizer_sha256
 from oasis_attn.data.problems import Problem, read_problems
 from oasis_attn.data.windows import read_windows
-from oasis_attn.errors import UserError, check_choice
+from oasis_attn.errors import (
+    UserError,
+    check_choice,
+    check_flag,
+    check_loaded,
+    check_tokenizer,
+)
 from oasis_attn.evaluation.config import EvaluationConfig
 from oasis_attn.evaluation.generate import ANSWER_FIELDS, check_prompts, generate
 from oasis_attn.evaluation.harness import HarnessGsm8k, check_harness
@@ -88,6 +94,7 @@ def evaluate(
     allowed = (*(each.name for each in fields(EvaluationConfig)), "device", "trust_remote_code")
     for name in options:
         check_choice("options", name, allowed)
+    check_flag("trust_remote_code", trust_remote_code)
     config = EvaluationConfig(**options)
     if "gsm8k" in config.tasks:
         check_harness()
@@ -96,10 +103,12 @@ def evaluate(
         if tokenizer is not None:
             raise UserError("tokenizer: allowed with a model in memory only; a name loads its own")
         model, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
-    elif device != "auto":
+    elif not isinstance(device, str) or device != "auto":
         raise UserError(f"device: {device!r} is for a name; a model in memory stays where it is")
     if tokenizer is None:
         raise UserError("tokenizer: None; a model in memory needs its tokenizer given")
+    check_loaded(model)
+    check_tokenizer(tokenizer)
     run = _Run(
         model=model,
         tokenizer=tokenizer,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from oasis_attn.devices import find_device
-from oasis_attn.errors import UserError, check_choice
+from oasis_attn.errors import UserError, check_choice, check_flag, check_path
 from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.hub.checkpoint import Checkpoint, parameter_limit
 from oasis_attn.hub.gguf_file import check_loading_info, read_gguf
@@ -69,7 +70,9 @@ def load_model(
             tokenizer has more tokens than the model has embeddings; the model is not a causal
             decoder; it needs code that is not trusted.
     """
+    check_path("model", name_or_path)
     check_choice("dtype", dtype, DTYPES)
+    check_flag("trust_remote_code", trust_remote_code)
     place = find_device(device)
     name = str(name_or_path)
     checkpoint = Checkpoint(name, _resolve(name), trust_remote_code)
@@ -91,7 +94,8 @@ def load_model(
         dtype = "auto"
     # A parameter takes at least one byte, or one bit if it is quantized.
     limit = checkpoint.weight_bytes() * (8 if quantized else 1)
-    with checkpoint.foreign("model"), quiet(), parameter_limit(limit, too_large):
+    hidden = _hidden_bars(stored.get("quant_method"))
+    with checkpoint.foreign("model"), quiet(), hidden, parameter_limit(limit, too_large):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -118,7 +122,7 @@ def load_model(
         )
     nn.Module.to(model.eval(), place)  # that of transformers refuses some quantized models
     if model.dtype != torch.float64:  # the experts of transformers do not support float64
-        with checkpoint.foreign("a forward pass on 3 tokens"):
+        with checkpoint.foreign("a forward pass on 3 tokens"), hidden:
             _check_runs(model)
     return model, tokenizer
 
@@ -159,6 +163,15 @@ def quiet() -> Iterator[None]:
     finally:
         if before:
             logging.enable_progress_bar()
+
+
+def _hidden_bars(method: str | None) -> AbstractContextManager[Any]:
+    """Context without the progress bars of compressed-tensors, which it cannot switch off.
+
+    It shows them when transformers loads a model, and when the model runs for the first time.
+    """
+    bars = method == "compressed-tensors"
+    return redirect_stderr(io.StringIO()) if bars else nullcontext()
 
 
 def _check_causal(config: Any, name: str, trust_remote_code: bool) -> None:

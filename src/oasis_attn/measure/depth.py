@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, check_iterable
 from oasis_attn.measure.sinks import RATE_THRESHOLDS
 from oasis_attn.measure.statistics import mean_metric
 from oasis_attn.modeling.configuration_oasis import OasisConfig
@@ -129,6 +129,8 @@ def causal_sources(model: PreTrainedModel, causal: bool | Sequence[int]) -> list
         raise UserError(
             f"causal: the model has residual {residual!r}; only residual 'depth' has sources"
         )
+    if not isinstance(causal, bool):
+        check_iterable("causal", causal, "a list of sources, true or false")
     last = -(-2 * config.num_hidden_layers // config.depth_block_size)
     sources = list(range(last + 1)) if causal is True else list(causal)
     for source in sources:

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Corpus, Windows, as_windows
-from oasis_attn.errors import check_loaded, check_whole
+from oasis_attn.errors import check_flag, check_loaded, check_seed, check_tokenizer, check_whole
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
+from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.measure.depth import Depth, causal_importance, causal_sources
 from oasis_attn.measure.head_outputs import HeadOutputs
 from oasis_attn.measure.hooks import HookPoint, find_hook_points
@@ -79,6 +80,11 @@ def diagnose(
     """
     check_loaded(model)
     check_whole("batch_size", batch_size, 1)
+    check_flag("joint", joint)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    if seed is not None:
+        check_seed("seed", seed)
     points, dropped = find_hook_points(model), causal_sources(model, causal)
     joint_measures = Joint(model) if joint else None
     embedding: Any = model.get_input_embeddings()
@@ -96,7 +102,7 @@ def diagnose(
     # The state after the last layer is taken after the final norm, if there is one.
     last_state = [point for point in points if point.kind in ("layer", "final_norm")][-1]
     outliers, ranges, depth = Outliers(points), RangeNoise(points), Depth()
-    sinks, secondary = Sinks(points), SecondarySinks(layers)
+    sinks, secondary = Sinks(points, prefixed=prefix_of(model) is not None), SecondarySinks(layers)
     sink_tokens, heads = SinkTokens(model), HeadOutputs(points)
 
     def on_attention(call: AttentionCall) -> None:

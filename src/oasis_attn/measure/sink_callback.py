@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from oasis_attn.data import Windows, as_windows
 from oasis_attn.errors import MOST, UserError, check_whole
 from oasis_attn.hub.model_info import check_lengths
+from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.measure.depth import Depth
 from oasis_attn.measure.hooks import find_hook_points
 from oasis_attn.measure.loss import loss_metrics
@@ -86,7 +87,11 @@ class SinkCallback(TrainerCallback):
         """The metrics of the Trainer's model now, by name; the values of `diagnose`."""
         model = self._model
         points = find_hook_points(model)
-        outliers, sinks, depth = Outliers(points), Sinks(points), Depth()
+        outliers, sinks, depth = (
+            Outliers(points),
+            Sinks(points, prefixed=prefix_of(model) is not None),
+            Depth(),
+        )
         batches = self.windows.ids_NT.to(model.device).split(self._trainer.args.train_batch_size)
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self._trainer.accelerator.autocast():

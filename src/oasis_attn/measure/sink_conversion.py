@@ -25,6 +25,7 @@ from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.hub.null_from_sink import CANDIDATES, null_from_sink
 from oasis_attn.hub.null_options import check_null_from_sink
+from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.hub.tokenizer_bos import without_bos
 from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
 from oasis_attn.measure.loss import loss_metrics
@@ -195,7 +196,7 @@ def measure_sink(model: PreTrainedModel, windows: Windows) -> tuple[list[Metric]
     check_lengths(model, windows.ids_NT.shape[1:], "window")
     points = find_hook_points(model)
     layers = [point for point in points if point.kind == "layer"]
-    sinks, losses = Sinks(points), []
+    sinks, losses = Sinks(points, prefixed=prefix_of(model) is not None), []
     largest: list[Any] = [None] * len(layers)
 
     def see(point: HookPoint, output: Any) -> None:

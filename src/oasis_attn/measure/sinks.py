@@ -65,9 +65,15 @@ class Sinks:
     """Computes the sink.* metrics of attention, and null.mass, during one pass over windows.
 
     Only layers with softmax attention are measured; the others have no attention map.
+
+    Args:
+        points: the modules whose outputs are observed.
+        prefixed: whether the model has a stored prefix.  The first position is then that of the
+            prefix, so that all queries of a window are later ones.
     """
 
-    def __init__(self, points: list[HookPoint]) -> None:
+    def __init__(self, points: list[HookPoint], *, prefixed: bool = False) -> None:
+        self._later = slice(0 if prefixed else 1, None)
         self._attention = attention_layers(points)
         self._layers = [point for point in points if point.kind == "layer"]
         # What a layer without softmax attention has instead; it may be only an MLP.
@@ -87,11 +93,11 @@ class Sinks:
         heads = p_BHT.shape[1]
         self._window = p_BHT.shape[2]
 
-        self._record("mass", call.layer, _mean(p_BHT[..., 1:]))
-        real_BHT = 1 - null_BHT[..., 1:]
+        self._record("mass", call.layer, _mean(p_BHT[..., self._later]))
+        real_BHT = 1 - null_BHT[..., self._later]
         # A row whose sum is 0 cannot be renormalized; it is excluded from the mean.
         idle_BHT = real_BHT <= 1e-6
-        share_BHT = (p_BHT[..., 1:] / real_BHT).masked_fill(idle_BHT, 0).double()
+        share_BHT = (p_BHT[..., self._later] / real_BHT).masked_fill(idle_BHT, 0).double()
         rows_BH = (~idle_BHT).sum(-1).clamp_min(1)
         self._record("mass_renormalized", call.layer, share_BHT.sum(-1) / rows_BH)
         self._record("rate", call.layer, _mean(p_BHT[..., :RATE_LENGTH]))
@@ -102,7 +108,7 @@ class Sinks:
             value_BGd = call.value_BGSd[:, :, 0]
             value_BHd = value_BGd.repeat_interleave(heads // value_BGd.shape[1], dim=1)
             norms_BT = first_position_norms(p_BHT, value_BHd, point.module)
-            self._record("value_weighted", call.layer, _mean(norms_BT[:, 1:]))
+            self._record("value_weighted", call.layer, _mean(norms_BT[:, self._later]))
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `UserError` unless each layer with softmax attention has made one attention call

@@ -138,7 +138,8 @@ SINKS = (
     Definition(
         name="sink.mass",
         definition="attention probability of the first position, mean over the later queries.  If "
-        "the model has a stored prefix, the first position is that of the prefix",
+        "the model has a stored prefix, the first position is that of the prefix, and all queries "
+        "of the window are later",
         unit="probability",
         better="lower",
         protocol=_HEADS,

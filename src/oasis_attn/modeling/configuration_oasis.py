@@ -241,7 +241,8 @@ class OasisConfig(PreTrainedConfig):
         BRANCH_NORMS.check(self.branch_norm, "none")
         NULL_SIGNALS.check(self.null_signal, "off")
         # -inf switches the null off.  A parameter with this value could not be trained.
-        if not (self.null_logit == -math.inf and normalizer.name not in LEARNED_NULL_LOGIT):
+        off = isinstance(self.null_logit, float) and self.null_logit == -math.inf
+        if not (off and normalizer.name not in LEARNED_NULL_LOGIT):
             check_at_least("null_logit", self.null_logit, -_LARGEST, _LARGEST)
         if normalizer.name not in WITH_NULL_LOGIT:
             self._needs("null_logit", "token_normalizer", " or ".join(map(repr, WITH_NULL_LOGIT)))

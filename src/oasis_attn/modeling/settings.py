@@ -86,7 +86,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def refuse_unknown(names: Iterable[str]) -> None:
     """Raise `UserError` for the first of `names`, and suggest the most similar setting."""
-    for name in names:
+    for name in map(str, names):
         near = difflib.get_close_matches(name, SETTINGS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"settings: {name!r} is not one of {', '.join(SETTINGS)}{hint}")

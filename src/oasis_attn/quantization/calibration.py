@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import UserError, check_iterable
 
 
 def check_batches(model: PreTrainedModel, calibration: Iterable[Tensor]) -> list[Tensor]:
     """The batches as a list; `UserError` if there are none, or `model` cannot read one."""
+    check_iterable("calibration", calibration, "a list of batches")
     batches = list(calibration)
     for batch in batches:
         _check_batch(model, batch)

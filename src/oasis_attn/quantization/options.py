@@ -48,14 +48,14 @@ def check_format(format: str, scheme: Scheme) -> None:
     reason = ""
     types = {spec.element_type for spec in (scheme.weight, scheme.activation) if spec}
     if scheme.targets == "full":
-        reason = "it quantizes linear layers only; use targets='linear'"
+        reason = "it quantizes linear layers only; use the scheme option targets=linear"
     elif scheme.rotation not in ("none", "folded"):
         reason = (
             f"transformers does not apply rotation {scheme.rotation!r} to inputs on loading; use"
-            " rotation='folded', which needs nothing at run time"
+            " the scheme option rotation=folded, which needs nothing at run time"
         )
     elif scheme.clip_ratio != 1:
-        reason = "it does not clip dynamic ranges; use clip_ratio=1"
+        reason = "it does not clip dynamic ranges; use the scheme option clip_ratio=1"
     elif scheme.activation is None and not scheme.weight.symmetric:
         reason = "transformers cannot load packed weights with zero points; use symmetric weights"
     elif types != {"int"} and not float_format(scheme):
@@ -64,7 +64,7 @@ def check_format(format: str, scheme: Scheme) -> None:
             " and activations"
         )
     elif float_format(scheme) == NVFP4_FORMAT and scheme.activation and not scheme.static:
-        reason = "its NVFP4 has a fixed range of the tensor; use static=True"
+        reason = "its NVFP4 has a fixed range of the tensor; use the scheme option static=true"
     if reason:
         raise UserError(f"format: {format!r} cannot hold scheme {scheme.name!r}: {reason}")
 

@@ -24,7 +24,7 @@ from oasis_attn.quantization.prefix_search import (
 )
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import perplexity
-from oasis_attn.quantization.simulate import check_unquantized, quantize
+from oasis_attn.quantization.simulate import check_unquantized_config, quantize
 from oasis_attn.records import Metric, PrefixRecord, current_environment
 
 _SEARCH_WINDOWS, _SEARCH_TOKENS = 4, 48
@@ -88,8 +88,12 @@ def prefix_checkpoint(
 
     steps = Steps(progress, 1 + length + tune_steps + 2 * _MEASUREMENTS + 1)
     steps.start("loading the model")
-    loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
-    check_unquantized(loaded)
+    loaded, tokenizer = load_model(
+        model,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        check=check_unquantized_config,
+    )
     check_can_have_prefix(loaded)
     check_lengths(loaded, [window + length], "window with the prefix")
     seen, held_out = (

@@ -40,7 +40,7 @@ from oasis_attn.quantization.sensitivity import (
     target_metrics,
 )
 from oasis_attn.quantization.served_prefix import check_served_prefix
-from oasis_attn.quantization.simulate import quantize, scheme_targets
+from oasis_attn.quantization.simulate import check_unquantized_config, quantize, scheme_targets
 from oasis_attn.records import Metric, QuantizationRecord
 
 
@@ -123,7 +123,12 @@ def quantize_checkpoint(
     corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
 
     progress("loading the model")
-    loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load_model(
+        model,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        check=check_unquantized_config,
+    )
     check_lengths(loaded, [window], "window")
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora

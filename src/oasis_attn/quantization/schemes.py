@@ -85,6 +85,8 @@ class Scheme:
         if self.weight.granularity == "token":
             raise UserError("weight: granularity 'token' is for activations; use 'channel'")
         activation = self.activation
+        if not isinstance(activation, QuantSpec | None):
+            raise UserError(f"activation: {shown(activation)} is neither a format nor None")
         granularity = activation.granularity if activation else None
         if granularity == "channel":
             raise UserError("activation: granularity 'channel' is for weights; use 'token'")
@@ -106,7 +108,7 @@ class Scheme:
             )
         if self.targets == "full" and not self.static:
             raise UserError(
-                "targets: 'full' needs static=True; a dynamic scheme can only have 'linear'"
+                "targets: 'full' needs static ranges; a dynamic scheme can only have 'linear'"
             )
         if self.targets == "full" and granularity == "group":
             raise UserError(
@@ -176,13 +178,17 @@ class Scheme:
         fields = self.to_dict()
         for name, value in options.items():
             parent, _, last = name.rpartition(".")
-            if parent not in ("weight", "activation"):
-                known, last = fields, name
-            elif fields[parent] is None:
+            formats = {each: fields[each] for each in ("weight", "activation")}
+            if formats.get(parent, fields) is None:
                 raise UserError(f"{name}: scheme {self.name!r} does not quantize activations")
-            else:
-                known = fields[parent]
-            check_choice("scheme option", last, known)
+            dotted = [
+                f"{each}.{field}"
+                for each, spec in formats.items()
+                for field in spec or ()
+                if parent == each or name == field
+            ]
+            check_choice("options", name, dotted if parent in formats else [*fields, *dotted])
+            known = formats.get(parent, fields)
             if last in ("weight", "activation"):
                 spec = _spec(last, value)
                 value = spec and asdict(spec)

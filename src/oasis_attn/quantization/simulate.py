@@ -11,9 +11,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from oasis_attn.errors import UserError, check_choice, check_loaded, check_seed
+from oasis_attn.errors import (
+    UserError,
+    check_choice,
+    check_iterable,
+    check_loaded,
+    check_seed,
+    shown,
+)
+from oasis_attn.hub.prefix_storage import METHOD as PREFIX_METHOD
 from oasis_attn.hub.prefix_storage import PrefixHfQuantizer
 from oasis_attn.quantization.calibration import check_batches, run_batch
 from oasis_attn.quantization.fitted import fit_inputs
@@ -178,6 +186,20 @@ def check_unquantized(model: PreTrainedModel) -> None:
         raise UserError("model: it is already quantized; use the original model")
 
 
+def check_unquantized_config(config: PreTrainedConfig) -> None:
+    """Raise `UserError` if `config` is that of a quantized model; call it before loading."""
+    for part in (config, config.get_text_config(decoder=True)):
+        stored: Any = getattr(part, "quantization_config", None)
+        fields = stored if isinstance(stored, dict | None) else vars(stored)
+        method = (fields or {}).get("quant_method")
+        if method not in (None, PREFIX_METHOD):
+            method = getattr(method, "value", method)
+            raise UserError(
+                f"model: {shown(config.name_or_path)} is already quantized, by {method}; use the"
+                " original model"
+            )
+
+
 def _checked_targets(
     model: PreTrainedModel, scheme: Scheme, targets: Collection[str] | None
 ) -> tuple[str, ...]:
@@ -185,11 +207,12 @@ def _checked_targets(
     if targets is None:
         names = scheme_targets(model, scheme)
     else:
+        check_iterable("targets", targets, "a list of names")
         tensors = tensor_targets(model) if scheme.targets == "full" else ()
         known = dict.fromkeys([*linear_names(model), *tensors])
-        chosen = set(targets)
         for name in targets:
             check_choice("targets", name, known)
+        chosen = set(targets)
         names = tuple(name for name in known if name in chosen)
     if not names:
         raise UserError(f"targets: they name no linear layer of {type(model).__name__}")

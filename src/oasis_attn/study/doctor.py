@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from oasis_attn.data import Windows, calibration_corpora, read_windows
 from oasis_attn.errors import UserError, one_line
-from oasis_attn.files import check_free, lock
+from oasis_attn.files import lock
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_lengths, describe_model, fingerprint
 from oasis_attn.hub.prefix import (
@@ -43,24 +43,22 @@ from oasis_attn.quantization.prefix_search import find_prefix
 from oasis_attn.quantization.remedies import REMEDIES, Remedy, combine, per_channel
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import perplexity, sensitivity_table
-from oasis_attn.quantization.simulate import check_unquantized, quantize
+from oasis_attn.quantization.simulate import check_unquantized_config, quantize
 from oasis_attn.records import DiagnosisRecord, DoctorRecord, Metric, Try, current_environment
 from oasis_attn.report.conclusion import scheme_breaks
-from oasis_attn.report.remedies import PLAIN, has_tries, increase, is_good
+from oasis_attn.report.remedies import PLAIN, increase, is_good
+from oasis_attn.study.doctor_folder import (
+    DIAGNOSIS,
+    RECORD,
+    check_config,
+    resumed,
+    stored_results,
+)
 
-DIAGNOSIS, RECORD = "diagnosis.json", "record.json"
 LENGTH = 4  # at most so many tokens in a prefix, as by default in `oasis prefix`
 SHARE = 4  # one of so many windows is read for the sensitivity
 _DIAGNOSIS, _PLAIN, _SENSITIVITY = 1.5, 2, 4
 """Efforts, as those of `Remedy`."""
-_SAME = {
-    "sha256": "model",
-    "scheme": "scheme",
-    "seed": "seed",
-    "data": "evaluation text",
-    "calibration": "calibration text",
-}
-"""The fields of a record that a second run must have in common, and their names for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +122,20 @@ def doctor(
     scheme = per_channel(get_scheme(scheme))
     check_doctor(tolerance=tolerance, window=window, windows=windows, seed=seed)
     out = Path(out)
-    check_results(out)
     corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
+    stored = stored_results(
+        out, scheme=scheme, seed=seed, corpora=corpora, window=window, windows=windows
+    )
+
+    def check(config: PreTrainedConfig) -> None:
+        check_unquantized_config(config)
+        if stored is not None:
+            check_config(config, out=out, stored=stored, trust_remote_code=trust_remote_code)
+
     progress("loading the model")
-    loaded, tokenizer = load_model(model, device=device, trust_remote_code=trust_remote_code)
-    check_unquantized(loaded)
+    loaded, tokenizer = load_model(
+        model, device=device, trust_remote_code=trust_remote_code, check=check
+    )
     check_lengths(loaded, [window], "window")
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
@@ -146,7 +153,7 @@ def doctor(
     )
     place = out.resolve()
     with lock(place.with_name(f".{place.name}.lock"), f"out: {str(out)!r}"):
-        visit = _Visit(loaded, seen, held_out, _resumed(out, record), out, progress)
+        visit = _Visit(loaded, seen, held_out, resumed(out, record), out, progress)
         diagnosis = visit.diagnose(tokenizer)
         plain = visit.attempt(None)
         if try_all or not is_good(visit.record, plain):
@@ -154,31 +161,6 @@ def doctor(
             _try_remedies(visit, plain, _ordered(scheme, diagnosis), try_all=try_all)
         visit.save()  # the tolerance may be another one
     return Consultation(diagnosis=diagnosis, record=visit.record)
-
-
-def check_results(out: Path) -> None:
-    """Raise `UserError` unless `out` has results of `doctor` or can be created."""
-    path = out / RECORD
-    if not path.is_file():
-        check_free(out)
-        return
-    record = DoctorRecord.load(path)
-    if record.tries and not has_tries(record):
-        raise UserError(f"out: {str(path)!r} lacks numbers of its tries; give a new folder")
-
-
-def _resumed(out: Path, record: DoctorRecord) -> DoctorRecord:
-    """The record in `out` with model and tolerance of `record`; `record` if there is none.
-
-    The model is the same, but its folder may have another name now.
-    """
-    if not (out / RECORD).is_file():
-        return record
-    stored = DoctorRecord.load(out / RECORD)
-    for name, what in _SAME.items():
-        if getattr(stored, name) != getattr(record, name):
-            raise UserError(f"out: {str(out)!r} has results for another {what}; give a new folder")
-    return replace(stored, model=record.model, tolerance=record.tolerance)
 
 
 def _ordered(scheme: Scheme, diagnosis: DiagnosisRecord) -> list[Remedy]:

@@ -14,7 +14,9 @@ from oasis_attn.errors import (
     check_at_least,
     check_choice,
     check_flag,
+    check_path,
     check_seed,
+    check_type,
     check_whole,
 )
 from oasis_attn.hub.model_sizes import check_size, text_config
@@ -130,10 +132,8 @@ class TrainingConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.from_model is not None:
-            self._check_unused("variant", "size", "vocab_size")
-            if not self.anneal_null or set(self.settings) - {"null_logit"}:
-                self._check_unused("settings")
+        check_path("out", self.out)
+        check_type("settings", self.settings, Mapping, "a mapping from settings to values")
         lowest = {
             "steps": 1,
             "block_length": 2,
@@ -148,6 +148,10 @@ class TrainingConfig:
         }
         for name, least in lowest.items():
             check_whole(name, getattr(self, name), least)
+        if self.from_model is not None:
+            self._check_unused("variant", "size", "vocab_size")
+            if not self.anneal_null or set(self.settings) - {"null_logit"}:
+                self._check_unused("settings")
         check_seed("seed", self.seed)
         check_device(self.device)
         if ":" in self.device:
@@ -163,6 +167,8 @@ class TrainingConfig:
             raise UserError(
                 f"distill_weight: {self.distill_weight!r} has no effect without distill_from"
             )
+        for name in ("weight_decay", "clip", "outlier_penalty"):
+            check_at_least(name, getattr(self, name), 0, _LARGEST)
         check_choice("outlier_tensors", self.outlier_tensors, OUTLIER_TENSORS)
         if not self.outlier_penalty and self.outlier_tensors != type(self).outlier_tensors:
             raise UserError(
@@ -178,8 +184,6 @@ class TrainingConfig:
                 f"null_to_logit: {self.null_to_logit!r} needs from_model, a model whose nulls have"
                 " values"
             )
-        for name in ("weight_decay", "clip", "outlier_penalty"):
-            check_at_least(name, getattr(self, name), 0, _LARGEST)
         check_learning_rates(self.learning_rates, _LARGEST)
         check_at_least("learning_rate", self._rate, 0, _LARGEST)
         for name in ("anneal_null", "null_to_logit"):
@@ -187,7 +191,8 @@ class TrainingConfig:
                 raise UserError(
                     f"{name}: {getattr(self, name)!r} is more than the run's {self.steps} steps"
                 )
-        check_patterns(self.trainable or ())
+        if self.trainable is not None:
+            check_patterns(self.trainable)
         if not self.clip:
             raise UserError(f"clip: {self.clip!r} is not above 0")
         if self.save_every % self.log_every:
@@ -249,7 +254,8 @@ class TrainingConfig:
             if option.default_factory is not MISSING:
                 default = option.default_factory()
             value = getattr(self, option.name)
-            if option.name in names and value != default:
+            changed = value is not None if default is None else value != default
+            if option.name in names and changed:
                 raise UserError(
                     f"{option.name}: {value!r} has no effect with from_model="
                     f"{str(self.from_model)!r}, because the model has its own; `oasis convert`"
