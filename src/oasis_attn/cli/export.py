@@ -14,6 +14,7 @@ from oasis_attn.cli.terminal import (
     TrustRemoteCode,
     print_json,
     print_saved,
+    print_servable,
     print_table,
     working,
 )
@@ -103,8 +104,7 @@ def export(
         elif with_code or PEFT_ADAPTER in facts.values():  # no engine applies them
             print_saved(out)
         else:
-            command = "vllm", "serve", out.absolute(), "--dtype", "bfloat16"
-            print_saved(out, purpose="serve it", command=command)
+            print_servable(out)
 
 
 def _text(value: Any) -> str:
