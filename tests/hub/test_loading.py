@@ -8,8 +8,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     T5Config,
 )
@@ -18,7 +21,9 @@ from transformers.utils import logging
 from oasis_attn import OasisConfig, OasisForCausalLM
 from oasis_attn.errors import UserError
 from oasis_attn.hub import loading
-from oasis_attn.hub.loading import load_model
+from oasis_attn.hub.loading import load_model, quiet
+from oasis_attn.measure import diagnose
+from oasis_attn.quantization import quantize, quantized_modules, schemes
 
 TEXT = LlamaConfig(
     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
@@ -185,6 +190,34 @@ def test_what_is_no_causal_decoder_is_refused(tmp_path, config):
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"family '{config.model_type}', which is not a causal"):
         load_model(tmp_path)
+
+
+def test_a_vision_language_model_is_saved_and_loaded_for_its_text_decoder(tmp_path):
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        image_size=4, patch_size=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=TEXT, image_token_id=15)
+    given = LlavaForConditionalGeneration(config).eval()
+    scheme = schemes()["w4a16"].with_options({"weight.group_size": 8})
+    quantized = quantize(given, scheme)
+    assert len(quantized_modules(quantized)) == 7
+    with quiet():
+        quantized.save_pretrained(tmp_path)
+    _tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path)
+    ids = torch.arange(15)[None]
+    with torch.no_grad():
+        expected = quantized(input_ids=ids).logits
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+    record = diagnose(loaded, ids)
+    logits_TV = expected[0, :-1]
+    loss = float(torch.nn.functional.cross_entropy(logits_TV, ids[0, 1:]))
+    assert record["loss.windowed"] == pytest.approx(loss, abs=1e-5)
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "AutoModelForImageTextToText.from_pretrained(" in card
 
 
 def test_smollm2_without_its_wheel_says_how_to_get_it(monkeypatch):

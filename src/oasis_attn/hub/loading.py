@@ -15,9 +15,11 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -49,6 +51,8 @@ def load_model(
     check: Callable[[PreTrainedConfig], None] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in eval mode, and its tokenizer.  A stored prefix is attached.
+
+    A vision-language model is loaded whole; the rest of this library uses its text decoder.
 
     Args:
         name_or_path: a local folder in Hugging Face format, a `.gguf` file, a Hub id, or `smollm2`:
@@ -85,7 +89,7 @@ def load_model(
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         else:
             config = OasisConfig.from_pretrained(source, **overrides)
-        _check_causal(config, name, trust_remote_code)
+        auto_class = _auto_class(config, name, trust_remote_code)
     if check is not None:
         check(config)
     _check_has_tokenizer(checkpoint)
@@ -96,7 +100,7 @@ def load_model(
     limit = checkpoint.weight_bytes() * (8 if quantized else 1)
     hidden = _hidden_bars(stored.get("quant_method"))
     with checkpoint.foreign("model"), quiet(), hidden, parameter_limit(limit, too_large):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             source,
             config=config,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -174,16 +178,20 @@ def _hidden_bars(method: str | None) -> AbstractContextManager[Any]:
     return redirect_stderr(io.StringIO()) if bars else nullcontext()
 
 
-def _check_causal(config: Any, name: str, trust_remote_code: bool) -> None:
+def _auto_class(config: Any, name: str, trust_remote_code: bool) -> Any:
+    """The Auto class that loads the decoder; `UserError` if there is none."""
     kind = getattr(config, "model_type", type(config).__name__)
-    decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (
-        trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", ())
-    )
     encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(
         config, "is_decoder", False
     )
-    if not decoder or encoder or getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"model: {name!r} is of family {kind!r}, which is not a causal decoder")
+    if not encoder and not getattr(config, "is_encoder_decoder", False):
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or (
+            trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", ())
+        ):
+            return AutoModelForCausalLM
+        if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return AutoModelForImageTextToText
+    raise UserError(f"model: {name!r} is of family {kind!r}, which is not a causal decoder")
 
 
 @torch.no_grad()

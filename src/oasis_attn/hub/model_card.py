@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from oasis_attn.files import write_text
 from oasis_attn.hub.model_code import tested_versions
@@ -215,6 +216,10 @@ def _task(config: PreTrainedConfig) -> tuple[str, str]:
             return task, f"AutoModel{head}"
     if name.startswith("Routed"):  # an OASIS base model
         return "feature-extraction", "AutoModel"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    ):
+        return "image-text-to-text", "AutoModelForImageTextToText"
     return "text-generation", "AutoModelForCausalLM"
 
 

@@ -300,7 +300,8 @@ DEPTH = (
         definition="weight of the source `where`, mean over tokens.  Source 0 is the embedding.  "
         "Families of transformers with depth routing have it too: block attention residuals "
         "(inkling2), and hyper-connections (deepseek_v4, hy_v4), where it is the sum over streams "
-        "of the weight of the stream times that of the source in the stream",
+        "of the weight of the stream times that of the source in the stream.  Gated residuals "
+        "(qwen4_exp) weight each channel by itself, so that no source has one weight",
         unit="probability",
         protocol="`diagnose`: depth routers that read the source and at least one other; mean over "
         "routers, then windows",
