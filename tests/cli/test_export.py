@@ -103,6 +103,8 @@ def test_another_process_computes_the_same_without_this_library(oasis, model, tm
         "nulls": "the first token of a text has position 2",
     }.items():
         assert line in (tmp_path / name / "README.md").read_text()
+    card = (tmp_path / "nulls" / "base_model" / "README.md").read_text()
+    assert "llama with 2 nulls: this is its base model." in card
     run = [sys.executable, "-c", READER, str(tmp_path), TEXT]
     subprocess.run(run, check=True, capture_output=True, text=True, timeout=300)
     found = torch.load(tmp_path / "logits.pt")

@@ -66,7 +66,6 @@ def check_gguf(config: PreTrainedConfig) -> None:
             "no GGUF architecture computes what an OASIS model does; export the original model, or"
             " the result of `oasis convert --to-vanilla` if the null is off; a folder holds nulls"
             " with keys and values for peft, and other OASIS models with --with-code"
-            " (with_code=True)"
         )
     kind, fields = config.model_type, config.to_dict()
     if kind not in ARCHITECTURES:

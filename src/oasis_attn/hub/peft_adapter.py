@@ -23,8 +23,7 @@ from oasis_attn.errors import UserError, one_line
 from oasis_attn.files import staged_folder, write_bytes, write_text
 
 CONFIG, WEIGHTS, TENSOR = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
-CHECKED = 9
-"""Tokens with which an adapter is checked."""
+_CHECKED = 9  # tokens with which an adapter is checked
 _BASE_MODEL = "base_model"  # the subfolder with the model to which an exported adapter belongs
 _CARD = """\
 ---
@@ -47,6 +46,17 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 ```
 
 With padding on the left, pass `position_ids` to a forward pass; `generate` needs nothing.
+"""
+_BASE_CARD = """\
+---
+library_name: transformers
+tags: [oasis-attn, {family}]
+---
+
+# The base model of a PEFT adapter
+
+{title}: this is its base model. The adapter is in the folder that contains this one. Without it,
+this model computes something else.
 """
 
 
@@ -116,6 +126,7 @@ def export_adapter(
         adapter.save(stage, str(out.absolute() / _BASE_MODEL))
         check_adapter(model, base, stage)
         write_text(stage / "README.md", _CARD.format(family=family, title=title, text=text))
+        write_text(stage / _BASE_MODEL / "README.md", _BASE_CARD.format(family=family, title=title))
 
 
 @torch.no_grad()
@@ -129,7 +140,7 @@ def check_adapter(model: PreTrainedModel, base: PreTrainedModel, folder: Path) -
     from peft import PeftModel
 
     family = base.config.get_text_config(decoder=True).model_type
-    ids_1T = torch.arange(CHECKED, device=model.device)[None]
+    ids_1T = checked_ids(base)
     try:
         adapted: Any = PeftModel.from_pretrained(base, folder).eval()
         found = adapted(input_ids=ids_1T).logits
@@ -141,6 +152,12 @@ def check_adapter(model: PreTrainedModel, base: PreTrainedModel, folder: Path) -
         ) from error
     if not is_close(found, model(input_ids=ids_1T).logits):
         raise UserError(f"prefix: peft does not compute the same with it in family {family!r}")
+
+
+def checked_ids(model: PreTrainedModel) -> Tensor:
+    """Tokens with which an adapter of `model` is checked, `[1, T]`."""
+    size: int = model.config.get_text_config(decoder=True).vocab_size
+    return (torch.arange(_CHECKED, device=model.device) % size)[None]
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:
