@@ -48,7 +48,8 @@ def to_blocks(x: Tensor, spec: QuantSpec, name: str = "x") -> Tensor:
     if x.shape[-1] % spec.group_size:
         raise UserError(
             f"group_size: {spec.group_size} does not divide the {x.shape[-1]} entries of {name};"
-            " choose a divisor (scheme option weight.group_size)"
+            " choose a divisor (weight.group_size, activation.group_size) or leave the layer out"
+            " (ignore)"
         )
     return x.unflatten(-1, (-1, spec.group_size))
 
