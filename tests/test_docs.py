@@ -62,6 +62,20 @@ def test_formats_of_hardware_and_rotations(name) -> None:
     assert table.split("\n\n", 1)[1].strip() in (DOCS / "quantization.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("row", "column", "limit"),
+    [
+        ("w4a4, inputs fitted and clipped, GPTQ, calibrated on imdb", "plain", 1.25),
+        ("w8a8-static-full, weights per channel, Hadamard", "prefix", 1.25),
+        ("w4a16, asymmetric, GPTQ", "plain", 1.12),
+        ("w8a8-static-linear, weights per channel, percentile", "prefix", 1.05),
+    ],
+)
+def test_the_best_schemes_of_the_matrix(row, column, limit) -> None:
+    found = matrix.values(Record.load(DOCS / "results" / "quantization" / "record.json"))
+    assert found[row, column] < limit * found[matrix.FLOAT, "plain"]
+
+
 def test_what_the_page_says_of_the_formats_of_hardware() -> None:
     record = Record.load(DOCS / "results" / "quantization" / "record.json")
     found = matrix.values(record)
