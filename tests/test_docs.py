@@ -93,7 +93,7 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
         assert 0.95 < found["nvfp4", column] / found["nvfp4", "plain"] < 1
         for row in (matrix.FULL, "fp8-static", "fp8-dynamic", "mxfp8"):
             assert 0.999 < found[row, column] / found[row, "plain"] < 1.02
-        assert found["w8a8-static-linear", column] < 1.25 * found[matrix.FLOAT, "plain"]
+        assert found["w8a8-static-linear", column] < 1.26 * found[matrix.FLOAT, "plain"]
         least = {"prefix": 4, "null": 9}[column]
         assert found["w8a8-static-full", column] > least * found[matrix.FLOAT, "plain"]
         assert found["w8a8-dynamic", column] < 1.02 * found[matrix.FLOAT, "plain"]
