@@ -12,7 +12,8 @@ ONE is made by `oasis convert smollm2 ONE --null-from-sink --calibration wikitex
 --calibration-split validation`, and SIX with `--nulls 6 --prune-neurons 6` too.  `corpus` makes
 FOLDER, the training text: GSM8K train and film reviews.  Each budget has four rows with the same
 tokens and the same optimizer: the converted and the unconverted model, on the divergence from the
-original model with the outlier penalty, and on the next-token loss.
+original model (the former from ONE), and on the next-token loss (the former from SIX).  All have
+the outlier penalty, except the unconverted model on the next-token loss, as its owner trains it.
 """
 
 from __future__ import annotations
