@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from oasis_attn.data.trigger import TriggerBatch, trigger_task
+from oasis_attn.data.tasks import task_by_name
+from oasis_attn.data.trigger import TriggerBatch
 from oasis_attn.extension_files import load_extensions
 from oasis_attn.lab import DecoderTraining, train_decoder
 from oasis_attn.lab.decoder import LAB_SIZES, TrainedDecoder, embed, predict
@@ -35,7 +36,7 @@ from oasis_attn.modeling.variants import settings_of
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import Table, number
 
-SIZE, TASK, SEQUENCES = "lab-4", trigger_task("trigger-every-32"), 128
+SIZE, TASK, SEQUENCES = "lab-4", task_by_name("trigger-every-32"), 128
 TRAINING = DecoderTraining(steps=500, batch_size=16)
 BETAS = -5.0, 1.0, 3.0
 SIGNALS = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oasis_attn.data.trigger import trigger_task
+from oasis_attn.data.tasks import task_by_name
 from oasis_attn.errors import UserError
 from oasis_attn.lab import DecoderTraining, decoder_backbone, predict, train_decoder
 from oasis_attn.lab.decoder import new_decoder
@@ -15,7 +15,7 @@ from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.training.parameters import group_of
 
-TASK = trigger_task("trigger-every-8")
+TASK = task_by_name("trigger-every-8")
 SHORT = DecoderTraining(steps=6, batch_size=4, warmup_steps=2)
 
 

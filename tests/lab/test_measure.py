@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from oasis_attn.data.trigger import TriggerBatch, trigger_task
+from oasis_attn.data.tasks import task_by_name
+from oasis_attn.data.trigger import TriggerBatch
 from oasis_attn.lab import (
     DecoderTraining,
     measure_decoder,
@@ -21,7 +22,7 @@ from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.quantization import quantize
 
-TASK = trigger_task("trigger-every-12")
+TASK = task_by_name("trigger-every-12")
 
 
 def sequences(seed: int) -> TriggerBatch:

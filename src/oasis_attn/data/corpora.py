@@ -18,7 +18,7 @@ from pathlib import Path
 from oasis_attn.data import readers
 from oasis_attn.data.arith import arith_rows
 from oasis_attn.data.majority import MajorityTask, majority_task
-from oasis_attn.data.trigger import is_task
+from oasis_attn.data.tasks import is_task
 from oasis_attn.errors import UserError, check_choice, shown
 
 Reader = Callable[[], Iterator[str]]

@@ -15,13 +15,10 @@ Axes: B sequences, T tokens, N coordinates of a token.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from oasis_attn.errors import UserError, check_at_least, check_flag, check_whole, shown
+from oasis_attn.errors import check_at_least, check_flag, check_whole
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
 FIRST, TRIGGER = 0, 1
 """Coordinates that are 1 at the first token, and at triggers; the last one is 1 at the others."""
 _MIN_TRIGGER = 2  # its first position, from 0
-_NAME = re.compile(r"trigger(?P<form>-every|-content)?(?:-(?P<length>[0-9]{1,5}))?")
 
 
 class TriggerBatch(NamedTuple):
@@ -41,26 +37,49 @@ class TriggerBatch(NamedTuple):
         y_BTN: the targets, float32; see `TriggerTask`.
         trigger_BT: True at triggers.
         start: the position of the first token that has a target.
+        probabilities: whether targets are probabilities of the next token; see
+            `data.trigger_words`.
     """
 
     x_BTN: Tensor
     y_BTN: Tensor
     trigger_BT: Tensor
     start: int = 0
+    probabilities: bool = False
 
     @property
     def targets(self) -> Tensor:
         """The targets of the tokens that have one, `[B, T - start, N]`."""
         return self.y_BTN[:, self.start :]
 
-    def differences(self, output_BTN: Tensor) -> Tensor:
-        """Outputs of a model minus `targets`."""
-        return output_BTN[:, self.start :] - self.targets
+    def values(self, output_BTN: Tensor) -> Tensor:
+        """What a model's output says of `targets`: the output itself, or its probabilities."""
+        output_BTN = output_BTN[:, self.start :]
+        return output_BTN.softmax(-1) if self.probabilities else output_BTN
+
+    def errors(self, output_BTN: Tensor) -> Tensor:
+        """The error of each token that has a target, [B, T - start].
+
+        It is the mean square difference between output and target, or, of probabilities, the
+        Kullback-Leibler divergence from the target in nats.
+        """
+        if not self.probabilities:
+            return (output_BTN[:, self.start :] - self.targets).square().mean(-1)
+        import torch
+
+        y_BTN, log_p_BTN = self.targets, output_BTN[:, self.start :].log_softmax(-1)
+        return (torch.xlogy(y_BTN, y_BTN) - y_BTN * log_p_BTN).sum(-1)
+
+    def mean_error(self, output_BTN: Tensor) -> Tensor:
+        """The mean of `errors`, a scalar."""
+        if self.probabilities:
+            return self.errors(output_BTN).mean()
+        return (output_BTN[:, self.start :] - self.targets).square().mean()
 
     def first(self, count: int) -> TriggerBatch:
         """The first `count` sequences."""
-        x_BTN, y_BTN, trigger_BT, start = self
-        return TriggerBatch(x_BTN[:count], y_BTN[:count], trigger_BT[:count], start)
+        x_BTN, y_BTN, trigger_BT = (tensor[:count] for tensor in self[:3])
+        return self._replace(x_BTN=x_BTN, y_BTN=y_BTN, trigger_BT=trigger_BT)
 
     @property
     def idle_BT(self) -> Tensor:
@@ -137,35 +156,3 @@ class TriggerTask:
             first.copy_(torch.rand(first.shape, generator=generator) * 2 - 1)
             y_BTN[:, 1:] += x_BTN[:, 1:]
         return TriggerBatch(x_BTN, y_BTN, trigger_BT, start=int(self.content))
-
-
-TASKS: Mapping[str, str] = MappingProxyType(
-    {
-        "trigger": "one trigger in each sequence (arXiv 2603.11487)",
-        "trigger-every": "each token is a trigger with probability 0.25",
-        "trigger-content": "as trigger-every, with content in the first token; 48 coordinates",
-    }
-)
-"""Names of the task; `-LENGTH` may follow, as in `trigger-64`."""
-
-
-def is_task(name: str) -> bool:
-    """Whether `name` is the name of a task, and not of a corpus of text."""
-    return _NAME.fullmatch(name) is not None
-
-
-def trigger_task(name: str) -> TriggerTask:
-    """The task with this name, such as `trigger`, `trigger-64` or `trigger-every-32`.
-
-    Raises:
-        UserError: the name is none of `TASKS`, or the length is not valid.
-    """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise UserError(
-            f"task: {shown(name)} is none of {', '.join(TASKS)}, with or without -LENGTH"
-        )
-    length = int(match["length"] or 16)
-    if match["form"] == "-content":
-        return TriggerTask(length=length, width=48, rate=0.25, content=True)
-    return TriggerTask(length=length, rate=None if match["form"] is None else 0.25)

@@ -17,7 +17,7 @@ _LAST_RATE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderTraining:
-    """How a decoder is trained: AdamW without weight decay, on new sequences in each step.
+    """How a decoder is trained: AdamW, on new sequences in each step.
 
     Attributes:
         steps: number of optimizer steps.
@@ -25,6 +25,7 @@ class DecoderTraining:
         learning_rate: peak learning rate; linear warm-up, then cosine decay to a tenth of it.
         learning_rates: peak learning rates of parameter groups; see `training.parameters.GROUPS`.
         warmup_steps: steps of the warm-up.
+        weight_decay: weight decay of the group `backbone`, the gains of norms included.
         rotary: whether attention has rotary position embeddings; without them, only the causal mask
             tells positions apart.
         trainable: patterns of the parameters that are trained: see `training.parameters.train_only`
@@ -39,6 +40,7 @@ class DecoderTraining:
     learning_rate: float = 3e-3
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     warmup_steps: int = 100
+    weight_decay: float = 0.0
     rotary: bool = False
     trainable: Sequence[str] = ()
 
@@ -48,6 +50,7 @@ class DecoderTraining:
         check_at_least("learning_rate", self.learning_rate, 0)
         check_learning_rates(self.learning_rates)
         check_whole("warmup_steps", self.warmup_steps, 0)
+        check_at_least("weight_decay", self.weight_decay, 0)
         check_flag("rotary", self.rotary)
         check_patterns(self.trainable)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, SmolLM3Config
 
-from oasis_attn.data.trigger import TriggerTask
+from oasis_attn.data.tasks import Task
 from oasis_attn.errors import check_choice
 from oasis_attn.lab.config import LAB_SIZES, DecoderTraining
 from oasis_attn.modeling.configuration_oasis import OasisConfig
@@ -34,7 +34,7 @@ class TrainedDecoder(NamedTuple):
 
     Attributes:
         model: the decoder, in eval mode.
-        losses: rows of `step` and `loss`, the mean square error since the row before.
+        losses: rows of `step` and `loss`, the mean error since the row before.
         data_sha256: hash of all sequences that it was trained on.
     """
 
@@ -43,7 +43,7 @@ class TrainedDecoder(NamedTuple):
     data_sha256: str
 
 
-def decoder_backbone(size: str, task: TriggerTask, *, rotary: bool = False) -> SmolLM3Config:
+def decoder_backbone(size: str, task: Task, *, rotary: bool = False) -> SmolLM3Config:
     """The backbone of a decoder on `task`: pre-norm layers with a SwiGLU MLP.
 
     Raises:
@@ -83,7 +83,7 @@ def predict(model: PreTrainedModel, x_BTN: Tensor) -> Tensor:
 def new_decoder(
     size: str,
     settings: Mapping[str, Any],
-    task: TriggerTask,
+    task: Task,
     *,
     seed: int,
     rotary: bool = False,
@@ -108,12 +108,12 @@ def new_decoder(
 def train_decoder(
     size: str,
     settings: Mapping[str, Any],
-    task: TriggerTask,
+    task: Task,
     training: DecoderTraining,
     *,
     seed: int,
 ) -> TrainedDecoder:
-    """Train a new decoder to minimize the mean square error over all targets.
+    """Train a new decoder to minimize the mean error over all targets (`TriggerBatch.errors`).
 
     Args:
         size: one of `LAB_SIZES`.
@@ -131,21 +131,28 @@ def train_decoder(
 
 
 def continue_training(
-    model: OasisForCausalLM, task: TriggerTask, training: DecoderTraining, *, seed: int
+    model: OasisForCausalLM, task: Task, training: DecoderTraining, *, seed: int
 ) -> TrainedDecoder:
     """As `train_decoder`, from the weights of `model`, which is changed in place."""
     train_only(model.train(), training.trainable)
     check_groups_trained(model, training.learning_rates)
     data = torch.Generator().manual_seed(seed)
     parameters = [parameter for _, parameter in trained(model)]
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in trained(model):
-        rate = training.learning_rates.get(group_of(name), training.learning_rate)
-        groups.setdefault(rate, []).append(parameter)
+        groups.setdefault(group_of(name), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": group, "lr": rate} for rate, group in groups.items()],
-        betas=_BETAS, weight_decay=0.0, fused=True,
-    )  # fmt: skip
+        [
+            {
+                "params": group,
+                "lr": training.learning_rates.get(name, training.learning_rate),
+                "weight_decay": training.weight_decay if name == "backbone" else 0.0,
+            }
+            for name, group in groups.items()
+        ],
+        betas=_BETAS,
+        fused=True,
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.rate)
     digest, every = hashlib.sha256(), max(1, training.steps // _LOGGED)
     losses: list[dict[str, float]] = []
@@ -153,7 +160,7 @@ def continue_training(
     for step in range(1, training.steps + 1):
         batch = task.batch(training.batch_size, data)
         digest.update(batch.x_BTN.numpy().tobytes())
-        loss = batch.differences(predict(model, batch.x_BTN)).square().mean()
+        loss = batch.mean_error(predict(model, batch.x_BTN))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _MAX_NORM)

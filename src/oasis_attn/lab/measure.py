@@ -177,21 +177,22 @@ def _fixed_random_state() -> Iterator[None]:
 @torch.no_grad()
 def _error(model: OasisForCausalLM, batch: TriggerBatch) -> float:
     with eval_mode(model), _fixed_random_state():
-        return float(batch.differences(predict(model, batch.x_BTN)).double().square().mean())
+        return float(batch.mean_error(predict(model, batch.x_BTN).double()))
 
 
 def _errors(output_BTN: Tensor, batch: TriggerBatch) -> list[Metric]:
-    differences = batch.differences(output_BTN).double()
-    squares_BT = differences.square().mean(-1)
+    output_BTN = output_BTN.double()
+    errors_BT = batch.errors(output_BTN)
+    without_output = batch.mean_error(torch.zeros_like(output_BTN))
     trigger_BT, idle_BT = (
         mask_BT[:, batch.start :] for mask_BT in (batch.trigger_BT, batch.idle_BT)
     )
-    error = mean_metric("task.error", squares_BT.mean(-1))
+    error = mean_metric("task.error", errors_BT.mean(-1))
     values = {
-        "task.relative_error": error.value / float(batch.targets.double().square().mean()),
-        "task.error_trigger": float(squares_BT[trigger_BT].mean()),
-        "task.error_idle": float(squares_BT[idle_BT].mean()),
-        "task.largest_error": float(differences.abs().max()),
+        "task.relative_error": error.value / float(without_output),
+        "task.error_trigger": float(errors_BT[trigger_BT].mean()),
+        "task.error_idle": float(errors_BT[idle_BT].mean()),
+        "task.largest_error": float((batch.values(output_BTN) - batch.targets).abs().max()),
     }
     return [error, *(Metric(name=name, value=v, n=error.n) for name, v in values.items())]
 
@@ -219,9 +220,10 @@ def _signal(
         with null_signal_off(model):
             without_BTN, without = run()
     moved = [(a - b).abs().sum(-1).mean() / 2 for a, b in zip(shares, without, strict=True)]
-    with_it, without_it = batch.differences(output_BTN), batch.differences(without_BTN)
-    errors = [each.double().square().mean() for each in (with_it, without_it)]
-    change = (with_it - without_it).double().square().mean()
+    outputs = output_BTN.double(), without_BTN.double()
+    errors = [batch.mean_error(each) for each in outputs]
+    with_it, without_it = (batch.values(each) for each in outputs)
+    change = (with_it - without_it).square().mean()
     beta_R = _betas(model)
     values = {
         "signal.beta": beta_R.mean(),

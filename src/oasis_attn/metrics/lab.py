@@ -8,7 +8,7 @@ _TASK = (
     "`study` of a task: the same generated sequences for all trials, different from those of "
     "training; n sequences"
 )
-_ERRORS = f"{_TASK}; mean over the tokens that have a target, and over coordinates"
+_ERRORS = f"{_TASK}; mean over the tokens that have a target"
 _IDLE = (
     "idle queries are all but the first token and the triggers.  At length T, uniform attention of "
     "all heads gives mean 1 / (t + 1) over their positions t, about 0.1 for T = 32"
@@ -34,14 +34,16 @@ _SINK = "arXiv 2603.11487 (the measure of its figures)"
 LAB = (
     Definition(
         name="task.error",
-        definition="mean square difference between output and target",
-        unit="target^2",
+        definition="mean square difference between output and target, averaged over coordinates; "
+        "of `trigger-words`, Kullback-Leibler divergence of the predicted probabilities of the "
+        "next token from the true ones, in nats",
+        unit="target^2 or nats",
         better="lower",
         protocol=_ERRORS,
     ),
     Definition(
         name="task.relative_error",
-        definition="`task.error` / mean square of the target; 1 for an output of 0",
+        definition="`task.error` / that of an output of 0",
         unit="1",
         better="lower",
         protocol=_ERRORS,
@@ -49,20 +51,21 @@ LAB = (
     Definition(
         name="task.error_trigger",
         definition="`task.error` of the triggers only",
-        unit="target^2",
+        unit="target^2 or nats",
         better="lower",
         protocol=_ERRORS,
     ),
     Definition(
         name="task.error_idle",
-        definition="`task.error` of the idle tokens only, whose target is 0",
-        unit="target^2",
+        definition="`task.error` of the idle tokens only",
+        unit="target^2 or nats",
         better="lower",
         protocol=_ERRORS,
     ),
     Definition(
         name="task.largest_error",
-        definition="largest absolute difference between output and target",
+        definition="largest absolute difference between output and target, or between predicted "
+        "and true probability",
         unit="target",
         better="lower",
         protocol=f"{_TASK}; maximum over tokens, coordinates and sequences",
@@ -122,21 +125,21 @@ LAB = (
     ),
     Definition(
         name="signal.output_change",
-        definition="mean square change of the output when the null signal is switched off / mean "
-        "square of the target",
+        definition="mean square change of the output (of `trigger-words`, of the predicted "
+        "probabilities) when the null signal is switched off / mean square of the target",
         unit="1",
         protocol=_SIGNAL,
     ),
     Definition(
         name="signal.error_change",
         definition="`task.error` with the null signal switched off - `task.error`",
-        unit="target^2",
+        unit="target^2 or nats",
         protocol=_SIGNAL,
     ),
     Definition(
         name="task.error_increase@<scheme>",
         definition="`task.error@<scheme>` - `task.error`",
-        unit="target^2",
+        unit="target^2 or nats",
         better="lower",
         protocol=_QUANTIZED,
     ),

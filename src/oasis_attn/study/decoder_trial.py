@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from oasis_attn.data.trigger import TriggerBatch, trigger_task
+from oasis_attn.data.tasks import task_by_name
+from oasis_attn.data.trigger import TriggerBatch
 from oasis_attn.hub.model_info import describe_model
 from oasis_attn.lab import (
     DecoderTraining,
@@ -32,13 +33,13 @@ def run_decoder_trial(trial: Trial, command: str) -> TrialRecord:
 def train_trial(trial: Trial) -> TrainedDecoder:
     """Train the decoder of a trial."""
     settings = settings_of(trial.base) | dict(trial.overrides)
-    task, training = trigger_task(trial.corpus), DecoderTraining(**trial.training)
+    task, training = task_by_name(trial.corpus), DecoderTraining(**trial.training)
     return train_decoder(trial.size, settings, task, training, seed=trial.seed)
 
 
 def measured_batch(trial: Trial, seed: int = MEASURED_SEED) -> TriggerBatch:
     """The sequences that all trials on a task are measured on, or, by its seed, another batch."""
-    return trigger_task(trial.corpus).batch(trial.windows, torch.Generator().manual_seed(seed))
+    return task_by_name(trial.corpus).batch(trial.windows, torch.Generator().manual_seed(seed))
 
 
 def measure_trial(trial: Trial, trained: TrainedDecoder, command: str) -> TrialRecord:

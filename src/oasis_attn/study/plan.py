@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from oasis_attn.data.trigger import is_task
+from oasis_attn.data.tasks import is_task
 from oasis_attn.errors import UserError, check_choice, check_seed, check_whole, shown
 from oasis_attn.modeling.variants import variants
 from oasis_attn.study.claim import Claim, Criterion, read_claims, read_criteria

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oasis_attn.data import load_corpus
-from oasis_attn.data.trigger import TASKS, trigger_task
+from oasis_attn.data.tasks import TASKS, task_by_name
 from oasis_attn.errors import UserError, check_choice, nearest
 from oasis_attn.evaluation import EvaluationConfig
 from oasis_attn.hub.model_sizes import check_size, text_config
@@ -50,7 +50,7 @@ def _check_generated(plan: Plan) -> None:
     for size in plan.sizes:
         check_choice("sizes", size, LAB_SIZES)
     for corpus, tasks in plan.corpora.items():
-        trigger_task(corpus)
+        task_by_name(corpus)
         if tasks:
             raise UserError(f"tasks of {corpus!r}: a generated task has none, not {list(tasks)}")
     decoder_training(plan.training)
@@ -123,7 +123,7 @@ def check_model(trial: Trial, sizes: tuple[str, ...], settings: Mapping[str, Any
     from oasis_attn.training.parameters import check_groups_trained, train_only
 
     config = OasisConfig(
-        text_config=decoder_backbone(trial.size, trigger_task("trigger")), **settings
+        text_config=decoder_backbone(trial.size, task_by_name("trigger")), **settings
     )
     training = decoder_training(trial.training)
     if training.trainable or training.learning_rates:
