@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import Refusal, UserError
 from oasis_attn.files import staged_folder
 from oasis_attn.hub.locate import BLOCK_FORMATS
 from oasis_attn.hub.model_card import write_card
@@ -48,15 +48,15 @@ from oasis_attn.quantization.spec import QuantSpec
 
 
 def check_model(model: PreTrainedModel, targets: Iterable[str]) -> None:
-    """Raise `UserError` if the format cannot hold `model` with `targets` quantized."""
+    """Raise `Refusal` if the format cannot hold `model` with `targets` quantized."""
     if isinstance(model.config, OasisConfig):
-        raise _refusal(
+        raise refusal(
             "it is loaded without oasis_attn, which an OASIS model needs; convert a null without"
-            " depth routing with `oasis convert --to-sinks` first, or use --format oasis and import"
-            " oasis_attn where the model is loaded"
+            " depth routing with `oasis convert --to-sinks` first",
+            ", or use --format oasis and import oasis_attn where the model is loaded",
         )
     if prefix_of(model) is not None:
-        raise _refusal(
+        raise refusal(
             "the model has a prefix, which must become part of the tokenizer; `oasis quantize"
             " --format compressed-tensors` writes both"
         )
@@ -64,16 +64,32 @@ def check_model(model: PreTrainedModel, targets: Iterable[str]) -> None:
     modules = dict(plain.named_modules())
     for name in linear_names(plain):
         if name not in modules:  # the name that `linearize` would give it
-            raise _refusal(
+            raise refusal(
                 f"{name} is an expert, and transformers cannot load experts in this format, whether"
                 " they are quantized or not"
             )
     for name in targets:
         if not isinstance(modules[name], nn.Linear):
-            raise _refusal(
+            raise refusal(
                 f"{name} is of class {type(modules[name]).__name__}, and the format quantizes only"
                 " linear layers; leave such layers out with --ignore (ignore=...)"
             )
+
+
+def check_transforms(model: PreTrainedModel) -> None:
+    """Raise `Refusal` if a quantized model scales inputs at run time."""
+    for name in get_quantization_config(model).transforms:
+        raise refusal(
+            f"the input of {name} is scaled at run time, because SmoothQuant could not fold the"
+            " scales into the layer before it; the format has no such scales"
+        )
+
+
+def refusal(reason: str, remedy: str = "") -> Refusal:
+    """The error of a model that the format cannot hold; a `remedy` is not part of its `reason`."""
+    return Refusal(
+        f"format: 'compressed-tensors' cannot hold this model: {reason}{remedy}", reason=reason
+    )
 
 
 @torch.no_grad()
@@ -129,12 +145,7 @@ def _checked(model: PreTrainedModel) -> tuple[dict[str, QuantizedLinear], Scheme
     fields = get_quantization_config(model)
     scheme = Scheme.from_dict(fields.scheme)
     check_format(COMPRESSED_TENSORS, scheme)
-    if fields.transforms:
-        name = next(iter(fields.transforms))
-        raise _refusal(
-            f"the input of {name} is scaled at run time, because SmoothQuant could not fold the"
-            " scales into the layer before it; the format has no such scales"
-        )
+    check_transforms(model)
     check_model(model, layers)
     check_unchanged(model, layers, fields.targets)
     return layers, scheme
@@ -281,12 +292,8 @@ def _compress(
     library = BaseCompressor.get_value_from_registry(scheme.format.value)
     restored = library.decompress(linear.state_dict(), scheme)["weight"].to(weight.dtype)
     if not torch.equal(restored, weight):
-        raise _refusal(f"compressed-tensors does not restore {name}.weight exactly")
+        raise refusal(f"compressed-tensors does not restore {name}.weight exactly")
 
 
 def _zero_point(quant_min: Tensor, spec: QuantSpec) -> Tensor:
     return -(quant_min + 2 ** (spec.bits - 1)).to(torch.int8)
-
-
-def _refusal(reason: str) -> UserError:
-    return UserError(f"format: 'compressed-tensors' cannot hold this model: {reason}")

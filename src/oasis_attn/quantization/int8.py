@@ -24,24 +24,28 @@ from oasis_attn.quantization.hf_quantizer import (
     set_quantization_config,
 )
 from oasis_attn.quantization.linear import QuantizedLinear
-from oasis_attn.quantization.options import check_has_kernels
+from oasis_attn.quantization.options import check_has_kernels, simulate_hint
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
 
 
-def check_kernels(scheme: Scheme, device: torch.device) -> None:
-    """Raise `UserError` unless int8 kernels on `device` can compute what `scheme` simulates."""
-    check_has_kernels(scheme)
+def check_kernels(scheme: Scheme, device: torch.device, fallback: str = "") -> None:
+    """Raise `UserError` unless int8 kernels on `device` can compute what `scheme` simulates.
+
+    `fallback` is that of `options.Choice`.
+    """
+    check_has_kernels(scheme, fallback)
     try:
         from oasis_attn.modeling.hf_compat import should_reduce_range
     except ImportError as error:
         raise UserError(
-            f"scheme: int8 kernels need torchao: pip install 'oasis-attn[int8]' ({error})"
+            f"scheme: int8 kernels need torchao: pip install 'oasis-attn[int8]' ({error}); or"
+            f" {simulate_hint(fallback)}"
         ) from error
     if should_reduce_range(device):
         raise UserError(
             f"scheme: {scheme.name!r} can only be simulated: 8-bit sums overflow on this processor,"
-            " which has no VNNI instructions"
+            f" which has no VNNI instructions; {simulate_hint(fallback)}"
         )
 
 
