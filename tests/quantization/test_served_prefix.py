@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.errors import UserError
+from oasis_attn.evaluation import evaluate
 from oasis_attn.hub.loading import quiet
 from oasis_attn.hub.prefix import compute_prefix, prefix_of, with_prefix, without_prefix
 from oasis_attn.ops.token_losses import token_losses
@@ -87,15 +88,11 @@ def folder(tmp_path):
 
 
 def run(folder, scheme, **options):
-    text = {"calibration": str(folder / "text.txt"), "evaluation_split": "train"}
+    common = {"calibration": str(folder / "text.txt"), "evaluation_split": "train"}
+    common |= {"format": "compressed-tensors", "window": 12, "windows": 4}
     with quiet():
         return quantize_checkpoint(
-            *(folder / "prefixed", folder / "out"),
-            scheme=scheme,
-            format="compressed-tensors",
-            window=12,
-            windows=4,
-            **text | options,
+            folder / "prefixed", folder / "out", scheme=scheme, **common | options
         )
 
 
@@ -126,6 +123,11 @@ def test_the_folder_has_the_prefix_in_its_tokenizer(folder, scheme):
     assert (found - ours).norm() < (ours - model(ids).logits).norm()
     _, after = record.before_after("perplexity.windowed")
     assert after == pytest.approx(float(token_losses(found, ids).mean().exp()), rel=1e-4)
+    again = evaluate(
+        folder / "out", corpus=str(folder / "text.txt"), split="train", window=12, limit=4
+    )
+    assert again["perplexity.windowed"] == pytest.approx(after, rel=1e-4)
+    assert again.data["perplexity"]["prefix"] == (SINK,)
 
 
 def test_a_prefix_in_bfloat16_is_served_too(folder):
@@ -133,6 +135,14 @@ def test_a_prefix_in_bfloat16_is_served_too(folder):
     with_prefix(model, compute_prefix(model, [SINK])).save_pretrained(folder / "prefixed")
     run(folder, DYNAMIC)
     assert AutoTokenizer.from_pretrained(folder / "out")("w7").input_ids == [SINK, 7]
+
+
+def test_by_default_a_prefix_that_would_be_clipped_stays_stored(folder):
+    record = run(folder, STATIC, format="auto", simulate=True)
+    assert record.arithmetic == "simulated"
+    assert record.fallback.endswith(f"change the prefix most: --ignore {CLIPPED}")
+    with quiet():
+        assert prefix_of(AutoModelForCausalLM.from_pretrained(folder / "out")).tokens == (SINK,)
 
 
 def test_what_cannot_be_served_is_refused_and_nothing_written(folder):

@@ -118,6 +118,17 @@ def save_tokenizer_with_prefix(
     return chats
 
 
+def prefix_in_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that `save_tokenizer_with_prefix` put before every text; none without it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    processor = backend and json.loads(backend.to_str())["post_processor"]
+    for step in _steps(processor or None):
+        found = step.get("special_tokens", {})
+        if step["type"] == "TemplateProcessing" and _PIECE in found:
+            return tuple(found[_PIECE]["ids"])
+    return ()
+
+
 def write_prefix_card(prefix: Prefix, folder: Path, family: str) -> None:
     """Write the README.md of a model of `family` with the prefix in its tokenizer."""
     text = PREFIX_IN_TOKENIZER.format(tokens=list(prefix.tokens))
@@ -160,12 +171,7 @@ def _with_prefix(
     processor: dict[str, Any] | None, tokens: tuple[int, ...], tokenizer: Any
 ) -> dict[str, Any]:
     """The post-processor in `tokenizer.json`, which also puts `tokens` before a text."""
-    if processor is None:
-        steps = []
-    elif processor["type"] == "Sequence":
-        steps = list(processor["processors"])
-    else:
-        steps = [processor]
+    steps = _steps(processor)
     kinds = [step["type"] for step in steps]
     others = sorted({*kinds} - {"ByteLevel", "TemplateProcessing"})
     if others or kinds.count("TemplateProcessing") > 1:
@@ -186,6 +192,13 @@ def _with_prefix(
             step["single"], step["pair"] = [piece, *step["single"]], [piece, *step["pair"]]
             step["special_tokens"][_PIECE] = {"id": _PIECE, "ids": list(tokens), "tokens": names}
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
+
+
+def _steps(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of the post-processor in `tokenizer.json`."""
+    if processor is None:
+        return []
+    return list(processor["processors"]) if processor["type"] == "Sequence" else [processor]
 
 
 def _check_saved(tokenizer: Any, tokens: tuple[int, ...], folder: Path) -> None:
