@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed, check_whole
 from oasis_attn.quantization.schemes import Scheme
 
-OASIS, COMPRESSED_TENSORS = FORMATS = ("oasis", "compressed-tensors")
+OASIS, COMPRESSED_TENSORS, TORCHAO = FORMATS = ("oasis", "compressed-tensors", "torchao")
+_LIBRARIES = {COMPRESSED_TENSORS: ("compressed_tensors", "export"), TORCHAO: ("torchao", "int8")}
+"""By format: the library that writes it, and the extra that installs this library."""
 PREFIX_METHODS = ("greedy", "frequency")
 SENSITIVITY_GROUPS = ("kind", "layer", "target")
 KV_BITS = (2, 4, 8)
@@ -41,19 +43,38 @@ def check_format(format: str, scheme: Scheme) -> None:
     check_choice("format", format, FORMATS)
     if format == OASIS:
         return
-    if find_spec("compressed_tensors") is None:
+    library, extra = _LIBRARIES[format]
+    if find_spec(library) is None:
         raise UserError(
-            f"format: {format!r} needs the library of this name: pip install 'oasis-attn[export]'"
+            f"format: {format!r} needs the library of this name: pip install 'oasis-attn[{extra}]'"
         )
+    reason = _torchao_reason(scheme) if format == TORCHAO else _compressed_tensors_reason(scheme)
+    if reason:
+        raise UserError(f"format: {format!r} cannot hold scheme {scheme.name!r}: {reason}")
+
+
+def _torchao_reason(scheme: Scheme) -> str:
+    """Why the format torchao cannot hold `scheme`; empty if it can."""
+    if scheme.static:
+        return (
+            "transformers does not load static ranges of torchao; use the scheme w8a8-dynamic, or"
+            " another format"
+        )
+    if scheme.simulated_only:
+        return f"{scheme.simulated_only}; use another format"
+    if scheme.rotation not in ("none", "folded"):
+        return _ROTATED.format(scheme.rotation)
+    return ""
+
+
+def _compressed_tensors_reason(scheme: Scheme) -> str:
+    """Why the format compressed-tensors cannot hold `scheme`; empty if it can."""
     reason = ""
     types = {spec.element_type for spec in (scheme.weight, scheme.activation) if spec}
     if scheme.targets == "full":
         reason = "it quantizes linear layers only; use the scheme option targets=linear"
     elif scheme.rotation not in ("none", "folded"):
-        reason = (
-            f"transformers does not apply rotation {scheme.rotation!r} to inputs on loading; use"
-            " the scheme option rotation=folded, which needs nothing at run time"
-        )
+        reason = _ROTATED.format(scheme.rotation)
     elif scheme.clip_ratio != 1:
         reason = "it does not clip dynamic ranges; use the scheme option clip_ratio=1"
     elif scheme.activation is None and not scheme.weight.symmetric:
@@ -65,8 +86,13 @@ def check_format(format: str, scheme: Scheme) -> None:
         )
     elif float_format(scheme) == NVFP4_FORMAT and scheme.activation and not scheme.static:
         reason = "its NVFP4 has a fixed range of the tensor; use the scheme option static=true"
-    if reason:
-        raise UserError(f"format: {format!r} cannot hold scheme {scheme.name!r}: {reason}")
+    return reason
+
+
+_ROTATED = (
+    "transformers does not apply rotation {!r} to inputs on loading; use the scheme option"
+    " rotation=folded, which needs nothing at run time"
+)
 
 
 def float_format(scheme: Scheme) -> str:
@@ -99,6 +125,11 @@ def check_quantization(
     check_whole("windows", windows, 1)
     check_seed("seed", seed)
     check_format(format, scheme)
+    if format == TORCHAO and simulate:
+        raise UserError(
+            f"simulate: format {format!r} computes with int8 kernels; leave out --simulate"
+            " (simulate=False), or use another format"
+        )
     if format == OASIS and not simulate:
         check_has_kernels(scheme)
 

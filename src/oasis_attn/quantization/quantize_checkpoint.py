@@ -32,7 +32,12 @@ from oasis_attn.quantization.compressed_tensors_format import (
 )
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8
-from oasis_attn.quantization.options import COMPRESSED_TENSORS, OASIS, check_quantization
+from oasis_attn.quantization.options import (
+    COMPRESSED_TENSORS,
+    OASIS,
+    TORCHAO,
+    check_quantization,
+)
 from oasis_attn.quantization.record import quantization_record
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import (
@@ -41,6 +46,7 @@ from oasis_attn.quantization.sensitivity import (
 )
 from oasis_attn.quantization.served_prefix import check_served_prefix
 from oasis_attn.quantization.simulate import check_unquantized_config, quantize, scheme_targets
+from oasis_attn.quantization.torchao_format import write_torchao
 from oasis_attn.records import Metric, QuantizationRecord
 
 
@@ -70,14 +76,16 @@ def quantize_checkpoint(
         model: see `load_model`.
         out: a new folder; `from_pretrained` restores the quantized model from it.
         scheme: see `quantize`.
-        format: `oasis`, which holds every scheme and model, and is loaded with `oasis_attn`; or
-            `compressed-tensors`, for engines such as vLLM, see `save_compressed_tensors`.  The
-            perplexity and speed `after` are then those of the folder as transformers loads it,
-            without `oasis_attn`.  A prefix becomes part of the tokenizer.  The scheme gets
-            `fused_scales` if its weights have `e4m3` scales.
+        format: `oasis`, which holds every scheme and model, and is loaded with `oasis_attn`;
+            `compressed-tensors`, for engines such as vLLM, see `save_compressed_tensors`; or
+            `torchao`, for int8 kernels in transformers, see `save_torchao`.  In the last two, the
+            perplexity and speed `after` are those of the folder as transformers loads it, without
+            `oasis_attn`, and a prefix becomes part of the tokenizer.  In `compressed-tensors`, the
+            scheme gets `fused_scales` if its weights have `e4m3` scales.
         simulate: if true, the quantized model computes in floating point, which works for every
             scheme; if false, it uses int8 kernels, which exist for some schemes only.  It has no
-            effect on the format `compressed-tensors`, whose folders compute in floating point.
+            effect on the format `compressed-tensors`, whose folders compute in floating point, and
+            is refused with `torchao`.
         ignore: patterns of target names (`*.down_proj`) that are not quantized.
         calibration, calibration_split: corpus and split for calibration.  The errors of activations
             are measured on the same windows, for every scheme.
@@ -102,7 +110,7 @@ def quantize_checkpoint(
 
     Raises:
         UserError: unusable arguments, a scheme without int8 kernels, an error of `quantize`, or
-            one of `save_compressed_tensors`.  Nothing is written then.
+            one of `save_compressed_tensors` or `save_torchao`.  Nothing is written then.
     """
     scheme = get_scheme(scheme)
     if format == COMPRESSED_TENSORS and scheme.weight.scale_type == "e4m3":
@@ -118,7 +126,7 @@ def quantize_checkpoint(
     )
     check_free(out)
     in_int8 = format == OASIS and not simulate
-    if in_int8:
+    if in_int8 or format == TORCHAO:
         check_kernels(scheme, find_device(device))
     corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
 
@@ -134,18 +142,18 @@ def quantize_checkpoint(
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
     targets = _not_ignored(scheme_targets(loaded, scheme), ignore)
-    prefix = prefix_of(loaded) if format == COMPRESSED_TENSORS else None
+    prefix = prefix_of(loaded) if format != OASIS else None
     if prefix is not None:
         check_prefix_in_tokenizer(loaded, tokenizer)
-    if format == COMPRESSED_TENSORS:
-        check_model(loaded if prefix is None else without_prefix(loaded), targets)
+    if format != OASIS:
+        check_model(loaded if prefix is None else without_prefix(loaded), targets, format)
     batches = list(seen.ids_NT.split(1))
     given = batches if scheme.needs_calibration else None
     progress("quantizing")
     quantized = quantize(loaded, scheme, calibration=given, targets=targets, seed=seed)
     if prefix is not None:
         progress("computing the prefix in the quantized model")
-        check_served_prefix(quantized, loaded, seen.ids_NT)
+        check_served_prefix(quantized, loaded, seen.ids_NT, format)
     progress("measuring the errors of each tensor")
     metrics = target_metrics(quantized, batches)
     tables: dict[str, Any] = {}
@@ -162,9 +170,9 @@ def quantize_checkpoint(
     progress("writing")
     with staged_folder(out) as stage:
         measured, fields = quantized, {}
-        if format == COMPRESSED_TENSORS:
-            _save_for_engines(quantized, tokenizer, stage)
-            measured = _load_again(stage, str(loaded.device), trust_remote_code)
+        if format != OASIS:
+            _save_without_ours(quantized, tokenizer, stage, format)
+            measured = _load_again(stage, str(loaded.device), trust_remote_code, format)
             fields = {"arithmetic": format}
         else:
             quantized.save_pretrained(stage)
@@ -196,16 +204,17 @@ def quantize_checkpoint(
     return record
 
 
-def _save_for_engines(
-    quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+def _save_without_ours(
+    quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format: str
 ) -> None:
-    """Write model and tokenizer for engines, with the prefix of the model in the tokenizer."""
+    """Write a folder that needs no `oasis_attn`, with the prefix of the model in the tokenizer."""
     prefix = prefix_of(quantized)
+    write = write_torchao if format == TORCHAO else write_compressed_tensors
     if prefix is None:
-        write_compressed_tensors(quantized, folder)
+        write(quantized, folder)
         tokenizer.save_pretrained(folder)
         return
-    write_compressed_tensors(without_prefix(quantized), folder)
+    write(without_prefix(quantized), folder)
     chats = save_tokenizer_with_prefix(tokenizer, prefix.tokens, folder)
     if getattr(tokenizer, "chat_template", None) and not chats:
         warnings.warn(
@@ -215,7 +224,7 @@ def _save_for_engines(
         )
 
 
-def _load_again(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_again(folder: Path, device: str, trust_remote_code: bool, format: str) -> PreTrainedModel:
     """The model as transformers loads it from the written folder, in the dtype of the folder."""
     try:
         model, _ = load_model(
@@ -223,8 +232,8 @@ def _load_again(folder: Path, device: str, trust_remote_code: bool) -> PreTraine
         )
     except UserError as error:
         raise UserError(
-            "format: 'compressed-tensors' cannot hold this model: transformers does not load it"
-            f" again ({error.__cause__ or error})"
+            f"format: {format!r} cannot hold this model: transformers does not load it again"
+            f" ({error.__cause__ or error})"
         ) from error
     return model
 
