@@ -12,7 +12,7 @@ from oasis_attn.quantization import linear_targets, quantized_modules, tensor_ta
 from oasis_attn.records import QuantizationRecord
 from tiny_models import tiny_config
 
-EXPORT = ("--format", "compressed-tensors")
+EXPORT, INT8 = ("--format", "compressed-tensors"), ("--format", "torchao")
 
 
 @pytest.fixture
@@ -135,7 +135,9 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--format", "gguf"), "format: 'gguf' is not one of oasis, compressed-tensors"),
+        (("--format", "gguf"), "format: 'gguf' is not one of oasis, compressed-tensors, torchao"),
+        ((*INT8, "--scheme", "w8a8-static-linear"), "use the scheme w8a8-dynamic, or another"),
+        ((*INT8, "--simulate"), "--simulate: format 'torchao' computes with int8 kernels"),
         ((*EXPORT, "--scheme", "w8a8-static-full"), "cannot hold scheme 'w8a8-static-full'"),
         ((*EXPORT, "--scheme-option", "rotation=inputs"), "does not apply rotation 'inputs'"),
         (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),

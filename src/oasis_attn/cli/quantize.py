@@ -41,7 +41,8 @@ def quantize(
         Option(
             help="oasis supports every scheme and model. compressed-tensors can be loaded without"
             " this package, by transformers, vLLM and SGLang; writing it needs"
-            r" pip install 'oasis-attn\[export]'."
+            r" pip install 'oasis-attn\[export]'. torchao is w8a8-dynamic with int8 kernels in"
+            r" transformers; it needs pip install 'oasis-attn\[int8]'."
         ),
     ] = "oasis",
     simulate: Annotated[
@@ -49,7 +50,7 @@ def quantize(
         Option(
             "--simulate",
             help="Simulate the quantization in floating point; without it, use int8 kernels."
-            " With --format compressed-tensors, it is always simulated.",
+            " With --format compressed-tensors, it is always simulated; with torchao, never.",
         ),
     ] = False,
     ignore: Annotated[

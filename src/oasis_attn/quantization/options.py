@@ -28,6 +28,11 @@ _FLOAT_FORMATS = {
     ("e2m1", "e4m3", 16): NVFP4_FORMAT,
 }
 
+_ROTATED = (
+    "transformers does not apply rotation {!r} to inputs on loading; use the scheme option"
+    " rotation=folded, which needs nothing at run time"
+)
+
 
 def check_has_kernels(scheme: Scheme) -> None:
     """Raise `UserError` if no int8 kernel computes `scheme`."""
@@ -87,12 +92,6 @@ def _compressed_tensors_reason(scheme: Scheme) -> str:
     elif float_format(scheme) == NVFP4_FORMAT and scheme.activation and not scheme.static:
         reason = "its NVFP4 has a fixed range of the tensor; use the scheme option static=true"
     return reason
-
-
-_ROTATED = (
-    "transformers does not apply rotation {!r} to inputs on loading; use the scheme option"
-    " rotation=folded, which needs nothing at run time"
-)
 
 
 def float_format(scheme: Scheme) -> str:
