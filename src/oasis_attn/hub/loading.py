@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -33,6 +33,7 @@ from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.hub.checkpoint import Checkpoint, parameter_limit
 from oasis_attn.hub.gguf_file import check_loading_info, read_gguf
 from oasis_attn.hub.locate import BLOCK_FORMATS, DTYPES, find_model
+from oasis_attn.hub.model_info import plain_tensors
 from oasis_attn.hub.prefix import load_prefix, prefix_of
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 
@@ -203,21 +204,12 @@ def _check_runs(model: PreTrainedModel) -> None:
 
 
 def _check_finite(model: PreTrainedModel, name: str) -> None:
-    for key, tensor in _plain_tensors(model.state_dict()):
+    state = model.state_dict().items()
+    for key, tensor in ((key, part) for key, whole in state for part in plain_tensors(whole)):
         if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
             low, high = tensor.aminmax()  # propagates NaN, and needs no mask of the tensor's size
             if not (low.isfinite() and high.isfinite()):
                 raise UserError(f"model: {name!r} has weights that are not finite in {key}")
-
-
-def _plain_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of `state`; in place of one of a subclass, such as torchao's, its parts."""
-    for key, tensor in state.items():
-        if not hasattr(tensor, "__tensor_flatten__"):
-            yield key, tensor
-            continue
-        parts, _ = tensor.__tensor_flatten__()
-        yield from _plain_tensors({f"{key}.{part}": getattr(tensor, part) for part in parts})
 
 
 def _check_has_tokenizer(checkpoint: Checkpoint) -> None:
