@@ -20,7 +20,7 @@ from oasis_attn.quantization import (
 from oasis_attn.records import QuantizationRecord
 from tiny_models import tiny_config, tiny_model
 
-EXPORT = ("--format", "compressed-tensors")
+EXPORT, INT8 = ("--format", "compressed-tensors"), ("--format", "torchao")
 
 
 @pytest.fixture
@@ -188,7 +188,9 @@ def test_falls_back_to_our_format(what, reason, oasis, model, shape, tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--format", "gguf"), "format: 'gguf' is not one of auto, oasis, compressed-tensors"),
+        (("--format", "gguf"), "'gguf' is not one of auto, oasis, compressed-tensors, torchao"),
+        ((*INT8, "--scheme", "w8a8-static-linear"), "use the scheme w8a8-dynamic, or another"),
+        ((*INT8, "--simulate"), "--simulate: format 'torchao' computes with int8 kernels"),
         ((*EXPORT, "--scheme", "w8a8-static-full"), "cannot hold scheme 'w8a8-static-full'"),
         ((*EXPORT, "--scheme-option", "rotation=inputs"), "does not apply rotation 'inputs'"),
         (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),

@@ -17,6 +17,7 @@ from oasis_attn.quantization import quantize, schemes
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.quantization.served_prefix import check_served_prefix, clipped_layers
 from oasis_attn.quantization.simulate import linear_targets
+from quantization.exported_models import has_int8_kernels
 from tiny_models import VOCABULARY, tiny_config, word_tokenizer
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
@@ -87,27 +88,31 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, scheme, **options):
+def run(folder, scheme, format="compressed-tensors", **options):
     common = {"calibration": str(folder / "text.txt"), "evaluation_split": "train"}
-    common |= {"format": "compressed-tensors", "window": 12, "windows": 4}
+    common |= {"format": format, "window": 12, "windows": 4}
     with quiet():
         return quantize_checkpoint(
             folder / "prefixed", folder / "out", scheme=scheme, **common | options
         )
 
 
-@pytest.mark.parametrize("scheme", [STATIC, DYNAMIC], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize(
+    ("scheme", "format"), [(STATIC, "compressed-tensors"), (DYNAMIC, "torchao")]
+)
 @torch.no_grad()
-def test_the_folder_has_the_prefix_in_its_tokenizer(folder, scheme):
-    record = run(folder, scheme, ignore=[CLIPPED])
+def test_the_folder_has_the_prefix_in_its_tokenizer(folder, scheme, format):
+    if format == "torchao" and not has_int8_kernels():
+        pytest.skip("torchao has no int8 kernels here")
+    record = run(folder, scheme, format, ignore=[CLIPPED])
     tokenizer = AutoTokenizer.from_pretrained(folder / "out")
     text = "w7 w8 w9"
     assert tokenizer(text).input_ids == [SINK, 7, 8, 9]
     chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False)
     assert chat == [SINK, 3, 7, 8, 9, 4]
     stored = json.loads((folder / "out" / "config.json").read_text())["quantization_config"]
-    assert stored["quant_method"] == "compressed-tensors"
-    assert CLIPPED in stored["ignore"]
+    assert stored["quant_method"] == record.arithmetic == format
+    assert CLIPPED in stored["modules_to_not_convert" if format == "torchao" else "ignore"]
     assert not (folder / "out" / "prefix").exists()
     assert f"tokens [{SINK}] of the prefix" in (folder / "out" / "README.md").read_text()
 

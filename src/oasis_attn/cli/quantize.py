@@ -40,9 +40,11 @@ def quantize(
         str,
         Option(
             help="compressed-tensors can be loaded without this package, by transformers, vLLM and"
-            r" SGLang; writing it needs pip install 'oasis-attn\[export]'. oasis supports every"
-            " scheme and model, and has int8 kernels. auto is compressed-tensors where it can hold"
-            " the scheme and the model, and otherwise oasis; the output says which, and why."
+            r" SGLang; writing it needs pip install 'oasis-attn\[export]'. torchao is w8a8-dynamic"
+            r" with int8 kernels in transformers; it needs pip install 'oasis-attn\[int8]'. oasis"
+            " supports every scheme and model, and has int8 kernels. auto is compressed-tensors"
+            " where it can hold the scheme and the model, and otherwise oasis; the output says"
+            " which, and why."
         ),
     ] = "auto",
     simulate: Annotated[
@@ -50,7 +52,7 @@ def quantize(
         Option(
             "--simulate",
             help="For the format oasis: simulate the quantization in floating point; without it,"
-            " use int8 kernels. It has no effect on compressed-tensors.",
+            " use int8 kernels. It has no effect on compressed-tensors, and torchao refuses it.",
         ),
     ] = False,
     ignore: Annotated[
@@ -130,10 +132,10 @@ def quantize(
         print(record.to_json())
     else:
         _show(record)
-        served = record.arithmetic == "compressed-tensors"
+        written = "oasis" if record.arithmetic in ("int8", "simulated") else record.arithmetic
         because = f", because {record.fallback}" if record.fallback else ""
-        print(f"\nFormat: {'compressed-tensors' if served else 'oasis'}{because}")
-        if served:
+        print(f"\nFormat: {written}{because}")
+        if written == "compressed-tensors":
             print_servable(out)
         else:
             print_saved(out, purpose="evaluate it", command=("oasis", "evaluate", out))

@@ -69,18 +69,34 @@ class Int8Linear(QuantizedLinear):
                 "act_quant_scale": quantizer.scale.view(shape),
                 "act_quant_zero_point": (-128 - quantizer.quant_min).view(shape).to(torch.int8),
             }
-        scale = self.weight_scale.view(-1, 1)
-        rows = 1 if len(scale) > 1 else self.out_features
-        tensor, per_tensor, per_token = _torchao()
-        weight = tensor(
-            self.weight_codes,
-            scale,
-            [rows, self.in_features],
-            input.dtype,
-            act_quant_kwargs=per_tensor if static else per_token,
-            **static,
-        )
+        weight = int8_weight(self, self.weight_codes, input.dtype, **static)
         return F.linear(input, weight, self.bias)
+
+
+def int8_weight(
+    layer: QuantizedLinear, codes: Tensor, dtype: torch.dtype, **static: Tensor
+) -> Tensor:
+    """The weight of `layer` as torchao's int8 tensor, which computes the layer on multiplication.
+
+    Args:
+        layer: has the scales.
+        codes: `layer.codes()`.
+        dtype: that of inputs and outputs.
+        static: scale and zero point of the input, as torchao names them; without them, torchao
+            computes both for each token.
+    """
+    scale = layer.weight_scale.view(-1, 1)
+    rows = 1 if len(scale) > 1 else layer.out_features
+    tensor, per_tensor, per_token = _torchao()
+    weight: Tensor = tensor(
+        codes,
+        scale,
+        [rows, layer.in_features],
+        dtype,
+        act_quant_kwargs=per_tensor if static else per_token,
+        **static,
+    )
+    return weight
 
 
 @cache

@@ -8,9 +8,11 @@ from typing import NamedTuple
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed, check_whole
 from oasis_attn.quantization.schemes import Scheme
 
-OASIS, COMPRESSED_TENSORS = FORMATS = ("oasis", "compressed-tensors")
+OASIS, COMPRESSED_TENSORS, TORCHAO = FORMATS = ("oasis", "compressed-tensors", "torchao")
 AUTO = "auto"
 """Not a format: `compressed-tensors` if it can hold the scheme and the model, or else `oasis`."""
+_LIBRARIES = {COMPRESSED_TENSORS: ("compressed_tensors", "export"), TORCHAO: ("torchao", "int8")}
+"""By format: the library that writes it, and the extra that installs this library."""
 PREFIX_METHODS = ("greedy", "frequency")
 SENSITIVITY_GROUPS = ("kind", "layer", "target")
 KV_BITS = (2, 4, 8)
@@ -28,6 +30,11 @@ _FLOAT_FORMATS = {
     ("e2m1", "e8m0", 32): "mxfp4-pack-quantized",
     ("e2m1", "e4m3", 16): NVFP4_FORMAT,
 }
+
+_ROTATED = (
+    "transformers does not apply rotation {!r} to inputs on loading; use the scheme option"
+    " rotation=folded, which needs nothing at run time"
+)
 
 
 class Choice(NamedTuple):
@@ -55,13 +62,14 @@ def simulate_hint(fallback: str) -> str:
 def check_format(format: str, scheme: Scheme) -> None:
     """Raise `UserError` if `format` is unknown, lacks its library or cannot hold `scheme`."""
     check_choice("format", format, (AUTO, *FORMATS))
-    if format != COMPRESSED_TENSORS:
+    if format not in _LIBRARIES:
         return
-    if not _has_library():
+    if not _has_library(format):
+        extra = _LIBRARIES[format][1]
         raise UserError(
-            f"format: {format!r} needs the library of this name: pip install 'oasis-attn[export]'"
+            f"format: {format!r} needs the library of this name: pip install 'oasis-attn[{extra}]'"
         )
-    if reason := scheme_reason(scheme):
+    if reason := torchao_reason(scheme) if format == TORCHAO else scheme_reason(scheme):
         raise UserError(f"format: {format!r} cannot hold scheme {scheme.name!r}: {reason}")
 
 
@@ -71,7 +79,7 @@ def choose_format(format: str, scheme: Scheme) -> Choice:
         return Choice(format)
     if reason := scheme_reason(scheme):
         return Choice(OASIS, cannot_hold("scheme", reason))
-    if not _has_library():
+    if not _has_library(COMPRESSED_TENSORS):
         missing = "compressed-tensors is not installed: pip install 'oasis-attn[export]'"
         return Choice(OASIS, missing)
     return Choice(COMPRESSED_TENSORS)
@@ -82,8 +90,8 @@ def cannot_hold(what: str, reason: str) -> str:
     return f"compressed-tensors cannot hold the {what}: {reason}"
 
 
-def _has_library() -> bool:
-    return find_spec("compressed_tensors") is not None
+def _has_library(format: str) -> bool:
+    return find_spec(_LIBRARIES[format][0]) is not None
 
 
 def scheme_reason(scheme: Scheme) -> str | None:
@@ -92,10 +100,7 @@ def scheme_reason(scheme: Scheme) -> str | None:
     if scheme.targets == "full":
         return "it quantizes linear layers only; use the scheme option targets=linear"
     if scheme.rotation not in ("none", "folded"):
-        return (
-            f"transformers does not apply rotation {scheme.rotation!r} to inputs on loading; use"
-            " the scheme option rotation=folded, which needs nothing at run time"
-        )
+        return _ROTATED.format(scheme.rotation)
     if scheme.clip_ratio != 1:
         return "it does not clip dynamic ranges; use the scheme option clip_ratio=1"
     if scheme.activation is None and not scheme.weight.symmetric:
@@ -107,6 +112,20 @@ def scheme_reason(scheme: Scheme) -> str | None:
         )
     if float_format(scheme) == NVFP4_FORMAT and scheme.activation and not scheme.static:
         return "its NVFP4 has a fixed range of the tensor; use the scheme option static=true"
+    return None
+
+
+def torchao_reason(scheme: Scheme) -> str | None:
+    """Why the format torchao cannot hold `scheme`; None if it can."""
+    if scheme.static:
+        return (
+            "transformers does not load static ranges of torchao; use the scheme w8a8-dynamic, or"
+            " another format"
+        )
+    if scheme.simulated_only:
+        return f"{scheme.simulated_only}; use another format"
+    if scheme.rotation not in ("none", "folded"):
+        return _ROTATED.format(scheme.rotation)
     return None
 
 
@@ -140,6 +159,11 @@ def check_quantization(
     check_whole("windows", windows, 1)
     check_seed("seed", seed)
     check_format(format, scheme)
+    if format == TORCHAO and simulate:
+        raise UserError(
+            f"simulate: format {format!r} computes with int8 kernels; leave out --simulate"
+            " (simulate=False), or use another format"
+        )
     choice = choose_format(format, scheme)
     if choice.format == OASIS and not simulate:
         check_has_kernels(scheme, choice.fallback)

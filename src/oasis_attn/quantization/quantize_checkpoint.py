@@ -38,6 +38,7 @@ from oasis_attn.quantization.options import (
     AUTO,
     COMPRESSED_TENSORS,
     OASIS,
+    TORCHAO,
     Choice,
     cannot_hold,
     check_quantization,
@@ -51,6 +52,7 @@ from oasis_attn.quantization.sensitivity import (
 )
 from oasis_attn.quantization.served_prefix import check_served_prefix
 from oasis_attn.quantization.simulate import check_unquantized_config, quantize, scheme_targets
+from oasis_attn.quantization.torchao_format import write_torchao
 from oasis_attn.records import Metric, QuantizationRecord
 
 
@@ -81,16 +83,19 @@ def quantize_checkpoint(
         out: a new folder; `from_pretrained` restores the quantized model from it.
         scheme: see `quantize`.
         format: `compressed-tensors`, for engines such as vLLM, see `save_compressed_tensors`;
-            `oasis`, which holds every scheme and model, and is loaded with `oasis_attn`; or `auto`:
-            the first if it can hold the scheme and the model and its library is installed, and
-            otherwise the second, for the reason that is the `fallback` of the record.
+            `torchao`, for int8 kernels in transformers, see `save_torchao`; `oasis`, which holds
+            every scheme and model, and is loaded with `oasis_attn`; or `auto`: the first if it can
+            hold the scheme and the model and its library is installed, and otherwise `oasis`, for
+            the reason that is the `fallback` of the record.
 
-            In `compressed-tensors`, the perplexity and speed `after` are those of the folder as
-            transformers loads it, without `oasis_attn`.  A prefix becomes part of the tokenizer.
-            The scheme gets `fused_scales` if its weights have `e4m3` scales.
+            In `compressed-tensors` and `torchao`, the perplexity and speed `after` are those of the
+            folder as transformers loads it, without `oasis_attn`, and a prefix becomes part of the
+            tokenizer.  In `compressed-tensors`, the scheme gets `fused_scales` if its weights have
+            `e4m3` scales.
         simulate: for the format `oasis`: if true, the quantized model computes in floating point,
             which works for every scheme; if false, it uses int8 kernels, which exist for some
-            schemes only.  Folders in the format `compressed-tensors` compute in floating point.
+            schemes only.  Folders in the format `compressed-tensors` compute in floating point;
+            with `torchao`, true is refused.
         ignore: patterns of target names (`*.down_proj`) that are not quantized.
         calibration, calibration_split: corpus and split for calibration.  The errors of activations
             are measured on the same windows, for every scheme.
@@ -115,8 +120,8 @@ def quantize_checkpoint(
 
     Raises:
         UserError: unusable arguments, a scheme without int8 kernels in the format `oasis`, an error
-            of `quantize`, or, unless the format is `auto`, one of `save_compressed_tensors`.
-            Nothing is written then.
+            of `quantize`, or, unless the format is `auto`, one of `save_compressed_tensors`
+            or `save_torchao`.  Nothing is written then.
     """
     scheme = get_scheme(scheme)
     check_quantization(
@@ -130,7 +135,7 @@ def quantize_checkpoint(
     )
     check_free(out)
     choice = choose_format(format, scheme)
-    if choice.format == OASIS and not simulate:
+    if choice.format == TORCHAO or (choice.format == OASIS and not simulate):
         check_kernels(scheme, find_device(device), choice.fallback)
     corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
 
@@ -197,11 +202,12 @@ class _Work:
         loaded, tokenizer, held_out = self.loaded, self.tokenizer, self.held_out
         if format == COMPRESSED_TENSORS and scheme.weight.scale_type == "e4m3":
             scheme = replace(scheme, fused_scales=True)
-        prefix = prefix_of(loaded) if format == COMPRESSED_TENSORS else None
+        prefix = prefix_of(loaded) if format != OASIS else None
         if prefix is not None:
             check_prefix_in_tokenizer(loaded, tokenizer)
-        if format == COMPRESSED_TENSORS:
-            check_model(loaded if prefix is None else without_prefix(loaded), self.targets)
+        if format != OASIS:
+            plain = loaded if prefix is None else without_prefix(loaded)
+            check_model(plain, self.targets, format)
         batches = list(self.seen.ids_NT.split(1))
         given = batches if scheme.needs_calibration else None
         if scheme not in self.quantized:
@@ -210,11 +216,11 @@ class _Work:
                 loaded, scheme, calibration=given, targets=self.targets, seed=self.seed
             )
         quantized = self.quantized[scheme]
-        if format == COMPRESSED_TENSORS:
-            check_transforms(quantized)
+        if format != OASIS:
+            check_transforms(quantized, format)
         if prefix is not None:
             progress("computing the prefix in the quantized model")
-            check_served_prefix(quantized, loaded, self.seen.ids_NT)
+            check_served_prefix(quantized, loaded, self.seen.ids_NT, format)
         progress("measuring the errors of each tensor")
         metrics = target_metrics(quantized, batches)
         tables: dict[str, Any] = {}
@@ -231,9 +237,9 @@ class _Work:
         progress("writing")
         with staged_folder(self.out) as stage:
             measured, fields = quantized, {}
-            if format == COMPRESSED_TENSORS:
-                _save_for_engines(quantized, tokenizer, stage)
-                measured = _load_again(stage, str(loaded.device), self.trust_remote_code)
+            if format != OASIS:
+                _save_without_ours(quantized, tokenizer, stage, format)
+                measured = _load_again(stage, str(loaded.device), self.trust_remote_code, format)
                 fields = {"arithmetic": format}
             else:
                 quantized.save_pretrained(stage)
@@ -267,16 +273,17 @@ class _Work:
         return record
 
 
-def _save_for_engines(
-    quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+def _save_without_ours(
+    quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format: str
 ) -> None:
-    """Write model and tokenizer for engines, with the prefix of the model in the tokenizer."""
+    """Write a folder that needs no `oasis_attn`, with the prefix of the model in the tokenizer."""
     prefix = prefix_of(quantized)
+    write = write_torchao if format == TORCHAO else write_compressed_tensors
     if prefix is None:
-        write_compressed_tensors(quantized, folder)
+        write(quantized, folder)
         tokenizer.save_pretrained(folder)
         return
-    write_compressed_tensors(without_prefix(quantized), folder)
+    write(without_prefix(quantized), folder)
     chats = save_tokenizer_with_prefix(tokenizer, prefix.tokens, folder)
     if getattr(tokenizer, "chat_template", None) and not chats:
         warnings.warn(
@@ -286,7 +293,7 @@ def _save_for_engines(
         )
 
 
-def _load_again(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_again(folder: Path, device: str, trust_remote_code: bool, format: str) -> PreTrainedModel:
     """The model as transformers loads it from the written folder, in the dtype of the folder."""
     try:
         model, _ = load_model(
@@ -294,7 +301,7 @@ def _load_again(folder: Path, device: str, trust_remote_code: bool) -> PreTraine
         )
     except UserError as error:
         raise refusal(
-            f"transformers does not load it again ({error.__cause__ or error})"
+            f"transformers does not load it again ({error.__cause__ or error})", format=format
         ) from error
     return model
 

@@ -81,8 +81,8 @@ class QuantizationRecord(_BeforeAfter):
     Attributes:
         model: the model before quantization.
         scheme: `Scheme.to_dict()`.
-        arithmetic: `simulated` in floating point, `int8`, or `compressed-tensors` for a folder in
-            this format as transformers loads it.
+        arithmetic: `simulated` in floating point, `int8`, or `compressed-tensors` or `torchao` for
+            a folder in this format as transformers loads it.
         fallback: why `--format auto` wrote the format `oasis`; empty if it did not.
         targets: names of the tensors that are quantized.
         transforms: what is applied to the inputs of linear layers, by layer.
