@@ -27,6 +27,18 @@ class UserError(ValueError):
     """
 
 
+class Refusal(UserError):
+    """A format cannot hold a model.
+
+    Attributes:
+        reason: why, in words that follow "it cannot hold the model:".
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def shown(value: object) -> str:
     """`repr(value)` in one line, shortened in the middle if it is long."""
     text = re.sub(r"\n\s*", " ", repr(value))

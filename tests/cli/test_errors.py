@@ -198,7 +198,7 @@ WRONG = [
     ["prefix", "smollm2", "new", "--method", "gredy"],
     ["prefix", "smollm2", "new", "--scheme", "w4a16"],
     ["quantize", "smollm2", "--out", "new", "--calibration", "imbd"],
-    ["quantize", "smollm2", "--out", "new", "--scheme", "w4a4"],
+    ["quantize", "smollm2", "--out", "new", "--scheme", "w8a8-static-full"],
     ["quantize", "smollm2", "--out", "new", "--scheme", "w4a5"],
     ["quantize", "smollm2", "--out", "new", "--scheme-option", "weight.bitz=3"],
     ["quantize", "smollm2", "--out", "new", "--sensitivity", "layers"],

@@ -92,7 +92,8 @@ def test_quantizing_a_model_with_a_prefix_keeps_it(oasis, places, text):
     )
     small = out.parent / "small"
     code, _ = oasis(
-        "quantize", out, "--out", small, "--scheme", "w8a8-static-linear", "--simulate", *shape
+        *("quantize", out, "--out", small, "--scheme", "w8a8-static-linear"),
+        *("--format", "oasis", "--simulate", *shape),
     )
     assert code == 0
     ids = torch.arange(5, 12)[None]

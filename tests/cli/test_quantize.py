@@ -1,6 +1,7 @@
 """The command `oasis quantize`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,18 @@ from transformers import AutoModelForCausalLM
 
 from full_disk import files_of_at_most
 from oasis_attn.hub.loading import load_model, quiet
-from oasis_attn.quantization import linear_targets, quantized_modules, tensor_targets
+from oasis_attn.hub.prefix import compute_prefix, with_prefix
+from oasis_attn.quantization import (
+    linear_targets,
+    options,
+    quantize_checkpoint,
+    quantized_modules,
+    tensor_targets,
+)
 from oasis_attn.records import QuantizationRecord
-from tiny_models import tiny_config
+from tiny_models import tiny_config, tiny_model
 
-EXPORT = ("--format", "compressed-tensors")
+EXPORT, INT8 = ("--format", "compressed-tensors"), ("--format", "torchao")
 
 
 @pytest.fixture
@@ -46,7 +54,10 @@ def test_simulated(oasis, model, shape, tmp_path):
     )
     assert code == 0
     record = QuantizationRecord.load(out / "record.json")
-    assert json.loads(shown.out)["kind"] == record.kind == "quantization"
+    printed = json.loads(shown.out)
+    assert printed["kind"] == record.kind == "quantization"
+    assert (printed["arithmetic"], printed["fallback"]) == ("simulated", record.fallback)
+    assert "cannot hold the scheme: it quantizes linear layers only" in record.fallback
     loaded, _ = load_model(out)
     original, _ = load_model(model)
     every = {*linear_targets(original), *tensor_targets(original)}
@@ -89,8 +100,9 @@ def test_in_int8(oasis, model, shape, tmp_path):
     if utils.should_reduce_range(torch.device("cpu")):
         pytest.skip("this processor has no VNNI instructions")
     out = tmp_path / "out"
-    code, shown = oasis("quantize", model, "--out", out, *shape)
+    code, shown = oasis("quantize", model, "--out", out, *shape, "--format", "oasis")
     assert code == 0
+    assert "\nFormat: oasis\n" in shown.out
     for word in ("perplexity.windowed", "size.bytes", "speed.over_unquantized", "down_proj"):
         assert word in shown.out
     record = QuantizationRecord.load(out / "record.json")
@@ -102,12 +114,16 @@ def test_in_int8(oasis, model, shape, tmp_path):
     assert loaded.generate(ids, max_new_tokens=3, eos_token_id=-1).shape == (1, 6)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "fp8-static", "nvfp4"])
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w4a16", "fp8-static", "nvfp4"])
 def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path):
+    """By default, because the format holds all of these schemes and this model."""
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     out = tmp_path / "out"
-    words = ("quantize", model, "--out", out, *EXPORT, *shape, "--scheme", scheme)
+    words = ("quantize", model, "--out", out, *shape, "--scheme", scheme)
+    if scheme == "w4a16":
+        words += ("--scheme-option", "weight.group_size=16")
     if scheme == "nvfp4":
+        words += EXPORT
         with files_of_at_most(3000):
             code, shown = oasis(*words)
         assert code == 2
@@ -118,9 +134,10 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
     for bar in ("Applying", "Compressing", "Dispatching", "Decompressing"):
         assert bar not in shown.err
     assert "speed.over_unquantized" in shown.out
+    assert "\nFormat: compressed-tensors\n" in shown.out
     assert shown.out.endswith(f"To serve it: vllm serve {out} --dtype bfloat16\n")
     record = QuantizationRecord.load(out / "record.json")
-    assert record.arithmetic == "compressed-tensors"
+    assert (record.arithmetic, record.fallback) == ("compressed-tensors", "")
     assert record.scheme["fused_scales"] is (scheme == "nvfp4")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
@@ -133,15 +150,57 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
 
 
 @pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("variant", "compressed-tensors cannot hold the model: it is loaded without oasis_attn,"),
+        ("prefix", "cannot hold the model: its prefix cannot become part of the tokenizer: it was"),
+        ("library", "compressed-tensors is not installed: pip install 'oasis-attn[export]'"),
+    ],
+)
+def test_falls_back_to_our_format(what, reason, oasis, model, shape, tmp_path, monkeypatch):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    if what == "library":
+        monkeypatch.setattr(options, "find_spec", lambda _name: None)
+    elif what == "variant":
+        tiny_model().save_pretrained(model)
+    else:
+        loaded, _ = load_model(model)
+        tuned = replace(compute_prefix(loaded, [5]), tuned=True)
+        with_prefix(loaded, tuned).save_pretrained(model)
+    out = tmp_path / "out"
+    words = ("quantize", model, "--out", out, "--scheme", "w4a8", *shape)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_checkpoint, "quantize", pytest.fail)  # told before any work
+        code, shown = oasis(*words)
+    assert code == 2
+    assert "'w4a8' can only be simulated: kernels multiply" in shown.err
+    assert "add --simulate (simulate=True) for the format 'oasis', because " in shown.err
+    assert reason in shown.err
+    code, shown = oasis(*words, "--simulate")
+    assert code == 0
+    record = QuantizationRecord.load(out / "record.json")
+    assert record.arithmetic == "simulated"
+    assert reason in record.fallback
+    assert f"\nFormat: oasis, because {record.fallback}\n" in shown.out
+    assert quantized_modules(load_model(out)[0])
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--format", "gguf"), "format: 'gguf' is not one of oasis, compressed-tensors"),
+        (("--format", "gguf"), "'gguf' is not one of auto, oasis, compressed-tensors, torchao"),
+        ((*INT8, "--scheme", "w8a8-static-linear"), "use the scheme w8a8-dynamic, or another"),
+        ((*INT8, "--simulate"), "--simulate: format 'torchao' computes with int8 kernels"),
         ((*EXPORT, "--scheme", "w8a8-static-full"), "cannot hold scheme 'w8a8-static-full'"),
         ((*EXPORT, "--scheme-option", "rotation=inputs"), "does not apply rotation 'inputs'"),
         (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),
         (("--scheme", "w8a8"), "did you mean 'w8a8-static-full' or "),
-        (("--scheme", "w4a4"), "'w4a4' can only be simulated"),
-        (("--scheme", "fp8-static"), "can only be simulated: kernels multiply integers only"),
+        (("--scheme", "w8a8-static-full"), "because compressed-tensors cannot hold the scheme: it"),
+        (("--format", "oasis", "--scheme", "w4a4"), "'w4a4' can only be simulated"),
+        (
+            ("--format", "oasis", "--scheme", "fp8-static"),
+            "can only be simulated: kernels multiply integers only",
+        ),
         (("--simulate", "--scheme-option", "weight.bit=3"), "did you mean 'weight.bits'"),
         (
             ("--simulate", "--scheme-option", "weight.bits=9"),

@@ -83,7 +83,11 @@ def test_a_prefix_is_found_tuned_and_stored(method, folder, text, tmp_path):
     before, after = record.before_after("prefix.noise")
     assert after < before
     quantize_checkpoint(
-        out, tmp_path / "small", scheme="w8a8-static-linear", simulate=True, **options
+        *(out, tmp_path / "small"),
+        scheme="w8a8-static-linear",
+        format="oasis",
+        simulate=True,
+        **options,
     )
     load_model(tmp_path / "small", device=DEVICE)
 
@@ -132,11 +136,14 @@ def test_int8_kernels_compute_what_is_simulated(scheme, folder, text, tmp_path):
     pytest.importorskip("torchao", reason="torchao is not installed")
     saved, options = folder(native()), {"scheme": scheme, "calibration": text, **WINDOWS}
     values = []
-    for simulate in (True, False):
-        out = tmp_path / str(simulate)
-        record = quantize_checkpoint(saved, out, simulate=simulate, device=DEVICE, **options)
+    runs = [{"format": "oasis", "simulate": True}, {"format": "oasis"}]
+    if scheme == "w8a8-dynamic":
+        runs.append({"format": "torchao"})
+    for index, run in enumerate(runs):
+        out = tmp_path / str(index)
+        record = quantize_checkpoint(saved, out, device=DEVICE, **options | run)
         values.append(record.metric("perplexity.windowed", "after").value)
-    assert values[1] == pytest.approx(values[0], rel=1e-2)
+    assert values[1:] == pytest.approx([values[0]] * (len(runs) - 1), rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +155,10 @@ def test_compressed_tensors_from_the_device(scheme, folder, text, tmp_path):
     quantized = quantize(native().to(DEVICE), chosen, calibration=IDS.split(2))
     save_compressed_tensors(quantized, tmp_path / "folder")
     record = quantize_checkpoint(
-        folder(native()), tmp_path / "out", scheme=chosen, format="compressed-tensors",
-        calibration=text, device=DEVICE, **WINDOWS,
+        folder(native()), tmp_path / "out", scheme=chosen, calibration=text, device=DEVICE,
+        **WINDOWS,
     )  # fmt: skip
+    assert record.arithmetic == "compressed-tensors"
     before, after = record.before_after("perplexity.windowed")
     assert after == pytest.approx(before, rel=0.5)
 
@@ -182,7 +190,8 @@ def test_codes_from_the_device_in_a_gguf_file(folder, tmp_path):
     options["calibration"].write_text("The quick brown fox jumps over the lazy dog. " * 40)
     options["calibration"] = str(options["calibration"])
     small = tmp_path / "small"
-    quantize_checkpoint(saved, small, scheme="w4a16", simulate=True, device=DEVICE, **options)
+    options |= {"format": "oasis", "simulate": True}
+    quantize_checkpoint(saved, small, scheme="w4a16", device=DEVICE, **options)
     files = []
     for index, where in enumerate((DEVICE, "cpu")):
         out = tmp_path / f"{index}.gguf"

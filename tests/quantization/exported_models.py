@@ -1,8 +1,9 @@
-"""Models and schemes for the tests of the format compressed-tensors."""
+"""Models and schemes for the tests of the formats compressed-tensors and torchao."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,15 @@ def make(kind="llama", dtype=torch.float32, **sizes):
     torch.manual_seed(0)
     config = tiny_config(kind, tie_word_embeddings=True, **sizes)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def has_int8_kernels():
+    """Whether torchao is installed, and this processor has VNNI instructions."""
+    if find_spec("torchao") is None:
+        return False
+    from torchao.utils import should_reduce_range
+
+    return not should_reduce_range(torch.device("cpu"))
 
 
 def quantized(model, scheme, **keywords):

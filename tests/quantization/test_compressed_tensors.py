@@ -19,12 +19,22 @@ from oasis_attn.quantization import (
     linear_targets,
     quantized_modules,
     save_compressed_tensors,
+    save_torchao,
 )
 from oasis_attn.quantization.int8 import to_int8
 from oasis_attn.quantization.linear import fused_layers
 from oasis_attn.quantization.primitives import fake_quantize, power_of_two
 from oasis_attn.quantization.quantizers import StaticQuantizer, observe_qparams
-from quantization.exported_models import DYNAMIC, GROUPS, STATIC, TABLE, W4A16, make, quantized
+from quantization.exported_models import (
+    DYNAMIC,
+    GROUPS,
+    STATIC,
+    TABLE,
+    W4A16,
+    has_int8_kernels,
+    make,
+    quantized,
+)
 from tiny_models import word_tokenizer
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
@@ -135,32 +145,39 @@ def test_what_the_folder_holds(tmp_path):
 
 
 def test_a_process_without_this_package(ids, tmp_path):
-    """A rotated model with a tied head needs nothing of ours either."""
+    """A rotated model with a tied head needs nothing of ours either, nor one of torchao."""
     ours = quantized(make(), replace(W4A16, rounding="gptq", rotation="folded"))
     with quiet():
         save_compressed_tensors(ours, tmp_path / "out")
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert all(stored[name].eq(1).all() for name in stored if name.endswith("norm.weight"))
+    models = {"out": ours}
+    if has_int8_kernels():
+        models["torchao"] = to_int8(quantized(make(), DYNAMIC))
+        with quiet():
+            save_torchao(models["torchao"], tmp_path / "torchao")
     torch.save(ids, tmp_path / "ids.pt")
     code = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("out")
 ids = torch.load("ids.pt")
-with torch.no_grad():
-    torch.save(model(input_ids=ids).logits, "logits.pt")
-assert model.generate(ids[:1], max_new_tokens=2, eos_token_id=-1).shape == (1, ids.shape[1] + 2)
+for name in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(name)
+    with torch.no_grad():
+        torch.save(model(input_ids=ids).logits, f"{name}.pt")
+    assert model.generate(ids[:1], max_new_tokens=2, eos_token_id=-1).shape == (1, ids.shape[1] + 2)
 assert not any(name.startswith("oasis") for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(ours, ids))
+    command = [sys.executable, "-c", code, *models]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for name, model in models.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), logits(model, ids))
 
 
 def test_a_model_in_int8_arithmetic_has_the_same_files(tmp_path):
-    utils = pytest.importorskip("torchao.utils", reason="torchao is not installed")
-    if utils.should_reduce_range(torch.device("cpu")):
-        pytest.skip("this processor has no VNNI instructions")
+    if not has_int8_kernels():
+        pytest.skip("torchao has no int8 kernels here")
     ours = quantized(make(), DYNAMIC)
     with quiet():
         save_compressed_tensors(ours, tmp_path / "simulated")

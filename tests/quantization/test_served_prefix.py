@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oasis_attn.data import load_corpus, read_windows
 from oasis_attn.errors import UserError
+from oasis_attn.evaluation import evaluate
 from oasis_attn.hub.loading import quiet
 from oasis_attn.hub.prefix import compute_prefix, prefix_of, with_prefix, without_prefix
 from oasis_attn.ops.token_losses import token_losses
@@ -16,6 +17,7 @@ from oasis_attn.quantization import quantize, schemes
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.quantization.served_prefix import check_served_prefix, clipped_layers
 from oasis_attn.quantization.simulate import linear_targets
+from quantization.exported_models import has_int8_kernels
 from tiny_models import VOCABULARY, tiny_config, word_tokenizer
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
@@ -86,31 +88,31 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, scheme, **options):
-    text = {"calibration": str(folder / "text.txt"), "evaluation_split": "train"}
+def run(folder, scheme, format="compressed-tensors", **options):
+    common = {"calibration": str(folder / "text.txt"), "evaluation_split": "train"}
+    common |= {"format": format, "window": 12, "windows": 4}
     with quiet():
         return quantize_checkpoint(
-            *(folder / "prefixed", folder / "out"),
-            scheme=scheme,
-            format="compressed-tensors",
-            window=12,
-            windows=4,
-            **text | options,
+            folder / "prefixed", folder / "out", scheme=scheme, **common | options
         )
 
 
-@pytest.mark.parametrize("scheme", [STATIC, DYNAMIC], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize(
+    ("scheme", "format"), [(STATIC, "compressed-tensors"), (DYNAMIC, "torchao")]
+)
 @torch.no_grad()
-def test_the_folder_has_the_prefix_in_its_tokenizer(folder, scheme):
-    record = run(folder, scheme, ignore=[CLIPPED])
+def test_the_folder_has_the_prefix_in_its_tokenizer(folder, scheme, format):
+    if format == "torchao" and not has_int8_kernels():
+        pytest.skip("torchao has no int8 kernels here")
+    record = run(folder, scheme, format, ignore=[CLIPPED])
     tokenizer = AutoTokenizer.from_pretrained(folder / "out")
     text = "w7 w8 w9"
     assert tokenizer(text).input_ids == [SINK, 7, 8, 9]
     chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], return_dict=False)
     assert chat == [SINK, 3, 7, 8, 9, 4]
     stored = json.loads((folder / "out" / "config.json").read_text())["quantization_config"]
-    assert stored["quant_method"] == "compressed-tensors"
-    assert CLIPPED in stored["ignore"]
+    assert stored["quant_method"] == record.arithmetic == format
+    assert CLIPPED in stored["modules_to_not_convert" if format == "torchao" else "ignore"]
     assert not (folder / "out" / "prefix").exists()
     assert f"tokens [{SINK}] of the prefix" in (folder / "out" / "README.md").read_text()
 
@@ -126,6 +128,11 @@ def test_the_folder_has_the_prefix_in_its_tokenizer(folder, scheme):
     assert (found - ours).norm() < (ours - model(ids).logits).norm()
     _, after = record.before_after("perplexity.windowed")
     assert after == pytest.approx(float(token_losses(found, ids).mean().exp()), rel=1e-4)
+    again = evaluate(
+        folder / "out", corpus=str(folder / "text.txt"), split="train", window=12, limit=4
+    )
+    assert again["perplexity.windowed"] == pytest.approx(after, rel=1e-4)
+    assert again.data["perplexity"]["prefix"] == (SINK,)
 
 
 def test_a_prefix_in_bfloat16_is_served_too(folder):
@@ -133,6 +140,14 @@ def test_a_prefix_in_bfloat16_is_served_too(folder):
     with_prefix(model, compute_prefix(model, [SINK])).save_pretrained(folder / "prefixed")
     run(folder, DYNAMIC)
     assert AutoTokenizer.from_pretrained(folder / "out")("w7").input_ids == [SINK, 7]
+
+
+def test_by_default_a_prefix_that_would_be_clipped_stays_stored(folder):
+    record = run(folder, STATIC, format="auto", simulate=True)
+    assert record.arithmetic == "simulated"
+    assert record.fallback.endswith(f"change the prefix most: --ignore {CLIPPED}")
+    with quiet():
+        assert prefix_of(AutoModelForCausalLM.from_pretrained(folder / "out")).tokens == (SINK,)
 
 
 def test_what_cannot_be_served_is_refused_and_nothing_written(folder):

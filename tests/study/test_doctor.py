@@ -103,6 +103,7 @@ def test_a_model_without_outliers_has_nothing_to_cure() -> None:
     assert step.line == (
         "oasis quantize model --out q --scheme w8a8-static-linear"
         " --scheme-option weight.granularity=channel --calibration text --window 32 --windows 4"
+        " --format oasis"
     )
 
 

@@ -39,17 +39,20 @@ def quantize(
     format: Annotated[
         str,
         Option(
-            help="oasis supports every scheme and model. compressed-tensors can be loaded without"
-            " this package, by transformers, vLLM and SGLang; writing it needs"
-            r" pip install 'oasis-attn\[export]'."
+            help="compressed-tensors can be loaded without this package, by transformers, vLLM and"
+            r" SGLang; writing it needs pip install 'oasis-attn\[export]'. torchao is w8a8-dynamic"
+            r" with int8 kernels in transformers; it needs pip install 'oasis-attn\[int8]'. oasis"
+            " supports every scheme and model, and has int8 kernels. auto is compressed-tensors"
+            " where it can hold the scheme and the model, and otherwise oasis; the output says"
+            " which, and why."
         ),
-    ] = "oasis",
+    ] = "auto",
     simulate: Annotated[
         bool,
         Option(
             "--simulate",
-            help="Simulate the quantization in floating point; without it, use int8 kernels."
-            " With --format compressed-tensors, it is always simulated.",
+            help="For the format oasis: simulate the quantization in floating point; without it,"
+            " use int8 kernels. It has no effect on compressed-tensors, and torchao refuses it.",
         ),
     ] = False,
     ignore: Annotated[
@@ -80,10 +83,10 @@ def quantize(
 ) -> None:
     """Quantize a model, measure perplexity, size and speed, and save it for from_pretrained.
 
-    Example: [bold]oasis quantize smollm2 --scheme w4a4 --simulate --out small[/bold]
+    Example: [bold]oasis quantize smollm2 --scheme w4a16 --out small[/bold], and to serve it:
+    [bold]vllm serve small --dtype bfloat16[/bold].
 
-    To serve a model: [bold]oasis quantize smollm2 --format compressed-tensors --out small[/bold],
-    then [bold]vllm serve small --dtype bfloat16[/bold].
+    For int8 kernels: [bold]oasis quantize smollm2 --format oasis --out small[/bold]
     """
     from oasis_attn.devices import check_device
     from oasis_attn.files import check_free
@@ -129,7 +132,10 @@ def quantize(
         print(record.to_json())
     else:
         _show(record)
-        if format == "compressed-tensors":
+        written = "oasis" if record.arithmetic in ("int8", "simulated") else record.arithmetic
+        because = f", because {record.fallback}" if record.fallback else ""
+        print(f"\nFormat: {written}{because}")
+        if written == "compressed-tensors":
             print_servable(out)
         else:
             print_saved(out, purpose="evaluate it", command=("oasis", "evaluate", out))

@@ -32,11 +32,12 @@ def score_windows(
     log: SampleLog,
     batch_size: int,
     cache: MakeCache | None = None,
+    first: Sequence[int] = (),
 ) -> list[Sample]:
     """For each window the `loss` (nats, summed) of its scored `tokens`, logged batch by batch.
 
-    A sample's `id` is the position of the window in the text, so that a log can be resumed with
-    another number of windows.
+    The tokens `first` precede each window.  A sample's `id` is the position of the window in the
+    text, so that a log can be resumed with another number of windows.
     """
     with eval_mode(model), torch.no_grad():
         for start in range(0, len(windows), batch_size):
@@ -45,7 +46,7 @@ def score_windows(
             if all((position, 0) in log for position in positions):
                 continue
             ids_BT = windows.ids_NT[batch].to(model.device)
-            losses_BT = token_losses(window_logits(model, ids_BT, None, cache), ids_BT)
+            losses_BT = token_losses(window_logits(model, ids_BT, None, cache, first), ids_BT)
             log.add(
                 {"id": position, "repeat": 0, "tokens": n, "loss": float(losses_T[-n:].sum())}
                 for position, n, losses_T in zip(positions, scored, losses_BT, strict=True)
@@ -111,9 +112,17 @@ def new_cache(model: PreTrainedModel, cache: MakeCache) -> Cache:
 
 
 def window_logits(
-    model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None, cache: MakeCache | None
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    mask_BT: Tensor | None,
+    cache: MakeCache | None,
+    first: Sequence[int] = (),
 ) -> Tensor:
-    """Logits [B, T, V], computed in one pass, or in pieces with a cache."""
+    """Logits [B, T, V] behind the tokens `first`, in one pass, or in pieces with a cache."""
+    if first:
+        assert mask_BT is None  # the rows are of one length
+        ids_BT = torch.cat([ids_BT.new_tensor([*first]).expand(len(ids_BT), -1), ids_BT], 1)
+        return window_logits(model, ids_BT, None, cache)[:, len(first) :]
     if cache is None:
         return model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
     filled, pieces = new_cache(model, cache), []

@@ -5,6 +5,8 @@ Axes: N windows, B windows in a batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,12 +43,14 @@ def score_answers(
     log: SampleLog,
     batch_size: int,
     cache: MakeCache | None = None,
+    first: Sequence[int] = (),
 ) -> list[Sample]:
     """For each window, sums over its answers and over its other tokens, logged batch by batch.
 
     A token is an answer if the one before it is `question`.  All earlier tokens are those of the
-    text, so that an error does not lead to others.  `right` is the number of answers that have the
-    largest logit of the whole vocabulary; losses are in nats, summed.
+    text, so that an error does not lead to others; the tokens `first` precede each window.  `right`
+    is the number of answers that have the largest logit of the whole vocabulary; losses are in
+    nats, summed.
     """
     with eval_mode(model), torch.no_grad():
         for start in range(0, len(windows), batch_size):
@@ -54,7 +58,7 @@ def score_answers(
             if all((position, 0) in log for position in positions):
                 continue
             ids_BT = windows.ids_NT[start : start + batch_size].to(model.device)
-            logits_BTV = window_logits(model, ids_BT, None, cache)
+            logits_BTV = window_logits(model, ids_BT, None, cache, first)
             losses_BT = token_losses(logits_BTV, ids_BT)
             right_BT = logits_BTV[:, :-1].argmax(-1) == ids_BT[:, 1:]
             answer_BT = ids_BT[:, :-1] == question

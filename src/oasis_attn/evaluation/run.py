@@ -32,6 +32,7 @@ from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.evaluation.scoring import Z95, ratio_of_sums, score_answer, wilson_interval
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_lengths, describe_model, fingerprint
+from oasis_attn.hub.prefix_export import prefix_in_tokenizer
 from oasis_attn.records import EvaluationRecord, Metric, current_environment
 
 
@@ -84,6 +85,7 @@ def evaluate(
             `majority.answer_loss` and `majority.other_loss` (nats per token);
         gsm8k-loglik: `gsm8k.answer_loglik`, the mean over problems of the solution's mean
             log-probability per token, in nats.
+        A prefix in the tokenizer precedes every window and prompt.
         `intervals` has the 95 % interval of each: Wilson's for shares, and a normal one otherwise.
 
     Raises:
@@ -140,8 +142,8 @@ Measure = Callable[[], object]
 
 
 def _perplexity(run: _Run) -> Measure:
-    config = run.config
-    check_lengths(run.model, [config.window], "window")
+    config, first = run.config, prefix_in_tokenizer(run.tokenizer)
+    check_lengths(run.model, [len(first) + config.window], "window")
     embedding: Any = run.model.get_input_embeddings()
     windows = read_windows(
         load_corpus(config.corpus, config.split),
@@ -151,14 +153,18 @@ def _perplexity(run: _Run) -> Measure:
         stride=config.stride,
         vocab_size=embedding.weight.shape[0],
     )
-    info = asdict(windows.info)
+    info = asdict(windows.info) | ({"prefix": first} if first else {})
     # Without the number of windows, so that a log can be resumed with another number.
     protocol = {name: info[name] for name in ("sha256", "window", "stride", "separator", "bos")}
 
     def measure() -> None:
         log = run.log("perplexity", protocol, LOSS_FIELDS)
         samples = score_windows(
-            run.model, windows, log=log, batch_size=config.batch_size, cache=config.cache
+            *(run.model, windows),
+            log=log,
+            batch_size=config.batch_size,
+            cache=config.cache,
+            first=first,
         )
         loss, error = ratio_of_sums([(row["loss"], row["tokens"]) for row in samples])
         kind = "windowed" if windows.info.stride == config.window else "strided"
@@ -185,13 +191,13 @@ def _exp(x: float) -> float:
 
 
 def _majority(run: _Run) -> Measure:
-    config = run.config
+    config, first = run.config, prefix_in_tokenizer(run.tokenizer)
     corpus = load_corpus(str(config.corpus).partition("+")[0], "test")  # without a text after it
     assert corpus.task is not None  # `EvaluationConfig` has checked it
-    check_lengths(run.model, [corpus.task.window], "window")
+    check_lengths(run.model, [len(first) + corpus.task.window], "window")
     question = question_id(run.tokenizer)
     windows = read_windows(corpus, run.tokenizer, window=corpus.task.window, windows=config.limit)
-    info = asdict(windows.info)
+    info = asdict(windows.info) | ({"prefix": first} if first else {})
     protocol = {name: info[name] for name in ("sha256", "window", "separator", "bos")}
 
     def measure() -> None:
@@ -202,6 +208,7 @@ def _majority(run: _Run) -> Measure:
             log=run.log("majority", protocol, ANSWER_COUNTS),
             batch_size=config.batch_size,
             cache=config.cache,
+            first=first,
         )
         n = len(samples)
         for name, part, whole in (

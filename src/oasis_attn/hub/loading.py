@@ -33,6 +33,7 @@ from oasis_attn.files import cache_folder, staged_folder
 from oasis_attn.hub.checkpoint import Checkpoint, parameter_limit
 from oasis_attn.hub.gguf_file import check_loading_info, read_gguf
 from oasis_attn.hub.locate import BLOCK_FORMATS, DTYPES, find_model
+from oasis_attn.hub.model_info import plain_tensors
 from oasis_attn.hub.prefix import load_prefix, prefix_of
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 
@@ -203,7 +204,8 @@ def _check_runs(model: PreTrainedModel) -> None:
 
 
 def _check_finite(model: PreTrainedModel, name: str) -> None:
-    for key, tensor in model.state_dict().items():
+    state = model.state_dict().items()
+    for key, tensor in ((key, part) for key, whole in state for part in plain_tensors(whole)):
         if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
             low, high = tensor.aminmax()  # propagates NaN, and needs no mask of the tensor's size
             if not (low.isfinite() and high.isfinite()):

@@ -54,6 +54,7 @@ model = {auto_class}.from_pretrained({arguments})
 _REQUIREMENTS = {
     "oasis": "import oasis_attn  # without it, transformers cannot load this checkpoint",
     "compressed-tensors": "# needs: pip install compressed-tensors",
+    "torchao": "# needs: pip install 'torchao>=0.18' 'transformers>=5.23'; on a CPU, also VNNI",
 }
 _WITH_CODE = "# runs the Python code in this folder, which needs {versions}"
 _SETTINGS = """\
@@ -95,8 +96,8 @@ def write_card(
 ) -> None:
     """Write `folder`/README.md, unless there is one without the line that says it was generated.
 
-    `format` is that of the quantized weights: `oasis`, or `compressed-tensors`, which is loaded
-    without `oasis_attn`.
+    `format` is that of the quantized weights: `oasis`, or `compressed-tensors` or `torchao`, which
+    are loaded without `oasis_attn`.
 
     The measurements come from `folder`/record.json; if it does not exist, from the record in the
     checkpoint that the model was loaded from, and the card names that checkpoint.
@@ -176,7 +177,7 @@ def model_card(
         facts.append(
             _QUANTIZED.format(
                 scheme=stored.described_scheme,
-                arithmetic=stored.arithmetic,
+                arithmetic="int8" if format == "torchao" else stored.arithmetic,
                 targets=len(stored.targets),
             )
         )

@@ -43,19 +43,19 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(f"{model}\n{sorted(config.items())}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        for plain in _plain_tensors(tensor):
+        for plain in plain_tensors(tensor):
             flat = plain.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor itself; for a subclass that wraps tensors (torchao's), the wrapped tensors."""
     if type(tensor) in (Tensor, nn.Parameter):
         yield tensor
     else:
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            yield from _plain_tensors(getattr(tensor, name))
+            yield from plain_tensors(getattr(tensor, name))
 
 
 def check_lengths(model: PreTrainedModel, lengths: Sequence[int], argument: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.errors import UserError, shown
+from oasis_attn.errors import Refusal, shown
 from oasis_attn.files import write_text
 from oasis_attn.hub.model_card import PREFIX_IN_TOKENIZER
 from oasis_attn.hub.peft_adapter import is_close
@@ -59,12 +59,13 @@ def is_computed(model: PreTrainedModel) -> bool:
 
 
 def check_prefix_in_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `UserError` unless the prefix of `model` can become part of `tokenizer`."""
+    """Raise `Refusal` unless the prefix of `model` can become part of `tokenizer`."""
     prefix: Any = prefix_of(model)
     if not is_computed(model):
         raise _error(
             "it was tuned, or the model was trained after it got the prefix, so that its keys and"
-            " values are not those of its tokens; use --format oasis"
+            " values are not those of its tokens",
+            "; use --format oasis",
         )
     with TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -87,7 +88,7 @@ def save_tokenizer_with_prefix(
         because it would be cut into other tokens, the tokenizer is saved without a template.
 
     Raises:
-        UserError: the tokenizer has no `tokenizer.json`, or one that cannot have a prefix.
+        Refusal: the tokenizer has no `tokenizer.json`, or one that cannot have a prefix.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -117,14 +118,26 @@ def save_tokenizer_with_prefix(
     return chats
 
 
+def prefix_in_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that `save_tokenizer_with_prefix` put before every text; none without it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    processor = backend and json.loads(backend.to_str())["post_processor"]
+    for step in _steps(processor or None):
+        found = step.get("special_tokens", {})
+        if step["type"] == "TemplateProcessing" and _PIECE in found:
+            return tuple(found[_PIECE]["ids"])
+    return ()
+
+
 def write_prefix_card(prefix: Prefix, folder: Path, family: str) -> None:
     """Write the README.md of a model of `family` with the prefix in its tokenizer."""
     text = PREFIX_IN_TOKENIZER.format(tokens=list(prefix.tokens))
     write_text(folder / "README.md", _CARD.format(family=family, count=len(prefix), text=text))
 
 
-def _error(reason: str) -> UserError:
-    return UserError(f"prefix: it cannot become part of the tokenizer: {reason}")
+def _error(reason: str, remedy: str = "") -> Refusal:
+    why = f"cannot become part of the tokenizer: {reason}"
+    return Refusal(f"prefix: it {why}{remedy}", reason=f"its prefix {why}")
 
 
 def _put_before_chats(tokenizer: Any, tokens: tuple[int, ...]) -> bool:
@@ -158,12 +171,7 @@ def _with_prefix(
     processor: dict[str, Any] | None, tokens: tuple[int, ...], tokenizer: Any
 ) -> dict[str, Any]:
     """The post-processor in `tokenizer.json`, which also puts `tokens` before a text."""
-    if processor is None:
-        steps = []
-    elif processor["type"] == "Sequence":
-        steps = list(processor["processors"])
-    else:
-        steps = [processor]
+    steps = _steps(processor)
     kinds = [step["type"] for step in steps]
     others = sorted({*kinds} - {"ByteLevel", "TemplateProcessing"})
     if others or kinds.count("TemplateProcessing") > 1:
@@ -186,8 +194,15 @@ def _with_prefix(
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
 
 
+def _steps(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of the post-processor in `tokenizer.json`."""
+    if processor is None:
+        return []
+    return list(processor["processors"]) if processor["type"] == "Sequence" else [processor]
+
+
 def _check_saved(tokenizer: Any, tokens: tuple[int, ...], folder: Path) -> None:
-    """Raise `UserError` unless transformers reads the prefix from `folder`."""
+    """Raise `Refusal` unless transformers reads the prefix from `folder`."""
     saved: Any = AutoTokenizer.from_pretrained(folder)
     for text in _PROBES:
         if saved(text).input_ids != [*tokens, *tokenizer(text).input_ids]:

@@ -28,6 +28,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
     from accelerate.utils import parse_flag_from_env as parse_flag_from_env
     from lm_eval.api.task import ConfigurableTask as ConfigurableTask
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig as Int8DynamicActivationInt8WeightConfig,
+    )
     from torchao.quantization import Int8Tensor as Int8Tensor
     from torchao.quantization import PerRow as PerRow
     from torchao.quantization import PerTensor as PerTensor
@@ -173,6 +176,7 @@ _NAMES = {  # module: {name: why we need it; what breaks without it}
     },
     # --- torchao
     "torchao.quantization": {
+        "Int8DynamicActivationInt8WeightConfig": "describes int8 folders; --format torchao goes",
         "Int8Tensor": "multiplies int8 by int8; integer arithmetic is unavailable",
         "PerRow": "asks for one input range per token; dynamic int8 is unavailable",
         "PerTensor": "asks for one input range per tensor; static int8 is unavailable",

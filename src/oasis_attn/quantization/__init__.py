@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for type checkers: the names that `__getattr__` imports
     from oasis_attn.quantization.kv_cache import QuantizedCache
     from oasis_attn.quantization.simulate import quantize, quantized_modules, scheme_targets
     from oasis_attn.quantization.targets import linear_targets, tensor_targets
+    from oasis_attn.quantization.torchao_format import save_torchao
 
 _HOMES = {
     "QuantizedCache": "oasis_attn.quantization.kv_cache",
@@ -24,6 +25,7 @@ _HOMES = {
     "quantize": "oasis_attn.quantization.simulate",
     "quantized_modules": "oasis_attn.quantization.simulate",
     "save_compressed_tensors": "oasis_attn.quantization.compressed_tensors_format",
+    "save_torchao": "oasis_attn.quantization.torchao_format",
     "scheme_targets": "oasis_attn.quantization.simulate",
     "tensor_targets": "oasis_attn.quantization.targets",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "quantize",
     "quantized_modules",
     "save_compressed_tensors",
+    "save_torchao",
     "scheme_targets",
     "schemes",
     "tensor_targets",

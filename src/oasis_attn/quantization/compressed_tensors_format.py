@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import UserError
+from oasis_attn.errors import Refusal, UserError
 from oasis_attn.files import staged_folder
 from oasis_attn.hub.locate import BLOCK_FORMATS
 from oasis_attn.hub.model_card import write_card
@@ -47,33 +47,62 @@ from oasis_attn.quantization.simulate import quantized_modules
 from oasis_attn.quantization.spec import QuantSpec
 
 
-def check_model(model: PreTrainedModel, targets: Iterable[str]) -> None:
-    """Raise `UserError` if the format cannot hold `model` with `targets` quantized."""
+def check_model(
+    model: PreTrainedModel, targets: Iterable[str], format: str = COMPRESSED_TENSORS
+) -> None:
+    """Raise `Refusal` if `format` cannot hold `model` with `targets` quantized.
+
+    It also serves the format torchao, which can hold experts that are not quantized.
+    """
     if isinstance(model.config, OasisConfig):
-        raise _refusal(
+        raise refusal(
             "it is loaded without oasis_attn, which an OASIS model needs; convert a null without"
-            " depth routing with `oasis convert --to-sinks` first, or use --format oasis and import"
-            " oasis_attn where the model is loaded"
+            " depth routing with `oasis convert --to-sinks` first",
+            ", or use --format oasis and import oasis_attn where the model is loaded",
+            format=format,
         )
     if prefix_of(model) is not None:
-        raise _refusal(
+        raise refusal(
             "the model has a prefix, which must become part of the tokenizer; `oasis quantize"
-            " --format compressed-tensors` writes both"
+            f" --format {format}` writes both",
+            format=format,
         )
     plain = _without_weights(model)
     modules = dict(plain.named_modules())
-    for name in linear_names(plain):
+    for name in linear_names(plain) if format == COMPRESSED_TENSORS else targets:
         if name not in modules:  # the name that `linearize` would give it
-            raise _refusal(
-                f"{name} is an expert, and transformers cannot load experts in this format, whether"
-                " they are quantized or not"
+            left_out = (
+                ", whether they are quantized or not"
+                if format == COMPRESSED_TENSORS
+                else "; leave experts out with --ignore (ignore=...)"
+            )
+            raise refusal(
+                f"{name} is an expert, and transformers cannot load experts in this format"
+                f"{left_out}",
+                format=format,
             )
     for name in targets:
         if not isinstance(modules[name], nn.Linear):
-            raise _refusal(
+            raise refusal(
                 f"{name} is of class {type(modules[name]).__name__}, and the format quantizes only"
-                " linear layers; leave such layers out with --ignore (ignore=...)"
+                " linear layers; leave such layers out with --ignore (ignore=...)",
+                format=format,
             )
+
+
+def check_transforms(model: PreTrainedModel, format: str = COMPRESSED_TENSORS) -> None:
+    """Raise `Refusal` if a quantized model scales inputs at run time."""
+    for name in get_quantization_config(model).transforms:
+        raise refusal(
+            f"the input of {name} is scaled at run time, because SmoothQuant could not fold the"
+            " scales into the layer before it, and such scales are not written",
+            format=format,
+        )
+
+
+def refusal(reason: str, remedy: str = "", *, format: str = COMPRESSED_TENSORS) -> Refusal:
+    """The error of a model that `format` cannot hold; a `remedy` is not part of its `reason`."""
+    return Refusal(f"format: {format!r} cannot hold this model: {reason}{remedy}", reason=reason)
 
 
 @torch.no_grad()
@@ -111,31 +140,28 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
         UserError: the library is not installed; the format cannot hold the scheme or the model;
             weights were changed after quantizing; the folder exists.  Nothing is written then.
     """
-    layers, scheme = _checked(model)
+    layers, scheme = checked_layers(model, COMPRESSED_TENSORS)
     with staged_folder(folder) as stage:
         _write(model, layers, scheme, stage)
 
 
 def write_compressed_tensors(model: PreTrainedModel, folder: Path) -> None:
     """As `save_compressed_tensors`, into a folder that exists."""
-    _write(model, *_checked(model), folder)
+    _write(model, *checked_layers(model, COMPRESSED_TENSORS), folder)
 
 
-def _checked(model: PreTrainedModel) -> tuple[dict[str, QuantizedLinear], Scheme]:
-    """The quantized layers of `model` and its scheme; `UserError` if it cannot be written."""
+def checked_layers(
+    model: PreTrainedModel, format: str
+) -> tuple[dict[str, QuantizedLinear], Scheme]:
+    """The quantized layers of `model` and its scheme; `UserError` if `format` cannot hold it."""
     layers = {name: cast(QuantizedLinear, each) for name, each in quantized_modules(model).items()}
     if not layers:
         raise UserError("model: nothing in it is quantized; call quantize first")
     fields = get_quantization_config(model)
     scheme = Scheme.from_dict(fields.scheme)
-    check_format(COMPRESSED_TENSORS, scheme)
-    if fields.transforms:
-        name = next(iter(fields.transforms))
-        raise _refusal(
-            f"the input of {name} is scaled at run time, because SmoothQuant could not fold the"
-            " scales into the layer before it; the format has no such scales"
-        )
-    check_model(model, layers)
+    check_format(format, scheme)
+    check_transforms(model, format)
+    check_model(model, layers, format)
     check_unchanged(model, layers, fields.targets)
     return layers, scheme
 
@@ -163,14 +189,14 @@ def _write(
         input_activations=inputs,
         format=form,
     )
-    plain, dtype = _plain_model(model, layers), model.dtype
+    plain, dtype = plain_model(model, layers), model.dtype
     if form in BLOCK_FORMATS:
         dtype = torch.bfloat16
         plain.to(dtype)  # type: ignore[arg-type]
     config = QuantizationConfig(
         config_groups={"group_0": group},
         format=form,
-        ignore=_in_float(plain, layers),
+        ignore=float_modules(plain, layers),
         quantization_status=QuantizationStatus.FROZEN,
     )
     apply_quantization_config(plain, config, show_progress=False)
@@ -212,7 +238,7 @@ def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(config)
 
 
-def _plain_model(model: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> PreTrainedModel:
+def plain_model(model: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> PreTrainedModel:
     """The unquantized model, for saving, without the weights of `layers`; it shares all tensors."""
     plain, state = _without_weights(model), model.state_dict()
     names = plain.state_dict().keys() - {f"{name}.weight" for name in layers}
@@ -222,10 +248,10 @@ def _plain_model(model: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> 
     return plain
 
 
-def _in_float(plain: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> list[str]:
+def float_modules(plain: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> list[str]:
     """The modules with weights that are not quantized: the head, routers, gates and ignored ones.
 
-    Embeddings are not listed, because the format quantizes only linear layers here.
+    Embeddings are not listed, because only linear layers are quantized.
     """
     return [
         name
@@ -281,12 +307,8 @@ def _compress(
     library = BaseCompressor.get_value_from_registry(scheme.format.value)
     restored = library.decompress(linear.state_dict(), scheme)["weight"].to(weight.dtype)
     if not torch.equal(restored, weight):
-        raise _refusal(f"compressed-tensors does not restore {name}.weight exactly")
+        raise refusal(f"compressed-tensors does not restore {name}.weight exactly")
 
 
 def _zero_point(quant_min: Tensor, spec: QuantSpec) -> Tensor:
     return -(quant_min + 2 ** (spec.bits - 1)).to(torch.int8)
-
-
-def _refusal(reason: str) -> UserError:
-    return UserError(f"format: 'compressed-tensors' cannot hold this model: {reason}")

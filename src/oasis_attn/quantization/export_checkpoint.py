@@ -129,7 +129,8 @@ def _check_config(
         return
     method = stored["quant_method"]
     if method not in (METHOD, PREFIX_METHOD):
-        raise UserError(f"model: it is quantized by {method}; export the original model")
+        other = " or one that `oasis quantize --format oasis` wrote" if format == "gguf" else ""
+        raise UserError(f"model: it is quantized by {method}; export the original model{other}")
     if format == "transformers" and method == METHOD:
         raise UserError(
             "model: it is quantized in the format of this library; quantize the original model with"

@@ -24,24 +24,28 @@ from oasis_attn.quantization.hf_quantizer import (
     set_quantization_config,
 )
 from oasis_attn.quantization.linear import QuantizedLinear
-from oasis_attn.quantization.options import check_has_kernels
+from oasis_attn.quantization.options import check_has_kernels, simulate_hint
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
 
 
-def check_kernels(scheme: Scheme, device: torch.device) -> None:
-    """Raise `UserError` unless int8 kernels on `device` can compute what `scheme` simulates."""
-    check_has_kernels(scheme)
+def check_kernels(scheme: Scheme, device: torch.device, fallback: str = "") -> None:
+    """Raise `UserError` unless int8 kernels on `device` can compute what `scheme` simulates.
+
+    `fallback` is that of `options.Choice`.
+    """
+    check_has_kernels(scheme, fallback)
     try:
         from oasis_attn.modeling.hf_compat import should_reduce_range
     except ImportError as error:
         raise UserError(
-            f"scheme: int8 kernels need torchao: pip install 'oasis-attn[int8]' ({error})"
+            f"scheme: int8 kernels need torchao: pip install 'oasis-attn[int8]' ({error}); or"
+            f" {simulate_hint(fallback)}"
         ) from error
     if should_reduce_range(device):
         raise UserError(
             f"scheme: {scheme.name!r} can only be simulated: 8-bit sums overflow on this processor,"
-            " which has no VNNI instructions"
+            f" which has no VNNI instructions; {simulate_hint(fallback)}"
         )
 
 
@@ -65,18 +69,34 @@ class Int8Linear(QuantizedLinear):
                 "act_quant_scale": quantizer.scale.view(shape),
                 "act_quant_zero_point": (-128 - quantizer.quant_min).view(shape).to(torch.int8),
             }
-        scale = self.weight_scale.view(-1, 1)
-        rows = 1 if len(scale) > 1 else self.out_features
-        tensor, per_tensor, per_token = _torchao()
-        weight = tensor(
-            self.weight_codes,
-            scale,
-            [rows, self.in_features],
-            input.dtype,
-            act_quant_kwargs=per_tensor if static else per_token,
-            **static,
-        )
+        weight = int8_weight(self, self.weight_codes, input.dtype, **static)
         return F.linear(input, weight, self.bias)
+
+
+def int8_weight(
+    layer: QuantizedLinear, codes: Tensor, dtype: torch.dtype, **static: Tensor
+) -> Tensor:
+    """The weight of `layer` as torchao's int8 tensor, which computes the layer on multiplication.
+
+    Args:
+        layer: has the scales.
+        codes: `layer.codes()`.
+        dtype: that of inputs and outputs.
+        static: scale and zero point of the input, as torchao names them; without them, torchao
+            computes both for each token.
+    """
+    scale = layer.weight_scale.view(-1, 1)
+    rows = 1 if len(scale) > 1 else layer.out_features
+    tensor, per_tensor, per_token = _torchao()
+    weight: Tensor = tensor(
+        codes,
+        scale,
+        [rows, layer.in_features],
+        dtype,
+        act_quant_kwargs=per_tensor if static else per_token,
+        **static,
+    )
+    return weight
 
 
 @cache

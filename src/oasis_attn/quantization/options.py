@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from oasis_attn.errors import UserError, check_at_least, check_choice, check_seed, check_whole
 from oasis_attn.quantization.schemes import Scheme
 
-OASIS, COMPRESSED_TENSORS = FORMATS = ("oasis", "compressed-tensors")
+OASIS, COMPRESSED_TENSORS, TORCHAO = FORMATS = ("oasis", "compressed-tensors", "torchao")
+AUTO = "auto"
+"""Not a format: `compressed-tensors` if it can hold the scheme and the model, or else `oasis`."""
+_LIBRARIES = {COMPRESSED_TENSORS: ("compressed_tensors", "export"), TORCHAO: ("torchao", "int8")}
+"""By format: the library that writes it, and the extra that installs this library."""
 PREFIX_METHODS = ("greedy", "frequency")
 SENSITIVITY_GROUPS = ("kind", "layer", "target")
 KV_BITS = (2, 4, 8)
@@ -26,47 +31,102 @@ _FLOAT_FORMATS = {
     ("e2m1", "e4m3", 16): NVFP4_FORMAT,
 }
 
+_ROTATED = (
+    "transformers does not apply rotation {!r} to inputs on loading; use the scheme option"
+    " rotation=folded, which needs nothing at run time"
+)
 
-def check_has_kernels(scheme: Scheme) -> None:
-    """Raise `UserError` if no int8 kernel computes `scheme`."""
+
+class Choice(NamedTuple):
+    """The format to write, and why it is not `compressed-tensors` if `auto` could not choose it."""
+
+    format: str
+    fallback: str = ""
+
+
+def check_has_kernels(scheme: Scheme, fallback: str = "") -> None:
+    """Raise `UserError` if no int8 kernel computes `scheme`; `fallback` is that of the `Choice`."""
     if scheme.simulated_only:
         raise UserError(
             f"scheme: {scheme.name!r} can only be simulated: {scheme.simulated_only};"
-            " add --simulate (simulate=True)"
+            f" {simulate_hint(fallback)}"
         )
+
+
+def simulate_hint(fallback: str) -> str:
+    """What to do if no int8 kernel can be used for the format `oasis`."""
+    hint = "add --simulate (simulate=True)"
+    return f"{hint} for the format 'oasis', because {fallback}" if fallback else hint
 
 
 def check_format(format: str, scheme: Scheme) -> None:
     """Raise `UserError` if `format` is unknown, lacks its library or cannot hold `scheme`."""
-    check_choice("format", format, FORMATS)
-    if format == OASIS:
+    check_choice("format", format, (AUTO, *FORMATS))
+    if format not in _LIBRARIES:
         return
-    if find_spec("compressed_tensors") is None:
+    if not _has_library(format):
+        extra = _LIBRARIES[format][1]
         raise UserError(
-            f"format: {format!r} needs the library of this name: pip install 'oasis-attn[export]'"
+            f"format: {format!r} needs the library of this name: pip install 'oasis-attn[{extra}]'"
         )
-    reason = ""
+    if reason := torchao_reason(scheme) if format == TORCHAO else scheme_reason(scheme):
+        raise UserError(f"format: {format!r} cannot hold scheme {scheme.name!r}: {reason}")
+
+
+def choose_format(format: str, scheme: Scheme) -> Choice:
+    """What to write for `format`; of `auto`, as far as that can be known without the model."""
+    if format != AUTO:
+        return Choice(format)
+    if reason := scheme_reason(scheme):
+        return Choice(OASIS, cannot_hold("scheme", reason))
+    if not _has_library(COMPRESSED_TENSORS):
+        missing = "compressed-tensors is not installed: pip install 'oasis-attn[export]'"
+        return Choice(OASIS, missing)
+    return Choice(COMPRESSED_TENSORS)
+
+
+def cannot_hold(what: str, reason: str) -> str:
+    """Why `auto` writes `oasis`: compressed-tensors cannot hold the `scheme` or `model`."""
+    return f"compressed-tensors cannot hold the {what}: {reason}"
+
+
+def _has_library(format: str) -> bool:
+    return find_spec(_LIBRARIES[format][0]) is not None
+
+
+def scheme_reason(scheme: Scheme) -> str | None:
+    """Why the format compressed-tensors cannot hold `scheme`; None if it can."""
     types = {spec.element_type for spec in (scheme.weight, scheme.activation) if spec}
     if scheme.targets == "full":
-        reason = "it quantizes linear layers only; use the scheme option targets=linear"
-    elif scheme.rotation not in ("none", "folded"):
-        reason = (
-            f"transformers does not apply rotation {scheme.rotation!r} to inputs on loading; use"
-            " the scheme option rotation=folded, which needs nothing at run time"
-        )
-    elif scheme.clip_ratio != 1:
-        reason = "it does not clip dynamic ranges; use the scheme option clip_ratio=1"
-    elif scheme.activation is None and not scheme.weight.symmetric:
-        reason = "transformers cannot load packed weights with zero points; use symmetric weights"
-    elif types != {"int"} and not float_format(scheme):
-        reason = (
+        return "it quantizes linear layers only; use the scheme option targets=linear"
+    if scheme.rotation not in ("none", "folded"):
+        return _ROTATED.format(scheme.rotation)
+    if scheme.clip_ratio != 1:
+        return "it does not clip dynamic ranges; use the scheme option clip_ratio=1"
+    if scheme.activation is None and not scheme.weight.symmetric:
+        return "transformers cannot load packed weights with zero points; use symmetric weights"
+    if types != {"int"} and not float_format(scheme):
+        return (
             "of floating-point elements, it has FP8, MXFP4, MXFP8 and NVFP4, the same for weights"
             " and activations"
         )
-    elif float_format(scheme) == NVFP4_FORMAT and scheme.activation and not scheme.static:
-        reason = "its NVFP4 has a fixed range of the tensor; use the scheme option static=true"
-    if reason:
-        raise UserError(f"format: {format!r} cannot hold scheme {scheme.name!r}: {reason}")
+    if float_format(scheme) == NVFP4_FORMAT and scheme.activation and not scheme.static:
+        return "its NVFP4 has a fixed range of the tensor; use the scheme option static=true"
+    return None
+
+
+def torchao_reason(scheme: Scheme) -> str | None:
+    """Why the format torchao cannot hold `scheme`; None if it can."""
+    if scheme.static:
+        return (
+            "transformers does not load static ranges of torchao; use the scheme w8a8-dynamic, or"
+            " another format"
+        )
+    if scheme.simulated_only:
+        return f"{scheme.simulated_only}; use another format"
+    if scheme.rotation not in ("none", "folded"):
+        return _ROTATED.format(scheme.rotation)
+    return None
 
 
 def float_format(scheme: Scheme) -> str:
@@ -99,8 +159,14 @@ def check_quantization(
     check_whole("windows", windows, 1)
     check_seed("seed", seed)
     check_format(format, scheme)
-    if format == OASIS and not simulate:
-        check_has_kernels(scheme)
+    if format == TORCHAO and simulate:
+        raise UserError(
+            f"simulate: format {format!r} computes with int8 kernels; leave out --simulate"
+            " (simulate=False), or use another format"
+        )
+    choice = choose_format(format, scheme)
+    if choice.format == OASIS and not simulate:
+        check_has_kernels(scheme, choice.fallback)
 
 
 def check_doctor(*, tolerance: float, window: int, windows: int, seed: int) -> None:

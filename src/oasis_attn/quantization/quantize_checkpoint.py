@@ -6,7 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.data import calibration_corpora, read_windows
+from oasis_attn.data import Windows, calibration_corpora, read_windows
 from oasis_attn.devices import find_device, wait_for
-from oasis_attn.errors import UserError
+from oasis_attn.errors import Refusal, UserError
 from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
@@ -28,11 +28,22 @@ from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.compressed_tensors_format import (
     check_model,
+    check_transforms,
+    refusal,
     write_compressed_tensors,
 )
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8
-from oasis_attn.quantization.options import COMPRESSED_TENSORS, OASIS, check_quantization
+from oasis_attn.quantization.options import (
+    AUTO,
+    COMPRESSED_TENSORS,
+    OASIS,
+    TORCHAO,
+    Choice,
+    cannot_hold,
+    check_quantization,
+    choose_format,
+)
 from oasis_attn.quantization.record import quantization_record
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import (
@@ -41,6 +52,7 @@ from oasis_attn.quantization.sensitivity import (
 )
 from oasis_attn.quantization.served_prefix import check_served_prefix
 from oasis_attn.quantization.simulate import check_unquantized_config, quantize, scheme_targets
+from oasis_attn.quantization.torchao_format import write_torchao
 from oasis_attn.records import Metric, QuantizationRecord
 
 
@@ -49,7 +61,7 @@ def quantize_checkpoint(
     out: str | Path,
     *,
     scheme: str | Scheme = "w8a8-dynamic",
-    format: str = OASIS,
+    format: str = AUTO,
     simulate: bool = False,
     ignore: Sequence[str] = (),
     calibration: str = "stdlib",
@@ -70,14 +82,20 @@ def quantize_checkpoint(
         model: see `load_model`.
         out: a new folder; `from_pretrained` restores the quantized model from it.
         scheme: see `quantize`.
-        format: `oasis`, which holds every scheme and model, and is loaded with `oasis_attn`; or
-            `compressed-tensors`, for engines such as vLLM, see `save_compressed_tensors`.  The
-            perplexity and speed `after` are then those of the folder as transformers loads it,
-            without `oasis_attn`.  A prefix becomes part of the tokenizer.  The scheme gets
-            `fused_scales` if its weights have `e4m3` scales.
-        simulate: if true, the quantized model computes in floating point, which works for every
-            scheme; if false, it uses int8 kernels, which exist for some schemes only.  It has no
-            effect on the format `compressed-tensors`, whose folders compute in floating point.
+        format: `compressed-tensors`, for engines such as vLLM, see `save_compressed_tensors`;
+            `torchao`, for int8 kernels in transformers, see `save_torchao`; `oasis`, which holds
+            every scheme and model, and is loaded with `oasis_attn`; or `auto`: the first if it can
+            hold the scheme and the model and its library is installed, and otherwise `oasis`, for
+            the reason that is the `fallback` of the record.
+
+            In `compressed-tensors` and `torchao`, the perplexity and speed `after` are those of the
+            folder as transformers loads it, without `oasis_attn`, and a prefix becomes part of the
+            tokenizer.  In `compressed-tensors`, the scheme gets `fused_scales` if its weights have
+            `e4m3` scales.
+        simulate: for the format `oasis`: if true, the quantized model computes in floating point,
+            which works for every scheme; if false, it uses int8 kernels, which exist for some
+            schemes only.  Folders in the format `compressed-tensors` compute in floating point;
+            with `torchao`, true is refused.
         ignore: patterns of target names (`*.down_proj`) that are not quantized.
         calibration, calibration_split: corpus and split for calibration.  The errors of activations
             are measured on the same windows, for every scheme.
@@ -101,12 +119,11 @@ def quantize_checkpoint(
         `sensitivity`, it has the table `sensitivity`.
 
     Raises:
-        UserError: unusable arguments, a scheme without int8 kernels, an error of `quantize`, or
-            one of `save_compressed_tensors`.  Nothing is written then.
+        UserError: unusable arguments, a scheme without int8 kernels in the format `oasis`, an error
+            of `quantize`, or, unless the format is `auto`, one of `save_compressed_tensors`
+            or `save_torchao`.  Nothing is written then.
     """
     scheme = get_scheme(scheme)
-    if format == COMPRESSED_TENSORS and scheme.weight.scale_type == "e4m3":
-        scheme = replace(scheme, fused_scales=True)
     check_quantization(
         scheme,
         format=format,
@@ -117,9 +134,9 @@ def quantize_checkpoint(
         seed=seed,
     )
     check_free(out)
-    in_int8 = format == OASIS and not simulate
-    if in_int8:
-        check_kernels(scheme, find_device(device))
+    choice = choose_format(format, scheme)
+    if choice.format == TORCHAO or (choice.format == OASIS and not simulate):
+        check_kernels(scheme, find_device(device), choice.fallback)
     corpora = calibration_corpora(calibration, calibration_split, evaluation, evaluation_split)
 
     progress("loading the model")
@@ -133,79 +150,140 @@ def quantize_checkpoint(
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
     )
-    targets = _not_ignored(scheme_targets(loaded, scheme), ignore)
-    prefix = prefix_of(loaded) if format == COMPRESSED_TENSORS else None
-    if prefix is not None:
-        check_prefix_in_tokenizer(loaded, tokenizer)
-    if format == COMPRESSED_TENSORS:
-        check_model(loaded if prefix is None else without_prefix(loaded), targets)
-    batches = list(seen.ids_NT.split(1))
-    given = batches if scheme.needs_calibration else None
-    progress("quantizing")
-    quantized = quantize(loaded, scheme, calibration=given, targets=targets, seed=seed)
-    if prefix is not None:
-        progress("computing the prefix in the quantized model")
-        check_served_prefix(quantized, loaded, seen.ids_NT)
-    progress("measuring the errors of each tensor")
-    metrics = target_metrics(quantized, batches)
-    tables: dict[str, Any] = {}
-    if sensitivity is not None:
-        tables["sensitivity"] = sensitivity_table(
-            *(loaded, scheme, held_out.ids_NT, given),
-            targets=targets,
-            by=sensitivity,
-            seed=seed,
-            progress=progress,
-        )
-    if in_int8:
-        to_int8(quantized)
-    progress("writing")
-    with staged_folder(out) as stage:
-        measured, fields = quantized, {}
-        if format == COMPRESSED_TENSORS:
-            _save_for_engines(quantized, tokenizer, stage)
-            measured = _load_again(stage, str(loaded.device), trust_remote_code)
-            fields = {"arithmetic": format}
-        else:
-            quantized.save_pretrained(stage)
-            tokenizer.save_pretrained(stage)
-        progress("measuring perplexity and speed")
-        sizes = {
-            "before": sum(p.numel() * p.element_size() for p in loaded.parameters()),
-            "after": sum(path.stat().st_size for path in stage.glob("*.safetensors")),
-        }
-        metrics = (
-            *(Metric(name="size.bytes", value=v, where=k) for k, v in sizes.items()),
-            Metric(name="size.quantized_share", value=quantized_share(quantized)),
-            *_compare(loaded, measured, held_out.ids_NT, () if prefix is None else prefix.tokens),
-            *metrics,
-        )
-        record = quantization_record(
-            loaded,
-            quantized,
-            data=held_out.info,
-            calibration=seen.info,
-            seed=seed,
-            metrics=metrics,
-            tables=tables,
-            **fields,
-        )
-        record.save(stage / "record.json")
-        # Again, because the card shows metrics of the record.
-        write_card(quantized, stage, format=format)
-    return record
+    work = _Work(
+        loaded=loaded,
+        tokenizer=tokenizer,
+        out=Path(out),
+        simulate=simulate,
+        targets=_not_ignored(scheme_targets(loaded, scheme), ignore),
+        seen=seen,
+        held_out=held_out,
+        sensitivity=sensitivity,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    try:
+        return work.write(scheme, choice)
+    except Refusal as error:
+        if format != AUTO:
+            raise
+        choice = Choice(OASIS, cannot_hold("model", error.reason))
+    if not simulate:
+        check_kernels(scheme, loaded.device, choice.fallback)
+    return work.write(scheme, choice)
 
 
-def _save_for_engines(
-    quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """A model to quantize, and what `quantize_checkpoint` needs in order to write it in a format.
+
+    Attributes:
+        seen, held_out: the windows to calibrate and to measure on.
+        quantized: the quantized models so far, of which a second format may need the same.
+    """
+
+    loaded: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    out: Path
+    simulate: bool
+    targets: list[str]
+    seen: Windows
+    held_out: Windows
+    sensitivity: str | None
+    seed: int
+    trust_remote_code: bool
+    progress: Progress
+    quantized: dict[Scheme, PreTrainedModel] = field(default_factory=dict)
+
+    def write(self, scheme: Scheme, choice: Choice) -> QuantizationRecord:
+        """Quantize, measure and write the model; `Refusal` if the format cannot hold it."""
+        format, progress = choice.format, self.progress
+        loaded, tokenizer, held_out = self.loaded, self.tokenizer, self.held_out
+        if format == COMPRESSED_TENSORS and scheme.weight.scale_type == "e4m3":
+            scheme = replace(scheme, fused_scales=True)
+        prefix = prefix_of(loaded) if format != OASIS else None
+        if prefix is not None:
+            check_prefix_in_tokenizer(loaded, tokenizer)
+        if format != OASIS:
+            plain = loaded if prefix is None else without_prefix(loaded)
+            check_model(plain, self.targets, format)
+        batches = list(self.seen.ids_NT.split(1))
+        given = batches if scheme.needs_calibration else None
+        if scheme not in self.quantized:
+            progress("quantizing")
+            self.quantized[scheme] = quantize(
+                loaded, scheme, calibration=given, targets=self.targets, seed=self.seed
+            )
+        quantized = self.quantized[scheme]
+        if format != OASIS:
+            check_transforms(quantized, format)
+        if prefix is not None:
+            progress("computing the prefix in the quantized model")
+            check_served_prefix(quantized, loaded, self.seen.ids_NT, format)
+        progress("measuring the errors of each tensor")
+        metrics = target_metrics(quantized, batches)
+        tables: dict[str, Any] = {}
+        if self.sensitivity is not None:
+            tables["sensitivity"] = sensitivity_table(
+                *(loaded, scheme, held_out.ids_NT, given),
+                targets=self.targets,
+                by=self.sensitivity,
+                seed=self.seed,
+                progress=progress,
+            )
+        if format == OASIS and not self.simulate:
+            to_int8(quantized)
+        progress("writing")
+        with staged_folder(self.out) as stage:
+            measured, fields = quantized, {}
+            if format != OASIS:
+                _save_without_ours(quantized, tokenizer, stage, format)
+                measured = _load_again(stage, str(loaded.device), self.trust_remote_code, format)
+                fields = {"arithmetic": format}
+            else:
+                quantized.save_pretrained(stage)
+                tokenizer.save_pretrained(stage)
+            progress("measuring perplexity and speed")
+            sizes = {
+                "before": sum(p.numel() * p.element_size() for p in loaded.parameters()),
+                "after": sum(path.stat().st_size for path in stage.glob("*.safetensors")),
+            }
+            tokens = () if prefix is None else prefix.tokens
+            metrics = (
+                *(Metric(name="size.bytes", value=v, where=k) for k, v in sizes.items()),
+                Metric(name="size.quantized_share", value=quantized_share(quantized)),
+                *_compare(loaded, measured, held_out.ids_NT, tokens),
+                *metrics,
+            )
+            record = quantization_record(
+                loaded,
+                quantized,
+                data=held_out.info,
+                calibration=self.seen.info,
+                seed=self.seed,
+                metrics=metrics,
+                tables=tables,
+                fallback=choice.fallback,
+                **fields,
+            )
+            record.save(stage / "record.json")
+            # Again, because the card shows metrics of the record.
+            write_card(quantized, stage, format=format)
+        return record
+
+
+def _save_without_ours(
+    quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format: str
 ) -> None:
-    """Write model and tokenizer for engines, with the prefix of the model in the tokenizer."""
+    """Write a folder that needs no `oasis_attn`, with the prefix of the model in the tokenizer."""
     prefix = prefix_of(quantized)
+    write = write_torchao if format == TORCHAO else write_compressed_tensors
     if prefix is None:
-        write_compressed_tensors(quantized, folder)
+        write(quantized, folder)
         tokenizer.save_pretrained(folder)
         return
-    write_compressed_tensors(without_prefix(quantized), folder)
+    write(without_prefix(quantized), folder)
     chats = save_tokenizer_with_prefix(tokenizer, prefix.tokens, folder)
     if getattr(tokenizer, "chat_template", None) and not chats:
         warnings.warn(
@@ -215,16 +293,15 @@ def _save_for_engines(
         )
 
 
-def _load_again(folder: Path, device: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load_again(folder: Path, device: str, trust_remote_code: bool, format: str) -> PreTrainedModel:
     """The model as transformers loads it from the written folder, in the dtype of the folder."""
     try:
         model, _ = load_model(
             folder, dtype="auto", device=device, trust_remote_code=trust_remote_code
         )
     except UserError as error:
-        raise UserError(
-            "format: 'compressed-tensors' cannot hold this model: transformers does not load it"
-            f" again ({error.__cause__ or error})"
+        raise refusal(
+            f"transformers does not load it again ({error.__cause__ or error})", format=format
         ) from error
     return model
 

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import UserError
 from oasis_attn.hub.prefix import Prefix, compute_prefix, prefix_of, without_prefix
+from oasis_attn.quantization.compressed_tensors_format import refusal
+from oasis_attn.quantization.options import COMPRESSED_TENSORS
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.simulate import quantized_modules
 
@@ -34,25 +35,28 @@ _MOST_LEFT_OUT = 8  # inputs of layers
 
 
 def check_served_prefix(
-    quantized: PreTrainedModel, unquantized: PreTrainedModel, ids_NT: Tensor
+    quantized: PreTrainedModel,
+    unquantized: PreTrainedModel,
+    ids_NT: Tensor,
+    format: str = COMPRESSED_TENSORS,
 ) -> None:
-    """Raise `UserError` unless `quantized` also works if its prefix tokens precede the text.
+    """Raise `Refusal` unless `quantized` also works if its prefix tokens precede the text.
 
-    See `served_prefix`; the divergence may grow by `ALLOWED`.  The message names the layers that
-    must not be quantized.
+    See `served_prefix`; the divergence may grow by `ALLOWED`.  The message names `format` and the
+    layers that must not be quantized.
     """
     found = served_prefix(quantized, unquantized, ids_NT)
     if found.growth <= ALLOWED:
         return
-    remedy = "use a dynamic scheme, or --format oasis"
-    if found.left_out is not None:
-        options = " ".join(f"--ignore {name}" for name in found.left_out)
-        remedy = f"leave out the layers whose ranges change the prefix most: {options}"
-    raise UserError(
-        "format: 'compressed-tensors' cannot hold this model as it is: an engine computes the"
-        " prefix from its tokens inside the quantized model, which multiplies the divergence from"
-        f" the unquantized model by {found.growth:.3g} (allowed: {ALLOWED:g}); {remedy}"
+    reason = (
+        "an engine computes the prefix from its tokens inside the quantized model, which multiplies"
+        f" the divergence from the unquantized model by {found.growth:.3g} (allowed: {ALLOWED:g})"
     )
+    if found.left_out is None:
+        raise refusal(f"{reason}; use a dynamic scheme", ", or --format oasis", format=format)
+    options = " ".join(f"--ignore {name}" for name in found.left_out)
+    reason += f"; leave out the layers whose ranges change the prefix most: {options}"
+    raise refusal(reason, format=format)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from oasis_attn.records.base import Record
 from oasis_attn.records.infos import BlocksInfo, ModelInfo, TextInfo, TrainingData, Try
+from oasis_attn.records.schema import OPTIONAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,9 @@ class QuantizationRecord(_BeforeAfter):
     Attributes:
         model: the model before quantization.
         scheme: `Scheme.to_dict()`.
-        arithmetic: `simulated` in floating point, `int8`, or `compressed-tensors` for a folder in
-            this format as transformers loads it.
+        arithmetic: `simulated` in floating point, `int8`, or `compressed-tensors` or `torchao` for
+            a folder in this format as transformers loads it.
+        fallback: why `--format auto` wrote the format `oasis`; empty if it did not.
         targets: names of the tensors that are quantized.
         transforms: what is applied to the inputs of linear layers, by layer.
         prefix: tokens of the model's prefix; empty without one.
@@ -103,6 +105,7 @@ class QuantizationRecord(_BeforeAfter):
     rounded_to_nearest: tuple[str, ...]
     data: TextInfo
     calibration: TextInfo
+    fallback: str = field(default="", metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)

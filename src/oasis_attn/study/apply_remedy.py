@@ -16,6 +16,7 @@ from oasis_attn.errors import UserError, shown
 from oasis_attn.files import check_free
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.int8 import check_kernels
+from oasis_attn.quantization.options import OASIS
 from oasis_attn.quantization.prefix_checkpoint import prefix_checkpoint
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.quantization.remedies import option_text, shortest_name
@@ -64,7 +65,7 @@ class Step:
 
 
 def steps(record: DoctorRecord, out: Path, arguments: Mapping[str, Any]) -> tuple[Step, ...]:
-    """The commands that apply the best try.
+    """The commands that apply the best try.  The format is `oasis`, in which tries are measured.
 
     Args:
         record: the tries.
@@ -83,7 +84,7 @@ def steps(record: DoctorRecord, out: Path, arguments: Mapping[str, Any]) -> tupl
         model = str(folder)
     simulate = {"simulate": not _has_kernels(scheme, find_device(arguments.get("device", "auto")))}
     seed = {"seed": record.seed} if record.seed else {}
-    quantizing = options | simulate | seed
+    quantizing = options | {"format": OASIS} | simulate | seed
     found.append(Step(command="quantize", model=model, out=out, scheme=scheme, options=quantizing))
     return tuple(found)
 

@@ -23,7 +23,7 @@ from oasis_attn.data import (
 )
 from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model
-from oasis_attn.hub.model_info import check_lengths, check_savable
+from oasis_attn.hub.model_info import check_lengths, check_savable, plain_tensors
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.modeling.hf_compat import parse_flag_from_env
@@ -92,6 +92,10 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
             f" each document of {config.corpus!r}"
         )
     model, tokenizer = _start(config, corpus)
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            f"from_model: {str(config.from_model)!r} is quantized; train the original model"
+        )
     check_savable(model)
     check_lengths(model, [config.block_length], "block_length")
     teacher = _teacher(config, model, tokenizer)
@@ -102,10 +106,6 @@ def prepare(config: TrainingConfig, processes: int = 1) -> Prepared:
         "weights_sha256": _sha256(model) if config.from_model else None,
         "teacher_sha256": _sha256(teacher) if teacher is not None else None,
     }
-    if getattr(model, "is_quantized", False):
-        raise UserError(
-            f"from_model: {str(config.from_model)!r} is quantized; train the original model"
-        )
     if tokenizer.eos_token_id is None:
         raise UserError("tokenizer: it has no end-of-text token, which separates documents")
     vocab_size = _vocab_size(model)
@@ -249,5 +249,6 @@ def _sha256(model: PreTrainedModel) -> str:
         kept |= {"prefix.keys": prefix.keys_LGPd, "prefix.values": prefix.values_LGPd}
     for name, weight in sorted(kept.items()):
         digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+        for plain in plain_tensors(weight):
+            digest.update(plain.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
