@@ -83,8 +83,9 @@ def quantize(
 ) -> None:
     """Quantize a model, measure perplexity, size and speed, and save it for from_pretrained.
 
-    Example: [bold]oasis quantize smollm2 --scheme w4a16 --out small[/bold], and to serve it:
-    [bold]vllm serve small --dtype bfloat16[/bold].
+    Example: [bold]oasis quantize smollm2 --scheme w4a16 --out small[/bold]
+
+    To serve the result: [bold]vllm serve small --dtype bfloat16[/bold]
 
     For int8 kernels: [bold]oasis quantize smollm2 --format oasis --out small[/bold]
     """
