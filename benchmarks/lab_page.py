@@ -36,8 +36,8 @@ from pages import published as published_studies
 
 PAGE = DOCS / "lab.md"
 STUDIES = (
-    *("necessity", "necessity-depth", "necessity-content", "necessity-key-null", "necessity-win"),
-    "majority",
+    *("necessity", "necessity-depth", "necessity-content", "necessity-words"),
+    *("necessity-key-null", "necessity-win", "majority"),
 )
 UNPUBLISHED = "This study is not published yet.\n"
 COLUMNS = {  # metric -> header and whether the range over seeds is shown
@@ -60,6 +60,18 @@ CONTENT_COLUMNS = {
     **{
         f"task.error_ratio@{scheme}": (f"{scheme} error ratio", True)
         for scheme in ("w8a8-static-full", "w8a8-static-linear", "w4a4")
+    },
+}
+WORDS_COLUMNS = {
+    "sink.idle_largest": ("idle sink, largest head", True),
+    "null.idle": ("idle null, mean", False),
+    "outlier.max_inf_norm_layer": ("largest value in a layer's output", True),
+    "outlier.max_over_median": ("the same over the median", True),
+    "outlier.massive": ("massive activations", False),
+    "task.error": ("error", True),
+    **{
+        f"task.error@{scheme}": (f"error, {scheme}", scheme == "w8a8-static-full")
+        for scheme in ("w8a8-dynamic", "w8a8-static-linear", "w8a8-static-full", "w4a4")
     },
 }
 FORMAT_COLUMNS = {
@@ -109,6 +121,8 @@ def page(text: str) -> str:
         "depth_verdicts": partial(verdicts, "necessity-depth"),
         "content_rows": partial(rows, "necessity-content", CONTENT_COLUMNS),
         "content_verdicts": partial(verdicts, "necessity-content"),
+        "words_rows": partial(rows, "necessity-words", WORDS_COLUMNS),
+        "words_verdicts": partial(verdicts, "necessity-words"),
         "embedding_weights": embedding_weights,
         "format_rows": partial(rows, "formats", FORMAT_COLUMNS),
         "key_null_rows": partial(rows, "necessity-key-null"),

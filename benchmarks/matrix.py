@@ -61,6 +61,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static-linear, weights per channel, percentile": ("w8a8-static-linear", CHANNELS),
     "w8a8-dynamic": ("w8a8-dynamic", {}),
     "w4a16": ("w4a16", {}),
+    "w4a16, GPTQ": ("w4a16", GPTQ),
     "w4a16, asymmetric, GPTQ": W4A16,
     f"w4a16, asymmetric, GPTQ{OTHER_TEXT}": W4A16,
     "w4a8": ("w4a8", {}),

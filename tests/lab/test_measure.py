@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -68,6 +70,21 @@ def test_errors(oasis):
     assert found["task.error_idle"] == pytest.approx(float(torch.stack(idle).mean()))
     largest = float((output_BTN - batch.y_BTN).abs().max())
     assert found["task.largest_error"] == pytest.approx(largest)
+
+
+def test_largest_value_over_the_median(oasis):
+    batch = sequences(1)
+    outputs = []
+    with ExitStack() as stack, torch.no_grad():
+        for layer in oasis.model.layers:
+            hook = layer.register_forward_hook(lambda *args: outputs.append(args[-1]))
+            stack.callback(hook.remove)
+        predict(oasis, batch.x_BTN)
+    tensors = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    expected = max(
+        fmean(float(x_TD.abs().max() / x_TD.abs().median()) for x_TD in x_BTD) for x_BTD in tensors
+    )
+    assert values(oasis, batch)["outlier.max_over_median"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("variant", ["vanilla", "softmax1", "softpick", "official"])

@@ -87,6 +87,7 @@ def measure_decoder(
     """
     points = find_hook_points(model)
     attention, outliers, depth = TaskAttention(batch), Outliers(points), Depth()
+    ratios: list[Metric] = []
     kinds_BT = batch.trigger_BT.long() + 1  # the id of a token: 0 the first, 1 idle, 2 a trigger
     kinds_BT[:, 0] = 0
 
@@ -94,6 +95,8 @@ def measure_decoder(
         def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
             x_BTD = output[0] if isinstance(output, tuple) else output
             outliers.update(point, x_BTD, kinds_BT)
+            if point.kind == "layer":
+                ratios.append(_over_median(x_BTD))
 
         return point.module.register_forward_hook(see)
 
@@ -108,10 +111,17 @@ def measure_decoder(
         *_errors(output_BTN, batch),
         *attention.metrics(),
         *outliers.metrics(),
+        max(ratios, key=lambda metric: metric.value),
         *depth.metrics(),
         *signal_metrics,
     ]
     return metrics, attention.tables() | outliers.tables() | depth.tables() | signal_tables
+
+
+def _over_median(x_BTD: Tensor) -> Metric:
+    """`outlier.max_over_median` of one layer's output."""
+    sizes_BM = x_BTD.flatten(1).abs()
+    return mean_metric("outlier.max_over_median", sizes_BM.amax(1) / sizes_BM.median(1).values)
 
 
 @torch.no_grad()

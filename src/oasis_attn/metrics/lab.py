@@ -105,6 +105,16 @@ LAB = (
         protocol=_HEADS,
     ),
     Definition(
+        name="outlier.max_over_median",
+        definition="largest absolute value of a layer's output / median absolute value of that "
+        "output, in the layer in which it is largest",
+        unit="1",
+        better="lower",
+        protocol=f"{_TASK}; mean over sequences, then maximum over layers",
+        source="arXiv 2402.17762, section 2: above 1000, and the value above 100, an activation is "
+        "massive",
+    ),
+    Definition(
         name="signal.beta",
         definition="beta, the learned strength of the null signal",
         unit="1",

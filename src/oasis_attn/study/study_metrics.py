@@ -91,6 +91,13 @@ _ON_TASK = (  # of decoders on generated tasks
         name="sink.idle_largest", label="idle sink, largest head", scale="points", better="lower"
     ),
     StudyMetric(name="sink.trigger", label="sink at triggers", scale="points"),
+    StudyMetric(
+        name="outlier.max_over_median",
+        label="max activation over median",
+        scale="ratio",
+        better="lower",
+        within_form=True,
+    ),
     StudyMetric(name="null.idle", label="idle null", scale="points"),
     StudyMetric(name="null.trigger", label="null at triggers", scale="points"),
     StudyMetric(name="signal.beta", label="beta", scale="points"),
