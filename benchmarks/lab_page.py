@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from statistics import fmean
+from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
+from scipy import stats
 
 import null_law_tables
 from oasis_attn.records import BenchmarkRecord
@@ -252,10 +253,17 @@ def growth() -> str:
     for variant in results.plan.variants:
         slopes = [[*results.slopes(metric, variant).values()] for metric in metrics]
         if any(slopes):
-            table.append((variant, *(value_range(each, mean=True) for each in slopes)))
+            table.append((variant, *map(_mean_interval, slopes)))
     columns = "variant", *(f"slope of {metric.label}" for metric in metrics)
     text = f"[`necessity-depth`](results/necessity-depth/tables.md): {progress_text(results)}"
     return f"{text}\n\n{markdown(Table(columns=columns, rows=tuple(table)))}"
+
+
+def _mean_interval(values: Sequence[float]) -> str:
+    """The mean, and its 95 % confidence interval by Student's t."""
+    mean = fmean(values)
+    margin = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return f"{short(mean)} [{short(mean - margin)}, {short(mean + margin)}]"
 
 
 def verdicts(name: str) -> str:
