@@ -89,6 +89,19 @@ def test_refuses(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_vllm_computes():
+    served = {name for name, scheme in TABLE.items() if options.vllm_computes(scheme)}
+    assert {*TABLE} - served == {"w4a4"}
+    for scheme, changes in (
+        (DYNAMIC, {"weight.bits": 6}),
+        (DYNAMIC, {"activation.granularity": "tensor"}),
+        (DYNAMIC, {"weight.granularity": "group", "weight.group_size": 8}),
+        (STATIC, {"weight.bits": 4}),
+        (TABLE["w4a8"], {"weight.granularity": "tensor"}),
+    ):
+        assert not options.vllm_computes(scheme.with_options(changes))
+
+
 def test_the_library_is_missing(monkeypatch):
     monkeypatch.setattr(options, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"pip install 'oasis-attn\[export\]'"):

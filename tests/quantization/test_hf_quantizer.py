@@ -17,10 +17,18 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import quiet
 from oasis_attn.hub.prefix import compute_prefix, prefix_of, with_prefix
-from oasis_attn.quantization import QuantSpec, Scheme, quantize, quantized_modules, schemes
+from oasis_attn.quantization import (
+    QuantSpec,
+    Scheme,
+    linear_targets,
+    quantize,
+    quantized_modules,
+    schemes,
+)
 from oasis_attn.quantization.hf_quantizer import OasisQuantizationConfig
 from oasis_attn.quantization.quantize_checkpoint import quantize_checkpoint
 from oasis_attn.quantization.quantizers import StaticQuantizer
+from tiny_families import family_model
 from tiny_models import VOCABULARY, tiny_config, tiny_model
 
 TABLE = schemes()
@@ -100,6 +108,19 @@ def test_in_other_precisions(dtype, name, ids, tmp_path):
     quantized_model = quantized(model, SCHEMES[name])
     loaded = save_and_load(quantized_model, tmp_path / "1")
     assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
+
+
+@pytest.mark.parametrize("ignored", [None, "layers.1."])
+def test_blocks_that_share_weights_have_their_own_codes(ignored, ids, tmp_path):
+    model = family_model("zamba")
+    block = "shared_transf.feed_forward.up_proj.weight"
+    first, second = (model.get_parameter(f"model.layers.{i}.{block}") for i in (1, 3))
+    assert first is second
+    targets = [name for name in linear_targets(model) if not ignored or ignored not in name]
+    scheme = TABLE["w4a8"].with_options({"rounding": "gptq"})
+    quantized_model = quantize(model, scheme, calibration=batches(), targets=targets)
+    loaded = save_and_load(quantized_model, tmp_path)
     assert torch.equal(logits(loaded, ids), logits(quantized_model, ids))
 
 

@@ -153,6 +153,11 @@ def test_by_default_a_prefix_that_would_be_clipped_stays_stored(folder):
 def test_what_cannot_be_served_is_refused_and_nothing_written(folder):
     with pytest.raises(UserError, match=f"--ignore {CLIPPED}$"):
         run(folder, STATIC)
+    groups = {"weight.granularity": "group", "weight.group_size": 16}
+    with pytest.raises(
+        UserError, match=f"only be simulated.* add --simulate .*--ignore {CLIPPED}$"
+    ):
+        run(folder, STATIC.with_options(groups), format="auto")
     model = prefixed()
     stored = prefix_of(model)
     tuned = replace(stored, keys_LGPd=stored.keys_LGPd + 0.1)

@@ -91,7 +91,13 @@ def quantize(
     """
     from oasis_attn.devices import check_device
     from oasis_attn.files import check_free
-    from oasis_attn.quantization.options import check_quantization
+    from oasis_attn.quantization.options import (
+        COMPRESSED_TENSORS,
+        OASIS,
+        check_quantization,
+        vllm_computes,
+    )
+    from oasis_attn.quantization.schemes import Scheme
 
     varied = options.varied_scheme(scheme, scheme_option)
     check_quantization(
@@ -133,10 +139,13 @@ def quantize(
         print(record.to_json())
     else:
         _show(record)
-        written = "oasis" if record.arithmetic in ("int8", "simulated") else record.arithmetic
+        written = OASIS if record.arithmetic in ("int8", "simulated") else record.arithmetic
         because = f", because {record.fallback}" if record.fallback else ""
+        served = written == COMPRESSED_TENSORS and vllm_computes(Scheme.from_dict(record.scheme))
+        if written == COMPRESSED_TENSORS and not served:
+            because = ", for transformers; vLLM does not compute this scheme"
         print(f"\nFormat: {written}{because}")
-        if written == "compressed-tensors":
+        if served:
             print_servable(out)
         else:
             print_saved(out, purpose="evaluate it", command=("oasis", "evaluate", out))

@@ -123,12 +123,15 @@ class PrefixHfQuantizer(HfQuantizer):
         from oasis_attn.modeling.decoder_map import find_decoder
 
         embedding: Any = model.get_input_embeddings()
-        embedding.weight.data = embedding.weight.data.unsqueeze(-1)
+        name = next(each for each, p in model.named_parameters() if p is embedding.weight)
+        # That of ProphetNet is tied to another one, under whose name it is stored.
+        stored: Any = model.get_parameter(model.all_tied_weights_keys.get(name, name))
+        stored.data = stored.data.unsqueeze(-1)
         if self.quantization_config.prefix is not None:
-            stored, shape = nn.Module(), self.quantization_config.prefix["shape"]
-            for name in ("keys", "values"):
-                stored.register_buffer(name, torch.empty(shape, device="meta", dtype=model.dtype))
-            find_decoder(model).module.add_module("kv_prefix", stored)
+            prefix, shape = nn.Module(), self.quantization_config.prefix["shape"]
+            for part in ("keys", "values"):
+                prefix.register_buffer(part, torch.empty(shape, device="meta", dtype=model.dtype))
+            find_decoder(model).module.add_module("kv_prefix", prefix)
         return model
 
     def _process_model_after_weight_loading(

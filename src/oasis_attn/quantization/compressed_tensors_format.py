@@ -12,97 +12,29 @@ In the format, an integer q stands for scale * (q - zero_point), with q from -2^
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from oasis_attn.errors import Refusal, UserError
 from oasis_attn.files import staged_folder
 from oasis_attn.hub.locate import BLOCK_FORMATS
 from oasis_attn.hub.model_card import write_card
-from oasis_attn.hub.prefix import prefix_of
-from oasis_attn.modeling.configuration_oasis import OasisConfig
-from oasis_attn.quantization.hf_quantizer import (
-    check_unchanged,
-    codes_of,
-    get_quantization_config,
-)
+from oasis_attn.quantization.hf_quantizer import codes_of
 from oasis_attn.quantization.linear import QuantizedLinear, fused_layers
-from oasis_attn.quantization.linearize import linear_names
-from oasis_attn.quantization.options import (
-    COMPRESSED_TENSORS,
-    NVFP4_FORMAT,
-    check_format,
-    float_format,
+from oasis_attn.quantization.options import COMPRESSED_TENSORS, NVFP4_FORMAT, float_format
+from oasis_attn.quantization.plain_model import (
+    checked_layers,
+    float_modules,
+    plain_model,
+    refusal,
 )
 from oasis_attn.quantization.primitives import encode_scale, two_level_scales
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
-from oasis_attn.quantization.simulate import quantized_modules
 from oasis_attn.quantization.spec import QuantSpec
-
-
-def check_model(
-    model: PreTrainedModel, targets: Iterable[str], format: str = COMPRESSED_TENSORS
-) -> None:
-    """Raise `Refusal` if `format` cannot hold `model` with `targets` quantized.
-
-    It also serves the format torchao, which can hold experts that are not quantized.
-    """
-    if isinstance(model.config, OasisConfig):
-        raise refusal(
-            "it is loaded without oasis_attn, which an OASIS model needs; convert a null without"
-            " depth routing with `oasis convert --to-sinks` first",
-            ", or use --format oasis and import oasis_attn where the model is loaded",
-            format=format,
-        )
-    if prefix_of(model) is not None:
-        raise refusal(
-            "the model has a prefix, which must become part of the tokenizer; `oasis quantize"
-            f" --format {format}` writes both",
-            format=format,
-        )
-    plain = _without_weights(model)
-    modules = dict(plain.named_modules())
-    for name in linear_names(plain) if format == COMPRESSED_TENSORS else targets:
-        if name not in modules:  # the name that `linearize` would give it
-            left_out = (
-                ", whether they are quantized or not"
-                if format == COMPRESSED_TENSORS
-                else "; leave experts out with --ignore (ignore=...)"
-            )
-            raise refusal(
-                f"{name} is an expert, and transformers cannot load experts in this format"
-                f"{left_out}",
-                format=format,
-            )
-    for name in targets:
-        if not isinstance(modules[name], nn.Linear):
-            raise refusal(
-                f"{name} is of class {type(modules[name]).__name__}, and the format quantizes only"
-                " linear layers; leave such layers out with --ignore (ignore=...)",
-                format=format,
-            )
-
-
-def check_transforms(model: PreTrainedModel, format: str = COMPRESSED_TENSORS) -> None:
-    """Raise `Refusal` if a quantized model scales inputs at run time."""
-    for name in get_quantization_config(model).transforms:
-        raise refusal(
-            f"the input of {name} is scaled at run time, because SmoothQuant could not fold the"
-            " scales into the layer before it, and such scales are not written",
-            format=format,
-        )
-
-
-def refusal(reason: str, remedy: str = "", *, format: str = COMPRESSED_TENSORS) -> Refusal:
-    """The error of a model that `format` cannot hold; a `remedy` is not part of its `reason`."""
-    return Refusal(f"format: {format!r} cannot hold this model: {reason}{remedy}", reason=reason)
 
 
 @torch.no_grad()
@@ -126,8 +58,8 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
       package by 2^(bits-1) - 1.
     - MXFP4 and MXFP8: the library doubles the scale of a group whose largest value is at least 1.75
       times a power of two.  NVFP4: it rounds the scale of a group to bfloat16 first.
-    - Dynamic ranges of a layer that gets its tokens as `[N, D]`, such as the MLP of OPT: the
-      library computes one range for all N tokens.
+    - Dynamic ranges of a layer that does not get its tokens as `[B, T, D]`, such as the MLP of OPT
+      (`[N, D]`): the library computes one range for many tokens.
 
     To serve NVFP4 with an engine that fuses layers, such as vLLM, quantize with
     `Scheme.fused_scales`; transformers does not need it.
@@ -148,22 +80,6 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
 def write_compressed_tensors(model: PreTrainedModel, folder: Path) -> None:
     """As `save_compressed_tensors`, into a folder that exists."""
     _write(model, *checked_layers(model, COMPRESSED_TENSORS), folder)
-
-
-def checked_layers(
-    model: PreTrainedModel, format: str
-) -> tuple[dict[str, QuantizedLinear], Scheme]:
-    """The quantized layers of `model` and its scheme; `UserError` if `format` cannot hold it."""
-    layers = {name: cast(QuantizedLinear, each) for name, each in quantized_modules(model).items()}
-    if not layers:
-        raise UserError("model: nothing in it is quantized; call quantize first")
-    fields = get_quantization_config(model)
-    scheme = Scheme.from_dict(fields.scheme)
-    check_format(format, scheme)
-    check_transforms(model, format)
-    check_model(model, layers, format)
-    check_unchanged(model, layers, fields.targets)
-    return layers, scheme
 
 
 def _write(
@@ -229,39 +145,6 @@ def _arguments(spec: QuantSpec, *, dynamic: bool = False) -> Any:
 _SCALE_DTYPES = {"e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
 
 
-def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same family and configuration, unquantized, on the meta device."""
-    config = copy.deepcopy(model.config)
-    for part in (config, config.get_text_config(decoder=True)):
-        vars(part).pop("quantization_config", None)
-    with torch.device("meta"):
-        return type(model)(config)
-
-
-def plain_model(model: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> PreTrainedModel:
-    """The unquantized model, for saving, without the weights of `layers`; it shares all tensors."""
-    plain, state = _without_weights(model), model.state_dict()
-    names = plain.state_dict().keys() - {f"{name}.weight" for name in layers}
-    plain.load_state_dict({name: state[name] for name in names}, strict=False, assign=True)
-    plain.tie_weights()
-    plain.generation_config = copy.deepcopy(model.generation_config)
-    return plain
-
-
-def float_modules(plain: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> list[str]:
-    """The modules with weights that are not quantized: the head, routers, gates and ignored ones.
-
-    Embeddings are not listed, because only linear layers are quantized.
-    """
-    return [
-        name
-        for name, module in plain.named_modules()
-        if name not in layers
-        and not isinstance(module, nn.Embedding)
-        and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-    ]
-
-
 def _weight_scales(
     layers: dict[str, QuantizedLinear], scheme: Scheme
 ) -> dict[str, dict[str, Tensor]]:
@@ -307,7 +190,8 @@ def _compress(
     library = BaseCompressor.get_value_from_registry(scheme.format.value)
     restored = library.decompress(linear.state_dict(), scheme)["weight"].to(weight.dtype)
     if not torch.equal(restored, weight):
-        raise refusal(f"compressed-tensors does not restore {name}.weight exactly")
+        reason = f"compressed-tensors does not restore {name}.weight exactly"
+        raise refusal(COMPRESSED_TENSORS, reason)
 
 
 def _zero_point(quant_min: Tensor, spec: QuantSpec) -> Tensor:

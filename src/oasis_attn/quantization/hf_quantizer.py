@@ -101,7 +101,7 @@ class OasisHfQuantizer(PrefixHfQuantizer):
         check_unchanged(model, modules, self.quantization_config.targets)
         for name, module in modules.items():
             if ":" not in name:
-                state.pop(f"{name}.weight", None)  # missing in int8 layers
+                del state[f"{name}.weight"]
                 state[f"{name}.{CODES}"] = codes_of(module, name)
         return state, metadata
 
@@ -150,6 +150,11 @@ class OasisHfQuantizer(PrefixHfQuantizer):
             layer = QuantizedLinear(model.get_submodule(name), scheme, name=name)  # type: ignore[arg-type]
             layer.allocate_codes()
             replace_linear(model, name, layer)
+        # Blocks that share weights (Zamba) have their own codes, so these weights are not tied.
+        weights = {f"{name}.weight" for name in config.targets}
+        for target, source in [*model.all_tied_weights_keys.items()]:
+            if not weights.isdisjoint((target, source)):
+                del model.all_tied_weights_keys[target]
         self._fixed_buffers = {
             f"{name}.{buffer}"
             for name, module in model.named_modules()
@@ -229,10 +234,10 @@ def check_unchanged(
     for name, module in model.named_modules():
         if isinstance(module, StaticQuantizer) and not module.enabled:
             raise UserError(f"model: {name} is disabled; enable it to save the model")
-        weight = getattr(module, "weight", None) if isinstance(module, QuantizedLinear) else None
-        if weight is not None and weight.dtype != model.dtype:
+        if isinstance(module, QuantizedLinear) and module.weight.dtype != model.dtype:
             raise UserError(
-                f"model: {name} is {weight.dtype} in a model of {model.dtype}; cast it to that"
+                f"model: {name} is {module.weight.dtype} in a model of {model.dtype}; cast it to"
+                " that"
             )
         if buffer := changed_by_cast(module):
             raise UserError(

@@ -9,15 +9,17 @@ of an input that lies half way between two codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
+from oasis_attn.quantization.casts import FixedPrecisionModule
 from oasis_attn.quantization.hf_quantizer import (
     CODES,
     get_quantization_config,
@@ -50,12 +52,18 @@ def check_kernels(scheme: Scheme, device: torch.device, fallback: str = "") -> N
 
 
 class Int8Linear(QuantizedLinear):
-    """A `QuantizedLinear` that stores its weight as int8 codes, in the buffer `weight_codes`."""
+    """A `QuantizedLinear` that stores its weight as int8 codes, in the buffer `weight_codes`.
+
+    Its parameter `weight` is empty; some families (DeepSeek V3.2) read the dtype of a weight.
+    """
 
     weight_codes: Tensor
 
     def codes(self) -> Tensor:
         return self.weight_codes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return FixedPrecisionModule._apply(self, fn, recurse)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.input_transform is not None:
@@ -129,7 +137,7 @@ def to_int8(model: PreTrainedModel) -> PreTrainedModel:
     check_kernels(layers[0].scheme, model.device)
     for layer in layers:
         layer.register_buffer(CODES, layer.codes())
-        layer.weight = None  # type: ignore[assignment]
+        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
         layer.__class__ = Int8Linear
     set_quantization_config(model, vars(get_quantization_config(model)) | {"arithmetic": "int8"})
     return model

@@ -191,9 +191,9 @@ class QuantizedLinear(FixedPrecisionModule, nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Compute the weight from its codes after a cast, so that repeated casts lose nothing."""
-        before = None if self.weight is None else self.weight.detach()
+        before = self.weight.detach()
         super()._apply(fn, recurse)
-        if before is not None and self.weight.dtype != before.dtype:
+        if self.weight.dtype != before.dtype:
             codes = self._encode(before.to(self.weight.device))
             if codes is not None:
                 self.weight.data = self.decode(codes, self.weight.dtype)

@@ -115,6 +115,19 @@ def scheme_reason(scheme: Scheme) -> str | None:
     return None
 
 
+def vllm_computes(scheme: Scheme) -> bool:
+    """Whether vLLM computes `scheme` from compressed-tensors, on some hardware."""
+    weight, activation = scheme.weight, scheme.activation
+    if activation is None or activation.element_type != "int":
+        return True
+    if not weight.symmetric or not (scheme.static or activation.granularity == "token"):
+        return False
+    if (weight.bits, activation.bits) == (8, 8):
+        return weight.granularity != "group"
+    dynamic = not scheme.static and weight.granularity != "tensor"
+    return dynamic and (weight.bits, activation.bits) == (4, 8)
+
+
 def torchao_reason(scheme: Scheme) -> str | None:
     """Why the format torchao cannot hold `scheme`; None if it can."""
     if scheme.static:

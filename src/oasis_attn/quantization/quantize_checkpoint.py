@@ -22,16 +22,11 @@ from oasis_attn.files import check_free, staged_folder
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths
-from oasis_attn.hub.prefix import prefix_of, without_prefix
+from oasis_attn.hub.prefix import Prefix, prefix_of, without_prefix
 from oasis_attn.hub.prefix_export import check_prefix_in_tokenizer, save_tokenizer_with_prefix
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.progress import Progress, no_progress
-from oasis_attn.quantization.compressed_tensors_format import (
-    check_model,
-    check_transforms,
-    refusal,
-    write_compressed_tensors,
-)
+from oasis_attn.quantization.compressed_tensors_format import write_compressed_tensors
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8
 from oasis_attn.quantization.options import (
@@ -44,6 +39,7 @@ from oasis_attn.quantization.options import (
     check_quantization,
     choose_format,
 )
+from oasis_attn.quantization.plain_model import check_model, check_transforms, refusal
 from oasis_attn.quantization.record import quantization_record
 from oasis_attn.quantization.schemes import Scheme, get_scheme
 from oasis_attn.quantization.sensitivity import (
@@ -202,46 +198,32 @@ class _Work:
         loaded, tokenizer, held_out = self.loaded, self.tokenizer, self.held_out
         if format == COMPRESSED_TENSORS and scheme.weight.scale_type == "e4m3":
             scheme = replace(scheme, fused_scales=True)
-        prefix = prefix_of(loaded) if format != OASIS else None
-        if prefix is not None:
-            check_prefix_in_tokenizer(loaded, tokenizer)
-        if format != OASIS:
-            plain = loaded if prefix is None else without_prefix(loaded)
-            check_model(plain, self.targets, format)
         batches = list(self.seen.ids_NT.split(1))
         given = batches if scheme.needs_calibration else None
-        if scheme not in self.quantized:
-            progress("quantizing")
-            self.quantized[scheme] = quantize(
-                loaded, scheme, calibration=given, targets=self.targets, seed=self.seed
-            )
-        quantized = self.quantized[scheme]
-        if format != OASIS:
-            check_transforms(quantized, format)
-        if prefix is not None:
-            progress("computing the prefix in the quantized model")
-            check_served_prefix(quantized, loaded, self.seen.ids_NT, format)
-        progress("measuring the errors of each tensor")
-        metrics = target_metrics(quantized, batches)
-        tables: dict[str, Any] = {}
-        if self.sensitivity is not None:
-            tables["sensitivity"] = sensitivity_table(
-                *(loaded, scheme, held_out.ids_NT, given),
-                targets=self.targets,
-                by=self.sensitivity,
-                seed=self.seed,
-                progress=progress,
-            )
-        if format == OASIS and not self.simulate:
-            to_int8(quantized)
-        progress("writing")
+        prefix = prefix_of(loaded) if format != OASIS else None
+        quantized = self._quantized(scheme, format, prefix, given)
         with staged_folder(self.out) as stage:
             measured, fields = quantized, {}
-            if format != OASIS:
+            if format != OASIS:  # before it is measured, because the folder may be refused
+                progress("writing")
                 _save_without_ours(quantized, tokenizer, stage, format)
                 measured = _load_again(stage, str(loaded.device), self.trust_remote_code, format)
                 fields = {"arithmetic": format}
-            else:
+            progress("measuring the errors of each tensor")
+            metrics = target_metrics(quantized, batches)
+            tables: dict[str, Any] = {}
+            if self.sensitivity is not None:
+                tables["sensitivity"] = sensitivity_table(
+                    *(loaded, scheme, held_out.ids_NT, given),
+                    targets=self.targets,
+                    by=self.sensitivity,
+                    seed=self.seed,
+                    progress=progress,
+                )
+            if format == OASIS:
+                progress("writing")
+                if not self.simulate:
+                    to_int8(quantized)
                 quantized.save_pretrained(stage)
                 tokenizer.save_pretrained(stage)
             progress("measuring perplexity and speed")
@@ -272,6 +254,29 @@ class _Work:
             write_card(quantized, stage, format=format)
         return record
 
+    def _quantized(
+        self, scheme: Scheme, format: str, prefix: Prefix | None, calibration: list[Tensor] | None
+    ) -> PreTrainedModel:
+        """The quantized model; `Refusal` if `format` cannot hold it, as early as this is known."""
+        loaded = self.loaded
+        if prefix is not None:
+            check_prefix_in_tokenizer(loaded, self.tokenizer)
+        if format != OASIS:
+            plain = loaded if prefix is None else without_prefix(loaded)
+            check_model(plain, self.targets, format)
+        if scheme not in self.quantized:
+            self.progress("quantizing")
+            self.quantized[scheme] = quantize(
+                loaded, scheme, calibration=calibration, targets=self.targets, seed=self.seed
+            )
+        quantized = self.quantized[scheme]
+        if format != OASIS:
+            check_transforms(quantized, format)
+        if prefix is not None:
+            self.progress("computing the prefix in the quantized model")
+            check_served_prefix(quantized, loaded, self.seen.ids_NT, format)
+        return quantized
+
 
 def _save_without_ours(
     quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format: str
@@ -300,9 +305,8 @@ def _load_again(folder: Path, device: str, trust_remote_code: bool, format: str)
             folder, dtype="auto", device=device, trust_remote_code=trust_remote_code
         )
     except UserError as error:
-        raise refusal(
-            f"transformers does not load it again ({error.__cause__ or error})", format=format
-        ) from error
+        reason = f"transformers does not load it again ({error.__cause__ or error})"
+        raise refusal(format, reason) from error
     return model
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oasis_attn.hub.prefix import Prefix, compute_prefix, prefix_of, without_prefix
-from oasis_attn.quantization.compressed_tensors_format import refusal
 from oasis_attn.quantization.options import COMPRESSED_TENSORS
+from oasis_attn.quantization.plain_model import refusal
 from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.simulate import quantized_modules
 
@@ -53,10 +53,10 @@ def check_served_prefix(
         f" the divergence from the unquantized model by {found.growth:.3g} (allowed: {ALLOWED:g})"
     )
     if found.left_out is None:
-        raise refusal(f"{reason}; use a dynamic scheme", ", or --format oasis", format=format)
+        raise refusal(format, f"{reason}; use a dynamic scheme", ", or --format oasis")
     options = " ".join(f"--ignore {name}" for name in found.left_out)
     reason += f"; leave out the layers whose ranges change the prefix most: {options}"
-    raise refusal(reason, format=format)
+    raise refusal(format, reason)
 
 
 @dataclass(frozen=True, kw_only=True)

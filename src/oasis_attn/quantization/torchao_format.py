@@ -22,15 +22,11 @@ from transformers import PreTrainedModel, TorchAoConfig
 from oasis_attn.errors import UserError
 from oasis_attn.files import staged_folder
 from oasis_attn.hub.model_card import write_card
-from oasis_attn.quantization.compressed_tensors_format import (
-    checked_layers,
-    float_modules,
-    plain_model,
-)
 from oasis_attn.quantization.hf_quantizer import codes_of
 from oasis_attn.quantization.int8 import int8_weight
 from oasis_attn.quantization.linear import QuantizedLinear
 from oasis_attn.quantization.options import TORCHAO
+from oasis_attn.quantization.plain_model import checked_layers, float_modules, plain_model
 
 
 @torch.no_grad()
