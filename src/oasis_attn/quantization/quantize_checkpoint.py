@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -34,6 +34,7 @@ from oasis_attn.quantization.compressed_tensors_format import (
 )
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8
+from oasis_attn.quantization.kv_scales import check_kv_cache, kv_scales
 from oasis_attn.quantization.options import (
     AUTO,
     COMPRESSED_TENSORS,
@@ -64,6 +65,7 @@ def quantize_checkpoint(
     format: str = AUTO,
     simulate: bool = False,
     ignore: Sequence[str] = (),
+    kv_cache: str | None = None,
     calibration: str = "stdlib",
     calibration_split: str = "train",
     evaluation: str | None = None,
@@ -97,6 +99,8 @@ def quantize_checkpoint(
             schemes only.  Folders in the format `compressed-tensors` compute in floating point;
             with `torchao`, true is refused.
         ignore: patterns of target names (`*.down_proj`) that are not quantized.
+        kv_cache: `fp8` to write the scales of a key-value cache in FP8, see `kv_scales`, which
+            needs the format `compressed-tensors`; None to leave the cache in floating point.
         calibration, calibration_split: corpus and split for calibration.  The errors of activations
             are measured on the same windows, for every scheme.
         evaluation, evaluation_split: corpus and split for perplexity; the default corpus is that of
@@ -132,7 +136,10 @@ def quantize_checkpoint(
         windows=windows,
         sensitivity=sensitivity,
         seed=seed,
+        kv_cache=kv_cache,
     )
+    if kv_cache is not None:  # which other formats would drop
+        format = COMPRESSED_TENSORS
     check_free(out)
     choice = choose_format(format, scheme)
     if choice.format == TORCHAO or (choice.format == OASIS and not simulate):
@@ -156,6 +163,7 @@ def quantize_checkpoint(
         out=Path(out),
         simulate=simulate,
         targets=_not_ignored(scheme_targets(loaded, scheme), ignore),
+        kv_cache=kv_cache or "",
         seen=seen,
         held_out=held_out,
         sensitivity=sensitivity,
@@ -188,6 +196,7 @@ class _Work:
     out: Path
     simulate: bool
     targets: list[str]
+    kv_cache: str
     seen: Windows
     held_out: Windows
     sensitivity: str | None
@@ -208,6 +217,8 @@ class _Work:
         if format != OASIS:
             plain = loaded if prefix is None else without_prefix(loaded)
             check_model(plain, self.targets, format)
+            if self.kv_cache:
+                check_kv_cache(plain, self.seen.ids_NT[0])
         batches = list(self.seen.ids_NT.split(1))
         given = batches if scheme.needs_calibration else None
         if scheme not in self.quantized:
@@ -221,6 +232,10 @@ class _Work:
         if prefix is not None:
             progress("computing the prefix in the quantized model")
             check_served_prefix(quantized, loaded, self.seen.ids_NT, format)
+        scales = None
+        if self.kv_cache:
+            progress("measuring the key-value cache")
+            scales = kv_scales(quantized, batches)
         progress("measuring the errors of each tensor")
         metrics = target_metrics(quantized, batches)
         tables: dict[str, Any] = {}
@@ -238,7 +253,7 @@ class _Work:
         with staged_folder(self.out) as stage:
             measured, fields = quantized, {}
             if format != OASIS:
-                _save_without_ours(quantized, tokenizer, stage, format)
+                _save_without_ours(quantized, tokenizer, stage, format, scales)
                 measured = _load_again(stage, str(loaded.device), self.trust_remote_code, format)
                 fields = {"arithmetic": format}
             else:
@@ -265,25 +280,36 @@ class _Work:
                 metrics=metrics,
                 tables=tables,
                 fallback=choice.fallback,
+                kv_cache=self.kv_cache,
                 **fields,
             )
             record.save(stage / "record.json")
             # Again, because the card shows metrics of the record.
-            write_card(quantized, stage, format=format)
+            write_card(quantized, stage, format=format, kv_cache=self.kv_cache)
         return record
 
 
 def _save_without_ours(
-    quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format: str
+    quantized: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    format: str,
+    scales: Mapping[str, Tensor] | None,
 ) -> None:
     """Write a folder that needs no `oasis_attn`, with the prefix of the model in the tokenizer."""
     prefix = prefix_of(quantized)
-    write = write_torchao if format == TORCHAO else write_compressed_tensors
+
+    def write(model: PreTrainedModel) -> None:
+        if format == TORCHAO:
+            write_torchao(model, folder)
+        else:
+            write_compressed_tensors(model, folder, scales)
+
     if prefix is None:
-        write(quantized, folder)
+        write(quantized)
         tokenizer.save_pretrained(folder)
         return
-    write(without_prefix(quantized), folder)
+    write(without_prefix(quantized))
     chats = save_tokenizer_with_prefix(tokenizer, prefix.tokens, folder)
     if getattr(tokenizer, "chat_template", None) and not chats:
         warnings.warn(
