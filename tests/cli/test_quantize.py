@@ -121,7 +121,7 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
     out = tmp_path / "out"
     words = ("quantize", model, "--out", out, *shape, "--scheme", scheme)
     if scheme == "w4a16":
-        words += ("--scheme-option", "weight.group_size=16")
+        words += ("--scheme-option", "weight.group_size=16", "--kv-cache", "fp8")
     if scheme == "nvfp4":
         words += EXPORT
         with files_of_at_most(3000):
@@ -139,14 +139,19 @@ def test_in_the_format_compressed_tensors(scheme, oasis, model, shape, tmp_path)
     record = QuantizationRecord.load(out / "record.json")
     assert (record.arithmetic, record.fallback) == ("compressed-tensors", "")
     assert record.scheme["fused_scales"] is (scheme == "nvfp4")
+    assert record.kv_cache == ("fp8" if scheme == "w4a16" else "")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
     assert sum(".0." in name for name in config["ignore"]) == 7
+    assert bool(config["kv_cache_scheme"]) is bool(record.kv_cache)
     loaded, _ = load_model(out)
     assert not quantized_modules(loaded)
     card = (out / "README.md").read_text()
     assert "# needs: pip install compressed-tensors" in card
     assert "perplexity.windowed" in card
+    assert ("Its key-value cache is in FP8" in card) is bool(record.kv_cache)
+    printed = " ".join(shown.out.split())
+    assert (", key-value cache in fp8 " in printed) is bool(record.kv_cache)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +181,11 @@ def test_falls_back_to_our_format(what, reason, oasis, model, shape, tmp_path, m
     assert "'w4a8' can only be simulated: kernels multiply" in shown.err
     assert "add --simulate (simulate=True) for the format 'oasis', because " in shown.err
     assert reason in shown.err
+    if what == "variant":
+        code, shown = oasis(*words, "--simulate", "--kv-cache", "fp8")
+        assert code == 2
+        assert reason.replace("compressed-tensors cannot hold the", "cannot hold this") in shown.err
+        assert not out.exists()
     code, shown = oasis(*words, "--simulate")
     assert code == 0
     record = QuantizationRecord.load(out / "record.json")
@@ -193,6 +203,9 @@ def test_falls_back_to_our_format(what, reason, oasis, model, shape, tmp_path, m
         ((*INT8, "--simulate"), "--simulate: format 'torchao' computes with int8 kernels"),
         ((*EXPORT, "--scheme", "w8a8-static-full"), "cannot hold scheme 'w8a8-static-full'"),
         ((*EXPORT, "--scheme-option", "rotation=inputs"), "does not apply rotation 'inputs'"),
+        (("--kv-cache", "int8"), "--kv-cache: 'int8' is not one of fp8"),
+        (("--kv-cache", "fp8", *INT8), "--kv-cache: 'fp8' needs the format 'compressed-tensors'"),
+        (("--kv-cache", "fp8", "--scheme", "w8a8-static-full"), "linear layers only"),
         (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),
         (("--scheme", "w8a8"), "did you mean 'w8a8-static-full' or "),
         (("--scheme", "w8a8-static-full"), "because compressed-tensors cannot hold the scheme: it"),

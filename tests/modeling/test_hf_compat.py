@@ -22,7 +22,7 @@ from oasis_attn._registration import _MODULES_AFTER
 from oasis_attn.modeling import hf_compat
 from tiny_models import tiny_model
 
-OPTIONAL = {"torchao", "lm_eval", "peft"}
+OPTIONAL = {"compressed_tensors", "torchao", "lm_eval", "peft"}
 NAMES = [(home, name) for home, names in hf_compat._NAMES.items() for name in names]
 
 # The arguments that we pass, by position or name, to each name that we call.

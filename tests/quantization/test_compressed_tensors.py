@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oasis_attn.hub.loading import load_model, quiet
 from oasis_attn.quantization import (
@@ -22,6 +23,7 @@ from oasis_attn.quantization import (
     save_torchao,
 )
 from oasis_attn.quantization.int8 import to_int8
+from oasis_attn.quantization.kv_scales import kv_scales
 from oasis_attn.quantization.linear import fused_layers
 from oasis_attn.quantization.primitives import fake_quantize, power_of_two
 from oasis_attn.quantization.quantizers import StaticQuantizer, observe_qparams
@@ -144,15 +146,25 @@ def test_what_the_folder_holds(tmp_path):
     assert "import oasis_attn" not in card
 
 
-def test_a_process_without_this_package(ids, tmp_path):
-    """A rotated model with a tied head needs nothing of ours either, nor one of torchao."""
+def test_a_process_without_this_package(ids, tmp_path, monkeypatch):
+    """A rotated model with a tied head needs nothing of ours either, nor one of torchao.
+
+    Keys and values are rounded to FP8, and clipped, in a forward pass without a cache, too.
+    """
     ours = quantized(make(), replace(W4A16, rounding="gptq", rotation="folded"))
     with quiet():
         save_compressed_tensors(ours, tmp_path / "out")
     assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert all(stored[name].eq(1).all() for name in stored if name.endswith("norm.weight"))
-    models = {"out": ours}
+    models, rounded = {"out": ours, "cache": ours}, kv_scales(ours, [ids[:1]])
+    with quiet():
+        save_compressed_tensors(ours, tmp_path / "cache", kv_scales=rounded)
+    scheme = json.loads((tmp_path / "cache" / "config.json").read_text())["quantization_config"]
+    fields = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    assert scheme["kv_cache_scheme"].items() >= (fields | {"symmetric": True}).items()
+    stored = load_file(tmp_path / "cache" / "model.safetensors")
+    assert {name for name in stored if name.endswith(("k_scale", "v_scale"))} == rounded.keys()
     if has_int8_kernels():
         models["torchao"] = to_int8(quantized(make(), DYNAMIC))
         with quiet():
@@ -163,16 +175,32 @@ import sys, torch
 from transformers import AutoModelForCausalLM
 ids = torch.load("ids.pt")
 for name in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(name)
+    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    assert not any(info.values())
     with torch.no_grad():
-        torch.save(model(input_ids=ids).logits, f"{name}.pt")
+        found = model(input_ids=ids, use_cache=False).logits
+        assert torch.equal(found, model(input_ids=ids, use_cache=True).logits)
+        torch.save(found, f"{name}.pt")
     assert model.generate(ids[:1], max_new_tokens=2, eos_token_id=-1).shape == (1, ids.shape[1] + 2)
 assert not any(name.startswith("oasis") for name in sys.modules)
 """
     command = [sys.executable, "-c", code, *models]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    attention, names = ALL_ATTENTION_FUNCTIONS["sdpa"], {m: n for n, m in ours.named_modules()}
+
+    def round_cache(module, query, *cached, **kwargs):
+        scales = (rounded[f"{names[module]}.{kind}_scale"] for kind in "kv")
+        pairs = zip(cached[:2], scales, strict=True)
+        codes = [((x / s).clamp(-448, 448).to(torch.float8_e4m3fn), s) for x, s in pairs]
+        keys, values = (code.float() * scale for code, scale in codes)
+        return attention(module, query, keys, values, *cached[2:], **kwargs)
+
     for name, model in models.items():
-        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), logits(model, ids))
+        with monkeypatch.context() as patch:
+            if name == "cache":
+                patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", round_cache)
+            expected = logits(model, ids)
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), expected)
 
 
 def test_a_model_in_int8_arithmetic_has_the_same_files(tmp_path):

@@ -62,6 +62,15 @@ def quantize(
             help="Do not quantize targets that match PATTERN, such as '*.down_proj'; repeatable.",
         ),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        Option(
+            help="fp8 writes the scales of a key-value cache in FP8, which engines read; it needs"
+            " the format compressed-tensors.",
+            metavar="FORMAT",
+            show_default=False,
+        ),
+    ] = None,
     calibration: options.Calibration = "stdlib",
     calibration_split: options.CalibrationSplit = "train",
     evaluation: options.Evaluation = None,
@@ -108,6 +117,7 @@ def quantize(
         windows=windows,
         sensitivity=sensitivity,
         seed=seed,
+        kv_cache=kv_cache,
     )
     check_device(device)
     check_free(out)
@@ -123,6 +133,7 @@ def quantize(
             format=format,
             simulate=simulate,
             ignore=ignore or (),
+            kv_cache=kv_cache,
             calibration=calibration,
             calibration_split=calibration_split,
             evaluation=evaluation,
@@ -183,6 +194,8 @@ def _show(record: QuantizationRecord) -> None:
     if missed:
         rows.append(("layers without tokens for GPTQ", "", str(len(missed))))
     title = f"{record.model.name}: {described(Scheme.from_dict(record.scheme))}"
+    if record.kv_cache:
+        title += f", key-value cache in {record.kv_cache}"
     print_table(Table(title=title, columns=("metric", "before", "after"), rows=tuple(rows)))
 
     if record.float_weights:

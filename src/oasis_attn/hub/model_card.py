@@ -72,6 +72,9 @@ The MLP neurons that wrote massive activations are switched off: {neurons}."""
 _QUANTIZED = """\
 Quantized with the scheme `{scheme}` of oasis-attn, computed in {arithmetic} arithmetic: {targets}
 layers and tensors."""
+_KV_CACHE = """\
+Its key-value cache is in {kv_cache}, with one scale for the keys and one for the values of each
+layer."""
 _UNTIED = """\
 Its rotation needs an output head of its own, which is {entries:,} of the parameters, even if the
 original model shares the matrix with the embedding."""
@@ -92,12 +95,16 @@ _MEASURED = """
 
 
 def write_card(
-    model: PreTrainedModel, folder: str | os.PathLike[str], *, format: str = "oasis"
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    format: str = "oasis",
+    kv_cache: str = "",
 ) -> None:
     """Write `folder`/README.md, unless there is one without the line that says it was generated.
 
     `format` is that of the quantized weights: `oasis`, or `compressed-tensors` or `torchao`, which
-    are loaded without `oasis_attn`.
+    are loaded without `oasis_attn`.  `kv_cache` is that of the key-value cache, if it has one.
 
     The measurements come from `folder`/record.json; if it does not exist, from the record in the
     checkpoint that the model was loaded from, and the card names that checkpoint.
@@ -122,7 +129,7 @@ def write_card(
         if isinstance(tensor, nn.Parameter) or tensor.dtype == torch.int8
     }
     added = sum(n for name, n in counts.items() if is_ours(name))
-    card = model_card(config, sum(counts.values()), added, stored, record, origin, format)
+    card = model_card(config, sum(counts.values()), added, stored, record, origin, format, kv_cache)
     write_text(path, card)
 
 
@@ -134,6 +141,7 @@ def model_card(
     record: Record | None,
     origin: str = "",
     format: str = "oasis",
+    kv_cache: str = "",
 ) -> str:
     """The card as Markdown with YAML front matter.
 
@@ -144,7 +152,7 @@ def model_card(
         stored: the `quantization_config` of the model, or None.
         record: the measurements, if there are any.
         origin: text that names the measured checkpoint if it is not this one.
-        format: see `write_card`.
+        format, kv_cache: see `write_card`.
     """
     text = config.get_text_config(decoder=True)
     tags, family = ["oasis-attn", text.model_type], text.model_type
@@ -181,6 +189,8 @@ def model_card(
                 targets=len(stored.targets),
             )
         )
+        if kv_cache:
+            facts.append(_KV_CACHE.format(kv_cache=kv_cache.upper()))
         if scheme["rotation"] in ("folded", "hadamard"):
             facts.append(_UNTIED.format(entries=text.vocab_size * text.hidden_size))
     if prefix := getattr(stored, "prefix", None):

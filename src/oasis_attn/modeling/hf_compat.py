@@ -1,4 +1,4 @@
-"""All private and unstable names of the Hugging Face libraries, torchao and lm-eval that we use.
+"""All private and unstable names that we use of the Hugging Face and optional libraries.
 
 A release of these libraries may change such a name without notice, which is why `pyproject.toml`
 admits only the minor versions that were tested.  Each name stands here once, with the reason why it
@@ -7,7 +7,7 @@ is needed and, after a semicolon, what happens without it:
 - `_NAMES`: objects that are used as they are.  `from ...hf_compat import sdpa_mask` imports the
   library's module at that moment and binds the original, so that a call costs nothing more.  They
   cannot be imported earlier: parts of this package are imported while transformers itself still is
-  (see `oasis_attn._registration`), and torchao and lm-eval are optional.
+  (see `oasis_attn._registration`), and compressed-tensors, torchao and lm-eval are optional.
 - functions: wrappers around private attributes and arguments.
 - `OVERRIDDEN`: methods and attributes of the libraries' classes that our classes define anew.
 
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` imports, for type checkers
     from accelerate.utils import parse_flag_from_env as parse_flag_from_env
+    from compressed_tensors.modeling import QuantizedKVCache as QuantizedKVCache
     from lm_eval.api.task import ConfigurableTask as ConfigurableTask
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig as Int8DynamicActivationInt8WeightConfig,
@@ -173,6 +174,10 @@ _NAMES = {  # module: {name: why we need it; what breaks without it}
     # --- accelerate
     "accelerate.utils": {
         "parse_flag_from_env": "reads ACCELERATE_USE_FSDP; FSDP on CPUs is ignored",
+    },
+    # --- compressed-tensors
+    "compressed_tensors.modeling": {
+        "QuantizedKVCache": "is the cache that it rounds; scales of the cache cannot be measured",
     },
     # --- torchao
     "torchao.quantization": {

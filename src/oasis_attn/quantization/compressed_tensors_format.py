@@ -12,6 +12,7 @@ In the format, an integer q stands for scale * (q - zero_point), with q from -2^
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,14 @@ from oasis_attn.quantization.quantizers import StaticQuantizer
 from oasis_attn.quantization.schemes import Scheme
 from oasis_attn.quantization.spec import QuantSpec
 
+FP8_CACHE = QuantSpec(bits=8, symmetric=True, element_type="e4m3")
+"""The keys and values of each layer in a key-value cache in FP8."""
+
 
 @torch.no_grad()
-def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
+def save_compressed_tensors(
+    model: PreTrainedModel, folder: str | Path, *, kv_scales: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a quantized model in the format compressed-tensors, with a model card.
 
     `AutoModelForCausalLM.from_pretrained(folder)` loads it without `oasis_attn`.  The library
@@ -67,6 +73,8 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
     Args:
         model: a quantized model of a family of transformers.
         folder: a new folder.  The tokenizer is not part of it.
+        kv_scales: the scales of a key-value cache in FP8, see `kv_scales`; None to leave the cache
+            in floating point.
 
     Raises:
         UserError: the library is not installed; the format cannot hold the scheme or the model;
@@ -74,16 +82,22 @@ def save_compressed_tensors(model: PreTrainedModel, folder: str | Path) -> None:
     """
     layers, scheme = checked_layers(model, COMPRESSED_TENSORS)
     with staged_folder(folder) as stage:
-        _write(model, layers, scheme, stage)
+        _write(model, layers, scheme, stage, kv_scales)
 
 
-def write_compressed_tensors(model: PreTrainedModel, folder: Path) -> None:
+def write_compressed_tensors(
+    model: PreTrainedModel, folder: Path, kv_scales: Mapping[str, Tensor] | None = None
+) -> None:
     """As `save_compressed_tensors`, into a folder that exists."""
-    _write(model, *checked_layers(model, COMPRESSED_TENSORS), folder)
+    _write(model, *checked_layers(model, COMPRESSED_TENSORS), folder, kv_scales)
 
 
 def _write(
-    model: PreTrainedModel, layers: dict[str, QuantizedLinear], scheme: Scheme, stage: Path
+    model: PreTrainedModel,
+    layers: dict[str, QuantizedLinear],
+    scheme: Scheme,
+    stage: Path,
+    kv_scales: Mapping[str, Tensor] | None,
 ) -> None:
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
@@ -96,12 +110,12 @@ def _write(
     form = float_format(scheme)
     if not form:
         form = "pack-quantized" if scheme.activation is None else "int-quantized"
-    inputs = scheme.activation and _arguments(scheme.activation, dynamic=not scheme.static)
+    inputs = scheme.activation and arguments(scheme.activation, dynamic=not scheme.static)
     if form == NVFP4_FORMAT and inputs:
         inputs.dynamic = "local"
     group = QuantizationScheme(
         targets=["Linear"],
-        weights=_arguments(scheme.weight),
+        weights=arguments(scheme.weight),
         input_activations=inputs,
         format=form,
     )
@@ -114,18 +128,23 @@ def _write(
         format=form,
         ignore=float_modules(plain, layers),
         quantization_status=QuantizationStatus.FROZEN,
+        kv_cache_scheme=arguments(FP8_CACHE) if kv_scales else None,
     )
     apply_quantization_config(plain, config, show_progress=False)
     scales = _weight_scales(layers, scheme)
     for name, layer in layers.items():
         _compress(plain.get_submodule(name), layer, name, dtype, scales[name])
+    for name, scale in (kv_scales or {}).items():
+        place, _, own = name.rpartition(".")
+        setattr(plain.get_submodule(place), own, nn.Parameter(scale, requires_grad=False))
     config.quantization_status = QuantizationStatus.COMPRESSED
     plain.save_pretrained(stage)
     ModelCompressor(quantization_config=config).update_config(str(stage))
-    write_card(model, stage, format=COMPRESSED_TENSORS)
+    kv_cache = "fp8" if kv_scales else ""
+    write_card(model, stage, format=COMPRESSED_TENSORS, kv_cache=kv_cache)
 
 
-def _arguments(spec: QuantSpec, *, dynamic: bool = False) -> Any:
+def arguments(spec: QuantSpec, *, dynamic: bool = False) -> Any:
     """The library's description of `spec`."""
     from compressed_tensors.quantization import QuantizationArgs
 

@@ -13,6 +13,8 @@ AUTO = "auto"
 """Not a format: `compressed-tensors` if it can hold the scheme and the model, or else `oasis`."""
 _LIBRARIES = {COMPRESSED_TENSORS: ("compressed_tensors", "export"), TORCHAO: ("torchao", "int8")}
 """By format: the library that writes it, and the extra that installs this library."""
+KV_CACHES = ("fp8",)
+"""Formats of a key-value cache that the format compressed-tensors describes."""
 PREFIX_METHODS = ("greedy", "frequency")
 SENSITIVITY_GROUPS = ("kind", "layer", "target")
 KV_BITS = (2, 4, 8)
@@ -164,6 +166,7 @@ def check_quantization(
     windows: int,
     sensitivity: str | None,
     seed: int,
+    kv_cache: str | None,
 ) -> None:
     """Raise `UserError` for an option that `quantize_checkpoint` cannot use with any model."""
     if sensitivity is not None:
@@ -171,6 +174,13 @@ def check_quantization(
     check_whole("window", window, 2)
     check_whole("windows", windows, 1)
     check_seed("seed", seed)
+    if kv_cache is not None:
+        check_choice("kv_cache", kv_cache, KV_CACHES)
+        if format in (OASIS, TORCHAO):
+            raise UserError(
+                f"kv_cache: {kv_cache!r} needs the format {COMPRESSED_TENSORS!r}, not {format!r}"
+            )
+        format = COMPRESSED_TENSORS
     check_format(format, scheme)
     if format == TORCHAO and simulate:
         raise UserError(

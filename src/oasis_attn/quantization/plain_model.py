@@ -59,7 +59,7 @@ def check_model(model: PreTrainedModel, targets: Iterable[str], format: str) -> 
             "the model has a prefix, which must become part of the tokenizer; `oasis quantize"
             f" --format {format}` writes both",
         )
-    plain = _without_weights(model)
+    plain = without_weights(model)
     modules = dict(plain.named_modules())
     for name in linear_names(plain) if format == COMPRESSED_TENSORS else targets:
         if name not in modules:  # the name that `linearize` would give it
@@ -99,7 +99,7 @@ def refusal(format: str, reason: str, remedy: str = "") -> Refusal:
 
 def plain_model(model: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> PreTrainedModel:
     """The unquantized model, for saving, without the weights of `layers`; it shares all tensors."""
-    plain, state = _without_weights(model), model.state_dict()
+    plain, state = without_weights(model), model.state_dict()
     names = plain.state_dict().keys() - {f"{name}.weight" for name in layers}
     plain.load_state_dict({name: state[name] for name in names}, strict=False, assign=True)
     plain.tie_weights()
@@ -107,7 +107,7 @@ def plain_model(model: PreTrainedModel, layers: dict[str, QuantizedLinear]) -> P
     return plain
 
 
-def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same family and configuration, unquantized, on the meta device."""
     config = copy.deepcopy(model.config)
     for part in (config, config.get_text_config(decoder=True)):

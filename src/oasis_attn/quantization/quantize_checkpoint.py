@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,6 +29,7 @@ from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.compressed_tensors_format import write_compressed_tensors
 from oasis_attn.quantization.coverage import quantized_share
 from oasis_attn.quantization.int8 import check_kernels, to_int8
+from oasis_attn.quantization.kv_scales import check_kv_cache, kv_scales
 from oasis_attn.quantization.options import (
     AUTO,
     COMPRESSED_TENSORS,
@@ -60,6 +61,7 @@ def quantize_checkpoint(
     format: str = AUTO,
     simulate: bool = False,
     ignore: Sequence[str] = (),
+    kv_cache: str | None = None,
     calibration: str = "stdlib",
     calibration_split: str = "train",
     evaluation: str | None = None,
@@ -93,6 +95,8 @@ def quantize_checkpoint(
             schemes only.  Folders in the format `compressed-tensors` compute in floating point;
             with `torchao`, true is refused.
         ignore: patterns of target names (`*.down_proj`) that are not quantized.
+        kv_cache: `fp8` to write the scales of a key-value cache in FP8, see `kv_scales`, which
+            needs the format `compressed-tensors`; None to leave the cache in floating point.
         calibration, calibration_split: corpus and split for calibration.  The errors of activations
             are measured on the same windows, for every scheme.
         evaluation, evaluation_split: corpus and split for perplexity; the default corpus is that of
@@ -128,7 +132,10 @@ def quantize_checkpoint(
         windows=windows,
         sensitivity=sensitivity,
         seed=seed,
+        kv_cache=kv_cache,
     )
+    if kv_cache is not None:  # which other formats would drop
+        format = COMPRESSED_TENSORS
     check_free(out)
     choice = choose_format(format, scheme)
     if choice.format == TORCHAO or (choice.format == OASIS and not simulate):
@@ -152,6 +159,7 @@ def quantize_checkpoint(
         out=Path(out),
         simulate=simulate,
         targets=_not_ignored(scheme_targets(loaded, scheme), ignore),
+        kv_cache=kv_cache or "",
         seen=seen,
         held_out=held_out,
         sensitivity=sensitivity,
@@ -184,6 +192,7 @@ class _Work:
     out: Path
     simulate: bool
     targets: list[str]
+    kv_cache: str
     seen: Windows
     held_out: Windows
     sensitivity: str | None
@@ -205,8 +214,12 @@ class _Work:
         with staged_folder(self.out) as stage:
             measured, fields = quantized, {}
             if format != OASIS:  # before it is measured, because the folder may be refused
+                scales = None
+                if self.kv_cache:
+                    progress("measuring the key-value cache")
+                    scales = kv_scales(quantized, batches)
                 progress("writing")
-                _save_without_ours(quantized, tokenizer, stage, format)
+                _save_without_ours(quantized, tokenizer, stage, format, scales)
                 measured = _load_again(stage, str(loaded.device), self.trust_remote_code, format)
                 fields = {"arithmetic": format}
             progress("measuring the errors of each tensor")
@@ -247,11 +260,12 @@ class _Work:
                 metrics=metrics,
                 tables=tables,
                 fallback=choice.fallback,
+                kv_cache=self.kv_cache,
                 **fields,
             )
             record.save(stage / "record.json")
             # Again, because the card shows metrics of the record.
-            write_card(quantized, stage, format=format)
+            write_card(quantized, stage, format=format, kv_cache=self.kv_cache)
         return record
 
     def _quantized(
@@ -264,6 +278,8 @@ class _Work:
         if format != OASIS:
             plain = loaded if prefix is None else without_prefix(loaded)
             check_model(plain, self.targets, format)
+            if self.kv_cache:
+                check_kv_cache(plain, self.seen.ids_NT[0])
         if scheme not in self.quantized:
             self.progress("quantizing")
             self.quantized[scheme] = quantize(
@@ -279,16 +295,26 @@ class _Work:
 
 
 def _save_without_ours(
-    quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, format: str
+    quantized: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    format: str,
+    scales: Mapping[str, Tensor] | None,
 ) -> None:
     """Write a folder that needs no `oasis_attn`, with the prefix of the model in the tokenizer."""
     prefix = prefix_of(quantized)
-    write = write_torchao if format == TORCHAO else write_compressed_tensors
+
+    def write(model: PreTrainedModel) -> None:
+        if format == TORCHAO:
+            write_torchao(model, folder)
+        else:
+            write_compressed_tensors(model, folder, scales)
+
     if prefix is None:
-        write(quantized, folder)
+        write(quantized)
         tokenizer.save_pretrained(folder)
         return
-    write(without_prefix(quantized), folder)
+    write(without_prefix(quantized))
     chats = save_tokenizer_with_prefix(tokenizer, prefix.tokens, folder)
     if getattr(tokenizer, "chat_template", None) and not chats:
         warnings.warn(

@@ -27,8 +27,8 @@ def quantization_record(
         before, after: the model in floating point, and its quantized copy.
         data: the text on which both were measured.
         calibration: the text on which `after` was calibrated.
-        measured: the fields `seed`, `metrics`, `tables` and `fallback` of the record, and
-            `arithmetic` if it is not that of `after`.
+        measured: the fields `seed`, `metrics`, `tables`, `fallback` and `kv_cache` of the record,
+            and `arithmetic` if it is not that of `after`.
     """
     stored, prefix = get_quantization_config(after), prefix_of(after)
     return QuantizationRecord(

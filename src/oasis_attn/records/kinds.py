@@ -84,6 +84,7 @@ class QuantizationRecord(_BeforeAfter):
         arithmetic: `simulated` in floating point, `int8`, or `compressed-tensors` or `torchao` for
             a folder in this format as transformers loads it.
         fallback: why `--format auto` wrote the format `oasis`; empty if it did not.
+        kv_cache: the format of the key-value cache, `fp8`; empty if it is not quantized.
         targets: names of the tensors that are quantized.
         transforms: what is applied to the inputs of linear layers, by layer.
         prefix: tokens of the model's prefix; empty without one.
@@ -106,6 +107,7 @@ class QuantizationRecord(_BeforeAfter):
     data: TextInfo
     calibration: TextInfo
     fallback: str = field(default="", metadata=OPTIONAL)
+    kv_cache: str = field(default="", metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True)
