@@ -102,6 +102,15 @@ def test_what_vllm_computes():
         assert not options.vllm_computes(scheme.with_options(changes))
 
 
+@pytest.mark.parametrize("name", ["k_scale", "model.layers.0.self_attn.k_scale"])
+def test_refuses_scales_of_another_cache(name, tmp_path):
+    scales = {name: torch.ones(1)}
+    message = "lacks 'model.layers.0" if "layers" in name else "has the unknown name 'k_scale'"
+    with pytest.raises(UserError, match=f"kv_scales: it {message}"), quiet():
+        save_compressed_tensors(quantized(make(), W4A16), tmp_path / "out", kv_scales=scales)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_library_is_missing(monkeypatch):
     monkeypatch.setattr(options, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"pip install 'oasis-attn\[export\]'"):

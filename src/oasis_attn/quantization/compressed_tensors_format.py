@@ -134,14 +134,25 @@ def _write(
     scales = _weight_scales(layers, scheme)
     for name, layer in layers.items():
         _compress(plain.get_submodule(name), layer, name, dtype, scales[name])
-    for name, scale in (kv_scales or {}).items():
-        place, _, own = name.rpartition(".")
-        setattr(plain.get_submodule(place), own, nn.Parameter(scale, requires_grad=False))
+    if kv_scales:
+        _set_cache_scales(plain, kv_scales)
     config.quantization_status = QuantizationStatus.COMPRESSED
     plain.save_pretrained(stage)
     ModelCompressor(quantization_config=config).update_config(str(stage))
     kv_cache = "fp8" if kv_scales else ""
     write_card(model, stage, format=COMPRESSED_TENSORS, kv_cache=kv_cache)
+
+
+def _set_cache_scales(plain: PreTrainedModel, kv_scales: Mapping[str, Tensor]) -> None:
+    kinds = ("k_scale", "v_scale")
+    parameters = (name for name, _ in plain.named_parameters())
+    names = {name for name in parameters if name.rpartition(".")[2] in kinds}
+    if different := names ^ kv_scales.keys():
+        problem = "lacks" if min(different) in names else "has the unknown name"
+        raise UserError(f"kv_scales: it {problem} {min(different)!r}; see the function kv_scales")
+    for name, scale in kv_scales.items():
+        place, _, kind = name.rpartition(".")
+        setattr(plain.get_submodule(place), kind, nn.Parameter(scale, requires_grad=False))
 
 
 def arguments(spec: QuantSpec, *, dynamic: bool = False) -> Any:
