@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from oasis_attn.errors import UserError
 from oasis_attn.files import staged_folder
 from oasis_attn.hub.locate import BLOCK_FORMATS
 from oasis_attn.hub.model_card import write_card
