@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from math import log
 from pathlib import Path
 from statistics import fmean, geometric_mean
 
@@ -102,6 +103,39 @@ def test_what_the_page_says_of_massive_activations() -> None:
     for name, factor in ((full, 5), (linear, 1.4)):
         for other in ("vanilla", "gated_attention"):
             assert factor * max(values(name, "unit_key")) < min(values(name, other))
+
+
+def test_what_the_page_says_of_the_language() -> None:
+    results = lab_page.published("necessity-words")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def values(name: str, variant: str) -> list[float]:
+        found = [*results.values(known[name], variant).values()]
+        assert len(found) == 6
+        return found
+
+    def ratios(scheme: str, variant: str) -> list[float]:
+        return values(f"task.error_ratio@{scheme}", variant)
+
+    full, linear = "w8a8-static-full", "w8a8-static-linear"
+    sink, over_median = "sink.idle_largest", "outlier.max_over_median"
+    assert min(values(sink, "vanilla")) > 0.97
+    assert 200 < min(values(over_median, "vanilla")) < max(values(over_median, "vanilla")) < 1000
+    assert not any(values("outlier.massive", "vanilla"))
+    assert min(values(f"task.error@{full}", "vanilla")) > log(2)
+    assert min(ratios(linear, "vanilla")) > 8
+    assert min(ratios("w4a4", "vanilla")) > 7
+    assert max(ratios("w8a8-dynamic", "vanilla")) < 1.1
+    for variant in set(results.plan.variants) - {"vanilla"}:
+        assert fmean(values(f"task.error@{full}", variant)) < 0.25
+        assert max(ratios(linear, variant)) < 5
+    assert max(values(sink, "softmax1_log")) < 0.02
+    assert max(values(sink, "softmax1")) < 0.2
+    assert max(values(f"task.error@{full}", "softmax1")) > 0.8
+    depth = [*ratios(full, "attn_residual"), *ratios(full, "oasis")]
+    assert max(depth) < 10
+    assert min(values(sink, "attn_residual")) > 0.3
 
 
 def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
