@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oasis_attn.errors import UserError
-from oasis_attn.quantization.casts import FixedPrecisionModule
+from oasis_attn.quantization.casts import apply_keeping_dtype
 from oasis_attn.quantization.hf_quantizer import (
     CODES,
     get_quantization_config,
@@ -63,7 +63,7 @@ class Int8Linear(QuantizedLinear):
         return self.weight_codes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        return FixedPrecisionModule._apply(self, fn, recurse)
+        return apply_keeping_dtype(self, self.fixed_buffers, fn, recurse)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.input_transform is not None:
