@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from math import log
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -64,8 +65,9 @@ def test_the_guide_lists_every_plan() -> None:
     assert all(f"| `{name}` |" in text for name in shipped_plans())
 
 
-def test_what_the_page_says_of_massive_activations() -> None:
-    results = lab_page.published("necessity-content")
+def _of_six_seeds(study: str) -> tuple[Results, Callable[[str, str], list[float]]]:
+    """A published study, and the values of a metric for the seeds of a variant."""
+    results = lab_page.published(study)
     assert results is not None
     known = {metric.name: metric for metric in results.metrics}
 
@@ -74,6 +76,11 @@ def test_what_the_page_says_of_massive_activations() -> None:
         assert len(found) == 6
         return found
 
+    return results, values
+
+
+def test_what_the_page_says_of_massive_activations() -> None:
+    _, values = _of_six_seeds("necessity-content")
     largest, massive = "outlier.max_inf_norm_layer", "outlier.massive"
     full, linear = (f"task.error_ratio@w8a8-static-{part}" for part in ("full", "linear"))
     assert 120 < min(values(largest, "vanilla")) < max(values(largest, "vanilla")) < 270
@@ -106,14 +113,7 @@ def test_what_the_page_says_of_massive_activations() -> None:
 
 
 def test_what_the_page_says_of_the_language() -> None:
-    results = lab_page.published("necessity-words")
-    assert results is not None
-    known = {metric.name: metric for metric in results.metrics}
-
-    def values(name: str, variant: str) -> list[float]:
-        found = [*results.values(known[name], variant).values()]
-        assert len(found) == 6
-        return found
+    results, values = _of_six_seeds("necessity-words")
 
     def ratios(scheme: str, variant: str) -> list[float]:
         return values(f"task.error_ratio@{scheme}", variant)
