@@ -3,9 +3,10 @@
 python experiments/null_law_decoders.py --out docs/results/lab/null_law_decoders --workers 2
 
 Trains decoders with a residual sum and with Attention Residuals (the variant `oasis`) on the
-trigger task, and finds the threshold c* of the null logit by length and layers.  Further groups
-compare nulls with and without a value, and readouts with and without the final norm.  Finished runs
-are in OUT/runs.jsonl.gz and are not repeated; with --minutes, it stops in time and can be resumed.
+trigger task, and finds the threshold c* of the null logit by length, layers and heads.  Further
+groups compare nulls with and without a value, and readouts with and without the final norm.
+Finished runs are in OUT/runs.jsonl.gz and are not repeated; with --minutes, it stops in time and
+can be resumed.
 The record and the tables are made by experiments/null_law_decoders_report.py.
 """
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from oasis_attn.data.trigger import TriggerTask
-from oasis_attn.lab.decoder import DecoderTraining, continue_training, new_decoder, predict
+from oasis_attn.lab.decoder import HEADS, DecoderTraining, continue_training, new_decoder, predict
 from oasis_attn.lab.null_law import next_logits
 from oasis_attn.lab.runs import Run, RunFile, rounded, run_in_processes
 from oasis_attn.lab.sink_removal import ValueNorms, sink_removed
@@ -42,7 +43,7 @@ class Group:
     """Runs that differ in seed and null logit.
 
     Attributes:
-        length, layers: of the task and the decoder.
+        length, layers, heads: of the task and the decoder.
         residual: `sum` or `depth`.
         seeds: how many.
         logits: the null logits; of a search, the first ones; None: without a null.
@@ -55,8 +56,9 @@ class Group:
 
     length: int = 32
     layers: int = 4
+    heads: int = HEADS
     residual: str = "sum"
-    seeds: int = 3
+    seeds: int = 5
     logits: tuple[float | None, ...]
     spacing: float = 0.0
     resolution: float = 0.5
@@ -66,8 +68,10 @@ class Group:
 
     @property
     def name(self) -> str:
+        heads = "1 head" if self.heads == 1 else f"{self.heads} heads"
         extra = "".join(
             [
+                f", {heads}" if self.heads != HEADS else "",
                 f", batch {self.batch_size}" if self.batch_size != 16 else "",
                 f", {self.normalizer}" if self.normalizer != "softmax1" else "",
                 "" if self.final_norm else ", no final norm",
@@ -89,7 +93,7 @@ class Group:
 
 
 def searches(
-    length: int, layers: int, *, seeds: int, extra: tuple[float, ...] = (), **options: Any
+    length: int, layers: int, *, extra: tuple[float, ...] = (), **options: Any
 ) -> tuple[Group, ...]:
     """Searches for the thresholds with both residuals.
 
@@ -100,7 +104,7 @@ def searches(
     groups = []
     for residual, first, spacing in (("depth", 0.0, 1.5), ("sum", -1.0, 1.0)):
         grid = (start + first + spacing * step for step in range(4))
-        shape = {"residual": residual, "length": length, "layers": layers, "seeds": seeds}
+        shape = {"residual": residual, "length": length, "layers": layers}
         rule = {"spacing": spacing, "resolution": spacing / 2}
         groups.append(Group(logits=tuple(sorted({*grid, *extra})), **shape, **rule, **options))
     return tuple(groups)
@@ -109,16 +113,17 @@ def searches(
 STRONG = 5.5  # about log(32) + 2
 EXTRA = 0.0, STRONG, 12.0  # no null to speak of, the advice, and a null that is too strong
 LENGTHS = (
-    *searches(32, 4, seeds=5, extra=EXTRA),
-    *searches(64, 4, seeds=5),
-    *searches(16, 4, seeds=5),
-    *searches(128, 4, seeds=3, batch_size=8),
+    *searches(32, 4, extra=EXTRA),
+    *searches(64, 4),
+    *searches(16, 4),
+    *searches(128, 4, batch_size=8),
 )
 LAYERS = (
-    *searches(32, 1, seeds=5, extra=EXTRA),
-    *searches(32, 2, seeds=3),
-    *searches(32, 8, seeds=3),
+    *searches(32, 1, extra=EXTRA),
+    *searches(32, 2),
+    *searches(32, 8),
 )
+SHAPES = tuple(group for heads in (1, 4, 8) for group in searches(32, 4, heads=heads))
 ARMS = tuple(
     Group(
         residual=residual, layers=layers, seeds=3, final_norm=final_norm, normalizer=normalizer,
@@ -129,9 +134,13 @@ ARMS = tuple(
     for normalizer in ("softmax", "softmax1", "value_null", "key_value_null")
     if not (normalizer == "softmax1" and final_norm)  # these are in the searches
 )  # fmt: skip
-SINGLE = tuple(group for length in (16, 64, 128) for group in searches(length, 1, seeds=2))
-LONGEST = searches(256, 4, seeds=1, batch_size=4)
-GROUPS = *LENGTHS, *LAYERS, *ARMS, *SINGLE, *LONGEST
+SINGLE = tuple(group for length in (16, 64, 128) for group in searches(length, 1))
+LONG = (
+    *searches(256, 4, batch_size=4),
+    *searches(512, 4, batch_size=2),
+    *searches(1024, 4, batch_size=2),
+)
+GROUPS = *LENGTHS, *LAYERS, *SHAPES, *ARMS, *SINGLE, *LONG
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,9 @@ def run(unit: Unit) -> Run:
     """Train and measure one decoder."""
     group, seed = unit.group, unit.seed
     task = TriggerTask(length=group.length, rate=RATE)
-    model = new_decoder(f"lab-{group.layers}", group.settings(unit.null_logit), task, seed=seed)
+    model = new_decoder(
+        f"lab-{group.layers}", group.settings(unit.null_logit), task, seed=seed, heads=group.heads
+    )
     if not group.final_norm:
         model.model.norm = nn.Identity()
     trained = continue_training(model, task, group.training, seed=seed)

@@ -24,7 +24,9 @@ from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
 from oasis_attn.training.parameters import check_groups_trained, group_of, train_only, trained
 
-_WIDTH, _HEADS = 64, 2
+_WIDTH = 64
+HEADS = 2
+"""Attention heads of a layer, unless others are asked for."""
 _BETAS, _MAX_NORM = (0.9, 0.95), 1.0
 _LOGGED = 20  # rows in the table of training losses
 
@@ -43,7 +45,9 @@ class TrainedDecoder(NamedTuple):
     data_sha256: str
 
 
-def decoder_backbone(size: str, task: Task, *, rotary: bool = False) -> SmolLM3Config:
+def decoder_backbone(
+    size: str, task: Task, *, rotary: bool = False, heads: int = HEADS
+) -> SmolLM3Config:
     """The backbone of a decoder on `task`: pre-norm layers with a SwiGLU MLP.
 
     Raises:
@@ -56,8 +60,8 @@ def decoder_backbone(size: str, task: Task, *, rotary: bool = False) -> SmolLM3C
         hidden_size=_WIDTH,
         intermediate_size=3 * _WIDTH,
         num_hidden_layers=layers,
-        num_attention_heads=_HEADS,
-        num_key_value_heads=_HEADS,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=task.length,
         no_rope_layers=[int(rotary)] * layers,
         tie_word_embeddings=False,
@@ -87,6 +91,7 @@ def new_decoder(
     *,
     seed: int,
     rotary: bool = False,
+    heads: int = HEADS,
 ) -> OasisForCausalLM:
     """An untrained decoder.
 
@@ -96,11 +101,12 @@ def new_decoder(
         task: sets the coordinates of a token, and the positions.
         seed: sets the initial weights.
         rotary: see `DecoderTraining`.
+        heads: attention heads of a layer; they divide the width, 64.
 
     Raises:
         UserError: an unknown size, or settings that are not allowed.
     """
-    backbone = decoder_backbone(size, task, rotary=rotary)
+    backbone = decoder_backbone(size, task, rotary=rotary, heads=heads)
     torch.manual_seed(seed)
     return OasisForCausalLM(OasisConfig(text_config=backbone, **settings))
 
