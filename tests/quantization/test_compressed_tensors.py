@@ -39,7 +39,9 @@ from quantization.exported_models import (
 )
 from tiny_models import word_tokenizer
 
-pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+compressors = pytest.importorskip(
+    "compressed_tensors.compressors", reason="compressed-tensors is not installed"
+)
 
 SCHEMES = {
     "dynamic": DYNAMIC,
@@ -121,6 +123,22 @@ def test_families(kind, ids, tmp_path):
     rotation = "folded" if kind in ("granite_swa", "qwen2", "qwen3") else "none"
     ours = quantized(make(kind), replace(W4A16, rotation=rotation))
     assert torch.equal(logits(export(ours, tmp_path / "out"), ids), logits(ours, ids))
+
+
+@pytest.mark.parametrize("scheme", [W4A16, STATIC])
+def test_the_library_compresses_layers_whose_parameters_all_have_values(
+    scheme, tmp_path, monkeypatch
+):
+    def compress(linear):
+        assert not any(value.is_meta for value in linear.parameters())
+        found.append(linear)
+        whole(linear)
+
+    found, whole = [], compressors.compress_module
+    monkeypatch.setattr(compressors, "compress_module", compress)
+    model = make()
+    export(quantized(model, scheme), tmp_path / "out")
+    assert len(found) == len(linear_targets(model))
 
 
 def test_what_the_folder_holds(tmp_path):

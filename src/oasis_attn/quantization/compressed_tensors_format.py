@@ -216,6 +216,10 @@ def _compress(
     for key, value in parameters.items():
         shape = getattr(linear, key).shape
         setattr(linear, key, nn.Parameter(value.view(shape), requires_grad=False))
+    for key, value in list(linear.named_parameters()):
+        if value.is_meta:  # zero points of symmetric schemes; the library's GPU kernels read them
+            zeros = torch.zeros_like(value, device=weight.device)
+            setattr(linear, key, nn.Parameter(zeros, requires_grad=False))
     compress_module(linear)
     scheme = linear.quantization_scheme
     library = BaseCompressor.get_value_from_registry(scheme.format.value)
