@@ -35,6 +35,10 @@ RECIPES = {
     "null-200-penalty-0.3": (
         f"--from {{runs}}/{CONVERTED} --anneal-null 200 --outlier-penalty 0.3 {RATES}"
     ),
+    "null-log-200-penalty-0.3": (
+        f"--from {{runs}}/{CONVERTED} --anneal-null 200 --config null_logit=log_context"
+        f" --outlier-penalty 0.3 {RATES}"
+    ),
     "null-120-penalty-1": (
         f"--from {{runs}}/{CONVERTED} --anneal-null 120 --outlier-penalty 1 {RATES}"
     ),
@@ -57,6 +61,7 @@ ROWS = {
     "as it is, trained": "vanilla",
     "null off, penalty 0.3": "penalty-0.3",
     "null to 0 over 200 steps, penalty 0.3": "null-200-penalty-0.3",
+    "null to log n + 2 over 200 steps, penalty 0.3": "null-log-200-penalty-0.3",
     "null to 0 over 120 steps, penalty 1": "null-120-penalty-1",
     "null to 0 over 30 steps, penalty 3": "null-30-penalty-3",
 }
