@@ -31,6 +31,7 @@ from oasis_attn.study.study_metrics import TIMES
 TRIALS = "trials.jsonl.gz"
 KEPT_TABLES = (
     *("null.mass", "sink.idle", "sink.trigger", "null.idle", "null.trigger", "signal.beta"),
+    "depth.weights",
 )
 """The tables that compact records keep."""
 
