@@ -38,7 +38,7 @@ from pages import published as published_studies
 PAGE = DOCS / "lab.md"
 STUDIES = (
     *("necessity", "necessity-depth", "necessity-content", "necessity-words"),
-    *("necessity-key-null", "necessity-win", "majority"),
+    *("necessity-key-null", "necessity-win", "majority", "language"),
 )
 UNPUBLISHED = "This study is not published yet.\n"
 COLUMNS = {  # metric -> header and whether the range over seeds is shown
@@ -97,6 +97,18 @@ LANGUAGE_COLUMNS = {
     "perplexity.windowed@w8a8-static-full": ("perplexity, w8a8-static-full", True),
     "perplexity.windowed@w4a4": ("perplexity, w4a4", True),
 }
+TEXT_COLUMNS = {
+    "sink.max_mass": ("largest sink", False),
+    "null.mass": ("mean null", False),
+    "outlier.max_inf_norm_layer": ("largest value in a layer's output", False),
+    "majority.accuracy": ("accuracy of answers", False),
+    "majority.accuracy@w8a8-static-full": ("accuracy, w8a8-static-full", False),
+    "perplexity.windowed": ("perplexity", False),
+    **{
+        f"perplexity.windowed@{scheme}": (f"perplexity, {scheme}", False)
+        for scheme in ("w8a8-dynamic", "w8a8-static-linear", "w8a8-static-full", "w4a4")
+    },
+}
 MODEL_COLUMNS = {
     "sink.mass": "mean sink",
     "sink.max_mass": "largest sink",
@@ -136,6 +148,7 @@ def page(text: str) -> str:
         "language_verdicts": partial(verdicts, "majority"),
         "language_criteria": partial(criteria, "majority"),
         "language_models": language_models,
+        "text_rows": partial(rows, "language", TEXT_COLUMNS),
     }
     return fill(PAGE, text, "lab_page.py", tables)
 
