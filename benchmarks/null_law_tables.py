@@ -76,16 +76,16 @@ def decoder_thresholds() -> str:
     """The smallest null logit without a sink in whole decoders, and the fitted lines."""
     record = BenchmarkRecord.load(LAB / "null_law_decoders" / "record.json")
     found = {
-        (row["length"], row["layers"], row["residual"], level): values
+        (row["length"], row["layers"], row["heads"], row["residual"], level): values
         for row in record.tables["thresholds"]
         for level, values in row["thresholds"].items()
     }
-    cases = sorted({key[2:] for key in found}, key=lambda key: (key[0] != "sum", -float(key[1])))
+    cases = sorted({key[3:] for key in found}, key=lambda key: (key[0] != "sum", -float(key[1])))
     rows = []
-    for length, layers in sorted({key[:2] for key in found}):
-        values = (found.get((length, layers, *case), []) for case in cases)
+    for length, layers, heads in sorted({key[:3] for key in found}):
+        values = (found.get((length, layers, heads, *case), []) for case in cases)
         cells = (f"{fmean(each):.2f} (n {len(each)})" if each else ABSENT for each in values)
-        rows.append((str(length), f"{math.log(length):.2f}", str(layers), *cells))
+        rows.append((str(length), f"{math.log(length):.2f}", str(layers), str(heads), *cells))
     columns = (f"{residual}, sink below {level}" for residual, level in cases)
     lines = []
     for case, fit in record.tables["fits"].items():
@@ -94,9 +94,9 @@ def decoder_thresholds() -> str:
         lines.append(
             f"- {DECODERS[residual]}, sink below {level}: the slope of c* against log(length) is"
             f" {slope} (95 % interval {low} to {high}), from {fit['n']} thresholds of decoders of 4"
-            " layers."
+            " layers and 2 heads."
         )
-    head = "length", "log(length)", "layers"
+    head = "length", "log(length)", "layers", "heads"
     table = markdown(Table(columns=(*head, *columns), rows=tuple(rows)))
     return f"{table}\n" + "\n".join(lines) + "\n"
 

@@ -25,6 +25,7 @@ from null_law_decoders import (
 )
 
 from oasis_attn.files import write_text
+from oasis_attn.lab.decoder import HEADS
 from oasis_attn.lab.null_law import crossing, fit_line
 from oasis_attn.lab.runs import Run, RunFile
 from oasis_attn.records import BenchmarkRecord, Metric
@@ -34,7 +35,11 @@ from oasis_attn.report.tables import ABSENT, Table, number
 RESIDUALS = {"sum": "residual sum", "depth": "Attention Residuals"}
 LEARNED = 0.05
 SEARCHES = tuple(group for group in GROUPS if group.spacing)
-_TRADE_OFF = tuple(group for group in SEARCHES if group.length == 32 and group.layers in (1, 4))
+_TRADE_OFF = tuple(
+    group
+    for group in SEARCHES
+    if group.length == 32 and group.layers in (1, 4) and group.heads == HEADS
+)
 
 
 def make_record(file: RunFile) -> BenchmarkRecord:
@@ -52,6 +57,7 @@ def make_record(file: RunFile) -> BenchmarkRecord:
                 "residual": group.residual,
                 "length": group.length,
                 "layers": group.layers,
+                "heads": group.heads,
                 "runs": len(runs),
                 "error": _span(map(error, runs)),
                 "thresholds": {f"{level:g}": found[level] for level in LEVELS},
@@ -76,7 +82,7 @@ def make_record(file: RunFile) -> BenchmarkRecord:
                 if row["residual"] == residual:
                     c, log_n = row["thresholds"][f"{level:g}"], math.log(row["length"])
                     above += [each - log_n for each in c]
-                    if row["layers"] == 4:
+                    if row["layers"] == 4 and row["heads"] == HEADS:
                         points += [(log_n, each) for each in c]
             values = {
                 "margin": (max(above), len(above)),
@@ -212,7 +218,7 @@ def threshold_table(record: BenchmarkRecord) -> Table:
 
 
 def fit_table(record: BenchmarkRecord) -> Table:
-    """The lines c* = a + b log(length), decoders of 4 layers."""
+    """The lines c* = a + b log(length), decoders of 4 layers and 2 heads."""
     rows = []
     for residual, label in RESIDUALS.items():
         for level in LEVELS:
@@ -225,10 +231,10 @@ def fit_table(record: BenchmarkRecord) -> Table:
                 margin = record.metric(f"null_law_decoder.margin@{level:g}", residual).value
                 rows.append((label, f"{level:g}", *intervals, str(fit["n"]), f"{margin:.2f}"))
     return Table(
-        title="c* = intercept + slope log(length), decoders of 4 layers",
+        title="c* = intercept + slope log(length), decoders of 4 layers and 2 heads",
         columns=(
             "residual", "probability", "slope [95 %]", "intercept [95 %]", "n",
-            "largest c* - log(length), all layers",
+            "largest c* - log(length), all groups",
         ),
         rows=tuple(rows),
     )  # fmt: skip
@@ -281,10 +287,10 @@ def _shown(span: Sequence[float]) -> str:
 HEAD = """\
 # The law of the null in decoders
 
-Decoders of the plan `necessity` (width 64, 2 heads) are trained on the trigger task, in which each
-token is a trigger with probability {rate:g}, with a null of constant logit c: `sum` is the variant
-`softmax1`, `depth` is `oasis`.  Training takes {steps} steps of {batch} sequences, or as many as
-the group says.  The sink is the mean probability of the first token at idle queries, of the head in
+Decoders of the plan `necessity` (width 64; 2 heads, or as many as the group says) are trained on the
+trigger task, in which each token is a trigger with probability {rate:g}, with a null of constant
+logit c: `sum` is the variant `softmax1`, `depth` is `oasis`.  Training takes {steps} steps of {batch}
+sequences, or as many as the group says.  The sink is the mean probability of the first token at idle queries, of the head in
 which it is largest, and c* is the null logit above which it is below a probability.  Errors are
 mean squares of tokens after the first, relative to that of the target.  `steps to learn`: until the
 mean loss of {part} steps is below {learned:.0%} of that of the first {part}.  Values are medians,

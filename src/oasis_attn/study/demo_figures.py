@@ -23,8 +23,9 @@ from matplotlib.transforms import blended_transform_factory
 from oasis_attn.records import TrialRecord
 from oasis_attn.report import number
 from oasis_attn.report.figures import _STYLE, MUTED, RULE, _log_scale, _set_title
+from oasis_attn.report.tables import token_name
 from oasis_attn.study.demo import SCHEME, Demo, Pretrained
-from oasis_attn.study.demo_text import NAMES, percent, relative_errors
+from oasis_attn.study.demo_text import NAMES, largest_activation, percent, relative_errors
 
 FIRST, NULL, OTHER = "#d64545", "#1f9d61", "#3f7fc4"
 _GAMMA = 0.4  # opacity is this power of the probability, so that small ones are visible
@@ -111,9 +112,13 @@ def _draw_values(axes: Axes, pretrained: Pretrained) -> None:
         )  # fmt: skip
     _log_scale(axes)
     axes.margins(y=0.15)
-    axes.set(xlabel="layer", ylabel="largest |value|")
+    axes.set(xlabel="layer", ylabel="largest |value|, mean over windows")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _set_title(axes, "Largest value of each layer's output", "mean over windows of text")
+    largest = largest_activation(pretrained.plain)
+    _set_title(
+        axes, "Largest value of each layer's output",
+        f"largest in layer {largest['layer']}: {token_name(largest)}, channel {largest['channel']}",
+    )  # fmt: skip
 
 
 def _draw_perplexities(axes: Axes, pretrained: Pretrained) -> None:

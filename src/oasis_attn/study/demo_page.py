@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oasis_attn.records import DiagnosisRecord, TrialRecord
+from oasis_attn.records import TrialRecord
 from oasis_attn.report import Table, activation_table, number, sink_table
 from oasis_attn.report.document import Page, Picture, Section
 from oasis_attn.report.figures import save_png
@@ -18,7 +18,7 @@ from oasis_attn.report.html import write_page
 from oasis_attn.report.tables import token_name
 from oasis_attn.study.demo import PLAN, Demo, Pretrained
 from oasis_attn.study.demo_figures import lab_maps, overview, perplexities, sinks_and_values
-from oasis_attn.study.demo_text import NAMES, percent, relative_errors
+from oasis_attn.study.demo_text import NAMES, largest_activation, percent, relative_errors
 
 
 def write_demo(demo: Demo, folder: Path) -> None:
@@ -63,7 +63,7 @@ def demo_numbers(demo: Demo) -> dict[str, dict[str, Any]]:
     if demo.pretrained:
         before, broken = demo.pretrained.broken.before_after("perplexity.windowed")
         _, repaired = demo.pretrained.repaired.before_after("perplexity.windowed")
-        found["pretrained"] = _largest(demo.pretrained.plain) | {
+        found["pretrained"] = largest_activation(demo.pretrained.plain) | {
             "perplexity": before, "perplexity_8_bits": broken, "perplexity_8_bits_prefix": repaired
         }  # fmt: skip
     for record in demo.lab:
@@ -82,7 +82,7 @@ def _pretrained(pretrained: Pretrained) -> list[Section]:
     plain, name = pretrained.plain, pretrained.plain.model.name
     heads = [float(mass) for layer in plain.tables["sink.mass"] for mass in layer]
     many = sum(mass > 0.5 for mass in heads)
-    largest = _largest(plain)
+    largest = largest_activation(plain)
     rest = max(float(x) for x in pretrained.prefixed.tables["outlier.inf_norm_layer"])
     before, broken = pretrained.broken.before_after("perplexity.windowed")
     _, repaired = pretrained.repaired.before_after("perplexity.windowed")
@@ -241,12 +241,6 @@ def _provenance(demo: Demo) -> list[str]:
         "metric, and `records.jsonl` has all numbers."
     )
     return blocks
-
-
-def _largest(record: DiagnosisRecord) -> dict[str, Any]:
-    """The largest activation of any layer."""
-    rows: list[dict[str, Any]] = record.tables["outlier.largest"]
-    return max(rows, key=lambda row: abs(row["largest"]))
 
 
 def _value(record: TrialRecord, name: str) -> float | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from oasis_attn.records import TrialRecord
+from typing import Any
+
+from oasis_attn.records import DiagnosisRecord, TrialRecord
 
 NAMES = {
     "vanilla": "Standard attention",
@@ -26,3 +28,9 @@ def relative_errors(record: TrialRecord) -> tuple[float, float, float]:
     quantized = (record[f"task.error@{name}"] for name in ("w8a8-static-full", "w4a4"))
     static, low = (error / power for error in quantized)
     return record["task.relative_error"], static, low
+
+
+def largest_activation(record: DiagnosisRecord) -> dict[str, Any]:
+    """The largest activation of any layer."""
+    rows: list[dict[str, Any]] = record.tables["outlier.largest"]
+    return max(rows, key=lambda row: abs(row["largest"]))
