@@ -130,6 +130,7 @@ def page(text: str) -> str:
         "rows": partial(rows, "necessity"),
         "verdicts": partial(verdicts, "necessity"),
         "criteria": partial(criteria, "necessity", rule=True),
+        "depth_weights": depth_weights,
         "growth": growth,
         "depth_verdicts": partial(verdicts, "necessity-depth"),
         "content_rows": partial(rows, "necessity-content", CONTENT_COLUMNS),
@@ -189,13 +190,39 @@ def embedding_weights() -> str:
     """The depth weight of the embedding, at the first token and at the others, by router."""
     record = BenchmarkRecord.load(RESULTS / "lab" / "embedding_weights" / "record.json")
     runs = [run["weights"] for run in record.tables["runs"]]
-    readers = [f"layer {i // 2}, {('attention', 'MLP')[i % 2]}" for i in range(1, len(runs[0]))]
     rows = tuple(
         (reader, *(value_range(values, mean=True) for values in zip(*weights, strict=True)))
-        for reader, weights in zip([*readers, "output"], zip(*runs, strict=True), strict=True)
+        for reader, weights in zip(
+            _readers(len(runs[0]) + 1)[1:], zip(*runs, strict=True), strict=True
+        )
     )
     columns = "read by", "embedding, first token", "embedding, other tokens"
     return markdown(Table(columns=columns, rows=rows))
+
+
+def depth_weights() -> str:
+    """The depth weights of the plan `necessity`: those of the embedding by router, and sinks."""
+    results = published("necessity")
+    assert results is not None
+    found: dict[str, list[list[list[float]]]] = {}
+    for trial, record in results.records.items():
+        if "depth.weights" in record.tables:
+            found.setdefault(trial.variant, []).append(record.tables["depth.weights"])
+    rates = next(metric for metric in results.metrics if metric.name == "depth.sink_rate@0.3")
+    routers = len(next(iter(found.values()))[0])
+    rows = [
+        (reader, *(short(fmean(run[router][0] for run in runs)) for runs in found.values()))
+        for router, reader in enumerate(_readers(routers))
+    ]
+    shares = (short(fmean(results.values(rates, variant).values())) for variant in found)
+    rows.append(("share above 0.3", *shares))
+    return markdown(Table(columns=("read by", *found), rows=tuple(rows)))
+
+
+def _readers(routers: int) -> list[str]:
+    """What reads the mix of each router."""
+    names = [f"layer {i // 2}, {('attention', 'MLP')[i % 2]}" for i in range(routers - 1)]
+    return [*names, "output"]
 
 
 def language_models() -> str:

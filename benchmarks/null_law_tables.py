@@ -13,6 +13,16 @@ from pages import RESULTS, short, value_range
 LAB = RESULTS / "lab"
 BATCHES = "batch 32", "batch 8"  # of the models whose thresholds are shown: to length 256, beyond
 LONG = "length 64, 1x1, batch 32, "  # of the models with other nulls that are shown
+ANNEALED = {
+    "sink.max_mass": "largest sink",
+    "sink.mass": "mean sink",
+    "null.mass": "mean null",
+    "outlier.max_inf_norm_layer": "largest value in a layer's output",
+    "majority.accuracy": "accuracy of answers",
+    "perplexity.windowed": "perplexity",
+    "perplexity.windowed@w8a8-static-full": "perplexity, w8a8-static-full",
+    "perplexity.windowed@w4a4": "perplexity, w4a4",
+}
 DECODERS = {"sum": "Residual sum", "depth": "Attention Residuals"}
 
 
@@ -101,6 +111,37 @@ def decoder_thresholds() -> str:
     return f"{table}\n" + "\n".join(lines) + "\n"
 
 
+def one_head() -> str:
+    """Sinks and errors of decoders with one layer and one head."""
+    record = BenchmarkRecord.load(LAB / "one_head" / "record.json")
+    runs = record.tables["runs"]
+    names = "sink.idle", "task.relative_error"
+    rows = tuple(
+        (arm, *(value_range([run[name] for run in runs if run["arm"] == arm]) for name in names))
+        for arm in dict.fromkeys(run["arm"] for run in runs)
+    )
+    return markdown(Table(columns=("decoder", "idle sink", "relative error"), rows=rows))
+
+
+def null_anneal() -> str:
+    """Trained models whose null logit rises to one of several values."""
+    record = BenchmarkRecord.load(LAB / "null_anneal" / "record.json")
+    runs = record.tables["runs"]
+    rows = tuple(
+        (
+            name,
+            *(
+                value_range([run[metric] for run in runs if run["null_logit"] == name], mean=True)
+                if metric in next(run for run in runs if run["null_logit"] == name)
+                else ABSENT
+                for metric in ANNEALED
+            ),
+        )
+        for name in dict.fromkeys(run["null_logit"] for run in runs)
+    )
+    return markdown(Table(columns=("null logit", *ANNEALED.values()), rows=rows))
+
+
 def no_op_or_bias() -> str:
     """What the first token does in decoders of 4 layers with several nulls and readouts."""
     record = BenchmarkRecord.load(LAB / "null_law_decoders" / "record.json")
@@ -142,4 +183,7 @@ def null_law_cells() -> str:
     return markdown(Table(columns=columns, rows=rows))
 
 
-TABLES = (source, thresholds, learned_nulls, decoder_thresholds, no_op_or_bias, null_law_cells)
+TABLES = (
+    *(source, thresholds, learned_nulls, decoder_thresholds, one_head, no_op_or_bias),
+    *(null_law_cells, null_anneal),
+)

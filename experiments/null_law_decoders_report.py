@@ -287,14 +287,14 @@ def _shown(span: Sequence[float]) -> str:
 HEAD = """\
 # The law of the null in decoders
 
-Decoders of the plan `necessity` (width 64; 2 heads, or as many as the group says) are trained on the
-trigger task, in which each token is a trigger with probability {rate:g}, with a null of constant
-logit c: `sum` is the variant `softmax1`, `depth` is `oasis`.  Training takes {steps} steps of {batch}
-sequences, or as many as the group says.  The sink is the mean probability of the first token at idle queries, of the head in
-which it is largest, and c* is the null logit above which it is below a probability.  Errors are
-mean squares of tokens after the first, relative to that of the target.  `steps to learn`: until the
-mean loss of {part} steps is below {learned:.0%} of that of the first {part}.  Values are medians,
-with the range over seeds.
+Decoders of the plan `necessity` (width 64; 2 heads, or as many as the group says) are trained on
+the trigger task, in which each token is a trigger with probability {rate:g}, with a null of
+constant logit c: `sum` is the variant `softmax1`, `depth` is `oasis`.  Training takes {steps} steps
+of {batch} sequences, or as many as the group says.  The sink is the mean probability of the first
+token at idle queries, of the head in which it is largest, and c* is the null logit above which it
+is below a probability.  Errors are mean squares of tokens after the first, relative to that of the
+target.  `steps to learn`: until the mean loss of {part} steps is below {learned:.0%} of that of the
+first {part}.  Values are medians, with the range over seeds.
 
 In the last table, the value of the first token is that of the head with the largest sink, and the
 value of the null is the largest: their norms after the output projection, relative to the mean over

@@ -1,14 +1,13 @@
 """Decoders with one layer and one head on the trigger task: which nulls replace the sink?
 
 python experiments/one_head.py --out docs/results/lab/one_head
-
-The error is the root of the mean square error relative to that of the target.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,6 +22,7 @@ from oasis_attn.records import BenchmarkRecord, Metric
 
 TASK, SEEDS, SEQUENCES, MEASURED_SEED = "trigger-every-32", 3, 256, 2**32
 STEPS, LONG = 700, 2000
+MEASURED = "sink.idle", "task.relative_error"
 ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "vanilla": ("vanilla", {}, STEPS),
     "softmax1, 0": ("softmax1", {}, STEPS),
@@ -45,8 +45,7 @@ def run(arm: str, seed: int) -> dict[str, Any]:
     model = continue_training(model, task, DecoderTraining(steps=steps), seed=seed).model
     batch = task.batch(SEQUENCES, torch.Generator().manual_seed(MEASURED_SEED))
     found = {metric.name: metric.value for metric in measure_decoder(model, batch)[0]}
-    error = math.sqrt(found["task.relative_error"])
-    return {"arm": arm, "seed": seed, "sink.idle": found["sink.idle"], "error": error}
+    return {"arm": arm, "seed": seed} | {name: found[name] for name in MEASURED}
 
 
 def main() -> None:
@@ -54,22 +53,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the record")
     out = parser.parse_args().out
     torch.set_num_threads(1)
-    rows, metrics = [], []
+    rows = []
     for arm in ARMS:
         runs = [run(arm, seed) for seed in range(SEEDS)]
         rows += runs
-        for name in ("sink.idle", "error"):
-            values = [each[name] for each in runs]
-            error = stdev(values) / math.sqrt(SEEDS)
-            value = fmean(values)
-            metrics.append(Metric(name=name, where=arm, value=value, n=SEEDS, standard_error=error))
-        print(*metrics[-2:], flush=True)
-    BenchmarkRecord(
+        print(*runs, sep="\n", flush=True)
+    make_record(rows).save(out / "record.json")
+
+
+def make_record(rows: Sequence[dict[str, Any]]) -> BenchmarkRecord:
+    """The means over seeds."""
+    metrics = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        for name in MEASURED:
+            values = [row[name] for row in rows if row["arm"] == arm]
+            error = stdev(values) / math.sqrt(len(values))
+            metrics.append(
+                Metric(
+                    name=name, where=arm, value=fmean(values), n=len(values), standard_error=error
+                )
+            )
+    return BenchmarkRecord(
         name="one_head",
         metrics=tuple(metrics),
         settings={"task": TASK, "sequences": SEQUENCES, "layers": 1, "heads": 1},
-        tables={"runs": rows},
-    ).save(out / "record.json")
+        tables={"runs": list(rows)},
+    )
 
 
 if __name__ == "__main__":

@@ -126,3 +126,28 @@ def test_the_thresholds_in_decoders():
     for residual in found:
         low, high = record.tables["fits"][f"{residual}@0.02"]["slope_interval"]
         assert low < 0 < high < 0.5
+
+
+def test_decoders_of_one_head():
+    record = BenchmarkRecord.load(RESULTS / "one_head" / "record.json")
+    sinks, errors = {}, {}
+    for run in record.tables["runs"]:
+        sinks.setdefault(run["arm"], []).append(run["sink.idle"])
+        errors.setdefault(run["arm"], []).append(run["task.relative_error"])
+    assert {len(values) for values in sinks.values()} == {3}
+    for arm in ("vanilla", "softmax1, 0", "gated_attention", "attn_residual"):
+        assert min(sinks[arm]) > 0.99
+    for arm in ("softmax1, 5", "softmax1, 8", "value_null, 5", "softpick"):
+        assert max(sinks[arm]) < 0.005
+        assert min(errors[arm]) > max(errors["vanilla"])
+    assert [min(sinks["oasis, 5"]), max(sinks["oasis, 5"])] == pytest.approx(
+        [0.25, 0.52], abs=0.005
+    )
+
+
+def test_a_decoder_of_one_head_is_measured_as_the_record_says(monkeypatch):
+    law = experiment("one_head", monkeypatch)
+    monkeypatch.setattr(law, "ARMS", {"vanilla": ("vanilla", {}, 2)})
+    row = law.run("vanilla", 0)
+    assert row.keys() == {"arm", "seed", *law.MEASURED}
+    assert 0 < row["task.relative_error"] < 10

@@ -30,8 +30,8 @@ from oasis_attn.study.study_metrics import TIMES
 
 TRIALS = "trials.jsonl.gz"
 KEPT_TABLES = (
-    *("null.mass", "sink.idle", "sink.trigger", "null.idle", "null.trigger", "signal.beta"),
-    "depth.weights",
+    *("null.mass", "sink.idle", "sink.trigger", "null.idle", "null.trigger"),
+    *("depth.weights", "signal.beta"),
 )
 """The tables that compact records keep."""
 
