@@ -40,6 +40,7 @@ TARGETS = {
     "log n - 1": math.log(WINDOW) - 1,
     "log n": math.log(WINDOW),
     "log n + 2": math.log(WINDOW) + 2,
+    "log n + 8": math.log(WINDOW) + 8,
 }
 MEASURED = "sink.max_mass", "sink.mass", "null.mass", "outlier.max_inf_norm_layer"
 

@@ -151,3 +151,25 @@ def test_a_decoder_of_one_head_is_measured_as_the_record_says(monkeypatch):
     row = law.run("vanilla", 0)
     assert row.keys() == {"arm", "seed", *law.MEASURED}
     assert 0 < row["task.relative_error"] < 10
+
+
+def test_a_null_that_rises_after_training():
+    runs = BenchmarkRecord.load(RESULTS / "null_anneal" / "record.json").tables["runs"]
+    assert all(0.845 < run["sink.max_mass"] < 0.86 for run in runs)
+    by_logit = {}
+    for run in runs:
+        by_logit.setdefault(run["null_logit"], []).append(run)
+    assert {len(each) for each in by_logit.values()} == {3}
+    means = [fmean(run["sink.mass"] for run in each) for each in by_logit.values()]
+    assert means[2:] == sorted(means[2:], reverse=True)
+    schemes = "w8a8-static-full", "w4a4"
+    costs = {
+        name: [run[f"perplexity.windowed@{scheme}"] / run["perplexity.windowed"] - 1
+               for run in each for scheme in schemes]
+        for name, each in by_logit.items()
+    }  # fmt: skip
+    assert max(costs["softmax"] + costs["0"]) < 0.02
+    assert min(costs["log n + 2"]) > 0.0199
+    assert max(costs["log n + 2"]) < 0.175
+    for one, other in zip(by_logit["log n + 2"], by_logit["softmax"], strict=True):
+        assert one["perplexity.windowed"] / other["perplexity.windowed"] < 1.005
