@@ -51,9 +51,11 @@ def trained(folder: Path, config: TrainingConfig) -> Path:
     return folder
 
 
-def continued(runs: Path, seed: int, name: str) -> Path:
-    """The model of one seed and target."""
+def trained_on(runs: Path, seed: int, name: str) -> Path:
+    """The model of one seed: `start`, or what it becomes with one of the targets."""
     start = trained(runs / f"start-{seed}", replace(FIRST, seed=seed))
+    if name == "start":
+        return start
     config = replace(
         FIRST, variant=None, size=None, seed=seed + 1000, steps=STEPS, learning_rate=RATE,
         from_model=start,
@@ -96,9 +98,8 @@ def main() -> None:
     rows = []
     for seed in range(SEEDS):
         for name in ("start", *TARGETS):
-            folder = continued(args.runs, seed, name) if name in TARGETS else None
-            folder = folder or trained(args.runs / f"start-{seed}", replace(FIRST, seed=seed))
-            rows.append({"seed": seed, "null_logit": name} | measured(folder))
+            values = measured(trained_on(args.runs, seed, name))
+            rows.append({"seed": seed, "null_logit": name} | values)
             print(rows[-1], flush=True)
     metrics = []
     for name in ("start", *TARGETS):
