@@ -127,3 +127,11 @@ def test_a_wrong_field_is_refused(values, message):
 def test_an_unknown_size_is_refused():
     with pytest.raises(UserError, match=r"size: 'lab-3' is not one of lab-1, .*; did you mean"):
         decoder_backbone("lab-3", TASK)
+
+
+def test_heads():
+    model = new_decoder("lab-1", {}, TASK, seed=0, heads=8)
+    assert model.config.get_text_config().num_attention_heads == 8
+    for heads in (0, 3, 128, 2.0):
+        with pytest.raises(UserError, match=r"^heads: "):
+            new_decoder("lab-1", {}, TASK, seed=0, heads=heads)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, SmolLM3Config
 
 from oasis_attn.data.tasks import Task
-from oasis_attn.errors import check_choice
+from oasis_attn.errors import UserError, check_choice, check_whole
 from oasis_attn.lab.config import LAB_SIZES, DecoderTraining
 from oasis_attn.modeling.configuration_oasis import OasisConfig
 from oasis_attn.modeling.modeling_oasis import OasisForCausalLM
@@ -51,9 +51,12 @@ def decoder_backbone(
     """The backbone of a decoder on `task`: pre-norm layers with a SwiGLU MLP.
 
     Raises:
-        UserError: `size` is not one of `LAB_SIZES`.
+        UserError: `size` is not one of `LAB_SIZES`, or `heads` does not divide the width.
     """
     check_choice("size", size, LAB_SIZES)
+    check_whole("heads", heads, 1, _WIDTH)
+    if _WIDTH % heads:
+        raise UserError(f"heads: {heads} does not divide the width, {_WIDTH}")
     layers = LAB_SIZES[size]
     return SmolLM3Config(
         vocab_size=task.width,
@@ -101,10 +104,10 @@ def new_decoder(
         task: sets the coordinates of a token, and the positions.
         seed: sets the initial weights.
         rotary: see `DecoderTraining`.
-        heads: attention heads of a layer; they divide the width, 64.
+        heads: attention heads of a layer, a divisor of the width, 64.
 
     Raises:
-        UserError: an unknown size, or settings that are not allowed.
+        UserError: an unknown size, another number of heads, or settings that are not allowed.
     """
     backbone = decoder_backbone(size, task, rotary=rotary, heads=heads)
     torch.manual_seed(seed)
