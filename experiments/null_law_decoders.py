@@ -6,8 +6,7 @@ Trains decoders with a residual sum and with Attention Residuals (the variant `o
 trigger task, and finds the threshold c* of the null logit by length, layers and heads.  Further
 groups compare nulls with and without a value, and readouts with and without the final norm.
 Finished runs are in OUT/runs.jsonl.gz and are not repeated; with --minutes, it stops in time and
-can be resumed.
-The record and the tables are made by experiments/null_law_decoders_report.py.
+can be resumed.  The record and the tables are made by experiments/null_law_decoders_report.py.
 """
 
 from __future__ import annotations
