@@ -1,6 +1,6 @@
-"""The tables of docs/lab.md, from the records of the lab and of the studies of generated tasks.
+"""The tables of docs/lab.md and docs/null.md, from the records of the lab and of studies of tasks.
 
-`benchmarks/publish.py` writes the page.
+`benchmarks/publish.py` writes the pages.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from pathlib import Path
 from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
@@ -35,7 +36,8 @@ from oasis_attn.study.verdict import judge
 from pages import DOCS, RESULTS, fill, short, value_range
 from pages import published as published_studies
 
-PAGE = DOCS / "lab.md"
+LAB, NULL = DOCS / "lab.md", DOCS / "null.md"
+PAGES = LAB, NULL
 STUDIES = (
     *("necessity", "necessity-depth", "necessity-content", "necessity-words"),
     *("necessity-key-null", "necessity-win", "majority", "language"),
@@ -123,35 +125,40 @@ MODEL_COLUMNS = {
 DRAWN = ("sink.idle_largest", "task.error", "task.error@w8a8-static-full")
 
 
-def page(text: str) -> str:
-    """docs/lab.md with every table generated again."""
-    tables: dict[str, Callable[[], str]] = {
-        **{table.__name__: table for table in null_law_tables.TABLES},
-        "rows": partial(rows, "necessity"),
-        "verdicts": partial(verdicts, "necessity"),
-        "criteria": partial(criteria, "necessity", rule=True),
-        "depth_weights": depth_weights,
-        "growth": growth,
-        "depth_verdicts": partial(verdicts, "necessity-depth"),
-        "content_rows": partial(rows, "necessity-content", CONTENT_COLUMNS),
-        "content_verdicts": partial(verdicts, "necessity-content"),
-        "words_rows": partial(rows, "necessity-words", WORDS_COLUMNS),
-        "words_verdicts": partial(verdicts, "necessity-words"),
-        "embedding_weights": embedding_weights,
-        "format_rows": partial(rows, "formats", FORMAT_COLUMNS),
-        "key_null_rows": partial(rows, "necessity-key-null"),
-        "key_null_verdicts": partial(verdicts, "necessity-key-null"),
-        "key_null_criteria": partial(criteria, "necessity-key-null"),
-        "signal_rows": partial(rows, "necessity-win"),
-        "signal_verdicts": partial(verdicts, "necessity-win"),
-        "signal_criteria": partial(criteria, "necessity-win"),
-        "language_rows": partial(rows, "majority", LANGUAGE_COLUMNS),
-        "language_verdicts": partial(verdicts, "majority"),
-        "language_criteria": partial(criteria, "majority"),
-        "language_models": language_models,
-        "text_rows": partial(rows, "language", TEXT_COLUMNS),
+def page(path: Path, text: str) -> str:
+    """The text of one of `PAGES` with every table generated again."""
+    tables: dict[Path, dict[str, Callable[[], str]]] = {
+        LAB: {
+            "source": null_law_tables.source,
+            "rows": partial(rows, "necessity"),
+            "verdicts": partial(verdicts, "necessity"),
+            "criteria": partial(criteria, "necessity", rule=True),
+            "depth_weights": depth_weights,
+            "growth": growth,
+            "depth_verdicts": partial(verdicts, "necessity-depth"),
+            "content_rows": partial(rows, "necessity-content", CONTENT_COLUMNS),
+            "content_verdicts": partial(verdicts, "necessity-content"),
+            "words_rows": partial(rows, "necessity-words", WORDS_COLUMNS),
+            "words_verdicts": partial(verdicts, "necessity-words"),
+            "embedding_weights": embedding_weights,
+            "format_rows": partial(rows, "formats", FORMAT_COLUMNS),
+            "language_rows": partial(rows, "majority", LANGUAGE_COLUMNS),
+            "language_verdicts": partial(verdicts, "majority"),
+            "language_criteria": partial(criteria, "majority"),
+            "language_models": language_models,
+            "text_rows": partial(rows, "language", TEXT_COLUMNS),
+        },
+        NULL: {
+            **{table.__name__: table for table in null_law_tables.NULL_PAGE},
+            "key_null_rows": partial(rows, "necessity-key-null"),
+            "key_null_verdicts": partial(verdicts, "necessity-key-null"),
+            "key_null_criteria": partial(criteria, "necessity-key-null"),
+            "signal_rows": partial(rows, "necessity-win"),
+            "signal_verdicts": partial(verdicts, "necessity-win"),
+            "signal_criteria": partial(criteria, "necessity-win"),
+        },
     }
-    return fill(PAGE, text, "lab_page.py", tables)
+    return fill(path, text, "lab_page.py", tables[path])
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The tables of docs/lab.md about the law of the null, from the records of experiments/."""
+"""The tables about the law of the null, from the records of experiments/."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def null_law_cells() -> str:
     return markdown(Table(columns=columns, rows=rows))
 
 
-TABLES = (
-    *(source, thresholds, learned_nulls, decoder_thresholds, one_head, no_op_or_bias),
+NULL_PAGE = (  # of docs/null.md
+    *(thresholds, learned_nulls, decoder_thresholds, one_head, no_op_or_bias),
     *(null_law_cells, null_anneal),
 )

@@ -1,5 +1,5 @@
 """Publish a study: write plan, compact records and tables to docs/results, and update the tables
-of docs/study.md and docs/lab.md.
+of docs/study.md, docs/lab.md and docs/null.md.
 
 python benchmarks/publish.py FOLDER
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = StudyFolder.open(parser.parse_args().folder)
     place = RESULTS / folder.plan.name
-    pages = {path: path.read_text(encoding="utf-8") for path in (PAGE, lab_page.PAGE)}
+    pages = {path: path.read_text(encoding="utf-8") for path in (PAGE, *lab_page.PAGES)}
     with tempfile.TemporaryDirectory(dir=place.parent) as stage:
         new = Path(stage, folder.plan.name)
         folder.publish(new)
@@ -87,7 +87,7 @@ def main() -> None:
         shutil.rmtree(place, ignore_errors=True)
         new.rename(place)
     for path, text in pages.items():
-        write_text(path, (page if path == PAGE else lab_page.page)(text))
+        write_text(path, page(text) if path == PAGE else lab_page.page(path, text))
 
 
 def save_with_palette(figure: Path, path: Path) -> None:
