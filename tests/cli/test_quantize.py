@@ -205,7 +205,7 @@ def test_falls_back_to_our_format(what, reason, oasis, model, shape, tmp_path, m
         ((*EXPORT, "--scheme-option", "rotation=inputs"), "does not apply rotation 'inputs'"),
         (("--kv-cache", "int8"), "--kv-cache: 'int8' is not one of fp8"),
         (("--kv-cache", "fp8", *INT8), "--kv-cache: 'fp8' needs the format 'compressed-tensors'"),
-        (("--kv-cache", "fp8", "--scheme", "w8a8-static-full"), "linear layers only"),
+        (("--kv-cache", "fp8", "--scheme", "w8a8-static-full"), "--kv-cache: 'fp8' cannot be"),
         (("--scheme", "w8a9"), "scheme: 'w8a9' is not one of"),
         (("--scheme", "w8a8"), "did you mean 'w8a8-static-full' or "),
         (("--scheme", "w8a8-static-full"), "because compressed-tensors cannot hold the scheme: it"),

@@ -181,6 +181,10 @@ def check_quantization(
                 f"kv_cache: {kv_cache!r} needs the format {COMPRESSED_TENSORS!r}, not {format!r}"
             )
         format = COMPRESSED_TENSORS
+        try:
+            check_format(format, scheme)
+        except UserError as error:
+            raise UserError(f"kv_cache: {kv_cache!r} cannot be written: {error}") from None
     check_format(format, scheme)
     if format == TORCHAO and simulate:
         raise UserError(
