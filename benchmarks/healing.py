@@ -29,6 +29,7 @@ BUDGET = "--corpus imdb --steps 240 --batch-size 2 --block-length 256 --eval-win
 BUDGET += " --save-every 120"
 RATES = "--rate router=1e-3 --rate beta=1e-2"
 CONVERTED = "converted"
+LOG_POSITIONS = '{{"name":"log_context","length":8192}}'  # of the model, not of a window
 RECIPES = {
     "vanilla": "--from smollm2",
     "penalty-0.3": f"--from {{runs}}/{CONVERTED} --outlier-penalty 0.3 --rate router=1e-3",
@@ -36,7 +37,7 @@ RECIPES = {
         f"--from {{runs}}/{CONVERTED} --anneal-null 200 --outlier-penalty 0.3 {RATES}"
     ),
     "null-log-200-penalty-0.3": (
-        f"--from {{runs}}/{CONVERTED} --anneal-null 200 --config null_logit=log_context"
+        f"--from {{runs}}/{CONVERTED} --anneal-null 200 --config null_logit={LOG_POSITIONS}"
         f" --outlier-penalty 0.3 {RATES}"
     ),
     "null-120-penalty-1": (

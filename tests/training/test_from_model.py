@@ -115,7 +115,7 @@ def test_anneal_starts_at_the_models_own_null_if_that_is_higher(onward, models):
 
 
 @pytest.mark.parametrize(
-    ("setting", "target"), [(3, 3), ("log_context", math.log(64) + LOG_CONTEXT_MARGIN)]
+    ("setting", "target"), [(3, 3), ("log_context", math.log(32) + LOG_CONTEXT_MARGIN)]
 )
 def test_anneal_to_another_null(setting, target, onward):
     record = quiet(onward(anneal_null=5, steps=6, settings={"null_logit": setting}))

@@ -12,6 +12,7 @@ import oasis_attn
 from oasis_attn import SinkCallback, diagnose
 from oasis_attn.errors import UserError
 from oasis_attn.hub.model_card import variant_of
+from oasis_attn.modeling.null_logit import LOG_CONTEXT_MARGIN
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
 from oasis_attn.training import run as run_module
@@ -202,6 +203,13 @@ def test_the_length_of_clipped_softmax_is_by_default_the_block_length(configure)
     expected = {"name": "clipped_softmax", "alpha": 3, "length": 32}
     assert model.config.token_normalizer == expected
     assert variant_of(model.config) == "clipped_softmax"
+
+
+@pytest.mark.parametrize(("length", "expected"), [({}, 32), ({"length": 9}, 9)])
+def test_the_length_of_log_context_is_by_default_the_block_length(length, expected, configure):
+    settings = {"null_logit": {"name": "log_context"} | length}
+    model = prepare(configure(variant="softmax1", settings=settings)).model
+    assert model.config.null_logit == math.log(expected) + LOG_CONTEXT_MARGIN
 
 
 def test_folder_and_record(configure):

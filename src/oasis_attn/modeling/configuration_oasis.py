@@ -70,7 +70,8 @@ class OasisConfig(PreTrainedConfig):
         null_logit: c of `softmax1`, and the initial value of the learned c of `learned_sink`,
             `value_null`, `key_null` and `key_value_null`.  0 is Softmax1 and the start in gpt-oss;
             -inf switches the null of `softmax1` off.
-            `log_context` is log(n) plus a margin, with n the `max_position_embeddings` of
+            `log_context` is log(n) plus a margin, with n the tokens of a training sequence if
+            `oasis train` makes the config, and otherwise the `max_position_embeddings` of
             `text_config`; `{"name": "log_context", "length": n}` states another n.  It is replaced
             by the number when the config is created, so that config.json contains the number and a
             later change of the positions does not change the null.

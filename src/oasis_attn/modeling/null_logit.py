@@ -53,6 +53,13 @@ def resolve_null_logit(value: Any, text_config: PreTrainedConfig) -> Any:
     return math.log(length) + LOG_CONTEXT_MARGIN
 
 
+def of_windows(value: Any, length: int) -> Any:
+    """A value of `null_logit`, in which `log_context` without a length has that of the windows."""
+    if isinstance(value, str | dict) and context_length(value) is None:
+        return {"name": LOG_CONTEXT, "length": length}
+    return value
+
+
 def context_length(value: str | dict[str, Any]) -> int | None:
     """The length n that a value of `null_logit` states; None if it states none.
 

@@ -27,7 +27,7 @@ from oasis_attn.hub.model_info import check_lengths, check_savable, plain_tensor
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.modeling.hf_compat import parse_flag_from_env
-from oasis_attn.modeling.null_logit import resolve_null_logit
+from oasis_attn.modeling.null_logit import of_windows, resolve_null_logit
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.ops.normalizers import with_length
 from oasis_attn.training.anneal import LOWEST_START, NullAnneal
@@ -188,6 +188,8 @@ def _start(
         settings["token_normalizer"] = with_length(
             settings["token_normalizer"], config.block_length
         )
+    if "null_logit" in settings:
+        settings["null_logit"] = of_windows(settings["null_logit"], config.block_length)
     return build_model(backbone, settings, config.seed), tokenizer
 
 
@@ -199,7 +201,7 @@ def _null_anneal(config: TrainingConfig, model: PreTrainedModel) -> NullAnneal:
     return NullAnneal(
         model.config,
         steps,
-        target=resolve_null_logit(final, text),
+        target=resolve_null_logit(of_windows(final, config.block_length), text),
         start=getattr(model.config, "null_logit", LOWEST_START),
     )
 
