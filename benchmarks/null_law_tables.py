@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from statistics import fmean
 
+from oasis_attn.lab.null_law import fit_line
 from oasis_attn.records import BenchmarkRecord
 from oasis_attn.report.markdown import markdown
 from oasis_attn.report.tables import ABSENT, Table, number
@@ -23,7 +24,12 @@ ANNEALED = {
     "perplexity.windowed@w8a8-static-full": "perplexity, w8a8-static-full",
     "perplexity.windowed@w4a4": "perplexity, w4a4",
 }
-DECODERS = {"sum": "Residual sum", "depth": "Attention Residuals"}
+DECODERS = {"sum": "residual sum", "depth": "Attention Residuals"}
+SLOPES = {  # of decoders of 2 heads: layers, and the longest sequences
+    "1 layer, up to 128 tokens, batches of 16": (1, 128),
+    "4 layers, up to 64 tokens, batches of 16": (4, 64),
+    "4 layers, all lengths and batches": (4, math.inf),
+}
 
 
 def source() -> str:
@@ -83,32 +89,51 @@ def learned_nulls() -> str:
 
 
 def decoder_thresholds() -> str:
-    """The smallest null logit without a sink in whole decoders, and the fitted lines."""
+    """The smallest null logit without a sink in whole decoders."""
     record = BenchmarkRecord.load(LAB / "null_law_decoders" / "record.json")
-    found = {
-        (row["length"], row["layers"], row["heads"], row["residual"], level): values
-        for row in record.tables["thresholds"]
-        for level, values in row["thresholds"].items()
-    }
+    found, batches = {}, {}
+    for row in record.tables["thresholds"]:
+        shape = row["length"], row["layers"], row["heads"]
+        _, named, batch = row["group"].partition(", batch ")
+        batches[shape] = batch if named else str(record.settings["training"]["batch_size"])
+        for level, values in row["thresholds"].items():
+            found[*shape, row["residual"], level] = values
     cases = sorted({key[3:] for key in found}, key=lambda key: (key[0] != "sum", -float(key[1])))
     rows = []
-    for length, layers, heads in sorted({key[:3] for key in found}):
-        values = (found.get((length, layers, heads, *case), []) for case in cases)
+    for shape in sorted(batches):
+        length, layers, heads = shape
+        values = (found.get((*shape, *case), []) for case in cases)
         cells = (f"{fmean(each):.2f} (n {len(each)})" if each else ABSENT for each in values)
-        rows.append((str(length), f"{math.log(length):.2f}", str(layers), str(heads), *cells))
-    columns = (f"{residual}, sink below {level}" for residual, level in cases)
-    lines = []
-    for case, fit in record.tables["fits"].items():
+        head = str(length), f"{math.log(length):.2f}", batches[shape], str(layers), str(heads)
+        rows.append((*head, *cells))
+    columns = (
+        *("length", "log(length)", "batch", "layers", "heads"),
+        *(f"{residual}, sink below {level}" for residual, level in cases),
+    )
+    return markdown(Table(columns=columns, rows=tuple(rows)))
+
+
+def decoder_slopes() -> str:
+    """The slopes of the thresholds in decoders against log(length)."""
+    record = BenchmarkRecord.load(LAB / "null_law_decoders" / "record.json")
+    rows = []
+    for case in record.tables["fits"]:
         residual, level = case.split("@")
-        slope, low, high = (short(x) for x in (fit["slope"], *fit["slope_interval"]))
-        lines.append(
-            f"- {DECODERS[residual]}, sink below {level}: the slope of c* against log(length) is"
-            f" {slope} (95 % interval {low} to {high}), from {fit['n']} thresholds of decoders of 4"
-            " layers and 2 heads."
-        )
-    head = "length", "log(length)", "layers", "heads"
-    table = markdown(Table(columns=(*head, *columns), rows=tuple(rows)))
-    return f"{table}\n" + "\n".join(lines) + "\n"
+        cells = []
+        for layers, longest in SLOPES.values():
+            points = [
+                (math.log(row["length"]), c)
+                for row in record.tables["thresholds"]
+                if (row["residual"], row["layers"], row["heads"]) == (residual, layers, 2)
+                and row["length"] <= longest
+                for c in row["thresholds"][level]
+            ]
+            fit = fit_line(*zip(*points, strict=True))
+            low, high = fit.slope_interval
+            cells.append(f"{fit.slope:.2f} [{low:.2f} to {high:.2f}] (n {fit.n})")
+        rows.append((DECODERS[residual], level, *cells))
+    columns = "decoders", "sink below", *SLOPES
+    return markdown(Table(columns=columns, rows=tuple(rows)))
 
 
 def one_head() -> str:
@@ -184,6 +209,6 @@ def null_law_cells() -> str:
 
 
 NULL_PAGE = (  # of docs/null.md
-    *(thresholds, learned_nulls, decoder_thresholds, one_head, no_op_or_bias),
-    *(null_law_cells, null_anneal),
+    *(thresholds, learned_nulls, decoder_thresholds, decoder_slopes, one_head),
+    *(no_op_or_bias, null_law_cells, null_anneal),
 )

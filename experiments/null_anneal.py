@@ -63,7 +63,7 @@ def trained_on(runs: Path, seed: int, name: str) -> Path:
     target = TARGETS[name]
     if target is not None:
         start = runs / f"converted-{seed}"
-        if not start.exists():
+        if not (start / "tokenizer_config.json").is_file():  # written last
             model, tokenizer = load_model(runs / f"start-{seed}")
             convert(to_vanilla(model), "softmax1").save_pretrained(start)
             tokenizer.save_pretrained(start)

@@ -3,11 +3,13 @@
 import importlib.util
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
+from oasis_attn.lab.null_law import fit_line
 from oasis_attn.lab.runs import RunFile
 from oasis_attn.modeling.null_logit import LOG_CONTEXT_MARGIN
 from oasis_attn.records import BenchmarkRecord
@@ -89,6 +91,19 @@ def test_the_law_of_the_null_ends_at_256_tokens():
         row = rows[f"length {length}, 1x1, batch 8"]
         assert max(row["thresholds"]["0.02"]) < 5.6 < math.log(length)
     assert (row["solved"], row["runs"]) == (2, 25)
+    means = [
+        fmean(rows[f"length {length}, 1x1, batch 32"]["thresholds"]["0.02"])
+        for length in (16, 64, 256)
+    ]
+    slopes = [(high - low) / math.log(4) for low, high in pairwise(means)]
+    assert slopes == pytest.approx([1.2, 0.6], abs=0.05)
+    moved = [
+        abs(last - row["null_logit"])
+        for row in record.tables["arms"]
+        if row["group"].startswith("length 64, 1x1, batch 32, learned_sink")
+        for last in row["last_null_logit"]
+    ]
+    assert 0.9 < max(moved) < 1
 
 
 def test_the_nulls_of_language_models(monkeypatch):
@@ -126,9 +141,67 @@ def test_the_thresholds_in_decoders():
     }
     assert max(above["sum"]) == 32
     assert max(above["depth"]) == 128
-    slopes = [record.tables["fits"][f"{key}@0.02"]["slope_interval"] for key in ("sum", "depth")]
-    assert slopes[0][0] < 0 < slopes[0][1] < 0.2
-    assert slopes[1][1] < 0
+    thresholds = {
+        (row["residual"], row["length"], row["layers"], row["heads"]): row["thresholds"]["0.02"]
+        for row in record.tables["thresholds"]
+    }
+    slopes = {}
+    for residual, layers, lengths in (
+        *(("sum", 1, (16, 32, 64, 128)), ("sum", 4, (16, 32, 64))),
+        *(("depth", 1, (16, 32, 64, 128)), ("depth", 4, (16, 32, 64))),
+    ):
+        points = [(math.log(n), c) for n in lengths for c in thresholds[residual, n, layers, 2]]
+        slopes[residual, layers] = fit_line(*zip(*points, strict=True))
+    grows = slopes.pop(("depth", 1))
+    assert grows.slope == pytest.approx(0.4, abs=0.05)
+    assert grows.slope_interval[0] > 0
+    assert all(-0.4 < fit.slope < 0.2 and fit.slope_interval[0] < 0 for fit in slopes.values())
+    for residual in ("sum", "depth"):
+        one, two, *deeper = (fmean(thresholds[residual, 32, layers, 2]) for layers in (1, 2, 4, 8))
+        assert 0.35 < two - one < 0.75
+        assert max(deeper) < two + 0.2
+        few, many = (fmean(thresholds[residual, 32, 4, heads]) for heads in (1, 8))
+        assert 0.5 < many - few < 1.1
+
+
+def test_the_sink_hardly_forms_in_decoders_with_long_sequences():
+    runs = RunFile(RESULTS / "null_law_decoders" / "runs.jsonl.gz").rows
+    errors = {
+        length: [
+            row["error_idle"] + row["error_trigger"]
+            for row in runs
+            if f"length {length}," in row["group"]
+        ]
+        for length in (256, 512, 1024)
+    }
+    assert max(errors[256]) < 0.005
+    assert max(errors[512] + errors[1024]) == pytest.approx(0.04, abs=0.001)
+    rows = [row for row in runs if row["group"].startswith("sum, length 512,")]
+    assert min(row["null_logit"] for row in rows) == -2
+    assert max(max(map(max, row["sink"])) for row in rows) < 0.3
+
+
+def test_the_sink_as_a_way_to_do_nothing_and_as_a_bias():
+    record = BenchmarkRecord.load(RESULTS / "null_law_decoders" / "record.json")
+    shares = {}
+    for row in record.tables["arms"]:
+        if "4 layers" in row["group"] and "key_value_null" not in row["group"]:
+            weak = "weak" if row["null_logit"] in (None, 0) else "strong"
+            value, removed, error = (row[name][1] for name in ("valueless", "removed", "error"))
+            shares[row["group"], weak] = value / removed, value / error
+    weak = {group: each for (group, null), each in shares.items() if null == "weak"}
+    assert min(value for _, value in weak.values()) > 1
+    assert max(share for group, (share, _) in weak.items() if group[:3] == "sum") < 0.0105
+    bare = "depth, length 32, 4 layers, no final norm"
+    with_value = "depth, length 32, 4 layers, value_null, no final norm"
+    assert 0.6 < weak.pop(bare)[0] < 0.7
+    assert 0.3 < weak.pop(with_value)[0] < 0.35
+    routed = [share for group, (share, _) in weak.items() if group[:5] == "depth"]
+    assert [min(routed), max(routed)] == pytest.approx([0.007, 0.066], abs=0.002)
+    left = {row["group"]: row for row in record.tables["arms"] if row["null_logit"] == 5.5}
+    assert left[bare]["valueless"][2] < 1e-5
+    assert left[bare]["sink"][1] == pytest.approx(0.0083, abs=0.0002)
+    assert shares["depth, length 32, 4 layers", "strong"][0] > 0.75
 
 
 def test_decoders_of_one_head():
@@ -143,6 +216,7 @@ def test_decoders_of_one_head():
     for arm in ("softmax1, 5", "softmax1, 8", "value_null, 5", "softpick"):
         assert max(sinks[arm]) < 0.005
         assert min(errors[arm]) > max(errors["vanilla"])
+    assert max(errors["softmax1, 5, 2,000 steps"]) < min(errors["vanilla"])
     assert [min(sinks["oasis, 5"]), max(sinks["oasis, 5"])] == pytest.approx(
         [0.25, 0.52], abs=0.005
     )

@@ -194,6 +194,18 @@ def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
     four = "task.error@w4a4"
     assert mean(four, "softmax1_c8") > mean(four, "vanilla")
     assert mean(four, "strong") > mean(four, "oasis")
+    weights: dict[str, list[list[float]]] = {}
+    for trial, record in results.records.items():
+        if "depth.weights" in record.tables:
+            embedding = [router[0] for router in record.tables["depth.weights"]]
+            weights.setdefault(trial.variant, []).append(embedding)
+    first, published, strong = (
+        [fmean(each) for each in zip(*weights[variant], strict=True)][:4]
+        for variant in ("attn_residual", "oasis", "strong")
+    )
+    assert all(b <= a / 2 for a, b in zip(first, strong, strict=True))
+    ratios = [b / a for a, b in zip(published, strong, strict=True)]
+    assert [min(ratios), max(ratios)] == pytest.approx([0.3, 0.7], abs=0.05)
 
 
 def test_what_the_page_says_of_growth_with_depth() -> None:
@@ -287,6 +299,28 @@ def test_what_the_page_says_of_language_models() -> None:
             assert all(best[place] < rest[place] for place in best)
     assert 0.94 < mean("sink.max_mass", "unit_softmax") < 0.955
     assert mean("outlier.max_inf_norm", "vanilla") < 100  # massive activations are larger
+
+
+def test_what_the_page_says_of_one_seed_of_real_text() -> None:
+    results = lab_page.published("language")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def value(name: str, variant: str) -> float:
+        (found,) = results.values(known[name], variant).values()
+        return found
+
+    def cost(variant: str) -> float:
+        quantized = value("perplexity.windowed@w8a8-static-full", variant)
+        return quantized / value("perplexity.windowed", variant)
+
+    largest = {each: value("outlier.max_inf_norm_layer", each) for each in results.plan.variants}
+    assert largest.pop("oasis") < 58 < 2 * 58 < min(largest.values())
+    assert cost("vanilla") < 1.01
+    assert cost("softmax1_log") < 1.02
+    assert cost("attn_residual") > 1.2
+    assert cost("oasis") > 2.7
+    assert cost("sum_key") > 20
 
 
 def test_what_the_page_says_of_stronger_signals() -> None:
