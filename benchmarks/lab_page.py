@@ -284,8 +284,8 @@ def criteria(study: str, *, rule: bool = False) -> str:
             table.append((variant, *map(_criteria_cell, groups.values())))
     columns = ("variant", *labels.values())
     shown = markdown(Table(columns=columns, rows=tuple(table), text_columns=len(columns)))
-    none_failed = ", ".join(fails_none(results)) or "no variant"
-    text = f"No criterion is failed by: {none_failed}.\n\n{shown}"
+    none_failed = ", ".join(fails_none(results)) or "none"
+    text = f"Variants that fail no criterion: {none_failed}.\n\n{shown}"
     return f"{criteria_rule(results.plan)}\n\n{text}" if rule else text
 
 

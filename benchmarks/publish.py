@@ -241,7 +241,7 @@ def criteria() -> str:
     if not held:
         return ""
     tables = (
-        f"`{each.plan.name}` (none is failed by: {', '.join(fails_none(each)) or 'no variant'}):"
+        f"`{each.plan.name}` (variants that fail none: {', '.join(fails_none(each)) or 'none'}):"
         f"\n\n{markdown(criteria_summary(each))}"
         for each in held
     )
