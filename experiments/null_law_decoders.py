@@ -136,8 +136,8 @@ ARMS = tuple(
 SINGLE = tuple(group for length in (16, 64, 128) for group in searches(length, 1))
 LONG = (
     *searches(256, 4, batch_size=4),
-    *searches(512, 4, batch_size=2),
-    *searches(1024, 4, batch_size=2),
+    *searches(512, 4, seeds=1, batch_size=2),
+    *searches(1024, 4, seeds=1, batch_size=2),
 )
 GROUPS = *LENGTHS, *LAYERS, *SHAPES, *ARMS, *SINGLE, *LONG
 

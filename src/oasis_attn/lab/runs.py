@@ -96,7 +96,7 @@ def run_in_processes(
     """Run what is missing of an experiment in processes of one thread, until nothing is.
 
     Args:
-        file: receives each run as soon as it is finished.
+        file: receives each run, and the version of PyTorch, as soon as it is finished.
         missing: the units that `file` lacks, the most important first.
         run: runs one unit; a function of a module, because the processes import it.
         workers: number of processes.
@@ -125,7 +125,7 @@ def run_in_processes(
             for future in done:
                 unit = running.pop(future)
                 try:
-                    file.add([future.result()])
+                    file.add([future.result() | {"torch": torch.__version__}])
                     print(f"{len(file.rows)} runs, the last: {unit}", flush=True)
                 except Exception:
                     traceback.print_exc()
