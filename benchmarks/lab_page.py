@@ -38,6 +38,10 @@ from pages import published as published_studies
 
 LAB, NULL = DOCS / "lab.md", DOCS / "null.md"
 PAGES = LAB, NULL
+STUDIES = (
+    *("necessity", "necessity-depth", "necessity-content", "necessity-words"),
+    *("necessity-key-null", "necessity-win", "majority", "language"),
+)
 UNPUBLISHED = "This study is not published yet.\n"
 COLUMNS = {  # metric -> header and whether the range over seeds is shown
     "sink.idle_largest": ("idle sink, largest head", True),
@@ -136,8 +140,6 @@ def page(path: Path, text: str) -> str:
             "content_verdicts": partial(verdicts, "necessity-content"),
             "words_rows": partial(rows, "necessity-words", WORDS_COLUMNS),
             "words_verdicts": partial(verdicts, "necessity-words"),
-            "massive_words_rows": partial(rows, "massive-words", WORDS_COLUMNS),
-            "massive_words_verdicts": partial(verdicts, "massive-words"),
             "embedding_weights": embedding_weights,
             "format_rows": partial(rows, "formats", FORMAT_COLUMNS),
             "language_rows": partial(rows, "majority", LANGUAGE_COLUMNS),
