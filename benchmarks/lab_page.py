@@ -38,10 +38,6 @@ from pages import published as published_studies
 
 LAB, NULL = DOCS / "lab.md", DOCS / "null.md"
 PAGES = LAB, NULL
-STUDIES = (
-    *("necessity", "necessity-depth", "necessity-content", "necessity-words"),
-    *("necessity-key-null", "necessity-win", "majority", "language"),
-)
 UNPUBLISHED = "This study is not published yet.\n"
 COLUMNS = {  # metric -> header and whether the range over seeds is shown
     "sink.idle_largest": ("idle sink, largest head", True),
@@ -141,6 +137,7 @@ def page(path: Path, text: str) -> str:
             "words_rows": partial(rows, "necessity-words", WORDS_COLUMNS),
             "words_verdicts": partial(verdicts, "necessity-words"),
             "embedding_weights": embedding_weights,
+            "first_token_vector": first_token_vector,
             "format_rows": partial(rows, "formats", FORMAT_COLUMNS),
             "language_rows": partial(rows, "majority", LANGUAGE_COLUMNS),
             "language_verdicts": partial(verdicts, "majority"),
@@ -191,6 +188,22 @@ def rows(name: str, wanted: Mapping[str, tuple[str, bool]] = COLUMNS) -> str:
         lines.append(f"These variants have no trials yet: {', '.join(missing)}.")
     text = " ".join(lines)
     return f"{text}\n\n{markdown(Table(columns=columns, rows=tuple(measured)))}"
+
+
+def first_token_vector() -> str:
+    """The hidden state of the first token, by seed."""
+    record = BenchmarkRecord.load(RESULTS / "lab" / "first_token_vector" / "record.json")
+    columns = {
+        "norm_over_others": "norm over the median of other tokens",
+        "share_of_one": "in the largest channel",
+        "share_of_four": "in the largest four",
+        "largest": "largest value",
+        "largest_over_median": "the same over the median",
+    }
+    rows = tuple(
+        (str(run["seed"]), *(short(run[name]) for name in columns)) for run in record.tables["runs"]
+    )
+    return markdown(Table(columns=("seed", *columns.values()), rows=rows))
 
 
 def embedding_weights() -> str:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from experiments.embedding_weights import embedding_weights
+from experiments.first_token_vector import first_token_vector
 
 from oasis_attn.errors import UserError
 from oasis_attn.records import TrialRecord
@@ -174,6 +175,14 @@ for index in range({len(wrong)}):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == len(wrong)
     assert [path.name for path in (tmp_path / "started").iterdir()] == ["plan.yaml"]
+
+
+def test_the_first_token_is_measured_in_the_layer_output_with_the_largest_value(tiny) -> None:
+    trial, *_ = tiny(corpora=["trigger-words-8"]).trials
+    found = first_token_vector(trial)
+    assert 1 / 64 < found["share_of_one"] < found["share_of_four"] < 1
+    assert found["largest_over_median"] > 1
+    assert found["largest"] / found["norm"] == pytest.approx(found["share_of_one"] ** 0.5, rel=0.5)
 
 
 def test_embedding_weights_are_of_each_router_with_several_sources(tiny) -> None:

@@ -145,6 +145,17 @@ def test_what_the_page_says_of_the_language() -> None:
     assert {*sorted(errors, key=errors.__getitem__)[:3]} == {"oasis", "attn_residual", "sum_key_c4"}
 
 
+def test_what_the_page_says_of_the_vector_of_the_first_token() -> None:
+    record = Record.load(lab_page.RESULTS / "lab" / "first_token_vector" / "record.json")
+    *spread, aligned = sorted(record.tables["runs"], key=lambda run: run["share_of_one"])
+    assert len(spread) == 5
+    assert all(30 < run["norm_over_others"] < 60 for run in spread)
+    assert all(run["share_of_one"] < 0.5 and run["largest_over_median"] < 1000 for run in spread)
+    assert aligned["share_of_one"] > 0.95
+    assert aligned["largest"] > 100
+    assert aligned["largest_over_median"] > 1000
+
+
 def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
     results = lab_page.published("necessity")
     assert results is not None
