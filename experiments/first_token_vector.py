@@ -25,7 +25,11 @@ PLAN, VARIANT = "necessity-words", "vanilla"
 
 
 def first_token_vector(trial: Trial) -> dict[str, float]:
-    """The first token of the layer output with the largest value, means over sequences."""
+    """The first token of the layer output with the largest value.
+
+    Returns:
+        `largest` and `largest_over_median` of all sequences, and means over sequences.
+    """
     model, batch = train_trial(trial).model, measured_batch(trial)
     outputs: list[Tensor] = []
 
