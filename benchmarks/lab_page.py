@@ -107,6 +107,22 @@ TEXT_COLUMNS = {
         for scheme in ("w8a8-dynamic", "w8a8-static-linear", "w8a8-static-full", "w4a4")
     },
 }
+MIXED_COLUMNS = {
+    "sink.max_mass": ("largest sink", True),
+    "sink.mass": ("mean sink", False),
+    "null.mass": ("mean null", False),
+    "outlier.max_inf_norm_layer": ("largest value in a layer's output", True),
+    "majority.accuracy": ("accuracy of answers", True),
+    **{
+        f"majority.accuracy@{scheme}": (f"accuracy, {scheme}", True)
+        for scheme in ("w8a8-static-linear", "w8a8-static-full", "w4a4")
+    },
+    "perplexity.windowed": ("perplexity", True),
+    **{
+        f"perplexity.windowed@{scheme}": (f"perplexity, {scheme}", True)
+        for scheme in ("w8a8-static-linear", "w8a8-static-full", "w4a4")
+    },
+}
 MODEL_COLUMNS = {
     "sink.mass": "mean sink",
     "sink.max_mass": "largest sink",
@@ -138,10 +154,14 @@ def page(path: Path, text: str) -> str:
             "words_verdicts": partial(verdicts, "necessity-words"),
             "embedding_weights": embedding_weights,
             "first_token_vector": first_token_vector,
+            "massive_words_rows": partial(rows, "massive-words", WORDS_COLUMNS),
+            "massive_words_verdicts": partial(verdicts, "massive-words"),
             "format_rows": partial(rows, "formats", FORMAT_COLUMNS),
             "language_rows": partial(rows, "majority", LANGUAGE_COLUMNS),
             "language_verdicts": partial(verdicts, "majority"),
             "language_criteria": partial(criteria, "majority"),
+            "mixed_rows": partial(rows, "majority-text", MIXED_COLUMNS),
+            "mixed_verdicts": partial(verdicts, "majority-text"),
             "language_models": language_models,
             "text_rows": partial(rows, "language", TEXT_COLUMNS),
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import log
+from operator import lt
 from statistics import fmean, geometric_mean
 
 import pytest
@@ -119,6 +120,50 @@ def test_what_the_page_says_of_the_language() -> None:
     assert change == pytest.approx(-0.32, abs=0.005)
     errors = {v: geometric_mean(values("task.error", v)) for v in results.plan.variants}
     assert {*sorted(errors, key=errors.__getitem__)[:3]} == {"oasis", "attn_residual", "sum_key_c4"}
+
+
+def test_what_the_page_says_of_massive_activations_in_a_language() -> None:
+    results, values = _of_six_seeds("massive-words")
+    variants = set(results.plan.variants)
+
+    def ratios(scheme: str, variant: str) -> list[float]:
+        return values(f"task.error_ratio@{scheme}", variant)
+
+    full, linear = "w8a8-static-full", "w8a8-static-linear"
+    largest, sink = "outlier.max_inf_norm_layer", "sink.idle_largest"
+    for variant in variants:
+        massive = sum(map(bool, values("outlier.massive", variant)))
+        assert massive == (5 if variant == "vanilla" else 0)
+    ordinary, *massive_ones = sorted(values(largest, "vanilla"))
+    assert 83.5 < ordinary < 84.5
+    assert [massive_ones[0], massive_ones[-1]] == pytest.approx([122, 582], abs=0.5)
+    assert min(values("outlier.max_over_median", "vanilla")) > 1000
+    assert min(ratios(full, "vanilla")) > 2200
+    assert [min(ratios(linear, "vanilla")), max(ratios(linear, "vanilla"))] == pytest.approx(
+        [52.6, 161.6], abs=0.1
+    )
+    assert 25 < min(ratios("w4a4", "vanilla")) < max(ratios("w4a4", "vanilla")) < 45
+    assert max(ratios("w8a8-dynamic", "vanilla")) < 1.3
+    weak = [ratios(full, variant) for variant in ("gated_attention", "softmax1")]
+    assert 36 < min(map(min, weak)) < max(map(max, weak)) < 1800
+    for variant in ("gated_attention", "softmax1"):
+        assert 4 < min(values(largest, variant)) < max(values(largest, variant)) < 37
+    assert max(values(sink, "softmax1_log")) < 0.02
+    assert max(values(largest, "softmax1_log")) < 3.1
+    assert 8.6 < min(ratios(full, "softmax1_log")) < max(ratios(full, "softmax1_log")) < 34.5
+    assert max(ratios(full, "unit_key_c4")) < 9
+    for name in ("task.error", f"task.error@{full}", "task.error@w4a4", "outlier.max_over_median"):
+        means = {variant: geometric_mean(values(name, variant)) for variant in variants}
+        assert min(means, key=means.__getitem__) == "unit_key_c4"
+    routed = [ratios(full, variant) for variant in ("attn_residual", "oasis")]
+    assert [f(each) for each in routed for f in (min, max)] == pytest.approx(
+        [4.9, 16.4, 5.1, 160.1], abs=0.1
+    )
+    assert sum(map(lt, *routed)) == 5
+    for variant in ("attn_residual", "oasis"):
+        assert 0.4 < min(values(sink, variant)) < max(values(sink, variant)) < 0.9
+    rest = [ratios(linear, variant) for variant in variants - {"vanilla", "softmax1"}]
+    assert 1.2 < min(map(min, rest)) < max(map(max, rest)) < 4.1
 
 
 def test_what_the_page_says_of_the_vector_of_the_first_token() -> None:
