@@ -166,6 +166,43 @@ def test_what_the_page_says_of_massive_activations_in_a_language() -> None:
     assert 1.2 < min(map(min, rest)) < max(map(max, rest)) < 4.1
 
 
+def test_what_the_page_says_of_the_mix_with_real_text() -> None:
+    results, values = _of_six_seeds("majority-text")
+    full, four = "w8a8-static-full", "w4a4"
+    sink, perplexity = "sink.max_mass", "perplexity.windowed"
+    accuracy, loss = "majority.accuracy", "majority.answer_loss"
+
+    def costs(name: str, scheme: str, variant: str) -> list[float]:
+        pairs = zip(values(f"{name}@{scheme}", variant), values(name, variant), strict=True)
+        return [after / before - 1 for after, before in pairs]
+
+    def best(name: str) -> list[str]:
+        return sorted(results.plan.variants, key=lambda each: fmean(values(name, each)))
+
+    ranges = {
+        variant: (min(values(sink, variant)), max(values(sink, variant)))
+        for variant in ("vanilla", "softmax1", "oasis")
+    }
+    assert ranges["vanilla"] == pytest.approx((0.324, 0.441), abs=0.001)
+    assert ranges["softmax1"] == pytest.approx((0.222, 0.318), abs=0.001)
+    assert ranges["oasis"] == pytest.approx((0.287, 0.424), abs=0.001)
+    assert max(values(sink, "softmax1_log") + values(sink, "sum_key_c4")) < 0.054
+    of_perplexity, of_loss = (costs(name, full, "vanilla") for name in (perplexity, loss))
+    assert 0.01 < min(of_perplexity) < max(of_perplexity) < 0.031
+    assert 0.065 < min(of_loss) < max(of_loss) < 0.365
+    assert max(costs(perplexity, full, "oasis")) < 0.01
+    assert max(costs(loss, full, "oasis")) < 0.05
+    assert best("outlier.max_inf_norm_layer")[0] == "oasis"
+    change = fmean(values(f"{perplexity}@{four}", "oasis")) / fmean(
+        values(f"{perplexity}@{four}", "vanilla")
+    )
+    assert change == pytest.approx(0.97, abs=0.001)
+    for name in (perplexity, f"{perplexity}@{full}"):
+        assert best(name)[0] == "gated_attention"
+    for name in (accuracy, f"{accuracy}@{full}", f"{accuracy}@{four}"):
+        assert best(name)[-1] == "gated_attention"
+
+
 def test_what_the_page_says_of_the_vector_of_the_first_token() -> None:
     record = Record.load(lab_page.RESULTS / "lab" / "first_token_vector" / "record.json")
     *spread, aligned = sorted(record.tables["runs"], key=lambda run: run["share_of_one"])
