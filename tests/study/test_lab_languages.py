@@ -1,0 +1,201 @@
+"""What docs/lab.md says of languages, generated and real, is what the records show."""
+
+from __future__ import annotations
+
+from math import log
+from operator import lt
+from statistics import fmean, geometric_mean
+
+import pytest
+
+import lab_page
+from oasis_attn.records import Record
+from oasis_attn.study.criteria import fails_none
+from study.published import of_six_seeds
+
+
+def test_what_the_page_says_of_the_language() -> None:
+    results, values = of_six_seeds("necessity-words")
+
+    def ratios(scheme: str, variant: str) -> list[float]:
+        return values(f"task.error_ratio@{scheme}", variant)
+
+    full, linear = "w8a8-static-full", "w8a8-static-linear"
+    sink, over_median = "sink.idle_largest", "outlier.max_over_median"
+    assert min(values(sink, "vanilla")) > 0.97
+    *ordinary, massive = sorted(values("outlier.max_inf_norm_layer", "vanilla"))
+    assert 15 < ordinary[0] < ordinary[-1] < 40 < 115 < massive < 125
+    *ordinary, _ = sorted(values(over_median, "vanilla"))
+    assert 240 < ordinary[0] < ordinary[-1] < 510
+    assert sum(map(bool, values("outlier.massive", "vanilla"))) == 1
+    assert min(values(f"task.error@{full}", "vanilla")) > log(2)
+    assert min(ratios(linear, "vanilla")) > 8
+    assert min(ratios("w4a4", "vanilla")) > 6
+    assert max(ratios("w8a8-dynamic", "vanilla")) < 1.1
+    assert max(values(sink, "softmax1_log")) < 0.02
+    assert max(values(sink, "softmax1")) < 0.15
+    assert max(values(f"task.error@{full}", "softmax1_log")) == pytest.approx(0.33, abs=0.005)
+    assert max(values(f"task.error@{full}", "softmax1")) == pytest.approx(0.86, abs=0.005)
+    for variant in ("attn_residual", "oasis"):
+        assert max(ratios(full, variant)) < 10
+        assert 0.1 < min(values(sink, variant)) < max(values(sink, variant)) < 0.61
+    means = {v: geometric_mean(values(f"task.error@{full}", v)) for v in results.plan.variants}
+    assert min(means, key=means.__getitem__) == "oasis"
+    change = means["oasis"] / means["attn_residual"] - 1
+    assert change == pytest.approx(-0.32, abs=0.005)
+    errors = {v: geometric_mean(values("task.error", v)) for v in results.plan.variants}
+    assert {*sorted(errors, key=errors.__getitem__)[:3]} == {"oasis", "attn_residual", "sum_key_c4"}
+
+
+def test_what_the_page_says_of_massive_activations_in_a_language() -> None:
+    results, values = of_six_seeds("massive-words")
+    variants = set(results.plan.variants)
+
+    def ratios(scheme: str, variant: str) -> list[float]:
+        return values(f"task.error_ratio@{scheme}", variant)
+
+    full, linear = "w8a8-static-full", "w8a8-static-linear"
+    largest, sink = "outlier.max_inf_norm_layer", "sink.idle_largest"
+    for variant in variants:
+        massive = sum(map(bool, values("outlier.massive", variant)))
+        assert massive == (5 if variant == "vanilla" else 0)
+    ordinary, *massive_ones = sorted(values(largest, "vanilla"))
+    assert 83.5 < ordinary < 84.5
+    assert [massive_ones[0], massive_ones[-1]] == pytest.approx([122, 582], abs=0.5)
+    assert min(values("outlier.max_over_median", "vanilla")) > 1000
+    assert min(ratios(full, "vanilla")) > 2200
+    assert [min(ratios(linear, "vanilla")), max(ratios(linear, "vanilla"))] == pytest.approx(
+        [52.6, 161.6], abs=0.1
+    )
+    assert 25 < min(ratios("w4a4", "vanilla")) < max(ratios("w4a4", "vanilla")) < 45
+    assert max(ratios("w8a8-dynamic", "vanilla")) < 1.3
+    weak = [ratios(full, variant) for variant in ("gated_attention", "softmax1")]
+    assert 36 < min(map(min, weak)) < max(map(max, weak)) < 1800
+    for variant in ("gated_attention", "softmax1"):
+        assert 4 < min(values(largest, variant)) < max(values(largest, variant)) < 37
+    assert max(values(sink, "softmax1_log")) < 0.02
+    assert max(values(largest, "softmax1_log")) < 3.1
+    assert 8.6 < min(ratios(full, "softmax1_log")) < max(ratios(full, "softmax1_log")) < 34.5
+    assert max(ratios(full, "unit_key_c4")) < 9
+    for name in ("task.error", f"task.error@{full}", "task.error@w4a4", "outlier.max_over_median"):
+        means = {variant: geometric_mean(values(name, variant)) for variant in variants}
+        assert min(means, key=means.__getitem__) == "unit_key_c4"
+    routed = [ratios(full, variant) for variant in ("attn_residual", "oasis")]
+    assert [f(each) for each in routed for f in (min, max)] == pytest.approx(
+        [4.9, 16.4, 5.1, 160.1], abs=0.1
+    )
+    assert sum(map(lt, *routed)) == 5
+    for variant in ("attn_residual", "oasis"):
+        assert 0.4 < min(values(sink, variant)) < max(values(sink, variant)) < 0.9
+    rest = [ratios(linear, variant) for variant in variants - {"vanilla", "softmax1"}]
+    assert 1.2 < min(map(min, rest)) < max(map(max, rest)) < 4.1
+
+
+def test_what_the_page_says_of_the_vector_of_the_first_token() -> None:
+    record = Record.load(lab_page.RESULTS / "lab" / "first_token_vector" / "record.json")
+    *spread, aligned = sorted(record.tables["runs"], key=lambda run: run["share_of_one"])
+    assert len(spread) == 5
+    assert all(30 < run["norm_over_others"] < 60 for run in spread)
+    assert all(run["share_of_one"] < 0.5 and run["largest_over_median"] < 1000 for run in spread)
+    assert aligned["share_of_one"] > 0.95
+    assert aligned["largest"] > 100
+    assert aligned["largest_over_median"] > 1000
+
+
+def test_what_the_page_says_of_language_models() -> None:
+    results = lab_page.published("majority")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def mean(name: str, variant: str) -> float:
+        return fmean(results.values(known[name], variant).values())
+
+    perplexity, accuracy = "perplexity.windowed", "majority.accuracy"
+    assert mean("sink.max_mass", "unit_key") < 0.1
+    assert 1.08 < mean(perplexity, "unit_key") / mean(perplexity, "vanilla") < 1.12
+    assert mean(accuracy, "unit_key") < mean(accuracy, "vanilla")
+    assert mean("sink.max_mass", "softpick") < 0.1
+    assert mean(perplexity, "softpick") < mean(perplexity, "vanilla") * 1.005
+    assert mean(accuracy, "softpick") > 0.98
+    for variant in ("softmax1_c8", "unit_constant"):
+        assert mean(accuracy, variant) < 2 / 3 < mean(accuracy, "unit_key")
+        assert mean(perplexity, variant) > mean(perplexity, "unit_key")
+    assert mean(f"{perplexity}@w8a8-static-full", "vanilla") < 1.01 * mean(perplexity, "vanilla")
+    fine = [mean(perplexity, x) for x in ("vanilla", "gated_attention", "softpick", "oasis")]
+    assert max(fine) < 1.01 * min(fine)
+
+    no_sink = {"unit_key_c4", "unit_key_c4_beta", "sum_key_c4"}
+    assert set(fails_none(results)) == no_sink
+    for variant in no_sink:
+        assert mean("sink.max_mass", variant) < 0.105
+        assert mean(perplexity, variant) < 1.005 * mean(perplexity, "vanilla")
+    others = {x for x in results.plan.variants if mean("sink.max_mass", x) < 0.2} - {"sum_key_c4"}
+    assert others > {"softpick", "unit_key"}
+    for scheme in ("", "@w8a8-static-full", "@w4a4"):
+        metric = known[perplexity + scheme]
+        best = results.values(metric, "sum_key_c4")
+        for variant in {*others, "vanilla"}:
+            rest = results.values(metric, variant)
+            assert best.keys() == rest.keys()
+            assert all(best[place] < rest[place] for place in best)
+    assert 0.94 < mean("sink.max_mass", "unit_softmax") < 0.955
+    assert mean("outlier.max_inf_norm", "vanilla") < 100  # massive activations are larger
+
+
+def test_what_the_page_says_of_the_mix_with_real_text() -> None:
+    results, values = of_six_seeds("majority-text")
+    full, four = "w8a8-static-full", "w4a4"
+    sink, perplexity = "sink.max_mass", "perplexity.windowed"
+    accuracy, loss = "majority.accuracy", "majority.answer_loss"
+
+    def costs(name: str, scheme: str, variant: str) -> list[float]:
+        pairs = zip(values(f"{name}@{scheme}", variant), values(name, variant), strict=True)
+        return [after / before - 1 for after, before in pairs]
+
+    def best(name: str) -> list[str]:
+        return sorted(results.plan.variants, key=lambda each: fmean(values(name, each)))
+
+    ranges = {
+        variant: (min(values(sink, variant)), max(values(sink, variant)))
+        for variant in ("vanilla", "softmax1", "oasis")
+    }
+    assert ranges["vanilla"] == pytest.approx((0.324, 0.441), abs=0.001)
+    assert ranges["softmax1"] == pytest.approx((0.222, 0.318), abs=0.001)
+    assert ranges["oasis"] == pytest.approx((0.287, 0.424), abs=0.001)
+    assert max(values(sink, "softmax1_log") + values(sink, "sum_key_c4")) < 0.054
+    of_perplexity, of_loss = (costs(name, full, "vanilla") for name in (perplexity, loss))
+    assert 0.01 < min(of_perplexity) < max(of_perplexity) < 0.031
+    assert 0.065 < min(of_loss) < max(of_loss) < 0.365
+    assert max(costs(perplexity, full, "oasis")) < 0.01
+    assert max(costs(loss, full, "oasis")) < 0.05
+    assert best("outlier.max_inf_norm_layer")[0] == "oasis"
+    change = fmean(values(f"{perplexity}@{four}", "oasis")) / fmean(
+        values(f"{perplexity}@{four}", "vanilla")
+    )
+    assert change == pytest.approx(0.97, abs=0.001)
+    for name in (perplexity, f"{perplexity}@{full}"):
+        assert best(name)[0] == "gated_attention"
+    for name in (accuracy, f"{accuracy}@{full}", f"{accuracy}@{four}"):
+        assert best(name)[-1] == "gated_attention"
+
+
+def test_what_the_page_says_of_one_seed_of_real_text() -> None:
+    results = lab_page.published("language")
+    assert results is not None
+    known = {metric.name: metric for metric in results.metrics}
+
+    def value(name: str, variant: str) -> float:
+        (found,) = results.values(known[name], variant).values()
+        return found
+
+    def cost(variant: str) -> float:
+        quantized = value("perplexity.windowed@w8a8-static-full", variant)
+        return quantized / value("perplexity.windowed", variant)
+
+    largest = {each: value("outlier.max_inf_norm_layer", each) for each in results.plan.variants}
+    assert largest.pop("oasis") < 58 < 2 * 58 < min(largest.values())
+    assert cost("vanilla") < 1.01
+    assert cost("softmax1_log") < 1.02
+    assert cost("attn_residual") > 1.2
+    assert cost("oasis") > 2.7
+    assert cost("sum_key") > 20
