@@ -77,6 +77,7 @@ def test_what_the_page_says_of_massive_activations_in_a_language() -> None:
     assert max(values(largest, "softmax1_log")) < 3.1
     assert 8.6 < min(ratios(full, "softmax1_log")) < max(ratios(full, "softmax1_log")) < 34.5
     assert max(ratios(full, "unit_key_c4")) < 9
+    assert max(values(sink, "unit_key_c4")) == pytest.approx(0.08, abs=0.005)
     for name in ("task.error", f"task.error@{full}", "task.error@w4a4", "outlier.max_over_median"):
         means = {variant: geometric_mean(values(name, variant)) for variant in variants}
         assert min(means, key=means.__getitem__) == "unit_key_c4"
@@ -166,6 +167,9 @@ def test_what_the_page_says_of_the_mix_with_real_text() -> None:
     of_perplexity, of_loss = (costs(name, full, "vanilla") for name in (perplexity, loss))
     assert 0.01 < min(of_perplexity) < max(of_perplexity) < 0.031
     assert 0.065 < min(of_loss) < max(of_loss) < 0.365
+    of_null_key = costs(loss, full, "sum_key_c4")
+    assert 0.1 < min(of_null_key) < max(of_null_key) < 0.365
+    assert fmean(of_null_key) > fmean(of_loss)
     assert max(costs(perplexity, full, "oasis")) < 0.01
     assert max(costs(loss, full, "oasis")) < 0.05
     assert best("outlier.max_inf_norm_layer")[0] == "oasis"
