@@ -92,14 +92,20 @@ class Group:
 
 
 def searches(
-    length: int, layers: int, *, extra: tuple[float, ...] = (), **options: Any
+    length: int,
+    layers: int,
+    *,
+    start: float | None = None,
+    extra: tuple[float, ...] = (),
+    **options: Any,
 ) -> tuple[Group, ...]:
     """Searches for the thresholds with both residuals.
 
-    The first null logits are about log(length) - 1 to + 2 with a sum, and 0 to 4.5 above it with
-    depth routing, and `extra`.
+    The first null logits are `start` - 1 to + 2 with a sum, and 0 to 4.5 above it with depth
+    routing, and `extra`.  `start` is about log(length) by default.
     """
-    start = round(2 * math.log(length)) / 2
+    if start is None:
+        start = round(2 * math.log(length)) / 2
     groups = []
     for residual, first, spacing in (("depth", 0.0, 1.5), ("sum", -1.0, 1.0)):
         grid = (start + first + spacing * step for step in range(4))
@@ -116,6 +122,7 @@ LENGTHS = (
     *searches(64, 4),
     *searches(16, 4),
     *searches(128, 4, batch_size=8),
+    *searches(256, 4, batch_size=4),
 )
 LAYERS = (
     *searches(32, 1, extra=EXTRA),
@@ -134,11 +141,8 @@ ARMS = tuple(
     if not (normalizer == "softmax1" and final_norm)  # these are in the searches
 )  # fmt: skip
 SINGLE = tuple(group for length in (16, 64, 128) for group in searches(length, 1))
-LONG = (
-    *searches(256, 4, batch_size=4),
-    *searches(512, 4, seeds=1, batch_size=2),
-    *searches(1024, 4, seeds=1, batch_size=2),
-)
+# From 256 tokens on, the thresholds hardly grow, so that the searches start near those of 256.
+LONG = tuple(group for length in (256, 512, 1024) for group in searches(length, 1, start=3.0))
 GROUPS = *LENGTHS, *LAYERS, *SHAPES, *ARMS, *SINGLE, *LONG
 
 
