@@ -1,4 +1,4 @@
-"""The tables of docs/lab.md and docs/null.md, from the records of the lab and of studies of tasks.
+"""The tables of docs/lab.md, docs/null.md and docs/language_models.md, from their records.
 
 `benchmarks/publish.py` writes the pages.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -36,9 +36,14 @@ from oasis_attn.study.verdict import judge
 from pages import DOCS, RESULTS, fill, short, value_range
 from pages import published as published_studies
 
-LAB, NULL = DOCS / "lab.md", DOCS / "null.md"
-PAGES = LAB, NULL
+LAB, NULL, MODELS = DOCS / "lab.md", DOCS / "null.md", DOCS / "language_models.md"
+PAGES = LAB, NULL, MODELS
 UNPUBLISHED = "This study is not published yet.\n"
+SHOWN = (  # of the variants of the plan `necessity`
+    *("vanilla", "softmax1", "softmax1_c4.5", "softmax1_log_context", "softmax1_c8"),
+    *("gated_attention", "softpick", "attn_residual", "attn_residual_unit"),
+    *("oasis", "oasis_log_context", "strong", "strong_unit"),
+)
 COLUMNS = {  # metric -> header and whether the range over seeds is shown
     "sink.idle_largest": ("idle sink, largest head", True),
     "sink.idle": ("idle sink, mean", False),
@@ -65,7 +70,7 @@ WORDS_COLUMNS = {
     "sink.idle_largest": ("idle sink, largest head", True),
     "null.idle": ("idle null, mean", False),
     "outlier.max_inf_norm_layer": ("largest value in a layer's output", True),
-    "outlier.max_over_median": ("the same over the median", True),
+    "outlier.max_over_median": ("largest value over the median", True),
     "outlier.massive": ("massive activations", False),
     "task.error": ("error", True),
     **{
@@ -109,14 +114,14 @@ TEXT_COLUMNS = {
 }
 MIXED_COLUMNS = {
     "sink.max_mass": ("largest sink", True),
-    "sink.mass": ("mean sink", False),
     "null.mass": ("mean null", False),
     "outlier.max_inf_norm_layer": ("largest value in a layer's output", True),
     "majority.accuracy": ("accuracy of answers", True),
-    **{
-        f"majority.accuracy@{scheme}": (f"accuracy, {scheme}", True)
-        for scheme in ("w8a8-static-linear", "w8a8-static-full", "w4a4")
-    },
+    "majority.accuracy@w8a8-static-full": ("accuracy, w8a8-static-full", False),
+    "majority.accuracy@w4a4": ("accuracy, w4a4", False),
+    "majority.answer_loss": ("loss of answers", True),
+    "majority.answer_loss@w8a8-static-full": ("loss of answers, w8a8-static-full", True),
+    "majority.answer_loss@w4a4": ("loss of answers, w4a4", False),
     "perplexity.windowed": ("perplexity", True),
     **{
         f"perplexity.windowed@{scheme}": (f"perplexity, {scheme}", True)
@@ -142,9 +147,9 @@ def page(path: Path, text: str) -> str:
     tables: dict[Path, dict[str, Callable[[], str]]] = {
         LAB: {
             "source": null_law_tables.source,
-            "rows": partial(rows, "necessity"),
+            "rows": partial(rows, "necessity", only=SHOWN),
             "verdicts": partial(verdicts, "necessity"),
-            "criteria": partial(criteria, "necessity", rule=True),
+            "criteria": partial(criteria, "necessity", rule=True, only=SHOWN),
             "depth_weights": depth_weights,
             "growth": growth,
             "depth_verdicts": partial(verdicts, "necessity-depth"),
@@ -157,13 +162,6 @@ def page(path: Path, text: str) -> str:
             "massive_words_rows": partial(rows, "massive-words", WORDS_COLUMNS),
             "massive_words_verdicts": partial(verdicts, "massive-words"),
             "format_rows": partial(rows, "formats", FORMAT_COLUMNS),
-            "language_rows": partial(rows, "majority", LANGUAGE_COLUMNS),
-            "language_verdicts": partial(verdicts, "majority"),
-            "language_criteria": partial(criteria, "majority"),
-            "mixed_rows": partial(rows, "majority-text", MIXED_COLUMNS),
-            "mixed_verdicts": partial(verdicts, "majority-text"),
-            "language_models": language_models,
-            "text_rows": partial(rows, "language", TEXT_COLUMNS),
         },
         NULL: {
             **{table.__name__: table for table in null_law_tables.NULL_PAGE},
@@ -173,6 +171,15 @@ def page(path: Path, text: str) -> str:
             "signal_rows": partial(rows, "necessity-win"),
             "signal_verdicts": partial(verdicts, "necessity-win"),
             "signal_criteria": partial(criteria, "necessity-win"),
+        },
+        MODELS: {
+            "language_rows": partial(rows, "majority", LANGUAGE_COLUMNS),
+            "language_verdicts": partial(verdicts, "majority"),
+            "language_criteria": partial(criteria, "majority"),
+            "mixed_rows": partial(rows, "majority-text", MIXED_COLUMNS),
+            "mixed_verdicts": partial(verdicts, "majority-text"),
+            "language_models": language_models,
+            "text_rows": partial(rows, "language", TEXT_COLUMNS),
         },
     }
     return fill(path, text, "lab_page.py", tables[path])
@@ -184,15 +191,20 @@ def published(name: str) -> Results | None:
     return published_studies([name]).get(name)
 
 
-def rows(name: str, wanted: Mapping[str, tuple[str, bool]] = COLUMNS) -> str:
-    """The results of each variant of a study."""
+def rows(
+    name: str,
+    wanted: Mapping[str, tuple[str, bool]] = COLUMNS,
+    *,
+    only: Collection[str] | None = None,
+) -> str:
+    """The results of each variant of a study, or of some."""
     results = published(name)
     if results is None:
         return UNPUBLISHED
     known = {metric.name: metric for metric in results.metrics}
     chosen = {known[name]: column for name, column in wanted.items() if name in known}
     measured, missing = [], []
-    for variant in results.plan.variants:
+    for variant in only or results.plan.variants:
         values = {metric: [*results.values(metric, variant).values()] for metric in chosen}
         if any(values.values()):
             cells = (_cell(m, values[m], spread=spread) for m, (_, spread) in chosen.items())
@@ -204,6 +216,8 @@ def rows(name: str, wanted: Mapping[str, tuple[str, bool]] = COLUMNS) -> str:
     lines = [f"[`{name}`](results/{name}/tables.md): {progress_text(results)}"]
     if len(results.records) < len(results.plan.trials):
         lines.append("The study is not finished; tables and verdicts are of the finished trials.")
+    if only:
+        lines.append(f"These are {len(only)} of the variants.")
     if missing:
         lines.append(f"These variants have no trials yet: {', '.join(missing)}.")
     text = " ".join(lines)
@@ -218,7 +232,7 @@ def first_token_vector() -> str:
         "share_of_one": "in the largest channel",
         "share_of_four": "in the largest four",
         "largest": "largest value",
-        "largest_over_median": "the same over the median",
+        "largest_over_median": "largest value over the median",
     }
     rows = tuple(
         (str(run["seed"]), *(short(run[name]) for name in columns)) for run in record.tables["runs"]
@@ -295,10 +309,11 @@ def figure(results: Results) -> Figure:
     return seed_values_figure(panels, logarithmic=ratios)
 
 
-def criteria(study: str, *, rule: bool = False) -> str:
+def criteria(study: str, *, rule: bool = False, only: Collection[str] | None = None) -> str:
     """The acceptance criteria of a study: one column per metric, the worst baseline named.
 
-    With `rule`, the text says first how they are judged.
+    With `rule`, the text says first how they are judged.  With `only`, the table has only those of
+    the candidates.
     """
     results = published(study)
     if results is None:
@@ -308,6 +323,8 @@ def criteria(study: str, *, rule: bool = False) -> str:
     labels = {name: known[name].label for name in names}
     table = []
     for variant in results.plan.candidates:
+        if only is not None and variant not in only:
+            continue
         found = check_criteria(results, variant)
         if any(each.n for each in found):
             groups = {

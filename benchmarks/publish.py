@@ -1,5 +1,5 @@
 """Publish a study: write plan, compact records and tables to docs/results, and update the tables
-of docs/study.md, docs/lab.md and docs/null.md.
+of docs/study.md and of the pages of benchmarks/lab_page.py.
 
 python benchmarks/publish.py FOLDER
 

@@ -1,4 +1,4 @@
-"""What docs/lab.md says of languages, generated and real, is what the records show."""
+"""What docs/lab.md and docs/language_models.md say of languages is what the records show."""
 
 from __future__ import annotations
 
@@ -71,6 +71,11 @@ def test_what_the_page_says_of_massive_activations_in_a_language() -> None:
     assert max(ratios("w8a8-dynamic", "vanilla")) < 1.3
     weak = [ratios(full, variant) for variant in ("gated_attention", "softmax1")]
     assert 36 < min(map(min, weak)) < max(map(max, weak)) < 1800
+    uniform = 1.91  # divergence of the same probability for every token from the task's
+    assert abs(fmean(values(f"task.error@{full}", "vanilla")) / uniform - 1) < 0.03
+    published = [*zip(values(largest, "softmax1"), values(sink, "softmax1"), strict=True)]
+    assert min(published) == (pytest.approx(4.3, abs=0.05), pytest.approx(0.75, abs=0.005))
+    assert max(sink for _, sink in published) == min(published)[1]
     for variant in ("gated_attention", "softmax1"):
         assert 4 < min(values(largest, variant)) < max(values(largest, variant)) < 37
     assert max(values(sink, "softmax1_log")) < 0.02
@@ -90,6 +95,7 @@ def test_what_the_page_says_of_massive_activations_in_a_language() -> None:
         assert 0.4 < min(values(sink, variant)) < max(values(sink, variant)) < 0.9
     rest = [ratios(linear, variant) for variant in variants - {"vanilla", "softmax1"}]
     assert 1.2 < min(map(min, rest)) < max(map(max, rest)) < 4.1
+    assert max(ratios(linear, "softmax1")) == pytest.approx(7.2, abs=0.05)
 
 
 def test_what_the_page_says_of_the_vector_of_the_first_token() -> None:
@@ -177,6 +183,12 @@ def test_what_the_page_says_of_the_mix_with_real_text() -> None:
         values(f"{perplexity}@{four}", "vanilla")
     )
     assert change == pytest.approx(0.97, abs=0.001)
+    unquantized = fmean(values(perplexity, "oasis")) / fmean(values(perplexity, "vanilla"))
+    assert unquantized == pytest.approx(0.99, abs=0.002)
+    in_four = [fmean(values(f"{perplexity}@{four}", x)) for x in ("oasis", "gated_attention")]
+    assert in_four[0] / in_four[1] == pytest.approx(1, abs=0.003)
+    for name in (loss, f"{loss}@{full}"):
+        assert fmean(values(name, "sum_key_c4")) < fmean(values(name, "vanilla"))
     for name in (perplexity, f"{perplexity}@{full}"):
         assert best(name)[0] == "gated_attention"
     for name in (accuracy, f"{accuracy}@{full}", f"{accuracy}@{four}"):

@@ -1,4 +1,4 @@
-"""What docs/lab.md and docs/null.md say of the studies is what their records show."""
+"""What docs/lab.md and docs/null.md say of studies of tasks is what their records show."""
 
 from __future__ import annotations
 
@@ -118,6 +118,13 @@ def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
     kurtosis = "outlier.mean_pearson_kurtosis"
     assert mean(kurtosis, "softmax1_c8") > mean(kurtosis, "vanilla")
     assert mean(kurtosis, "strong") > mean(kurtosis, "oasis")
+    in_four_bits = "task.error_ratio@w4a4"
+    costs = [
+        [mean(name, variant) / mean(name, "vanilla") for name in (error, in_four_bits)]
+        for variant in ("softmax1_log_context", "softmax1_c8")
+    ]
+    assert all(1.45 < of_error < 1.55 for of_error, _ in costs)
+    assert [ratio for _, ratio in costs] == pytest.approx([1.5, 2.7], abs=0.1)
     four = "task.error@w4a4"
     assert mean(four, "softmax1_c8") > mean(four, "vanilla")
     assert mean(four, "strong") > mean(four, "oasis")
