@@ -1,10 +1,12 @@
 """Is what softmax adds to the first token one large value, or a large vector of several channels?
 
 python experiments/first_token_vector.py --out docs/results/lab/first_token_vector
+python experiments/first_token_vector.py --plan experiments/massive-words.yaml \
+    --out docs/results/lab/first_token_vector_massive
 
-Trains decoders with softmax as the trials of the plan `necessity-words` do.  In the layer output
-with the largest value, it measures the first token: its norm, relative to the median norm of the
-other tokens, and how much of its squared norm is in the largest channel and in the largest four.
+Trains decoders with softmax as the trials of a plan do.  In the layer output with the largest
+value, it measures the first token: its norm, relative to the median norm of the other tokens, and
+how much of its squared norm is in the largest channel and in the largest four.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ from oasis_attn.study.decoder_trial import measured_batch, train_trial
 from oasis_attn.study.plan import Trial
 from oasis_attn.study.plan_file import load_plan
 
-PLAN, VARIANT = "necessity-words", "vanilla"
+VARIANT = "vanilla"
 
 
 def first_token_vector(trial: Trial) -> dict[str, float]:
     """The first token of the layer output with the largest value.
 
     Returns:
-        `largest` and `largest_over_median` of all sequences, and means over sequences.
+        `largest` and `largest_over_median` of all sequences, `largest_of_others`, of all other
+        tokens, and means over sequences.
     """
     model, batch = train_trial(trial).model, measured_batch(trial)
     outputs: list[Tensor] = []
@@ -48,6 +51,7 @@ def first_token_vector(trial: Trial) -> dict[str, float]:
     return {
         "largest": float(first_BD.abs().max()),
         "largest_over_median": float(first_BD.abs().max() / x_BTD.abs().median()),
+        "largest_of_others": float(x_BTD[:, 1:].abs().max()),
         "norm": float(first_BD.norm(dim=-1).mean()),
         "norm_over_others": float(first_BD.norm(dim=-1).mean() / norms_BT.median()),
         "share_of_one": float(shares_BD[:, 0].mean()),
@@ -57,10 +61,11 @@ def first_token_vector(trial: Trial) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--plan", default="necessity-words", help="name or file of a plan")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    trials = [trial for trial in load_plan(PLAN).trials if trial.variant == VARIANT]
+    trials = [trial for trial in load_plan(args.plan).trials if trial.variant == VARIANT]
     runs = []
     for trial in trials:
         runs.append({"seed": trial.seed} | first_token_vector(trial))
@@ -68,7 +73,7 @@ def main() -> None:
     BenchmarkRecord(
         name="first_token_vector",
         metrics=(),
-        settings={"plan": PLAN, "variant": VARIANT},
+        settings={"plan": load_plan(args.plan).name, "variant": VARIANT},
         tables={"runs": runs},
     ).save(args.out / "record.json")
 
