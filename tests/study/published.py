@@ -8,7 +8,7 @@ import lab_page
 from oasis_attn.study.results import Results
 
 
-def of_six_seeds(study: str) -> tuple[Results, Callable[[str, str], list[float]]]:
+def of_seeds(study: str, seeds: int) -> tuple[Results, Callable[[str, str], list[float]]]:
     """A published study, and the values of a metric for the seeds of a variant."""
     results = lab_page.published(study)
     assert results is not None
@@ -16,7 +16,7 @@ def of_six_seeds(study: str) -> tuple[Results, Callable[[str, str], list[float]]
 
     def values(name: str, variant: str) -> list[float]:
         found = [*results.values(known[name], variant).values()]
-        assert len(found) == 6
+        assert len(found) == seeds
         return found
 
     return results, values

@@ -11,11 +11,11 @@ import pytest
 import lab_page
 from oasis_attn.records import Record
 from oasis_attn.study.criteria import fails_none
-from study.published import of_six_seeds
+from study.published import of_seeds
 
 
 def test_what_the_page_says_of_the_language() -> None:
-    results, values = of_six_seeds("necessity-words")
+    results, values = of_seeds("necessity-words", 6)
 
     def ratios(scheme: str, variant: str) -> list[float]:
         return values(f"task.error_ratio@{scheme}", variant)
@@ -48,7 +48,7 @@ def test_what_the_page_says_of_the_language() -> None:
 
 
 def test_what_the_page_says_of_massive_activations_in_a_language() -> None:
-    results, values = of_six_seeds("massive-words")
+    results, values = of_seeds("massive-words", 6)
     variants = set(results.plan.variants)
 
     def ratios(scheme: str, variant: str) -> list[float]:
@@ -150,7 +150,7 @@ def test_what_the_page_says_of_language_models() -> None:
 
 
 def test_what_the_page_says_of_the_mix_with_real_text() -> None:
-    results, values = of_six_seeds("majority-text")
+    results, values = of_seeds("majority-text", 6)
     full, four = "w8a8-static-full", "w4a4"
     sink, perplexity = "sink.max_mass", "perplexity.windowed"
     accuracy, loss = "majority.accuracy", "majority.answer_loss"

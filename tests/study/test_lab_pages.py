@@ -9,18 +9,15 @@ import pytest
 import lab_page
 from oasis_attn.records import Record
 from oasis_attn.study.criteria import NOT_MET, check_criteria, fails_none
-from study.published import of_six_seeds
+from study.published import of_seeds
 
 
 def test_what_the_page_says_of_the_formats_of_hardware() -> None:
-    results = lab_page.published("formats")
-    assert results is not None
-    known = {metric.name: metric for metric in results.metrics}
+    results, values = of_seeds("formats", 3)
 
     def ratios(scheme: str, variant: str) -> list[float]:
-        return [*results.values(known[f"task.error_ratio@{scheme}"], variant).values()]
+        return values(f"task.error_ratio@{scheme}", variant)
 
-    assert len(ratios("nvfp4", "vanilla")) == 3
     for sink, null in zip(
         *(ratios("w8a8-static-full", each) for each in results.plan.variants), strict=True
     ):
@@ -40,7 +37,7 @@ def test_what_the_page_says_of_the_formats_of_hardware() -> None:
 
 
 def test_what_the_page_says_of_massive_activations() -> None:
-    _, values = of_six_seeds("necessity-content")
+    _, values = of_seeds("necessity-content", 6)
     largest, massive = "outlier.max_inf_norm_layer", "outlier.massive"
     full, linear = (f"task.error_ratio@w8a8-static-{part}" for part in ("full", "linear"))
     assert 120 < min(values(largest, "vanilla")) < max(values(largest, "vanilla")) < 270
@@ -73,12 +70,10 @@ def test_what_the_page_says_of_massive_activations() -> None:
 
 
 def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
-    results = lab_page.published("necessity")
-    assert results is not None
-    known = {metric.name: metric for metric in results.metrics}
+    results, values = of_seeds("necessity", 10)
 
     def mean(name: str, variant: str) -> float:
-        return fmean(results.values(known[name], variant).values())
+        return fmean(values(name, variant))
 
     sums = ("vanilla", "softmax1", "learned_sink", "gated_attention")
     routed = ("attn_residual", "attn_residual_gated", "oasis", "official")
@@ -103,8 +98,7 @@ def test_what_the_page_says_of_the_decoders_of_the_lab() -> None:
     for variant in ("oasis_c4.5", "oasis_c6", "oasis_log_context"):
         assert mean(ratio, variant) > mean(ratio, "oasis") > mean(ratio, "strong")
     low = "task.error@w8a8-static-full"
-    measured = [each for each in results.plan.variants if results.values(known[low], each)]
-    best = sorted(measured, key=lambda each: mean(low, each))[:2]
+    best = sorted(results.plan.variants, key=lambda each: mean(low, each))[:2]
     assert {*best} == {"attn_residual_unit", "attn_residual_gated"}
     for name in ("sink.idle", ratio):
         assert mean(name, "attn_residual") < mean(name, "vanilla")
@@ -163,14 +157,9 @@ def test_what_the_page_says_of_growth_with_depth() -> None:
 
 
 def test_what_the_page_says_of_a_null_that_depends_on_the_query() -> None:
-    results = lab_page.published("necessity-key-null")
-    assert results is not None
-    known = {metric.name: metric for metric in results.metrics}
+    results, values = of_seeds("necessity-key-null", 10)
     sink, error, kurtosis = "sink.idle_largest", "task.error", "outlier.mean_pearson_kurtosis"
     eight, four = "task.error@w8a8-static-full", "task.error@w4a4"
-
-    def values(name: str, variant: str) -> list[float]:
-        return list(results.values(known[name], variant).values())
 
     def change(name: str, variant: str, baseline: str) -> float:
         return geometric_mean(values(name, variant)) / geometric_mean(values(name, baseline)) - 1
@@ -196,16 +185,11 @@ def test_what_the_page_says_of_a_null_that_depends_on_the_query() -> None:
 
 
 def test_what_the_page_says_of_stronger_signals() -> None:
-    results = lab_page.published("necessity-win")
-    assert results is not None
-    known = {metric.name: metric for metric in results.metrics}
+    results, values = of_seeds("necessity-win", 10)
     sink, error, kurtosis = "sink.idle_largest", "task.error", "outlier.mean_pearson_kurtosis"
     eight, four, ratio = (
         "task.error@w8a8-static-full", "task.error@w4a4", "task.error_ratio@w8a8-static-full",
     )  # fmt: skip
-
-    def values(name: str, variant: str) -> list[float]:
-        return list(results.values(known[name], variant).values())
 
     def change(name: str, variant: str, baseline: str) -> float:
         return geometric_mean(values(name, variant)) / geometric_mean(values(name, baseline)) - 1
