@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from oasis_attn.records import TrialRecord
 from oasis_attn.study.lookup import shipped_plans
 from oasis_attn.study.plan import Plan
 from oasis_attn.study.plan_file import load_plan
 from oasis_attn.study.run import run_study
+from oasis_attn.study.trial import reproduction
 from study import factories
 from study.test_run import Here
 
@@ -106,6 +110,20 @@ def test_a_record_is_not_compared_with_itself(oasis, out):
     code, (_, err) = oasis("study", "report", out, "--page", Path(out, "trials"))
     assert (code, err.count("\n")) == (2, 1)
     assert "is a folder" in err
+
+
+def test_a_comparison_is_in_the_json(oasis, out, monkeypatch):
+    path = next(Path(out, "trials").glob("*.json"))
+    record = TrialRecord.load(path)
+    other = replace(record, metrics=(replace(record.metrics[0], value=7.0), *record.metrics[1:]))
+    for rerun, code in ((record, 0), (other, 1)):
+        found = rerun, reproduction(record, rerun)
+        monkeypatch.setattr("oasis_attn.study.worker.run_alone", Mock(return_value=found))
+        words = ("trial", out, path.stem, "--out", "x.json", "--check", path, "--json")
+        got, (said, _) = oasis("study", *words)
+        parts = json.loads(said)
+        assert (got, parts["comparison"]["reproduced"]) == (code, code == 0)
+        assert parts["record"]["trial"] == record.trial
 
 
 def test_a_study_with_unfinished_trials_ends_with_code_1(oasis, monkeypatch, tmp_path):

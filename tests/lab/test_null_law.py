@@ -113,6 +113,15 @@ def test_the_gradients_at_the_start():
     assert found.lse == pytest.approx(sum(logs) / 15, abs=0.05)
 
 
+def test_nothing_to_train_or_measure_is_an_error():
+    config, task = AttentionOnlyConfig(), TriggerTask()
+    with pytest.raises(UserError, match="starts: at least one"):
+        train(config, task, [])
+    (trained,) = train(config, task, [Start(3)], TrainingRule(max_steps=1, batch_size=2))
+    with pytest.raises(UserError, match="sequences: 0"):
+        measure(trained.model, task, sequences=0)
+
+
 @pytest.mark.parametrize("name", ["runs.jsonl", "runs.jsonl.gz"])
 def test_runs_are_kept(tmp_path, name):
     config, task = AttentionOnlyConfig(), TriggerTask()
@@ -126,9 +135,12 @@ def test_runs_are_kept(tmp_path, name):
     again = RunFile(file.path)
     assert again.rows == file.rows
     assert again.of("a") == [row]
-    file.path.write_text('{"group"')
-    with pytest.raises(UserError, match="out"):
-        RunFile(file.path)
+    damaged = bytearray(file.path.read_bytes())
+    damaged[10] ^= 0xFF
+    for data in (b'{"group"', b"3\n", bytes(damaged)):
+        file.path.write_bytes(data)
+        with pytest.raises(UserError, match=r"out: .* is not a file of runs"):
+            RunFile(file.path)
 
 
 def test_missing_units_are_run_in_order_and_a_failed_one_does_not_stop_the_others(

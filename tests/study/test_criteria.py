@@ -94,6 +94,13 @@ def test_a_criterion_on_sinks_applies_only_if_the_reference_has_sinks():
     assert "If the mean sink rate at 0.3 of vanilla is not above 0.05, the reference has no" in text
 
 
+def test_the_rule_states_limits_exactly():
+    low = {"metric": "perplexity.windowed", "against": "vanilla", "limit": 0.005}
+    text = rule(plan(criteria=[low, low | {"limit": 0.025}]))
+    assert "at most +0.5%;" in text
+    assert "at most +2.5%." in text
+
+
 def test_a_metric_that_depends_on_the_residual_form_is_compared_within_one_form():
     across = {"metric": "outlier.max_inf_norm", "against": "vanilla", "limit": 0.0}
     norms = {"outlier.max_inf_norm": {"vanilla": 10.0, "oasis": 5.0}}

@@ -89,6 +89,14 @@ def test_an_id_depends_on_every_field_of_the_trial(tiny, corpus):
     assert len(ids) == 1 + len(changes)
 
 
+def test_the_reference_is_vanilla_or_the_first_variant(tiny):
+    assert tiny().reference == "vanilla"
+    plan = tiny(variants=["oasis", "softmax1"], compare={})
+    assert plan.reference == "oasis"
+    with pytest.raises(UserError, match="reference: 'vanilla' is not one of"):
+        tiny(variants=["oasis", "softmax1"], compare={}, reference="vanilla")
+
+
 def test_a_plan_goes_through_yaml_and_json(tiny):
     plan = tiny(variants={"vanilla": None, "off": {"base": "oasis_signal_off"}}, compare={})
     assert parse_plan(plan_text(plan), "x") == plan

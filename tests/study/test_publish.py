@@ -57,7 +57,7 @@ def test_publishing_again_changes_nothing(published, tmp_path):
 
 def test_another_study_reuses_the_records(published, tmp_path):
     fresh = StudyFolder.begin(tmp_path / "fresh", published.plan)
-    fresh.copy_from(published)
+    fresh.add(fresh.reusable([published]))
     assert fresh.records() == published.records()
     assert fresh.missing() == published.missing() == [published.plan.trials[-1]]
 

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from oasis_attn.data import load_corpus
 from oasis_attn.errors import UserError
 from oasis_attn.extension_files import load_extensions
 from oasis_attn.files import lock
@@ -18,7 +20,7 @@ from oasis_attn.records import Record
 from oasis_attn.study import run as runs
 from oasis_attn.study.launch import ClusterLauncher
 from oasis_attn.study.run import run_study
-from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.storage import StudyFolder, texts_of
 from oasis_attn.study.study_report import write_report
 from oasis_attn.study.trial import reproduction
 from oasis_attn.study.worker import run_alone
@@ -62,7 +64,8 @@ class Here:
 @pytest.fixture(autouse=True)
 def _no_preparing(monkeypatch, request):
     if "real" not in request.node.name:
-        monkeypatch.setattr("oasis_attn.study.run.prepare", lambda *_: None)
+        for name in ("prepare", "check_texts"):
+            monkeypatch.setattr(f"oasis_attn.study.run.{name}", lambda *_: None)
 
 
 def test_every_trial_is_run_once_and_a_rerun_runs_none(tiny, tmp_path, capfd):
@@ -86,6 +89,9 @@ def test_trials_of_another_study_are_reused(tiny, tmp_path):
             plan, tmp_path / "two", reuse_from=[tmp_path / "absent"], launcher=here, show=False
         )
     assert not (tmp_path / "two").exists()
+    other = tiny(name="three", seeds=[7])
+    with pytest.raises(UserError, match=r"reuse_from: .*one' has no trial that is identical"):
+        run_study(other, tmp_path / "three", reuse_from=[tmp_path / "one"], launcher=here)
     status = run_study(
         plan, tmp_path / "two", reuse_from=[tmp_path / "one"], launcher=here, show=False
     )
@@ -173,6 +179,33 @@ def test_a_record_of_another_trial_is_refused(tiny, tmp_path):
     one.write_text(other.read_text())
     with pytest.raises(UserError, match="belongs to another trial"):
         folder.records()
+
+
+def test_the_real_text_of_a_corpus_must_not_change(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Some words.\n\nMore words.\n")
+    plan = tiny(corpora=[str(text)], evaluation={})
+    folder = StudyFolder.begin(tmp_path / "out", plan)
+    done, missing = plan.trials
+    digest = load_corpus(str(text)).sha256
+    record = replace(factories.record(done, {}), train_corpus_sha256=digest)
+    folder.add({done: record})
+    runs.check_texts([missing], texts_of(folder.records()))
+    text.write_text("Other words.\n")
+    with pytest.raises(UserError, match=r"corpora: the text of .*text\.txt' is not the one"):
+        runs.check_texts([missing], texts_of(folder.records()))
+    folder.add({missing: replace(factories.record(missing, {}), train_corpus_sha256="other")})
+    with pytest.raises(UserError, match="were trained on different texts"):
+        folder.records()
+
+
+def test_a_rerun_is_not_compared_with_another_trial(tiny, tmp_path):
+    plan = tiny()
+    run_study(plan, tmp_path / "out", launcher=Here(), show=False)
+    one, other = plan.trials
+    record = StudyFolder.open(tmp_path / "out").record_path(other)
+    with pytest.raises(UserError, match=f"is the record of another trial than '{one.id}'"):
+        run_alone(str(tmp_path / "out"), one.id, out=tmp_path / "x.json", check=record)
 
 
 def test_a_report_requires_a_finished_trial(tiny, tmp_path):

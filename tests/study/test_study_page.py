@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from oasis_attn.report.document import Badges, Fold, Gallery, Picture, walk
 from oasis_attn.report.tables import Table
 from oasis_attn.study.key_figures import at_floor, changes, key_metrics
+from oasis_attn.study.reading_guide import notes
 from oasis_attn.study.results import Results
 from oasis_attn.study.study_page import study_page
 from study import factories
@@ -52,6 +55,36 @@ def test_a_study_with_claims_answers_them_first():
     assert said[2] == "The lowest mean perplexity of 6 variants is 0.05099, that of `oasis`."
     (badges,) = (item for item in page.answers if isinstance(item, Badges))
     assert badges.items == (("1 supported", "good"),)
+
+
+def test_a_variant_that_diverged_is_not_the_best():
+    page = study_page(
+        made(value=lambda trial: math.nan if trial.variant == "vanilla" else value(trial))
+    )
+    said = text_of(page)
+    assert (
+        "The lowest mean perplexity of 5 variants is 0.05099, that of `oasis`. `vanilla` diverged."
+        in said
+    )
+    assert not any("nan" in sentence for sentence in said)
+
+
+def test_code_that_changed_while_the_study_ran_is_noted():
+    results = made()
+    assert not any("changed while" in note for note in notes(results))
+    first, *_ = results.records
+    for digests in (["1", "2"], ["1", "1"]):
+        records = {
+            trial: replace(
+                record,
+                environment=replace(
+                    record.environment, extensions={"mine.py": digests[trial != first]}
+                ),
+            )
+            for trial, record in results.records.items()
+        }
+        found = notes(Results(results.plan, records))
+        assert any("mine.py changed" in note for note in found) == (digests == ["1", "2"])
 
 
 def test_claims_that_were_not_tested_are_hidden_but_counted():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,6 +190,23 @@ def test_only_conditions_that_both_have_are_paired_and_noise_seeds_are_not_among
     assert by_baseline["vanilla"] == by_baseline[BASELINE_MEAN] == 2
     floor = results.noise_floor(results.metrics[0])
     assert floor[1] == 6  # pairs of four seeds, on one corpus
+
+
+def test_the_noise_floor_is_that_of_the_baseline_if_the_reference_lacks_the_metric():
+    plan = factories.plan(
+        variants=["vanilla", "softmax1", "oasis"], compare={"oasis": ["softmax1"]}, noise_seeds=[]
+    )
+    whole = factories.results(plan, lambda trial: 0.5 + 0.01 * trial.seed, ("sink.mass",))
+    without = {
+        trial: replace(record, metrics=()) if trial.variant == "vanilla" else record
+        for trial, record in whole.records.items()
+    }
+    results = Results(plan, without)
+    (metric,) = (each for each in results.metrics if each.name == "sink.mass")
+    assert math.isnan(results.noise_floor(metric)[0])
+    floor, pairs = results.noise_floor(metric, ["softmax1"])
+    assert (0 < floor < 0.05, pairs) == (True, 6)
+    assert results.comparisons("oasis")[0].noise_floor == floor
 
 
 def test_the_claims_of_the_paper_name_variants_and_metrics_that_plans_have():

@@ -73,7 +73,8 @@ def run(
         list[Path] | None,
         Option(
             metavar="FOLDER",
-            help="Copy the records of identical trials from this study; repeatable.",
+            help="Copy the records of identical trials from this study, which has at least one;"
+            " repeatable.",
         ),
     ] = None,
     workers: Annotated[
@@ -236,7 +237,12 @@ def trial(
     if exit_with_parent:
         worker.exit_with_parent()
     record, compared = worker.run_alone(where, trial_id, out=out, check=check)
-    if as_json:
+    if as_json and compared is not None:
+        from dataclasses import asdict
+
+        comparison = {"reproduced": compared.reproduced} | asdict(compared)
+        print_json({"record": record.to_dict(), "comparison": comparison})
+    elif as_json:
         print(record.to_json())
     else:
         from oasis_attn.report import summary_table

@@ -98,9 +98,11 @@ def train(
         device: where the models are trained; the data are drawn on the CPU.
 
     Raises:
-        UserError: the width of the task is not that of the models, or the task has content, for
-            which decoders are made.
+        UserError: `starts` is empty, the width of the task is not that of the models, or the task
+            has content, for which decoders are made.
     """
+    if not starts:
+        raise UserError("starts: at least one is required")
     if task.content:
         raise UserError("content: models of attention alone have no norm; it must be False")
     if task.width != config.width:
@@ -193,7 +195,11 @@ def measure(model: AttentionOnlyModels, task: TriggerTask, *, sequences: int = 1
     """Measure one model on sequences with the trigger in the middle, at position T / 2 (8 of 16).
 
     Idle queries are all but the first token and the trigger.
+
+    Raises:
+        UserError: `sequences` is not a positive integer.
     """
+    check_whole("sequences", sequences, 1)
     generator = torch.Generator().manual_seed(_MEASURE_SEED)
     device = model.query.device
     trigger = task.length // 2

@@ -6,6 +6,7 @@ import gzip
 import json
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
@@ -71,7 +72,9 @@ class RunFile:
                 data = path.read_bytes()
                 text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
                 self.rows = [parse_json(line) for line in text.splitlines()]
-            except (OSError, EOFError, ValueError) as error:
+                if not all(isinstance(row, dict) and "group" in row for row in self.rows):
+                    raise ValueError("a line is not a run")
+            except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise UserError(f"out: {str(path)!r} is not a file of runs ({error})") from error
 
     def add(self, rows: list[Run]) -> None:

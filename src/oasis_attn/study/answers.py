@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import isfinite, isnan
 from statistics import fmean, geometric_mean
 
 from oasis_attn.report.changes import BETTER
@@ -112,6 +113,9 @@ def _on_claims(verdicts: Sequence[Verdict]) -> str:
 def _on_effect(variant: str, reference: str, own: Sequence[MetricComparison]) -> str:
     changed: dict[bool, list[str]] = {True: [], False: []}
     same = []
+    own = [each for each in own if not isnan(each.comparison.change)]
+    if not own:
+        return f"`{variant}` or `{reference}` diverged."
     for each in own:
         kind = outcome(each)
         amount = f"{each.metric.label} ({_change(each.comparison.change)})"
@@ -135,15 +139,17 @@ def _on_effect(variant: str, reference: str, own: Sequence[MetricComparison]) ->
 
 def _on_best(results: Results, metric: StudyMetric) -> str:
     mean = geometric_mean if metric.scale == "ratio" else fmean
-    means = {
-        name: mean([*values.values()])
-        for name in results.plan.variants
-        if (values := results.values(metric, name))
-    }
+    values = {name: results.values(metric, name).values() for name in results.plan.variants}
+    measured = {name: [*each] for name, each in values.items() if each}
+    means = {name: mean(each) for name, each in measured.items() if all(map(isfinite, each))}
+    diverged = [name for name in measured if name not in means]
+    without = f" {_listed(diverged)} diverged." if diverged else ""
+    if not means:
+        return without.lstrip()
     best = (min if metric.better == "lower" else max)(means, key=means.__getitem__)
     return (
         f"The {'lowest' if metric.better == 'lower' else 'highest'} mean {metric.label} of "
-        f"{len(means)} variants is {number(means[best])}, that of `{best}`."
+        f"{len(means)} variants is {number(means[best])}, that of `{best}`.{without}"
     )
 
 

@@ -89,7 +89,8 @@ class ClaimTest:
         relation = "equal to" if self.expect == "equal" else f"{self.expect} than"
         extra = []
         if self.size is not None:
-            extra.append(f"claimed: {self.size:+.2%}")
+            size = f"{self.size:+g}" if self.kind == "slope" else f"{self.size:+.2%}"
+            extra.append(f"claimed: {size}")
         if self.margin is not None:
             extra.append(f"margin: {self.margin:g}")
         if self.across_residual_forms:

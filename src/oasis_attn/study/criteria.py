@@ -107,7 +107,7 @@ def _rule(criterion: Criterion, metric: StudyMetric, plan: Plan) -> str:
     if isinstance(criterion.limit, str):
         limit = f"the {criterion.limit}"
     else:
-        limit = f"{criterion.limit:+.0%}" if criterion.limit else "0"
+        limit = f"{100 * criterion.limit:+.4g}%" if criterion.limit else "0"
     forms = ", also across residual forms" if criterion.across_residual_forms else ""
     return f"the change of {metric.label} from {other} is {bound} {limit}{forms}"
 

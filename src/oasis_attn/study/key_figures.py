@@ -58,8 +58,8 @@ def key_comparisons(results: Results) -> list[MetricComparison]:
         if metric.within_form:
             pairs += [(name, other) for name, others in plan.compare.items() for other in others]
             pairs = [pair for pair in dict.fromkeys(pairs) if results.same_form(*pair)]
-        floor, noise_pairs = results.noise_floor(metric)
         for variant, baseline in pairs:
+            floor, noise_pairs = results.noise_floor(metric, [baseline])
             comparison = results.compare(metric, variant, [baseline])
             if comparison is not None:
                 found.append(

@@ -126,7 +126,8 @@ class Plan:
         candidates: variants that are checked against the criteria.
         sizes: sizes of the backbone.
         noise_seeds: additional seeds of `reference`, for the noise floor only.
-        reference: the variant that the noise floor is estimated from.
+        reference: the variant that the noise floor is estimated from; by default, `vanilla`, or the
+            first variant if there is no variant of this name.
         training: fields of `TrainingConfig` for all trials.
         windows, schemes, evaluation, threads: see `Trial`.
 
@@ -146,7 +147,7 @@ class Plan:
     candidates: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ("nano",)
     noise_seeds: tuple[int, ...] = ()
-    reference: str = "vanilla"
+    reference: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
     windows: int = 32
     schemes: tuple[str, ...] = ()
@@ -179,8 +180,10 @@ class Plan:
             )
         check_whole("windows", self.windows, _MIN_WINDOWS)
         check_whole("threads", self.threads, 1, _MAX_THREADS)
-        if self.noise_seeds or self.reference != "vanilla":
-            check_choice("reference", self.reference, self.variants)
+        if not self.reference:
+            default = "vanilla" if "vanilla" in self.variants else next(iter(self.variants))
+            object.__setattr__(self, "reference", default)
+        check_choice("reference", self.reference, self.variants)
         for variant, baselines in self.compare.items():
             for name in (variant, *baselines):
                 check_choice("compare", name, self.variants)

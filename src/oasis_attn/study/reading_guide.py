@@ -23,7 +23,8 @@ _INTERVALS = (
 )
 _NOISE_FLOOR = (
     "The noise floor is the change that a different seed alone causes: the root mean square of the "
-    "change between any two runs of the reference that differ only in their seed."
+    "change between any two runs of the reference that differ only in their seed, or of the "
+    "baseline where the reference lacks the metric."
 )
 READING_TABLES = (_PAIRS, _INTERVALS, _NOISE_FLOOR)
 """How to read the numbers of the tables."""
@@ -63,6 +64,16 @@ def notes(results: Results) -> list[str]:
             "over baselines, only between variants with the same residual form, unless a claim or "
             "criterion says otherwise. The residual forms of this study are: "
             f"{named}."
+        )
+    versions: dict[str, set[str]] = {}
+    for record in results.records.values():
+        for name, digest in record.environment.extensions.items():
+            versions.setdefault(name, set()).add(digest)
+    changed = [name for name, digests in versions.items() if len(digests) > 1]
+    if changed:
+        found.append(
+            f"{', '.join(changed)} changed while the study ran: its trials ran different code, and "
+            "may not be comparable."
         )
     configs = [record.model.config or {} for record in results.records.values()]
     if any(each["residual"] != "sum" and each["depth_normalizer"] == "sigmoid" for each in configs):

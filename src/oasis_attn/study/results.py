@@ -118,13 +118,15 @@ class Results:
         tables = [self.slopes(metric, name) for name in (variant, *baselines)]
         return _paired(tables, "difference", margin)
 
-    def noise_floor(self, metric: StudyMetric) -> tuple[float, int]:
+    def noise_floor(self, metric: StudyMetric, baselines: Sequence[str] = ()) -> tuple[float, int]:
         """`statistics.noise_floor` of the reference, with all its seeds.
 
-        Runs are paired within each corpus and size.
+        If the reference lacks the metric, it is that of the first of `baselines` that has it.  Runs
+        are paired within each corpus and size.
         """
         groups: dict[tuple[str, str], list[float]] = {}
-        values = self._values.get((metric.name, self.plan.reference), {})
+        tables = (self._values.get((metric.name, x), {}) for x in (self.plan.reference, *baselines))
+        values: Mapping[Condition, float] = next(filter(None, tables), {})
         for condition, value in values.items():
             groups.setdefault((condition.corpus, condition.size), []).append(value)
         return noise_floor(groups.values(), metric.scale)
@@ -162,8 +164,8 @@ class Results:
             groups: dict[str, tuple[str, ...]] = {name: (name,) for name in baselines}
             if len(baselines) > 1:
                 groups[BASELINE_MEAN] = tuple(baselines)
-            floor, pairs = self.noise_floor(metric)
             for baseline, names in groups.items():
+                floor, pairs = self.noise_floor(metric, names)
                 comparison = self.compare(metric, variant, names)
                 if comparison is not None:
                     found.append(

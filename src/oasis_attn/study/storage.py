@@ -14,11 +14,13 @@ import json
 import os
 import shlex
 import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 
+from oasis_attn.data.tasks import is_task
 from oasis_attn.errors import UserError, reason
 from oasis_attn.extension_files import extension_hashes
 from oasis_attn.files import check_free, is_locked, write_bytes, write_text
@@ -58,6 +60,24 @@ class Status:
     def left(self) -> int:
         """Number of trials without a record."""
         return self.total - len(self.done)
+
+
+def texts_of(records: Mapping[Trial, TrialRecord]) -> dict[str, str]:
+    """The SHA-256 of the text of each corpus that trials were trained on.
+
+    Raises:
+        UserError: two trials were trained on different texts of the same name.
+    """
+    found: dict[str, str] = {}
+    for trial, record in records.items():
+        digest = record.train_corpus_sha256
+        if not is_task(trial.corpus) and found.setdefault(trial.corpus, digest) != digest:
+            first = next(other for other in records if other.corpus == trial.corpus)
+            raise UserError(
+                f"record: the trials {first.id!r} and {trial.id!r} were trained on different texts"
+                f" of the name {trial.corpus!r}; remove the records of one of the texts"
+            )
+    return found
 
 
 @dataclass(frozen=True)
@@ -138,15 +158,35 @@ class StudyFolder:
         """Whether the folder contains a record of `trial`."""
         return self.record_path(trial).is_file() or trial.id in self._published
 
-    def copy_from(self, other: StudyFolder) -> None:
-        """Copy from another study the records of identical trials that are missing here."""
-        records = other.records()
-        for trial in self.missing():
-            if trial in records:
-                records[trial].save(self.record_path(trial))
+    def reusable(self, others: Iterable[StudyFolder]) -> dict[Trial, TrialRecord]:
+        """The records of trials that are missing here, from other studies.
+
+        Raises:
+            UserError: a study has no trial of this plan.
+        """
+        found: dict[Trial, TrialRecord] = {}
+        missing, own = set(self.missing()), set(self.plan.trials)
+        for other in others:
+            records = other.records()
+            if own.isdisjoint(records):
+                raise UserError(
+                    f"reuse_from: {str(other.path)!r} has no trial that is identical to one of the"
+                    f" plan {self.plan.name!r}"
+                )
+            found |= {trial: record for trial, record in records.items() if trial in missing}
+        return found
+
+    def add(self, records: Mapping[Trial, TrialRecord]) -> None:
+        """Save the records of finished trials."""
+        for trial, record in records.items():
+            record.save(self.record_path(trial))
 
     def records(self) -> dict[Trial, TrialRecord]:
-        """The record of each finished trial; `UserError` if a record belongs to another trial."""
+        """The record of each finished trial.
+
+        Raises:
+            UserError: a record cannot be read or belongs to another trial; see also `texts_of`.
+        """
         found = {}
         for trial in self.plan.trials:
             path = self.record_path(trial)
@@ -163,6 +203,7 @@ class StudyFolder:
                 if not isinstance(config.get(name), str):
                     raise UserError(f"record: {str(path)!r} has no {name} in model.config")
             found[trial] = record
+        texts_of(found)
         return found
 
     @cached_property

@@ -143,7 +143,7 @@ def _result(
     p_equivalence_holm: float,
 ) -> ClaimTestResult:
     slope = test.kind == "slope"
-    floor = math.nan if slope else results.noise_floor(metric)[0]
+    floor = math.nan if slope else results.noise_floor(metric, test.baselines)[0]
     scale = "difference" if slope else metric.scale
     return ClaimTestResult(
         test=test,

@@ -47,22 +47,24 @@ def run_alone(
 
     Raises:
         UserError: unknown plan or trial; `out` is missing or exists; the record of `check` cannot
-            be read, or would be compared with itself.
+            be read, belongs to another trial, or would be compared with itself.
     """
     expected = None if check is None else _record(check, trial_id)
+    folder = StudyFolder.open(where) if os.path.isdir(where) else None
+    if out is not None:
+        check_free(out)
+    elif folder is None:
+        raise UserError(f"out: required, because {where!r} is a plan and not the folder of a study")
+    plan = load_plan(where) if folder is None else folder.plan
+    trial = plan.trial(trial_id)
+    if expected is not None and expected.trial != trial.to_dict():
+        raise UserError(f"check: {str(check)!r} is the record of another trial than {trial_id!r}")
     if out is None:
-        if not os.path.isdir(where):
-            raise UserError(
-                f"out: required, because {where!r} is a plan and not the folder of a study"
-            )
-        folder = StudyFolder.open(where)
-        if check is not None and folder.has(folder.plan.trial(trial_id)):
+        assert folder is not None
+        if check is not None and folder.has(trial):
             raise UserError("out: required with check, because the folder already has this record")
         record = folder.run(trial_id)
     else:
-        check_free(out)
-        plan = StudyFolder.open(where).plan if os.path.isdir(where) else load_plan(where)
-        trial = plan.trial(trial_id)
         plan.check([trial.variant])
 
         from oasis_attn.study.trial import run_trial  # imports torch
