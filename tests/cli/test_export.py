@@ -180,6 +180,29 @@ def of_one_query_head(model):
     return converted
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("diagnose", "served", "--corpus", "pydoc"),
+        ("quantize", "served", "--scheme", "w8a8-dynamic", "--simulate", "--out", "out"),
+        ("prefix", "served", "out"),
+        ("doctor", "served", "--out", "out"),
+        ("convert", "served", "out", "--null-from-sink"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_windows_without_the_prefix_of_the_tokenizer_are_refused(
+    oasis, model, tmp_path, monkeypatch, words
+):
+    monkeypatch.chdir(tmp_path)
+    save(with_prefix(model, compute_prefix(model, [5, 6])), tmp_path / "prefixed")
+    assert oasis("export", "prefixed", "served")[0] == 0
+    code, (_, err) = oasis(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the tokenizer of 'served' has the prefix [5, 6]" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_format_cannot_hold_is_one_line_and_writes_nothing(oasis, model, tmp_path):
     for name, each in {
         "prefixed": with_prefix(model, compute_prefix(model, [5, 6])),

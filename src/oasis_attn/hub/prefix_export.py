@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.errors import Refusal, shown
+from oasis_attn.errors import Refusal, UserError, shown
 from oasis_attn.files import write_text
 from oasis_attn.hub.model_card import PREFIX_IN_TOKENIZER
 from oasis_attn.hub.peft_adapter import is_close
@@ -127,6 +127,19 @@ def prefix_in_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         if step["type"] == "TemplateProcessing" and _PIECE in found:
             return tuple(found[_PIECE]["ids"])
     return ()
+
+
+def check_no_prefix_in_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:
+    """Raise `UserError` if the tokenizer of `model` puts a prefix before every text.
+
+    Windows of a corpus have no special tokens but BOS, so that they would be without the prefix.
+    """
+    tokens = prefix_in_tokenizer(tokenizer)
+    if tokens:
+        raise UserError(
+            f"model: the tokenizer of {str(model)!r} has the prefix {list(tokens)}, which windows"
+            " of a corpus would lack; use the folder that `oasis prefix` wrote"
+        )
 
 
 def write_prefix_card(prefix: Prefix, folder: Path, family: str) -> None:

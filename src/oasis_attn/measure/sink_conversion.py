@@ -26,6 +26,7 @@ from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.hub.null_from_sink import CANDIDATES, null_from_sink
 from oasis_attn.hub.null_options import check_null_from_sink
 from oasis_attn.hub.prefix import prefix_of
+from oasis_attn.hub.prefix_export import check_no_prefix_in_tokenizer
 from oasis_attn.hub.tokenizer_bos import without_bos
 from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
 from oasis_attn.measure.loss import loss_metrics
@@ -99,6 +100,7 @@ def null_from_sink_checkpoint(
     loaded, tokenizer = load_model(
         model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
+    check_no_prefix_in_tokenizer(tokenizer, model)
     check_lengths(loaded, [window], "window")
     bos = _bos(tokenizer) if null_from_bos else None
     saved_tokenizer = tokenizer if bos is None else without_bos(tokenizer, bos)

@@ -23,7 +23,11 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths
 from oasis_attn.hub.prefix import Prefix, prefix_of, without_prefix
-from oasis_attn.hub.prefix_export import check_prefix_in_tokenizer, save_tokenizer_with_prefix
+from oasis_attn.hub.prefix_export import (
+    check_no_prefix_in_tokenizer,
+    check_prefix_in_tokenizer,
+    save_tokenizer_with_prefix,
+)
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.compressed_tensors_format import write_compressed_tensors
@@ -149,6 +153,7 @@ def quantize_checkpoint(
         trust_remote_code=trust_remote_code,
         check=check_unquantized_config,
     )
+    check_no_prefix_in_tokenizer(tokenizer, model)
     check_lengths(loaded, [window], "window")
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora

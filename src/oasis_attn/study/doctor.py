@@ -34,6 +34,7 @@ from oasis_attn.hub.prefix import (
     prefix_of,
     with_prefix,
 )
+from oasis_attn.hub.prefix_export import check_no_prefix_in_tokenizer
 from oasis_attn.measure import diagnose
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.hf_quantizer import get_quantization_config
@@ -136,6 +137,7 @@ def doctor(
     loaded, tokenizer = load_model(
         model, device=device, trust_remote_code=trust_remote_code, check=check
     )
+    check_no_prefix_in_tokenizer(tokenizer, model)
     check_lengths(loaded, [window], "window")
     seen, held_out = (
         read_windows(corpus, tokenizer, window=window, windows=windows) for corpus in corpora
