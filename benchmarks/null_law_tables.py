@@ -26,9 +26,9 @@ ANNEALED = {
 }
 DECODERS = {"sum": "residual sum", "depth": "Attention Residuals"}
 SLOPES = {  # of decoders of 2 heads: layers, and the longest sequences
-    "1 layer, up to 128 tokens, batches of 16": (1, 128),
-    "4 layers, up to 64 tokens, batches of 16": (4, 64),
-    "4 layers, all lengths and batches": (4, math.inf),
+    "1 layer, 16 to 1,024 tokens, batches of 16": (1, math.inf),
+    "4 layers, 16 to 64 tokens, batches of 16": (4, 64),
+    "4 layers, 16 to 256 tokens, batches of 16 to 4": (4, math.inf),
 }
 
 
