@@ -1,4 +1,4 @@
-"""`oasis demo`: the problem and the cure, on a real model and on a small task."""
+"""`oasis demo`: the problem and remedies, on a real model and on a small task."""
 
 from __future__ import annotations
 
