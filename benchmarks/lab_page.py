@@ -204,6 +204,7 @@ def rows(
     known = {metric.name: metric for metric in results.metrics}
     chosen = {known[name]: column for name, column in wanted.items() if name in known}
     measured, missing = [], []
+    assert not only or set(only) <= set(results.plan.variants)
     for variant in only or results.plan.variants:
         values = {metric: [*results.values(metric, variant).values()] for metric in chosen}
         if any(values.values()):

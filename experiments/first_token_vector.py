@@ -1,8 +1,6 @@
 """Is what softmax adds to the first token one large value, or a large vector of several channels?
 
 python experiments/first_token_vector.py --out docs/results/lab/first_token_vector
-python experiments/first_token_vector.py --plan experiments/massive-words.yaml \
-    --out docs/results/lab/first_token_vector_massive
 
 Trains decoders with softmax as the trials of a plan do.  In the layer output with the largest
 value, it measures the first token: its norm, relative to the median norm of the other tokens, and

@@ -141,7 +141,7 @@ ARMS = tuple(
     if not (normalizer == "softmax1" and final_norm)  # these are in the searches
 )  # fmt: skip
 SINGLE = tuple(group for length in (16, 64, 128) for group in searches(length, 1))
-# From 256 tokens on, the thresholds hardly grow, so that the searches start near those of 256.
+# The searches start near the thresholds of shorter sequences.
 LONG = tuple(group for length in (256, 512, 1024) for group in searches(length, 1, start=3.0))
 GROUPS = *LENGTHS, *LAYERS, *SHAPES, *ARMS, *SINGLE, *LONG
 

@@ -188,6 +188,7 @@ def of_one_query_head(model):
         ("prefix", "served", "out"),
         ("doctor", "served", "--out", "out"),
         ("convert", "served", "out", "--null-from-sink"),
+        ("train", "--from", "served", "--corpus", "pydoc", "--steps", "1", "--out", "out"),
     ],
     ids=lambda words: words[0],
 )

@@ -159,6 +159,11 @@ def test_the_thresholds_in_decoders():
         assert means["sum", length, 1, 2] == pytest.approx(mean, abs=0.05)
     routed = [means["depth", length, 1, 2] for length in lengths]
     assert [min(routed), max(routed)] == pytest.approx([6.1, 7], abs=0.05)
+    for first, slope in {64: 0.5, 256: 0.8}.items():
+        points = [
+            (math.log(n), c) for n in lengths if n >= first for c in thresholds["sum", n, 1, 2]
+        ]
+        assert fit_line(*zip(*points, strict=True)).slope == pytest.approx(slope, abs=0.05)
     for length in (256, 512, 1024):
         each = thresholds["depth", length, 1, 2]
         assert max(each) - min(each) > 2

@@ -44,7 +44,7 @@ def test_one_panel_per_metric_with_dot_interval_n_and_noise_floor():
     assert [text.get_text() for text in axes.get_yticklabels()] == ["vanilla", "gated"]
     assert [pytest.approx(-15.0), 10.0] in lines_of(axes)  # the interval ends where the axis does
     assert [-10.0] in lines_of(axes)
-    assert len(axes.patches) == 1
+    assert len(axes.patches) == 2  # one for each change
     assert [text.get_text() for text in axes.texts].count("3") == 2
 
 

@@ -7,8 +7,10 @@ from operator import lt
 from statistics import fmean, geometric_mean
 
 import pytest
+import torch
 
 import lab_page
+from oasis_attn.data.trigger_words import TriggerWordsTask
 from oasis_attn.records import Record
 from oasis_attn.study.criteria import fails_none
 from study.published import of_seeds
@@ -71,7 +73,9 @@ def test_what_the_page_says_of_massive_activations_in_a_language() -> None:
     assert max(ratios("w8a8-dynamic", "vanilla")) < 1.3
     weak = [ratios(full, variant) for variant in ("gated_attention", "softmax1")]
     assert 36 < min(map(min, weak)) < max(map(max, weak)) < 1800
-    uniform = 1.91  # divergence of the same probability for every token from the task's
+    y_BTN = TriggerWordsTask(length=32).batch(256, torch.Generator().manual_seed(0)).y_BTN[:, 1:]
+    uniform = float((torch.special.xlogy(y_BTN, y_BTN).sum(-1) + log(y_BTN.shape[-1])).mean())
+    assert uniform == pytest.approx(1.9, abs=0.01)
     assert abs(fmean(values(f"task.error@{full}", "vanilla")) / uniform - 1) < 0.03
     published = [*zip(values(largest, "softmax1"), values(sink, "softmax1"), strict=True)]
     assert min(published) == (pytest.approx(4.3, abs=0.05), pytest.approx(0.75, abs=0.005))

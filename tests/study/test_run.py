@@ -20,7 +20,7 @@ from oasis_attn.records import Record
 from oasis_attn.study import run as runs
 from oasis_attn.study.launch import ClusterLauncher
 from oasis_attn.study.run import run_study
-from oasis_attn.study.storage import StudyFolder, texts_of
+from oasis_attn.study.storage import StudyFolder, check_texts
 from oasis_attn.study.study_report import write_report
 from oasis_attn.study.trial import reproduction
 from oasis_attn.study.worker import run_alone
@@ -92,6 +92,7 @@ def test_trials_of_another_study_are_reused(tiny, tmp_path):
     other = tiny(name="three", seeds=[7])
     with pytest.raises(UserError, match=r"reuse_from: .*one' has no trial that is identical"):
         run_study(other, tmp_path / "three", reuse_from=[tmp_path / "one"], launcher=here)
+    assert not (tmp_path / "three").exists()
     status = run_study(
         plan, tmp_path / "two", reuse_from=[tmp_path / "one"], launcher=here, show=False
     )
@@ -190,10 +191,16 @@ def test_the_real_text_of_a_corpus_must_not_change(tiny, tmp_path):
     digest = load_corpus(str(text)).sha256
     record = replace(factories.record(done, {}), train_corpus_sha256=digest)
     folder.add({done: record})
-    runs.check_texts([missing], texts_of(folder.records()))
+    check_texts([missing], folder.records())
     text.write_text("Other words.\n")
-    with pytest.raises(UserError, match=r"corpora: the text of .*text\.txt' is not the one"):
-        runs.check_texts([missing], texts_of(folder.records()))
+    changed = r"corpora: the text of .*text\.txt' is not the one"
+    with pytest.raises(UserError, match=changed):
+        run_study(plan, tmp_path / "out", launcher=Here(), show=False)
+    with pytest.raises(UserError, match=changed):
+        run_alone(str(tmp_path / "out"), missing.id)
+    with pytest.raises(UserError, match=changed):
+        run_study(plan, tmp_path / "new", reuse_from=[folder.path], launcher=Here(), show=False)
+    assert not (tmp_path / "new").exists()
     folder.add({missing: replace(factories.record(missing, {}), train_corpus_sha256="other")})
     with pytest.raises(UserError, match="were trained on different texts"):
         folder.records()

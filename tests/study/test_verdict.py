@@ -207,6 +207,14 @@ def test_the_noise_floor_is_that_of_the_baseline_if_the_reference_lacks_the_metr
     floor, pairs = results.noise_floor(metric, ["softmax1"])
     assert (0 < floor < 0.05, pairs) == (True, 6)
     assert results.comparisons("oasis")[0].noise_floor == floor
+    still = {
+        trial: factories.record(trial, {"sink.mass": 0.5}) if trial.variant == "oasis" else record
+        for trial, record in without.items()
+    }
+    results = Results(plan, still)
+    assert results.noise_floor(metric, ["oasis"])[0] == 0
+    for both in (["oasis", "softmax1"], ["softmax1", "oasis"]):
+        assert results.noise_floor(metric, both) == (floor, pairs)
 
 
 def test_the_claims_of_the_paper_name_variants_and_metrics_that_plans_have():

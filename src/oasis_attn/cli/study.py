@@ -73,7 +73,7 @@ def run(
         list[Path] | None,
         Option(
             metavar="FOLDER",
-            help="Copy the records of identical trials from this study, which has at least one;"
+            help="Copy the records of identical trials from this study, which must have one;"
             " repeatable.",
         ),
     ] = None,

@@ -21,9 +21,9 @@ smallest constant null logit that leaves less than 0.02 of the attention on the 
 attention-only models on the trigger task (arXiv 2603.11487): its excess over log n grows with heads
 and layers, up to 1.3 in the groups of runs that converged and 1.8 in all, and it is negative with
 512 and 1024 tokens.  In decoders
-(docs/results/lab/null_law_decoders) it hardly grows with the length: from 16 to 1024 tokens it is
-2.7 to 5.6 with a residual sum and 4.3 to 7.9 with Attention Residuals, which log n plus the margin
-exceeds from 64 and from 512 tokens on.
+(docs/results/lab/null_law_decoders), from 16 to 1024 tokens, it is 2.7 to 5.6 with a residual sum
+and 4.3 to 7.9 with Attention Residuals, which log n plus the margin exceeds from 64 and from 512
+tokens on.
 """
 
 

@@ -87,12 +87,12 @@ def _draw(axes: Axes, lines: Sequence[Change]) -> None:
     low, high = _ends(lines)
     logarithmic = all(line.ratio for line in lines) and max(1 / (1 + low), 1 + high) > _FACTOR
     place = _log2 if logarithmic else _percent
-    floor = lines[0].noise_floor
-    if floor < math.inf:
-        ends = 1 / (1 + floor) - 1 if lines[0].ratio else -floor, floor
-        axes.axvspan(*map(place, ends), color=MUTED, alpha=0.18, linewidth=0)
     axes.axvline(0, color=MUTED, linewidth=1)
     for row, line in enumerate(lines):
+        floor = line.noise_floor
+        if floor < math.inf:
+            left, right = map(place, (1 / (1 + floor) - 1 if line.ratio else -floor, floor))
+            axes.barh(row, right - left, 1, left, color=MUTED, alpha=0.18, linewidth=0)
         _draw_line(axes, row, line, place, (low, high))
     axes.set_yticks(range(len(lines)), labels=[line.label for line in lines])
     axes.set_ylim(len(lines) - 0.5, -0.5)

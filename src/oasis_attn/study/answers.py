@@ -1,4 +1,4 @@
-"""What a study found, in three sentences computed from its records."""
+"""What a study found, in a few sentences computed from its records."""
 
 from __future__ import annotations
 
@@ -113,9 +113,10 @@ def _on_claims(verdicts: Sequence[Verdict]) -> str:
 def _on_effect(variant: str, reference: str, own: Sequence[MetricComparison]) -> str:
     changed: dict[bool, list[str]] = {True: [], False: []}
     same = []
+    undefined = [each.metric.label for each in own if isnan(each.comparison.change)]
     own = [each for each in own if not isnan(each.comparison.change)]
     if not own:
-        return f"`{variant}` or `{reference}` diverged."
+        return f"The changes of `{variant}` from `{reference}` are not defined."
     for each in own:
         kind = outcome(each)
         amount = f"{each.metric.label} ({_change(each.comparison.change)})"
@@ -131,10 +132,11 @@ def _on_effect(variant: str, reference: str, own: Sequence[MetricComparison]) ->
     n = sorted({each.comparison.n for each in own})
     counts = str(n[0]) if len(n) == 1 else f"{n[0]} to {n[-1]}"
     start = f"Compared with `{reference}` (n = {counts}), `{variant}` is "
+    without = f"; the change in {_joined(undefined)} is not defined" if undefined else ""
     if not parts:
-        return f"{start}not significantly different in {_joined(same)}."
+        return f"{start}not significantly different in {_joined(same)}{without}."
     tail = f"; the change in {_joined(same)} is not significant" if same else ""
-    return f"{start}{_joined(parts)}{tail}."
+    return f"{start}{_joined(parts)}{tail}{without}."
 
 
 def _on_best(results: Results, metric: StudyMetric) -> str:
@@ -143,7 +145,7 @@ def _on_best(results: Results, metric: StudyMetric) -> str:
     measured = {name: [*each] for name, each in values.items() if each}
     means = {name: mean(each) for name, each in measured.items() if all(map(isfinite, each))}
     diverged = [name for name in measured if name not in means]
-    without = f" {_listed(diverged)} diverged." if diverged else ""
+    without = f" {_joined([f'`{name}`' for name in diverged])} diverged." if diverged else ""
     if not means:
         return without.lstrip()
     best = (min if metric.better == "lower" else max)(means, key=means.__getitem__)

@@ -128,7 +128,8 @@ def _apply(results: Results, criterion: Criterion, variant: str) -> CriterionRes
     limit = criterion.limit
     if isinstance(limit, str):
         assert limit == NOISE_FLOOR
-        limit = results.noise_floor(metric)[0]
+        own = [criterion.against] if criterion.against in plan.variants else []
+        limit = results.noise_floor(metric, own)[0]
     n, change, low, high = _change(results, criterion, metric, variant)
     reason = _inapplicable(results, criterion, metric, variant)
     return CriterionResult(

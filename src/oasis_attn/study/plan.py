@@ -126,8 +126,8 @@ class Plan:
         candidates: variants that are checked against the criteria.
         sizes: sizes of the backbone.
         noise_seeds: additional seeds of `reference`, for the noise floor only.
-        reference: the variant that the noise floor is estimated from; by default, `vanilla`, or the
-            first variant if there is no variant of this name.
+        reference: the variant that the noise floor is estimated from, except for metrics that it
+            lacks; by default, `vanilla`, or the first variant if there is no variant of this name.
         training: fields of `TrainingConfig` for all trials.
         windows, schemes, evaluation, threads: see `Trial`.
 

@@ -76,16 +76,12 @@ def check_criteria(plan: Plan) -> None:
         if not known[criterion.metric].better:
             raise UserError(f"criteria: neither more nor less {criterion.metric} is better")
         _check_variant("against", criterion.against, (*keywords, *plan.variants))
-        if criterion.against == REFERENCE:
-            check_choice("reference", plan.reference, plan.variants)
         if criterion.against == UNQUANTIZED:
             check_choice("criteria: metric", criterion.unquantized_metric, known)
         premise = criterion.applies_if
         if premise is not None:
             check_choice("applies_if: metric", premise.metric, known)
             _check_variant("applies_if: variant", premise.variant, (REFERENCE, *plan.variants))
-            if premise.variant == REFERENCE:
-                check_choice("reference", plan.reference, plan.variants)
 
 
 def _check_variant(argument: str, name: str, allowed: Iterable[str]) -> None:

@@ -24,7 +24,7 @@ _INTERVALS = (
 _NOISE_FLOOR = (
     "The noise floor is the change that a different seed alone causes: the root mean square of the "
     "change between any two runs of the reference that differ only in their seed, or of the "
-    "baseline where the reference lacks the metric."
+    "baseline if the reference lacks the metric (of several baselines, the largest)."
 )
 READING_TABLES = (_PAIRS, _INTERVALS, _NOISE_FLOOR)
 """How to read the numbers of the tables."""
@@ -49,7 +49,7 @@ def _count(items: Collection[object], singular: str, plural: str = "") -> str:
 
 
 def notes(results: Results) -> list[str]:
-    """Warnings that apply to the variants of this study."""
+    """Warnings that apply to this study."""
     forms: dict[str, list[str]] = {}
     for variant in dict.fromkeys(trial.variant for trial in results.records):
         forms.setdefault(results.residual_form(variant) or "", []).append(variant)
@@ -72,8 +72,8 @@ def notes(results: Results) -> list[str]:
     changed = [name for name, digests in versions.items() if len(digests) > 1]
     if changed:
         found.append(
-            f"{', '.join(changed)} changed while the study ran: its trials ran different code, and "
-            "may not be comparable."
+            f"Trials ran different versions of {', '.join(changed)}, and may therefore not be "
+            "comparable."
         )
     configs = [record.model.config or {} for record in results.records.values()]
     if any(each["residual"] != "sum" and each["depth_normalizer"] == "sigmoid" for each in configs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -121,13 +122,18 @@ class Results:
     def noise_floor(self, metric: StudyMetric, baselines: Sequence[str] = ()) -> tuple[float, int]:
         """`statistics.noise_floor` of the reference, with all its seeds.
 
-        If the reference lacks the metric, it is that of the first of `baselines` that has it.  Runs
-        are paired within each corpus and size.
+        If the reference lacks the metric, it is the largest of the floors of `baselines`.  Runs are
+        paired within each corpus and size.
         """
+        names: tuple[str, ...] = (self.plan.reference,)
+        if (metric.name, *names) not in self._values:
+            names = tuple(baselines) or names
+        floors = [self._noise_floor_of(metric, name) for name in names]
+        return max(floors, key=lambda floor: -math.inf if math.isnan(floor[0]) else floor[0])
+
+    def _noise_floor_of(self, metric: StudyMetric, variant: str) -> tuple[float, int]:
         groups: dict[tuple[str, str], list[float]] = {}
-        tables = (self._values.get((metric.name, x), {}) for x in (self.plan.reference, *baselines))
-        values: Mapping[Condition, float] = next(filter(None, tables), {})
-        for condition, value in values.items():
+        for condition, value in self._values.get((metric.name, variant), {}).items():
             groups.setdefault((condition.corpus, condition.size), []).append(value)
         return noise_floor(groups.values(), metric.scale)
 

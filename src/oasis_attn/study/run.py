@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from oasis_attn.data import corpus_tokenizer, fixed_vocab_size, load_corpus, token_blocks
-from oasis_attn.errors import UserError, check_whole
+from oasis_attn.errors import check_whole
 from oasis_attn.files import lock
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.study.launch import Job, Launcher, ProcessLauncher
 from oasis_attn.study.plan import Plan, Trial
 from oasis_attn.study.progress import ProgressTable
-from oasis_attn.study.storage import Status, StudyFolder, texts_of
+from oasis_attn.study.storage import Status, StudyFolder, check_texts
 from oasis_attn.study.trial import LOCK_TIMEOUT
 
 _POLL = 0.1  # seconds
@@ -54,15 +54,17 @@ def run_study(
     check_whole("workers", workers, 1)
     plan.check()
     others = [StudyFolder.open(path) for path in reuse_from]
+    StudyFolder.check(Path(out), plan)
+    folder = StudyFolder(Path(out), plan)
+    reused = folder.reusable(others)
+    check_texts(set(folder.missing()) - reused.keys(), folder.records() | reused)
     folder = StudyFolder.begin(out, plan)
     launcher = launcher or ProcessLauncher()
     held = lock(folder.path / "work" / "study.lock", f"study {str(out)!r}", patience=LOCK_TIMEOUT)
     with held:
         launcher.begin(folder)
-        reused = folder.reusable(others)
-        pending = [trial for trial in folder.missing() if trial not in reused]
-        check_texts(pending, texts_of(folder.records() | reused))
         folder.add(reused)
+        pending = folder.missing()
         progress = ProgressTable(plan, folder.status(), workers=workers, show=show)
         with progress:
             prepare(pending, progress)
@@ -70,16 +72,6 @@ def run_study(
         if not folder.missing():
             shutil.rmtree(folder.path / "work")
     return folder.status()
-
-
-def check_texts(trials: Sequence[Trial], texts: Mapping[str, str]) -> None:
-    """Raise `UserError` if a corpus of `trials` is not the text that `texts` has the hash of."""
-    for name in {trial.corpus for trial in trials if trial.corpus in texts}:
-        if load_corpus(name).sha256 != texts[name]:
-            raise UserError(
-                f"corpora: the text of {name!r} is not the one that finished trials were trained"
-                " on; restore it, or use a new folder"
-            )
 
 
 def prepare(trials: Sequence[Trial], progress: ProgressTable) -> None:

@@ -80,6 +80,19 @@ def texts_of(records: Mapping[Trial, TrialRecord]) -> dict[str, str]:
     return found
 
 
+def check_texts(trials: Iterable[Trial], finished: Mapping[Trial, TrialRecord]) -> None:
+    """Raise `UserError` if a corpus of `trials` is not the text that finished trials had."""
+    from oasis_attn.data import load_corpus
+
+    texts = texts_of(finished)
+    for name in dict.fromkeys(trial.corpus for trial in trials):
+        if name in texts and load_corpus(name).sha256 != texts[name]:
+            raise UserError(
+                f"corpora: the text of {name!r} is not the one that finished trials were trained"
+                " on; restore it, use a new folder, or leave out --reuse-from"
+            )
+
+
 @dataclass(frozen=True)
 class StudyFolder:
     """The folder of a study.
@@ -147,6 +160,7 @@ class StudyFolder:
 
         trial = self.plan.trial(trial_id)
         self.plan.check([trial.variant])
+        check_texts([trial], self.records())
         command = rerun_command(self.plan, trial)
         return run_trial(trial, self.record_path(trial), self.work_path(trial), command=command)
 
@@ -173,6 +187,7 @@ class StudyFolder:
                     f"reuse_from: {str(other.path)!r} has no trial that is identical to one of the"
                     f" plan {self.plan.name!r}"
                 )
+            missing -= found.keys()
             found |= {trial: record for trial, record in records.items() if trial in missing}
         return found
 

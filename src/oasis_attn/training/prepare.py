@@ -26,6 +26,7 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_lengths, check_savable, plain_tensors
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
+from oasis_attn.hub.prefix_export import check_no_prefix_in_tokenizer
 from oasis_attn.modeling.hf_compat import parse_flag_from_env
 from oasis_attn.modeling.null_logit import of_windows, resolve_null_logit
 from oasis_attn.modeling.variants import settings_of
@@ -175,7 +176,9 @@ def _start(
     config: TrainingConfig, corpus: Corpus
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if config.from_model is not None:
-        return load_model(config.from_model, trust_remote_code=config.trust_remote_code)
+        model, tokenizer = load_model(config.from_model, trust_remote_code=config.trust_remote_code)
+        check_no_prefix_in_tokenizer(tokenizer, config.from_model)
+        return model, tokenizer
     variant, size = config.new_model
     backbone = text_config(size, config.vocab_size or fixed_vocab_size(corpus))
     tokenizer = corpus_tokenizer(corpus, backbone.vocab_size)
