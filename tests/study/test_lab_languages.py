@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import log
-from operator import lt
+from operator import gt, lt
 from statistics import fmean, geometric_mean
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 import lab_page
 from oasis_attn.data.trigger_words import TriggerWordsTask
 from oasis_attn.records import Record
-from oasis_attn.study.criteria import fails_none
+from oasis_attn.study.criteria import NOT_MET, check_criteria, fails_none
 from study.published import of_seeds
 
 
@@ -114,43 +114,62 @@ def test_what_the_page_says_of_the_vector_of_the_first_token() -> None:
 
 
 def test_what_the_page_says_of_language_models() -> None:
-    results = lab_page.published("majority")
-    assert results is not None
-    known = {metric.name: metric for metric in results.metrics}
+    results, values = of_seeds("majority", 6)
+    sink, perplexity, accuracy = "sink.max_mass", "perplexity.windowed", "majority.accuracy"
+    full, four = f"{perplexity}@w8a8-static-full", f"{perplexity}@w4a4"
 
     def mean(name: str, variant: str) -> float:
-        return fmean(results.values(known[name], variant).values())
+        return fmean(values(name, variant))
 
-    perplexity, accuracy = "perplexity.windowed", "majority.accuracy"
-    assert mean("sink.max_mass", "unit_key") < 0.1
-    assert 1.08 < mean(perplexity, "unit_key") / mean(perplexity, "vanilla") < 1.12
+    def change(name: str, variant: str, baseline: str) -> float:
+        return mean(name, variant) / mean(name, baseline) - 1
+
+    def costs(variant: str) -> list[float]:
+        pairs = zip(values(full, variant), values(perplexity, variant), strict=True)
+        return [after / before - 1 for after, before in pairs]
+
+    keys = ("unit_key_c4", "unit_key_c4_beta", "sum_key_c4")
+    sinks = [mean(sink, variant) for variant in keys]
+    assert (min(sinks), max(sinks)) == pytest.approx((0.07, 0.11), abs=0.005)
+    assert max(max(values(sink, variant)) for variant in keys) == pytest.approx(0.16, abs=0.005)
+    (metric,) = (metric for metric in results.metrics if metric.name == perplexity)
+    for variant in keys:
+        assert abs(change(perplexity, variant, "vanilla")) < 0.01 < results.noise_floor(metric)[0]
+    for name in (perplexity, full, four):
+        assert min(results.plan.variants, key=lambda each: mean(name, each)) == "sum_key_c4"
+        assert -0.0075 < change(name, "sum_key_c4", "vanilla") < -0.003
+        assert change(name, "sum_key_c4", "unit_key_c4") == pytest.approx(-0.01, abs=0.001)
+    assert max(costs("sum_key_c4")) < 0.0035
+    assert mean(sink, "softpick") < 0.1
+    assert change(perplexity, "softpick", "vanilla") < 0.005
+    assert change(accuracy, "softpick", "vanilla") > 0
+    assert fails_none(results) == ["unit_key_c4_beta"]
+    for variant in ("unit_key_c4", "sum_key_c4"):
+        missed = [each for each in check_criteria(results, variant) if each.outcome == NOT_MET]
+        assert all("kurtosis against softpick" in each.text for each in missed)
+        assert 0 < max(each.change for each in missed) < 0.1
+    assert max(values(sink, "softmax1_log")) < 0.1
+    pairs = zip(values(accuracy, "softmax1_log"), values(accuracy, "vanilla"), strict=True)
+    assert sum(answered < vanilla for answered, vanilla in pairs) == 5
+    lost = mean(accuracy, "vanilla") - mean(accuracy, "softmax1_log")
+    assert lost == pytest.approx(0.02, abs=0.001)
+    assert mean(accuracy, "softmax1_c8") == pytest.approx(0.63, abs=0.005)
+    assert mean(accuracy, "vanilla") == pytest.approx(0.99, abs=0.005)
+    assert change(perplexity, "unit_key", "vanilla") == pytest.approx(0.07, abs=0.005)
+    assert all(map(gt, values(perplexity, "unit_key"), values(perplexity, "vanilla")))
     assert mean(accuracy, "unit_key") < mean(accuracy, "vanilla")
-    assert mean("sink.max_mass", "softpick") < 0.1
-    assert mean(perplexity, "softpick") < mean(perplexity, "vanilla") * 1.005
-    assert mean(accuracy, "softpick") > 0.98
-    for variant in ("softmax1_c8", "unit_constant"):
-        assert mean(accuracy, variant) < 2 / 3 < mean(accuracy, "unit_key")
-        assert mean(perplexity, variant) > mean(perplexity, "unit_key")
-    assert mean(f"{perplexity}@w8a8-static-full", "vanilla") < 1.01 * mean(perplexity, "vanilla")
+    assert mean(sink, "unit_softmax") == pytest.approx(0.96, abs=0.005)
+    signal = change(perplexity, "unit_key_c4_beta", "unit_key_c4")
+    assert signal == pytest.approx(0.001, abs=0.0005)
+    assert max(costs("unit_key_c4_beta")) == pytest.approx(0.08, abs=0.006)
+    assert max(costs("vanilla")) < 0.0105
+    *little, much = sorted(costs("oasis"))
+    assert max(little) < 0.0105
+    assert much == pytest.approx(0.28, abs=0.005)
     fine = [mean(perplexity, x) for x in ("vanilla", "gated_attention", "softpick", "oasis")]
     assert max(fine) < 1.01 * min(fine)
-
-    no_sink = {"unit_key_c4", "unit_key_c4_beta", "sum_key_c4"}
-    assert set(fails_none(results)) == no_sink
-    for variant in no_sink:
-        assert mean("sink.max_mass", variant) < 0.105
-        assert mean(perplexity, variant) < 1.005 * mean(perplexity, "vanilla")
-    others = {x for x in results.plan.variants if mean("sink.max_mass", x) < 0.2} - {"sum_key_c4"}
-    assert others > {"softpick", "unit_key"}
-    for scheme in ("", "@w8a8-static-full", "@w4a4"):
-        metric = known[perplexity + scheme]
-        best = results.values(metric, "sum_key_c4")
-        for variant in {*others, "vanilla"}:
-            rest = results.values(metric, variant)
-            assert best.keys() == rest.keys()
-            assert all(best[place] < rest[place] for place in best)
-    assert 0.94 < mean("sink.max_mass", "unit_softmax") < 0.955
-    assert mean("outlier.max_inf_norm", "vanilla") < 100  # massive activations are larger
+    for variant in results.plan.variants:
+        assert not any(values("outlier.massive", variant))
 
 
 def test_what_the_page_says_of_the_mix_with_real_text() -> None:
