@@ -42,13 +42,28 @@ OFFSETS = {"log n - 1.5": -1.5, "log n": 0.0, "log n + 2": 2.0}  # of constant l
 KEY, KEY_OFFSET, KEY_RATE = "key, log n + 0.5", 0.5, 0.1  # learning rate of the null's parameters
 FEW_NULLS = None, "log n + 2", KEY  # None: softmax
 NULLS = *FEW_NULLS, "0", "log n", "log n - 1.5"
-WINDOWS = {128: (NULLS, 2), 256: (FEW_NULLS, 1), 512: (FEW_NULLS, 1)}  # nulls and seeds
 RESIDUALS = {"sum": ("vanilla", "softmax1"), "depth": ("attn_residual", "oasis")}
-STEPS, TOKENS = 1500, 2048  # tokens of a step
 WIDTH, HEADS, LAYERS = 64, 4, 4
 RATE, WARMUP, BETAS, MAX_NORM = 3e-3, 100, (0.9, 0.99), 1.0
 HELD_OUT = 2**17  # tokens
 _LOGGED = 20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one window."""
+
+    nulls: tuple[str | None, ...]
+    seeds: int
+    steps: int
+    tokens: int  # of a step
+
+
+WINDOWS = {
+    128: Cell(NULLS, seeds=2, steps=1500, tokens=2048),
+    256: Cell(FEW_NULLS, seeds=1, steps=3000, tokens=4096),
+    512: Cell(FEW_NULLS, seeds=1, steps=1500, tokens=2048),
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +96,8 @@ class Unit:
 def missing(file: RunFile) -> Iterator[Unit]:
     """What is to be run, the short windows first."""
     done = {(row["group"], row["null"], row["seed"]) for row in file.rows}
-    for window, (nulls, seeds) in WINDOWS.items():
-        for seed, null, residual in product(range(seeds), nulls, RESIDUALS):
+    for window, cell in WINDOWS.items():
+        for seed, null, residual in product(range(cell.seeds), cell.nulls, RESIDUALS):
             unit = Unit(residual, window, null, seed)
             if (unit.group, null, seed) not in done:
                 yield unit
@@ -118,14 +133,14 @@ def run(unit: Unit, device: str) -> Run:
     torch.manual_seed(unit.seed)
     config = OasisConfig(text_config=backbone, **unit.settings)
     model = OasisForCausalLM(config).to(device).train()  # type: ignore[arg-type]
-    losses = train(model, ids_NT, TOKENS // unit.window, unit.seed)
+    losses = train(model, ids_NT, WINDOWS[unit.window], unit.seed)
     numbers = measure(model.eval(), measured_NT, question) | {"losses": losses}
     row = {"group": unit.group, "null": unit.null, "seed": unit.seed, "device": device}
     row["null_logit"] = None if unit.null is None else rounded(config.null_logit, 5)
     return row | {name: rounded(value, 5) for name, value in numbers.items()}
 
 
-def train(model: OasisForCausalLM, ids_NT: Tensor, batch_size: int, seed: int) -> list[float]:
+def train(model: OasisForCausalLM, ids_NT: Tensor, cell: Cell, seed: int) -> list[float]:
     """Train in place; returns the mean losses of equal parts of the training."""
     groups: dict[str, list[Tensor]] = {"null": [], "other": []}
     for name, parameter in model.named_parameters():
@@ -137,9 +152,10 @@ def train(model: OasisForCausalLM, ids_NT: Tensor, batch_size: int, seed: int) -
         betas=BETAS,
         fused=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=cell.steps))
+    batch_size = cell.tokens // ids_NT.shape[1]
     losses = []
-    for index_B in islice(_batches(len(ids_NT), batch_size, seed), STEPS):
+    for index_B in islice(_batches(len(ids_NT), batch_size, seed), cell.steps):
         loss = _losses(model, ids_NT[index_B.to(ids_NT.device)]).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -147,13 +163,13 @@ def train(model: OasisForCausalLM, ids_NT: Tensor, batch_size: int, seed: int) -
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
-    return [float(part.mean()) for part in torch.stack(losses).split(STEPS // _LOGGED)]
+    return [float(part.mean()) for part in torch.stack(losses).split(cell.steps // _LOGGED)]
 
 
-def _rate(step: int) -> float:
+def _rate(step: int, *, steps: int) -> float:
     if step < WARMUP:
         return (step + 1) / WARMUP
-    progress = (step - WARMUP) / max(1, STEPS - WARMUP)
+    progress = (step - WARMUP) / (steps - WARMUP)
     return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -234,7 +250,11 @@ def make_record(file: RunFile) -> BenchmarkRecord:
             for name, each in values.items()
             if each
         ]
-    settings = {"steps": STEPS, "tokens_per_step": TOKENS, "learning_rate": RATE, "layers": LAYERS}
+    training = {
+        str(window): {"steps": cell.steps, "tokens_per_step": cell.tokens}
+        for window, cell in WINDOWS.items()
+    }
+    settings = {"training": training, "learning_rate": RATE, "layers": LAYERS}
     return BenchmarkRecord(
         name="null_law_cells", settings=settings, metrics=tuple(metrics), tables={"runs": rows}
     )
@@ -244,7 +264,7 @@ HEAD = """\
 # The law of the null in language models
 
 Decoders of {layers} layers, width {width} and {heads} heads with rotary positions are trained on
-the corpus `majority` with {steps} steps of {tokens} tokens, on windows of 128, 256 and 512 tokens;
+the corpus `majority`, on windows of {training};
 `sum` are the variants `vanilla` (softmax) and `softmax1`, `depth` are `attn_residual` and `oasis`,
 and `key` is the token normalizer `key_null`, whose null logit depends on the query and is learned.
 The sink is the mean probability of the first token over all later queries, of the head in which it
@@ -272,7 +292,11 @@ def tables(record: BenchmarkRecord) -> str:
         columns=("group", "null", "null logit", *_COLUMNS.values()),
         rows=tuple(rows),
     )
-    numbers = {"steps": STEPS, "tokens": TOKENS, "layers": LAYERS, "width": WIDTH, "heads": HEADS}
+    training = ", ".join(
+        f"{window} tokens ({cell.steps:,} steps of {cell.tokens:,} tokens)"
+        for window, cell in WINDOWS.items()
+    )
+    numbers = {"training": training, "layers": LAYERS, "width": WIDTH, "heads": HEADS}
     return HEAD.format(**numbers) + markdown(table)
 
 
