@@ -264,7 +264,8 @@ HEAD = """\
 # The law of the null in language models
 
 Decoders of {layers} layers, width {width} and {heads} heads with rotary positions are trained on
-the corpus `majority`, on windows of {training};
+the corpus `majority`, on windows of
+{training};
 `sum` are the variants `vanilla` (softmax) and `softmax1`, `depth` are `attn_residual` and `oasis`,
 and `key` is the token normalizer `key_null`, whose null logit depends on the query and is learned.
 The sink is the mean probability of the first token over all later queries, of the head in which it
