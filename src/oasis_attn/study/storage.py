@@ -160,7 +160,8 @@ class StudyFolder:
 
         trial = self.plan.trial(trial_id)
         self.plan.check([trial.variant])
-        check_texts([trial], self.records())
+        if not self.plan.on_task:
+            check_texts([trial], self.records())
         command = rerun_command(self.plan, trial)
         return run_trial(trial, self.record_path(trial), self.work_path(trial), command=command)
 
@@ -192,9 +193,10 @@ class StudyFolder:
         return found
 
     def add(self, records: Mapping[Trial, TrialRecord]) -> None:
-        """Save the records of finished trials."""
+        """Save the records of trials that have none here."""
         for trial, record in records.items():
-            record.save(self.record_path(trial))
+            if not self.has(trial):
+                record.save(self.record_path(trial))
 
     def records(self) -> dict[Trial, TrialRecord]:
         """The record of each finished trial.
