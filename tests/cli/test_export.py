@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from oasis_attn import diagnose
+from oasis_attn.errors import UserError
 from oasis_attn.hub.convert import convert
 from oasis_attn.hub.gguf_file import read_gguf
 from oasis_attn.hub.loading import load_model
@@ -202,6 +204,15 @@ def test_windows_without_the_prefix_of_the_tokenizer_are_refused(
     assert (code, err.count("\n")) == (2, 1)
     assert "the tokenizer of 'served' has the prefix [5, 6]" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_diagnose_refuses_text_but_not_tokens_with_such_a_tokenizer(oasis, model, tmp_path):
+    save(with_prefix(model, compute_prefix(model, [5, 6])), tmp_path / "prefixed")
+    assert oasis("export", tmp_path / "prefixed", tmp_path / "served")[0] == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "served")
+    with pytest.raises(UserError, match=r"^tokenizer: it has the prefix \[5, 6\]"):
+        diagnose(model, TEXT, tokenizer=tokenizer)
+    assert diagnose(model, [list(range(1, 9))], tokenizer=tokenizer).data.windows == 1
 
 
 def test_what_a_format_cannot_hold_is_one_line_and_writes_nothing(oasis, model, tmp_path):

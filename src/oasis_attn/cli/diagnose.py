@@ -108,7 +108,7 @@ def diagnose(
         _ = source.sha256  # reads it, so that errors in it are reported before the model loads
 
     from oasis_attn.hub.loading import load_model
-    from oasis_attn.hub.prefix_export import check_no_prefix_in_tokenizer
+    from oasis_attn.hub.tokenizer_prefix import check_no_prefix_in_tokenizer
     from oasis_attn.measure import diagnose as measure
     from oasis_attn.report import (
         activation_table,

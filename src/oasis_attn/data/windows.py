@@ -40,6 +40,7 @@ from oasis_attn.errors import (
     check_whole,
     shown,
 )
+from oasis_attn.hub.tokenizer_prefix import check_no_prefix_in_tokenizer
 from oasis_attn.records import TextInfo
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def as_windows(
                 raise UserError(
                     "tokenizer: None cannot read text; give the model's tokenizer, or tokens"
                 )
+            check_no_prefix_in_tokenizer(tokenizer)
             found = read_windows(
                 first if isinstance(first, Corpus) else items,
                 tokenizer,

@@ -32,7 +32,7 @@ from oasis_attn.evaluation.samples import Sample, SampleLog
 from oasis_attn.evaluation.scoring import Z95, ratio_of_sums, score_answer, wilson_interval
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_lengths, describe_model, fingerprint
-from oasis_attn.hub.prefix_export import prefix_in_tokenizer
+from oasis_attn.hub.tokenizer_prefix import prefix_in_tokenizer
 from oasis_attn.records import EvaluationRecord, Metric, current_environment
 
 

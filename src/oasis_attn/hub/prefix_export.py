@@ -18,13 +18,13 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from oasis_attn.errors import Refusal, UserError, shown
+from oasis_attn.errors import Refusal, shown
 from oasis_attn.files import write_text
 from oasis_attn.hub.model_card import PREFIX_IN_TOKENIZER
 from oasis_attn.hub.peft_adapter import is_close
 from oasis_attn.hub.prefix import Prefix, compute_prefix, prefix_of, without_prefix
+from oasis_attn.hub.tokenizer_prefix import PIECE, post_processor_steps
 
-_PIECE = "<prefix>"  # a name in the template of the post-processor, not the text of a token
 _CARD = """\
 ---
 library_name: transformers
@@ -118,30 +118,6 @@ def save_tokenizer_with_prefix(
     return chats
 
 
-def prefix_in_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that `save_tokenizer_with_prefix` put before every text; none without it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    processor = backend and json.loads(backend.to_str())["post_processor"]
-    for step in _steps(processor or None):
-        found = step.get("special_tokens", {})
-        if step["type"] == "TemplateProcessing" and _PIECE in found:
-            return tuple(found[_PIECE]["ids"])
-    return ()
-
-
-def check_no_prefix_in_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str | Path) -> None:
-    """Raise `UserError` if the tokenizer of `model` puts a prefix before every text.
-
-    Windows of a corpus have no special tokens but BOS, so that they would be without the prefix.
-    """
-    tokens = prefix_in_tokenizer(tokenizer)
-    if tokens:
-        raise UserError(
-            f"model: the tokenizer of {str(model)!r} has the prefix {list(tokens)}, which windows"
-            " of a corpus would lack; use the folder that `oasis prefix` wrote"
-        )
-
-
 def write_prefix_card(prefix: Prefix, folder: Path, family: str) -> None:
     """Write the README.md of a model of `family` with the prefix in its tokenizer."""
     text = PREFIX_IN_TOKENIZER.format(tokens=list(prefix.tokens))
@@ -184,7 +160,7 @@ def _with_prefix(
     processor: dict[str, Any] | None, tokens: tuple[int, ...], tokenizer: Any
 ) -> dict[str, Any]:
     """The post-processor in `tokenizer.json`, which also puts `tokens` before a text."""
-    steps = _steps(processor)
+    steps = post_processor_steps(processor)
     kinds = [step["type"] for step in steps]
     others = sorted({*kinds} - {"ByteLevel", "TemplateProcessing"})
     if others or kinds.count("TemplateProcessing") > 1:
@@ -198,20 +174,13 @@ def _with_prefix(
             "special_tokens": {},
         }
         steps.append(template)
-    piece = {"SpecialToken": {"id": _PIECE, "type_id": 0}}
+    piece = {"SpecialToken": {"id": PIECE, "type_id": 0}}
     names = tokenizer.convert_ids_to_tokens(list(tokens))
     for step in steps:
         if step["type"] == "TemplateProcessing":
             step["single"], step["pair"] = [piece, *step["single"]], [piece, *step["pair"]]
-            step["special_tokens"][_PIECE] = {"id": _PIECE, "ids": list(tokens), "tokens": names}
+            step["special_tokens"][PIECE] = {"id": PIECE, "ids": list(tokens), "tokens": names}
     return steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
-
-
-def _steps(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of the post-processor in `tokenizer.json`."""
-    if processor is None:
-        return []
-    return list(processor["processors"]) if processor["type"] == "Sequence" else [processor]
 
 
 def _check_saved(tokenizer: Any, tokens: tuple[int, ...], folder: Path) -> None:

@@ -26,8 +26,8 @@ from oasis_attn.hub.model_info import check_lengths, describe_model, eval_mode
 from oasis_attn.hub.null_from_sink import CANDIDATES, null_from_sink
 from oasis_attn.hub.null_options import check_null_from_sink
 from oasis_attn.hub.prefix import prefix_of
-from oasis_attn.hub.prefix_export import check_no_prefix_in_tokenizer
 from oasis_attn.hub.tokenizer_bos import without_bos
+from oasis_attn.hub.tokenizer_prefix import check_no_prefix_in_tokenizer
 from oasis_attn.measure.hooks import HookPoint, check_output, find_hook_points
 from oasis_attn.measure.loss import loss_metrics
 from oasis_attn.measure.sinks import Sinks

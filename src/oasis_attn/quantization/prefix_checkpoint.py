@@ -14,7 +14,7 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths, describe_model
 from oasis_attn.hub.prefix import check_can_have_prefix, compute_prefix, with_prefix
-from oasis_attn.hub.prefix_export import check_no_prefix_in_tokenizer
+from oasis_attn.hub.tokenizer_prefix import check_no_prefix_in_tokenizer
 from oasis_attn.progress import Progress, Steps, no_progress
 from oasis_attn.quantization.options import check_prefix
 from oasis_attn.quantization.prefix_search import (

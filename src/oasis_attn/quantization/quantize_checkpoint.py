@@ -23,11 +23,8 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_card import write_card
 from oasis_attn.hub.model_info import check_lengths
 from oasis_attn.hub.prefix import Prefix, prefix_of, without_prefix
-from oasis_attn.hub.prefix_export import (
-    check_no_prefix_in_tokenizer,
-    check_prefix_in_tokenizer,
-    save_tokenizer_with_prefix,
-)
+from oasis_attn.hub.prefix_export import check_prefix_in_tokenizer, save_tokenizer_with_prefix
+from oasis_attn.hub.tokenizer_prefix import check_no_prefix_in_tokenizer
 from oasis_attn.ops.token_losses import token_losses
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.compressed_tensors_format import write_compressed_tensors

@@ -34,7 +34,7 @@ from oasis_attn.hub.prefix import (
     prefix_of,
     with_prefix,
 )
-from oasis_attn.hub.prefix_export import check_no_prefix_in_tokenizer
+from oasis_attn.hub.tokenizer_prefix import check_no_prefix_in_tokenizer
 from oasis_attn.measure import diagnose
 from oasis_attn.progress import Progress, no_progress
 from oasis_attn.quantization.hf_quantizer import get_quantization_config

@@ -26,7 +26,7 @@ from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.model_info import check_lengths, check_savable, plain_tensors
 from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
-from oasis_attn.hub.prefix_export import check_no_prefix_in_tokenizer
+from oasis_attn.hub.tokenizer_prefix import check_no_prefix_in_tokenizer
 from oasis_attn.modeling.hf_compat import parse_flag_from_env
 from oasis_attn.modeling.null_logit import of_windows, resolve_null_logit
 from oasis_attn.modeling.variants import settings_of
