@@ -121,14 +121,14 @@ def _try_lock(file: int) -> bool:
     return True
 
 
-def write_text(path: str | Path, text: str) -> Path:
+def write_text(path: str | Path, text: str, argument: str = "out") -> Path:
     """Write `text` in UTF-8 with `write_bytes`."""
-    return write_bytes(path, text.encode())
+    return write_bytes(path, text.encode(), argument)
 
 
-def write_bytes(path: str | Path, data: bytes) -> Path:
+def write_bytes(path: str | Path, data: bytes, argument: str = "out") -> Path:
     """Write `data` to a temporary file, flush it to disk, and rename it to `path`."""
-    with replacing(path) as file:
+    with replacing(path, argument) as file:
         file.write(data)
     return Path(path)
 

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from full_disk import files_of_at_most
+from oasis_attn.errors import UserError
 from oasis_attn.study.reading_guide import notes, progress_text
 from oasis_attn.study.storage import StudyFolder
 from oasis_attn.study.study_report import write_report
@@ -54,6 +56,15 @@ def test_markdown_has_every_table_and_says_how_to_read_it(folder, tmp_path):
     assert text.count("\n### ") == 5
     assert "| max inf-norm | attn_residual | 6 |" in text
     assert "Holm" in text
+
+
+@pytest.mark.parametrize("size", [100, 10_000])
+def test_a_full_disk_is_an_error_about_the_page(folder, tmp_path, size):
+    with (
+        files_of_at_most(size),
+        pytest.raises(UserError, match=r"^page: '.*' cannot be written: File too large"),
+    ):
+        write_report(folder, tmp_path / "index.html")
 
 
 def test_a_study_without_claims_has_a_page_without_verdicts(tmp_path):

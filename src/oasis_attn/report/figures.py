@@ -162,12 +162,12 @@ def save_figures(figures: Mapping[str, Figure], folder: str | Path) -> list[Path
     ]
 
 
-def save_png(figure: Figure, path: str | Path) -> Path:
+def save_png(figure: Figure, path: str | Path, argument: str = "out") -> Path:
     """Write `figure` atomically as a PNG file with 200 dots per inch."""
     stream = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(stream, dpi=200, format="png")
-    return write_bytes(path, stream.getvalue())
+    return write_bytes(path, stream.getvalue(), argument)
 
 
 def svg(figure: Figure) -> str:

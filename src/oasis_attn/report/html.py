@@ -97,7 +97,7 @@ def table_block(table: Table) -> str:
     return _scroll(html, table.title or "Table")
 
 
-def write_page(path: str | Path, page: Page) -> Path:
+def write_page(path: str | Path, page: Page, argument: str = "out") -> Path:
     """Write the page atomically; from four sections on, it has a list of them."""
     sections = page.sections
     anchors = _anchors([section.heading for section in sections])
@@ -137,7 +137,7 @@ img-src data:">
 </body>
 </html>
 """
-    return write_text(path, html)
+    return write_text(path, html, argument)
 
 
 def _with_own_ids(text: str) -> str:

@@ -32,11 +32,12 @@ def write_report(folder: StudyFolder, page: str | Path) -> list[Path]:
     check_writable(page, "page")
     results = finished_results(folder)
     page, parts = Path(page), study_page(results)
-    written = [write_text(page.parent / "tables.md", tables_text(results, judge(results)))]
+    tables = tables_text(results, judge(results))
+    written = [write_text(page.parent / "tables.md", tables, "page")]
     for item in walk(parts.sections):
         if isinstance(item, Picture):
-            written.append(save_png(item.figure, page.parent / f"{item.name}.png"))
-    written.append(write_page(page, parts))
+            written.append(save_png(item.figure, page.parent / f"{item.name}.png", "page"))
+    written.append(write_page(page, parts, "page"))
     return written
 
 
