@@ -47,7 +47,7 @@ RECIPES = {
         f"--from {{runs}}/{CONVERTED} --anneal-null 30 --outlier-penalty 3 {RATES}"
     ),
 }
-COMMANDS = {CONVERTED: f"convert smollm2 {{runs}}/{CONVERTED} --variant oasis_block"} | {
+COMMANDS = {CONVERTED: f"convert smollm2 --variant oasis_block --out {{runs}}/{CONVERTED}"} | {
     name: f"train {recipe} {BUDGET} --out {{runs}}/{name}" for name, recipe in RECIPES.items()
 }
 SCHEME = "w8a8-static-linear"

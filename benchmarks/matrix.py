@@ -94,9 +94,9 @@ SCHEMES = UNROTATED | {
 }
 _CALIBRATION = "--calibration wikitext-2 --calibration-split validation"
 COMMANDS = {
-    "prefix": f"prefix smollm2 {{out}} {_CALIBRATION}",
-    "prefix, tuned": f"prefix smollm2 {{out}} {_CALIBRATION} --tune-steps 64",
-    "null": f"convert smollm2 {{out}} --null-from-sink {_CALIBRATION}",
+    "prefix": f"prefix smollm2 {_CALIBRATION} --out {{out}}",
+    "prefix, tuned": f"prefix smollm2 {_CALIBRATION} --tune-steps 64 --out {{out}}",
+    "null": f"convert smollm2 --null-from-sink {_CALIBRATION} --out {{out}}",
 }
 CELLS = dict.fromkeys(
     [
@@ -167,15 +167,15 @@ def main() -> None:
             continue
         if column not in subjects:
             subjects[column] = load_model(made(runs / column, COMMANDS[column]))[0]
-            described: dict[str, Any] = {"command": f"oasis {COMMANDS[column].format(out='OUT')}"}
+            described: dict[str, Any] = {"command": described_command(column)}
             prefix = prefix_of(subjects[column])
             if prefix is None:
                 with (runs / column / "model.safetensors").open("rb") as file:
                     described["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             else:
                 described["tokens"] = list(prefix.tokens)
-            known = record.settings["nulls" if prefix is None else "prefixes"]
-            if known.setdefault(column, described) != described:
+            models = record.settings["nulls" if prefix is None else "prefixes"]
+            if identity(models.setdefault(column, described)) != identity(described):
                 raise UserError(
                     f"record: {path} has numbers of another model with {column}; remove them and"
                     f" its setting {column!r} to measure this column again"
@@ -195,6 +195,20 @@ def main() -> None:
     write_text(RESULTS / "formats.md", markdown(formats_table(record)))
     write_text(RESULTS / "rotations.md", markdown(rotations_table(record)))
     save_png(figure(record), RESULTS / "perplexity.png")
+
+
+def described_command(column: str) -> str:
+    """The command that makes the model of a column, with OUT in place of its folder."""
+    return f"oasis {COMMANDS[column].format(out='OUT')}"
+
+
+def identity(described: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal in two descriptions of one model.
+
+    Of the command, it is the words in any order. They do not include --out, which some commands of
+    the record lack before OUT.
+    """
+    return described | {"command": set(described["command"].split()) - {"--out"}}
 
 
 def made(folder: Path, command: str) -> Path:

@@ -8,12 +8,12 @@ as soon as a row is finished.  A row that has a record is skipped, and a trainin
 interrupted is resumed.  The rows run side by side, as new processes, `--jobs` at a time; none needs
 another.  `table` writes docs/results/retrofit from the records; rows without one stay as they are.
 
-ONE is made by `oasis convert smollm2 ONE --null-from-sink --calibration wikitext-2
---calibration-split validation`, and SIX with `--nulls 6 --prune-neurons 6` too.  `corpus` makes
-FOLDER, the training text: GSM8K train and film reviews.  Each budget has four rows with the same
-tokens and the same optimizer: the converted and the unconverted model, on the divergence from the
-original model (the former from ONE), and on the next-token loss (the former from SIX).  All have
-the outlier penalty, except the unconverted model on the next-token loss, as its owner trains it.
+ONE is made by `oasis convert smollm2 --null-from-sink --calibration wikitext-2 --calibration-split
+validation --out ONE`, and SIX with `--nulls 6 --prune-neurons 6` too.  `corpus` makes FOLDER, the
+training text: GSM8K train and film reviews.  Each budget has four rows with the same tokens and the
+same optimizer: the converted and the unconverted model, on the divergence from the original model
+(the former from ONE), and on the next-token loss (the former from SIX).  All have the outlier
+penalty, except the unconverted model on the next-token loss, as its owner trains it.
 """
 
 from __future__ import annotations

@@ -70,6 +70,18 @@ def test_matrix() -> None:
     assert table.split("\n\n", 1)[1].strip() in (DOCS / "quantization.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("group", "column"), [("prefixes", "prefix"), ("prefixes", "prefix, tuned"), ("nulls", "null")]
+)
+def test_matrix_can_be_continued(group, column) -> None:
+    """Its commands make the models of the record."""
+    record = Record.load(DOCS / "results" / "quantization" / "record.json")
+    known, command = record.settings[group][column], matrix.described_command(column)
+    assert matrix.identity(known) == matrix.identity(known | {"command": command})
+    other = known | {"command": f"{command} --seed 1"}
+    assert matrix.identity(known) != matrix.identity(other)
+
+
 @pytest.mark.parametrize("name", ["formats", "rotations"])
 def test_formats_of_hardware_and_rotations(name) -> None:
     folder = DOCS / "results" / "quantization"

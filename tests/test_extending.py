@@ -77,7 +77,7 @@ def test_a_new_null_signal_is_trained_and_compared(tmp_path, monkeypatch, run):
     # The checkpoint does not contain the function, and loading it does not run the file.
     monkeypatch.setattr(extension_files, "_loaded", {})
     monkeypatch.delitem(NULL_SIGNALS._entries, "largest_head")
-    code, shown = run("convert", "run", "out", "--to-vanilla")
+    code, shown = run("convert", "run", "--out", "out", "--to-vanilla")
     assert code == 2
     assert "null_signal: 'largest_head' is not one of off, on, shuffled" in shown.err
     assert "register it with register_null_signal, or load its file with --extension" in shown.err

@@ -40,7 +40,17 @@ def test_help_is_readable_at_80_columns(oasis, monkeypatch) -> None:
         assert "…" not in out, command  # a name that is cut off
         assert "<bool>" not in out, command  # a flag takes no value
         assert max(map(len, out.splitlines())) <= 80
-    assert " [OPTIONS] MODEL FOLDER " in oasis("convert", "--help")[1].out
+    for command in ("convert", "export", "prefix", "quantize"):
+        lines = oasis(command, "--help")[1].out.splitlines()
+        assert f"Usage: oasis {command} [OPTIONS] MODEL" in map(str.strip, lines)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_destination_is_an_option(command) -> None:
+    """Of `oasis study`, some subcommands read an existing folder, which is an argument."""
+    for parameter in get_command(app).commands[command].params:
+        if parameter.name == "out":
+            assert parameter.opts == ["--out"]
 
 
 def test_short_help_is_the_same(oasis) -> None:

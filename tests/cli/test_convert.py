@@ -24,11 +24,12 @@ def vanilla(tmp_path, tokenizer):
 def test_there_and_back(oasis, vanilla, tmp_path):
     ours, back = tmp_path / "ours", tmp_path / "back"
     settings = ("--config", "depth_block_size=4", "--config", "null_signal=shuffled")
-    code, shown = oasis("convert", vanilla, ours, *settings, "--dtype", "float64", "--json")
+    settings += ("--dtype", "float64")
+    code, shown = oasis("convert", vanilla, "--out", ours, *settings, "--json")
     facts = json.loads(shown.out)
     assert (code, facts["family"], facts["dtype"]) == (0, "llama", "float64")
     assert (facts["depth_block_size"], facts["null_signal"]) == (4, "shuffled")
-    code, shown = oasis("convert", ours, back, "--to-vanilla", "--dtype", "float32")
+    code, shown = oasis("convert", ours, "--out", back, "--to-vanilla", "--dtype", "float32")
     assert code == 0
     assert "model_type" in shown.out
     ids = torch.arange(9)[None]
@@ -37,9 +38,9 @@ def test_there_and_back(oasis, vanilla, tmp_path):
 
 
 def test_a_model_with_sinks_is_served_next(oasis, vanilla, tmp_path):
-    oasis("convert", vanilla, tmp_path / "ours", "--variant", "learned_sink")
+    oasis("convert", vanilla, "--out", tmp_path / "ours", "--variant", "learned_sink")
     out = tmp_path / "sinks"
-    code, shown = oasis("convert", tmp_path / "ours", out, "--to-sinks")
+    code, shown = oasis("convert", tmp_path / "ours", "--out", out, "--to-sinks")
     assert code == 0
     last = f"Saved: {out}. To serve it: vllm serve {out} --dtype bfloat16"
     assert shown.out.splitlines()[-1] == last
@@ -48,7 +49,8 @@ def test_a_model_with_sinks_is_served_next(oasis, vanilla, tmp_path):
 def test_null_from_sink(oasis, vanilla, text, tmp_path):
     out = tmp_path / "out"
     given = ("--null-from-sink", "--calibration", text, "--window", 16, "--windows", 3)
-    code, shown = oasis("convert", vanilla, out, *given, "--nulls", 2, "--config", "residual=depth")
+    more = ("--nulls", 2, "--config", "residual=depth")
+    code, shown = oasis("convert", vanilla, "--out", out, *given, *more)
     assert code == 0
     *lines, last = shown.out.splitlines()
     assert last.startswith(
@@ -66,7 +68,7 @@ def test_null_from_sink(oasis, vanilla, text, tmp_path):
     assert [row[-1].lstrip("-") for row in rows] == values
     assert record.config["residual"] == "depth"
     more = ("--prune-neurons", 2, "--json")
-    code, shown = oasis("convert", vanilla, tmp_path / "again", *given, *more)
+    code, shown = oasis("convert", vanilla, "--out", tmp_path / "again", *given, *more)
     found = json.loads(shown.out)
     assert (code, found["record"]["nulls"], found["record"]["neurons"]) == (0, 1, [])
     assert found["conclusion"][0].startswith("No neuron was pruned")
@@ -79,7 +81,7 @@ def test_null_from_sink(oasis, vanilla, text, tmp_path):
 def test_null_from_bos(oasis, vanilla, text, tmp_path):
     out = tmp_path / "out"
     given = ("--null-from-sink", "--null-from-bos", "--calibration", text, "--window", 16)
-    code, shown = oasis("convert", vanilla, out, *given, "--windows", 3)
+    code, shown = oasis("convert", vanilla, "--out", out, *given, "--windows", 3)
     assert code == 0
     assert "1 null, from BOS 'w1'" in " ".join(shown.out.split())
     assert "The texts begin with BOS before, and not after." in " ".join(shown.out.split())
@@ -118,7 +120,7 @@ def test_null_from_bos(oasis, vanilla, text, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(oasis, vanilla, tmp_path, arguments, message):
-    code, shown = oasis("convert", vanilla, tmp_path / "out", *arguments)
+    code, shown = oasis("convert", vanilla, "--out", tmp_path / "out", *arguments)
     assert code == 2
     assert message in shown.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()

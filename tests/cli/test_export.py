@@ -90,13 +90,14 @@ def test_another_process_computes_the_same_without_this_library(oasis, model, tm
         "plain": model, "prefixed": prefixed, "tuned model": tuned, "retrofitted": retrofitted,
     }.items():  # fmt: skip
         save(each, tmp_path / name)
-    assert oasis("export", tmp_path / "plain", tmp_path / "m.gguf", "--weights", "f32")[0] == 0
-    code, shown = oasis("export", tmp_path / "prefixed", tmp_path / "tokens", "--json")
+    plain, file = tmp_path / "plain", tmp_path / "m.gguf"
+    assert oasis("export", plain, "--out", file, "--weights", "f32")[0] == 0
+    code, shown = oasis("export", tmp_path / "prefixed", "--out", tmp_path / "tokens", "--json")
     facts = json.loads(shown.out)
     assert (code, facts["prefix"], facts["tokens"]) == (0, "in the tokenizer", [5, 6])
-    code, shown = oasis("export", tmp_path / "tuned model", tmp_path / "tuned", "--json")
+    code, shown = oasis("export", tmp_path / "tuned model", "--out", tmp_path / "tuned", "--json")
     assert (code, json.loads(shown.out)["prefix"]) == (0, "a PEFT adapter")
-    code, shown = oasis("export", tmp_path / "retrofitted", tmp_path / "nulls", "--json")
+    code, shown = oasis("export", tmp_path / "retrofitted", "--out", tmp_path / "nulls", "--json")
     facts = json.loads(shown.out)
     assert (code, facts["nulls"], facts["count"]) == (0, "a PEFT adapter", 2)
     for name, line in {
@@ -145,7 +146,7 @@ def test_a_quantized_model_keeps_its_codes(oasis, model, tmp_path, options, kind
         ).eval()
     quantized = quantize(model, scheme)
     save(quantized, tmp_path / "q")
-    code, shown = oasis("export", tmp_path / "q", tmp_path / "m.gguf", "--json")
+    code, shown = oasis("export", tmp_path / "q", "--out", tmp_path / "m.gguf", "--json")
     facts = json.loads(shown.out)
     assert (code, facts["weights"].upper()) == (0, kind)
     layers = 14 + scheme.head
@@ -161,13 +162,14 @@ def test_a_quantized_model_keeps_its_codes(oasis, model, tmp_path, options, kind
     embedding = expected.get_input_embeddings().weight
     embedding.data = embedding.data.half().float()
     torch.testing.assert_close(logits_of(loaded), logits_of(expected), rtol=0, atol=2e-5)
-    assert oasis("export", tmp_path / "q", tmp_path / "n.gguf", "--weights", "f16")[0] == 2
+    assert oasis("export", tmp_path / "q", "--out", tmp_path / "n.gguf", "--weights", "f16")[0] == 2
     assert not (tmp_path / "n.gguf").exists()
 
 
 def test_a_folder_without_prefix(oasis, model, tmp_path):
     save(model, tmp_path / "plain")
-    code, shown = oasis("export", tmp_path / "plain", tmp_path / "out", "--weights", "bfloat16")
+    words = ("--weights", "bfloat16", "--out", tmp_path / "out")
+    code, shown = oasis("export", tmp_path / "plain", *words)
     assert code == 0
     assert "none" in shown.out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -187,9 +189,9 @@ def of_one_query_head(model):
     [
         ("diagnose", "served", "--corpus", "pydoc"),
         ("quantize", "served", "--scheme", "w8a8-dynamic", "--simulate", "--out", "out"),
-        ("prefix", "served", "out"),
+        ("prefix", "served", "--out", "out"),
         ("doctor", "served", "--out", "out"),
-        ("convert", "served", "out", "--null-from-sink"),
+        ("convert", "served", "--null-from-sink", "--out", "out"),
         ("train", "--from", "served", "--corpus", "pydoc", "--steps", "1", "--out", "out"),
     ],
     ids=lambda words: words[0],
@@ -199,7 +201,7 @@ def test_windows_without_the_prefix_of_the_tokenizer_are_refused(
 ):
     monkeypatch.chdir(tmp_path)
     save(with_prefix(model, compute_prefix(model, [5, 6])), tmp_path / "prefixed")
-    assert oasis("export", "prefixed", "served")[0] == 0
+    assert oasis("export", "prefixed", "--out", "served")[0] == 0
     code, (_, err) = oasis(*words)
     assert (code, err.count("\n")) == (2, 1)
     assert "the tokenizer of 'served' has the prefix [5, 6]" in err
@@ -208,7 +210,7 @@ def test_windows_without_the_prefix_of_the_tokenizer_are_refused(
 
 def test_diagnose_refuses_text_but_not_tokens_with_such_a_tokenizer(oasis, model, tmp_path):
     save(with_prefix(model, compute_prefix(model, [5, 6])), tmp_path / "prefixed")
-    assert oasis("export", tmp_path / "prefixed", tmp_path / "served")[0] == 0
+    assert oasis("export", tmp_path / "prefixed", "--out", tmp_path / "served")[0] == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "served")
     with pytest.raises(UserError, match=r"^tokenizer: it has the prefix \[5, 6\]"):
         diagnose(model, TEXT, tokenizer=tokenizer)
@@ -255,7 +257,7 @@ def test_what_a_format_cannot_hold_is_one_line_and_writes_nothing(oasis, model, 
         ("prefixed", "out", "--format", "guf"): "did you mean 'gguf'",
         ("absent", "out"): "does not exist",
     }.items():
-        code, shown = oasis("export", tmp_path / words[0], tmp_path / words[1], *words[2:])
+        code, shown = oasis("export", tmp_path / words[0], "--out", tmp_path / words[1], *words[2:])
         assert code == 2, words
         assert message in shown.err.splitlines()[-1], words
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(before)

@@ -31,7 +31,7 @@ def test_the_folder_holds_the_model_with_its_prefix(oasis, places, text):
     model, out = places
     shape = ("--calibration", text, "--window", 16, "--windows", 3)
     shape += ("--scheme-option", "weight.granularity=channel")
-    code, shown = oasis("prefix", model, out, *shape, "--tune-steps", 2, "--json")
+    code, shown = oasis("prefix", model, "--out", out, *shape, "--tune-steps", 2, "--json")
     record = json.loads(shown.out)
     assert (code, record["tune_steps"], record["kind"]) == (0, 2, "prefix")
     assert record["scheme"]["weight"]["granularity"] == "channel"
@@ -40,7 +40,7 @@ def test_the_folder_holds_the_model_with_its_prefix(oasis, places, text):
     card = (out / "README.md").read_text()
     assert "import oasis_attn" in card
     assert "| `perplexity.quantized` after |" in card
-    code, shown = oasis("prefix", model, out.parent / "2", *shape, "--method", "frequency")
+    code, shown = oasis("prefix", model, "--out", out.parent / "2", *shape, "--method", "frequency")
     assert code == 0
     assert "tokens [1]" in shown.out
     assert shown.out.endswith(
@@ -87,9 +87,8 @@ def test_a_bar_is_shown_on_a_terminal_only_and_not_with_json(
 def test_quantizing_a_model_with_a_prefix_keeps_it(oasis, places, text):
     model, out = places
     shape = ("--calibration", text, "--window", 16, "--windows", 3)
-    assert (
-        oasis("prefix", model, out, *shape, "--scheme-option", "weight.granularity=channel")[0] == 0
-    )
+    channel = ("--scheme-option", "weight.granularity=channel")
+    assert oasis("prefix", model, "--out", out, *shape, *channel)[0] == 0
     small = out.parent / "small"
     code, _ = oasis(
         *("quantize", out, "--out", small, "--scheme", "w8a8-static-linear"),
@@ -116,7 +115,7 @@ def test_a_family_that_cannot_have_a_prefix_is_refused_before_the_search(
     model, out = tmp_path / "model", tmp_path / "out"
     AutoModelForImageTextToText.from_config(tiny_wrapper_config("gemma3")).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    code, shown = oasis("prefix", model, out, "--calibration", text, "--window", 16)
+    code, shown = oasis("prefix", model, "--out", out, "--calibration", text, "--window", 16)
     assert code == 2
     line = shown.err.splitlines()[-1]
     assert "model: family 'gemma3' cannot have a prefix: attention_mask: dict is not" in line
@@ -135,7 +134,7 @@ def test_a_family_that_cannot_have_a_prefix_is_refused_before_the_search(
 )
 def test_bad_input_is_one_line_and_writes_nothing(oasis, places, text, arguments, message):
     model, out = places
-    code, shown = oasis("prefix", model, out, "--calibration", text, *arguments)
+    code, shown = oasis("prefix", model, "--out", out, "--calibration", text, *arguments)
     assert code == 2
     assert message in shown.err.splitlines()[-1]
     assert not out.exists()

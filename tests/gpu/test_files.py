@@ -47,7 +47,7 @@ def test_a_null_from_a_sink_is_that_of_the_cpu(folder, text, tmp_path, oasis):
     saved = folder(native())
     options = ["--null-from-sink", "--nulls", 2, "--calibration", text]
     options += [part for name, value in WINDOWS.items() for part in (f"--{name}", value)]
-    oasis("convert", saved, tmp_path / "device", *options)
+    oasis("convert", saved, "--out", tmp_path / "device", *options)
     record = ConversionRecord.load(tmp_path / "device" / "record.json")
     assert record.environment.device == ran_on()
     converted, _ = load_model(tmp_path / "device", device=DEVICE)
@@ -219,13 +219,13 @@ def test_the_commands(folder, text, tmp_path, oasis):
 
 def test_models_are_converted_and_converted_back(folder, tmp_path, oasis):
     model = native()
-    oasis("convert", folder(model), tmp_path / "oasis")
-    oasis("convert", tmp_path / "oasis", tmp_path / "plain", "--to-vanilla")
+    oasis("convert", folder(model), "--out", tmp_path / "oasis")
+    oasis("convert", tmp_path / "oasis", "--out", tmp_path / "plain", "--to-vanilla")
     plain, _ = load_model(tmp_path / "plain", device=DEVICE)
     close(logits(plain), logits(model), atol=1e-4)
     null = routed("learned_sink")
     null.save_pretrained(tmp_path / "null")
     word_tokenizer().save_pretrained(tmp_path / "null")
-    oasis("convert", tmp_path / "null", tmp_path / "sinks", "--to-sinks")
+    oasis("convert", tmp_path / "null", "--out", tmp_path / "sinks", "--to-sinks")
     sinks, _ = load_model(tmp_path / "sinks", device=DEVICE)
     close(logits(sinks), logits(null))

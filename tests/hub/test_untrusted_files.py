@@ -115,8 +115,8 @@ def test_every_command_refuses_code_in_one_line(folder, marker, verb, monkeypatc
     _code_of(folder, "model")
     out = folder.parent / "out"
     words = {
-        "convert": [folder, out],
-        "prefix": [folder, out],
+        "convert": [folder, "--out", out],
+        "prefix": [folder, "--out", out],
         "quantize": [folder, "--out", out],
         "train": ["--from", folder, "--out", out],
     }.get(verb, [folder])

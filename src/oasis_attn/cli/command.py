@@ -68,8 +68,8 @@ class Group(_Help, TyperGroup):
 class Command(_Help, TyperCommand):
     """A command that runs the user's extension files first; `--help` does not run them.
 
-    Errors of the library name parameters; the errors of a command name what its help shows instead:
-    `--save-every` for `save_every`, and FOLDER for an argument `out` with this name.
+    Errors of the library name parameters; the errors of a command name its options instead, such as
+    `--save-every` for `save_every`.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -112,11 +112,6 @@ class Command(_Help, TyperCommand):
             for parameter in self.params
             if parameter.name and parameter.opts[-1].startswith("--")
         }
-        arguments = {
-            parameter.name: parameter.metavar
-            for parameter in self.params
-            if parameter.name and parameter.metavar and parameter.name not in options
-        }
         parts_of = self._parts()
         start = re.match(r"[\w.]*", message)
         assert start is not None
@@ -126,8 +121,6 @@ class Command(_Help, TyperCommand):
             name = part_of if name == "options" else f"{part_of} {name}"
         elif name in options and rest.startswith((":", "[", " (")):  # `rate['router']: ...`
             name = options[name]
-        elif name in arguments and arguments[name].lower() != name and rest.startswith(":"):
-            name = arguments[name]
         compound = [each for each in options if "_" in each]
         if compound:
             pattern = re.compile(rf"\b({'|'.join(compound)})\b")

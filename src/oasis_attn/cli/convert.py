@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from oasis_attn.cli.calibration import check_inputs
 from oasis_attn.cli.terminal import (
@@ -33,7 +33,7 @@ _WITH_NULL = "Options with --null-from-sink"
 
 def convert(
     model: Model,
-    out: Annotated[Path, Argument(metavar="FOLDER", help="A new folder for the converted model.")],
+    out: Annotated[Path, Option(help="A new folder for the converted model.")],
     variant: Annotated[
         str | None,
         Option(
@@ -158,9 +158,9 @@ def convert(
 
     The outputs are unchanged until the model is trained, unless --null-from-sink is given.
 
-    Example: [bold]oasis convert smollm2 converted --config depth_block_size=4[/bold]
+    Example: [bold]oasis convert smollm2 --config depth_block_size=4 --out converted[/bold]
 
-    Example: [bold]oasis convert smollm2 retrofitted --null-from-sink --calibration pydoc[/bold]
+    Example: [bold]oasis convert smollm2 --null-from-sink --out retrofitted[/bold]
     """
     from oasis_attn.devices import check_device
     from oasis_attn.files import check_free

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from oasis_attn.cli.terminal import (
     AsJson,
@@ -22,12 +22,12 @@ from oasis_attn.cli.terminal import (
 
 def export(
     model: Model,
-    out: Annotated[Path, Argument(metavar="OUT", help="A new .gguf file, or a new folder.")],
+    out: Annotated[Path, Option(help="A new .gguf file, or a new folder.")],
     format: Annotated[
         str | None,
         Option(
             help="gguf (for llama.cpp), or transformers (a folder for transformers and engines that"
-            " read such folders). Default: gguf if OUT ends in .gguf.",
+            " read such folders). Default: gguf if --out ends in .gguf.",
             show_default=False,
         ),
     ] = None,
@@ -59,13 +59,13 @@ def export(
     need [bold]--with-code[/bold], or must first be converted to a family of transformers with
     [bold]oasis convert[/bold].
 
-    Example: [bold]oasis export smollm2 smollm2.gguf --weights q4_0[/bold]
+    Example: [bold]oasis export smollm2 --weights q4_0 --out smollm2.gguf[/bold]
 
-    Example: [bold]oasis export prefixed served --format transformers[/bold]
+    Example: [bold]oasis export prefixed --format transformers --out served[/bold]
 
-    Example: [bold]oasis export retrofitted served --format transformers[/bold]
+    Example: [bold]oasis export retrofitted --format transformers --out served[/bold]
 
-    Example: [bold]oasis export oasis-model folder --with-code[/bold]
+    Example: [bold]oasis export oasis-model --with-code --out with-code[/bold]
 
     To serve a model: [bold]llama-server -m smollm2.gguf[/bold], or
     [bold]vllm serve ./served --dtype bfloat16[/bold].

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
 
 from oasis_attn.cli import calibration as options
 from oasis_attn.cli.terminal import (
@@ -21,9 +21,7 @@ from oasis_attn.cli.terminal import (
 
 def prefix(
     model: Model,
-    out: Annotated[
-        Path, Argument(metavar="FOLDER", help="A new folder for the model with its prefix.")
-    ],
+    out: Annotated[Path, Option(help="A new folder for the model with its prefix.")],
     method: Annotated[str, Option(help="greedy (CushionCache) or frequency (PrefixQuant).")] = (
         "greedy"
     ),
@@ -51,7 +49,7 @@ def prefix(
 ) -> None:
     """Find prefix tokens that absorb the attention sinks of a model, and save the model with them.
 
-    Example: [bold]oasis prefix smollm2 prefixed --tune-steps 32[/bold]
+    Example: [bold]oasis prefix smollm2 --tune-steps 32 --out prefixed[/bold]
     """
     from oasis_attn.devices import check_device
     from oasis_attn.files import check_free

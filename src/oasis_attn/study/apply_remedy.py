@@ -45,8 +45,7 @@ class Step:
     @property
     def line(self) -> str:
         """The command line."""
-        words = ["oasis", self.command, self.model]
-        words += [str(self.out)] if self.command == "prefix" else ["--out", str(self.out)]
+        words = ["oasis", self.command, self.model, "--out", str(self.out)]
         if self.scheme is not None:
             name, options = shortest_name(self.scheme)
             words += ["--scheme", name]
