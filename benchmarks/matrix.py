@@ -174,8 +174,8 @@ def main() -> None:
                     described["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             else:
                 described["tokens"] = list(prefix.tokens)
-            models = record.settings["nulls" if prefix is None else "prefixes"]
-            if identity(models.setdefault(column, described)) != identity(described):
+            known = record.settings["nulls" if prefix is None else "prefixes"]
+            if known.setdefault(column, described) != described:
                 raise UserError(
                     f"record: {path} has numbers of another model with {column}; remove them and"
                     f" its setting {column!r} to measure this column again"
@@ -200,15 +200,6 @@ def main() -> None:
 def described_command(column: str) -> str:
     """The command that makes the model of a column, with OUT in place of its folder."""
     return f"oasis {COMMANDS[column].format(out='OUT')}"
-
-
-def identity(described: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal in two descriptions of one model.
-
-    Of the command, it is the words in any order. They do not include --out, which some commands of
-    the record lack before OUT.
-    """
-    return described | {"command": set(described["command"].split()) - {"--out"}}
 
 
 def made(folder: Path, command: str) -> Path:

@@ -74,12 +74,9 @@ def test_matrix() -> None:
     ("group", "column"), [("prefixes", "prefix"), ("prefixes", "prefix, tuned"), ("nulls", "null")]
 )
 def test_matrix_can_be_continued(group, column) -> None:
-    """Its commands make the models of the record."""
+    """Its commands are those that made the models of the record."""
     record = Record.load(DOCS / "results" / "quantization" / "record.json")
-    known, command = record.settings[group][column], matrix.described_command(column)
-    assert matrix.identity(known) == matrix.identity(known | {"command": command})
-    other = known | {"command": f"{command} --seed 1"}
-    assert matrix.identity(known) != matrix.identity(other)
+    assert record.settings[group][column]["command"] == matrix.described_command(column)
 
 
 @pytest.mark.parametrize("name", ["formats", "rotations"])

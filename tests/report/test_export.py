@@ -3,6 +3,10 @@ from __future__ import annotations
 import csv
 import io
 
+import pytest
+
+from full_disk import files_of_at_most
+from oasis_attn.errors import UserError
 from oasis_attn.report import Table
 from oasis_attn.report.document import Fold, Gallery, Section
 from oasis_attn.report.export import csv_text, latex_text, save_figures, save_tables
@@ -55,3 +59,12 @@ def test_every_figure_and_table_has_files_with_a_name_of_its_own(tmp_path):
         "table.csv", "table.tex",
     ]  # fmt: skip
     assert tables[4].read_text() == "key,1\n"
+
+
+@pytest.mark.parametrize(("save", "name"), [(save_figures, "figures"), (save_tables, "tables")])
+def test_a_full_disk_is_an_error_about_the_folder_of_the_files(tmp_path, save, name):
+    with (
+        files_of_at_most(4),
+        pytest.raises(UserError, match=rf"^{name}: '.*' cannot be written: File too large"),
+    ):
+        save([Section("A", [TABLE, picture()])], tmp_path)

@@ -38,8 +38,8 @@ def save_tables(sections: Iterable[Section], folder: str | Path) -> list[Path]:
     tables = [item for item in walk(sections) if isinstance(item, Table)]
     written = []
     for name, table in _named([each.title or "table" for each in tables], tables):
-        written.append(write_text(Path(folder) / f"{name}.csv", csv_text(table)))
-        written.append(write_text(Path(folder) / f"{name}.tex", latex_text(table)))
+        for ending, form in (("csv", csv_text), ("tex", latex_text)):
+            written.append(write_text(Path(folder) / f"{name}.{ending}", form(table), "tables"))
     return written
 
 

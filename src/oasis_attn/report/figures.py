@@ -156,7 +156,7 @@ def diagnosis_figures(record: DiagnosisRecord) -> dict[str, Figure]:
 def save_figures(figures: Mapping[str, Figure], folder: str | Path) -> list[Path]:
     """Write every figure to `folder` as a PNG and an SVG file of its name; returns the paths."""
     return [
-        save(figure, Path(folder) / f"{name}.{ending}")
+        save(figure, Path(folder) / f"{name}.{ending}", "figures")
         for name, figure in figures.items()
         for ending, save in (("png", save_png), ("svg", save_svg))
     ]
@@ -182,9 +182,9 @@ def svg(figure: Figure) -> str:
     return text
 
 
-def save_svg(figure: Figure, path: str | Path) -> Path:
+def save_svg(figure: Figure, path: str | Path, argument: str = "out") -> Path:
     """Write `figure` atomically as an SVG file, in which text remains text."""
-    return write_text(path, _svg(figure, transparent=False))
+    return write_text(path, _svg(figure, transparent=False), argument)
 
 
 def _svg(figure: Figure, *, transparent: bool) -> str:
