@@ -70,7 +70,8 @@ def run_study(
             prepare(pending, progress)
             _run(folder, pending, workers, launcher, progress)
         if not folder.missing():
-            shutil.rmtree(folder.path / "work")
+            # On a network file system, files that a cluster job still has open cannot be removed.
+            shutil.rmtree(folder.path / "work", ignore_errors=True)
     return folder.status()
 
 
