@@ -213,7 +213,7 @@ def test_bad_settings_are_one_clear_line(settings, message):
     [("log_context", 64), ({"name": "log_context"}, 64), ({"name": "log_context", "length": 9}, 9)],
 )
 def test_the_null_logit_of_a_context_is_saved_as_a_number(value, length, tmp_path, ids):
-    model = tiny_model(null_logit=value)
+    model = tiny_model("softmax1", null_logit=value)
     expected = math.log(length) + LOG_CONTEXT_MARGIN
     assert model.config.null_logit == model.config.settings["null_logit"] == expected
     model.save_pretrained(tmp_path)
@@ -223,7 +223,16 @@ def test_the_null_logit_of_a_context_is_saved_as_a_number(value, length, tmp_pat
     assert longer.null_logit == expected
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
-    assert torch.equal(tiny_model(null_logit=expected)(ids).logits, model(ids).logits)
+    assert torch.equal(tiny_model("softmax1", null_logit=expected)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("variant", ["oasis", "oasis_block", "official"])
+@pytest.mark.parametrize(
+    ("length", "expected"), [(64, 8.0), (403, 8.0), (1024, math.log(1024) + 2)]
+)
+def test_the_null_logit_of_a_context_is_at_least_8_with_depth_routing(variant, length, expected):
+    settings = settings_of(variant) | {"null_logit": {"name": "log_context", "length": length}}
+    assert OasisConfig(text_config=tiny_config(), **settings).null_logit == expected
 
 
 @pytest.mark.parametrize(("value", "start"), [(None, 0.0), (5, 5.0), ("log_context", None)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from oasis_attn.errors import UserError
 from oasis_attn.hub.loading import load_model
 from oasis_attn.hub.prefix import attach_prefix, compute_prefix, prefix_of, with_prefix
 from oasis_attn.measure.loss import measure_loss
-from oasis_attn.modeling.null_logit import LOG_CONTEXT_MARGIN
+from oasis_attn.modeling.null_logit import LEAST_WITH_DEPTH
 from oasis_attn.quantization import quantize
 from oasis_attn.records import TrainingRecord
 from oasis_attn.training import TrainingConfig, train
@@ -115,7 +114,7 @@ def test_anneal_starts_at_the_models_own_null_if_that_is_higher(onward, models):
 
 
 @pytest.mark.parametrize(
-    ("setting", "target"), [(3, 3), ("log_context", math.log(32) + LOG_CONTEXT_MARGIN)]
+    ("setting", "target"), [(3, 3), ("log_context", LEAST_WITH_DEPTH)]
 )
 def test_anneal_to_another_null(setting, target, onward):
     record = quiet(onward(anneal_null=5, steps=6, settings={"null_logit": setting}))

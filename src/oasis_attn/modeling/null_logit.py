@@ -26,15 +26,20 @@ and 4.3 to 7.9 with Attention Residuals, which log n plus the margin exceeds fro
 tokens on.
 """
 
+LEAST_WITH_DEPTH = 8.0
+"""With depth routing, `log_context` is at least this, which exceeds all thresholds of decoders."""
 
-def resolve_null_logit(value: Any, text_config: PreTrainedConfig) -> Any:
+
+def resolve_null_logit(value: Any, text_config: PreTrainedConfig, residual: str = "sum") -> Any:
     """The number that a value of `null_logit` stands for; numbers are returned unchanged.
 
     Args:
-        value: a number; `"log_context"`, log(n) + `LOG_CONTEXT_MARGIN` with n the
-            `max_position_embeddings` of `text_config`; or `{"name": "log_context", "length": n}`,
-            for a model that is trained on windows of n tokens, fewer than its positions.
+        value: a number; or `"log_context"`, log(n) + `LOG_CONTEXT_MARGIN` with n the
+            `max_position_embeddings` of `text_config`, and at least `LEAST_WITH_DEPTH` with depth
+            routing.  `{"name": "log_context", "length": n}` states n, for a model that is trained
+            on windows of fewer tokens than its positions.
         text_config: configuration of the family.
+        residual: the setting of `OasisConfig`.
 
     Raises:
         UserError: the value has neither of these forms, or the family states no
@@ -42,39 +47,31 @@ def resolve_null_logit(value: Any, text_config: PreTrainedConfig) -> Any:
     """
     if not isinstance(value, str | dict):
         return value
-    length = context_length(value)
-    if length is None:
-        length = getattr(text_config, "max_position_embeddings", None)
-        if not isinstance(length, int) or length < 1:
-            raise UserError(
-                f"null_logit: {LOG_CONTEXT!r} needs max_position_embeddings, which is {length!r} in"
-                f" the configuration of {text_config.model_type!r}; state the length:"
-                f' {{"name": "{LOG_CONTEXT}", "length": tokens}}'
-            )
-    return math.log(length) + LOG_CONTEXT_MARGIN
+    form = context_form(value)
+    length = form.get("length", getattr(text_config, "max_position_embeddings", None))
+    if not isinstance(length, int) or length < 1:
+        raise UserError(
+            f"null_logit: {LOG_CONTEXT!r} needs max_position_embeddings, which is {length!r} in"
+            f" the configuration of {text_config.model_type!r}; state the length:"
+            f' {{"name": "{LOG_CONTEXT}", "length": tokens}}'
+        )
+    logit = math.log(length) + LOG_CONTEXT_MARGIN
+    return logit if residual == "sum" else max(logit, LEAST_WITH_DEPTH)
 
 
 def of_windows(value: Any, length: int) -> Any:
     """A value of `null_logit`, in which `log_context` without a length has that of the windows."""
-    if isinstance(value, str | dict) and context_length(value) is None:
-        return {"name": LOG_CONTEXT, "length": length}
-    return value
+    return {"length": length} | context_form(value) if isinstance(value, str | dict) else value
 
 
-def context_length(value: str | dict[str, Any]) -> int | None:
-    """The length n that a value of `null_logit` states; None if it states none.
-
-    Raises:
-        UserError: the value is not one of the forms of `log_context`.
-    """
+def context_form(value: str | dict[str, Any]) -> dict[str, Any]:
+    """The mapping form of `log_context`; `UserError` if the value is not one of its forms."""
     form: dict[str, Any] = dict(value) if isinstance(value, dict) else {"name": value}
-    if form.pop("name", None) != LOG_CONTEXT or set(form) - {"length"}:
+    if form.get("name") != LOG_CONTEXT or set(form) - {"name", "length"}:
         raise UserError(
             f"null_logit: {shown(value)} is neither a number nor {LOG_CONTEXT!r} nor"
             f' {{"name": "{LOG_CONTEXT}", "length": tokens}}'
         )
-    if "length" not in form:
-        return None
-    check_whole("null_logit: length", form["length"], 1)
-    length: int = form["length"]
-    return length
+    if "length" in form:
+        check_whole("null_logit: length", form["length"], 1)
+    return form

@@ -13,7 +13,7 @@ from oasis_attn.errors import (
     check_whole,
 )
 from oasis_attn.extension_files import loaded_extensions
-from oasis_attn.modeling.null_logit import context_length
+from oasis_attn.modeling.null_logit import context_form
 from oasis_attn.registry import check_registered
 
 SETTINGS = (
@@ -81,7 +81,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if "beta_init" in settings:
         check_at_least("beta_init", settings["beta_init"], -_LARGEST, _LARGEST)
     if isinstance(settings.get("null_logit"), str | dict):
-        context_length(settings["null_logit"])
+        context_form(settings["null_logit"])
 
 
 def refuse_unknown(names: Iterable[str]) -> None:

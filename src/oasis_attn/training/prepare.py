@@ -204,7 +204,9 @@ def _null_anneal(config: TrainingConfig, model: PreTrainedModel) -> NullAnneal:
     return NullAnneal(
         model.config,
         steps,
-        target=resolve_null_logit(of_windows(final, config.block_length), text),
+        target=resolve_null_logit(
+            of_windows(final, config.block_length), text, getattr(model.config, "residual", "sum")
+        ),
         start=getattr(model.config, "null_logit", LOWEST_START),
     )
 
