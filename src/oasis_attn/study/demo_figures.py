@@ -140,7 +140,8 @@ def _draw_perplexities(axes: Axes, pretrained: Pretrained) -> None:
     axes.set_xlim(0, 1.15 * max(value for _, value, _ in rows))
     axes.grid(axis="y", visible=False)
     axes.set_axisbelow(True)
-    _set_title(axes, "Perplexity after quantization", SCHEME.name)
+    how = f"{SCHEME.name}, {SCHEME.observer} ranges, weights per {SCHEME.weight.granularity}"
+    _set_title(axes, "Perplexity after quantization", how)
 
 
 def _draw_attention(axes: Axes, record: TrialRecord) -> None:
