@@ -42,8 +42,9 @@ UNPUBLISHED = "This study is not published yet.\n"
 SHOWN = (  # of the variants of the plan `necessity`
     *("vanilla", "softmax1", "softmax1_c4.5", "softmax1_log_context", "softmax1_c8"),
     *("gated_attention", "softpick", "attn_residual", "attn_residual_unit"),
-    *("oasis", "oasis_log_context", "strong", "strong_unit"),
+    *("oasis", "oasis_log", "strong", "strong_unit"),
 )
+DEPTH_WEIGHTS = "attn_residual", "oasis", "strong"  # variants of `necessity`
 COLUMNS = {  # metric -> header and whether the range over seeds is shown
     "sink.idle_largest": ("idle sink, largest head", True),
     "sink.idle": ("idle sink, mean", False),
@@ -233,12 +234,14 @@ def first_token_vector() -> str:
         "share_of_one": "in the largest channel",
         "share_of_four": "in the largest four",
         "largest": "largest value",
+        "largest_of_others": "largest value at other tokens",
         "largest_over_median": "largest value over the median",
     }
     rows = tuple(
-        (str(run["seed"]), *(short(run[name]) for name in columns)) for run in record.tables["runs"]
+        (run["plan"], str(run["seed"]), *(short(run[name]) for name in columns))
+        for run in record.tables["runs"]
     )
-    return markdown(Table(columns=("seed", *columns.values()), rows=rows))
+    return markdown(Table(columns=("plan", "seed", *columns.values()), rows=rows))
 
 
 def embedding_weights() -> str:
@@ -261,7 +264,7 @@ def depth_weights() -> str:
     assert results is not None
     found: dict[str, list[list[list[float]]]] = {}
     for trial, record in results.records.items():
-        if "depth.weights" in record.tables:
+        if trial.variant in DEPTH_WEIGHTS:
             found.setdefault(trial.variant, []).append(record.tables["depth.weights"])
     rates = next(metric for metric in results.metrics if metric.name == "depth.sink_rate@0.3")
     routers = len(next(iter(found.values()))[0])

@@ -50,9 +50,9 @@ def thresholds() -> str:
     record = BenchmarkRecord.load(LAB / "null_law" / "record.json")
     rows = []
     for row in sorted(record.tables["thresholds"], key=lambda row: row["length"]):
-        name, _, batch = row["group"].rpartition(", ")
-        if batch == BATCHES[row["length"] > 256]:
-            cells = [name, f"{math.log(row['length']):.2f}"]
+        name, batch, rate = row["group"].partition(f", {BATCHES[row['length'] > 256]}")
+        if batch:
+            cells = [f"{name}{rate}", f"{math.log(row['length']):.2f}"]
             for level in row["thresholds"]:
                 metric = record.metric(f"null_law.threshold@{level}", row["group"])
                 cells.append(f"{metric.value:.2f} (n {metric.n})")

@@ -49,6 +49,7 @@ from pages import DOCS, RESULTS, fill, published
 
 PAGE = DOCS / "study.md"
 STUDIES = ("paper", "isolate", "signal", "beyond", "confirm")  # of language models
+EQUAL = "oasis_unit", "oasis_unit_depth_softmax"  # variants of `beyond` that are one function
 COLORS = 32  # of a figure
 VOCABULARY = 2048  # vocabulary size of the models in the studies
 BATCH = 262_144  # tokens per step
@@ -122,8 +123,8 @@ def verdicts() -> str:
 
 
 def almost_equal() -> str:
-    """The difference between trained variants that start almost equal, compared with seeds."""
-    results = published(STUDIES)["isolate"]
+    """The difference between trained variants that start equal or almost equal, and of seeds."""
+    results, others = (published(STUDIES)[name] for name in ("isolate", "beyond"))
     known = {metric.name: metric for metric in study_metrics(())}
     # These variants differ in the scale of a mix, which these metrics do not depend on.
     mlp = StudyMetric(
@@ -133,18 +134,25 @@ def almost_equal() -> str:
     pairs = almost_equal_variants(results.plan)
     rows = []
     for metric in metrics:
+        equal = [[others.values(metric, variant) for variant in EQUAL]]
         values = [[results.values(metric, variant) for variant in pair] for pair in pairs]
-        same_seed = [(a[each], b[each]) for a, b in values for each in a if each in b]
+        same_seed = [
+            [(a[each], b[each]) for a, b in group for each in a if each in b]
+            for group in (equal, values)
+        ]
         other_seed = [list(table.values()) for pair in values for table in pair]
-        floors = [noise_floor(runs, metric.scale) for runs in (same_seed, other_seed)]
+        floors = [noise_floor(runs, metric.scale) for runs in (*same_seed, other_seed)]
         floors.append(results.noise_floor(metric))
         shown = (f"{floor:.0%} (n {n})" if n else "" for floor, n in floors)
-        rows.append((metric.label, *shown, f"{pairs_needed(floors[0][0], metric.scale):,}"))
-    reference = f"{results.plan.reference}, another seed: the noise floor"
-    columns = "metric", "almost equal variant, same seed", "same variant, another seed", reference
-    columns = (*columns, f"pairs needed to detect a change of {CHANGE:.0%}")
+        rows.append((metric.label, *shown, f"{pairs_needed(floors[1][0], metric.scale):,}"))
+    columns = (
+        *("metric", "same function, same seed", "almost equal variant, same seed"),
+        *("same variant, another seed", f"{results.plan.reference}, another seed: the noise floor"),
+        f"pairs needed to detect a change of {CHANGE:.0%}",
+    )
     table = markdown(Table(columns=columns, rows=tuple(rows)))
-    return "Almost equal variants: " + "; ".join(map(" and ".join, pairs)) + ".\n\n" + table
+    almost = "; ".join(map(" and ".join, pairs))
+    return f"The same function: {' and '.join(EQUAL)}. Almost equal variants: {almost}.\n\n{table}"
 
 
 @cache
@@ -204,7 +212,7 @@ def pairs_needed(floor: float, scale: str) -> int:
 def almost_equal_variants(plan: Plan) -> list[list[str]]:
     """Pairs that differ only in softmax or Softmax1 over depth, and in the eps of norms.
 
-    With `mix_scale: rms` such a pair would be one function; no variant of the plan has it.
+    With `mix_scale: rms` such a pair would be one function, as `EQUAL` is.
     """
     groups: dict[str, list[str]] = {}
     for name, entry in plan.variants.items():

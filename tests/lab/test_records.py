@@ -49,6 +49,22 @@ def test_source(monkeypatch):
         assert relu < 0.01
 
 
+def test_only_a_null_above_log_n_removes_the_sink_of_one_layer_and_head():
+    rows = RunFile(RESULTS / "source" / "runs.jsonl").rows
+    for arm, low, high in (
+        ("softmax", 0.999, 1),
+        ("softmax1, c = 0", 0.993, 0.9985),
+        ("softmax1, c = 2", 0.95, 0.985),
+        ("softmax1, c = 4.5", 0, 0.001),
+        ("softpick", 0, 0.01),
+        ("ReLU", 0, 0),
+    ):
+        runs = [row for row in rows if row["group"] == f"{arm}, 1 layer of 1 head"]
+        assert [row["seed"] for row in runs] == [0, 1, 2]
+        assert all(low <= row["sink_idle"][0][0] <= high for row in runs)
+        assert all(650 < row["steps"] < 1300 for row in runs)
+
+
 def test_null_law(monkeypatch):
     law = experiment("null_law_report", monkeypatch)
     folder = RESULTS / "null_law"

@@ -11,7 +11,9 @@ import lab_page
 import publish
 from oasis_attn.study.lookup import shipped_plans
 from oasis_attn.study.results import Results
+from oasis_attn.study.statistics import noise_floor
 from oasis_attn.study.storage import StudyFolder
+from oasis_attn.study.study_metrics import StudyMetric, study_metrics
 from oasis_attn.study.study_report import tables_text
 from oasis_attn.study.verdict import judge
 from oasis_attn.study.yaml_text import parse_yaml
@@ -26,6 +28,22 @@ def test_committed_tables_equal_those_of_the_committed_records(path: Path) -> No
     results = Results(folder.plan, folder.records())
     expected = tables_text(results, judge(results))
     assert (path / "tables.md").read_text(encoding="utf-8") == expected
+
+
+def test_what_rounding_alone_changes() -> None:
+    results = publish.published(publish.STUDIES)["beyond"]
+    metrics = {metric.name: metric for metric in study_metrics(())}
+    for name, low, high in (
+        ("perplexity.windowed", 0.005, 0.015),
+        ("outlier.max_inf_norm_mlp", 0.19, 0.22),
+        ("sink.mass", 0.38, 0.42),
+        ("null.mass", 0.57, 0.61),
+    ):
+        metric = metrics.get(name) or StudyMetric(name=name, label=name, scale="ratio")
+        ours, others = (results.values(metric, variant) for variant in publish.EQUAL)
+        assert list(ours) == list(others)
+        pairs = [(ours[each], others[each]) for each in ours]
+        assert low < noise_floor(pairs, metric.scale)[0] < high
 
 
 def test_the_guide_lists_every_plan() -> None:

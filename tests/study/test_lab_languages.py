@@ -104,13 +104,22 @@ def test_what_the_page_says_of_massive_activations_in_a_language() -> None:
 
 def test_what_the_page_says_of_the_vector_of_the_first_token() -> None:
     record = Record.load(lab_page.RESULTS / "lab" / "first_token_vector" / "record.json")
-    *spread, aligned = sorted(record.tables["runs"], key=lambda run: run["share_of_one"])
+    runs = record.tables["runs"]
+    assert all(run["largest_of_others"] < 0.9 for run in runs)
+    words, massive = (
+        [run for run in runs if run["plan"] == plan]
+        for plan in ("necessity-words", "massive-words")
+    )
+    *spread, aligned = sorted(words, key=lambda run: run["share_of_one"])
     assert len(spread) == 5
-    assert all(30 < run["norm_over_others"] < 60 for run in spread)
-    assert all(run["share_of_one"] < 0.5 and run["largest_over_median"] < 1000 for run in spread)
+    assert all(29 < run["norm_over_others"] < 52 for run in spread)
+    assert all(run["share_of_one"] < 0.52 and run["largest_over_median"] < 1000 for run in spread)
     assert aligned["share_of_one"] > 0.95
     assert aligned["largest"] > 100
     assert aligned["largest_over_median"] > 1000
+    assert len(massive) == 6
+    assert all(98 < run["norm_over_others"] < 631 for run in massive)
+    assert all(run["share_of_four"] > 0.8 for run in massive)
 
 
 def test_what_the_page_says_of_language_models() -> None:

@@ -113,9 +113,7 @@ def test_anneal_starts_at_the_models_own_null_if_that_is_higher(onward, models):
     assert found == pytest.approx([-2, -1, 0, 0])
 
 
-@pytest.mark.parametrize(
-    ("setting", "target"), [(3, 3), ("log_context", LEAST_WITH_DEPTH)]
-)
+@pytest.mark.parametrize(("setting", "target"), [(3, 3), ("log_context", LEAST_WITH_DEPTH)])
 def test_anneal_to_another_null(setting, target, onward):
     record = quiet(onward(anneal_null=5, steps=6, settings={"null_logit": setting}))
     step = (target - LOWEST_START) / 5
