@@ -233,6 +233,8 @@ def test_the_null_logit_of_a_context_is_saved_as_a_number(value, length, tmp_pat
 def test_the_null_logit_of_a_context_is_at_least_8_with_depth_routing(variant, length, expected):
     settings = settings_of(variant) | {"null_logit": {"name": "log_context", "length": length}}
     assert OasisConfig(text_config=tiny_config(), **settings).null_logit == expected
+    with_key = settings | {"token_normalizer": "key_null"}
+    assert OasisConfig(text_config=tiny_config(), **with_key).null_logit == math.log(length) + 2
 
 
 @pytest.mark.parametrize(("value", "start"), [(None, 0.0), (5, 5.0), ("log_context", None)])

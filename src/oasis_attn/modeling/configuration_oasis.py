@@ -18,7 +18,7 @@ from oasis_attn.modeling.hf_compat import (
     experts_implementation,
     set_attention_implementation,
 )
-from oasis_attn.modeling.null_logit import resolve_null_logit
+from oasis_attn.modeling.null_logit import least_of_context, resolve_null_logit
 from oasis_attn.modeling.settings import SETTINGS, check_settings, refuse_unknown
 from oasis_attn.ops.normalizers import (
     LEARNED_NULL_LOGIT,
@@ -70,12 +70,12 @@ class OasisConfig(PreTrainedConfig):
         null_logit: c of `softmax1`, and the initial value of the learned c of `learned_sink`,
             `value_null`, `key_null` and `key_value_null`.  0 is Softmax1 and the start in gpt-oss;
             -inf switches the null of `softmax1` off.
-            `log_context` is log(n) + 2, and at least 8 with depth routing, with n the tokens of a
-            training sequence if `oasis train` makes the config, and otherwise the
-            `max_position_embeddings` of `text_config`; `{"name": "log_context", "length": n}`
-            states another n.  It is replaced by the number when the config is created, so that
-            config.json contains the number and a later change of the positions does not change the
-            null.
+            `log_context` is log(n) + 2, and with depth routing at least 8 for nulls without a key.
+            n is the number of tokens of a training sequence if `oasis train` makes the config, and
+            otherwise the `max_position_embeddings` of `text_config`;
+            `{"name": "log_context", "length": n}` states another n.  It is replaced by the number
+            when the config is created, so that config.json contains the number and a later change
+            of the positions does not change the null.
         output_gate: sigmoid gate on the attention output before its projection: one per `head`
             and token (Bondarenko 2023), or `elementwise` (arXiv 2505.06708).
         residual: `sum`, `depth` for attention over depth (arXiv 2603.15031), or `official` for the
@@ -152,7 +152,8 @@ class OasisConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         text: Any = self.text_config
-        self.null_logit = resolve_null_logit(self.null_logit, text, self.residual)
+        least = least_of_context(self.residual, self.normalizer.name)
+        self.null_logit = resolve_null_logit(self.null_logit, text, least)
         if not labeled:  # the labels of a classifier are in the family's config
             self.id2label, self.label2id = text.id2label, text.label2id
         if self.problem_type is None:

@@ -27,19 +27,29 @@ tokens on.
 """
 
 LEAST_WITH_DEPTH = 8.0
-"""With depth routing, `log_context` is at least this, which exceeds all thresholds of decoders."""
+"""With depth routing, `log_context` is at least this, which exceeds all thresholds of decoders.
+
+Not for nulls with a learned key: the query can lower them, and a start of 8 costs accuracy in small
+language models (docs/results/majority).
+"""
 
 
-def resolve_null_logit(value: Any, text_config: PreTrainedConfig, residual: str = "sum") -> Any:
+def least_of_context(residual: str, normalizer: str) -> float:
+    """What `log_context` is at least, with these settings of `OasisConfig`."""
+    with_key = normalizer in ("key_null", "key_value_null")
+    return 0.0 if residual == "sum" or with_key else LEAST_WITH_DEPTH
+
+
+def resolve_null_logit(value: Any, text_config: PreTrainedConfig, least: float = 0.0) -> Any:
     """The number that a value of `null_logit` stands for; numbers are returned unchanged.
 
     Args:
         value: a number; or `"log_context"`, log(n) + `LOG_CONTEXT_MARGIN` with n the
-            `max_position_embeddings` of `text_config`, and at least `LEAST_WITH_DEPTH` with depth
-            routing.  `{"name": "log_context", "length": n}` states n, for a model that is trained
-            on windows of fewer tokens than its positions.
+            `max_position_embeddings` of `text_config`, and at least `least`.
+            `{"name": "log_context", "length": n}` states n, for a model that is trained on windows
+            of fewer tokens than its positions.
         text_config: configuration of the family.
-        residual: the setting of `OasisConfig`.
+        least: see `least_of_context`.
 
     Raises:
         UserError: the value has neither of these forms, or the family states no
@@ -55,8 +65,7 @@ def resolve_null_logit(value: Any, text_config: PreTrainedConfig, residual: str 
             f" the configuration of {text_config.model_type!r}; state the length:"
             f' {{"name": "{LOG_CONTEXT}", "length": tokens}}'
         )
-    logit = math.log(length) + LOG_CONTEXT_MARGIN
-    return logit if residual == "sum" else max(logit, LEAST_WITH_DEPTH)
+    return max(math.log(length) + LOG_CONTEXT_MARGIN, least)
 
 
 def of_windows(value: Any, length: int) -> Any:

@@ -28,7 +28,11 @@ from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.hub.tokenizer_prefix import check_no_prefix_in_tokenizer
 from oasis_attn.modeling.hf_compat import parse_flag_from_env
-from oasis_attn.modeling.null_logit import of_windows, resolve_null_logit
+from oasis_attn.modeling.null_logit import (
+    least_of_context,
+    of_windows,
+    resolve_null_logit,
+)
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.ops.normalizers import with_length
 from oasis_attn.training.anneal import LOWEST_START, NullAnneal
@@ -201,12 +205,11 @@ def _null_anneal(config: TrainingConfig, model: PreTrainedModel) -> NullAnneal:
     if config.from_model is None:
         return NullAnneal(model.config, steps, target=model.config.null_logit)
     text, final = model.config.get_text_config(decoder=True), config.settings.get("null_logit", 0.0)
+    least = least_of_context(getattr(model.config, "residual", "sum"), "softmax1")
     return NullAnneal(
         model.config,
         steps,
-        target=resolve_null_logit(
-            of_windows(final, config.block_length), text, getattr(model.config, "residual", "sum")
-        ),
+        target=resolve_null_logit(of_windows(final, config.block_length), text, least),
         start=getattr(model.config, "null_logit", LOWEST_START),
     )
 
