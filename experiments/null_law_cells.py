@@ -3,9 +3,12 @@
 python experiments/null_law_cells.py --out docs/results/lab/null_law_cells --workers 2
 
 Trains decoders of 4 layers on the corpus `majority` with windows of 128, 256 and 512 tokens, with
-constant null logits around the log of the window n, and with a null key (`key_null`).  Finished
-runs are in OUT/runs.jsonl.gz and are not repeated; with --minutes, it stops in time and can be
-resumed.  The record and the tables are made from this file; with --report, nothing is trained.
+constant null logits around the log of the window n, and with a null key (`key_null`).  With 512
+tokens, no sink forms in this time; it does after a training with windows of 128 tokens.
+
+Finished runs are in OUT/runs.jsonl.gz and are not repeated; with --minutes, it stops in time and
+can be resumed.  The record and the tables are made from this file; with --report, nothing is
+trained.
 """
 
 from __future__ import annotations
@@ -50,19 +53,32 @@ _LOGGED = 20
 
 
 @dataclass(frozen=True)
-class Cell:
-    """The runs of one window."""
+class Stage:
+    """A part of a training, with windows of one length."""
 
-    nulls: tuple[str | None, ...]
-    seeds: int
+    window: int
     steps: int
     tokens: int  # of a step
 
 
-WINDOWS = {
-    128: Cell(NULLS, seeds=2, steps=1500, tokens=2048),
-    256: Cell(FEW_NULLS, seeds=1, steps=3000, tokens=4096),
-    512: Cell(FEW_NULLS, seeds=1, steps=1500, tokens=2048),
+@dataclass(frozen=True)
+class Cell:
+    """Runs that are trained in the same stages and measured on windows of the last one."""
+
+    nulls: tuple[str | None, ...]
+    seeds: int
+    stages: tuple[Stage, ...]
+
+
+CELLS = {
+    "window 128": Cell(NULLS, seeds=2, stages=(Stage(128, steps=1500, tokens=2048),)),
+    "window 256": Cell(FEW_NULLS, seeds=2, stages=(Stage(256, steps=3000, tokens=4096),)),
+    "window 512": Cell(FEW_NULLS, seeds=1, stages=(Stage(512, steps=1500, tokens=2048),)),
+    "window 512, after 128": Cell(
+        NULLS[:-1],
+        seeds=2,
+        stages=(Stage(128, steps=1500, tokens=2048), Stage(512, steps=1500, tokens=4096)),
+    ),
 }
 
 
@@ -71,13 +87,17 @@ class Unit:
     """One run."""
 
     residual: str
-    window: int
+    cell: str
     null: str | None
     seed: int
 
     @property
     def group(self) -> str:
-        return f"{self.residual}, window {self.window}"
+        return f"{self.residual}, {self.cell}"
+
+    @property
+    def window(self) -> int:
+        return CELLS[self.cell].stages[-1].window
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -96,16 +116,16 @@ class Unit:
 def missing(file: RunFile) -> Iterator[Unit]:
     """What is to be run, the short windows first."""
     done = {(row["group"], row["null"], row["seed"]) for row in file.rows}
-    for window, cell in WINDOWS.items():
+    for name, cell in CELLS.items():
         for seed, null, residual in product(range(cell.seeds), cell.nulls, RESIDUALS):
-            unit = Unit(residual, window, null, seed)
+            unit = Unit(residual, name, null, seed)
             if (unit.group, null, seed) not in done:
                 yield unit
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def documents(window: int, seed: int) -> Tensor:
-    """The documents of the task as tokens [N, T]."""
+    """The documents of the task as tokens [N, T]; the first `HELD_OUT` are not trained on."""
     task = MajorityTask(window=window)
     ids = word_tokenizer(task.vocabulary).get_vocab()
     bos, eos = ids["<s>"], ids["</s>"]
@@ -116,10 +136,8 @@ def documents(window: int, seed: int) -> Tensor:
 def run(unit: Unit, device: str) -> Run:
     """Train and measure one model."""
     task = MajorityTask(window=unit.window)
-    ids_NT = documents(unit.window, unit.seed).to(device)
     question = word_tokenizer(task.vocabulary).get_vocab()[QUESTION]
-    held_out = HELD_OUT // unit.window
-    measured_NT, ids_NT = ids_NT[:held_out], ids_NT[held_out:]
+    held_out_NT = documents(unit.window, unit.seed)[: HELD_OUT // unit.window].to(device)
     backbone = LlamaConfig(
         vocab_size=3 + len(task.vocabulary),
         hidden_size=WIDTH,
@@ -133,15 +151,15 @@ def run(unit: Unit, device: str) -> Run:
     torch.manual_seed(unit.seed)
     config = OasisConfig(text_config=backbone, **unit.settings)
     model = OasisForCausalLM(config).to(device).train()  # type: ignore[arg-type]
-    losses = train(model, ids_NT, WINDOWS[unit.window], unit.seed)
-    numbers = measure(model.eval(), measured_NT, question) | {"losses": losses}
+    losses = train(model, CELLS[unit.cell].stages, unit.seed)
+    numbers = measure(model.eval(), held_out_NT, question) | {"losses": losses}
     row = {"group": unit.group, "null": unit.null, "seed": unit.seed, "device": device}
     row["null_logit"] = None if unit.null is None else rounded(config.null_logit, 5)
     return row | {name: rounded(value, 5) for name, value in numbers.items()}
 
 
-def train(model: OasisForCausalLM, ids_NT: Tensor, cell: Cell, seed: int) -> list[float]:
-    """Train in place; returns the mean losses of equal parts of the training."""
+def train(model: OasisForCausalLM, stages: tuple[Stage, ...], seed: int) -> list[float]:
+    """Train in place, with one schedule for all stages; returns the mean losses of equal parts."""
     groups: dict[str, list[Tensor]] = {"null": [], "other": []}
     for name, parameter in model.named_parameters():
         groups["null" if group_of(name) == "null" else "other"].append(parameter)
@@ -152,18 +170,21 @@ def train(model: OasisForCausalLM, ids_NT: Tensor, cell: Cell, seed: int) -> lis
         betas=BETAS,
         fused=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=cell.steps))
-    batch_size = cell.tokens // ids_NT.shape[1]
+    steps = sum(stage.steps for stage in stages)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
     losses = []
-    for index_B in islice(_batches(len(ids_NT), batch_size, seed), cell.steps):
-        loss = _losses(model, ids_NT[index_B.to(ids_NT.device)]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
-    return [float(part.mean()) for part in torch.stack(losses).split(cell.steps // _LOGGED)]
+    for stage in stages:
+        ids_NT = documents(stage.window, seed)[HELD_OUT // stage.window :].to(model.device)
+        batches = _batches(len(ids_NT), stage.tokens // stage.window, seed)
+        for index_B in islice(batches, stage.steps):
+            loss = _losses(model, ids_NT[index_B.to(ids_NT.device)]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+    return [float(part.mean()) for part in torch.stack(losses).split(steps // _LOGGED)]
 
 
 def _rate(step: int, *, steps: int) -> float:
@@ -221,8 +242,8 @@ def make_record(file: RunFile) -> BenchmarkRecord:
         (row["group"], row["seed"]): row["other_loss"] for row in file.rows if row["null"] is None
     }
     metrics, rows = [], []
-    for residual, window, null in product(RESIDUALS, WINDOWS, NULLS):
-        group = Unit(residual, window, null, 0).group
+    for residual, cell, null in product(RESIDUALS, CELLS, NULLS):
+        group = Unit(residual, cell, null, 0).group
         runs = [row for row in file.of(group) if row["null"] == null]
         if not runs:
             continue
@@ -251,8 +272,11 @@ def make_record(file: RunFile) -> BenchmarkRecord:
             if each
         ]
     training = {
-        str(window): {"steps": cell.steps, "tokens_per_step": cell.tokens}
-        for window, cell in WINDOWS.items()
+        name: [
+            {"window": stage.window, "steps": stage.steps, "tokens_per_step": stage.tokens}
+            for stage in cell.stages
+        ]
+        for name, cell in CELLS.items()
     }
     settings = {"training": training, "learning_rate": RATE, "layers": LAYERS}
     return BenchmarkRecord(
@@ -264,8 +288,10 @@ HEAD = """\
 # The law of the null in language models
 
 Decoders of {layers} layers, width {width} and {heads} heads with rotary positions are trained on
-the corpus `majority`, on windows of
-{training};
+the corpus `majority`:
+
+{training}
+
 `sum` are the variants `vanilla` (softmax) and `softmax1`, `depth` are `attn_residual` and `oasis`,
 and `key` is the token normalizer `key_null`, whose null logit depends on the query and is learned.
 The sink is the mean probability of the first token over all later queries, of the head in which it
@@ -293,12 +319,16 @@ def tables(record: BenchmarkRecord) -> str:
         columns=("group", "null", "null logit", *_COLUMNS.values()),
         rows=tuple(rows),
     )
-    training = ", ".join(
-        f"{window} tokens ({cell.steps:,} steps of {cell.tokens:,} tokens)"
-        for window, cell in WINDOWS.items()
+    training = "\n".join(
+        f"- {name}: {' and then '.join(map(_described, cell.stages))}"
+        for name, cell in CELLS.items()
     )
     numbers = {"training": training, "layers": LAYERS, "width": WIDTH, "heads": HEADS}
     return HEAD.format(**numbers) + markdown(table)
+
+
+def _described(stage: Stage) -> str:
+    return f"{stage.steps:,} steps of {stage.tokens:,} tokens in windows of {stage.window}"
 
 
 _COLUMNS = {
