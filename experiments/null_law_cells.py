@@ -4,7 +4,9 @@ python experiments/null_law_cells.py --out docs/results/lab/null_law_cells --wor
 
 Trains decoders of 4 layers on the corpus `majority` with windows of 128, 256 and 512 tokens, with
 constant null logits around the log of the window n, and with a null key (`key_null`).  With 512
-tokens, no sink forms in this time; it does after a training with windows of 128 tokens.
+tokens, no sink forms in this time; it does after a training with windows of 128 tokens.  That
+training contains parts of the windows that are measured, because the documents of a seed are drawn
+from the same random numbers for every length.
 
 Finished runs are in OUT/runs.jsonl.gz and are not repeated; with --minutes, it stops in time and
 can be resumed.  The record and the tables are made from this file; with --report, nothing is

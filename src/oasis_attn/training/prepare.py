@@ -28,11 +28,7 @@ from oasis_attn.hub.model_sizes import text_config
 from oasis_attn.hub.prefix import prefix_of
 from oasis_attn.hub.tokenizer_prefix import check_no_prefix_in_tokenizer
 from oasis_attn.modeling.hf_compat import parse_flag_from_env
-from oasis_attn.modeling.null_logit import (
-    least_of_context,
-    of_windows,
-    resolve_null_logit,
-)
+from oasis_attn.modeling.null_logit import least_of_context, of_windows, resolve_null_logit
 from oasis_attn.modeling.variants import settings_of
 from oasis_attn.ops.normalizers import with_length
 from oasis_attn.training.anneal import LOWEST_START, NullAnneal
