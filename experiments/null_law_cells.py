@@ -4,9 +4,8 @@ python experiments/null_law_cells.py --out docs/results/lab/null_law_cells --wor
 
 Trains decoders of 4 layers on the corpus `majority` with windows of 128, 256 and 512 tokens, with
 constant null logits around the log of the window n, and with a null key (`key_null`).  With 512
-tokens, no sink forms in this time; it does after a training with windows of 128 tokens.  That
-training contains parts of the windows that are measured, because the documents of a seed are drawn
-from the same random numbers for every length.
+tokens, no sink forms in this time; it does after a training with windows of 128 tokens of other
+documents.
 
 Finished runs are in OUT/runs.jsonl.gz and are not repeated; with --minutes, it stops in time and
 can be resumed.  The record and the tables are made from this file; with --report, nothing is
@@ -61,6 +60,7 @@ class Stage:
     window: int
     steps: int
     tokens: int  # of a step
+    part: int = 0  # of the documents; those of different lengths have no text in common then
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ CELLS = {
     "window 512, after 128": Cell(
         NULLS[:-1],
         seeds=2,
-        stages=(Stage(128, steps=1500, tokens=2048), Stage(512, steps=1500, tokens=4096)),
+        stages=(Stage(128, steps=1500, tokens=2048, part=1), Stage(512, steps=1500, tokens=4096)),
     ),
 }
 
@@ -126,12 +126,12 @@ def missing(file: RunFile) -> Iterator[Unit]:
 
 
 @lru_cache(maxsize=2)
-def documents(window: int, seed: int) -> Tensor:
+def documents(window: int, seed: int, part: int = 0) -> Tensor:
     """The documents of the task as tokens [N, T]; the first `HELD_OUT` are not trained on."""
     task = MajorityTask(window=window)
     ids = word_tokenizer(task.vocabulary).get_vocab()
     bos, eos = ids["<s>"], ids["</s>"]
-    rows = [[bos, *map(ids.__getitem__, text.split()), eos] for text in task.documents(seed)]
+    rows = [[bos, *map(ids.__getitem__, text.split()), eos] for text in task.documents(seed, part)]
     return torch.tensor(rows)
 
 
@@ -176,7 +176,8 @@ def train(model: OasisForCausalLM, stages: tuple[Stage, ...], seed: int) -> list
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
     losses = []
     for stage in stages:
-        ids_NT = documents(stage.window, seed)[HELD_OUT // stage.window :].to(model.device)
+        ids_NT = documents(stage.window, seed, stage.part)[HELD_OUT // stage.window :]
+        ids_NT = ids_NT.to(model.device)
         batches = _batches(len(ids_NT), stage.tokens // stage.window, seed)
         for index_B in islice(batches, stage.steps):
             loss = _losses(model, ids_NT[index_B.to(ids_NT.device)]).mean()

@@ -76,16 +76,20 @@ class MajorityTask:
         words = (f"<{letter}{i}>" for letter in letters for i in range(self.class_words))
         return QUESTION, *self.answers, *words
 
-    def documents(self, seed: int = 0) -> Iterator[str]:
+    def documents(self, seed: int = 0, part: int = 0) -> Iterator[str]:
         """The documents, with at least one question each; together about 5 million tokens.
 
-        They are the same on every machine and with every version of Python and NumPy.
+        They are the same on every machine and with every version of Python and NumPy.  With the
+        same seed, each part has other documents of the same language: its successors are the same.
+        Tasks of two windows share text within a part.
         """
         names = np.array(self.vocabulary, dtype=object)
         random = _random(f"{NAME} {seed}")
         successors = np.argsort(
             random.random_sample(self.classes * self.class_words), kind="stable"
         )
+        if part:
+            random = _random(f"{NAME} {seed} {part}")
         left = _TOKENS // self.window
         while left:
             count = min(left, _AT_ONCE)
