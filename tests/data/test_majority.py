@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 
 import pytest
 import torch
@@ -82,6 +82,20 @@ def test_the_text_never_changes():
     text = "\n".join(islice(MajorityTask().documents(), 500))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "0ec496eb1c737bb5"
     assert next(MajorityTask().documents(seed=1)) != next(MajorityTask().documents())
+
+
+def test_parts_are_other_documents_of_the_same_language():
+    task = MajorityTask()
+    parts = [list(islice(task.documents(part=part), 500)) for part in (0, 1, 2)]
+    assert len(set(chain(*parts))) == 1500
+    successors = []
+    for part in parts:
+        followers: dict[str, Counter[str]] = {}
+        for first, second in pairwise(word for text in part for word in text.split()):
+            if WORD.fullmatch(first) and WORD.fullmatch(second):
+                followers.setdefault(first, Counter())[second] += 1
+        successors.append({word: found.most_common(1)[0][0] for word, found in followers.items()})
+    assert successors[0] == successors[1] == successors[2]
 
 
 @pytest.mark.usefixtures("few")

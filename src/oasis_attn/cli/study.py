@@ -25,7 +25,7 @@ study = Typer(
 PlanName = Annotated[
     str, Argument(metavar="PLAN", help="A plan of `oasis study plans`, or a .yaml file.")
 ]
-Out = Annotated[Path, Argument(metavar="FOLDER", help="The folder of the study.")]
+StudyPath = Annotated[Path, Argument(metavar="FOLDER", help="The folder of the study.")]
 
 
 @study.command(cls=Command)
@@ -126,23 +126,23 @@ def run(
 
 
 @study.command(cls=Command)
-def status(out: Out, as_json: AsJson = False) -> None:
+def status(path: StudyPath, as_json: AsJson = False) -> None:
     """Show the progress of a study, and the reasons for failures.
 
     Example: [bold]oasis study status studies/smoke[/bold]
     """
     from oasis_attn.study.lookup import plan_path
 
-    plan_path(out)
+    plan_path(path)
 
     from oasis_attn.study.storage import StudyFolder
 
-    folder = StudyFolder.open(out)
+    folder = StudyFolder.open(path)
     _print_status(folder.status(), folder.plan.name, as_json)
 
 
 @study.command(cls=Command)
-def table(out: Out, as_json: AsJson = False) -> None:
+def table(path: StudyPath, as_json: AsJson = False) -> None:
     """Print verdicts, comparisons and means of the finished trials.
 
     A table that is wider than the terminal is printed in parts. `oasis study report` writes the
@@ -154,14 +154,14 @@ def table(out: Out, as_json: AsJson = False) -> None:
 
     from oasis_attn.study.lookup import plan_path
 
-    plan_path(out)
+    plan_path(path)
 
     from oasis_attn.study.results import Results
     from oasis_attn.study.storage import StudyFolder
     from oasis_attn.study.tables import results_tables
     from oasis_attn.study.verdict import judge
 
-    folder = StudyFolder.open(out)
+    folder = StudyFolder.open(path)
     results = Results(folder.plan, folder.records())
     verdicts = judge(results)
     if as_json:
@@ -179,7 +179,7 @@ def table(out: Out, as_json: AsJson = False) -> None:
 
 @study.command(cls=Command)
 def report(
-    out: Out,
+    path: StudyPath,
     page: Annotated[
         Path | None,
         Option(
@@ -194,16 +194,16 @@ def report(
     """
     from oasis_attn.study.lookup import plan_path
 
-    plan_path(out)
+    plan_path(path)
 
     from oasis_attn.study.storage import StudyFolder
     from oasis_attn.study.study_report import write_report
 
-    written = write_report(StudyFolder.open(out), page or out / "report" / "index.html")
+    written = write_report(StudyFolder.open(path), page or path / "report" / "index.html")
     if as_json:
-        print_json([str(path) for path in written])
+        print_json([str(each) for each in written])
     else:
-        print("\n".join(str(path) for path in written))
+        print("\n".join(str(each) for each in written))
 
 
 @study.command(cls=Command)
