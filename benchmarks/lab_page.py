@@ -179,6 +179,7 @@ def page(path: Path, text: str) -> str:
             "language_criteria": partial(criteria, "majority"),
             "mixed_rows": partial(rows, "majority-text", MIXED_COLUMNS),
             "mixed_verdicts": partial(verdicts, "majority-text"),
+            "mixed_criteria": partial(criteria, "majority-text", rule=True),
             "language_models": language_models,
             "text_rows": partial(rows, "language", TEXT_COLUMNS),
         },

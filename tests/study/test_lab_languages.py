@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import log
-from operator import gt, lt
+from operator import gt, lt, truediv
 from statistics import fmean, geometric_mean
 
 import pytest
@@ -210,7 +210,8 @@ def test_what_the_page_says_of_the_mix_with_real_text() -> None:
     assert fmean(of_null_key) > fmean(of_loss)
     assert max(costs(perplexity, full, "oasis")) < 0.01
     assert max(costs(loss, full, "oasis")) < 0.05
-    assert best("outlier.max_inf_norm_layer")[0] == "oasis"
+    routed = {"oasis", "unit_key_c4", "unit_key_c4_beta"}
+    assert {*best("outlier.max_inf_norm_layer")[:3]} == routed
     change = fmean(values(f"{perplexity}@{four}", "oasis")) / fmean(
         values(f"{perplexity}@{four}", "vanilla")
     )
@@ -224,7 +225,25 @@ def test_what_the_page_says_of_the_mix_with_real_text() -> None:
     for name in (perplexity, f"{perplexity}@{full}"):
         assert best(name)[0] == "gated_attention"
     for name in (accuracy, f"{accuracy}@{full}", f"{accuracy}@{four}"):
-        assert best(name)[-1] == "gated_attention"
+        assert best(name)[-2:] == ["gated_attention", "softpick"]
+    (metric,) = (metric for metric in results.metrics if metric.name == perplexity)
+    for variant, increase in {"unit_key_c4": 0.022, "unit_key_c4_beta": 0.030}.items():
+        ratios = map(truediv, values(perplexity, variant), values(perplexity, "vanilla"))
+        change = geometric_mean(ratios) - 1
+        assert change == pytest.approx(increase, abs=0.001)
+        assert change > results.noise_floor(metric)[0]
+    worst, second, *_ = sorted(values(accuracy, "unit_key_c4"))
+    assert worst < 0.25
+    assert second > 0.74
+    assert fails_none(results) == ["softmax1_log"]
+    assert fmean(costs(perplexity, full, "sum_key_c4")) == pytest.approx(0.021, abs=0.001)
+    changes = [
+        fmean(values(name, "unit_key_c4_beta")) / fmean(values(name, "unit_key_c4")) - 1
+        for name in (perplexity, f"{perplexity}@{full}", f"{perplexity}@{four}")
+    ]
+    assert [min(changes), max(changes)] == pytest.approx([0.003, 0.010], abs=0.0005)
+    means = [fmean(costs(loss, full, each)) for each in ("unit_key_c4_beta", "unit_key_c4")]
+    assert means == pytest.approx([0.07, 0.27], abs=0.005)
 
 
 def test_what_the_page_says_of_one_seed_of_real_text() -> None:
