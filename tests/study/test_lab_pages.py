@@ -149,10 +149,30 @@ def test_what_the_page_says_of_growth_with_depth() -> None:
         return fmean(results.slopes(known[name], variant).values())
 
     largest, ratio = "outlier.max_inf_norm", "task.error_ratio@w8a8-static-full"
-    assert 0.45 < slope(largest, "vanilla") < 0.65
-    assert 0.75 < slope(ratio, "vanilla") < 1
-    assert abs(slope(largest, "softmax1_c8")) < 0.1
-    assert 0.4 < slope(ratio, "softmax1_c8") / slope(ratio, "vanilla") < 0.6
+
+    def means(name: str, variant: str) -> list[float]:
+        """From 1 to 16 layers."""
+        found = results.values(known[name], variant)
+        sizes = (f"lab-{layers}" for layers in (1, 2, 4, 8, 16))
+        return [
+            geometric_mean(value for condition, value in found.items() if condition.size == size)
+            for size in sizes
+        ]
+
+    error, quantized = means("task.error", "vanilla"), "task.error@w8a8-static-full"
+    assert means(largest, "vanilla")[::4] == pytest.approx([4.9, 34.5], abs=0.1)
+    assert means(quantized, "vanilla")[::4] == pytest.approx([7e-5, 9e-4], abs=5e-5)
+    *_, ratio_8, ratio_16 = ratios = means(ratio, "vanilla")
+    assert 5 < ratio_8 / ratios[0] < 5.5
+    assert ratio_16 / ratio_8 < 1
+    assert 2.5 < error[-1] / error[-2] < 3
+    assert means(largest, "softmax1_c8")[-1] == pytest.approx(7, abs=0.2)
+    shares = [
+        ours / theirs for ours, theirs in zip(means(ratio, "softmax1_c8"), ratios, strict=True)
+    ]
+    assert 0.17 < min(shares) < max(shares) < 0.4
+    for variant in ("attn_residual", "oasis"):
+        assert 30 * means(quantized, variant)[-1] < means(quantized, "vanilla")[-1]
     for variant in ("attn_residual", "oasis", "strong"):
         assert slope(largest, variant) < 0.1
         assert slope(ratio, variant) < 0.15
