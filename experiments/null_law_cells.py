@@ -127,7 +127,7 @@ def missing(file: RunFile) -> Iterator[Unit]:
 
 @lru_cache(maxsize=2)
 def documents(window: int, seed: int, part: int = 0) -> Tensor:
-    """The documents of the task as tokens [N, T]; the first `HELD_OUT` are not trained on."""
+    """Documents of the task as tokens [N, T]; the first `HELD_OUT` tokens are not trained on."""
     task = MajorityTask(window=window)
     ids = word_tokenizer(task.vocabulary).get_vocab()
     bos, eos = ids["<s>"], ids["</s>"]
