@@ -60,7 +60,7 @@ class Stage:
     window: int
     steps: int
     tokens: int  # of a step
-    part: int = 0  # of the documents; those of different lengths have no text in common then
+    part: int = 0  # of the documents; windows of two lengths share text within one part
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from operator import lt
 from statistics import fmean, geometric_mean
 
@@ -10,6 +11,7 @@ import pytest
 import lab_page
 from oasis_attn.records import Record
 from oasis_attn.study.criteria import NOT_MET, check_criteria, fails_none
+from oasis_attn.study.results import Results
 from oasis_attn.study.verdict import judge
 from study.published import of_seeds
 
@@ -171,10 +173,18 @@ def test_what_the_page_says_of_growth_with_depth() -> None:
     assert ratio_16 / ratio_8 < 1
     assert 2.5 < error[-1] / error[-2] < 3
     assert means(largest, "softmax1_c8")[-1] == pytest.approx(7, abs=0.2)
-    grown = {each.claim.name: each.results for each in judge(results)}
-    assert [each.outcome for each in grown["growth"]] == ["passed", "inconclusive", "passed"]
-    for claim in ("growth_strong_null_sum", "growth_strong_null_depth"):
-        assert grown[claim][-1].outcome == "inconclusive"
+    plan = replace(results.plan, sizes=results.plan.sizes[:-1])
+    fewer = Results(plan, {trial: results.records[trial] for trial in plan.trials})
+    outcomes, before = (
+        {each.claim.name: [test.outcome for test in each.results] for each in judge(study)}
+        for study in (results, fewer)
+    )
+    assert outcomes["growth"] == before["growth"] == ["passed", "inconclusive", "passed"]
+    assert outcomes["growth_depth_routing"] == before["growth_depth_routing"]
+    assert before["growth_strong_null_sum"] == ["passed", "inconclusive", "passed"]
+    assert outcomes["growth_strong_null_sum"] == ["passed", "inconclusive", "inconclusive"]
+    assert before["growth_strong_null_depth"] == ["failed", "inconclusive", "passed"]
+    assert outcomes["growth_strong_null_depth"] == ["inconclusive"] * 3
     shares = [
         ours / theirs for ours, theirs in zip(means(ratio, "softmax1_c8"), ratios, strict=True)
     ]
